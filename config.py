@@ -1,0 +1,300 @@
+"""Every setting of a run, in one place.
+
+Edit a default below, or give a flag of the same name on the command line. What wins:
+
+    a flag that the user gives  >  the dataset's preset (PRESETS)  >  the default
+
+The command line is generated from the dataclass: a new field is a new flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+METRICS = ("Recall", "NDCG", "MRR")
+
+# What the paper chose per dataset (section 4.3 and its appendix); Beauty's dropouts are those of its README. The demo's
+# catalogue is small, so it trains a smaller model for a few epochs.
+PRESETS: dict[str, dict[str, Any]] = {
+    "beauty": {"lru_dropout": 0.6, "lru_attn_dropout": 0.6, "lru_r_min": 0.0, "lru_r_max": 0.1},
+    "clothing": {"lru_r_min": 0.1, "lru_r_max": 0.2},
+    "sports": {"lru_r_min": 0.1, "lru_r_max": 0.2},
+    "toys": {"lru_r_min": 0.0, "lru_r_max": 0.1},
+    "demo": {
+        "language_encoder": "lexical",
+        "img_encoder": "pixel",
+        "mrl_hidden_sizes": (8, 16, 32, 64, 128, 256),
+        "lr": 1e-3,
+        "num_epochs": 12,
+        "lru_dropout": 0.3,
+        "lru_attn_dropout": 0.3,
+    },
+}
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message names it, what is accepted and what mends it."""
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), runtime: bool = False) -> Any:
+    """A field of Config. `runtime` settings say how to run, not what is trained: --resume may change them."""
+    return field(default=default, metadata={"help": help, "choices": choices, "runtime": runtime})
+
+
+@dataclass(frozen=True)
+class Config:
+    # --- data
+    dataset_code: str = setting(
+        "demo", "demo, beauty, clothing, sports, toys, or the name of any prepared folder below data_root"
+    )
+    data_root: str = setting(
+        "data", "folder that holds <dataset_code>/ and photos/<dataset_code>/; only read, never written", runtime=True
+    )
+
+    # --- features
+    use_language_encoder: bool = setting(True, "describe items by their text")
+    language_encoder: str = setting(
+        "BAAI/bge-large-en-v1.5",
+        "a Hugging Face text encoder by name (NAME or NAME@REVISION) or local folder, or 'lexical' "
+        "(hashed word and character n-grams, no download)",
+    )
+    item_attributes: tuple[str, ...] = setting(
+        ("title", "price", "brand", "categories"), "metadata keys that make an item's text, in this order"
+    )
+    use_img_encoder: bool = setting(True, "describe items by their picture")
+    img_encoder: str = setting(
+        "ViT-L-16-SigLIP-256/webli",
+        "an open_clip model as MODEL/PRETRAINED or MODEL/path-to-weights, or 'pixel' (colour and shape statistics, "
+        "no download)",
+    )
+    encoder_batch_size: int = setting(32, "texts or pictures an encoder reads at once", runtime=True)
+
+    # --- model
+    model_code: str = setting("fmrlrec", "the recommender to train", choices=("fmrlrec",))
+    mrl_hidden_sizes: tuple[int, ...] = setting(
+        (8, 16, 32, 64, 128, 256, 512, 1024), "nested model sizes, increasing; the last one is D"
+    )
+    lru_max_len: int = setting(50, "the last items of a history that are read")
+    lru_num_blocks: int = setting(2, "blocks of LRU and feed-forward network")
+    lru_dropout: float = setting(0.5, "dropout in and after the feed-forward network")
+    lru_attn_dropout: float = setting(0.5, "dropout after the LRU")
+    lru_use_bias: bool = setting(True, "biases of the LRU's input and output projections B and C")
+    lru_r_min: float = setting(0.0, "smallest radius |λ| of the ring that the LRU starts on")
+    lru_r_max: float = setting(0.1, "largest radius |λ| of the ring that the LRU starts on")
+
+    # --- training
+    seed: int = setting(42, "seed of initialisation, dropout and the order of users")
+    train_batch_size: int = setting(32, "users in a training step")
+    num_epochs: int = setting(500, "epochs at most; the cosine schedule ends there")
+    optimizer: str = setting("adamw", "adamw, or adam (weight decay added to the gradient)", choices=("adamw", "adam"))
+    lr: float = setting(1e-4, "peak learning rate")
+    weight_decay: float = setting(1e-2, "weight decay; biases are never decayed")
+    adam_epsilon: float = setting(1e-9, "the ε of Adam and AdamW")
+    max_grad_norm: float = setting(5.0, "clip the gradient's norm at this; 0 does not clip")
+    enable_lr_schedule: bool = setting(True, "linear warm-up, then cosine to 0 at num_epochs; otherwise constant")
+    warmup_steps: int = setting(100, "steps of the warm-up")
+    mrl_loss: str = setting(
+        "mean",
+        "the cross-entropies of the sizes are averaged (released code) or summed (paper)",
+        choices=("mean", "sum"),
+    )
+    early_stopping: bool = setting(True, "stop when best_metric has not improved for early_stopping_patience epochs")
+    early_stopping_patience: int = setting(10, "epochs without improvement before stopping")
+
+    # --- evaluation
+    val_batch_size: int = setting(256, "users ranked at once in validation; does not change results", runtime=True)
+    test_batch_size: int = setting(256, "users ranked at once in the test; does not change results", runtime=True)
+    metric_ks: tuple[int, ...] = setting((5, 10, 20, 50), "cut-offs K of Recall@K, NDCG@K and MRR@K", runtime=True)
+    best_metric: str = setting("NDCG@10", "validation metric of the largest size that picks the best epoch")
+
+    # --- run
+    device: str = setting(
+        "auto", "where to compute; auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"), runtime=True
+    )
+    runs_root: str = setting(
+        "experiments/runs", "run folders are made at <runs_root>/<dataset_code>/<time>-<run_name>", runtime=True
+    )
+    run_name: str = setting("", "name of the run's folder after its time; empty: the branch and D", runtime=True)
+    use_wandb: bool = setting(
+        False, "log to Weights & Biases too (offline where no key is set; see WANDB_MODE)", runtime=True
+    )
+
+    def __post_init__(self) -> None:
+        for problem in _problems(self):
+            raise InputError(problem)
+
+    @property
+    def branch(self) -> str:
+        """What items are described by: language, image, both, or id (a learned item table)."""
+        return {(True, True): "both", (True, False): "language", (False, True): "image", (False, False): "id"}[
+            self.use_language_encoder, self.use_img_encoder
+        ]
+
+
+GROUPS = {
+    "data": "dataset_code",
+    "features": "use_language_encoder",
+    "model": "model_code",
+    "training": "seed",
+    "evaluation": "val_batch_size",
+    "run": "device",
+}  # group -> its first field
+
+
+def _problems(c: Config):
+    """Yield a sentence for every setting whose value cannot be used."""
+    if not c.dataset_code or c.dataset_code in (".", "..") or any(s in c.dataset_code for s in "/\\\0"):
+        yield f"--dataset_code {c.dataset_code!r} is not a folder name; give a name such as beauty"
+    for name in ("lru_max_len", "lru_num_blocks", "train_batch_size", "val_batch_size", "test_batch_size",
+                 "num_epochs", "early_stopping_patience", "encoder_batch_size"):  # fmt: skip
+        if getattr(c, name) < 1:
+            yield f"--{name} {getattr(c, name)} must be at least 1"
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed"):
+        if not 0 <= getattr(c, name) < float("inf"):
+            yield f"--{name} {getattr(c, name)} must be a number of at least 0"
+    for name in ("lr", "adam_epsilon"):
+        if not 0 < getattr(c, name) < float("inf"):
+            yield f"--{name} {getattr(c, name)} must be a number above 0"
+    for name in ("lru_dropout", "lru_attn_dropout"):
+        if not 0 <= getattr(c, name) < 1:
+            yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
+    if not 0 <= c.lru_r_min < c.lru_r_max <= 1:
+        yield f"--lru_r_min {c.lru_r_min} --lru_r_max {c.lru_r_max}: need 0 <= r_min < r_max <= 1"
+    for name in ("mrl_hidden_sizes", "metric_ks"):
+        values = getattr(c, name)
+        if not values or values[0] < 1 or any(a >= b for a, b in itertools.pairwise(values)):
+            shown = ",".join(map(str, values))
+            yield f'--{name} "{shown}" must be whole numbers from 1 on, each larger than the last, such as "8,16,32"'
+    if not c.item_attributes and c.use_language_encoder:
+        yield "--item_attributes is empty; name at least one metadata key, such as title"
+    metric, _, k = c.best_metric.partition("@")
+    if metric not in METRICS or k not in map(str, c.metric_ks):
+        yield (
+            f"--best_metric {c.best_metric!r} must be one of {', '.join(METRICS)} at one of --metric_ks "
+            f"{','.join(map(str, c.metric_ks))}, such as NDCG@10"
+        )
+    for f in dataclasses.fields(c):
+        if f.metadata["choices"] and getattr(c, f.name) not in f.metadata["choices"]:
+            yield f"--{f.name} {getattr(c, f.name)!r} must be one of {', '.join(f.metadata['choices'])}"
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+def parse_args(
+    argv: Sequence[str] | None, description: str, add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+) -> tuple[Config, dict[str, str], argparse.Namespace]:
+    """Read the command line. Returns the settings, where each came from ("default", "preset" or "flag"), and the
+    values of the script's own arguments, which `add_arguments` adds to the parser. Exits with 2 on a bad flag."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    if add_arguments:
+        add_arguments(parser)
+    group = parser
+    for f in dataclasses.fields(Config):
+        for title, first in GROUPS.items():
+            if f.name == first:
+                group = parser.add_argument_group(title)
+        _add_flag(group, f)
+    namespace = parser.parse_args(argv)
+    flags = {f.name: vars(namespace).pop(f.name) for f in dataclasses.fields(Config) if f.name in namespace}
+    return *resolve(flags), namespace
+
+
+def resolve(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """Settings from flags, the dataset's preset and the defaults, with where each value came from."""
+    preset = PRESETS.get(flags.get("dataset_code", Config.__dataclass_fields__["dataset_code"].default), {})
+    sources = {
+        f.name: "flag" if f.name in flags else "preset" if f.name in preset else "default"
+        for f in dataclasses.fields(Config)
+    }
+    return Config(**{**preset, **flags}), sources
+
+
+def from_saved(values: dict[str, Any]) -> Config:
+    """Settings as a run's config.json holds them."""
+    unknown = set(values) - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        raise InputError(f"config.json has unknown settings {sorted(unknown)}: the run was made by another version")
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def is_runtime(name: str) -> bool:
+    """Whether a setting says how to run, not what is trained."""
+    return Config.__dataclass_fields__[name].metadata["runtime"]
+
+
+def run_cli(main: Callable[[], Any]) -> None:
+    """Run a script's main: an InputError is printed as one line (exit status 2), Ctrl-C ends with 130."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_fail(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+
+
+def _fail(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status
+
+
+def _add_flag(group: Any, f: dataclasses.Field) -> None:
+    default, flag = f.default, f"--{f.name}"
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    help = f"{f.metadata['help']} (default: {shown or 'empty'})".replace("%", "%%")
+    common = {"dest": f.name, "default": argparse.SUPPRESS}
+    if isinstance(default, bool):
+        group.add_argument(flag, nargs="?", const=True, type=_boolean, metavar="true|false", help=help, **common)
+        group.add_argument(f"--no-{f.name}", f"--no_{f.name}", action="store_false", help=argparse.SUPPRESS, **common)
+    elif isinstance(default, tuple):
+        of = type(default[0])
+        metavar = "N,N,..." if of is int else "NAME,NAME,..."
+        group.add_argument(flag, type=_tuple_of(of), metavar=metavar, help=help, **common)
+    else:
+        metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
+        options = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"metavar": metavar}
+        group.add_argument(flag, type=type(default), help=help, **options, **common)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _tuple_of(of: type) -> Callable[[str], tuple]:
+    def parse(text: str) -> tuple:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        try:
+            return tuple(of(part) for part in parts)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a list of whole numbers such as "8,16,32"') from None
+
+    return parse
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest known flag when one is unknown."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(word, list(self._option_string_actions), n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+            self.error(f"unknown flag {word}; {hint}")
+        return parsed

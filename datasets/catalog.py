@@ -1,0 +1,197 @@
+"""A prepared dataset: its layout, loaded and checked.
+
+    <data_root>/<dataset_code>/sequential_data.txt   a line per user: user item item ..., ids from 1, oldest first
+    <data_root>/<dataset_code>/datamaps.json         item2id (and user2id): Amazon ids -> ids from 1, dense
+    <data_root>/<dataset_code>/meta.json.gz          a line per item: a Python literal or JSON object with an 'asin'
+    <data_root>/<dataset_code>/item2img.json         optional: item id or ASIN -> path below the next folder
+    <data_root>/photos/<dataset_code>/               optional: the pictures
+
+U users, N items, n interactions.
+"""
+
+import ast
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import InputError
+from datasets.files import read_json, read_text
+
+MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
+MAX_BAD_SHARE = 0.01  # of metadata lines that are no records
+LAYOUT = "datasets/catalog.py describes the prepared layout"
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Users' histories, ragged: user row u has items[offsets[u]:offsets[u + 1]], oldest first."""
+
+    items: np.ndarray  # [n] int64, 1..N
+    offsets: np.ndarray  # [U + 1] int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def of(self, row: int) -> np.ndarray:
+        """The items of one user row."""
+        return self.items[self.offsets[row] : self.offsets[row + 1]]
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """A prepared dataset. Item i (1..N) has asins[i - 1], metadata[i - 1] and pictures[i - 1]."""
+
+    name: str
+    sequences: Sequences
+    user_ids: np.ndarray  # [U] int64, as in sequential_data.txt
+    asins: list[str]
+    metadata: list[dict[str, Any]]  # {} where an item has none
+    pictures: list[Path | None] | None  # None: the dataset has no item2img.json
+    notes: list[str]  # what was left out or missing, with counts
+
+    @property
+    def num_items(self) -> int:
+        return len(self.asins)
+
+
+def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
+    """Load and check a prepared dataset. Raises InputError that names the file, the line and what mends it."""
+    root, notes = Path(data_root), []
+    folder = root / dataset_code
+    if not folder.is_dir():
+        near = sorted(p.parent.name for p in root.glob("*/sequential_data.txt")) if root.is_dir() else []
+        found = f"prepared there: {', '.join(near)}" if near else "nothing is prepared there"
+        raise InputError(
+            f"dataset {dataset_code!r} is not at {folder} ({found}); give --data_root the folder that holds it, "
+            f"or --dataset_code demo, which needs no download"
+        )
+    asins = _load_item_ids(folder / "datamaps.json")
+    sequences, user_ids = _load_sequences(folder / "sequential_data.txt", len(asins), notes)
+    metadata = _load_metadata(folder / "meta.json.gz", asins, notes)
+    pictures = _load_pictures(folder / "item2img.json", root / "photos" / dataset_code, asins)
+    return Catalog(dataset_code, sequences, user_ids, asins, metadata, pictures, notes)
+
+
+def _load_item_ids(path: Path) -> list[str]:
+    """ASINs in the order of their ids."""
+    maps = read_json(path, LAYOUT)
+    item2id = maps.get("item2id") if isinstance(maps, dict) else None
+    if not isinstance(item2id, dict) or not item2id:
+        raise InputError(f"{path} has no 'item2id' map; {LAYOUT}")
+    asins: list[str | None] = [None] * len(item2id)
+    for asin, text in item2id.items():
+        number = int(text) if str(text).isascii() and str(text).isdigit() else 0
+        if not 1 <= number <= len(asins) or asins[number - 1] is not None:
+            raise InputError(
+                f"{path}: item {asin!r} has id {text!r}; ids must be 1..{len(asins)}, each once, as item2id has "
+                f"{len(asins)} items"
+            )
+        asins[number - 1] = asin
+    return asins  # type: ignore[return-value]
+
+
+def _load_sequences(path: Path, num_items: int, notes: list[str]) -> tuple[Sequences, np.ndarray]:
+    users: dict[int, int] = {}  # user id -> line
+    rows: list[list[int]] = []
+    short = 0
+    for number, line in enumerate(read_text(path, LAYOUT).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            user, *items = map(int, line.replace("_", "?").split())  # int() would read 1_000
+        except ValueError:
+            raise InputError(f"{path}:{number}: {line[:60]!r} is not 'user item item ...' in whole numbers") from None
+        if not 1 <= user < 2**63 or user in users:
+            reason = "ids start at 1" if user not in users else f"the user has line {users[user]} already"
+            raise InputError(f"{path}:{number}: user {user}: {reason}")
+        bad = next((i for i in items if not 1 <= i <= num_items), None)
+        if bad is not None:
+            raise InputError(f"{path}:{number}: item {bad} is not in datamaps.json, whose item2id has 1..{num_items}")
+        if len(items) < MIN_ITEMS:
+            short += 1
+            continue
+        users[user] = number
+        rows.append(items)
+    if not rows:
+        raise InputError(f"{path}: no user has {MIN_ITEMS} items or more (one each to train, validate and test on)")
+    if short:
+        notes.append(f"{short} users with fewer than {MIN_ITEMS} items left out")
+    offsets = np.cumsum([0] + [len(row) for row in rows])
+    items = np.fromiter((item for row in rows for item in row), dtype=np.int64, count=offsets[-1])
+    return Sequences(items, offsets), np.fromiter(users, dtype=np.int64)
+
+
+def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[str, Any]]:
+    if not path.exists():
+        notes.append(f"no {path.name}: items have no text")
+        return [{} for _ in asins]
+    row_of = {asin: row for row, asin in enumerate(asins)}
+    metadata: list[dict[str, Any]] = [{} for _ in asins]
+    bad: list[int] = []
+    lines = [line for line in read_text(path, LAYOUT).split("\n") if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        record = parse_record(line)
+        if record is None or not isinstance(record.get("asin"), str):
+            bad.append(number)
+        elif record["asin"] in row_of:
+            metadata[row_of[record["asin"]]] = record
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        problem = f"{path.name}: {len(bad)} of {len(lines)} lines are no records with an 'asin' (lines {shown})"
+        if len(bad) > MAX_BAD_SHARE * len(lines):
+            raise InputError(f"{path.parent / problem}; more than {MAX_BAD_SHARE:.0%} is refused. {LAYOUT}")
+        notes.append(problem)
+    missing = sum(not record for record in metadata)
+    if missing:
+        notes.append(f"{missing} of {len(asins)} items have no metadata")
+    return metadata
+
+
+def parse_record(line: str) -> dict[str, Any] | None:
+    """A metadata line, JSON or a Python literal, as a dict; None where it is neither. Nothing in it is executed."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            record = parse(line.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        return record if isinstance(record, dict) else None
+    return None
+
+
+def _load_pictures(path: Path, photos: Path, asins: list[str]) -> list[Path | None] | None:
+    if not path.exists():
+        return None
+    mends = "it maps an item id or ASIN to a path below photos/<dataset_code>/"
+    item2img = read_json(path, mends)
+    if not isinstance(item2img, dict) or not all(isinstance(v, str) for v in item2img.values()):
+        raise InputError(f"{path} is not a map of names; {mends}")
+    row_of = {str(i): i - 1 for i in range(1, len(asins) + 1)} | {asin: row for row, asin in enumerate(asins)}
+    pictures: list[Path | None] = [None] * len(asins)
+    inside = photos.resolve()
+    for item, name in item2img.items():
+        if item not in row_of:
+            raise InputError(f"{path}: item {item!r} is not in datamaps.json; {mends}")
+        picture = inside / name
+        if not picture.resolve().is_relative_to(inside):
+            raise InputError(f"{path}: picture {name!r} of item {item!r} lies outside {photos}; {mends}")
+        pictures[row_of[item]] = picture
+    return pictures
+
+
+def describe(catalog: Catalog) -> str:
+    """One line: what the dataset holds."""
+    lengths = np.diff(catalog.sequences.offsets)
+    with_text = Counter(key for record in catalog.metadata for key in record)
+    shares = ", ".join(
+        f"{key} {with_text[key] / catalog.num_items:.0%}"
+        for key in ("title", "price", "brand", "categories")
+        if with_text[key]
+    )
+    return (
+        f"{catalog.name}: {len(catalog.sequences):,} users, {catalog.num_items:,} items, "
+        f"{lengths.sum():,} interactions (median history {np.median(lengths):.0f}); {shares or 'no metadata'}"
+    )

@@ -1,0 +1,262 @@
+"""Frozen encoders: a text or a picture in, one L2-normalised feature vector out.
+
+Text:     lexical, or any Hugging Face text encoder by name or local folder
+Pictures: pixel, or any open_clip model as MODEL/PRETRAINED or MODEL/path-to-weights
+
+Every encoder has a `fingerprint` (what its features depend on, for the cache), a width `dim`, and
+`encode(batch) -> float32 array [len(batch), dim]`. F: feature width, B: batch.
+"""
+
+import hashlib
+import itertools
+import json
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from config import InputError
+
+
+class Encoder(Protocol):
+    """What datasets/features.py asks of an encoder."""
+
+    dim: int
+    fingerprint: dict[str, Any]
+
+    def encode(self, batch: list[Any]) -> np.ndarray: ...
+
+
+def normalised(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1, zero rows left alone: [B, F] -> [B, F] float32."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------- without download
+
+
+class LexicalEncoder:
+    """Hashed bag of words, word pairs and character trigrams, each term weighted 1 + log(count)."""
+
+    dim = 1024
+    fingerprint: ClassVar = {"encoder": "lexical", "version": 1}
+
+    def encode(self, batch: list[str]) -> np.ndarray:
+        vectors = np.zeros((len(batch), self.dim))
+        for row, text in enumerate(batch):
+            for term, count in Counter(self._terms(text)).items():
+                code = zlib.crc32(term.encode())
+                vectors[row, code % self.dim] += (1 + np.log(count)) * (1 if code & 1 << 31 else -1)
+        return normalised(vectors)
+
+    @staticmethod
+    def _terms(text: str) -> list[str]:
+        words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+        pairs = [f"{a} {b}" for a, b in itertools.pairwise(words)]
+        trigrams = [f"#{w[i : i + 3]}" for w in (f"<{word}>" for word in words) for i in range(len(w) - 2)]
+        return words + pairs + trigrams
+
+
+class PixelEncoder:
+    """Colour and shape statistics of a 32 x 32 thumbnail: a histogram of hue and saturation, the mean colour and the
+    gradient orientations of 4 x 4 cells. The three parts weigh the same."""
+
+    side, cells = 32, 4
+    dim = 16 * 4 + 4 * 4 * 3 + 4 * 4 * 8
+    fingerprint: ClassVar = {"encoder": "pixel", "version": 1}
+
+    def encode(self, batch: list[Any]) -> np.ndarray:
+        return normalised(np.stack([self._describe(picture) for picture in batch]))
+
+    def _describe(self, picture: Any) -> np.ndarray:
+        thumbnail = picture.convert("RGB").resize((self.side, self.side))
+        hue, saturation, value = np.asarray(thumbnail.convert("HSV"), dtype=np.float64).transpose(2, 0, 1) / 255
+        colours, _, _ = np.histogram2d(
+            hue.ravel(), saturation.ravel(), bins=(16, 4), range=((0, 1), (0, 1)), weights=value.ravel()
+        )
+        means = self._by_cell(np.asarray(thumbnail, dtype=np.float64) / 255 - 0.5).mean(axis=2)
+        dy, dx = np.gradient(value)
+        bins = ((np.arctan2(dy, dx) / np.pi + 1) * 4).astype(int) % 8
+        edges = self._by_cell(np.hypot(dx, dy)[..., None] * (bins[..., None] == np.arange(8))).sum(axis=2)
+        return np.concatenate([normalised(part.reshape(1, -1))[0] for part in (colours, means, edges)])
+
+    def _by_cell(self, image: np.ndarray) -> np.ndarray:
+        """[side, side, channels] -> [cells, cells, pixels of a cell, channels]."""
+        k, n = self.cells, self.side // self.cells
+        return image.reshape(k, n, k, n, -1).swapaxes(1, 2).reshape(k, k, n * n, -1)
+
+
+# --------------------------------------------------------------------------------------------------- Hugging Face text
+
+
+class TransformersEncoder:
+    """A Hugging Face text encoder, pooled as its own 1_Pooling/config.json says: the mean of the tokens or the first
+    one. Without such a file the first token, as bge needs it."""
+
+    def __init__(self, name: str, device: Any) -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        model_id, revision, is_folder = _split_revision(name)
+        options = {} if is_folder else {"revision": revision}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model_id, **options)
+            self.model = AutoModel.from_pretrained(model_id, **options).to(device, torch.float32).eval()
+            self.pooling = _pooling(model_id, revision, is_folder)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"--language_encoder {name!r} cannot be loaded ({first}). Without network, give a local folder that "
+                f"holds the model's config.json, tokenizer and weights, or 'lexical', which needs no download"
+            ) from error
+        self.device = device
+        limit = getattr(self.model.config, "max_position_embeddings", 512)
+        self.max_length = min(self.tokenizer.model_max_length, limit, 512)
+        self.dim = self.model.config.hidden_size
+        self.fingerprint = language_fingerprint(name)
+
+    def encode(self, batch: list[str]) -> np.ndarray:
+        import torch
+
+        tokens = self.tokenizer(
+            batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.device)
+        with torch.inference_mode():
+            states = self.model(**tokens).last_hidden_state  # [B, tokens, F]
+        if self.pooling == "mean":
+            weights = tokens["attention_mask"][..., None].to(states.dtype)
+            states = (states * weights).sum(dim=1) / weights.sum(dim=1)
+        else:
+            states = states[:, 0]
+        return normalised(states.float().cpu().numpy())
+
+
+def _split_revision(name: str) -> tuple[str, str, bool]:
+    """(folder or hub name, revision, whether it is a folder)."""
+    if Path(name).is_dir():
+        return name, "", True
+    model_id, _, revision = name.partition("@")
+    return model_id, revision or "main", False
+
+
+def _pooling(model_id: str, revision: str, is_folder: bool) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    path = Path(model_id, "1_Pooling/config.json")
+    if not is_folder:
+        try:
+            path = Path(hf_hub_download(model_id, "1_Pooling/config.json", revision=revision))
+        except LocalEntryNotFoundError:
+            raise ValueError("its 1_Pooling/config.json is not in the local cache and there is no network") from None
+        except EntryNotFoundError:
+            return "first token"
+    if not path.exists():
+        return "first token"
+    modes = json.loads(path.read_text(encoding="utf-8"))
+    chosen = {mode.removeprefix("pooling_mode_") for mode, on in modes.items() if on is True}
+    chosen |= {mode for mode in [modes.get("pooling_mode")] if mode}  # newer files name it
+    for pooling, names in {"mean": {"mean_tokens", "mean"}, "first token": {"cls_token", "cls"}}.items():
+        if len(chosen & names) and chosen <= names | {"include_prompt"}:
+            return pooling
+    raise ValueError(f"its pooling {sorted(chosen)} is neither the mean of the tokens nor the first token")
+
+
+# ------------------------------------------------------------------------------------------------ open_clip pictures
+
+
+class OpenClipEncoder:
+    """The image tower of an open_clip model."""
+
+    def __init__(self, name: str, device: Any) -> None:
+        import torch
+
+        try:
+            import open_clip
+        except ImportError as error:
+            raise InputError(f"--img_encoder {name!r} needs open_clip: pip install open_clip_torch") from error
+        architecture, _, weights = name.partition("/")
+        if architecture not in open_clip.list_models() or not weights:
+            raise InputError(
+                f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights with one of "
+                f"open_clip's models, such as ViT-L-16-SigLIP-256/webli"
+            )
+        try:
+            model, _, self.preprocess = open_clip.create_model_and_transforms(architecture, pretrained=weights)
+        except Exception as error:  # whatever the hub client, the checkpoint reader or the model raise
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"--img_encoder {name!r} cannot be loaded ({first}). Without network, give MODEL/path-to-weights of a "
+                f"local file, or 'pixel', which needs no download"
+            ) from error
+        self.model, self.device = model.to(device, torch.float32).eval(), device
+        with torch.inference_mode():
+            size = open_clip.get_model_preprocess_cfg(model)["size"]
+            height, width = (size, size) if isinstance(size, int) else size
+            self.dim = self.model.encode_image(torch.zeros(1, 3, height, width, device=device)).shape[1]
+        self.fingerprint = image_fingerprint(name)
+
+    def encode(self, batch: list[Any]) -> np.ndarray:
+        import torch
+
+        pixels = torch.stack([self.preprocess(picture.convert("RGB")) for picture in batch]).to(self.device)
+        with torch.inference_mode():
+            return normalised(self.model.encode_image(pixels).float().cpu().numpy())
+
+
+# ---------------------------------------------------------------------------------------------------------- by name
+
+
+def language_encoder(name: str, device: Any) -> Encoder:
+    """The text encoder of this name. Raises InputError where it cannot be had."""
+    return LexicalEncoder() if name == "lexical" else TransformersEncoder(name, device)
+
+
+def image_encoder(name: str, device: Any) -> Encoder:
+    """The picture encoder of this name. Raises InputError where it cannot be had."""
+    return PixelEncoder() if name == "pixel" else OpenClipEncoder(name, device)
+
+
+def language_fingerprint(name: str) -> dict[str, Any]:
+    """What text features depend on beside the texts; known without loading the encoder."""
+    if name == "lexical":
+        return LexicalEncoder.fingerprint
+    model_id, revision, is_folder = _split_revision(name)
+    if is_folder:
+        return {"encoder": "transformers", "weights": _digest(sorted(Path(name).rglob("*")))}
+    return {"encoder": "transformers", "model": model_id, "revision": revision}
+
+
+def image_fingerprint(name: str) -> dict[str, Any]:
+    """What picture features depend on beside the pictures; known without loading the encoder."""
+    if name == "pixel":
+        return PixelEncoder.fingerprint
+    architecture, _, weights = name.partition("/")
+    weights = _digest([Path(weights)]) if Path(weights).is_file() else weights
+    return {"encoder": "open_clip", "model": architecture, "weights": weights}
+
+
+def hub_commit(name: str) -> str | None:
+    """The commit that the local hub cache holds of a Hugging Face encoder, where it holds one."""
+    if name == "lexical" or Path(name).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    model_id, revision, _ = _split_revision(name)
+    path = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _digest(paths: list[Path]) -> str:
+    """SHA-256 of the files' contents."""
+    digest = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()

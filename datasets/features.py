@@ -1,0 +1,226 @@
+"""Frozen features of a catalogue's items, computed once and cached.
+
+The cache is one safetensors file per dataset and encoder below <cache_root>/<dataset>/. Its name and header carry a key
+of all that the features depend on: the encoder and its weights, the text template or preprocessing, and the ordered
+items with their texts or pictures. A changed input is another key; a damaged file is noticed by its checksum and made
+again. N items, F feature width.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from config import InputError
+from datasets import encoders
+from datasets.catalog import Catalog
+from datasets.encoders import Encoder
+from datasets.files import replacing, write_json
+from datasets.text import NO_TEXT, item_text
+
+MAX_PIXELS = 50_000_000  # a picture that claims more is not decoded
+CACHE_ROOT = Path("data/features")
+
+
+def item_features(
+    catalog: Catalog,
+    *,
+    language: str | None,
+    image: str | None,
+    attributes: tuple[str, ...],
+    device: Any = "cpu",
+    batch_size: int = 32,
+    cache_root: Path = CACHE_ROOT,
+    say: Callable[[str], None] = print,
+) -> np.ndarray | None:
+    """Features [N, F] float32 of items 1..N: the text's, the picture's or both side by side, each of length 1.
+
+    language, image: names of encoders, or None for a branch that is off. None is returned where both are off.
+    Raises InputError where an encoder cannot be had or the dataset has no pictures.
+    """
+    parts = []
+    if language:
+        parts.append(_language_features(catalog, language, attributes, device, batch_size, cache_root, say))
+    if image:
+        parts.append(_image_features(catalog, image, device, batch_size, cache_root, say))
+    return np.concatenate(parts, axis=1) if parts else None
+
+
+def _language_features(catalog, name, attributes, device, batch_size, cache_root, say) -> np.ndarray:
+    texts = [item_text(record, attributes) for record in catalog.metadata]
+    if all(text == NO_TEXT for text in texts):
+        known = sorted({key for record in catalog.metadata for key in record})
+        raise InputError(
+            f"--item_attributes {','.join(attributes)}: no item of {catalog.name} has any of them; its metadata has "
+            f"{', '.join(known) or 'nothing'}"
+        )
+    absent = [a for a in attributes if not any(record.get(a) for record in catalog.metadata)]
+    if absent:
+        say(f"no item has {' or '.join(absent)}: left out of the texts")
+    without = sum(text == NO_TEXT for text in texts)
+    if without:
+        say(f"{without} of {len(texts)} items have no text: encoded as {NO_TEXT!r}")
+    key = {
+        "kind": "language",
+        **encoders.language_fingerprint(name),
+        "items": _digest([*catalog.asins, *texts]),
+    }
+
+    def compute() -> np.ndarray:
+        encoder = encoders.language_encoder(name, device)
+        longest_first = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+        batches = ((rows, [texts[row] for row in rows]) for rows in _chunks(longest_first, batch_size))
+        return _encode(encoder, batches, len(texts), "encoding texts")
+
+    path = _cache_path(cache_root, catalog.name, name, key)
+    return _cached(path, key, encoders.hub_commit(name), compute, say)
+
+
+def _image_features(catalog, name, device, batch_size, cache_root, say) -> np.ndarray:
+    if catalog.pictures is None:
+        raise InputError(
+            f"{catalog.name} has no item2img.json, so there are no pictures for --img_encoder {name}; "
+            f"--no-use_img_encoder trains on text alone"
+        )
+    pictures = catalog.pictures
+    key = {
+        "kind": "image",
+        **encoders.image_fingerprint(name),
+        "items": _digest([*catalog.asins, *map(_file_signature, pictures)]),
+    }
+    path = _cache_path(cache_root, catalog.name, name, key)
+    broken: dict[str, str] = {}  # ASIN -> why its picture is not used
+
+    def compute() -> np.ndarray:
+        encoder = encoders.image_encoder(name, device)
+
+        def batches():
+            for rows in _chunks(range(len(pictures)), batch_size):
+                opened = [(row, _open_picture(pictures[row], catalog.asins[row], broken)) for row in rows]
+                readable = [(row, picture) for row, picture in opened if picture is not None]
+                yield [row for row, _ in readable], [picture for _, picture in readable]
+
+        features = _encode(encoder, batches(), len(pictures), "encoding pictures")
+        if not features.any():
+            example = f" ({next(iter(broken.values()))})" if broken else ""
+            raise InputError(
+                f"none of {catalog.name}'s pictures can be read{example}; --no-use_img_encoder goes without"
+            )
+        write_json(path.with_suffix(".broken.json"), broken)
+        return features
+
+    features = _cached(path, key, None, compute, say)
+    without = int((~features.any(axis=1)).sum())
+    if without:
+        say(f"{without} of {len(pictures)} items have no readable picture: zero vectors, named in "
+            f"{path.with_suffix('.broken.json')}")  # fmt: skip
+    return features
+
+
+def _open_picture(path: Path | None, asin: str, broken: dict[str, str]) -> Any | None:
+    """The decoded picture, or None with the reason noted in `broken`."""
+    from PIL import Image
+
+    if path is None:
+        broken[asin] = "no picture listed"
+        return None
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        broken[asin] = f"{path.name}: {error}"
+        return None
+
+
+def _encode(encoder: Encoder, batches: Iterable[tuple[list[int], list[Any]]], num_items: int, what: str) -> np.ndarray:
+    features = np.zeros((num_items, encoder.dim), dtype=np.float32)
+    with tqdm(total=num_items, desc=what, unit="item", disable=None) as bar:
+        for rows, batch in batches:
+            if rows:
+                features[rows] = encoder.encode(batch)
+            bar.update(len(rows))
+    if not np.isfinite(features).all():
+        raise InputError(
+            f"the encoder {encoder.fingerprint} gave features that are not finite; its weights are damaged"
+        )
+    return features
+
+
+def _chunks(rows: Any, size: int) -> Iterable[list[int]]:
+    rows = list(rows)
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+# ---------------------------------------------------------------------------------------------------------- the cache
+
+
+def _cached(
+    path: Path, key: dict[str, Any], commit: str | None, compute: Callable[[], np.ndarray], say: Callable[[str], None]
+) -> np.ndarray:
+    """The features at `path`, or `compute()` written there. `commit`: what the hub's model is at now, if known."""
+    if path.exists():
+        features, problem = _read(path, key, commit)
+        if features is not None:
+            return features
+        say(f"{path} is {problem}: made again")
+    features = compute()
+    _write(path, features, key, commit)
+    return features
+
+
+def _read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[np.ndarray | None, str]:
+    """(features, "") or (None, what is wrong with the file)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header, features = file.metadata() or {}, file.get_tensor("features")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        return None, f"damaged ({error})"
+    if header.get("sha256") != hashlib.sha256(features.tobytes()).hexdigest():
+        return None, "damaged (its checksum differs)"
+    if header.get("key") != json.dumps(key, sort_keys=True):
+        return None, "of another key"
+    if commit and header.get("commit") not in ("", commit):
+        return None, f"of another commit of the encoder ({header['commit']}, now {commit})"
+    return features, ""
+
+
+def _write(path: Path, features: np.ndarray, key: dict[str, Any], commit: str | None) -> None:
+    from safetensors.numpy import save_file
+
+    header = {
+        "key": json.dumps(key, sort_keys=True),
+        "commit": commit or "",
+        "sha256": hashlib.sha256(features.tobytes()).hexdigest(),
+    }
+    with replacing(path) as temporary:
+        save_file({"features": features}, temporary, metadata=header)
+
+
+def _cache_path(cache_root: Path, dataset: str, encoder_name: str, key: dict[str, Any]) -> Path:
+    last = Path(encoder_name).name or encoder_name
+    short = re.sub(r"[^A-Za-z0-9.]+", "-", last).strip("-") or "encoder"
+    return cache_root / dataset / f"{key['kind']}-{short}-{_digest([json.dumps(key, sort_keys=True)])[:16]}.safetensors"
+
+
+def _digest(strings: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for string in strings:
+        digest.update(string.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+def _file_signature(path: Path | None) -> str:
+    try:
+        stat = path.stat() if path else None
+    except OSError:
+        stat = None
+    return f"{path.name} {stat.st_size} {stat.st_mtime_ns}" if path and stat else ""

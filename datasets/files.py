@@ -1,0 +1,72 @@
+"""Files that are whole or absent: written under a temporary name in the same folder, then renamed."""
+
+import gzip
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from config import InputError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success it takes the name `path`, on any error it is removed and `path` stays as it
+    was. Raises InputError where the folder cannot be written or the disk is full."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file for people to read, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_text(path: Path, mends: str) -> str:
+    """Read a UTF-8 text file, gzipped if its name ends in .gz. `mends`: what to do where it is missing or damaged."""
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; {mends}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}); {mends}") from None
+    except (EOFError, OSError, gzip.zlib.error) as error:  # gzip raises EOFError where a file was cut short
+        raise InputError(f"{path} cannot be read ({error}); {mends}") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty; {mends}")
+    return text
+
+
+def read_json(path: Path, mends: str) -> Any:
+    """Read a JSON file. `mends`: what to do where it is missing or damaged."""
+    try:
+        return json.loads(read_text(path, mends))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}); {mends}") from None

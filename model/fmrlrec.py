@@ -1,0 +1,123 @@
+"""fMRLRec (section 3 of the paper): item encoder, blocks of LRU and feed-forward network, scores over the catalogue.
+
+    item i:  features [F] ---Linear---> E_i [D]                    (item table E, [N+1, D]; row 0: begin of sequence)
+    history: E_{i1} E_{i2} ... ---[x + Dropout(LRU(LN(x))); x + FFN(LN(x))] x blocks---> z [D]
+    score of item i with the sub-model of size m:  z[:m] · E[i, :m]
+
+Histories are packed as in model/lru.py. N items, T tokens, F feature width, D largest size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.fmrl import FMRLLayerNorm, FMRLLinear, increments
+from model.lru import LRU
+
+
+class ItemEncoder(nn.Module):
+    """The item table E [N+1, D]: a linear projection of frozen features, or learned outright where there are none.
+
+    The projection is not masked: its first m output columns are the sub-model's. Token 0, which begins a sequence, has
+    zero features, so its embedding is the projection's bias.
+    """
+
+    def __init__(self, num_items: int, dim: int, features: Tensor | None) -> None:
+        """features: [N, F], row i - 1 for item i; None: a learned table."""
+        super().__init__()
+        if features is None:
+            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_items + 1, dim), std=0.02, a=-0.04, b=0.04))
+        else:
+            if features.ndim != 2 or len(features) != num_items:
+                raise ValueError(f"features of shape {list(features.shape)} do not describe {num_items} items")
+            self.register_buffer("features", F.pad(features, (0, 0, 1, 0)), persistent=False)  # [N+1, F]
+            self.projection = nn.Linear(features.shape[1], dim)
+
+    def forward(self) -> Tensor:
+        return self.projection(self.features) if hasattr(self, "projection") else self.table
+
+
+class FeedForward(nn.Module):
+    """FFN(x) = Dropout(W2 (SiLU(G x) ⊙ Dropout(W1 x))): [T, D] -> [T, D]."""
+
+    def __init__(self, sizes: tuple[int, ...], dropout: float) -> None:
+        super().__init__()
+        self.G, self.W1, self.W2 = FMRLLinear(sizes), FMRLLinear(sizes), FMRLLinear(sizes)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.W2(F.silu(self.G(x)) * self.dropout(self.W1(x))))
+
+
+class Block(nn.Module):
+    """x + Dropout(LRU(LN(x))), then x + FFN(LN(x)): [T, D] -> [T, D]."""
+
+    def __init__(self, sizes: tuple[int, ...], dropout: float, attn_dropout: float, bias: bool, r: tuple) -> None:
+        super().__init__()
+        self.norm1, self.lru, self.attn_dropout = FMRLLayerNorm(sizes), LRU(sizes, bias, *r), nn.Dropout(attn_dropout)
+        self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout)
+
+    def forward(self, x: Tensor, position: Tensor, longest: int) -> Tensor:
+        x = x + self.attn_dropout(self.lru(self.norm1(x), position, longest))
+        return x + self.ffn(self.norm2(x))
+
+
+class FMRLRec(nn.Module):
+    """The recommender; the first m dimensions of all its weights are the sub-model of size m, for every m in sizes."""
+
+    def __init__(
+        self,
+        num_items: int,
+        features: Tensor | None,
+        sizes: tuple[int, ...],
+        num_blocks: int = 2,
+        dropout: float = 0.5,
+        attn_dropout: float = 0.5,
+        use_bias: bool = True,
+        r_min: float = 0.0,
+        r_max: float = 0.1,
+    ) -> None:
+        """features: [N, F] of items 1..N, or None for a learned item table. Raises ValueError for sizes that do not
+        increase and for features of another number of items."""
+        super().__init__()
+        increments(sizes)  # raises where sizes cannot be nested
+        self.num_items, self.sizes = num_items, tuple(sizes)
+        self.settings = {
+            "num_blocks": num_blocks,
+            "dropout": dropout,
+            "attn_dropout": attn_dropout,
+            "use_bias": use_bias,
+            "r_min": r_min,
+            "r_max": r_max,
+        }
+        self.items = ItemEncoder(num_items, sizes[-1], features)
+        self.blocks = nn.ModuleList(
+            Block(self.sizes, dropout, attn_dropout, use_bias, (r_min, r_max)) for _ in range(num_blocks)
+        )
+
+    def item_table(self) -> Tensor:
+        """E [N+1, D]; row 0 is the begin-of-sequence token, which is no item."""
+        return self.items()
+
+    def encode(self, item_table: Tensor, tokens: Tensor, position: Tensor, longest: int) -> Tensor:
+        """What each token's history asks for next: z [T, D].
+
+        item_table: [N+1, D] from `item_table()`; tokens: [T] item ids, 0 begins a sequence; position: [T] steps since
+        the state was empty; longest: the most tokens of one history.
+        """
+        x = F.embedding(tokens, item_table)
+        for block in self.blocks:
+            x = block(x, position, longest)
+        return x
+
+
+def count_parameters(model: FMRLRec) -> int:
+    """Trainable parameters, complex ones counted once and masked zeros not counted."""
+    masked = {
+        id(p): int(module.mask.sum())
+        for module in model.modules()
+        if hasattr(module, "mask")
+        for p in module.parameters(recurse=False)
+        if p.shape == module.mask.shape
+    }
+    return sum(masked.get(id(p), p.numel()) for name, p in model.named_parameters() if not name.endswith("_im"))

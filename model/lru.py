@@ -1,0 +1,95 @@
+"""The Linear Recurrent Unit (section 3.3 of the paper, eq. 8; Orvieto et al., 2023), in real arithmetic.
+
+    h_k = λ ⊙ h_{k-1} + γ ⊙ (B x_k + b),    y_k = Re(C h_k) + c,    λ = exp(-exp(ν) + i exp(θ))
+
+λ, h, B, b and C are complex and kept as real and imaginary parts (`_re`, `_im`).
+
+Histories are packed: T tokens of many histories one after another, [T, D]. `position[t]` counts the steps since the
+state was last empty, so h_{t-1} is carried into t where position[t] > 0; that is where one history ends and the next
+begins. No work is done on padding.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.fmrl import nested_mask, nested_uniform_
+
+
+def ring_init(dim: int, r_min: float, r_max: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(ν_log, θ_log, γ_log), each [dim], with λ uniform on the ring r_min <= |λ| <= r_max."""
+    u1 = torch.rand(dim).clamp_min(1e-12)  # log(0) where r_min is 0
+    u2 = torch.rand(dim).clamp_min(1e-12)
+    nu_log = torch.log(-0.5 * torch.log(u1 * (r_max**2 - r_min**2) + r_min**2))
+    theta_log = torch.log(2 * math.pi * u2)
+    modulus = torch.exp(-torch.exp(nu_log))
+    return nu_log, theta_log, torch.log(torch.sqrt(1 - modulus**2))
+
+
+def linear_recurrence(
+    u_re: Tensor, u_im: Tensor, lambda_re: Tensor, lambda_im: Tensor, position: Tensor, longest: int
+) -> tuple[Tensor, Tensor]:
+    """h_t = u_t + λ h_{t-1} (0 instead of h_{t-1} where position[t] = 0) in ceil(log2(longest)) vectorised steps:
+    after step k every h_t has summed its last 2^k inputs.
+
+    u_re, u_im: [T, D]; lambda_re, lambda_im: [D]; position: [T] int; longest: the most tokens of one history.
+    Returns (h_re, h_im), each [T, D]. `linear_recurrence_loop` is the same in plain words.
+    """
+    h_re, h_im, shift = u_re, u_im, 1
+    while shift < longest:
+        reaches = (position[shift:] >= shift).to(u_re.dtype)[:, None]  # [T - shift, 1]
+        past_re, past_im = h_re[:-shift] * reaches, h_im[:-shift] * reaches
+        h_re = h_re + F.pad(lambda_re * past_re - lambda_im * past_im, (0, 0, shift, 0))
+        h_im = h_im + F.pad(lambda_re * past_im + lambda_im * past_re, (0, 0, shift, 0))
+        lambda_re, lambda_im = lambda_re**2 - lambda_im**2, 2 * lambda_re * lambda_im
+        shift *= 2
+    return h_re, h_im
+
+
+def linear_recurrence_loop(
+    u_re: Tensor, u_im: Tensor, lambda_re: Tensor, lambda_im: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The plain twin of `linear_recurrence`: one step a token."""
+    u, eigenvalue = torch.complex(u_re, u_im), torch.complex(lambda_re, lambda_im)
+    states = [u[0]]
+    for t in range(1, len(u)):
+        states.append(u[t] + eigenvalue * states[-1] if position[t] > 0 else u[t])
+    h = torch.stack(states)
+    return h.real, h.imag
+
+
+class LRU(nn.Module):
+    """x [T, D] -> y [T, D] over packed histories, with nested B and C."""
+
+    def __init__(self, sizes: tuple[int, ...], bias: bool, r_min: float, r_max: float) -> None:
+        super().__init__()
+        dim = sizes[-1]
+        nu_log, theta_log, gamma_log = ring_init(dim, r_min, r_max)
+        self.nu_log, self.theta_log, self.gamma_log = map(nn.Parameter, (nu_log, theta_log, gamma_log))
+        self.register_buffer("mask", nested_mask(sizes), persistent=False)
+        # Imaginary parts start at zero; the imaginary part of C's bias would have no effect on Re(C h + c).
+        self.B_re = nn.Parameter(nested_uniform_(torch.empty(dim, dim), sizes) * self.mask)
+        self.B_im = nn.Parameter(torch.zeros(dim, dim))
+        self.C_re = nn.Parameter(nested_uniform_(torch.empty(dim, dim), sizes) * self.mask)
+        self.C_im = nn.Parameter(torch.zeros(dim, dim))
+        self.B_bias_re = nn.Parameter(nested_uniform_(torch.empty(dim), sizes)) if bias else None
+        self.B_bias_im = nn.Parameter(torch.zeros(dim)) if bias else None
+        self.C_bias = nn.Parameter(nested_uniform_(torch.empty(dim), sizes)) if bias else None
+
+    def eigenvalues(self) -> tuple[Tensor, Tensor]:
+        """(Re λ, Im λ), each [D]."""
+        modulus, angle = torch.exp(-torch.exp(self.nu_log)), torch.exp(self.theta_log)
+        return modulus * torch.cos(angle), modulus * torch.sin(angle)
+
+    def forward(self, x: Tensor, position: Tensor, longest: int) -> Tensor:
+        """x [T, D], position [T]; longest: the most tokens of one history. Returns y [T, D]."""
+        # B x is one real multiplication with twice the rows, Re(C h) one with twice the columns.
+        B = torch.cat([self.B_re * self.mask, self.B_im * self.mask])  # [2D, D]
+        b = None if self.B_bias_re is None else torch.cat([self.B_bias_re, self.B_bias_im])
+        gamma = torch.exp(self.gamma_log)
+        u_re, u_im = F.linear(x, B, b).chunk(2, dim=-1)  # [T, D] each
+        h_re, h_im = linear_recurrence(u_re * gamma, u_im * gamma, *self.eigenvalues(), position, longest)
+        C = torch.cat([self.C_re * self.mask, -self.C_im * self.mask], dim=1)  # [D, 2D]
+        return F.linear(torch.cat([h_re, h_im], dim=-1), C, self.C_bias)

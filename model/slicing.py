@@ -1,0 +1,25 @@
+"""Train once, deploy at any size: the first m dimensions of a trained model as a model of its own."""
+
+import torch
+
+from model.fmrlrec import FMRLRec
+
+
+def slice_model(model: FMRLRec, size: int) -> FMRLRec:
+    """The stand-alone model of one trained size: every weight cut to its first `size` rows and columns.
+
+    It shares nothing with `model` but the frozen features, and scores as `model` does on the first `size` dimensions.
+    Raises ValueError for a size that was not trained.
+    """
+    if size not in model.sizes:
+        raise ValueError(f"size {size} was not trained; the model has {', '.join(map(str, model.sizes))}")
+    sizes = tuple(m for m in model.sizes if m <= size)
+    features = model.items.features[1:] if hasattr(model.items, "features") else None
+    device = next(model.parameters()).device
+    with device:
+        small = FMRLRec(model.num_items, features, sizes, **model.settings)
+    large = model.state_dict()
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            parameter.copy_(large[name][tuple(slice(0, n) for n in parameter.shape)])
+    return small.train(model.training)

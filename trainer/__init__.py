@@ -1,0 +1,1 @@
+"""The loop, evaluation, metrics, run folders, checkpoints, the log and plots."""

@@ -1,0 +1,52 @@
+"""Checkpoints: best.safetensors (weights) and last.pt (all that --resume needs). Nothing is unpickled freely."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import InputError
+from datasets.files import replacing
+
+
+def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    """Write a model's weights, without the frozen features."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, temporary, metadata=metadata)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load weights into a model of the same shape. Raises InputError for a damaged file or another shape."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} does not exist: the run has no finished epoch yet; continue it with --resume"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); continue the run with --resume, or train again") from None
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit the model that the run's config.json describes: {error}") from None
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write last.pt."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    """Read last.pt; None where a run was cut off before its first epoch ended. Raises InputError if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it to start the run again from its beginning") from None

@@ -1,0 +1,39 @@
+"""Where a run says how it goes: one readable line and one JSON line an epoch, and Weights & Biases if asked for."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from datasets.files import write_text
+
+
+class RunLog:
+    """Writes log.jsonl whole at every epoch, so that a resumed run has each epoch once."""
+
+    def __init__(self, run: Path, records: list[dict[str, Any]], wandb_run: Any | None = None) -> None:
+        self.path, self.records, self.wandb_run = run / "log.jsonl", records, wandb_run
+
+    def epoch(self, record: dict[str, Any], line: str) -> None:
+        """Keep an epoch's record and print its line."""
+        self.records.append(record)
+        write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+        print(line, flush=True)
+        if self.wandb_run:
+            self.wandb_run.log(record, step=record["epoch"])
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Hand over the final metrics."""
+        if self.wandb_run:
+            self.wandb_run.summary.update(summary)
+            self.wandb_run.finish()
+
+
+def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
+    """A wandb run that lives in the run's folder; offline unless a key is set or WANDB_MODE says otherwise."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    return wandb.init(
+        project="fmrlrec", name=run.name, id=run.name, dir=run, config=settings, mode=mode, resume="allow"
+    )

@@ -1,0 +1,128 @@
+"""A run is a folder, <runs_root>/<dataset_code>/<time>-<run_name>/, with
+
+config.json              the settings and where each came from
+env.json                 versions, device, commit, command line
+log.jsonl                a line an epoch
+best.safetensors         the weights of the best epoch by validation
+last.pt                  what --resume needs
+test_metrics.json        the largest size on the test set
+test_mrl_metrics.json    every size, sliced out and evaluated alone (…_history_masked.json: without the history)
+*.png                    metric against size
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from config import Config, InputError, from_saved, is_runtime
+from datasets.files import read_json, write_json
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def create_run(config: Config, sources: dict[str, str], device: str) -> Path:
+    """Make a new run's folder with its config.json and env.json."""
+    name = config.run_name or f"{config.branch}-{config.mrl_hidden_sizes[-1]}"
+    parent = Path(config.runs_root) / config.dataset_code
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    for attempt in range(1, 1000):
+        run = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(
+                f"cannot make the run's folder {run}: {error.strerror}; give another --runs_root"
+            ) from None
+        break
+    write_json(run / "env.json", environment(device))
+    write_json(run / "config.json", {"settings": vars(config), "sources": sources})
+    return run
+
+
+def read_config(run: Path) -> tuple[Config, dict[str, str]]:
+    """A run's settings, and where each came from. Raises InputError where the folder is no run."""
+    saved = read_json(run / "config.json", "give a run's folder, as train.py prints it")
+    if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
+        raise InputError(f"{run / 'config.json'} is not a run's configuration")
+    return from_saved(saved["settings"]), saved.get("sources", {})
+
+
+def find_run(runs_root: Path, flags: dict[str, Any], needs: str) -> Path:
+    """The newest run whose settings equal the given flags (runtime flags aside) and that has the file `needs`.
+
+    Raises InputError that shows the newest runs and what differs in them.
+    """
+    wanted = {name: value for name, value in flags.items() if not is_runtime(name)}
+    near = []
+    for path in sorted(runs_root.glob("*/*/config.json"), key=lambda p: p.parent.name, reverse=True):
+        run = path.parent
+        config, _ = read_config(run)
+        differs = [f"{k} {_shown(getattr(config, k))}" for k, v in wanted.items() if getattr(config, k) != v]
+        if not differs and (run / needs).exists():
+            return run
+        near.append(f"  {run}: {', '.join(differs) or f'has no {needs} yet'}")
+    asked = " ".join(f"--{k} {_shown(v)}" for k, v in wanted.items()) or "any flags"
+    if not near:
+        raise InputError(f"there is no run below {runs_root}; train one: python train.py")
+    listed = "\n".join(near[:5])
+    raise InputError(f"no run below {runs_root} fits {asked}. The newest ones and what differs in them:\n{listed}")
+
+
+def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
+    """A run's settings with the runtime flags given now. Raises InputError if another flag differs from the run."""
+    for name, value in flags.items():
+        if not is_runtime(name) and getattr(config, name) != value:
+            raise InputError(
+                f"--{name} {_shown(value)} differs from {run}, which has {_shown(getattr(config, name))}; "
+                f"leave the flag out, or start a new run without --resume"
+            )
+    return from_saved(vars(config) | {k: v for k, v in flags.items() if is_runtime(k)})
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, device, commit and command line."""
+    packages = ("torch", "numpy", "transformers", "open_clip_torch", "safetensors")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "device": device,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl."""
+    path = run / "log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -1,0 +1,195 @@
+"""The training loop: AdamW with warm-up and cosine, validation every epoch, the best epoch kept, early stopping."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import InputError
+from dataloader import Batch, EvalRows, TrainLoader
+from model import FMRLRec, matryoshka_cross_entropy
+from trainer.checkpoint import save_state, save_weights
+from trainer.evaluation import evaluate
+from trainer.runlog import RunLog
+
+CHECK_EVERY = 50  # steps between looks at whether the losses are finite: a look makes a GPU wait
+
+
+@dataclass
+class Progress:
+    """How far a run is; with weights, optimizer and random states, all that resuming needs."""
+
+    epoch: int = 0  # finished ones
+    step: int = 0
+    best: float = -math.inf
+    best_epoch: int = 0
+    seconds: float = 0.0
+
+    def waited(self) -> int:
+        """Epochs since the best one."""
+        return self.epoch - self.best_epoch
+
+
+@dataclass
+class Trainer:
+    """Trains a model and keeps its run folder. `fit` runs until num_epochs or until validation stops improving."""
+
+    model: FMRLRec
+    loader: TrainLoader
+    val_rows: EvalRows
+    run: Path
+    log: RunLog
+    num_epochs: int
+    optimizer: str
+    lr: float
+    weight_decay: float
+    adam_epsilon: float
+    max_grad_norm: float
+    warmup_steps: int
+    schedule: bool
+    patience: int | None  # None: no early stopping
+    reduction: str
+    val_batch_size: int
+    metric_ks: tuple[int, ...]
+    best_metric: str
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self._optimizer = build_optimizer(self.model, self.optimizer, self.lr, self.weight_decay, self.adam_epsilon)
+
+    def fit(self) -> Progress:
+        """Train to the end. Raises InputError if the loss is not finite; the last good checkpoint stays."""
+        while not self.finished():
+            started = time.perf_counter()
+            loss = self._train_epoch()
+            trained = time.perf_counter()
+            metrics = self.validate()
+            self.progress.epoch += 1
+            self.progress.seconds += time.perf_counter() - started
+            self._keep(loss, metrics, trained - started)
+        return self.progress
+
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        stopped = self.patience is not None and self.progress.waited() >= self.patience
+        return stopped or self.progress.epoch >= self.num_epochs
+
+    def validate(self) -> dict[int, dict[str, float]]:
+        """Validation metrics of every size."""
+        return evaluate(
+            self.model, self.val_rows, sizes=self.model.sizes, batch_size=self.val_batch_size, ks=self.metric_ks
+        )
+
+    def _train_epoch(self) -> float:
+        """One pass over the users. Returns the mean loss of its steps."""
+        self.model.train()
+        number = self.progress.epoch + 1
+        total, losses = 0.0, []
+        batches = tqdm(
+            self.loader.epoch(number), f"epoch {number}", len(self.loader), leave=False, unit="step", disable=None
+        )
+        for i, batch in enumerate(batches, start=1):
+            losses.append(self._step(batch))
+            if len(losses) == CHECK_EVERY or i == len(self.loader):
+                total += self._check(losses)
+                losses = []
+        return total / len(self.loader)
+
+    def _step(self, batch: Batch) -> Tensor:
+        table = self.model.item_table()
+        z = self.model.encode(table, batch.tokens, batch.position, batch.longest)
+        loss = matryoshka_cross_entropy(z, table, batch.labels, self.model.sizes, self.reduction)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.lr_at(self.progress.step)
+        self._optimizer.step()
+        self.progress.step += 1
+        return loss.detach()
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step: linear warm-up, then a half cosine to 0 at the end of num_epochs."""
+        if not self.schedule:
+            return self.lr
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        steps = max(1, self.num_epochs * len(self.loader) - self.warmup_steps)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.warmup_steps) / steps)))
+
+    def _check(self, losses: list[Tensor]) -> float:
+        """The sum of the losses. Raises InputError that names the step where one is not finite."""
+        values = torch.stack(losses).tolist()
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                step = self.progress.step - len(values) + i + 1
+                epoch = self.progress.epoch
+                kept = f"the state after epoch {epoch} is kept in {self.run}" if epoch else "no epoch was finished"
+                raise InputError(
+                    f"the loss is {value} at step {step} (epoch {epoch + 1}); {kept}. Try a smaller --lr or "
+                    f"--max_grad_norm, or more --warmup_steps"
+                )
+        return sum(values)
+
+    def _keep(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
+        """Write the epoch's checkpoints and log."""
+        progress, value = self.progress, metrics[self.model.sizes[-1]][self.best_metric]
+        if value > progress.best:
+            progress.best, progress.best_epoch = value, progress.epoch
+            save_weights(self.model, self.run / "best.safetensors", {"epoch": str(progress.epoch)})
+        record = {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "loss": loss,
+            "lr": self.lr_at(progress.step - 1),
+            "train_seconds": round(train_seconds, 3),
+            "seconds": round(progress.seconds, 3),
+            "best_epoch": progress.best_epoch,
+            "val": {str(m): metrics[m] for m in metrics},
+        }
+        self.log.epoch(record, self._line(record, value))
+        save_state(self.run / "last.pt", self.state())
+
+    def _line(self, record: dict[str, Any], value: float) -> str:
+        progress = self.progress
+        per_epoch = progress.seconds / progress.epoch
+        eta = per_epoch * (self.num_epochs - progress.epoch)
+        return (
+            f"epoch {progress.epoch:3d}/{self.num_epochs}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"val {self.best_metric} {value:.4f}{' *' if progress.best_epoch == progress.epoch else '  '}  "
+            f"{len(self.loader) / max(record['train_seconds'], 1e-9):.1f} steps/s  {per_epoch:.1f} s/epoch  "
+            f"at most {eta / 60:.1f} min left"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that resuming needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "progress": vars(self.progress).copy(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `state`."""
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, eps: float) -> torch.optim.Optimizer:
+    """AdamW or Adam that decays everything but the biases (LayerNorm weights and ν, θ, γ too, as the released code)."""
+    biases = [p for n, p in model.named_parameters() if "bias" in n]
+    others = [p for n, p in model.named_parameters() if "bias" not in n]
+    groups = [{"params": others, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, lr=lr, eps=eps)

@@ -115,11 +115,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def load_data(config: Config, device: torch.device) -> tuple[Catalog, np.ndarray | None]:
     """The catalogue and its items' features [N, F] (None without encoders); the demo is made where it is missing."""
     from datasets.catalog import describe, load_catalog
-    from datasets.demo import DEMO_ROOT, prepare_demo
     from datasets.features import item_features
 
     data_root = config.data_root
     if config.dataset_code == "demo":
+        from datasets.demo import DEMO_ROOT, prepare_demo
+
         data_root = prepare_demo(DEMO_ROOT)
     catalog = load_catalog(data_root, config.dataset_code)
     for line in (describe(catalog), *catalog.notes):

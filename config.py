@@ -2,7 +2,7 @@
 
 Edit a default below, or give a flag of the same name on the command line. What wins:
 
-    a flag that the user gives  >  the dataset's preset (PRESETS)  >  the default
+    a flag that the user gives  >  the dataset's preset (PRESETS)  >  the default (class Config)
 
 The command line is generated from the dataclass: a new field is a new flag.
 """
@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import itertools
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -193,7 +194,13 @@ def parse_args(
 ) -> tuple[Config, dict[str, str], argparse.Namespace]:
     """Read the command line. Returns the settings, where each came from ("default", "preset" or "flag"), and the
     values of the script's own arguments, which `add_arguments` adds to the parser. Exits with 2 on a bad flag."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser = _Parser(
+        usage="%(prog)s [--setting value ...]",
+        description=description,
+        epilog=_epilog(),
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
     if add_arguments:
         add_arguments(parser)
     group = parser
@@ -251,7 +258,7 @@ def _add_flag(group: Any, f: dataclasses.Field) -> None:
     help = f"{f.metadata['help']} (default: {shown or 'empty'})".replace("%", "%%")
     common = {"dest": f.name, "default": argparse.SUPPRESS}
     if isinstance(default, bool):
-        group.add_argument(flag, nargs="?", const=True, type=_boolean, metavar="true|false", help=help, **common)
+        group.add_argument(flag, nargs="?", const=True, type=_boolean, metavar="BOOL", help=help, **common)
         group.add_argument(f"--no-{f.name}", f"--no_{f.name}", action="store_false", help=argparse.SUPPRESS, **common)
     elif isinstance(default, tuple):
         of = type(default[0])
@@ -261,6 +268,17 @@ def _add_flag(group: Any, f: dataclasses.Field) -> None:
         metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
         options = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"metavar": metavar}
         group.add_argument(flag, type=type(default), help=help, **options, **common)
+
+
+def _epilog() -> str:
+    lines = ["A setting that is true or false is set by --NAME, --no-NAME or --NAME=false.", ""]
+    lines += ["A flag wins over the dataset's preset, a preset over the default. Presets:"]
+    for dataset, preset in PRESETS.items():
+        values = ", ".join(
+            f"{name} {','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in preset.items()
+        )
+        lines += textwrap.wrap(f"{dataset}: {values}", 108, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def _boolean(text: str) -> bool:
@@ -282,7 +300,7 @@ def _tuple_of(of: type) -> Callable[[str], tuple]:
     return parse
 
 
-class _HelpFormatter(argparse.HelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
 

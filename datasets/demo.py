@@ -1,8 +1,8 @@
 """The demo catalogue: a small shop made from a seed in seconds, in the prepared layout, without any download.
 
-What a user takes next depends on the product type of the item before (a tent calls for a sleeping bag), on its brand, and
-on the user's taste in colour and motif. Type and brand stand in the text, colour and motif are seen only in the picture.
-So text and pictures together tell more than text, text more than pictures, and both more than popularity.
+What a user takes next depends on the product type of the item before (a tent calls for a sleeping bag), on its brand,
+and on the user's taste in colour and motif. Type and brand stand in the text, colour and motif are seen only in the
+picture. So text and pictures together tell more than text, text more than pictures, and both more than popularity.
 """
 
 import gzip
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from datasets.files import replacing, write_json, write_text
 
 DEMO_ROOT = Path("data")
-SEED, NUM_ITEMS, NUM_USERS = 2024, 600, 3000
+SEED, NUM_ITEMS, NUM_USERS = 2024, 800, 3000
 VERSION = 1  # of what is generated: another one is made anew
 
 # department -> its product types; a type is followed by the next of its department
@@ -29,8 +29,7 @@ DEPARTMENTS = {
     "Music": ("Ukulele", "Capo", "Music Stand", "Guitar Strap"),
 }
 BRANDS = ("Alder", "Birch & Co.", "Corvid", "Dunmore", "Eider", "Fernway", "Gale", "Hollis")
-ADJECTIVES = ("Classic", "Compact", "Everyday", "Light", "Premium", "Sturdy", "Travel", "Studio")
-PRICES = (4.99, 9.99, 14.99, 24.99, 49.99, 99.0)
+GRADES = {"Everyday": 9.99, "Classic": 19.99, "Premium": 49.99}  # and what they cost
 COLOURS = {
     "red": (200, 55, 55),
     "orange": (230, 140, 45),
@@ -44,7 +43,7 @@ COLOURS = {
 MOTIFS = ("disc", "square", "triangle", "star", "ring", "stripes")
 
 # How strongly each property draws a user to the next item (added to the log-odds).
-FOLLOWS_TYPE, SAME_BRAND, LIKED_COLOUR, LIKED_MOTIF, POPULARITY = 4.0, 1.5, 2.5, 1.5, 0.8
+FOLLOWS_TYPE, SAME_BRAND, LIKED_COLOUR, LIKED_MOTIF, POPULARITY = 4.0, 1.5, 2.5, 1.5, 0.6
 
 
 def prepare_demo(root: Path = DEMO_ROOT) -> Path:
@@ -88,8 +87,7 @@ def _draw_items(rng: np.random.Generator) -> dict[str, np.ndarray]:
     counts = {
         "type": sum(map(len, DEPARTMENTS.values())),
         "brand": len(BRANDS),
-        "adjective": len(ADJECTIVES),
-        "price": len(PRICES),
+        "grade": len(GRADES),
         "colour": len(COLOURS),
         "motif": len(MOTIFS),
     }
@@ -126,11 +124,11 @@ def _simulate_users(items: dict[str, np.ndarray], rng: np.random.Generator) -> d
 def _metadata(asin: str, items: dict[str, np.ndarray], i: int) -> dict:
     paths = [(department, product) for department, products in DEPARTMENTS.items() for product in products]
     department, product = paths[items["type"][i]]
-    brand = BRANDS[items["brand"][i]]
+    brand, grade = BRANDS[items["brand"][i]], list(GRADES)[items["grade"][i]]
     return {
         "asin": asin,
-        "title": f"{brand.replace('&', '&amp;')} {ADJECTIVES[items['adjective'][i]]} {product}",
-        "price": PRICES[items["price"][i]],
+        "title": f"{brand.replace('&', '&amp;')} {grade} {product}",
+        "price": GRADES[grade],
         "brand": brand,
         "categories": [["Demo Shop", department, product]],
     }

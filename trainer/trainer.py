@@ -192,4 +192,4 @@ def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float,
     biases = [p for n, p in model.named_parameters() if "bias" in n]
     others = [p for n, p in model.named_parameters() if "bias" not in n]
     groups = [{"params": others, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, lr=lr, eps=eps)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, lr=lr, eps=eps, fused=True)

@@ -40,6 +40,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def shown(value: Any) -> str:
+    """A setting's value as it is given on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 class InputError(Exception):
     """Something the user gave cannot be used. The message names it, what is accepted and what mends it."""
 
@@ -171,15 +176,14 @@ def _problems(c: Config):
     for name in ("mrl_hidden_sizes", "metric_ks"):
         values = getattr(c, name)
         if not values or values[0] < 1 or any(a >= b for a, b in itertools.pairwise(values)):
-            shown = ",".join(map(str, values))
-            yield f'--{name} "{shown}" must be whole numbers from 1 on, each larger than the last, such as "8,16,32"'
+            yield f'--{name} "{shown(values)}": need whole numbers from 1 on, each larger than the last: "8,16,32"'
     if not c.item_attributes and c.use_language_encoder:
         yield "--item_attributes is empty; name at least one metadata key, such as title"
     metric, _, k = c.best_metric.partition("@")
     if metric not in METRICS or k not in map(str, c.metric_ks):
         yield (
             f"--best_metric {c.best_metric!r} must be one of {', '.join(METRICS)} at one of --metric_ks "
-            f"{','.join(map(str, c.metric_ks))}, such as NDCG@10"
+            f"{shown(c.metric_ks)}, such as NDCG@10"
         )
     for f in dataclasses.fields(c):
         if f.metadata["choices"] and getattr(c, f.name) not in f.metadata["choices"]:
@@ -254,8 +258,7 @@ def _fail(message: str, status: int) -> int:
 
 def _add_flag(group: Any, f: dataclasses.Field) -> None:
     default, flag = f.default, f"--{f.name}"
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    help = f"{f.metadata['help']} (default: {shown or 'empty'})".replace("%", "%%")
+    help = f"{f.metadata['help']} (default: {shown(default) or 'empty'})".replace("%", "%%")
     common = {"dest": f.name, "default": argparse.SUPPRESS}
     if isinstance(default, bool):
         group.add_argument(flag, nargs="?", const=True, type=_boolean, metavar="BOOL", help=help, **common)
@@ -274,9 +277,7 @@ def _epilog() -> str:
     lines = ["A setting that is true or false is set by --NAME, --no-NAME or --NAME=false.", ""]
     lines += ["A flag wins over the dataset's preset, a preset over the default. Presets:"]
     for dataset, preset in PRESETS.items():
-        values = ", ".join(
-            f"{name} {','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in preset.items()
-        )
+        values = ", ".join(f"{name} {shown(v)}" for name, v in preset.items())
         lines += textwrap.wrap(f"{dataset}: {values}", 108, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 

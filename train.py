@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import Config, InputError, parse_args, run_cli
+from config import Config, InputError, parse_args, run_cli, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,9 +158,8 @@ def build_model(config: Config, num_items: int, features: np.ndarray | None) -> 
 def print_settings(config: Config, sources: dict[str, str]) -> None:
     """The settings, those that are no defaults with where they come from."""
     for name, value in vars(config).items():
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         source = sources.get(name, "default")
-        print(f"  {name:24} {shown}{'' if source == 'default' else f'   ({source})'}")
+        print(f"  {name:24} {shown(value)}{'' if source == 'default' else f'   ({source})'}")
 
 
 if __name__ == "__main__":

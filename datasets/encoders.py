@@ -10,6 +10,7 @@ Every encoder has a `fingerprint` (what its features depend on, for the cache), 
 import hashlib
 import itertools
 import json
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -99,7 +100,10 @@ class TransformersEncoder:
     def __init__(self, name: str, device: Any) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         model_id, revision, is_folder = _split_revision(name)
         options = {} if is_folder else {"revision": revision}
         try:

@@ -43,6 +43,11 @@ def item_features(
     language, image: names of encoders, or None for a branch that is off. None is returned where both are off.
     Raises InputError where an encoder cannot be had or the dataset has no pictures.
     """
+    if image and catalog.pictures is None:
+        raise InputError(
+            f"{catalog.name} has no item2img.json, so there are no pictures for --img_encoder {image}; "
+            f"--no-use_img_encoder trains on text alone"
+        )
     parts = []
     if language:
         parts.append(_language_features(catalog, language, attributes, device, batch_size, cache_root, say))
@@ -82,11 +87,6 @@ def _language_features(catalog, name, attributes, device, batch_size, cache_root
 
 
 def _image_features(catalog, name, device, batch_size, cache_root, say) -> np.ndarray:
-    if catalog.pictures is None:
-        raise InputError(
-            f"{catalog.name} has no item2img.json, so there are no pictures for --img_encoder {name}; "
-            f"--no-use_img_encoder trains on text alone"
-        )
     pictures = catalog.pictures
     key = {
         "kind": "image",
@@ -194,7 +194,7 @@ def _read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[np.ndarr
 
 
 def _write(path: Path, features: np.ndarray, key: dict[str, Any], commit: str | None) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     header = {
         "key": json.dumps(key, sort_keys=True),
@@ -202,7 +202,7 @@ def _write(path: Path, features: np.ndarray, key: dict[str, Any], commit: str | 
         "sha256": hashlib.sha256(features.tobytes()).hexdigest(),
     }
     with replacing(path) as temporary:
-        save_file({"features": features}, temporary, metadata=header)
+        temporary.write_bytes(save({"features": features}, header))
 
 
 def _cache_path(cache_root: Path, dataset: str, encoder_name: str, key: dict[str, Any]) -> Path:

@@ -13,10 +13,10 @@ from datasets.files import replacing
 
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Write a model's weights, without the frozen features."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with replacing(path) as temporary:
-        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, temporary, metadata=metadata)
+        temporary.write_bytes(save({name: t.contiguous() for name, t in model.state_dict().items()}, metadata))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -38,8 +38,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write last.pt."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    # Through a Python file, so that a full disk is an OSError.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from config import Config, InputError, from_saved, is_runtime
+from config import Config, InputError, from_saved, is_runtime, shown
 from datasets.files import read_json, write_json
 
 REPOSITORY = Path(__file__).parent.parent
@@ -63,12 +63,16 @@ def find_run(runs_root: Path, flags: dict[str, Any], needs: str) -> Path:
     near = []
     for path in sorted(runs_root.glob("*/*/config.json"), key=lambda p: p.parent.name, reverse=True):
         run = path.parent
-        config, _ = read_config(run)
-        differs = [f"{k} {_shown(getattr(config, k))}" for k, v in wanted.items() if getattr(config, k) != v]
+        try:
+            config, _ = read_config(run)
+        except InputError as error:
+            near.append(f"  {run}: {error}")
+            continue
+        differs = [f"{k} {shown(getattr(config, k))}" for k, v in wanted.items() if getattr(config, k) != v]
         if not differs and (run / needs).exists():
             return run
         near.append(f"  {run}: {', '.join(differs) or f'has no {needs} yet'}")
-    asked = " ".join(f"--{k} {_shown(v)}" for k, v in wanted.items()) or "any flags"
+    asked = " ".join(f"--{k} {shown(v)}" for k, v in wanted.items()) or "any flags"
     if not near:
         raise InputError(f"there is no run below {runs_root}; train one: python train.py")
     listed = "\n".join(near[:5])
@@ -80,7 +84,7 @@ def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Conf
     for name, value in flags.items():
         if not is_runtime(name) and getattr(config, name) != value:
             raise InputError(
-                f"--{name} {_shown(value)} differs from {run}, which has {_shown(getattr(config, name))}; "
+                f"--{name} {shown(value)} differs from {run}, which has {shown(getattr(config, name))}; "
                 f"leave the flag out, or start a new run without --resume"
             )
     return from_saved(vars(config) | {k: v for k, v in flags.items() if is_runtime(k)})
@@ -99,10 +103,6 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in packages},
     }
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _version(package: str) -> str | None:

@@ -61,7 +61,9 @@ def find_run(runs_root: Path, flags: dict[str, Any], needs: str) -> Path:
     """
     wanted = {name: value for name, value in flags.items() if not is_runtime(name)}
     near = []
-    for path in sorted(runs_root.glob("*/*/config.json"), key=lambda p: p.parent.name, reverse=True):
+    paths = list(runs_root.glob("*/*/config.json"))
+    # By the time in the name; runs begun in the same second by when they were made.
+    for path in sorted(paths, key=lambda p: (p.parent.name[:15], p.stat().st_mtime_ns), reverse=True):
         run = path.parent
         try:
             config, _ = read_config(run)

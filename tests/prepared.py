@@ -1,0 +1,112 @@
+"""Small inputs on disk for tests: a prepared dataset, and a text encoder of a few hundred weights."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+WORDS = ("red", "warm", "light", "tent", "lamp", "stove", "knife", "kettle", "gloves", "bottle")
+BRANDS = ("Alder", "Birch &amp; Co.", "Corvid")
+COLOURS = ((200, 40, 40), (40, 160, 60), (50, 80, 190), (230, 200, 60), (120, 60, 160))
+
+
+def write_prepared(
+    data_root: Path, name: str = "tiny", users: int = 30, items: int = 20, pictures: bool = False, seed: int = 0
+) -> Path:
+    """Write a prepared dataset as datasets/catalog.py reads it, and return its folder <data_root>/<name>.
+
+    Histories are random, 3 to 8 items long (fewer where there are fewer items), without repetition. Every item has a
+    title and categories, two of three a price and a brand. With `pictures` each has a 16 x 16 picture.
+    """
+    rng = np.random.default_rng(seed)
+    folder, photos = Path(data_root) / name, Path(data_root) / "photos" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    asins = [f"B{i:09d}" for i in range(1, items + 1)]
+    histories = [rng.permutation(items)[: rng.integers(3, 9)] + 1 for _ in range(users)]
+    lines = [f"{user} {' '.join(map(str, history))}\n" for user, history in enumerate(histories, start=1)]
+    (folder / "sequential_data.txt").write_text("".join(lines), encoding="utf-8")
+    write_maps(folder, {asin: str(i) for i, asin in enumerate(asins, start=1)}, users)
+    write_metadata(folder, [_record(asin, i, rng) for i, asin in enumerate(asins)])
+    if pictures:
+        photos.mkdir(parents=True, exist_ok=True)
+        for i, asin in enumerate(asins):
+            draw_picture(photos / f"{asin}.png", COLOURS[i % len(COLOURS)], corner=i % 12)
+        write_item2img(folder, {asin: f"{asin}.png" for asin in asins})
+    return folder
+
+
+def write_maps(folder: Path, item2id: dict[str, str], users: int = 1) -> None:
+    """datamaps.json with these items and users 1..users."""
+    maps = {"user2id": {f"USER{u}": str(u) for u in range(1, users + 1)}, "item2id": item2id}
+    (folder / "datamaps.json").write_text(json.dumps(maps), encoding="utf-8")
+
+
+def write_metadata(folder: Path, records: list[dict | str]) -> None:
+    """meta.json.gz: dicts as Python literals, as Amazon wrote them; strings as they are."""
+    lines = "".join((record if isinstance(record, str) else repr(record)) + "\n" for record in records)
+    (folder / "meta.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+
+def write_item2img(folder: Path, item2img: object) -> None:
+    """item2img.json."""
+    (folder / "item2img.json").write_text(json.dumps(item2img), encoding="utf-8")
+
+
+def draw_picture(path: Path, colour: tuple[int, int, int], corner: int = 4, side: int = 16) -> None:
+    """A square of the colour on white; `corner` is where it begins."""
+    from PIL import Image
+
+    pixels = np.full((side, side, 3), 255, dtype=np.uint8)
+    pixels[corner : corner + side // 2, corner : corner + side // 2] = colour
+    Image.fromarray(pixels).save(path)
+
+
+def _record(asin: str, i: int, rng: np.random.Generator) -> dict:
+    title = " ".join(rng.choice(WORDS, size=3, replace=False)).title()
+    record = {"asin": asin, "title": title, "categories": [["Shop", WORDS[i % len(WORDS)].title()]]}
+    if i % 3:
+        record |= {"price": 1.5 + i, "brand": BRANDS[i % len(BRANDS)]}
+    return record
+
+
+def write_tiny_bert(folder: Path, pooling: dict | None = None, seed: int = 0, layers: int = 2) -> Path:
+    """A randomly initialised BERT of width 16 that reads 12 tokens, with its tokenizer, as transformers saves one.
+    `pooling`: what its 1_Pooling/config.json says; None writes no such file."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir(parents=True)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{c}" for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=12,
+        initializer_range=0.5,  # far enough from 0 that attention depends on every token
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        BertModel(config).save_pretrained(folder)
+    if pooling is not None:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling/config.json").write_text(json.dumps(pooling), encoding="utf-8")
+    return folder
+
+
+def put_in_hub_cache(hub: Path, name: str, commit: str, model: Path) -> None:
+    """Lay a model's folder into a Hugging Face cache, as a download of `name` that is now at `commit` would."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    shutil.copytree(model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs/main").write_text(commit, encoding="utf-8")
+    if not (model / "1_Pooling").exists():  # what the hub said is not there is remembered by an empty file
+        absent = repository / ".no_exist" / commit / "1_Pooling"
+        absent.mkdir(parents=True)
+        (absent / "config.json").touch()

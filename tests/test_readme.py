@@ -1,0 +1,120 @@
+"""The README's commands, letter by letter, and what the demo must show."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataloader import eval_rows
+from datasets.catalog import load_catalog
+from tests.prepared import write_prepared
+from trainer.metrics import ranking_metrics, target_ranks
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+
+
+def commands():
+    """The lines of the README's shell blocks, comments aside."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+def shell(command, cwd):
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A folder that looks like a fresh clone, in which the demo was trained by the README's command."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("train.py", "eval.py"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    write_prepared(folder / "data", "mine", users=6, items=10, pictures=True)
+    assert "pip install -r requirements.txt && python train.py" in commands()
+    (folder / "first_output.txt").write_text(shell("python train.py", folder))
+    return folder
+
+
+def newest_metrics(workplace, dataset="demo", name="test_mrl_metrics.json"):
+    newest = max((workplace / "experiments/runs" / dataset).iterdir())
+    return {int(size): metrics for size, metrics in json.loads((newest / name).read_text()).items()}
+
+
+@pytest.fixture(scope="session")
+def demo_metrics(workplace):
+    return newest_metrics(workplace)
+
+
+def test_the_first_command_prints_every_sizes_metrics_and_draws_the_curve(workplace, demo_metrics):
+    printed = (workplace / "first_output.txt").read_text()
+    for size, metrics in demo_metrics.items():
+        assert re.search(rf"^ +{size} .*{metrics['NDCG@10']:.4f}", printed, re.MULTILINE)
+    (run,) = (workplace / "experiments/runs/demo").iterdir()
+    assert (run / "test_mrl_metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def popularity_ndcg(workplace):
+    """NDCG@10 of ranking every user's test item by how often items were in training."""
+    catalog = load_catalog(workplace / "data", "demo")
+    rows = eval_rows(catalog.sequences, 50, "test")
+    trained = np.concatenate([catalog.sequences.of(u)[:-2] for u in range(len(catalog.sequences))])
+    counts = np.bincount(trained, minlength=catalog.num_items + 1).astype(np.float32)
+    scores = torch.from_numpy(counts).expand(len(rows), -1).clone()
+    scores[:, 0] = -torch.inf
+    return ranking_metrics(target_ranks(scores, torch.from_numpy(rows.targets)), (10,))["NDCG@10"]
+
+
+def test_the_demos_largest_model_beats_popularity_threefold(workplace, demo_metrics):
+    assert demo_metrics[256]["NDCG@10"] > 3 * popularity_ndcg(workplace)
+
+
+def test_on_the_demo_larger_sizes_beat_smaller_ones(demo_metrics):
+    values = [metrics["NDCG@10"] for metrics in demo_metrics.values()]
+    assert values == sorted(values) and values[-1] > 1.2 * values[0]
+
+
+def test_on_the_demo_text_and_pictures_beat_text_beats_pictures_beats_popularity(workplace, demo_metrics):
+    ndcg = {"both": demo_metrics[256]["NDCG@10"], "popularity": popularity_ndcg(workplace)}
+    for branch, flag in (("text", "--no-use_img_encoder"), ("pictures", "--no-use_language_encoder")):
+        shell(f"python train.py {flag} --mrl_hidden_sizes 64,256 --lru_num_blocks 1 --num_epochs 8", workplace)
+        ndcg[branch] = newest_metrics(workplace)[256]["NDCG@10"]
+    assert ndcg["both"] > 1.05 * ndcg["text"] > 1.05**2 * ndcg["pictures"] > 1.05**3 * ndcg["popularity"]
+
+
+def test_every_other_command_of_the_readme_runs(workplace):
+    elsewhere = {  # what .ci/run and other tests run
+        "pip install -r requirements.txt && python train.py",
+        "pip install -r requirements-dev.txt && python -m pytest",
+    }
+    ci = (REPOSITORY / ".ci/run").read_text()
+    for command in elsewhere:
+        for part in command.split(" && "):
+            assert part.replace("pip install", "pip install -q") in ci
+    run = 0
+    for command in commands():
+        if command in elsewhere or command.startswith("CUDA_VISIBLE_DEVICES"):  # tests/test_scripts.py
+            continue
+        assert shlex.split(command)[0] == "python", command
+        shorter = " --num_epochs 1 --lru_num_blocks 1 --mrl_hidden_sizes 8,16"  # for those that train anew
+        trains = command.startswith("python train.py") and "--help" not in command and "--resume" not in command
+        shell(command + (shorter if trains else ""), workplace)
+        run += 1
+    assert run >= 5
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (REPOSITORY / target).exists(), target

@@ -1,0 +1,395 @@
+"""train.py and eval.py as a user runs them, on a tiny prepared dataset."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import eval as eval_script
+import train
+from config import Config, InputError
+from datasets import encoders, features
+from datasets.catalog import load_catalog
+from tests.prepared import write_prepared
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = (
+    "--dataset_code tiny --language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 2,4,8 --num_epochs 2 "
+    "--lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu"
+)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to run in, with data/tiny prepared."""
+    monkeypatch.chdir(tmp_path)
+    write_prepared(tmp_path / "data", "tiny", users=20, items=12, pictures=True)
+    return tmp_path
+
+
+def run_train(flags=""):
+    return train.main(shlex.split(f"{TINY} {flags}"))
+
+
+def run_eval(flags=""):
+    return eval_script.main(shlex.split(flags))
+
+
+def test_train_leaves_a_run_folder_with_everything(workplace, capsys):
+    run = run_train()
+    assert run.parent == Path("experiments/runs/tiny")
+    assert {p.name for p in run.iterdir()} == {
+        "config.json",
+        "env.json",
+        "log.jsonl",
+        "best.safetensors",
+        "last.pt",
+        "test_metrics.json",
+        "test_mrl_metrics.json",
+        "test_mrl_metrics.png",
+    }
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["settings"]["mrl_hidden_sizes"] == [2, 4, 8]
+    assert saved["sources"]["lr"] == "flag" and saved["sources"]["seed"] == "default"
+    environment = json.loads((run / "env.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0] or environment["versions"]["torch"]
+    metrics = json.loads((run / "test_mrl_metrics.json").read_text())
+    assert list(metrics) == ["2", "4", "8"]
+    assert set(metrics["2"]) == {f"{name}@{k}" for name in ("Recall", "NDCG", "MRR") for k in (5, 10, 20, 50)}
+    assert json.loads((run / "test_metrics.json").read_text()) == metrics["8"]
+    printed = capsys.readouterr().out
+    assert "trainable parameters" in printed and "epoch   2/2" in printed
+
+
+def test_eval_repeats_what_train_found_and_masks_the_history_on_demand(workplace):
+    run = run_train()
+    trained = json.loads((run / "test_mrl_metrics.json").read_text())
+    (run / "test_mrl_metrics.json").unlink()
+    results = run_eval(f"--run {run}")
+    assert {str(m): v for m, v in results.items()} == trained
+    assert json.loads((run / "test_mrl_metrics.json").read_text()) == trained
+    masked = run_eval(f"--run {run} --mask_history --device cpu")
+    assert json.loads((run / "test_mrl_metrics_history_masked.json").read_text())["8"] == masked[8]
+    assert masked[8]["Recall@10"] > results[8]["Recall@10"]  # 12 items, several of them in the history
+    assert json.loads((run / "test_mrl_metrics.json").read_text()) == trained  # both protocols from one run
+
+
+def test_eval_finds_the_newest_run_that_fits_the_flags(workplace, capsys):
+    first = run_train("--run_name first --seed 1")
+    second = run_train("--run_name second --seed 2")
+    run_eval("")
+    assert f"run {second}" in capsys.readouterr().out
+    run_eval("--dataset_code tiny --seed 1")
+    assert f"run {first}" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"no run .* fits --seed 3(.|\n)*second: seed 2(.|\n)*first: seed 1"):
+        run_eval("--seed 3")
+    (second / "best.safetensors").unlink()
+    run_eval("")
+    assert f"run {first}" in capsys.readouterr().out
+
+
+def test_eval_without_any_run_says_to_train_one(workplace):
+    with pytest.raises(InputError, match=r"no run below experiments/runs; train one: python train.py"):
+        run_eval("")
+    with pytest.raises(InputError, match=r"nowhere/config.json does not exist; give a run's folder"):
+        run_eval("--run nowhere")
+
+
+def test_eval_takes_the_configuration_from_the_run(workplace):
+    run = run_train()
+    with pytest.raises(InputError, match=r"--mrl_hidden_sizes 2,4 differs from .*, which has 2,4,8"):
+        run_eval(f"--run {run} --mrl_hidden_sizes 2,4")
+    assert set(run_eval(f"--run {run} --metric_ks 3,10")[8]) == {
+        f"{name}@{k}" for name in ("Recall", "NDCG", "MRR") for k in (3, 10)
+    }
+
+
+def test_a_run_cut_off_by_the_keyboard_resumes_to_the_same_weights(workplace, monkeypatch):
+    from trainer.trainer import Trainer
+
+    whole = run_train("--num_epochs 4 --run_name whole")
+    keep = Trainer._keep
+
+    def interrupt_after_two(self, *arguments):
+        keep(self, *arguments)
+        if self.progress.epoch == 2:
+            raise KeyboardInterrupt
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            InputError, match=r"interrupted; continue with: python train.py --resume experiments/runs/tiny/\S+"
+        ),
+    ):
+        patch.setattr(Trainer, "_keep", interrupt_after_two)
+        run_train("--num_epochs 4 --run_name cut")
+    cut = train.main(["--resume", "latest"])
+    assert cut.name.endswith("cut")
+    assert (cut / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
+    states = [torch.load(run / "last.pt", weights_only=True)["model"] for run in (cut, whole)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert (cut / "test_mrl_metrics.json").read_bytes() == (whole / "test_mrl_metrics.json").read_bytes()
+
+
+def test_resume_refuses_another_configuration_and_takes_runtime_flags(workplace):
+    run = run_train()
+    with pytest.raises(InputError, match=r"--lr 0.5 differs from .*, which has 0.01; leave the flag out"):
+        train.main(["--resume", str(run), "--lr", "0.5"])
+    assert train.main(["--resume", str(run), "--test_batch_size", "3"]) == run
+    with pytest.raises(InputError, match="does not exist; give a run's folder"):
+        train.main(["--resume", "experiments/runs/tiny/nothing"])
+
+
+def test_a_run_cut_off_before_its_first_epoch_ended_resumes_from_the_start(workplace):
+    whole = run_train()
+    (whole / "last.pt").unlink()
+    before = (whole / "best.safetensors").read_bytes()
+    train.main(["--resume", str(whole)])
+    assert (whole / "best.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "branch"),
+    [
+        ("--use_language_encoder --no-use_img_encoder", "language"),
+        ("--no-use_language_encoder --use_img_encoder --img_encoder pixel", "image"),
+        ("--use_img_encoder=true --img_encoder pixel", "both"),
+        ("--use_language_encoder=false --use_img_encoder=false", "id"),
+    ],
+)
+def test_every_branch_trains(workplace, flags, branch):
+    run = run_train(f"{flags} --num_epochs 1")
+    assert run.name.endswith(f"{branch}-8")
+    width = {"language": 1024, "image": 240, "both": 1264, "id": None}[branch]
+    shapes = {k: tuple(v.shape) for k, v in torch.load(run / "last.pt", weights_only=True)["model"].items()}
+    assert shapes.get("items.projection.weight") == ((8, width) if width else None)
+    assert shapes.get("items.table") == (None if width else (13, 8))
+
+
+def test_a_gpu_that_is_not_there_is_refused(workplace, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device cuda: torch finds no GPU here; give --device cpu"):
+        run_train("--device cuda")
+    assert not Path("experiments").exists()
+
+
+def test_bad_data_is_refused_before_a_run_is_made(workplace):
+    with pytest.raises(InputError, match=r"dataset 'tny' is not at data/tny \(prepared there: tiny\)"):
+        run_train("--dataset_code tny")
+    assert not Path("experiments").exists()
+
+
+def test_wandb_works_offline(workplace, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = run_train("--use_wandb")
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("command", [["train.py", "--lur_dropout=0.5"], ["eval.py", "--dataset", "beauty"]])
+def test_a_wrong_flag_is_answered_with_the_nearest_one_and_no_traceback(command):
+    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "did you mean" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_input_error_is_one_line_without_traceback(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--dataset_code", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: dataset 'nowhere' is not at data/nowhere") and "Traceback" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------- every setting has a reader
+
+CHANGED = {
+    "dataset_code": "other",
+    "data_root": "elsewhere",
+    "use_language_encoder": False,
+    "language_encoder": "some-encoder",
+    "item_attributes": ("brand",),
+    "use_img_encoder": False,
+    "img_encoder": "some/encoder",
+    "encoder_batch_size": 5,
+    "mrl_hidden_sizes": (4, 8),
+    "lru_max_len": 7,
+    "lru_num_blocks": 3,
+    "lru_dropout": 0.11,
+    "lru_attn_dropout": 0.22,
+    "lru_use_bias": False,
+    "lru_r_min": 0.03,
+    "lru_r_max": 0.77,
+    "seed": 9,
+    "train_batch_size": 4,
+    "num_epochs": 3,
+    "optimizer": "adam",
+    "lr": 0.005,
+    "weight_decay": 0.3,
+    "adam_epsilon": 1e-6,
+    "max_grad_norm": 1.5,
+    "enable_lr_schedule": False,
+    "warmup_steps": 17,
+    "mrl_loss": "sum",
+    "early_stopping": False,
+    "early_stopping_patience": 4,
+    "val_batch_size": 3,
+    "test_batch_size": 6,
+    "metric_ks": (2, 10),
+    "best_metric": "MRR@10",
+    "runs_root": "my/runs",
+    "run_name": "named",
+}
+TRAINER_SETTINGS = ["num_epochs", "optimizer", "lr", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"]
+TRAINER_SETTINGS += ["val_batch_size", "best_metric"]
+CHANGED_ELSEWHERE = {"device", "use_wandb", "model_code"}  # tested above; fmrlrec is the one model
+
+
+def consumed(flags, monkeypatch):
+    """Run train.py and record what the rooms are given, without encoders to load."""
+    import dataloader
+    from trainer import evaluation, trainer
+
+    seen = {}
+
+    def spy(owner, name):
+        true = getattr(owner, name)
+
+        def recorded(*arguments, **named):
+            seen.setdefault(name, []).append((arguments, named))
+            return true(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    stub = type("Stub", (encoders.LexicalEncoder,), {"dim": 1024})()
+    monkeypatch.setattr(encoders, "language_encoder", lambda name, device: stub)
+    monkeypatch.setattr(encoders, "image_encoder", lambda name, device: encoders.PixelEncoder())
+    monkeypatch.setattr(encoders, "hub_commit", lambda name: None)
+    spy(features, "item_features")
+    spy(trainer, "Trainer")
+    spy(evaluation, "test_every_size")
+    for name in ("train_rows", "eval_rows", "TrainLoader"):
+        spy(dataloader, name)
+    import model
+
+    spy(model, "FMRLRec")
+    seeds = []
+    true_seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or true_seed(seed))
+    run = train.main([f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in flags.items()])
+    settings = seen["Trainer"][0][1]
+    given = seen["item_features"][0]
+    rec, loader, test = seen["FMRLRec"][0], seen["TrainLoader"][0], seen["test_every_size"][0]
+    return {
+        "dataset_code": given[0][0].name,
+        "use_language_encoder": given[1]["language"] is not None,
+        "language_encoder": given[1]["language"],
+        "item_attributes": given[1]["attributes"],
+        "use_img_encoder": given[1]["image"] is not None,
+        "img_encoder": given[1]["image"],
+        "encoder_batch_size": given[1]["batch_size"],
+        "mrl_hidden_sizes": rec[0][2],
+        "lru_max_len": {c[0][1] for name in ("train_rows", "eval_rows") for c in seen[name]},
+        "lru_num_blocks": rec[1]["num_blocks"],
+        "lru_dropout": rec[1]["dropout"],
+        "lru_attn_dropout": rec[1]["attn_dropout"],
+        "lru_use_bias": rec[1]["use_bias"],
+        "lru_r_min": rec[1]["r_min"],
+        "lru_r_max": rec[1]["r_max"],
+        "seed": (loader[0][2], seeds[0]),
+        "train_batch_size": loader[0][1],
+        "early_stopping": settings["patience"] is not None,
+        "early_stopping_patience": settings["patience"],
+        "enable_lr_schedule": settings["schedule"],
+        "mrl_loss": settings["reduction"],
+        "test_batch_size": test[1]["batch_size"],
+        "metric_ks": (settings["metric_ks"], test[1]["ks"]),
+        "run": run,
+        **{name: settings[name] for name in TRAINER_SETTINGS},
+    }
+
+
+def test_the_table_of_changed_settings_is_complete():
+    assert set(CHANGED) | CHANGED_ELSEWHERE == {f.name for f in dataclasses.fields(Config)}
+    defaults = Config()
+    assert all(getattr(defaults, name) != value for name, value in CHANGED.items())
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_setting_reaches_what_reads_it(workplace, monkeypatch, name):
+    base = {"dataset_code": "tiny", "mrl_hidden_sizes": (2, 4), "num_epochs": 1, "lru_num_blocks": 1, "device": "cpu"}
+    value = CHANGED[name]
+    if name == "data_root":
+        (workplace / "data").rename(workplace / "elsewhere")
+    if name == "dataset_code":
+        write_prepared(workplace / "data", "other", users=8, items=12, pictures=True)
+    found = consumed(base | {name: value}, monkeypatch)
+    if name == "data_root":
+        assert found["dataset_code"] == "tiny"
+    elif name == "lru_max_len":
+        assert found[name] == {value}
+    elif name in ("seed", "metric_ks"):
+        assert found[name] == (value, value)
+    elif name in ("runs_root", "run_name"):
+        assert value in str(found["run"])
+    else:
+        assert found[name] == value
+
+
+# ------------------------------------------------------------------------------------------- the paper's two commands
+
+
+def paper_commands():
+    readme = (REPOSITORY / "README.md").read_text()
+    return re.findall(r"^CUDA_VISIBLE_DEVICES=0 python .*$", readme, re.MULTILINE)
+
+
+def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
+    """With its data in place: a tiny Beauty, and features of its encoders that were cached where they could be had."""
+    train_command, eval_command = paper_commands()
+    assert train_command == (
+        "CUDA_VISIBLE_DEVICES=0 python train.py --dataset_code=beauty --lru_dropout=0.6 --lru_attn_dropout=0.6 "
+        '--lru_r_min=0.0 --lru_r_max=0.1 --mrl_hidden_sizes="8,16,32,64,128,256,512,1024"'
+    )
+    assert eval_command == (
+        "CUDA_VISIBLE_DEVICES=0 python eval.py --dataset_code=beauty --lru_dropout=0.6 --lru_attn_dropout=0.6 "
+        "--lru_r_min=0.0 --lru_r_max=0.1"
+    )
+    for name in ("train.py", "eval.py"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    write_prepared(tmp_path / "data", "beauty", users=4, items=8, pictures=True)
+    catalog = load_catalog(tmp_path / "data", "beauty")
+
+    class Cached:
+        dim, fingerprint = 1024, {}
+
+        def encode(self, batch):
+            return encoders.normalised(np.random.default_rng(0).normal(size=(len(batch), 1024)))
+
+    monkeypatch.setattr(encoders, "language_encoder", lambda name, device: Cached())
+    monkeypatch.setattr(encoders, "image_encoder", lambda name, device: Cached())
+    defaults = config.Config()
+    features.item_features(
+        catalog,
+        language=defaults.language_encoder,
+        image=defaults.img_encoder,
+        attributes=defaults.item_attributes,
+        cache_root=tmp_path / "data" / "features",
+    )
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    for command in (train_command, eval_command):
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "experiments/runs/beauty").iterdir()
+    metrics = json.loads((run / "test_mrl_metrics.json").read_text())
+    assert list(metrics) == ["8", "16", "32", "64", "128", "256", "512", "1024"]

@@ -1,0 +1,260 @@
+"""The training loop: schedule, checkpoints, early stopping, losses that are not finite, resuming."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import InputError
+from dataloader import TrainLoader, eval_rows, train_rows
+from datasets.catalog import load_catalog
+from model import FMRLRec
+from tests.prepared import write_prepared
+from trainer import trainer as trainer_module
+from trainer.checkpoint import load_state, load_weights, save_weights
+from trainer.runlog import RunLog
+from trainer.runs import read_log
+from trainer.trainer import Progress, Trainer, build_optimizer
+
+SIZES = (2, 4, 8)
+CPU = torch.device("cpu")
+
+
+def make_trainer(tmp_path, run="run", **changes):
+    """A trainer on a tiny prepared dataset, with dropout, so that random states matter."""
+    root = tmp_path / "data"
+    if not root.exists():
+        write_prepared(root, "tiny", users=20, items=12)
+    sequences = load_catalog(root, "tiny").sequences
+    torch.manual_seed(0)
+    features = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+    folder = tmp_path / run
+    folder.mkdir(exist_ok=True)
+    settings = {
+        "num_epochs": 3,
+        "optimizer": "adamw",
+        "lr": 1e-2,
+        "weight_decay": 1e-2,
+        "adam_epsilon": 1e-9,
+        "max_grad_norm": 5.0,
+        "warmup_steps": 2,
+        "schedule": True,
+        "patience": None,
+        "reduction": "mean",
+        "val_batch_size": 8,
+        "metric_ks": (5, 10),
+        "best_metric": "NDCG@10",
+    }
+    return Trainer(
+        model=FMRLRec(12, features, SIZES, num_blocks=1),
+        loader=TrainLoader(train_rows(sequences, 10), 6, seed=3, device=CPU),
+        val_rows=eval_rows(sequences, 10, "val"),
+        run=folder,
+        log=RunLog(folder, read_log(folder)),
+        **(settings | changes),
+    )
+
+
+def test_the_learning_rate_warms_up_linearly_then_falls_as_a_cosine(tmp_path):
+    trainer = make_trainer(tmp_path, lr=1.0, warmup_steps=4, num_epochs=6)  # 4 steps an epoch: 24 in all
+    assert [trainer.lr_at(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert trainer.lr_at(4) == 1.0
+    assert trainer.lr_at(14) == pytest.approx(0.5)
+    assert trainer.lr_at(24) == pytest.approx(0.0)
+    assert make_trainer(tmp_path, lr=0.3, schedule=False).lr_at(1000) == 0.3
+
+
+def test_biases_are_not_decayed_and_everything_else_is():
+    model = FMRLRec(5, torch.randn(5, 3), SIZES, num_blocks=1)
+    decayed, spared = build_optimizer(model, "adamw", 1e-3, 0.1, 1e-9).param_groups
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all("bias" in names[id(p)] for p in spared["params"])
+    kept = {names[id(p)] for p in decayed["params"]}
+    assert {"blocks.0.norm1.weight", "blocks.0.lru.nu_log", "blocks.0.ffn.W2.weight"} <= kept
+    assert len(names) == len(decayed["params"]) + len(spared["params"])
+
+
+def test_the_gradient_is_clipped_to_its_norm(tmp_path):
+    norms = {}
+    for clip in (0.0, 1e-3):
+        trainer = make_trainer(tmp_path, max_grad_norm=clip)
+        trainer._step(next(trainer.loader.epoch(1)))
+        norms[clip] = math.sqrt(sum(float((p.grad**2).sum()) for p in trainer.model.parameters()))
+    assert norms[0.0] > 1e-2
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_training_lowers_the_loss_and_keeps_masked_weights_at_zero(tmp_path):
+    trainer = make_trainer(tmp_path, num_epochs=15)
+    trainer.fit()
+    log = read_log(trainer.run)
+    assert log[-1]["loss"] < log[0]["loss"] - 0.1
+    ffn = trainer.model.blocks[0].ffn
+    assert not ffn.W1.weight[ffn.W1.mask == 0].any()
+
+
+def test_a_line_an_epoch_is_logged_with_every_sizes_validation(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.fit()
+    log = read_log(trainer.run)
+    assert [record["epoch"] for record in log] == [1, 2, 3]
+    assert set(log[0]["val"]) == {"2", "4", "8"}
+    assert {"Recall@5", "NDCG@10", "MRR@10"} <= set(log[0]["val"]["8"])
+
+
+def test_training_stops_when_validation_has_not_improved_for_patience_epochs(tmp_path, monkeypatch):
+    values = iter([0.1, 0.3, 0.2, 0.3, 0.1, 0.9])
+    trainer = make_trainer(tmp_path, num_epochs=50, patience=3)
+    monkeypatch.setattr(trainer, "validate", lambda: {8: {"NDCG@10": next(values)}})
+    progress = trainer.fit()
+    assert (progress.epoch, progress.best_epoch, progress.best) == (5, 2, 0.3)
+
+
+def test_the_best_epochs_weights_are_kept(tmp_path, monkeypatch):
+    values = iter([0.1, 0.3, 0.2])
+    trainer = make_trainer(tmp_path)
+    weights = []
+
+    def validate():
+        weights.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+        return {8: {"NDCG@10": next(values)}}
+
+    monkeypatch.setattr(trainer, "validate", validate)
+    trainer.fit()
+    load_weights(trainer.model, trainer.run / "best.safetensors")
+    assert all(torch.equal(p, weights[1][name]) for name, p in trainer.model.named_parameters())
+    assert not torch.equal(weights[1]["items.projection.weight"], weights[2]["items.projection.weight"])
+
+
+def test_a_loss_that_is_not_finite_stops_training_names_the_step_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, num_epochs=5)
+    true_loss, calls = trainer_module.matryoshka_cross_entropy, []
+
+    def loss_that_breaks(*arguments):
+        calls.append(1)
+        return true_loss(*arguments) * (math.nan if len(calls) == 7 else 1)  # step 7 is in epoch 2
+
+    monkeypatch.setattr(trainer_module, "matryoshka_cross_entropy", loss_that_breaks)
+    with pytest.raises(InputError, match=r"nan at step 7 \(epoch 2\).*after epoch 1 is kept.*--lr"):
+        trainer.fit()
+    state = load_state(trainer.run / "last.pt")
+    assert state["progress"]["epoch"] == 1
+    assert all(torch.isfinite(t).all() for t in state["model"].values())
+    load_weights(trainer.model, trainer.run / "best.safetensors")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, optimizer):
+    whole = make_trainer(tmp_path, "whole", num_epochs=6, optimizer=optimizer)
+    whole.fit()
+
+    first = make_trainer(tmp_path, "cut", num_epochs=6, optimizer=optimizer)
+    first.finished = lambda: first.progress.epoch >= 2  # cut off after two epochs
+    first.fit()
+    torch.rand(7)  # whatever else draws random numbers before the run goes on
+    second = make_trainer(tmp_path, "cut", num_epochs=6, optimizer=optimizer)
+    second.load_state(load_state(second.run / "last.pt"))
+    assert second.progress.epoch == 2
+    second.fit()
+
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    whole_log, cut_log = read_log(whole.run), read_log(second.run)
+    assert [(r["epoch"], r["loss"], r["val"]) for r in whole_log] == [
+        (r["epoch"], r["loss"], r["val"]) for r in cut_log
+    ]
+    assert (whole.run / "best.safetensors").read_bytes() == (second.run / "best.safetensors").read_bytes()
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_previous_one_whole(tmp_path):
+    path = tmp_path / "last.pt"
+    program = textwrap.dedent(f"""
+        import os, signal, torch
+        from pathlib import Path
+        from trainer.checkpoint import save_state
+        save_state(Path({str(path)!r}), {{"epoch": 1}})
+        real = torch.save
+        def dies_half_way(state, file):
+            real(state, file)
+            file.truncate(100)
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.save = dies_half_way
+        save_state(Path({str(path)!r}), {{"epoch": 2}})
+    """)
+    repository = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=repository, env=os.environ, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert load_state(path) == {"epoch": 1}
+
+
+def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint_whole(tmp_path):
+    program = textwrap.dedent(f"""
+        import resource, signal, torch
+        from pathlib import Path
+        from config import InputError
+        from model import FMRLRec
+        from trainer.checkpoint import save_state, save_weights
+        folder, model = Path({str(tmp_path)!r}), FMRLRec(5, None, (2, 4), num_blocks=1)
+        save_state(folder / "last.pt", {{"epoch": 1}})
+        save_weights(model, folder / "best.safetensors", {{"epoch": "1"}})
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file may grow beyond 1,000 bytes
+        big = FMRLRec(500, None, (2, 64), num_blocks=1)
+        for save in (
+            lambda: save_state(folder / "last.pt", {{"model": big.state_dict()}}),
+            lambda: save_weights(big, folder / "best.safetensors", {{}}),
+        ):
+            try:
+                save()
+            except InputError as error:
+                print(error)
+    """)
+    repository = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, check=False)
+    assert done.stdout.count("free space or choose another folder") == 2, done.stderr
+    assert load_state(tmp_path / "last.pt") == {"epoch": 1}
+    load_weights(FMRLRec(5, None, (2, 4), num_blocks=1), tmp_path / "best.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", "last.pt"]
+
+
+def test_a_damaged_checkpoint_is_named_with_what_mends_it(tmp_path):
+    model = FMRLRec(5, None, SIZES, num_blocks=1)
+    weights, state = tmp_path / "best.safetensors", tmp_path / "last.pt"
+    assert load_state(state) is None
+    save_weights(model, weights, {"epoch": "1"})
+    weights.write_bytes(weights.read_bytes()[:-50])
+    state.write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match=r"best.safetensors is damaged.*--resume"):
+        load_weights(model, weights)
+    with pytest.raises(InputError, match=r"last.pt is damaged.*remove it"):
+        load_state(state)
+    with pytest.raises(InputError, match="does not exist"):
+        load_weights(model, tmp_path / "nothing.safetensors")
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    save_weights(FMRLRec(5, None, (2, 4), num_blocks=1), tmp_path / "best.safetensors", {})
+    with pytest.raises(InputError, match=r"does not fit the model that the run's config.json describes"):
+        load_weights(FMRLRec(5, None, SIZES, num_blocks=1), tmp_path / "best.safetensors")
+
+
+def test_a_checkpoint_executes_nothing(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    torch.save({"model": Payload()}, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="damaged"):
+        load_state(tmp_path / "last.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_progress_counts_the_epochs_since_the_best():
+    assert Progress(epoch=7, best_epoch=4).waited() == 3

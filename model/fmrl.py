@@ -16,6 +16,7 @@ With sizes M = (8, 16, 32, ...), the outputs M[j-1]:M[j] read the inputs 0:M[j] 
 D: the largest size. Shapes are given for inputs of any leading shape (..., D).
 """
 
+import itertools
 import math
 
 import torch
@@ -28,7 +29,7 @@ def increments(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
 
     Raises ValueError if sizes are not increasing whole numbers from 1 on.
     """
-    pairs = list(zip((0, *sizes[:-1]), sizes, strict=True))
+    pairs = list(itertools.pairwise((0, *sizes)))
     if not pairs or any(not isinstance(high, int) or low >= high for low, high in pairs):
         raise ValueError(f"sizes {sizes} must be increasing whole numbers from 1 on")
     return pairs
@@ -36,8 +37,9 @@ def increments(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def nested_mask(sizes: tuple[int, ...]) -> Tensor:
     """P of eq. 5: [D, D], 1 where output i may read input j."""
+    parts = increments(sizes)
     mask = torch.zeros(sizes[-1], sizes[-1])
-    for low, high in increments(sizes):
+    for low, high in parts:
         mask[low:high, :high] = 1
     return mask
 

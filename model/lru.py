@@ -20,12 +20,12 @@ from model.fmrl import nested_mask, nested_uniform_
 
 def ring_init(dim: int, r_min: float, r_max: float) -> tuple[Tensor, Tensor, Tensor]:
     """(ν_log, θ_log, γ_log), each [dim], with λ uniform on the ring r_min <= |λ| <= r_max."""
-    u1 = torch.rand(dim).clamp_min(1e-12)  # log(0) where r_min is 0
-    u2 = torch.rand(dim).clamp_min(1e-12)
+    # In float64 and away from 0 and 1, where the logarithms are not finite.
+    u1, u2 = torch.rand(2, dim).double().clamp(1e-12, 1 - 1e-9)
     nu_log = torch.log(-0.5 * torch.log(u1 * (r_max**2 - r_min**2) + r_min**2))
     theta_log = torch.log(2 * math.pi * u2)
     modulus = torch.exp(-torch.exp(nu_log))
-    return nu_log, theta_log, torch.log(torch.sqrt(1 - modulus**2))
+    return nu_log.float(), theta_log.float(), torch.log(torch.sqrt(1 - modulus**2)).float()
 
 
 def linear_recurrence(

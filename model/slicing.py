@@ -15,9 +15,9 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
         raise ValueError(f"size {size} was not trained; the model has {', '.join(map(str, model.sizes))}")
     sizes = tuple(m for m in model.sizes if m <= size)
     features = model.items.features[1:] if hasattr(model.items, "features") else None
-    device = next(model.parameters()).device
-    with device:
-        small = FMRLRec(model.num_items, features, sizes, **model.settings)
+    weight = next(model.parameters())
+    with weight.device:
+        small = FMRLRec(model.num_items, features, sizes, **model.settings).to(weight.dtype)
     large = model.state_dict()
     with torch.no_grad():
         for name, parameter in small.named_parameters():

@@ -71,6 +71,7 @@ def evaluate_slices(
     Raises RuntimeError if a slice does not score as the full model's prefix does (to PARITY).
     """
     results = {}
+    model.eval()
     for m in model.sizes:
         small = slice_model(model, m)
         check_slice(model, small, next(eval_batches(rows, batch_size, next(model.parameters()).device)))
@@ -83,7 +84,8 @@ def evaluate_slices(
 def check_slice(model: FMRLRec, small: FMRLRec, batch: EvalBatch) -> None:
     """Raise RuntimeError unless the slice's scores for a batch are the prefix scores of the model it was cut from."""
     size, scores = small.sizes[-1], []
-    for recommender in (model.eval(), small.eval()):
+    for recommender in (model, small):
+        recommender.eval()
         table = recommender.item_table()
         z = recommender.encode(table, batch.tokens, batch.position, batch.longest)[batch.last]
         scores.append(z[:, :size] @ table[:, :size].T)

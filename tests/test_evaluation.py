@@ -1,0 +1,198 @@
+"""Full ranking of every user's target, against one user at a time, in float64, with a sort."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dataloader import eval_batches, eval_rows
+from datasets.catalog import Sequences
+from model import FMRLRec, slice_model
+from trainer.evaluation import candidates, check_slice, evaluate, evaluate_slices
+
+NUM_ITEMS, MAX_LEN, SIZES, KS = 40, 6, (4, 8, 16), (1, 5, 10, 20)
+CPU = torch.device("cpu")
+
+
+def random_model(branch="both", seed=0):
+    torch.manual_seed(seed)
+    features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
+    model = FMRLRec(NUM_ITEMS, features, SIZES, r_min=0.3, r_max=0.9)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("nu_log", "theta_log")):
+                parameter.uniform_(-0.5, 0.5)
+    return model
+
+
+def random_sequences(seed=0, num_users=25):
+    """Histories up to five times as long as what the model reads; items come back now and then."""
+    random = np.random.default_rng(seed)
+    return [random.integers(1, NUM_ITEMS + 1, size=random.integers(3, 5 * MAX_LEN)).tolist() for _ in range(num_users)]
+
+
+def rows_of(sequences, part="test", max_len=MAX_LEN):
+    offsets = np.cumsum([0, *map(len, sequences)])
+    return eval_rows(Sequences(np.concatenate(sequences).astype(np.int64), offsets), max_len, part)
+
+
+def metrics_of(model, rows, batch_size=4, mask_history=False):
+    return evaluate(model, rows, sizes=SIZES, batch_size=batch_size, ks=KS, mask_history=mask_history)
+
+
+def plain_metrics(model, sequences, part, mask_history):
+    """size -> metrics, from the scores of one user at a time in float64."""
+    model = copy.deepcopy(model).double().eval()
+    table = model.item_table().detach()
+    results = {}
+    for m in SIZES:
+        sums = dict.fromkeys([f"{metric}@{k}" for k in KS for metric in ("Recall", "NDCG", "MRR")], 0.0)
+        for v in sequences:
+            known = v[:-2] if part == "val" else v[:-1]
+            target = v[len(known)]
+            read = torch.tensor(known[-MAX_LEN:])
+            z = model.encode(table, read, torch.arange(len(read)), len(read))[-1].detach()
+            scores = (table[:, :m] @ z[:m]).tolist()
+            shown = [i for i in range(1, NUM_ITEMS + 1) if i == target or not (mask_history and i in known)]
+            rank = sorted(shown, key=lambda item: -scores[item]).index(target) + 1
+            for k in KS:
+                if rank <= k:
+                    sums[f"Recall@{k}"] += 1
+                    sums[f"NDCG@{k}"] += 1 / math.log2(rank + 1)
+                    sums[f"MRR@{k}"] += 1 / rank
+        results[m] = {name: total / len(sequences) for name, total in sums.items()}
+    return results
+
+
+@pytest.mark.parametrize("branch", ["both", "id"])
+@pytest.mark.parametrize("mask_history", [False, True])
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_every_size_is_ranked_as_one_user_at_a_time_by_sorting(part, mask_history, branch):
+    model, sequences = random_model(branch), random_sequences()
+    metrics = metrics_of(model, rows_of(sequences, part), mask_history=mask_history)
+    expected = plain_metrics(model, sequences, part, mask_history)
+    assert metrics.keys() == expected.keys()
+    for m in SIZES:
+        assert metrics[m] == pytest.approx(expected[m], abs=1e-12)
+
+
+def test_masking_the_history_changes_the_metrics_of_these_users():
+    model, rows = random_model(), rows_of(random_sequences())
+    assert metrics_of(model, rows, mask_history=True) != metrics_of(model, rows, mask_history=False)
+
+
+@pytest.mark.parametrize("mask_history", [False, True])
+def test_metrics_are_exact_means_whatever_the_batch_size(mask_history):
+    model, rows = random_model(), rows_of(random_sequences())
+    one, seven, all_users = (metrics_of(model, rows, n, mask_history) for n in (1, 7, len(rows)))
+    assert one == seven == all_users
+
+
+def test_a_subset_of_the_sizes_can_be_asked_for():
+    model, rows = random_model(), rows_of(random_sequences())
+    expected = metrics_of(model, rows)
+    assert evaluate(model, rows, sizes=(8,), batch_size=4, ks=KS) == {8: expected[8]}
+
+
+def excluded(sequence, mask_history):
+    """The tokens that are no candidates for a user's test target."""
+    (batch,) = eval_batches(rows_of([sequence]), 1, CPU)
+    row = candidates(batch, NUM_ITEMS + 1, mask_history)[0]
+    assert set(row.tolist()) <= {0.0, -math.inf}
+    return row.isinf().nonzero().flatten().tolist()
+
+
+def test_without_masking_all_items_are_candidates_and_token_0_is_none():
+    assert excluded([5, 9, 5, 12], mask_history=False) == [0]
+
+
+def test_masking_excludes_the_history_and_token_0():
+    assert excluded([5, 9, 5, 12], mask_history=True) == [0, 5, 9]
+
+
+def test_masking_excludes_what_is_older_than_the_model_reads():
+    whole_history = list(range(1, 4 * MAX_LEN))
+    assert excluded([*whole_history, 30], mask_history=True) == [0, *whole_history]
+
+
+@pytest.mark.parametrize("place", [0, 3, 4 * MAX_LEN - 2], ids=["long ago", "early", "just before"])
+def test_masking_never_excludes_the_target_even_if_it_is_in_the_history(place):
+    history = list(range(1, 4 * MAX_LEN))
+    target = history[place]
+    assert excluded([*history, target], mask_history=True) == [0, *(i for i in history if i != target)]
+
+
+def test_masking_excludes_a_users_own_history_only():
+    (batch,) = eval_batches(rows_of([[1, 2, 3], [4, 5, 6, 7]]), 2, CPU)
+    masked = candidates(batch, NUM_ITEMS + 1, mask_history=True).isinf()
+    assert [row.nonzero().flatten().tolist() for row in masked] == [[0, 1, 2], [0, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("mask_history", [False, True])
+def test_token_0_is_never_ranked_however_well_it_scores(mask_history):
+    model, rows = random_model("id"), rows_of(random_sequences())
+    before = metrics_of(model, rows, mask_history=mask_history)
+    z = model.eval().encode(model.item_table(), torch.tensor([1]), torch.tensor([0]), 1)
+    with torch.no_grad():
+        model.items.table[0] = 1000 * z[0].sign()
+    assert metrics_of(model, rows, mask_history=mask_history) == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_drops_nothing_out_and_leaves_the_model_in_its_mode(training):
+    model, rows = random_model().train(training), rows_of(random_sequences())
+    assert metrics_of(model, rows) == metrics_of(model, rows)
+    assert model.training is training
+
+
+def test_every_slice_alone_has_the_metrics_of_the_shared_pass_in_the_order_of_sizes():
+    model, rows, heard = random_model().eval(), rows_of(random_sequences()), []
+    results = evaluate_slices(model, rows, batch_size=7, ks=KS, say=lambda m, metrics: heard.append((m, metrics)))
+    assert results == metrics_of(model, rows)
+    assert heard == list(results.items())
+    assert [m for m, _ in heard] == list(SIZES)
+
+
+def test_slices_can_be_evaluated_without_the_history():
+    model, rows = random_model().eval(), rows_of(random_sequences())
+    masked = evaluate_slices(model, rows, batch_size=7, ks=KS, mask_history=True)
+    assert masked == metrics_of(model, rows, mask_history=True)
+
+
+def a_batch():
+    return next(eval_batches(rows_of(random_sequences()), 8, CPU))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_true_slice_passes_the_check(size):
+    model = random_model()
+    check_slice(model, slice_model(model, size), a_batch())
+
+
+@pytest.mark.parametrize("change", [1e-2, math.nan])
+def test_a_slice_with_any_weight_changed_fails_the_check(change):
+    model = random_model()
+    for name, _ in model.named_parameters():
+        small = slice_model(model, 8)
+        with torch.no_grad():
+            small.get_parameter(name).view(-1)[0] += change
+        with pytest.raises(RuntimeError, match="the slice of size 8 scores otherwise than the full model"):
+            check_slice(model, small, a_batch())
+
+
+def test_evaluating_slices_stops_at_a_slice_that_scores_otherwise(monkeypatch):
+    def wrong_slice(model, size):
+        small = slice_model(model, size)
+        with torch.no_grad():
+            small.items.projection.bias += 0.1 * (size == 8)
+        return small
+
+    monkeypatch.setattr("trainer.evaluation.slice_model", wrong_slice)
+    heard = []
+    with pytest.raises(RuntimeError, match="size 8"):
+        evaluate_slices(
+            random_model(), rows_of(random_sequences()), batch_size=7, ks=KS, say=lambda m, _: heard.append(m)
+        )
+    assert heard == [4]

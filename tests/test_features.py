@@ -1,0 +1,562 @@
+"""Items' features: computed once, cached under all that they depend on, made again where the cache is damaged."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import InputError
+from datasets import encoders, features
+from datasets.catalog import Catalog, load_catalog
+from datasets.encoders import LexicalEncoder, PixelEncoder
+from datasets.features import item_features
+from datasets.text import NO_TEXT, item_text
+from tests.prepared import draw_picture, put_in_hub_cache, write_item2img, write_prepared, write_tiny_bert
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which the tests do
+
+REPOSITORY = Path(__file__).parent.parent
+ATTRIBUTES = ("title", "brand")
+PICTURES = {"language": None, "image": "pixel"}  # arguments of item_features for pictures alone
+FIRST = {"pooling_mode_cls_token": True}
+
+
+@pytest.fixture
+def catalog(tmp_path) -> Catalog:
+    """Seven items with text and pictures."""
+    return load_catalog(write_prepared(tmp_path, users=5, items=7, pictures=True).parent, "tiny")
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[list]:
+    """The batches that the built-in encoders are given from now on."""
+    batches = []
+    for encoder in (LexicalEncoder, PixelEncoder):
+
+        def counting(self, batch, encode=encoder.encode):
+            batches.append(batch)
+            return encode(self, batch)
+
+        monkeypatch.setattr(encoder, "encode", counting)
+    return batches
+
+
+class Shop:
+    """item_features with a cache of its own, the lexical encoder where none is named, and what was said."""
+
+    def __init__(self, cache_root: Path) -> None:
+        self.cache_root, self.said = cache_root, []
+
+    def features(self, catalog: Catalog, **changes) -> np.ndarray | None:
+        self.said.clear()
+        arguments = {"language": "lexical", "image": None, "attributes": ATTRIBUTES} | changes
+        return item_features(catalog, **arguments, cache_root=self.cache_root, say=self.said.append)
+
+    def files(self) -> list[Path]:
+        """The cached features, hidden files included."""
+        return [path for path in self.cache_root.rglob("*") if path.is_file() and ".broken." not in path.name]
+
+    @property
+    def file(self) -> Path:
+        [path] = self.files()
+        return path
+
+
+@pytest.fixture
+def shop(tmp_path) -> Shop:
+    return Shop(tmp_path / "cache")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the Hugging Face hub, without network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def with_metadata(catalog: Catalog, metadata: list[dict]) -> Catalog:
+    return dataclasses.replace(catalog, metadata=metadata)
+
+
+# ----------------------------------------------------------------------------------------------------- what is computed
+
+
+def test_row_i_is_the_text_of_item_i_plus_1_whatever_the_batches(catalog, shop):
+    texts = [item_text(record, ATTRIBUTES) for record in catalog.metadata]
+    assert len(set(map(len, texts))) > 2  # texts are encoded longest first
+    expected = LexicalEncoder().encode(texts)
+    for batch_size in (1, 3, 100):
+        shutil.rmtree(shop.cache_root, ignore_errors=True)
+        np.testing.assert_array_equal(shop.features(catalog, batch_size=batch_size), expected)
+
+
+def test_row_i_is_the_picture_of_item_i_plus_1(catalog, shop):
+    expected = PixelEncoder().encode([Image.open(path) for path in catalog.pictures])
+    np.testing.assert_array_equal(shop.features(catalog, **PICTURES, batch_size=3), expected)
+
+
+def test_both_are_the_text_then_the_picture_side_by_side(catalog, shop):
+    text, picture = shop.features(catalog), shop.features(catalog, **PICTURES)
+    both = shop.features(catalog, image="pixel")
+    assert both.dtype == np.float32
+    np.testing.assert_array_equal(both, np.concatenate([text, picture], axis=1))
+
+
+def test_each_part_of_a_row_has_length_1(catalog, shop):
+    both = shop.features(catalog, image="pixel")
+    for part in (both[:, : LexicalEncoder.dim], both[:, LexicalEncoder.dim :]):
+        np.testing.assert_allclose(np.linalg.norm(part, axis=1), 1, atol=1e-5)
+
+
+def test_without_encoders_there_are_no_features_and_no_files(catalog, shop):
+    assert shop.features(catalog, language=None) is None
+    assert shop.files() == []
+
+
+def test_no_batch_is_larger_than_asked_for_and_every_item_is_read_once(catalog, shop, encoded):
+    shop.features(catalog, image="pixel", batch_size=3)
+    assert [len(batch) for batch in encoded] == [3, 3, 1] * 2
+
+
+def test_pictures_of_one_batch_are_gone_when_the_next_is_encoded(catalog, shop, monkeypatch):
+    opened, alive = [], []
+
+    def watching(self, batch, encode=PixelEncoder.encode):
+        opened.extend(map(weakref.ref, batch))
+        alive.append(sum(picture() is not None for picture in opened))
+        return encode(self, batch)
+
+    monkeypatch.setattr(PixelEncoder, "encode", watching)
+    shop.features(catalog, **PICTURES, batch_size=2)
+    assert alive == [2, 2, 2, 1]
+
+
+# ----------------------------------------------------------------------------------------------------- when it is again
+
+
+@pytest.mark.parametrize("arguments", [{}, PICTURES, {"image": "pixel"}], ids=["text", "picture", "both"])
+def test_cached_features_are_the_same_without_encoding_again(catalog, shop, encoded, arguments):
+    first = shop.features(catalog, **arguments)
+    encoded.clear()
+    np.testing.assert_array_equal(shop.features(catalog, **arguments), first)
+    assert encoded == []
+    assert shop.said == []
+
+
+def test_the_batch_size_does_not_make_another_cache(catalog, shop, encoded):
+    shop.features(catalog, batch_size=2)
+    encoded.clear()
+    shop.features(catalog, batch_size=5)
+    assert encoded == []
+
+
+def changed_text(catalog: Catalog) -> Catalog:
+    return with_metadata(catalog, [catalog.metadata[0] | {"title": "Other"}, *catalog.metadata[1:]])
+
+
+def reversed_items(catalog: Catalog) -> Catalog:
+    return dataclasses.replace(catalog, asins=catalog.asins[::-1], metadata=catalog.metadata[::-1])
+
+
+def swapped_texts(catalog: Catalog) -> Catalog:
+    first, second, *others = catalog.metadata
+    return with_metadata(catalog, [second, first, *others])
+
+
+@pytest.mark.parametrize("change", [changed_text, reversed_items, swapped_texts])
+def test_changed_items_are_encoded_again_into_another_cache(catalog, shop, encoded, change):
+    before = shop.features(catalog)
+    encoded.clear()
+    after = shop.features(change(catalog))
+    assert len(encoded) == 1
+    assert len(shop.files()) == 2
+    assert not np.array_equal(after, before)
+    np.testing.assert_array_equal(shop.features(catalog), before)  # the first cache is still good
+
+
+def test_other_attributes_are_encoded_again_into_another_cache(catalog, shop):
+    before = shop.features(catalog)
+    assert not np.array_equal(shop.features(catalog, attributes=("brand", "title")), before)
+    assert len(shop.files()) == 2
+
+
+def test_an_attribute_that_is_not_read_does_not_matter(catalog, shop, encoded):
+    shop.features(catalog)
+    encoded.clear()
+    shop.features(with_metadata(catalog, [record | {"price": 5} for record in catalog.metadata]))
+    assert encoded == []
+
+
+def test_other_weights_of_the_encoder_are_encoded_again_into_another_cache(catalog, shop, tmp_path):
+    model = write_tiny_bert(tmp_path / "bert", seed=1)
+    before = shop.features(catalog, language=str(model))
+    shutil.rmtree(model)
+    write_tiny_bert(tmp_path / "bert", seed=2)
+    assert not np.allclose(shop.features(catalog, language=str(model)), before)
+    assert len(shop.files()) == 2
+
+
+def test_cached_features_need_no_encoder_at_hand(catalog, shop, tmp_path, monkeypatch):
+    model = write_tiny_bert(tmp_path / "bert")
+    before = shop.features(catalog, language=str(model))
+    monkeypatch.setattr(encoders, "language_encoder", None)  # a call fails
+    np.testing.assert_array_equal(shop.features(catalog, language=str(model)), before)
+
+
+def test_another_picture_under_the_same_name_is_encoded_again(catalog, shop):
+    before = shop.features(catalog, **PICTURES)
+    draw_picture(catalog.pictures[2], (10, 200, 200), corner=8)
+    after = shop.features(catalog, **PICTURES)
+    assert len(shop.files()) == 2
+    assert np.flatnonzero((after != before).any(axis=1)).tolist() == [2]
+
+
+def test_a_picture_of_the_same_size_in_bytes_is_encoded_again(catalog, shop):
+    picture = catalog.pictures[2]
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(picture.with_suffix(".bmp"))
+    catalog.pictures[2] = picture.with_suffix(".bmp")
+    before = shop.features(catalog, **PICTURES)
+    size, time = catalog.pictures[2].stat().st_size, catalog.pictures[2].stat().st_mtime_ns
+    Image.new("RGB", (8, 8), (250, 2, 3)).save(catalog.pictures[2])
+    os.utime(catalog.pictures[2], ns=(time, time + 1))
+    assert catalog.pictures[2].stat().st_size == size
+    assert not np.array_equal(shop.features(catalog, **PICTURES)[2], before[2])
+
+
+def test_a_picture_that_appears_later_is_encoded_then(catalog, shop):
+    missing = catalog.pictures[2]
+    missing.rename(missing.with_suffix(".away"))
+    assert not shop.features(catalog, **PICTURES)[2].any()
+    missing.with_suffix(".away").rename(missing)
+    assert shop.features(catalog, **PICTURES)[2].any()
+    assert shop.said == []
+
+
+def test_another_commit_of_a_hub_encoder_is_said_and_encoded_again(catalog, shop, hub, tmp_path):
+    put_in_hub_cache(hub, "org/tiny", "a" * 40, write_tiny_bert(tmp_path / "one", FIRST, seed=1))
+    first = shop.features(catalog, language="org/tiny")
+    np.testing.assert_array_equal(shop.features(catalog, language="org/tiny"), first)
+    assert shop.said == []
+
+    put_in_hub_cache(hub, "org/tiny", "b" * 40, write_tiny_bert(tmp_path / "two", FIRST, seed=2))
+    assert not np.allclose(shop.features(catalog, language="org/tiny"), first)
+    assert any("a" * 40 in line and "b" * 40 in line and "made again" in line for line in shop.said)
+
+
+def test_a_cache_that_lost_the_commit_of_its_hub_encoder_is_made_again(catalog, shop, hub, tmp_path):
+    put_in_hub_cache(hub, "org/tiny", "a" * 40, write_tiny_bert(tmp_path / "one", FIRST))
+    before = shop.features(catalog, language="org/tiny")
+    shop.file.write_bytes(shop.file.read_bytes().replace(b'"commit"', b'"commiu"'))
+    np.testing.assert_array_equal(shop.features(catalog, language="org/tiny"), before)
+    assert any("made again" in line for line in shop.said)
+
+
+def test_datasets_and_encoders_have_caches_that_people_can_tell_apart(catalog, shop, tmp_path):
+    shop.features(catalog, image="pixel")
+    shop.features(dataclasses.replace(catalog, name="other"))
+    shop.features(catalog, language=str(write_tiny_bert(tmp_path / "my bert!")))
+    names = sorted(str(path.relative_to(shop.cache_root).with_suffix(""))[:-17] for path in shop.files())
+    assert names == ["other/language-lexical", "tiny/image-pixel", "tiny/language-lexical", "tiny/language-my-bert"]
+
+
+# --------------------------------------------------------------------------------------------------- when it is damaged
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip(path: Path, byte: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(truncate, id="truncated"),
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: path.write_text("no features"), id="text"),
+        pytest.param(lambda path: flip(path, -1), id="bit flipped in the features"),
+        pytest.param(lambda path: flip(path, 0), id="bit flipped in the header's length"),
+        pytest.param(lambda path: flip(path, path.read_bytes().index(b"F32")), id="bit flipped in the header"),
+        pytest.param(lambda path: path.write_bytes(bytes(path.stat().st_size)), id="zeros"),
+    ],
+)
+def test_a_damaged_cache_is_said_and_made_again(catalog, shop, encoded, damage):
+    before = shop.features(catalog)
+    damage(shop.file)
+    encoded.clear()
+    np.testing.assert_array_equal(shop.features(catalog), before)
+    assert len(encoded) == 1
+    assert any(str(shop.file) in line and "made again" in line for line in shop.said)
+    shop.features(catalog)
+    assert (len(encoded), shop.said) == (1, [])
+
+
+def test_no_flipped_bit_ever_comes_through(catalog, shop):
+    before = shop.features(catalog)
+    whole = shop.file.read_bytes()
+    rng = np.random.default_rng(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for byte in [*range(8), *rng.integers(8, header, size=60), *rng.integers(header, len(whole), size=40)]:
+        flip(shop.file, byte, bit=int(rng.integers(8)))
+        np.testing.assert_array_equal(shop.features(catalog), before)
+        shop.file.write_bytes(whole)
+
+
+def test_a_cache_of_other_items_is_not_taken_for_ones_own(catalog, shop):
+    before, own = shop.features(catalog), shop.file
+    shop.features(reversed_items(catalog))
+    [other] = set(shop.files()) - {own}
+    own.write_bytes(other.read_bytes())
+    np.testing.assert_array_equal(shop.features(catalog), before)
+    assert any("another key" in line for line in shop.said)
+
+
+def test_ctrl_c_while_writing_leaves_no_half_file(catalog, shop, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shop.features(catalog)
+    assert shop.files() == []
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_no_half_file(catalog, shop, tmp_path):
+    limit_file_size = (
+        "import resource, sys; from pathlib import Path\n"
+        "from config import run_cli; from datasets.catalog import load_catalog\n"
+        "from datasets.features import item_features\n"
+        "catalog = load_catalog(sys.argv[1], 'tiny')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "run_cli(lambda: item_features(catalog, language='lexical', image=None, attributes=('title',),\n"
+        "                              cache_root=Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", limit_file_size, str(tmp_path), str(shop.cache_root)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert shop.files() == []
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: cannot write {shop.cache_root}")
+
+
+def test_runs_that_start_at_the_same_time_share_one_whole_cache(catalog, shop, encoded):
+    results = []
+
+    def run():
+        results.append(Shop(shop.cache_root).features(catalog))
+
+    threads = [threading.Thread(target=run) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    encoded.clear()
+    final = shop.features(catalog)
+    assert encoded == []
+    assert len(results) == 6
+    assert all(np.array_equal(result, final) for result in results)
+    assert len(shop.files()) == 1
+
+
+# ----------------------------------------------------------------------------------------- pictures that cannot be read
+
+
+def broken_list(shop: Shop) -> dict[str, str]:
+    [path] = shop.cache_root.rglob("*.broken.json")
+    assert any(str(path) in line for line in shop.said)
+    return json.loads(path.read_text())
+
+
+def make_missing(path: Path) -> None:
+    path.unlink()
+
+
+def make_text(path: Path) -> None:
+    path.write_text("<html>404</html>")
+
+
+def make_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def make_cut(path: Path) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def make_damaged(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[40:60] = bytes(20)
+    path.write_bytes(data)
+
+
+def make_damaged_avif(path: Path) -> None:
+    if not Image.registered_extensions().get(".avif"):
+        pytest.skip("Pillow without AVIF")
+    with Image.open(path) as picture:
+        picture.save(path, "AVIF")
+    data = path.read_bytes()
+    start = data.index(b"mdat") + 4
+    path.write_bytes(data[:start] + bytes(len(data) - start))
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "make", [make_missing, make_text, make_empty, make_cut, make_damaged, make_damaged_avif, make_folder]
+)
+def test_a_picture_that_cannot_be_read_gives_zeros_and_is_named_with_the_reason(catalog, shop, make):
+    before = shop.features(catalog, **PICTURES)
+    shutil.rmtree(shop.cache_root)
+    make(catalog.pictures[3])
+    after = shop.features(catalog, **PICTURES)
+    assert not after[3].any()
+    np.testing.assert_array_equal(np.delete(after, 3, axis=0), np.delete(before, 3, axis=0))
+    assert "1 of 7 items have no readable picture" in shop.said[0]
+    [(asin, reason)] = broken_list(shop).items()
+    assert asin == catalog.asins[3]
+    assert reason.startswith(f"{catalog.pictures[3].name}: ")
+    assert len(reason) > len(catalog.pictures[3].name) + 2
+
+
+def test_a_picture_larger_than_memory_allows_is_not_decoded(catalog, shop, monkeypatch):
+    draw_picture(catalog.pictures[1], (9, 9, 9), side=40)
+    monkeypatch.setattr(features, "MAX_PIXELS", 40 * 40 - 1)
+    assert not shop.features(catalog, **PICTURES)[1].any()
+    assert "40 x 40 pixels, more than 1,599" in broken_list(shop)[catalog.asins[1]]
+
+
+def test_a_picture_of_the_largest_size_is_decoded(catalog, shop, monkeypatch):
+    monkeypatch.setattr(features, "MAX_PIXELS", 16 * 16)
+    assert shop.features(catalog, **PICTURES).any(axis=1).all()
+
+
+def test_a_picture_that_claims_to_be_a_bomb_gives_zeros(catalog, shop, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # 16 x 16 is more than twice that
+    draw_picture(catalog.pictures[0], (9, 9, 9), side=8)
+    assert shop.features(catalog, **PICTURES).any(axis=1).tolist() == [True] + [False] * 6
+    assert "bomb" in broken_list(shop)[catalog.asins[1]]
+
+
+def test_an_item_without_picture_gives_zeros_and_is_counted(tmp_path, shop):
+    folder = write_prepared(tmp_path, "gaps", users=3, items=5, pictures=True)
+    write_item2img(folder, {"2": "B000000002.png", "4": "B000000004.png"})
+    catalog = load_catalog(tmp_path, "gaps")
+    assert shop.features(catalog, **PICTURES).any(axis=1).tolist() == [False, True, False, True, False]
+    assert "3 of 5 items have no readable picture" in shop.said[0]
+    assert broken_list(shop) == dict.fromkeys(catalog.asins[::2], "no picture listed")
+
+
+def test_what_cannot_be_read_is_said_again_when_the_cache_is_used(catalog, shop, encoded):
+    catalog.pictures[3].unlink()
+    shop.features(catalog, **PICTURES)
+    first = list(shop.said)
+    encoded.clear()
+    shop.features(catalog, **PICTURES)
+    assert (shop.said, encoded) == (first, [])
+
+
+def test_pictures_that_can_all_be_read_are_nothing_to_speak_of(catalog, shop):
+    shop.features(catalog, **PICTURES)
+    assert shop.said == []
+
+
+def test_a_batch_without_a_readable_picture_is_skipped(catalog, shop, encoded):
+    for path in catalog.pictures[2:4]:
+        path.unlink()
+    shop.features(catalog, **PICTURES, batch_size=2)
+    assert [len(batch) for batch in encoded] == [2, 2, 1]
+
+
+def test_a_dataset_whose_pictures_can_none_be_read_is_refused(catalog, shop):
+    for path in catalog.pictures:
+        path.unlink()
+    with pytest.raises(InputError, match=r"none of tiny's pictures can be read \(B000000001\.png: .*use_img_encoder"):
+        shop.features(catalog, **PICTURES)
+    assert shop.files() == []
+
+
+def test_a_dataset_without_a_list_of_pictures_is_refused_with_the_flag_that_goes_without(catalog, shop):
+    with pytest.raises(InputError, match=r"tiny has no item2img\.json.*--no-use_img_encoder"):
+        shop.features(dataclasses.replace(catalog, pictures=None), **PICTURES)
+
+
+# --------------------------------------------------------------------------------------------- texts that are not there
+
+
+def test_an_attribute_that_no_item_has_is_said_and_left_out(catalog, shop):
+    without = shop.features(catalog)
+    np.testing.assert_array_equal(shop.features(catalog, attributes=("title", "colour", "brand", "size")), without)
+    assert shop.said == ["no item has colour or size: left out of the texts"]
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", [[]], [[""]], float("nan")], ids=repr)
+def test_an_attribute_that_is_empty_in_every_item_is_said_too(catalog, shop, nothing):
+    catalog = with_metadata(catalog, [record | {"brand": nothing} for record in catalog.metadata])
+    shop.features(catalog)
+    assert shop.said == ["no item has brand: left out of the texts"]
+
+
+def test_an_attribute_that_is_zero_is_there(catalog, shop):
+    shop.features(with_metadata(catalog, [record | {"stars": 0} for record in catalog.metadata]), attributes=("stars",))
+    assert shop.said == []
+
+
+def test_items_without_text_are_counted_and_share_one_text(catalog, shop):
+    rows = shop.features(with_metadata(catalog, [{}, *catalog.metadata[1:6], {"title": None}]))
+    assert shop.said == [f"2 of 7 items have no text: encoded as {NO_TEXT!r}"]
+    np.testing.assert_array_equal(rows[[0, 6]], LexicalEncoder().encode([NO_TEXT] * 2))
+
+
+def test_attributes_of_which_no_item_has_any_are_refused_with_what_there_is(catalog, shop):
+    with pytest.raises(InputError) as raised:
+        shop.features(catalog, attributes=("colour", "size"))
+    message = str(raised.value)
+    assert message.startswith("--item_attributes colour,size: no item of tiny has any of them")
+    for known in ("title", "price", "brand", "categories"):
+        assert known in message
+    assert shop.files() == []
+
+
+def test_a_dataset_without_metadata_is_refused_where_texts_are_asked_for(catalog, shop):
+    with pytest.raises(InputError, match=r"--item_attributes title,brand: .*its metadata has nothing"):
+        shop.features(with_metadata(catalog, [{}] * 7))
+
+
+def test_an_encoder_that_cannot_be_had_is_refused_and_leaves_nothing(catalog, shop):
+    with pytest.raises(InputError, match="'nobody/no-such-encoder' cannot be loaded"):
+        shop.features(catalog, language="nobody/no-such-encoder")
+    assert shop.files() == []
+
+
+def test_an_encoder_with_damaged_numbers_is_refused_and_its_features_are_not_kept(catalog, shop, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = write_tiny_bert(tmp_path / "bert")
+    weights = load_file(model / "model.safetensors")
+    weights["encoder.layer.1.output.LayerNorm.bias"] += torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="not finite"):
+        shop.features(catalog, language=str(model))
+    assert shop.files() == []

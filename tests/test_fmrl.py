@@ -1,0 +1,157 @@
+"""The fMRLRec operator: its mask, its initialisation, its LayerNorm, and what it makes of a model's size."""
+
+import math
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import FMRLRec, count_parameters
+from model.fmrl import FMRLLayerNorm, FMRLLinear, increments, nested_mask
+from model.lru import LRU
+
+SIZE_LISTS = [tuple(sorted(random.Random(seed).sample(range(1, 40), k=seed + 1))) for seed in range(5)]
+PAPER_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def randomised(module, seed=0):
+    """The module with every weight drawn anew: none is zero, not even where the mask hides it."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.uniform_(-0.5, 0.5)
+    return module
+
+
+def recurrent_layer(sizes):
+    """An LRU as a function of x alone: all rows of x are one history."""
+    layer = randomised(LRU(sizes, bias=True, r_min=0.3, r_max=0.9))
+    return lambda x: layer(x, torch.arange(len(x)), len(x))
+
+
+@pytest.mark.parametrize("sizes", SIZE_LISTS)
+def test_the_mask_lets_an_output_read_the_inputs_up_to_the_end_of_its_own_increment(sizes):
+    mask = nested_mask(sizes)
+    assert mask.shape == (sizes[-1], sizes[-1])
+    for output in range(sizes[-1]):
+        smallest_model_with_output = next(m for m in sizes if output < m)
+        for input in range(sizes[-1]):
+            assert mask[output, input] == (1 if input < smallest_model_with_output else 0)
+
+
+def test_the_mask_keeps_two_thirds_of_a_weight_at_the_sizes_of_the_paper():
+    assert nested_mask(PAPER_SIZES).mean().item() == pytest.approx(2 / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("layer", [FMRLLinear, FMRLLayerNorm, recurrent_layer])
+@pytest.mark.parametrize("sizes", SIZE_LISTS)
+def test_the_first_m_outputs_depend_on_the_first_m_inputs_alone(layer, sizes):
+    layer = layer(sizes) if layer is recurrent_layer else randomised(layer(sizes))
+    x = torch.randn(3, sizes[-1])
+    for m in sizes:
+        changed = torch.cat([x[:, :m], torch.randn(3, sizes[-1] - m)], dim=1)
+        torch.testing.assert_close(layer(changed)[:, :m], layer(x)[:, :m], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", SIZE_LISTS)
+def test_an_output_reads_every_input_that_the_mask_allows_and_no_other(sizes):
+    layer = randomised(FMRLLinear(sizes))
+    jacobian = torch.autograd.functional.jacobian(layer, torch.randn(sizes[-1]))
+    assert torch.equal(jacobian != 0, nested_mask(sizes) != 0)
+
+
+@pytest.mark.parametrize("sizes", SIZE_LISTS)
+def test_the_top_left_of_a_weight_is_the_weight_of_the_sub_model(sizes):
+    large = randomised(FMRLLinear(sizes))
+    x = torch.randn(4, sizes[-1])
+    for count, m in enumerate(sizes, start=1):
+        small = FMRLLinear(sizes[:count])
+        small.load_state_dict({"weight": large.weight[:m, :m], "bias": large.bias[:m]})
+        torch.testing.assert_close(small(x[:, :m]), large(x)[:, :m], rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_is_trained_only_where_the_mask_keeps_it():
+    sizes = (2, 3, 7)
+    layer = randomised(FMRLLinear(sizes))
+    layer(torch.randn(5, 7)).square().sum().backward()
+    assert torch.equal(layer.weight.grad != 0, nested_mask(sizes) != 0)
+
+
+def initial_weights():
+    """name -> (weight, sizes) of everything that starts as torch's Linear of its own fan-in."""
+    torch.manual_seed(0)
+    sizes = (8, 24, 64)
+    linear, lru = FMRLLinear(sizes), LRU(sizes, bias=True, r_min=0.0, r_max=0.1)
+    named = {
+        "W": linear.weight,
+        "b": linear.bias,
+        "B": lru.B_re,
+        "C": lru.C_re,
+        "B_b": lru.B_bias_re,
+        "C_b": lru.C_bias,
+    }
+    return {name: (weight.detach(), sizes) for name, weight in named.items()}
+
+
+@pytest.mark.parametrize("name", ["W", "b", "B", "C", "B_b", "C_b"])
+def test_every_block_of_rows_starts_uniform_within_the_bound_of_its_own_fan_in(name):
+    weight, sizes = initial_weights()[name]
+    for low, high in pairwise((0, *sizes)):
+        bound = 1 / math.sqrt(high)
+        block = weight[low:high, :high] if weight.ndim == 2 else weight[low:high]
+        assert block.abs().max() <= bound
+        assert block.max() > 0.5 * bound
+        assert block.min() < -0.5 * bound
+        if block.ndim == 2:
+            assert block.abs().max() > 0.9 * bound
+            assert block.square().mean().sqrt().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["W", "B", "C"])
+def test_a_weight_starts_at_zero_where_the_mask_hides_it(name):
+    weight, sizes = initial_weights()[name]
+    assert torch.equal(weight != 0, nested_mask(sizes) != 0)
+
+
+def test_layer_norm_is_one_layer_norm_per_increment():
+    sizes = (3, 4, 11)
+    norm, x = randomised(FMRLLayerNorm(sizes)), torch.randn(6, 11)
+    blocks = [
+        F.layer_norm(x[:, low:high], (high - low,), norm.weight[low:high], norm.bias[low:high])
+        for low, high in [(0, 3), (3, 4), (4, 11)]
+    ]
+    torch.testing.assert_close(norm(x), torch.cat(blocks, dim=1))
+
+
+def test_layer_norm_starts_with_weight_one_and_bias_zero():
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(FMRLLayerNorm((8,))(x), F.layer_norm(x, (8,)))
+
+
+def model_of(sizes):
+    return FMRLRec(num_items=5, features=None, sizes=sizes)
+
+
+BAD_SIZES = [(), (0, 8), (-8, 8), (8, 8), (16, 8), (8, 32, 16), (8.0, 16), (8, 16.5), ("8", "16")]
+
+
+@pytest.mark.parametrize("build", [increments, FMRLLinear, FMRLLayerNorm, model_of])
+@pytest.mark.parametrize("sizes", BAD_SIZES, ids=str)
+def test_sizes_that_are_no_increasing_whole_numbers_are_refused(build, sizes):
+    with pytest.raises(ValueError, match=r"sizes .* must be increasing whole numbers"):
+        build(sizes)
+
+
+@pytest.mark.parametrize(("num_blocks", "expected"), [(1, 5_605_824), (2, 9_113_472)])
+def test_the_paper_model_has_as_many_parameters_as_the_released_one(num_blocks, expected):
+    model = FMRLRec(num_items=3, features=torch.zeros(3, 2048), sizes=PAPER_SIZES, num_blocks=num_blocks)
+    assert count_parameters(model) == expected
+
+
+def test_parameters_are_counted_without_what_the_mask_hides_and_complex_ones_once():
+    model = FMRLRec(num_items=4, features=None, sizes=(2, 3), num_blocks=1)
+    table, norms, rings = 5 * 3, 2 * 2 * 3, 3 * 3
+    square_weights, biases = 5 * (2 * 2 + 1 * 3), 5 * 3
+    assert count_parameters(model) == table + norms + rings + square_weights + biases

@@ -1,0 +1,298 @@
+"""The whole model against the paper, written down plainly.
+
+The oracle pads every sequence on the left to a fixed length with token 0 and computes every position: one matrix per
+block of rows, complex numbers, one step of the recurrence after another, one cross-entropy per size. It reads the
+sequences and the model's weights, and nothing else of the project.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
+from datasets.catalog import Sequences
+from model import FMRLRec, matryoshka_cross_entropy
+
+MAX_LEN = 50
+SIZES = (3, 5, 12)
+NUM_ITEMS, TEXT_WIDTH, IMAGE_WIDTH = 30, 7, 4
+BRANCHES = ["both", "id"]
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------- the oracle
+
+
+def oracle_item_table(w, features):
+    """E = concat(E_lang, E_img) W_proj + b; token 0 has no features. Or a learned table."""
+    if features is None:
+        return w["items.table"]
+    language, image = features[:, :TEXT_WIDTH], features[:, TEXT_WIDTH:]
+    W_language, W_image = w["items.projection.weight"].T.split([TEXT_WIDTH, IMAGE_WIDTH])
+    b = w["items.projection.bias"]
+    return torch.cat([b[None], language @ W_language + image @ W_image + b])
+
+
+def oracle_linear(x, W, b, sizes):
+    """Outputs M[j-1]:M[j] read inputs 0:M[j] through a matrix of their own."""
+    blocks = [x[..., :high] @ W[low:high, :high].T for low, high in pairwise((0, *sizes))]
+    return torch.cat(blocks, dim=-1) + (0 if b is None else b)
+
+
+def oracle_layer_norm(x, weight, bias, sizes):
+    """A LayerNorm per increment."""
+    blocks = []
+    for low, high in pairwise((0, *sizes)):
+        part = x[..., low:high]
+        mean, variance = part.mean(-1, keepdim=True), part.var(-1, keepdim=True, correction=0)
+        blocks.append((part - mean) / (variance + 1e-5).sqrt() * weight[low:high] + bias[low:high])
+    return torch.cat(blocks, dim=-1)
+
+
+def oracle_lru(x, valid, w, sizes):
+    """h_t = γ (B x_t + b) + λ valid_{t-1} h_{t-1}, y_t = Re(C h_t) + c."""
+    eigenvalue = torch.exp(-torch.exp(w["nu_log"]) + 1j * torch.exp(w["theta_log"]))
+    B, C = torch.complex(w["B_re"], w["B_im"]), torch.complex(w["C_re"], w["C_im"])
+    b = torch.complex(w["B_bias_re"], w["B_bias_im"]) if "B_bias_re" in w else None
+    u = torch.exp(w["gamma_log"]) * oracle_linear(x.to(B.dtype), B, b, sizes)
+    h = [u[:, 0]]
+    for t in range(1, u.shape[1]):
+        h.append(u[:, t] + eigenvalue * valid[:, t - 1, None] * h[-1])
+    return oracle_linear(torch.stack(h, dim=1), C, None, sizes).real + w.get("C_bias", 0)
+
+
+def oracle_encode(w, features, tokens, sizes, num_blocks, p=0.0):
+    """z [B, L, D] of tokens [B, L] that are padded on the left with 0; p: dropout."""
+    valid = (tokens > 0).to(torch.float64)
+    x = oracle_item_table(w, features)[tokens]
+    for k in range(num_blocks):
+        v = {name.removeprefix(f"blocks.{k}."): weight for name, weight in w.items() if f"blocks.{k}." in name}
+        lru = {name.removeprefix("lru."): weight for name, weight in v.items()}
+        normed = oracle_layer_norm(x, v["norm1.weight"], v["norm1.bias"], sizes)
+        x = x + F.dropout(oracle_lru(normed, valid, lru, sizes), p)
+        normed = oracle_layer_norm(x, v["norm2.weight"], v["norm2.bias"], sizes)
+        gate = F.silu(oracle_linear(normed, v["ffn.G.weight"], v["ffn.G.bias"], sizes))
+        hidden = gate * F.dropout(oracle_linear(normed, v["ffn.W1.weight"], v["ffn.W1.bias"], sizes), p)
+        x = x + F.dropout(oracle_linear(hidden, v["ffn.W2.weight"], v["ffn.W2.bias"], sizes), p)
+    return x
+
+
+def oracle_loss(w, features, tokens, labels, sizes, num_blocks):
+    """The mean over sizes of a cross-entropy over all tokens, at the positions that have a label."""
+    table = oracle_item_table(w, features)
+    z = oracle_encode(w, features, tokens, sizes, num_blocks)[labels > 0]
+    losses = [F.cross_entropy(z[:, :m] @ table[:, :m].T, labels[labels > 0]) for m in sizes]
+    return sum(losses) / len(losses)
+
+
+def padded(rows, length):
+    """Rows of tokens, padded on the left with 0 to `length`."""
+    return torch.tensor([[0] * (length - len(row)) + row for row in rows])
+
+
+def oracle_training_tensors(sequences, length=MAX_LEN):
+    """(tokens, labels), each [B, length]: of the training items v[:-2] the last 50, each predicted at its predecessor's
+    position, and a first item at a position of padding."""
+    training = [v[:-2] for v in sequences]
+    tokens = padded([items[:-1][-MAX_LEN:] for items in training], length)
+    labels = padded([items[-MAX_LEN:] for items in training], length)
+    return tokens, labels
+
+
+# ---------------------------------------------------------------------------------------- the model, and what it reads
+
+
+def random_sequences(seed=0):
+    """Sequences of training lengths 1, 2, 9, and all around MAX_LEN."""
+    random = np.random.default_rng(seed)
+    return [random.integers(1, NUM_ITEMS + 1, size=n + 2).tolist() for n in (9, 50, 1, 51, 49, 2, 78, 52)]
+
+
+def as_sequences(lists):
+    offsets = np.cumsum([0, *map(len, lists)])
+    return Sequences(np.concatenate(lists).astype(np.int64), offsets)
+
+
+def random_model(branch, num_blocks=2, use_bias=True, p=0.0, dtype=torch.float64, seed=0):
+    """(model without zeros or ones among its weights, its features); the recurrence remembers for long."""
+    torch.manual_seed(seed)
+    features = torch.randn(NUM_ITEMS, TEXT_WIDTH + IMAGE_WIDTH, dtype=dtype) if branch == "both" else None
+    model = FMRLRec(NUM_ITEMS, features, SIZES, num_blocks, p, p, use_bias, r_min=0.5, r_max=0.98).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("nu_log", "theta_log")):
+                parameter.uniform_(-0.7, 0.7)
+    return model, features
+
+
+def weights_of(model):
+    """name -> a copy of the weight, wanting gradients, for the oracle."""
+    return {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+
+
+def packed(rows):
+    """Training rows in the order of users: (tokens, position, longest)."""
+    return torch.as_tensor(rows.tokens), torch.as_tensor(rows.position), int(np.diff(rows.offsets).max())
+
+
+def last_encodings(model, rows):
+    batches = list(eval_batches(rows, 3, CPU))
+    z = [model.encode(model.item_table(), batch.tokens, batch.position, batch.longest)[batch.last] for batch in batches]
+    return torch.cat(z)
+
+
+# ----------------------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_the_item_table_is_the_papers(branch):
+    model, features = random_model(branch)
+    torch.testing.assert_close(model.item_table(), oracle_item_table(weights_of(model), features))
+
+
+def test_the_begin_of_sequence_token_embeds_as_the_bias_of_the_projection():
+    model, _ = random_model("both")
+    torch.testing.assert_close(model.item_table()[0], model.items.projection.bias)
+
+
+def test_features_of_another_number_of_items_are_refused():
+    with pytest.raises(ValueError, match=r"\[29, 11\] do not describe 30 items"):
+        FMRLRec(30, torch.zeros(29, 11), SIZES)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_every_labelled_position_scores_as_in_the_paper(branch, use_bias, num_blocks):
+    model, features = random_model(branch, num_blocks, use_bias)
+    sequences, w = random_sequences(), weights_of(model)
+    tokens, labels = oracle_training_tensors(sequences)
+    expected = oracle_encode(w, features, tokens, SIZES, num_blocks)[labels > 0]
+
+    rows = train_rows(as_sequences(sequences), MAX_LEN)
+    z = model.encode(model.item_table(), *packed(rows))
+
+    assert rows.labels.tolist() == labels[labels > 0].tolist()
+    for m in SIZES:
+        scores = z[:, :m] @ model.item_table()[:, :m].T
+        torch.testing.assert_close(scores, expected[:, :m] @ oracle_item_table(w, features)[:, :m].T)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_float32_scores_lie_within_1e_5_of_the_papers(branch):
+    model, features = random_model(branch, dtype=torch.float32)
+    sequences = random_sequences()
+    w = {name: weight.double() for name, weight in weights_of(model).items()}
+    features = None if features is None else features.double()
+    tokens, labels = oracle_training_tensors(sequences)
+    expected = oracle_encode(w, features, tokens, SIZES, 2)[labels > 0] @ oracle_item_table(w, features).T
+
+    z = model.encode(model.item_table(), *packed(train_rows(as_sequences(sequences), MAX_LEN)))
+
+    assert (z @ model.item_table().T - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_loss_and_gradients_of_a_training_batch_are_the_papers(branch, use_bias, seed):
+    model, features = random_model(branch, use_bias=use_bias, seed=seed)
+    sequences, w = random_sequences(seed), weights_of(model)
+    expected = oracle_loss(w, features, *oracle_training_tensors(sequences), SIZES, 2)
+    expected.backward()
+
+    loader = TrainLoader(train_rows(as_sequences(sequences), MAX_LEN), len(sequences), seed, CPU)
+    (batch,) = loader.epoch(1)
+    table = model.item_table()
+    z = model.encode(table, batch.tokens, batch.position, batch.longest)
+    loss = matryoshka_cross_entropy(z, table, batch.labels, SIZES)
+    loss.backward()
+
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, w[name].grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("part", "left_out"), [("val", 2), ("test", 1)])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_the_last_position_of_a_history_scores_as_in_the_paper(branch, part, left_out):
+    model, features = random_model(branch)
+    sequences = random_sequences()
+    histories = [v[:-left_out][-MAX_LEN:] for v in sequences]
+    expected = oracle_encode(weights_of(model), features, padded(histories, MAX_LEN), SIZES, 2)[:, -1]
+    torch.testing.assert_close(last_encodings(model, eval_rows(as_sequences(sequences), MAX_LEN, part)), expected)
+
+
+@pytest.mark.parametrize("extra", [1, 13])
+def test_more_padding_changes_neither_the_scores_nor_the_loss_of_the_oracle(extra):
+    model, features = random_model("both")
+    sequences, w = random_sequences(), weights_of(model)
+    loss = oracle_loss(w, features, *oracle_training_tensors(sequences), SIZES, 2)
+    more = oracle_loss(w, features, *oracle_training_tensors(sequences, MAX_LEN + extra), SIZES, 2)
+    torch.testing.assert_close(more, loss)
+    histories = [v[:-1][-MAX_LEN:] for v in sequences]
+    last, last_with_more = (
+        oracle_encode(w, features, padded(histories, n), SIZES, 2)[:, -1] for n in (MAX_LEN, MAX_LEN + extra)
+    )
+    torch.testing.assert_close(last_with_more, last)
+
+
+@pytest.mark.parametrize("extra", [1, 13])
+def test_padding_in_front_of_a_history_does_not_change_its_scores(extra):
+    model, _ = random_model("both")
+    for v in random_sequences():
+        history = torch.tensor(v[:-1][-MAX_LEN:])
+        position = torch.arange(len(history))
+        padding = torch.zeros(extra, dtype=torch.int64)
+        bare = model.encode(model.item_table(), history, position, len(history))
+        behind_padding = model.encode(
+            model.item_table(), torch.cat([padding, history]), torch.cat([padding, position]), len(history) + extra
+        )
+        torch.testing.assert_close(behind_padding[extra:], bare)
+
+
+def test_a_histories_scores_do_not_depend_on_what_it_is_packed_with():
+    model, _ = random_model("both")
+    rows = eval_rows(as_sequences(random_sequences()), MAX_LEN, "test")
+    (together,) = eval_batches(rows, len(rows), CPU)
+    z = model.encode(model.item_table(), together.tokens, together.position, together.longest)[together.last]
+    for row, alone in enumerate(eval_batches(rows, 1, CPU)):
+        expected = model.encode(model.item_table(), alone.tokens, alone.position, alone.longest)[-1]
+        torch.testing.assert_close(z[row], expected)
+
+
+def test_dropout_follows_the_lru_and_w1_and_w2_and_nothing_else():
+    model, features = random_model("both", p=0.4)
+    history = torch.arange(1, 21)
+    torch.manual_seed(5)
+    z = model.train().encode(model.item_table(), history, torch.arange(20), 20)
+    torch.manual_seed(5)
+    expected = oracle_encode(weights_of(model), features, history[None], SIZES, 2, p=0.4)[0]
+    torch.testing.assert_close(z, expected)
+
+
+def test_the_two_dropouts_are_set_apart():
+    torch.manual_seed(0)
+    model = FMRLRec(NUM_ITEMS, None, SIZES, num_blocks=2, dropout=0.3, attn_dropout=0.7)
+    for block in model.blocks:
+        assert (block.attn_dropout.p, block.ffn.dropout.p) == (0.7, 0.3)
+
+
+def test_a_learned_item_table_starts_small_and_different_for_every_token():
+    torch.manual_seed(0)
+    table = FMRLRec(500, None, (8, 64)).item_table()
+    assert table.shape == (501, 64)
+    assert table.abs().max() <= 0.04
+    assert table.std().item() == pytest.approx(0.0176, rel=0.05)
+    assert len(table.unique(dim=0)) == 501
+
+
+def test_the_recurrence_of_every_block_starts_on_the_ring_that_the_model_is_given():
+    model = FMRLRec(NUM_ITEMS, None, (8, 64), num_blocks=2, r_min=0.4, r_max=0.5)
+    for block in model.blocks:
+        modulus = torch.complex(*block.lru.eigenvalues()).abs()
+        assert modulus.min() >= 0.4 - 1e-6
+        assert modulus.max() <= 0.5 + 1e-6

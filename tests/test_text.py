@@ -1,0 +1,87 @@
+"""An item's text, as the text encoder reads it."""
+
+import math
+
+import pytest
+
+from datasets.text import NO_TEXT, item_text
+
+ALL = ("title", "price", "brand", "categories")
+RECORD = {
+    "asin": "B000000001",
+    "title": "Warm Sleeping Bag",
+    "price": 19.99,
+    "brand": "Birch",
+    "categories": [["Sports & Outdoors", "Camping"]],
+}
+
+
+def test_the_papers_template_is_title_price_brand_categories():
+    expected = "Title: Warm Sleeping Bag Price: 19.99 Brand: Birch Categories: Sports & Outdoors, Camping"
+    assert item_text(RECORD, ALL) == expected
+
+
+def test_attributes_stand_in_the_order_that_is_asked_for_whatever_the_records_order():
+    assert item_text(RECORD, ("brand", "title")) == "Brand: Birch Title: Warm Sleeping Bag"
+    assert item_text(dict(reversed(RECORD.items())), ALL) == item_text(RECORD, ALL)
+
+
+def test_attributes_that_are_not_asked_for_are_left_out():
+    assert item_text(RECORD, ("title",)) == "Title: Warm Sleeping Bag"
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [None, "", "   ", math.nan, [], [[]], ["", [None, math.nan]], "&nbsp;"],
+    ids=["none", "empty", "blank", "nan", "empty-list", "nested-empty", "nested-nothing", "blank-entity"],
+)
+def test_an_attribute_without_value_is_left_out_with_its_name(nothing):
+    assert item_text({**RECORD, "brand": nothing}, ("title", "brand")) == "Title: Warm Sleeping Bag"
+
+
+def test_an_attribute_that_is_missing_is_left_out_with_its_name():
+    assert item_text({"title": "Warm Sleeping Bag"}, ALL) == "Title: Warm Sleeping Bag"
+
+
+@pytest.mark.parametrize("record", [{}, {"asin": "B1"}, {"title": None, "price": math.nan, "categories": [[]]}])
+def test_an_item_of_which_nothing_is_known_has_a_text_of_its_own(record):
+    assert item_text(record, ALL) == NO_TEXT
+    assert NO_TEXT.strip()
+
+
+def test_html_entities_are_decoded_once():
+    assert item_text({"title": "Salt &amp; Pepper &quot;Duo&quot; &#39;14"}, ALL) == 'Title: Salt & Pepper "Duo" \'14'
+    assert item_text({"title": "&amp;lt;b&amp;gt;"}, ALL) == "Title: &lt;b&gt;"
+
+
+def test_html_entities_are_decoded_within_lists():
+    assert item_text({"categories": [["Toys &amp; Games"]]}, ALL) == "Categories: Toys & Games"
+
+
+def test_line_breaks_and_runs_of_blanks_become_one_blank():
+    assert item_text({"title": "  Warm\n\tSleeping \u00a0 Bag\r\n"}, ALL) == "Title: Warm Sleeping Bag"
+
+
+def test_paths_that_share_their_head_name_each_category_once_in_order():
+    paths = [["Outdoors", "Camping", "Tents"], ["Outdoors", "Hiking"], ["Gifts", "Tents"]]
+    assert item_text({"categories": paths}, ALL) == "Categories: Outdoors, Camping, Tents, Hiking, Gifts"
+
+
+def test_a_flat_list_a_tuple_and_a_plain_name_are_read_as_well():
+    assert item_text({"categories": ["Outdoors", "Camping"]}, ALL) == "Categories: Outdoors, Camping"
+    assert item_text({"categories": ("Outdoors", ("Camping",))}, ALL) == "Categories: Outdoors, Camping"
+    assert item_text({"categories": "Outdoors"}, ALL) == "Categories: Outdoors"
+
+
+def test_a_name_with_commas_stays_one_name():
+    paths = [["Clothing, Shoes & Jewelry", "Shoes"], ["Clothing, Shoes & Jewelry", "Jewelry"]]
+    assert item_text({"categories": paths}, ALL) == "Categories: Clothing, Shoes & Jewelry, Shoes, Jewelry"
+
+
+@pytest.mark.parametrize(("price", "text"), [(19.99, "19.99"), (20, "20"), (0, "0"), ("$5", "$5")])
+def test_a_price_is_written_as_it_is_even_when_it_is_nothing(price, text):
+    assert item_text({"price": price}, ALL) == f"Price: {text}"
+
+
+def test_an_attribute_beyond_the_papers_is_named_with_a_capital():
+    assert item_text({"description": "Keeps you warm."}, ("description",)) == "Description: Keeps you warm."

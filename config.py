@@ -158,6 +158,8 @@ def _problems(c: Config):
     """Yield a sentence for every setting whose value cannot be used."""
     if not c.dataset_code or c.dataset_code in (".", "..") or any(s in c.dataset_code for s in "/\\\0"):
         yield f"--dataset_code {c.dataset_code!r} is not a folder name; give a name such as beauty"
+    if any(s in c.run_name for s in "/\\\0"):
+        yield f"--run_name {c.run_name!r} is not a folder name; leave out / and \\"
     for name in ("lru_max_len", "lru_num_blocks", "train_batch_size", "val_batch_size", "test_batch_size",
                  "num_epochs", "early_stopping_patience", "encoder_batch_size"):  # fmt: skip
         if getattr(c, name) < 1:
@@ -165,6 +167,8 @@ def _problems(c: Config):
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed"):
         if not 0 <= getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a number of at least 0"
+    if c.seed >= 2**64:
+        yield f"--seed {c.seed} must be below 2**64"
     for name in ("lr", "adam_epsilon"):
         if not 0 < getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a number above 0"
@@ -233,7 +237,12 @@ def from_saved(values: dict[str, Any]) -> Config:
     unknown = set(values) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
         raise InputError(f"config.json has unknown settings {sorted(unknown)}: the run was made by another version")
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, value in settings.items():
+        default = Config.__dataclass_fields__[name].default
+        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+            raise InputError(f"config.json has {name} {value!r}, which is no {type(default).__name__}")
+    return Config(**settings)
 
 
 def is_runtime(name: str) -> bool:

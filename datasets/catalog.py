@@ -84,7 +84,8 @@ def _load_item_ids(path: Path) -> list[str]:
         raise InputError(f"{path} has no 'item2id' map; {LAYOUT}")
     asins: list[str | None] = [None] * len(item2id)
     for asin, text in item2id.items():
-        number = int(text) if str(text).isascii() and str(text).isdigit() else 0
+        digits = str(text) if isinstance(text, str | int) else ""
+        number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else 0
         if not 1 <= number <= len(asins) or asins[number - 1] is not None:
             raise InputError(
                 f"{path}: item {asin!r} has id {text!r}; ids must be 1..{len(asins)}, each once, as item2id has "
@@ -95,7 +96,8 @@ def _load_item_ids(path: Path) -> list[str]:
 
 
 def _load_sequences(path: Path, num_items: int, notes: list[str]) -> tuple[Sequences, np.ndarray]:
-    users: dict[int, int] = {}  # user id -> line
+    lines: dict[int, int] = {}  # user id -> line
+    users: list[int] = []
     rows: list[list[int]] = []
     short = 0
     for number, line in enumerate(read_text(path, LAYOUT).splitlines(), start=1):
@@ -105,16 +107,18 @@ def _load_sequences(path: Path, num_items: int, notes: list[str]) -> tuple[Seque
             user, *items = map(int, line.replace("_", "?").split())  # int() would read 1_000
         except ValueError:
             raise InputError(f"{path}:{number}: {line[:60]!r} is not 'user item item ...' in whole numbers") from None
-        if not 1 <= user < 2**63 or user in users:
-            reason = "ids start at 1" if user not in users else f"the user has line {users[user]} already"
+        if not 1 <= user < 2**63 or user in lines:
+            reason = "ids start at 1" if user < 1 else "ids end at 2**63 - 1"
+            reason = f"the user has line {lines[user]} already" if user in lines else reason
             raise InputError(f"{path}:{number}: user {user}: {reason}")
+        lines[user] = number
         bad = next((i for i in items if not 1 <= i <= num_items), None)
         if bad is not None:
             raise InputError(f"{path}:{number}: item {bad} is not in datamaps.json, whose item2id has 1..{num_items}")
         if len(items) < MIN_ITEMS:
             short += 1
             continue
-        users[user] = number
+        users.append(user)
         rows.append(items)
     if not rows:
         raise InputError(f"{path}: no user has {MIN_ITEMS} items or more (one each to train, validate and test on)")
@@ -132,8 +136,8 @@ def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[
     row_of = {asin: row for row, asin in enumerate(asins)}
     metadata: list[dict[str, Any]] = [{} for _ in asins]
     bad: list[int] = []
-    lines = [line for line in read_text(path, LAYOUT).split("\n") if line.strip()]
-    for number, line in enumerate(lines, start=1):
+    lines = [(n, line) for n, line in enumerate(read_text(path, LAYOUT).split("\n"), start=1) if line.strip()]
+    for number, line in lines:
         record = parse_record(line)
         if record is None or not isinstance(record.get("asin"), str):
             bad.append(number)
@@ -176,7 +180,7 @@ def _load_pictures(path: Path, photos: Path, asins: list[str]) -> list[Path | No
         if item not in row_of:
             raise InputError(f"{path}: item {item!r} is not in datamaps.json; {mends}")
         picture = inside / name
-        if not picture.resolve().is_relative_to(inside):
+        if "\0" in name or not picture.resolve().is_relative_to(inside):
             raise InputError(f"{path}: picture {name!r} of item {item!r} lies outside {photos}; {mends}")
         pictures[row_of[item]] = picture
     return pictures

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from config import InputError
 from datasets.files import replacing, write_json, write_text
 
 DEMO_ROOT = Path("data")
@@ -51,9 +52,19 @@ def prepare_demo(root: Path = DEMO_ROOT) -> Path:
     folder, photos = root / "demo", root / "photos" / "demo"
     mark = folder / "generated.json"
     recipe = {"version": VERSION, "seed": SEED, "items": NUM_ITEMS, "users": NUM_USERS}
-    if mark.exists() and mark.read_text(encoding="utf-8") == json.dumps(recipe):
+    if mark.is_file() and mark.read_bytes() == json.dumps(recipe).encode():
         return root
-    mark.unlink(missing_ok=True)
+    try:
+        mark.unlink(missing_ok=True)
+        photos.mkdir(parents=True, exist_ok=True)
+        _write_demo(folder, photos)
+    except OSError as error:
+        raise InputError(f"cannot write the demo below {root}: {error}; run where there is space to write") from None
+    write_text(mark, json.dumps(recipe))
+    return root
+
+
+def _write_demo(folder: Path, photos: Path) -> None:
     rng = np.random.default_rng(SEED)
     items = _draw_items(rng)
     asins = [f"DEMO{i:06d}" for i in range(1, NUM_ITEMS + 1)]
@@ -74,12 +85,9 @@ def prepare_demo(root: Path = DEMO_ROOT) -> Path:
     with replacing(folder / "meta.json.gz") as temporary:
         lines = "".join(f"{_metadata(asin, items, i)!r}\n" for i, asin in enumerate(asins))
         temporary.write_bytes(gzip.compress(lines.encode(), mtime=0))
-    photos.mkdir(parents=True, exist_ok=True)
     for i, asin in enumerate(tqdm(asins, desc="drawing pictures", unit="item", disable=None)):
         _draw_picture(items["colour"][i], items["motif"][i], rng).save(photos / f"{asin}.png")
     write_json(folder / "item2img.json", {asin: f"{asin}.png" for asin in asins})
-    write_text(mark, json.dumps(recipe))
-    return root
 
 
 def _draw_items(rng: np.random.Generator) -> dict[str, np.ndarray]:

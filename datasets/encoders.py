@@ -108,9 +108,15 @@ class TransformersEncoder:
         options = {} if is_folder else {"revision": revision}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model_id, **options)
-            self.model = AutoModel.from_pretrained(model_id, **options).to(device, torch.float32).eval()
+            if len(self.tokenizer) <= len(self.tokenizer.all_special_tokens):  # made up where its files are missing
+                raise ValueError("its tokenizer has no words")
+            model, loaded = AutoModel.from_pretrained(model_id, **options, output_loading_info=True)
+            missing = sorted(k for k in loaded["missing_keys"] if "pooler" not in k)
+            if missing:
+                raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} more")
+            self.model = model.to(device, torch.float32).eval()
             self.pooling = _pooling(model_id, revision, is_folder)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # whatever the hub client, the weights' reader or the model raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
                 f"--language_encoder {name!r} cannot be loaded ({first}). Without network, give a local folder that "
@@ -147,7 +153,7 @@ def _split_revision(name: str) -> tuple[str, str, bool]:
 
 
 def _pooling(model_id: str, revision: str, is_folder: bool) -> str:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     path = Path(model_id, "1_Pooling/config.json")
@@ -155,6 +161,8 @@ def _pooling(model_id: str, revision: str, is_folder: bool) -> str:
         try:
             path = Path(hf_hub_download(model_id, "1_Pooling/config.json", revision=revision))
         except LocalEntryNotFoundError:
+            if try_to_load_from_cache(model_id, "1_Pooling/config.json", revision=revision) is _CACHED_NO_EXIST:
+                return "first token"
             raise ValueError("its 1_Pooling/config.json is not in the local cache and there is no network") from None
         except EntryNotFoundError:
             return "first token"
@@ -189,7 +197,10 @@ class OpenClipEncoder:
                 f"open_clip's models, such as ViT-L-16-SigLIP-256/webli"
             )
         try:
-            model, _, self.preprocess = open_clip.create_model_and_transforms(architecture, pretrained=weights)
+            preprocessing = _preprocessing(architecture) if Path(weights).is_file() else {}
+            model, _, self.preprocess = open_clip.create_model_and_transforms(
+                architecture, pretrained=weights, **preprocessing
+            )
         except Exception as error:  # whatever the hub client, the checkpoint reader or the model raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
@@ -209,6 +220,18 @@ class OpenClipEncoder:
         pixels = torch.stack([self.preprocess(picture.convert("RGB")) for picture in batch]).to(self.device)
         with torch.inference_mode():
             return normalised(self.model.encode_image(pixels).float().cpu().numpy())
+
+
+def _preprocessing(architecture: str) -> dict[str, Any]:
+    """How the published weights of an architecture want their pictures: a file of weights does not say, and open_clip
+    would take CLIP's way for SigLIP's too."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    published = open_clip.get_pretrained_cfg(architecture, tags[0]) if tags else {}
+    names = {"mean": "image_mean", "std": "image_std"}
+    names |= {"interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
+    return {argument: published[name] for name, argument in names.items() if name in published}
 
 
 # ---------------------------------------------------------------------------------------------------------- by name

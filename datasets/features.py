@@ -64,7 +64,7 @@ def _language_features(catalog, name, attributes, device, batch_size, cache_root
             f"--item_attributes {','.join(attributes)}: no item of {catalog.name} has any of them; its metadata has "
             f"{', '.join(known) or 'nothing'}"
         )
-    absent = [a for a in attributes if not any(record.get(a) for record in catalog.metadata)]
+    absent = [a for a in attributes if all(item_text(record, (a,)) == NO_TEXT for record in catalog.metadata)]
     if absent:
         say(f"no item has {' or '.join(absent)}: left out of the texts")
     without = sum(text == NO_TEXT for text in texts)
@@ -134,7 +134,7 @@ def _open_picture(path: Path | None, asin: str, broken: dict[str, str]) -> Any |
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
             return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a format's decoder raises
         broken[asin] = f"{path.name}: {error}"
         return None
 
@@ -189,7 +189,7 @@ def _read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[np.ndarr
     if header.get("key") != json.dumps(key, sort_keys=True):
         return None, "of another key"
     if commit and header.get("commit") not in ("", commit):
-        return None, f"of another commit of the encoder ({header['commit']}, now {commit})"
+        return None, f"of another commit of the encoder ({header.get('commit')}, now {commit})"
     return features, ""
 
 

@@ -302,14 +302,27 @@ def test_help_groups_the_flags(capsys):
         for flag in re.findall(r"^  --(\w+)", body, flags=re.MULTILINE)
     }
     assert group_of.keys() == FIELDS.keys()
-    expected = {"data_root": "data", "img_encoder": "features", "lru_dropout": "model", "lr": "training"}
-    expected |= {"metric_ks": "evaluation", "runs_root": "run"}
+    first_and_last = {
+        "data": ("dataset_code", "data_root"),
+        "features": ("use_language_encoder", "encoder_batch_size"),
+        "model": ("model_code", "lru_r_max"),
+        "training": ("seed", "early_stopping_patience"),
+        "evaluation": ("val_batch_size", "best_metric"),
+        "run": ("device", "use_wandb"),
+    }
+    expected = {flag: group for group, flags in first_and_last.items() for flag in flags}
     assert expected.items() <= group_of.items()
 
 
 @pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if f.metadata["choices"]])
 def test_help_shows_the_choices(capsys, name):
     assert f"--{name} {{{','.join(FIELDS[name].metadata['choices'])}}}" in help_text(capsys)
+
+
+@pytest.mark.parametrize("dataset", PRESETS)
+def test_help_shows_what_a_preset_sets(capsys, dataset):
+    [line] = re.findall(rf"^  {dataset}: (.*(?:\n    .*)*)", help_text(capsys), flags=re.MULTILINE)
+    assert [pair.split()[0] for pair in " ".join(line.split()).split(", ")] == list(PRESETS[dataset])
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])

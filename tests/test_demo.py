@@ -185,5 +185,5 @@ def test_a_place_that_cannot_be_written_is_named(small, tmp_path, name):
     root = tmp_path / "data"
     (root / name).parent.mkdir(exist_ok=True)
     (root / name).write_text("a file where a folder should be")
-    with pytest.raises(InputError, match=f"cannot write {root / name}"):
+    with pytest.raises(InputError, match=f"cannot write the demo below {root}.*{root / name}"):
         demo.prepare_demo(root)

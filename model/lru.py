@@ -31,21 +31,46 @@ def ring_init(dim: int, r_min: float, r_max: float) -> tuple[Tensor, Tensor, Ten
 def linear_recurrence(
     u_re: Tensor, u_im: Tensor, lambda_re: Tensor, lambda_im: Tensor, position: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:
-    """h_t = u_t + λ h_{t-1} (0 instead of h_{t-1} where position[t] = 0) in ceil(log2(longest)) vectorised steps:
-    after step k every h_t has summed its last 2^k inputs.
+    """h_t = u_t + λ h_{t-1} (0 instead of h_{t-1} where position[t] = 0).
 
     u_re, u_im: [T, D]; lambda_re, lambda_im: [D]; position: [T] int; longest: the most tokens of one history.
     Returns (h_re, h_im), each [T, D]. `linear_recurrence_loop` is the same in plain words.
     """
-    h_re, h_im, shift = u_re, u_im, 1
+    return _LinearRecurrence.apply(u_re, u_im, lambda_re, lambda_im, position, longest)
+
+
+class _LinearRecurrence(torch.autograd.Function):
+    """The gradient of a recurrence is the recurrence of the gradients, backwards in time with conj(λ); autograd through
+    the forward's steps would keep every one of them, at twice the time."""
+
+    @staticmethod
+    def forward(ctx, u_re, u_im, lambda_re, lambda_im, position, longest):
+        eigenvalue = torch.complex(lambda_re, lambda_im)
+        h = _scan(torch.complex(u_re, u_im), eigenvalue, position, longest)
+        ctx.save_for_backward(h, eigenvalue, position)
+        ctx.longest = longest
+        return h.real, h.imag
+
+    @staticmethod
+    def backward(ctx, grad_re, grad_im):
+        h, eigenvalue, position = ctx.saved_tensors
+        grad = _scan(torch.complex(grad_re, grad_im), eigenvalue.conj(), position, ctx.longest, backwards=True)
+        carried = (position[1:] > 0)[:, None]
+        grad_eigenvalue = torch.where(carried, grad[1:] * h[:-1].conj(), 0).sum(dim=0)
+        return grad.real, grad.imag, grad_eigenvalue.real, grad_eigenvalue.imag, None, None
+
+
+def _scan(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int, backwards: bool = False) -> Tensor:
+    """Run the recurrence in place in ceil(log2(longest)) vectorised steps: after step k every h_t [T, D] has summed its
+    last (backwards: next) 2^k inputs."""
+    shift = 1
     while shift < longest:
-        reaches = (position[shift:] >= shift).to(u_re.dtype)[:, None]  # [T - shift, 1]
-        past_re, past_im = h_re[:-shift] * reaches, h_im[:-shift] * reaches
-        h_re = h_re + F.pad(lambda_re * past_re - lambda_im * past_im, (0, 0, shift, 0))
-        h_im = h_im + F.pad(lambda_re * past_im + lambda_im * past_re, (0, 0, shift, 0))
-        lambda_re, lambda_im = lambda_re**2 - lambda_im**2, 2 * lambda_re * lambda_im
+        reaches = (position[shift:] >= shift)[:, None]
+        target, source = (h[:-shift], h[shift:]) if backwards else (h[shift:], h[:-shift])
+        target += torch.where(reaches, eigenvalue * source, 0)
+        eigenvalue = eigenvalue * eigenvalue
         shift *= 2
-    return h_re, h_im
+    return h
 
 
 def linear_recurrence_loop(

@@ -99,6 +99,11 @@ class Config:
     seed: int = setting(42, "seed of initialisation, dropout and the order of users")
     train_batch_size: int = setting(32, "users in a training step")
     num_epochs: int = setting(500, "epochs at most; the cosine schedule ends there")
+    precision: str = setting(
+        "fp32",
+        "of the matrix products in training: fp32, or bf16 with weights, softmax, recurrence and evaluation in float32",
+        choices=("fp32", "bf16"),
+    )
     optimizer: str = setting("adamw", "adamw, or adam (weight decay added to the gradient)", choices=("adamw", "adam"))
     lr: float = setting(1e-4, "peak learning rate")
     weight_decay: float = setting(1e-2, "weight decay; biases are never decayed")

@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         run=run,
         log=log,
         num_epochs=config.num_epochs,
+        precision=config.precision,
         optimizer=config.optimizer,
         lr=config.lr,
         weight_decay=config.weight_decay,

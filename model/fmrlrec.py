@@ -105,7 +105,7 @@ class FMRLRec(nn.Module):
         item_table: [N+1, D] from `item_table()`; tokens: [T] item ids, 0 begins a sequence; position: [T] steps since
         the state was empty; longest: the most tokens of one history.
         """
-        x = F.embedding(tokens, item_table)
+        x = F.embedding(tokens, item_table).to(next(self.parameters()).dtype)  # wider than the table under autocast
         for block in self.blocks:
             x = block(x, position, longest)
         return x

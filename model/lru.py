@@ -114,7 +114,7 @@ class LRU(nn.Module):
         B = torch.cat([self.B_re * self.mask, self.B_im * self.mask])  # [2D, D]
         b = None if self.B_bias_re is None else torch.cat([self.B_bias_re, self.B_bias_im])
         gamma = torch.exp(self.gamma_log)
-        u_re, u_im = F.linear(x, B, b).chunk(2, dim=-1)  # [T, D] each
+        u_re, u_im = F.linear(x, B, b).to(gamma.dtype).chunk(2, dim=-1)  # [T, D] each; the state is never narrowed
         h_re, h_im = linear_recurrence(u_re * gamma, u_im * gamma, *self.eigenvalues(), position, longest)
         C = torch.cat([self.C_re * self.mask, -self.C_im * self.mask], dim=1)  # [D, 2D]
         return F.linear(torch.cat([h_re, h_im], dim=-1), C, self.C_bias)

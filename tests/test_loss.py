@@ -145,3 +145,17 @@ def test_logits_too_large_to_exponentiate_give_a_finite_loss():
     fast = value_and_gradients(matryoshka_cross_entropy, case)
     assert all(part.isfinite().all() for part in fast)
     assert_relatively_close(fast, value_and_gradients(matryoshka_cross_entropy_plain, case), 1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
+def test_in_bfloat16_the_loss_errs_no_more_than_twice_its_plain_twin(shape, seed):
+    z, table, labels, sizes = random_case(shape, torch.float64, seed)
+    exact = value_and_gradients(matryoshka_cross_entropy_plain, (z, table, labels, sizes))
+    narrow = (z.detach().float().requires_grad_(), table.detach().bfloat16().requires_grad_(), labels, sizes)
+    fast = value_and_gradients(matryoshka_cross_entropy, narrow)
+    plain = value_and_gradients(matryoshka_cross_entropy_plain, narrow)
+    assert [part.dtype for part in fast] == [torch.float32, torch.float32, torch.bfloat16]
+    assert fast[0].item() == pytest.approx(exact[0].item(), rel=1e-3)  # one number errs little by luck in either
+    for f, p, e in zip(fast[1:], plain[1:], exact[1:], strict=True):
+        assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()

@@ -231,6 +231,7 @@ CHANGED = {
     "seed": 9,
     "train_batch_size": 4,
     "num_epochs": 3,
+    "precision": "bf16",
     "optimizer": "adam",
     "lr": 0.005,
     "weight_decay": 0.3,
@@ -249,7 +250,7 @@ CHANGED = {
     "run_name": "named",
 }
 TRAINER_SETTINGS = ["num_epochs", "optimizer", "lr", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"]
-TRAINER_SETTINGS += ["val_batch_size", "best_metric"]
+TRAINER_SETTINGS += ["precision", "val_batch_size", "best_metric"]
 CHANGED_ELSEWHERE = {"device", "use_wandb", "model_code"}  # tested above; fmrlrec is the one model
 
 

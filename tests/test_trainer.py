@@ -38,6 +38,7 @@ def make_trainer(tmp_path, run="run", **changes):
     folder.mkdir(exist_ok=True)
     settings = {
         "num_epochs": 3,
+        "precision": "fp32",
         "optimizer": "adamw",
         "lr": 1e-2,
         "weight_decay": 1e-2,
@@ -258,3 +259,14 @@ def test_a_checkpoint_executes_nothing(tmp_path):
 
 def test_progress_counts_the_epochs_since_the_best():
     assert Progress(epoch=7, best_epoch=4).waited() == 3
+
+
+def test_in_bf16_training_follows_fp32_with_weights_and_states_in_float32(tmp_path):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        trainer = make_trainer(tmp_path, precision, precision=precision, num_epochs=10)
+        trainer.fit()
+        losses[precision] = [record["loss"] for record in read_log(trainer.run)]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)

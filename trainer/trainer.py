@@ -45,6 +45,7 @@ class Trainer:
     run: Path
     log: RunLog
     num_epochs: int
+    precision: str
     optimizer: str
     lr: float
     weight_decay: float
@@ -101,8 +102,9 @@ class Trainer:
         return total / len(self.loader)
 
     def _step(self, batch: Batch) -> Tensor:
-        table = self.model.item_table()
-        z = self.model.encode(table, batch.tokens, batch.position, batch.longest)
+        with torch.autocast(self.loader.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            table = self.model.item_table()
+            z = self.model.encode(table, batch.tokens, batch.position, batch.longest)
         loss = matryoshka_cross_entropy(z, table, batch.labels, self.model.sizes, self.reduction)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,0 +1,67 @@
+"""The same method the plain way, to measure against: what a straightforward implementation computes.
+
+Sequences are padded to 50; logits are computed at all positions, for every size on its own, and held at once; B and C
+are complex; the recurrence runs over the padding; evaluation projects the item table for every batch, scores all
+positions and sorts them. Written for the benchmarks, on the weights of an FMRLRec; it is not used otherwise.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import FMRLRec
+
+
+class Baseline(torch.nn.Module):
+    """An FMRLRec computed the plain way. B rows, L padded length, N items."""
+
+    def __init__(self, model: FMRLRec) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(z [B, L, D], item table [N+1, D]) of left-padded tokens [B, L]."""
+        table = self.model.item_table()
+        x, valid = table[tokens], tokens > 0
+        for block in self.model.blocks:
+            x = x + block.attn_dropout(self._lru(block.lru, block.norm1(x), valid))
+            x = x + block.ffn(block.norm2(x))
+        return x, table
+
+    @staticmethod
+    def _lru(lru, x: Tensor, valid: Tensor) -> Tensor:
+        eigenvalue = torch.complex(*lru.eigenvalues())
+        B = torch.complex(lru.B_re * lru.mask, lru.B_im * lru.mask)
+        C = torch.complex(lru.C_re * lru.mask, lru.C_im * lru.mask)
+        bias = torch.complex(lru.B_bias_re, lru.B_bias_im)
+        h = F.linear(x.to(B.dtype), B, bias) * torch.exp(lru.gamma_log)
+        carried, shift = eigenvalue, 1
+        reach = valid.to(x.dtype)[..., None]
+        while shift < x.shape[1]:
+            past = F.pad(h[:, :-shift] * reach[:, :-shift], (0, 0, shift, 0))
+            h = h + carried * past
+            carried, shift = carried * carried, shift * 2
+        return F.linear(h, C).real + lru.C_bias
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The mean over sizes of a cross-entropy at the positions with a label (label 0: none)."""
+        z, table = self.encode(tokens)
+        logits = torch.stack([z[..., :m] @ table[:, :m].T for m in self.model.sizes])  # [M, B, L, N+1]
+        losses = [F.cross_entropy(part.flatten(0, 1), labels.flatten(), ignore_index=0) for part in logits]
+        return torch.stack(losses).mean()
+
+    def ranks(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Ranks [M, B] of the targets at every size, each size's scores at all positions sorted whole."""
+        z, table = self.encode(tokens)
+        ranks = []
+        for m in self.model.sizes:
+            scores = (z[..., :m] @ table[:, :m].T)[:, -1]
+            scores[:, 0] = -torch.inf
+            order = scores.argsort(dim=1, descending=True)
+            ranks.append((order == targets[:, None]).nonzero()[:, 1] + 1)
+        return torch.stack(ranks)
+
+
+def padded(rows: list[list[int]], length: int = 50) -> Tensor:
+    """Rows of tokens [B, length], padded on the left with 0."""
+    return torch.tensor([[0] * (length - len(row)) + row[-length:] for row in rows])

@@ -1,0 +1,149 @@
+"""Time a training step and the evaluation of all sizes against the plain baseline, in one run.
+
+python -m benchmarks.speed            # a made-up catalogue of Beauty's size, the paper's model
+python -m benchmarks.speed --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from config import run_cli
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--users", type=int, default=22363, help="users (default: Beauty's 22363)")
+    parser.add_argument("--items", type=int, default=12101, help="items (default: Beauty's 12101)")
+    parser.add_argument("--features", type=int, default=2048, help="width of the features (default: 2048)")
+    parser.add_argument("--sizes", default="8,16,32,64,128,256,512,1024", help="sizes (default: the paper's)")
+    parser.add_argument("--blocks", type=int, default=2, help="blocks (default: 2)")
+    parser.add_argument("--batch", type=int, default=32, help="users in a step (default: 32)")
+    parser.add_argument("--runs", type=int, default=5, help="paired runs of each (default: 5)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
+    parser.add_argument("--memory_of", choices=("baseline", "fp32", "bf16"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    import torch
+
+    steps, evaluations = build(arguments)
+    if arguments.memory_of:  # a process of its own: the peak of a process is never given back
+        for _ in range(3):
+            steps[arguments.memory_of]()
+        print(peak_memory())
+        return
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}")
+    print(f"{arguments.items} items, features {arguments.features}, sizes {arguments.sizes}, {arguments.blocks} blocks,"
+          f" batch {arguments.batch}; medians of {arguments.runs} paired runs")  # fmt: skip
+    show("training step", paired(steps, arguments.runs, arguments.device))
+    for name in steps:
+        command = [sys.executable, "-m", "benchmarks.speed", *(argv or sys.argv[1:]), "--memory_of", name]
+        peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+        print(f"  {name:24} {float(peak):8.2f} GB peak resident memory")
+    show("evaluation of all sizes, 256 users", paired(evaluations, arguments.runs, arguments.device))
+
+
+def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str, Callable]]:
+    """({name: one training step}, {name: the evaluation of 256 users}) on made-up users of Beauty's lengths."""
+    import numpy as np
+    import torch
+
+    from benchmarks.baseline import Baseline, padded
+    from dataloader import TrainLoader, eval_rows, train_rows
+    from datasets.catalog import Sequences
+    from model import FMRLRec, matryoshka_cross_entropy
+    from trainer.evaluation import evaluate_slices
+    from trainer.trainer import build_optimizer
+
+    rng, device = np.random.default_rng(0), torch.device(arguments.device)
+    torch.manual_seed(0)
+    lengths = (4 + rng.geometric(0.2, size=arguments.users)).clip(max=200)  # mean 8.9, as Beauty's
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    sequences = Sequences(rng.integers(1, arguments.items + 1, size=offsets[-1]), offsets)
+    sizes = tuple(map(int, arguments.sizes.split(",")))
+    features = torch.randn(arguments.items, arguments.features)
+    model = FMRLRec(arguments.items, features, sizes, num_blocks=arguments.blocks).to(device)
+    optimizer = build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9)
+    baseline, plain_optimizer = Baseline(model), torch.optim.AdamW(model.parameters(), fused=False)
+    loader = TrainLoader(train_rows(sequences, 50), arguments.batch, 0, device)
+    batches = loader.epoch(1)
+
+    def step(precision: str) -> None:
+        batch = next(batches)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            table = model.item_table()
+            z = model.encode(table, batch.tokens, batch.position, batch.longest)
+        loss = matryoshka_cross_entropy(z, table, batch.labels, sizes)
+        finish(loss, optimizer)
+
+    def plain_step() -> None:
+        users = rng.integers(arguments.users, size=arguments.batch)
+        rows = [sequences.of(u)[:-2].tolist() for u in users]
+        loss = baseline.loss(padded([r[:-1] for r in rows]).to(device), padded(rows).to(device))
+        finish(loss, plain_optimizer)
+
+    def finish(loss: torch.Tensor, of: torch.optim.Optimizer) -> None:
+        of.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        of.step()
+
+    some = Sequences(sequences.items[: offsets[256]], offsets[:257])
+    rows = eval_rows(some, 50, "test")
+
+    def evaluate_fast() -> None:
+        evaluate_slices(model, rows, batch_size=256, ks=(10,))
+
+    @torch.inference_mode()
+    def evaluate_plain() -> None:
+        model.eval()
+        for start in range(0, 256, 64):
+            users = range(start, start + 64)
+            tokens = padded([some.of(u)[:-1].tolist() for u in users]).to(device)
+            baseline.ranks(tokens, torch.from_numpy(rows.targets[start : start + 64]).to(device))
+
+    steps = {"baseline": plain_step, "fp32": lambda: step("fp32"), "bf16": lambda: step("bf16")}
+    return steps, {"baseline": evaluate_plain, "every slice alone": evaluate_fast}
+
+
+def peak_memory() -> float:
+    """GB of this process at its peak (getrusage would report the parent's where that was larger)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1e6
+
+
+def paired(cases: dict[str, Callable], runs: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each case, run in turn `runs` times after a warm-up."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(runs + 1):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            case()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def show(title: str, seconds: dict[str, list[float]]) -> None:
+    """Print medians, and the median of the paired ratios to the first case."""
+    print(title)
+    first = next(iter(seconds.values()))
+    for name, values in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(first, values, strict=True))
+        print(f"  {name:24} {statistics.median(values):8.3f} s   {ratio:6.1f} x")
+
+
+if __name__ == "__main__":
+    run_cli(main)

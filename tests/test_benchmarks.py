@@ -1,0 +1,67 @@
+"""The benchmarks measure the same method two ways."""
+
+import torch
+
+from benchmarks import speed
+from benchmarks.baseline import Baseline, padded
+from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
+from datasets.catalog import load_catalog
+from model import FMRLRec, matryoshka_cross_entropy
+from tests.prepared import write_prepared
+from trainer.metrics import target_ranks
+
+CPU = torch.device("cpu")
+
+
+def test_the_baseline_has_the_loss_gradients_and_ranks_of_the_model(tmp_path):
+    write_prepared(tmp_path, "tiny", users=20, items=12)
+    sequences = load_catalog(tmp_path, "tiny").sequences
+    torch.manual_seed(0)
+    model = FMRLRec(12, torch.randn(12, 5), (2, 4, 8), dropout=0.0, attn_dropout=0.0, r_max=0.9)
+    baseline = Baseline(model)
+
+    batch = next(TrainLoader(train_rows(sequences, 50), 20, 0, CPU).epoch(1))
+    table = model.item_table()
+    z = model.encode(table, batch.tokens, batch.position, batch.longest)
+    loss = matryoshka_cross_entropy(z, table, batch.labels, model.sizes)
+    rows = [sequences.of(u)[:-2].tolist() for u in range(20)]
+    plain = baseline.loss(padded([row[:-1] for row in rows]), padded(rows))
+    assert abs(loss.item() - plain.item()) < 1e-5
+    parameters = list(model.parameters())
+    for fast, slow in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(plain, parameters), strict=True):
+        assert (fast - slow).abs().max() <= 1e-5 * slow.abs().max() + 1e-8
+
+    test = eval_rows(sequences, 50, "test")
+    batch = next(eval_batches(test, 20, CPU))
+    with torch.inference_mode():
+        table = model.item_table()
+        z = model.encode(table, batch.tokens, batch.position, batch.longest)[batch.last]
+        ranks = baseline.ranks(padded([sequences.of(u)[:-1].tolist() for u in range(20)]), batch.targets)
+        for size, found in zip(model.sizes, ranks, strict=True):
+            scores = z[:, :size] @ table[:, :size].T
+            scores[:, 0] = -torch.inf
+            assert torch.equal(target_ranks(scores, batch.targets), found.float())
+
+
+def test_the_speed_benchmark_prints_every_case_with_its_ratio(capsys):
+    small = [
+        "--users",
+        "300",
+        "--items",
+        "50",
+        "--features",
+        "8",
+        "--sizes",
+        "2,4",
+        "--blocks",
+        "1",
+        "--batch",
+        "8",
+        "--runs",
+        "1",
+    ]
+    speed.main(small)
+    printed = capsys.readouterr().out
+    for case in ("baseline", "fp32", "bf16", "every slice alone"):
+        assert sum(line.strip().startswith(case) and line.endswith(" x") for line in printed.splitlines()) >= 1
+    assert printed.count("GB peak resident memory") == 3

@@ -61,7 +61,9 @@ class Config:
         "demo", "demo, beauty, clothing, sports, toys, or the name of any prepared folder below data_root"
     )
     data_root: str = setting(
-        "data", "folder that holds <dataset_code>/ and photos/<dataset_code>/; only read, never written", runtime=True
+        "data",
+        "folder that holds <dataset_code>/ and photos/<dataset_code>/; only read (the demo is made in data/)",
+        runtime=True,
     )
 
     # --- features
@@ -132,7 +134,7 @@ class Config:
     runs_root: str = setting(
         "experiments/runs", "run folders are made at <runs_root>/<dataset_code>/<time>-<run_name>", runtime=True
     )
-    run_name: str = setting("", "name of the run's folder after its time; empty: the branch and D", runtime=True)
+    run_name: str = setting("", "name of the run's folder after its time; empty: the branch and D")
     use_wandb: bool = setting(
         False, "log to Weights & Biases too (offline where no key is set; see WANDB_MODE)", runtime=True
     )
@@ -189,11 +191,8 @@ def _problems(c: Config):
     if not c.item_attributes and c.use_language_encoder:
         yield "--item_attributes is empty; name at least one metadata key, such as title"
     metric, _, k = c.best_metric.partition("@")
-    if metric not in METRICS or k not in map(str, c.metric_ks):
-        yield (
-            f"--best_metric {c.best_metric!r} must be one of {', '.join(METRICS)} at one of --metric_ks "
-            f"{shown(c.metric_ks)}, such as NDCG@10"
-        )
+    if metric not in METRICS or not k.isascii() or not k.isdigit() or int(k) < 1:
+        yield f"--best_metric {c.best_metric!r} must be one of {', '.join(METRICS)} at a cut-off, such as NDCG@10"
     for f in dataclasses.fields(c):
         if f.metadata["choices"] and getattr(c, f.name) not in f.metadata["choices"]:
             yield f"--{f.name} {getattr(c, f.name)!r} must be one of {', '.join(f.metadata['choices'])}"
@@ -204,9 +203,9 @@ def _problems(c: Config):
 
 def parse_args(
     argv: Sequence[str] | None, description: str, add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
-) -> tuple[Config, dict[str, str], argparse.Namespace]:
-    """Read the command line. Returns the settings, where each came from ("default", "preset" or "flag"), and the
-    values of the script's own arguments, which `add_arguments` adds to the parser. Exits with 2 on a bad flag."""
+) -> tuple[dict[str, Any], argparse.Namespace]:
+    """Read the command line. Returns the settings that were given as flags, and the values of the script's own
+    arguments, which `add_arguments` adds to the parser. Exits with 2 on a bad flag."""
     parser = _Parser(
         usage="%(prog)s [--setting value ...]",
         description=description,
@@ -224,11 +223,12 @@ def parse_args(
         _add_flag(group, f)
     namespace = parser.parse_args(argv)
     flags = {f.name: vars(namespace).pop(f.name) for f in dataclasses.fields(Config) if f.name in namespace}
-    return *resolve(flags), namespace
+    return flags, namespace
 
 
 def resolve(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    """Settings from flags, the dataset's preset and the defaults, with where each value came from."""
+    """Settings from flags, the dataset's preset and the defaults, and where each came from: "flag", "preset" or
+    "default". Raises InputError that names the first value that cannot be used."""
     preset = PRESETS.get(flags.get("dataset_code", Config.__dataclass_fields__["dataset_code"].default), {})
     sources = {
         f.name: "flag" if f.name in flags else "preset" if f.name in preset else "default"

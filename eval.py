@@ -10,9 +10,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from config import parse_args, run_cli
-from train import build_model, load_data
+from config import Config, InputError, parse_args, run_cli
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from datasets.catalog import Catalog
+    from model import FMRLRec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,28 +31,110 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     """Test every size of a run and return size -> metrics."""
-    given, sources, arguments = parse_args(argv, __doc__.splitlines()[0], add_arguments)
-    from dataloader import eval_rows
+    flags, arguments = parse_args(argv, __doc__.splitlines()[0], add_arguments)
+    from trainer.runs import find_run, unfinished
+
+    def problem(run: Path) -> str:
+        return "" if (run / "best.safetensors").exists() else "has no best.safetensors yet"
+
+    runs_root = Path(flags.get("runs_root", Config.runs_root))
+    run = Path(arguments.run) if arguments.run else find_run(runs_root, flags, problem)
+    config, catalog, model = load_run(run, flags)
+    progress = unfinished(run)
+    print(f"run {run}{f', unfinished: {progress}' if progress else ''}", flush=True)
+    return test_run(config, catalog, model, run, mask_history=arguments.mask_history)
+
+
+def load_run(run: str | Path, flags: dict | None = None) -> tuple[Config, Catalog, FMRLRec]:
+    """A trained run: its settings, its catalogue, and its model with the weights of the best epoch.
+
+    flags: settings that say how to run (device, batch sizes, data_root, ...) to use instead of the run's. Raises
+    InputError where the folder is no run, a flag contradicts it, or the dataset is not the one it was trained on.
+    """
     from trainer.checkpoint import load_weights
     from trainer.device import resolve_device
-    from trainer.evaluation import test_every_size
-    from trainer.runs import find_run, read_config, with_runtime_flags
+    from trainer.runs import check_data, read_config, with_runtime_flags
 
-    flags = {name: getattr(given, name) for name, source in sources.items() if source == "flag"}
-    run = Path(arguments.run) if arguments.run else find_run(Path(given.runs_root), flags, "best.safetensors")
-    config = with_runtime_flags(read_config(run)[0], flags, run)
-    print(f"run {run}", flush=True)
+    run = Path(run)
+    saved, _ = read_config(run)
+    config = with_runtime_flags(saved, flags or {}, run)
     device = resolve_device(config.device)
     catalog, features = load_data(config, device)
+    check_data(run, catalog.digest())
     model = build_model(config, catalog.num_items, features).to(device)
     load_weights(model, run / "best.safetensors")
+    return config, catalog, model.eval()
+
+
+def load_data(config: Config, device: torch.device) -> tuple[Catalog, np.ndarray | None]:
+    """The catalogue and its items' features [N, F] (None without encoders); the demo is made where it is missing."""
+    from datasets.catalog import describe, load_catalog
+    from datasets.features import item_features
+
+    if config.dataset_code == "demo" and config.data_root == Config.data_root:
+        catalog = load_demo()
+    else:
+        catalog = load_catalog(config.data_root, config.dataset_code)
+    for line in (describe(catalog), *catalog.notes):
+        print(line, flush=True)
+    features = item_features(
+        catalog,
+        language=config.language_encoder if config.use_language_encoder else None,
+        image=config.img_encoder if config.use_img_encoder else None,
+        attributes=config.item_attributes,
+        device=device,
+        batch_size=config.encoder_batch_size,
+    )
+    return catalog, features
+
+
+def load_demo() -> Catalog:
+    """The built-in catalogue, made at first use."""
+    from datasets.catalog import load_catalog
+    from datasets.demo import prepare_demo
+
+    root = prepare_demo()
+    try:
+        return load_catalog(root, "demo")
+    except InputError as error:
+        raise InputError(f"{error}. Remove {root / 'demo'}: it is made again") from None
+
+
+def build_model(config: Config, num_items: int, features: np.ndarray | None) -> FMRLRec:
+    """The model that the settings describe, freshly initialised."""
+    import torch
+
+    from model import FMRLRec
+
+    return FMRLRec(
+        num_items,
+        None if features is None else torch.from_numpy(features),
+        config.mrl_hidden_sizes,
+        num_blocks=config.lru_num_blocks,
+        dropout=config.lru_dropout,
+        attn_dropout=config.lru_attn_dropout,
+        use_bias=config.lru_use_bias,
+        r_min=config.lru_r_min,
+        r_max=config.lru_r_max,
+    )
+
+
+def test_run(
+    config: Config, catalog: Catalog, model: FMRLRec, run: Path, mask_history: bool
+) -> dict[int, dict[str, float]]:
+    """Test a stand-alone model of every size and write what was found into the run's folder."""
+    from dataloader import eval_rows
+    from trainer.evaluation import test_every_size
+    from trainer.runs import read_config
+
+    trained, _ = read_config(run)
     return test_every_size(
         model,
         eval_rows(catalog.sequences, config.lru_max_len, "test"),
         run,
         batch_size=config.test_batch_size,
-        ks=config.metric_ks,
-        mask_history=arguments.mask_history,
+        ks=tuple(sorted({*config.metric_ks, *trained.metric_ks})),  # the run's files never lose a cut-off
+        mask_history=mask_history,
         title=f"{config.dataset_code}, {config.branch}: test",
     )
 

@@ -36,7 +36,7 @@ class EvalBatch:
 class TrainLoader:
     """Batches of an epoch in an order that depends on seed and epoch alone, so that a resumed run sees the same ones.
 
-    The rows live on the device; a batch costs one copy of row indices.
+    The rows live on the device, and so does the epoch's order.
     """
 
     def __init__(self, rows: TrainRows, batch_size: int, seed: int, device: torch.device) -> None:
@@ -52,11 +52,15 @@ class TrainLoader:
     def epoch(self, number: int) -> Iterator[Batch]:
         """The batches of one epoch: every user once."""
         order = np.random.default_rng([self.seed, number]).permutation(len(self.offsets) - 1)
+        begins, ends = self.offsets[order], self.offsets[order + 1]
+        _, index, offsets = ranges(begins, ends)
+        index = torch.as_tensor(index, device=self.device)  # once an epoch: a copy would make a GPU wait in every step
         for start in range(0, len(order), self.batch_size):
-            users = order[start : start + self.batch_size]
-            begins, ends = self.offsets[users], self.offsets[users + 1]
-            index = torch.as_tensor(ranges(begins, ends)[1], device=self.device)
-            yield Batch(self.tokens[index], self.labels[index], self.position[index], int((ends - begins).max()))
+            part = slice(start, start + self.batch_size)
+            end = min(start + self.batch_size, len(order))
+            of_batch = index[offsets[start] : offsets[end]]
+            longest = int((ends[part] - begins[part]).max())
+            yield Batch(self.tokens[of_batch], self.labels[of_batch], self.position[of_batch], longest)
 
 
 def eval_batches(rows: EvalRows, batch_size: int, device: torch.device) -> Iterator[EvalBatch]:

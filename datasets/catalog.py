@@ -10,6 +10,7 @@ U users, N items, n interactions.
 """
 
 import ast
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -51,11 +52,18 @@ class Catalog:
     asins: list[str]
     metadata: list[dict[str, Any]]  # {} where an item has none
     pictures: list[Path | None] | None  # None: the dataset has no item2img.json
+    photos: Path  # the folder that the pictures lie in
     notes: list[str]  # what was left out or missing, with counts
 
     @property
     def num_items(self) -> int:
         return len(self.asins)
+
+    def digest(self) -> str:
+        """SHA-256 of what a model is trained and tested on: the sequences and the items' ids, in order."""
+        digest = hashlib.sha256("\0".join(self.asins).encode("utf-8", "surrogatepass"))
+        digest.update(self.sequences.items.tobytes() + self.sequences.offsets.astype(np.int64).tobytes())
+        return digest.hexdigest()
 
 
 def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
@@ -69,15 +77,16 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
             f"dataset {dataset_code!r} is not at {folder} ({found}); give --data_root the folder that holds it, "
             f"or --dataset_code demo, which needs no download"
         )
-    asins = _load_item_ids(folder / "datamaps.json")
-    sequences, user_ids = _load_sequences(folder / "sequential_data.txt", len(asins), notes)
+    asins, num_users = _load_ids(folder / "datamaps.json")
+    sequences, user_ids = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)
     metadata = _load_metadata(folder / "meta.json.gz", asins, notes)
-    pictures = _load_pictures(folder / "item2img.json", root / "photos" / dataset_code, asins)
-    return Catalog(dataset_code, sequences, user_ids, asins, metadata, pictures, notes)
+    photos = (root / "photos" / dataset_code).resolve()
+    pictures = _load_pictures(folder / "item2img.json", photos, asins)
+    return Catalog(dataset_code, sequences, user_ids, asins, metadata, pictures, photos, notes)
 
 
-def _load_item_ids(path: Path) -> list[str]:
-    """ASINs in the order of their ids."""
+def _load_ids(path: Path) -> tuple[list[str], int]:
+    """ASINs in the order of their ids, and how many users there are at least."""
     maps = read_json(path, LAYOUT)
     item2id = maps.get("item2id") if isinstance(maps, dict) else None
     if not isinstance(item2id, dict) or not item2id:
@@ -92,10 +101,11 @@ def _load_item_ids(path: Path) -> list[str]:
                 f"{len(asins)} items"
             )
         asins[number - 1] = asin
-    return asins  # type: ignore[return-value]
+    user2id = maps.get("user2id", {})
+    return asins, len(user2id) if isinstance(user2id, dict) else 0  # type: ignore[return-value]
 
 
-def _load_sequences(path: Path, num_items: int, notes: list[str]) -> tuple[Sequences, np.ndarray]:
+def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]) -> tuple[Sequences, np.ndarray]:
     lines: dict[int, int] = {}  # user id -> line
     users: list[int] = []
     rows: list[list[int]] = []
@@ -120,6 +130,11 @@ def _load_sequences(path: Path, num_items: int, notes: list[str]) -> tuple[Seque
             continue
         users.append(user)
         rows.append(items)
+    if len(lines) < num_users:
+        raise InputError(
+            f"{path} has {len(lines)} users, but datamaps.json's user2id has {num_users}: the file was cut short; "
+            f"bring it again"
+        )
     if not rows:
         raise InputError(f"{path}: no user has {MIN_ITEMS} items or more (one each to train, validate and test on)")
     if short:
@@ -175,12 +190,11 @@ def _load_pictures(path: Path, photos: Path, asins: list[str]) -> list[Path | No
         raise InputError(f"{path} is not a map of names; {mends}")
     row_of = {str(i): i - 1 for i in range(1, len(asins) + 1)} | {asin: row for row, asin in enumerate(asins)}
     pictures: list[Path | None] = [None] * len(asins)
-    inside = photos.resolve()
     for item, name in item2img.items():
         if item not in row_of:
             raise InputError(f"{path}: item {item!r} is not in datamaps.json; {mends}")
-        picture = inside / name
-        if "\0" in name or not picture.resolve().is_relative_to(inside):
+        picture = photos / name
+        if "\0" in name or not picture.resolve().is_relative_to(photos):
             raise InputError(f"{path}: picture {name!r} of item {item!r} lies outside {photos}; {mends}")
         pictures[row_of[item]] = picture
     return pictures

@@ -54,8 +54,10 @@ def prepare_demo(root: Path = DEMO_ROOT) -> Path:
     recipe = {"version": VERSION, "seed": SEED, "items": NUM_ITEMS, "users": NUM_USERS}
     if mark.is_file() and mark.read_bytes() == json.dumps(recipe).encode():
         return root
+    if (folder / "sequential_data.txt").exists() and not mark.exists():
+        raise InputError(f"{folder} holds another dataset, but demo is the built-in one's name; rename the folder")
     try:
-        mark.unlink(missing_ok=True)
+        write_text(mark, "unfinished")
         photos.mkdir(parents=True, exist_ok=True)
         _write_demo(folder, photos)
     except OSError as error:

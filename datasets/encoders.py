@@ -105,27 +105,38 @@ class TransformersEncoder:
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
         model_id, revision, is_folder = _split_revision(name)
+        if not is_folder and "/" not in name and hub_commit(name) is None:
+            raise InputError(
+                f"--language_encoder {name!r} is neither a folder nor of the form ORGANISATION/MODEL; 'lexical' is "
+                f"built in"
+            )
         options = {} if is_folder else {"revision": revision}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model_id, **options)
+            self.tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False, **options)
             if len(self.tokenizer) <= len(self.tokenizer.all_special_tokens):  # made up where its files are missing
                 raise ValueError("its tokenizer has no words")
-            model, loaded = AutoModel.from_pretrained(model_id, **options, output_loading_info=True)
+            model, loaded = AutoModel.from_pretrained(
+                model_id, trust_remote_code=False, output_loading_info=True, **options
+            )
             missing = sorted(k for k in loaded["missing_keys"] if "pooler" not in k)
             if missing:
                 raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} more")
             self.model = model.to(device, torch.float32).eval()
-            self.pooling = _pooling(model_id, revision, is_folder)
+            self.pooling = _pooling(model_id, revision)
+            limits = _model_json(model_id, revision, "sentence_bert_config.json", needed=False) or {}
+            self.max_length = min(
+                self.tokenizer.model_max_length,
+                getattr(self.model.config, "max_position_embeddings", 512),
+                limits.get("max_seq_length") or 512,
+            )
+            self.device = device
+            self.dim = self.encode([""]).shape[1]
         except Exception as error:  # whatever the hub client, the weights' reader or the model raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
                 f"--language_encoder {name!r} cannot be loaded ({first}). Without network, give a local folder that "
                 f"holds the model's config.json, tokenizer and weights, or 'lexical', which needs no download"
             ) from error
-        self.device = device
-        limit = getattr(self.model.config, "max_position_embeddings", 512)
-        self.max_length = min(self.tokenizer.model_max_length, limit, 512)
-        self.dim = self.model.config.hidden_size
         self.fingerprint = language_fingerprint(name)
 
     def encode(self, batch: list[str]) -> np.ndarray:
@@ -152,29 +163,39 @@ def _split_revision(name: str) -> tuple[str, str, bool]:
     return model_id, revision or "main", False
 
 
-def _pooling(model_id: str, revision: str, is_folder: bool) -> str:
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    path = Path(model_id, "1_Pooling/config.json")
-    if not is_folder:
-        try:
-            path = Path(hf_hub_download(model_id, "1_Pooling/config.json", revision=revision))
-        except LocalEntryNotFoundError:
-            if try_to_load_from_cache(model_id, "1_Pooling/config.json", revision=revision) is _CACHED_NO_EXIST:
-                return "first token"
-            raise ValueError("its 1_Pooling/config.json is not in the local cache and there is no network") from None
-        except EntryNotFoundError:
-            return "first token"
-    if not path.exists():
+def _pooling(model_id: str, revision: str) -> str:
+    """ "mean" or "first token", as the model's own configuration says. Raises ValueError for any other way."""
+    modules = _model_json(model_id, revision, "modules.json", needed=False) or []
+    other = [m["type"] for m in modules if m["type"].split(".")[-1] not in ("Transformer", "Pooling", "Normalize")]
+    if other:
+        raise ValueError(f"its modules {other} beyond encoder, pooling and normalisation are not supported")
+    modes = _model_json(model_id, revision, "1_Pooling/config.json")
+    if modes is None:
         return "first token"
-    modes = json.loads(path.read_text(encoding="utf-8"))
     chosen = {mode.removeprefix("pooling_mode_") for mode, on in modes.items() if on is True}
     chosen |= {mode for mode in [modes.get("pooling_mode")] if mode}  # newer files name it
     for pooling, names in {"mean": {"mean_tokens", "mean"}, "first token": {"cls_token", "cls"}}.items():
         if len(chosen & names) and chosen <= names | {"include_prompt"}:
             return pooling
     raise ValueError(f"its pooling {sorted(chosen)} is neither the mean of the tokens nor the first token")
+
+
+def _model_json(model_id: str, revision: str, name: str, needed: bool = True) -> Any | None:
+    """A JSON file of a model, None where the model has none. Raises ValueError where a needed one is out of reach."""
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    path = Path(model_id, name)
+    if not Path(model_id).is_dir():
+        try:
+            path = Path(hf_hub_download(model_id, name, revision=revision))
+        except LocalEntryNotFoundError:
+            if needed and try_to_load_from_cache(model_id, name, revision=revision) is not _CACHED_NO_EXIST:
+                raise ValueError(f"its {name} is not in the local cache and there is no network") from None
+            return None
+        except EntryNotFoundError:
+            return None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 # ------------------------------------------------------------------------------------------------ open_clip pictures

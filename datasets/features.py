@@ -83,7 +83,7 @@ def _language_features(catalog, name, attributes, device, batch_size, cache_root
         return _encode(encoder, batches, len(texts), "encoding texts")
 
     path = _cache_path(cache_root, catalog.name, name, key)
-    return _cached(path, key, encoders.hub_commit(name), compute, say)
+    return _cached(path, key, lambda: encoders.hub_commit(name), compute, say)
 
 
 def _image_features(catalog, name, device, batch_size, cache_root, say) -> np.ndarray:
@@ -91,7 +91,7 @@ def _image_features(catalog, name, device, batch_size, cache_root, say) -> np.nd
     key = {
         "kind": "image",
         **encoders.image_fingerprint(name),
-        "items": _digest([*catalog.asins, *map(_file_signature, pictures)]),
+        "items": _digest([*catalog.asins, *(_file_signature(picture, catalog.photos) for picture in pictures)]),
     }
     path = _cache_path(cache_root, catalog.name, name, key)
     broken: dict[str, str] = {}  # ASIN -> why its picture is not used
@@ -114,7 +114,7 @@ def _image_features(catalog, name, device, batch_size, cache_root, say) -> np.nd
         write_json(path.with_suffix(".broken.json"), broken)
         return features
 
-    features = _cached(path, key, None, compute, say)
+    features = _cached(path, key, lambda: None, compute, say)
     without = int((~features.any(axis=1)).sum())
     if without:
         say(f"{without} of {len(pictures)} items have no readable picture: zero vectors, named in "
@@ -162,16 +162,21 @@ def _chunks(rows: Any, size: int) -> Iterable[list[int]]:
 
 
 def _cached(
-    path: Path, key: dict[str, Any], commit: str | None, compute: Callable[[], np.ndarray], say: Callable[[str], None]
+    path: Path,
+    key: dict[str, Any],
+    commit: Callable[[], str | None],
+    compute: Callable[[], np.ndarray],
+    say: Callable[[str], None],
 ) -> np.ndarray:
-    """The features at `path`, or `compute()` written there. `commit`: what the hub's model is at now, if known."""
+    """The features at `path`, or `compute()` written there. `commit()`: what the hub's model is at now, if known; a
+    first `compute()` may only just have fetched it."""
     if path.exists():
-        features, problem = _read(path, key, commit)
+        features, problem = _read(path, key, commit())
         if features is not None:
             return features
         say(f"{path} is {problem}: made again")
     features = compute()
-    _write(path, features, key, commit)
+    _write(path, features, key, commit())
     return features
 
 
@@ -218,9 +223,9 @@ def _digest(strings: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _file_signature(path: Path | None) -> str:
+def _file_signature(path: Path | None, photos: Path) -> str:
     try:
         stat = path.stat() if path else None
     except OSError:
         stat = None
-    return f"{path.name} {stat.st_size} {stat.st_mtime_ns}" if path and stat else ""
+    return f"{path.relative_to(photos)} {stat.st_size} {stat.st_mtime_ns}" if path and stat else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from config import Config, InputError, resolve, run_cli, shown
 from datasets.files import read_json, write_text
 from experiments.paper import COLUMNS, ENCODERS, RESULTS
-from trainer.runs import read_config, read_log
+from trainer.runs import read_config, read_log, unfinished
 
 HERE = Path(__file__).parent
 KEPT = ("config.json", "env.json", "log.jsonl", "test_metrics.json", "test_mrl_metrics.json")
@@ -28,8 +28,8 @@ Test metrics of the epoch that validated best, full ranking over all items, exac
 def keep(run: Path, results: Path) -> None:
     """Copy a finished run's small files to <results>/<dataset>-<run>/."""
     config, _ = read_config(run)
-    if not (run / "test_mrl_metrics.json").exists():
-        raise InputError(f"{run} has no test_mrl_metrics.json: it is not finished; train.py --resume finishes it")
+    if progress := unfinished(run):
+        raise InputError(f"{run} is not finished ({progress}); train.py --resume {run} finishes it")
     target = results / f"{config.dataset_code}-{run.name}"
     target.mkdir(parents=True, exist_ok=True)
     for name in (*KEPT, MASKED, "test_mrl_metrics.png"):
@@ -68,7 +68,7 @@ def section(run: Path) -> str:
     lines += ["", "| size | " + " | ".join(columns) + " | NDCG@10, history masked | Recall@10, history masked |"]
     lines.append("| ---: |" + " ---: |" * (len(columns) + 2))
     for size, values in metrics.items():
-        cells = [f"{values[name]:.4f}" for name in columns]
+        cells = [f"{values[name]:.4f}" if name in values else "" for name in columns]
         cells += [f"{masked[size][name]:.4f}" if masked else "" for name in ("NDCG@10", "Recall@10")]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     paper = RESULTS[config.branch].get(config.dataset_code)

@@ -18,6 +18,8 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
     weight = next(model.parameters())
     with weight.device:
         small = FMRLRec(model.num_items, features, sizes, **model.settings).to(weight.dtype)
+    if features is not None:
+        small.items.features = model.items.features  # shared: they are frozen and can be large
     large = model.state_dict()
     with torch.no_grad():
         for name, parameter in small.named_parameters():

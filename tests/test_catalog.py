@@ -31,6 +31,11 @@ def refusal(folder: Path) -> str:
 
 
 def write_sequences(folder: Path, *lines: str) -> None:
+    """These lines, and as many users in the maps."""
+    maps = folder / "datamaps.json"
+    if maps.exists():
+        users = sum(bool(line.strip()) for line in lines)
+        write_maps(folder, json.loads(maps.read_text(encoding="utf-8"))["item2id"], users)
     (folder / "sequential_data.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
@@ -183,6 +188,12 @@ def test_users_with_fewer_than_3_items_are_left_out_and_counted(folder):
     catalog = load(folder)
     assert catalog.user_ids.tolist() == [2, 6]
     assert catalog.notes == ["3 users with fewer than 3 items left out"]
+
+
+def test_sequences_that_were_cut_short_are_refused(folder):
+    path = folder / "sequential_data.txt"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "users, but datamaps.json's user2id has 6: the file was cut short; bring it again" in refusal(folder)
 
 
 def test_a_dataset_without_a_long_enough_history_is_refused(folder):

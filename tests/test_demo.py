@@ -15,6 +15,7 @@ from config import InputError
 from datasets import demo
 from datasets.catalog import Catalog, load_catalog
 from datasets.text import item_text
+from tests.prepared import write_prepared
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -140,15 +141,12 @@ def test_a_demo_that_is_there_is_left_alone(small, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("mark", [None, b"", b"{}", b'{"version": 0}', b"\xff\xfe"], ids=str)
-def test_a_demo_with_no_mark_or_that_of_another_recipe_is_made_again(small, tmp_path, mark):
+@pytest.mark.parametrize("mark", [b"", b"{}", b'{"version": 0}', b"\xff\xfe"], ids=str)
+def test_a_demo_with_the_mark_of_another_recipe_is_made_again(small, tmp_path, mark):
     demo.prepare_demo(tmp_path)
     whole = contents(tmp_path)
     (tmp_path / "demo" / "sequential_data.txt").write_text("1 1 2 3\n")
-    if mark is None:
-        (tmp_path / "demo" / "generated.json").unlink()
-    else:
-        (tmp_path / "demo" / "generated.json").write_bytes(mark)
+    (tmp_path / "demo" / "generated.json").write_bytes(mark)
     demo.prepare_demo(tmp_path)
     assert contents(tmp_path) == whole
 
@@ -175,9 +173,16 @@ def test_a_demo_whose_making_was_interrupted_is_made_again(small, tmp_path, monk
         patch.setattr(demo, "_draw_picture", interrupted)
         with pytest.raises(KeyboardInterrupt):
             demo.prepare_demo(tmp_path)
-    assert not (tmp_path / "demo" / "generated.json").exists()
     demo.prepare_demo(tmp_path)
     assert contents(tmp_path) == whole
+
+
+def test_a_dataset_of_the_users_that_is_called_demo_is_left_alone(tmp_path):
+    folder = write_prepared(tmp_path, "demo")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=f"{folder} holds another dataset.*rename the folder"):
+        demo.prepare_demo(tmp_path)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["", "demo", "photos"])
@@ -185,5 +190,5 @@ def test_a_place_that_cannot_be_written_is_named(small, tmp_path, name):
     root = tmp_path / "data"
     (root / name).parent.mkdir(exist_ok=True)
     (root / name).write_text("a file where a folder should be")
-    with pytest.raises(InputError, match=f"cannot write the demo below {root}.*{root / name}"):
+    with pytest.raises(InputError, match=f"cannot write .*{root / name}"):
         demo.prepare_demo(root)

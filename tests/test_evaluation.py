@@ -1,6 +1,7 @@
 """Full ranking of every user's target, against one user at a time, in float64, with a sort."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from dataloader import eval_batches, eval_rows
 from datasets.catalog import Sequences
 from model import FMRLRec, slice_model
+from trainer import evaluation
 from trainer.evaluation import candidates, check_slice, evaluate, evaluate_slices
 
 NUM_ITEMS, MAX_LEN, SIZES, KS = 40, 6, (4, 8, 16), (1, 5, 10, 20)
@@ -182,7 +184,7 @@ def test_a_slice_with_any_weight_changed_fails_the_check(change):
             check_slice(model, small, a_batch())
 
 
-def test_evaluating_slices_stops_at_a_slice_that_scores_otherwise(monkeypatch):
+def test_a_slice_that_scores_otherwise_is_reported_when_all_results_are_written(tmp_path, monkeypatch):
     def wrong_slice(model, size):
         small = slice_model(model, size)
         with torch.no_grad():
@@ -190,9 +192,9 @@ def test_evaluating_slices_stops_at_a_slice_that_scores_otherwise(monkeypatch):
         return small
 
     monkeypatch.setattr("trainer.evaluation.slice_model", wrong_slice)
-    heard = []
-    with pytest.raises(RuntimeError, match="size 8"):
-        evaluate_slices(
-            random_model(), rows_of(random_sequences()), batch_size=7, ks=KS, say=lambda m, _: heard.append(m)
+    rows = rows_of(random_sequences())
+    with pytest.raises(RuntimeError, match="the slice of size 8 scores otherwise"):
+        evaluation.test_every_size(
+            random_model(), rows, tmp_path, batch_size=7, ks=KS, mask_history=False, title="every size"
         )
-    assert heard == [4]
+    assert set(json.loads((tmp_path / "test_mrl_metrics.json").read_text())) == {"4", "8", "16"}

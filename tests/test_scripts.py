@@ -109,11 +109,13 @@ def test_eval_takes_the_configuration_from_the_run(workplace):
     with pytest.raises(InputError, match=r"--mrl_hidden_sizes 2,4 differs from .*, which has 2,4,8"):
         run_eval(f"--run {run} --mrl_hidden_sizes 2,4")
     assert set(run_eval(f"--run {run} --metric_ks 3,10")[8]) == {
-        f"{name}@{k}" for name in ("Recall", "NDCG", "MRR") for k in (3, 10)
+        f"{name}@{k}"
+        for name in ("Recall", "NDCG", "MRR")
+        for k in (3, 5, 10, 20, 50)  # none of the run's is lost
     }
 
 
-def test_a_run_cut_off_by_the_keyboard_resumes_to_the_same_weights(workplace, monkeypatch):
+def test_a_run_cut_off_by_the_keyboard_resumes_to_the_same_weights(workplace, monkeypatch, capsys):
     from trainer.trainer import Trainer
 
     whole = run_train("--num_epochs 4 --run_name whole")
@@ -124,14 +126,10 @@ def test_a_run_cut_off_by_the_keyboard_resumes_to_the_same_weights(workplace, mo
         if self.progress.epoch == 2:
             raise KeyboardInterrupt
 
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(
-            InputError, match=r"interrupted; continue with: python train.py --resume experiments/runs/tiny/\S+"
-        ),
-    ):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_keep", interrupt_after_two)
         run_train("--num_epochs 4 --run_name cut")
+    assert re.search(r"continue with: python train.py --resume experiments/runs/tiny/\S+-cut", capsys.readouterr().err)
     cut = train.main(["--resume", "latest"])
     assert cut.name.endswith("cut")
     assert (cut / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
@@ -188,11 +186,130 @@ def test_bad_data_is_refused_before_a_run_is_made(workplace):
     assert not Path("experiments").exists()
 
 
+def test_validation_picks_the_epoch_and_the_test_set_is_read_once_at_the_end(workplace, monkeypatch):
+    from dataloader import split
+    from trainer.trainer import Trainer
+
+    parts, true_rows = [], split.eval_rows
+    monkeypatch.setattr("dataloader.eval_rows", lambda s, n, part: parts.append(part) or true_rows(s, n, part))
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: (parts.append("fit"), fit(self))[1])
+    run_train()
+    assert parts == ["val", "fit", "test"]
+
+
+def test_what_is_tested_is_the_best_epoch_not_the_last(workplace, monkeypatch):
+    from trainer.trainer import Trainer
+
+    values = iter([0.9, 0.1, 0.1, 0.1])
+    true_validate = Trainer.validate
+
+    def validate(self):
+        metrics = true_validate(self)
+        metrics[8]["NDCG@10"] = next(values)
+        return metrics
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    run = run_train("--num_epochs 4")
+    tested = json.loads((run / "test_mrl_metrics.json").read_text())
+    state = torch.load(run / "last.pt", weights_only=True)
+    assert state["progress"]["best_epoch"] == 1
+    assert {str(m): v for m, v in run_eval(f"--run {run}").items()} == tested
+    from trainer.checkpoint import save_weights
+
+    _, _, model = eval_script.load_run(run)
+    model.load_state_dict(state["model"])
+    save_weights(model, run / "best.safetensors", {})
+    assert {str(m): v for m, v in run_eval(f"--run {run}").items()} != tested
+
+
+def test_a_run_is_tied_to_the_dataset_it_was_trained_on(workplace):
+    run = run_train()
+    before = (run / "test_mrl_metrics.json").read_bytes()
+    write_prepared(workplace / "data", "tiny", users=20, items=12, pictures=True, seed=7)
+    for command in (lambda: run_eval(f"--run {run}"), lambda: train.main(["--resume", str(run)])):
+        with pytest.raises(InputError, match=r"the dataset is not the one that .* was trained on"):
+            command()
+    assert (run / "test_mrl_metrics.json").read_bytes() == before
+
+
+def test_an_unfinished_run_is_called_so_resumed_first_and_not_kept_as_a_result(workplace, capsys):
+    from experiments import report
+
+    cut = run_train("--num_epochs 9")
+    lines = (cut / "log.jsonl").read_text().splitlines()
+    (cut / "log.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    state = torch.load(cut / "last.pt", weights_only=True)
+    state["progress"] |= {"epoch": 3, "best_epoch": 3}
+    torch.save(state, cut / "last.pt")
+    whole = run_train("--run_name whole")
+    run_eval(f"--run {cut}")
+    assert f"run {cut}, unfinished: epoch 3 of 9" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"is not finished \(epoch 3 of 9\); train.py --resume"):
+        report.main(["--keep", str(cut), "--results", str(workplace / "kept")])
+    assert train.main(["--resume", "latest"]) == cut
+    with pytest.raises(InputError, match="is finished"):
+        train.main(["--resume", "latest"])
+    report.main(["--keep", str(whole), "--results", str(workplace / "kept"), "--out", str(workplace / "R.md")])
+    assert (
+        f"| 8 | {json.loads((whole / 'test_metrics.json').read_text())['NDCG@5']:.4f} |"
+        in (workplace / "R.md").read_text()
+    )
+
+
+def test_a_log_line_of_an_epoch_that_was_not_kept_is_dropped_on_resuming(workplace):
+    run = run_train("--num_epochs 3")
+    lines = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(lines + lines.splitlines()[-1].replace('"epoch": 3', '"epoch": 4') + "\n")
+    state = torch.load(run / "last.pt", weights_only=True)
+    state["progress"] |= {"epoch": 2, "step": 2}
+    torch.save(state, run / "last.pt")
+    train.main(["--resume", str(run)])
+    assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    (run / "log.jsonl").write_text('{"epoch": 1')
+    with pytest.raises(InputError, match=r"log\.jsonl is damaged"):
+        train.main(["--resume", str(run)])
+
+
 def test_wandb_works_offline(workplace, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = run_train("--use_wandb")
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(("key", "reached"), [(None, True), ("secret", True), ("secret", False)])
+def test_wandb_hears_of_every_epoch_and_of_the_test_wherever_it_can(workplace, monkeypatch, capsys, key, reached):
+    calls = []
+
+    class Unreachable(Exception):
+        pass
+
+    def init(mode, **options):
+        calls.append(("init", mode, options["config"]["lr"]))
+        if mode == "online" and not reached:
+            raise Unreachable("no network")
+        summary = type("Summary", (), {"update": lambda self, values: calls.append(("summary", values))})()
+        log = lambda self, record, step: calls.append(("log", step, record["loss"]))  # noqa: E731
+        finish = lambda self: calls.append(("finish",))  # noqa: E731
+        return type("Run", (), {"log": log, "finish": finish, "summary": summary})()
+
+    fake = type("wandb", (), {"init": staticmethod(init), "Error": Unreachable})
+    fake.api = type("Api", (), {"api_key": key})
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = run_train("--use_wandb")
+    modes = [call[1] for call in calls if call[0] == "init"]
+    assert modes == {(None, True): ["offline"], ("secret", True): ["online"]}.get((key, reached), ["online", "offline"])
+    assert [call[1] for call in calls if call[0] == "log"] == [1, 2]
+    test = json.loads((run / "test_metrics.json").read_text())
+    assert next(call for call in calls if call[0] == "summary")[1]["test/8/NDCG@10"] == test["NDCG@10"]
+    assert calls[-1] == ("finish",)
+
+
+def test_a_mistyped_encoder_is_refused_at_once(workplace):
+    with pytest.raises(InputError, match="'lexcal' is neither a folder nor of the form ORGANISATION/MODEL; 'lexical'"):
+        run_train("--language_encoder lexcal")
 
 
 @pytest.mark.parametrize("command", [["train.py", "--lur_dropout=0.5"], ["eval.py", "--dataset", "beauty"]])

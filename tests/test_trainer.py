@@ -19,8 +19,8 @@ from tests.prepared import write_prepared
 from trainer import trainer as trainer_module
 from trainer.checkpoint import load_state, load_weights, save_weights
 from trainer.runlog import RunLog
-from trainer.runs import read_log
-from trainer.trainer import Progress, Trainer, build_optimizer
+from trainer.runs import is_finished, read_log
+from trainer.trainer import Trainer, build_optimizer
 
 SIZES = (2, 4, 8)
 CPU = torch.device("cpu")
@@ -195,6 +195,52 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_previous_one_whole(tmp_
     assert load_state(path) == {"epoch": 1}
 
 
+def test_an_update_that_breaks_the_weights_is_noticed_before_anything_is_kept(tmp_path):
+    trainer = make_trainer(tmp_path, lr=1e38, warmup_steps=0, max_grad_norm=0.0, schedule=False)
+    trainer.loader.batch_size = 100  # one step an epoch: its loss is finite, its update is not
+    with pytest.raises(InputError, match=r"weights are not finite at step 1 \(epoch 1\); no epoch was finished"):
+        trainer.fit()
+    assert list(trainer.run.iterdir()) == []
+
+
+def test_every_step_uses_its_learning_rate(tmp_path):
+    trainer = make_trainer(tmp_path, warmup_steps=10)
+    for step, batch in enumerate(trainer.loader.epoch(1)):
+        trainer._step(batch)
+        assert {group["lr"] for group in trainer._optimizer.param_groups} == {trainer.lr_at(step)}
+    assert trainer.lr_at(0) < trainer.lr_at(3)
+
+
+def test_the_sum_over_sizes_is_their_mean_times_their_number(tmp_path):
+    losses = {}
+    for reduction in ("mean", "sum"):
+        trainer = make_trainer(tmp_path, reduction=reduction)
+        losses[reduction] = trainer._step(next(trainer.loader.epoch(1))).item()
+    assert losses["sum"] == pytest.approx(len(SIZES) * losses["mean"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
+def test_the_optimizer_is_the_one_asked_for_with_its_epsilon(name, kind):
+    optimizer = build_optimizer(FMRLRec(5, None, SIZES, num_blocks=1), name, 1e-3, 0.1, 1e-5)
+    assert type(optimizer) is kind
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-5}
+
+
+def test_the_best_epoch_is_picked_by_the_metric_asked_for_also_where_it_is_not_reported(tmp_path):
+    trainer = make_trainer(tmp_path, metric_ks=(5,), best_metric="MRR@3", num_epochs=6)
+    trainer.fit()
+    values = [record["val"]["8"]["MRR@3"] for record in read_log(trainer.run)]
+    assert trainer.progress.best == max(values)
+    assert trainer.progress.best_epoch == 1 + values.index(max(values))
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    other = trainer.state() | {"model": FMRLRec(5, None, (2, 4), num_blocks=1).state_dict()}
+    with pytest.raises(InputError, match=r"last\.pt does not fit the model"):
+        trainer.load_state(other)
+
+
 def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint_whole(tmp_path):
     program = textwrap.dedent(f"""
         import resource, signal, torch
@@ -257,8 +303,11 @@ def test_a_checkpoint_executes_nothing(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_progress_counts_the_epochs_since_the_best():
-    assert Progress(epoch=7, best_epoch=4).waited() == 3
+def test_a_run_is_finished_at_its_last_epoch_or_when_patience_is_used_up():
+    assert is_finished(epoch=10, best_epoch=10, num_epochs=10, patience=3)
+    assert is_finished(epoch=7, best_epoch=4, num_epochs=10, patience=3)
+    assert not is_finished(epoch=7, best_epoch=5, num_epochs=10, patience=3)
+    assert not is_finished(epoch=7, best_epoch=1, num_epochs=10, patience=None)
 
 
 def test_in_bf16_training_follows_fp32_with_weights_and_states_in_float32(tmp_path):

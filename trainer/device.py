@@ -1,4 +1,4 @@
-"""The device, and the seeds."""
+"""The device."""
 
 import torch
 

@@ -34,8 +34,8 @@ def evaluate(
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    table = model.item_table()
     ranks: dict[int, list[Tensor]] = {m: [] for m in sizes}
+    table = model.item_table()
     for batch in eval_batches(rows, batch_size, device):
         z = model.encode(table, batch.tokens, batch.position, batch.longest)[batch.last]  # [B, D]
         scores = candidates(batch, len(table), mask_history)
@@ -66,15 +66,10 @@ def evaluate_slices(
     mask_history: bool = False,
     say: Callable[[int, dict[str, float]], None] = lambda size, metrics: None,
 ) -> dict[int, dict[str, float]]:
-    """Slice a stand-alone model of every size and evaluate each alone; `say` hears of each as it is done.
-
-    Raises RuntimeError if a slice does not score as the full model's prefix does (to PARITY).
-    """
+    """Slice a stand-alone model of every size and evaluate each alone; `say` hears of each as it is done."""
     results = {}
-    model.eval()
     for m in model.sizes:
         small = slice_model(model, m)
-        check_slice(model, small, next(eval_batches(rows, batch_size, next(model.parameters()).device)))
         results |= evaluate(small, rows, sizes=(m,), batch_size=batch_size, ks=ks, mask_history=mask_history)
         say(m, results[m])
     return results
@@ -82,7 +77,7 @@ def evaluate_slices(
 
 @torch.inference_mode()
 def check_slice(model: FMRLRec, small: FMRLRec, batch: EvalBatch) -> None:
-    """Raise RuntimeError unless the slice's scores for a batch are the prefix scores of the model it was cut from."""
+    """Raise RuntimeError unless a slice scores a batch as the prefix of the model it was cut from does, to PARITY."""
     size, scores = small.sizes[-1], []
     for recommender in (model, small):
         recommender.eval()
@@ -97,7 +92,10 @@ def check_slice(model: FMRLRec, small: FMRLRec, batch: EvalBatch) -> None:
 def test_every_size(
     model: FMRLRec, rows: EvalRows, run: Path, *, batch_size: int, ks: tuple[int, ...], mask_history: bool, title: str
 ) -> dict[int, dict[str, float]]:
-    """Slice and test every size; print the table, write the run's test metrics and curve. Returns size -> metrics."""
+    """Slice and test every size; print the table, write the run's test metrics and curve. Returns size -> metrics.
+
+    Raises RuntimeError, when all is written, if a slice does not score as the model's prefix does.
+    """
     names = [f"{metric}@{k}" for k in ks[:2] for metric in ("Recall", "NDCG", "MRR")]
     print("  size  " + "  ".join(f"{name:>9}" for name in names), flush=True)
 
@@ -111,4 +109,7 @@ def test_every_size(
     picture = run / f"test_mrl_metrics{suffix}.png"
     plot_metric_by_size(results, ks, title + (", history masked" if mask_history else ""), picture)
     print(f"written: {run / f'test_mrl_metrics{suffix}.json'} and {picture.name}", flush=True)
+    batch = next(eval_batches(rows, batch_size, next(model.parameters()).device))
+    for m in model.sizes:
+        check_slice(model, slice_model(model, m), batch)
     return results

@@ -34,6 +34,16 @@ def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    return wandb.init(
-        project="fmrlrec", name=run.name, id=run.name, dir=run, config=settings, mode=mode, resume="allow"
-    )
+    options = {
+        "project": "fmrlrec",
+        "name": run.name,
+        "id": run.name,
+        "dir": run,
+        "config": settings,
+        "resume": "allow",
+    }
+    try:
+        return wandb.init(mode=mode, **options)
+    except wandb.Error as error:
+        print(f"Weights & Biases cannot be reached ({error}); logging offline below {run / 'wandb'}", flush=True)
+        return wandb.init(mode="offline", **options)

@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from datasets.files import read_json, write_json
 REPOSITORY = Path(__file__).parent.parent
 
 
-def create_run(config: Config, sources: dict[str, str], device: str) -> Path:
-    """Make a new run's folder with its config.json and env.json."""
+def create_run(config: Config, sources: dict[str, str], device: str, data: str) -> Path:
+    """Make a new run's folder with its config.json and env.json. `data`: the dataset's digest."""
     name = config.run_name or f"{config.branch}-{config.mrl_hidden_sizes[-1]}"
     parent = Path(config.runs_root) / config.dataset_code
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
@@ -41,7 +42,7 @@ def create_run(config: Config, sources: dict[str, str], device: str) -> Path:
                 f"cannot make the run's folder {run}: {error.strerror}; give another --runs_root"
             ) from None
         break
-    write_json(run / "env.json", environment(device))
+    write_json(run / "env.json", environment(device) | {"data": data})
     write_json(run / "config.json", {"settings": vars(config), "sources": sources})
     return run
 
@@ -54,10 +55,31 @@ def read_config(run: Path) -> tuple[Config, dict[str, str]]:
     return from_saved(saved["settings"]), saved.get("sources", {})
 
 
-def find_run(runs_root: Path, flags: dict[str, Any], needs: str) -> Path:
-    """The newest run whose settings equal the given flags (runtime flags aside) and that has the file `needs`.
+def check_data(run: Path, data: str) -> None:
+    """Raise InputError if a run was trained on a dataset of another digest."""
+    environment = read_json(run / "env.json", "give a run's folder, as train.py prints it")
+    if environment.get("data", data) != data:
+        raise InputError(f"the dataset is not the one that {run} was trained on; give its --data_root, or train anew")
 
-    Raises InputError that shows the newest runs and what differs in them.
+
+def is_finished(epoch: int, best_epoch: int, num_epochs: int, patience: int | None) -> bool:
+    """Whether a run that has done `epoch` epochs has nothing left to train."""
+    return epoch >= num_epochs or (patience is not None and epoch - best_epoch >= patience)
+
+
+def unfinished(run: Path) -> str:
+    """How far a run is that has epochs left to train, in words; "" for a finished one."""
+    config, _ = read_config(run)
+    log = read_log(run)
+    done, best = (log[-1]["epoch"], log[-1]["best_epoch"]) if log else (0, 0)
+    patience = config.early_stopping_patience if config.early_stopping else None
+    return "" if is_finished(done, best, config.num_epochs, patience) else f"epoch {done} of {config.num_epochs}"
+
+
+def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], str]) -> Path:
+    """The newest run whose settings equal the given flags (runtime flags aside) and that has no `problem`.
+
+    Raises InputError that shows the newest runs and why each is not it.
     """
     wanted = {name: value for name, value in flags.items() if not is_runtime(name)}
     near = []
@@ -71,14 +93,15 @@ def find_run(runs_root: Path, flags: dict[str, Any], needs: str) -> Path:
             near.append(f"  {run}: {error}")
             continue
         differs = [f"{k} {shown(getattr(config, k))}" for k, v in wanted.items() if getattr(config, k) != v]
-        if not differs and (run / needs).exists():
+        reason = ", ".join(differs) or problem(run)
+        if not reason:
             return run
-        near.append(f"  {run}: {', '.join(differs) or f'has no {needs} yet'}")
+        near.append(f"  {run}: {reason}")
     asked = " ".join(f"--{k} {shown(v)}" for k, v in wanted.items()) or "any flags"
     if not near:
         raise InputError(f"there is no run below {runs_root}; train one: python train.py")
     listed = "\n".join(near[:5])
-    raise InputError(f"no run below {runs_root} fits {asked}. The newest ones and what differs in them:\n{listed}")
+    raise InputError(f"no run below {runs_root} fits {asked}. The newest ones, and what differs:\n{listed}")
 
 
 def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
@@ -87,7 +110,7 @@ def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Conf
         if not is_runtime(name) and getattr(config, name) != value:
             raise InputError(
                 f"--{name} {shown(value)} differs from {run}, which has {shown(getattr(config, name))}; "
-                f"leave the flag out, or start a new run without --resume"
+                f"leave the flag out to use the run as it is"
             )
     return from_saved(vars(config) | {k: v for k, v in flags.items() if is_runtime(k)})
 
@@ -127,4 +150,9 @@ def _git(*arguments: str) -> str | None:
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's log.jsonl."""
     path = run / "log.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); remove its bad lines") from None

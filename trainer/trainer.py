@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from model import FMRLRec, matryoshka_cross_entropy
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
 from trainer.runlog import RunLog
+from trainer.runs import is_finished
 
 CHECK_EVERY = 50  # steps between looks at whether the losses are finite: a look makes a GPU wait
 
@@ -29,10 +30,6 @@ class Progress:
     best: float = -math.inf
     best_epoch: int = 0
     seconds: float = 0.0
-
-    def waited(self) -> int:
-        """Epochs since the best one."""
-        return self.epoch - self.best_epoch
 
 
 @dataclass
@@ -68,6 +65,7 @@ class Trainer:
         while not self.finished():
             started = time.perf_counter()
             loss = self._train_epoch()
+            self._check_weights()
             trained = time.perf_counter()
             metrics = self.validate()
             self.progress.epoch += 1
@@ -77,14 +75,12 @@ class Trainer:
 
     def finished(self) -> bool:
         """Whether there is nothing left to train."""
-        stopped = self.patience is not None and self.progress.waited() >= self.patience
-        return stopped or self.progress.epoch >= self.num_epochs
+        return is_finished(self.progress.epoch, self.progress.best_epoch, self.num_epochs, self.patience)
 
     def validate(self) -> dict[int, dict[str, float]]:
         """Validation metrics of every size."""
-        return evaluate(
-            self.model, self.val_rows, sizes=self.model.sizes, batch_size=self.val_batch_size, ks=self.metric_ks
-        )
+        ks = tuple(sorted({*self.metric_ks, int(self.best_metric.partition("@")[2])}))
+        return evaluate(self.model, self.val_rows, sizes=self.model.sizes, batch_size=self.val_batch_size, ks=ks)
 
     def _train_epoch(self) -> float:
         """One pass over the users. Returns the mean loss of its steps."""
@@ -104,6 +100,8 @@ class Trainer:
     def _step(self, batch: Batch) -> Tensor:
         with torch.autocast(self.loader.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             table = self.model.item_table()
+            if self.precision == "bf16":  # a learned table comes in float32
+                table = table.bfloat16()
             z = self.model.encode(table, batch.tokens, batch.position, batch.longest)
         loss = matryoshka_cross_entropy(z, table, batch.labels, self.model.sizes, self.reduction)
         self._optimizer.zero_grad(set_to_none=True)
@@ -130,14 +128,21 @@ class Trainer:
         values = torch.stack(losses).tolist()
         for i, value in enumerate(values):
             if not math.isfinite(value):
-                step = self.progress.step - len(values) + i + 1
-                epoch = self.progress.epoch
-                kept = f"the state after epoch {epoch} is kept in {self.run}" if epoch else "no epoch was finished"
-                raise InputError(
-                    f"the loss is {value} at step {step} (epoch {epoch + 1}); {kept}. Try a smaller --lr or "
-                    f"--max_grad_norm, or more --warmup_steps"
-                )
+                self._give_up(f"the loss is {value}", self.progress.step - len(values) + i + 1)
         return sum(values)
+
+    def _check_weights(self) -> None:
+        """Raise InputError where the epoch's last update, after which no loss was computed, broke the weights."""
+        if not torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).all():
+            self._give_up("weights are not finite", self.progress.step)
+
+    def _give_up(self, what: str, step: int) -> NoReturn:
+        epoch = self.progress.epoch
+        kept = f"the state after epoch {epoch} is kept in {self.run}" if epoch else "no epoch was finished"
+        raise InputError(
+            f"{what} at step {step} (epoch {epoch + 1}); {kept}. Try a smaller --lr or --max_grad_norm, or more "
+            f"--warmup_steps"
+        )
 
     def _keep(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
         """Write the epoch's checkpoints and log."""
@@ -171,22 +176,26 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """All that resuming needs."""
+        device = self.loader.device
         return {
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "progress": vars(self.progress).copy(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`."""
-        self.model.load_state_dict(state["model"])
+        """Continue from a `state`. Raises InputError for that of another model."""
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise InputError(f"{self.run / 'last.pt'} does not fit the model of config.json: {error}") from None
         self._optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available() and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self.loader.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.loader.device)
 
 
 def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, eps: float) -> torch.optim.Optimizer:

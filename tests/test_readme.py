@@ -66,6 +66,14 @@ def test_the_first_command_prints_every_sizes_metrics_and_draws_the_curve(workpl
     assert (run / "test_mrl_metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_readmes_python_slices_the_newest_run(workplace):
+    (program,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (workplace / "slice.py").write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{program}")
+    shell("python slice.py", workplace)
+    newest = max((workplace / "experiments/runs/demo").iterdir())
+    assert 0 < (newest / "64.safetensors").stat().st_size < (newest / "best.safetensors").stat().st_size / 2
+
+
 def popularity_ndcg(workplace):
     """NDCG@10 of ranking every user's test item by how often items were in training."""
     catalog = load_catalog(workplace / "data", "demo")

@@ -14,6 +14,7 @@ import torch
 
 from dataloader import eval_rows
 from datasets.catalog import load_catalog
+from experiments import report
 from tests.prepared import write_prepared
 from trainer.metrics import ranking_metrics, target_ranks
 
@@ -121,6 +122,16 @@ def test_every_other_command_of_the_readme_runs(workplace):
         shell(command + (shorter if trains else ""), workplace)
         run += 1
     assert run >= 5
+
+
+def test_the_results_shown_are_rows_of_the_report_which_is_made_from_the_kept_files(tmp_path):
+    report.main(["--out", str(tmp_path / "RESULTS.md")])
+    made = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert made == (REPOSITORY / "experiments/RESULTS.md").read_text(encoding="utf-8")
+    section = README.partition("## Results")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 4
+    assert all(row in made.splitlines() for row in rows)
 
 
 def test_every_link_of_the_readme_leads_somewhere():

@@ -57,12 +57,13 @@ def section(run: Path) -> str:
         f"## {config.dataset_code}, {config.branch}, sizes {config.mrl_hidden_sizes[0]}..{config.mrl_hidden_sizes[-1]}",
         "",
         f"- Run `{run.name}`, seed {config.seed}; differs from the dataset's settings in: {differences(config)}.",
-        f"- {len(log)} of {config.num_epochs} epochs in {seconds / 3600:.2f} h "
+        f"- {len(log)} of {config.num_epochs} epochs in {seconds / 60:.0f} minutes "
         f"({log[-1]['train_seconds']:.0f} s the last), best epoch {log[-1]['best_epoch']}; {environment['device']}; "
         f"torch {environment['versions']['torch']}; commit `{(environment['commit'] or 'unknown')[:10]}`"
         f"{' with uncommitted changes' if environment['uncommitted_changes'] else ''}.",
     ]
-    if unlike := unlike_paper(config):
+    paper = RESULTS[config.branch].get(config.dataset_code)
+    if paper and (unlike := unlike_paper(config)):
         lines.append(f"- Unlike the paper: {unlike}.")
     columns = (*COLUMNS, "MRR@10")
     lines += ["", "| size | " + " | ".join(columns) + " | NDCG@10, history masked | Recall@10, history masked |"]
@@ -71,7 +72,6 @@ def section(run: Path) -> str:
         cells = [f"{values[name]:.4f}" if name in values else "" for name in columns]
         cells += [f"{masked[size][name]:.4f}" if masked else "" for name in ("NDCG@10", "Recall@10")]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
-    paper = RESULTS[config.branch].get(config.dataset_code)
     if paper:
         lines.append("| paper, 1024 | " + " | ".join(f"{value:.4f}" for value in paper) + " | | | |")
     if (run / "test_mrl_metrics.png").exists():

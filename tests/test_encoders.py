@@ -510,3 +510,29 @@ def test_transformers_and_open_clip_work_where_this_datasets_hides_hugging_faces
     expected = language_encoder(str(mean_bert), "cpu").encode(["red tent"])
     np.testing.assert_allclose(json.loads(vector), expected, atol=1e-6)
     assert shape == "(1, 24)"
+
+
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(tmp_path):
+    model = write_tiny_bert(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    assert "cannot be loaded" in refusal(language_encoder, str(model))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_goes_on_after_its_pooling_is_refused(tmp_path):
+    model = write_tiny_bert(tmp_path / "model", MEAN)
+    types = ["sentence_transformers.models." + name for name in ("Transformer", "Pooling", "Dense")]
+    (model / "modules.json").write_text(json.dumps([{"idx": i, "type": t} for i, t in enumerate(types)]))
+    assert "Dense" in refusal(language_encoder, str(model))
+    (model / "modules.json").write_text(json.dumps([{"idx": i, "type": t} for i, t in enumerate(types[:2])]))
+    assert language_encoder(str(model), "cpu").dim == 16
+
+
+def test_texts_are_cut_where_the_model_says(tmp_path):
+    model = write_tiny_bert(tmp_path / "model", MEAN)
+    (model / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 4}))
+    short, long = language_encoder(str(model), "cpu").encode(["red warm", "red warm light tent lamp"])
+    assert np.allclose(short, long, atol=1e-6)

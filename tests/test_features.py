@@ -235,6 +235,18 @@ def test_a_picture_of_the_same_size_in_bytes_is_encoded_again(catalog, shop):
     assert not np.array_equal(shop.features(catalog, **PICTURES)[2], before[2])
 
 
+def test_a_picture_of_the_same_name_time_and_size_in_another_folder_is_encoded_again(catalog, shop):
+    for folder, colour in (("a", (1, 2, 3)), ("b", (250, 2, 3))):
+        (catalog.photos / folder).mkdir()
+        Image.new("RGB", (8, 8), colour).save(catalog.photos / folder / "same.bmp")
+        os.utime(catalog.photos / folder / "same.bmp", ns=(1, 1))
+    rows = []
+    for folder in ("a", "b"):
+        catalog.pictures[2] = catalog.photos / folder / "same.bmp"
+        rows.append(shop.features(catalog, **PICTURES)[2])
+    assert not np.array_equal(*rows)
+
+
 def test_a_picture_that_appears_later_is_encoded_then(catalog, shop):
     missing = catalog.pictures[2]
     missing.rename(missing.with_suffix(".away"))
@@ -253,6 +265,22 @@ def test_another_commit_of_a_hub_encoder_is_said_and_encoded_again(catalog, shop
     put_in_hub_cache(hub, "org/tiny", "b" * 40, write_tiny_bert(tmp_path / "two", FIRST, seed=2))
     assert not np.allclose(shop.features(catalog, language="org/tiny"), first)
     assert any("a" * 40 in line and "b" * 40 in line and "made again" in line for line in shop.said)
+
+
+def test_the_commit_that_the_first_encoding_fetched_is_remembered(tmp_path):
+    at, said = {"commit": None}, []
+
+    def encode():
+        at["commit"] = at["commit"] or "first"  # the hub's files arrive while encoding
+        return np.ones((2, 3), dtype=np.float32)
+
+    arguments = (tmp_path / "cache.safetensors", {}, lambda: at["commit"], encode, said.append)
+    features._cached(*arguments)
+    features._cached(*arguments)
+    assert said == []
+    at["commit"] = "second"
+    features._cached(*arguments)
+    assert "of another commit of the encoder (first, now second)" in said[0]
 
 
 def test_a_cache_that_lost_the_commit_of_its_hub_encoder_is_made_again(catalog, shop, hub, tmp_path):

@@ -48,7 +48,6 @@ class Catalog:
 
     name: str
     sequences: Sequences
-    user_ids: np.ndarray  # [U] int64, as in sequential_data.txt
     asins: list[str]
     metadata: list[dict[str, Any]]  # {} where an item has none
     pictures: list[Path | None] | None  # None: the dataset has no item2img.json
@@ -78,11 +77,11 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
             f"or --dataset_code demo, which needs no download"
         )
     asins, num_users = _load_ids(folder / "datamaps.json")
-    sequences, user_ids = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)
+    sequences = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)
     metadata = _load_metadata(folder / "meta.json.gz", asins, notes)
     photos = (root / "photos" / dataset_code).resolve()
     pictures = _load_pictures(folder / "item2img.json", photos, asins)
-    return Catalog(dataset_code, sequences, user_ids, asins, metadata, pictures, photos, notes)
+    return Catalog(dataset_code, sequences, asins, metadata, pictures, photos, notes)
 
 
 def _load_ids(path: Path) -> tuple[list[str], int]:
@@ -105,9 +104,8 @@ def _load_ids(path: Path) -> tuple[list[str], int]:
     return asins, len(user2id) if isinstance(user2id, dict) else 0  # type: ignore[return-value]
 
 
-def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]) -> tuple[Sequences, np.ndarray]:
+def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]) -> Sequences:
     lines: dict[int, int] = {}  # user id -> line
-    users: list[int] = []
     rows: list[list[int]] = []
     short = 0
     for number, line in enumerate(read_text(path, LAYOUT).splitlines(), start=1):
@@ -128,7 +126,6 @@ def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]
         if len(items) < MIN_ITEMS:
             short += 1
             continue
-        users.append(user)
         rows.append(items)
     if len(lines) < num_users:
         raise InputError(
@@ -141,7 +138,7 @@ def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]
         notes.append(f"{short} users with fewer than {MIN_ITEMS} items left out")
     offsets = np.cumsum([0] + [len(row) for row in rows])
     items = np.fromiter((item for row in rows for item in row), dtype=np.int64, count=offsets[-1])
-    return Sequences(items, offsets), np.fromiter(users, dtype=np.int64)
+    return Sequences(items, offsets)
 
 
 def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[str, Any]]:

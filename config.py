@@ -144,6 +144,13 @@ class Config:
             raise InputError(problem)
 
     @property
+    def described_by(self) -> str:
+        """The branch in words."""
+        return {"both": "text and pictures", "language": "text", "image": "pictures", "id": "a learned table"}[
+            self.branch
+        ]
+
+    @property
     def branch(self) -> str:
         """What items are described by: language, image, both, or id (a learned item table)."""
         return {(True, True): "both", (True, False): "language", (False, True): "image", (False, False): "id"}[
@@ -327,7 +334,7 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(word, list(self._option_string_actions), n=1)
+            near = difflib.get_close_matches(word, list(self._option_string_actions), n=1, cutoff=0.7)
             hint = f"did you mean {near[0]}?" if near else "--help lists them all"
             self.error(f"unknown flag {word}; {hint}")
         return parsed

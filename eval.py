@@ -135,7 +135,7 @@ def test_run(
         batch_size=config.test_batch_size,
         ks=tuple(sorted({*config.metric_ks, *trained.metric_ks})),  # the run's files never lose a cut-off
         mask_history=mask_history,
-        title=f"{config.dataset_code}, {config.branch}: test",
+        title=f"{config.dataset_code}, items by {config.described_by}: test",
     )
 
 

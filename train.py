@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     if state:
         trainer.load_state(state)
-        print(f"continuing after epoch {done}", flush=True)
+    if arguments.resume:
+        print(f"continuing after epoch {done}" if state else "no epoch was finished: from the start", flush=True)
     try:
         progress = trainer.fit()
     except KeyboardInterrupt:

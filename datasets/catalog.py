@@ -74,7 +74,7 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
         found = f"prepared there: {', '.join(near)}" if near else "nothing is prepared there"
         raise InputError(
             f"dataset {dataset_code!r} is not at {folder} ({found}); give --data_root the folder that holds it, "
-            f"or --dataset_code demo, which needs no download"
+            f"or --dataset_code demo, which needs no download. The README's section 'Your data' has the layout"
         )
     asins, num_users = _load_ids(folder / "datamaps.json")
     sequences = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)

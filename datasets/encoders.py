@@ -10,11 +10,14 @@ Every encoder has a `fingerprint` (what its features depend on, for the cache), 
 import hashlib
 import itertools
 import json
+import os
+import socket
 import sys
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -98,6 +101,7 @@ class TransformersEncoder:
     one. Without such a file the first token, as bge needs it."""
 
     def __init__(self, name: str, device: Any) -> None:
+        _offline_without_network()
         import torch
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
@@ -133,9 +137,10 @@ class TransformersEncoder:
             self.dim = self.encode([""]).shape[1]
         except Exception as error:  # whatever the hub client, the weights' reader or the model raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            where = "its folder" if is_folder else "the hub, and no such folder is here"
             raise InputError(
-                f"--language_encoder {name!r} cannot be loaded ({first}). Without network, give a local folder that "
-                f"holds the model's config.json, tokenizer and weights, or 'lexical', which needs no download"
+                f"--language_encoder {name!r} cannot be loaded from {where} ({first}). Without network, give a local "
+                f"folder with the model's config.json, tokenizer and weights, or 'lexical', which needs no download"
             ) from error
         self.fingerprint = language_fingerprint(name)
 
@@ -153,6 +158,19 @@ class TransformersEncoder:
         else:
             states = states[:, 0]
         return normalised(states.float().cpu().numpy())
+
+
+def _offline_without_network() -> None:
+    """Let the hub's client use its local cache at once where the hub's name does not even resolve; it would ask again
+    for most of a minute, for every file."""
+    from huggingface_hub import constants
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return  # the proxy resolves it
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def _split_revision(name: str) -> tuple[str, str, bool]:
@@ -205,6 +223,7 @@ class OpenClipEncoder:
     """The image tower of an open_clip model."""
 
     def __init__(self, name: str, device: Any) -> None:
+        _offline_without_network()
         import torch
 
         try:

@@ -111,7 +111,8 @@ def _image_features(catalog, name, device, batch_size, cache_root, say) -> np.nd
             raise InputError(
                 f"none of {catalog.name}'s pictures can be read{example}; --no-use_img_encoder goes without"
             )
-        write_json(path.with_suffix(".broken.json"), broken)
+        if broken:
+            write_json(path.with_suffix(".broken.json"), broken)
         return features
 
     features = _cached(path, key, lambda: None, compute, say)

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written under a temporary name in the same folder, then renamed."""
 
+import errno
 import gzip
 import json
 import os
@@ -29,9 +30,9 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
+        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        mends = "run where you may write" if denied else "free space or choose another folder"
+        raise InputError(f"cannot write {path}: {error.strerror or error}; {mends}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

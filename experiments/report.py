@@ -57,6 +57,7 @@ def section(run: Path) -> str:
         f"## {config.dataset_code}, {config.branch}, sizes {config.mrl_hidden_sizes[0]}..{config.mrl_hidden_sizes[-1]}",
         "",
         f"- Run `{run.name}`, seed {config.seed}; differs from the dataset's settings in: {differences(config)}.",
+        f"- `{' '.join(['python', *environment['command']])}`",
         f"- {len(log)} of {config.num_epochs} epochs in {seconds / 60:.1f} minutes "
         f"({log[-1]['train_seconds']:.0f} s the last), best epoch {log[-1]['best_epoch']}; {environment['device']}; "
         f"torch {environment['versions']['torch']}; commit `{(environment['commit'] or 'unknown')[:10]}`"

@@ -98,7 +98,7 @@ def test_eval_finds_the_newest_run_that_fits_the_flags(workplace, capsys):
 
 
 def test_eval_without_any_run_says_to_train_one(workplace):
-    with pytest.raises(InputError, match=r"no run below experiments/runs; train one: python train.py"):
+    with pytest.raises(InputError, match=r"no run below \S+/experiments/runs; train one: python train.py"):
         run_eval("")
     with pytest.raises(InputError, match=r"nowhere/config.json does not exist; give a run's folder"):
         run_eval("--run nowhere")

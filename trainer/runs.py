@@ -99,7 +99,7 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
         near.append(f"  {run}: {reason}")
     asked = " ".join(f"--{k} {shown(v)}" for k, v in wanted.items()) or "any flags"
     if not near:
-        raise InputError(f"there is no run below {runs_root}; train one: python train.py")
+        raise InputError(f"there is no run below {runs_root.resolve()}; train one: python train.py")
     listed = "\n".join(near[:5])
     raise InputError(f"no run below {runs_root} fits {asked}. The newest ones, and what differs:\n{listed}")
 

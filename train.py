@@ -95,13 +95,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         print(f"continuing after epoch {done}" if state else "no epoch was finished: from the start", flush=True)
     try:
         progress = trainer.fit()
+        print(f"best epoch {progress.best_epoch}: val {config.best_metric} {progress.best:.4f}", flush=True)
+        load_weights(model, run / "best.safetensors")
+        results = test_run(config, catalog, model, run, mask_history=False)
     except KeyboardInterrupt:
         print(f"\ncontinue with: python train.py --resume {run}", file=sys.stderr)
         raise
-    print(f"best epoch {progress.best_epoch}: val {config.best_metric} {progress.best:.4f}", flush=True)
-
-    load_weights(model, run / "best.safetensors")
-    results = test_run(config, catalog, model, run, mask_history=False)
     log.finish({f"test/{size}/{name}": value for size, metrics in results.items() for name, value in metrics.items()})
     return run
 

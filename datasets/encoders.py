@@ -101,14 +101,15 @@ class TransformersEncoder:
     one. Without such a file the first token, as bge needs it."""
 
     def __init__(self, name: str, device: Any) -> None:
-        _offline_without_network()
+        model_id, revision, is_folder = _split_revision(name)
+        if not is_folder:
+            _offline_without_network()
         import torch
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
-        model_id, revision, is_folder = _split_revision(name)
         if not is_folder and "/" not in name and hub_commit(name) is None:
             raise InputError(
                 f"--language_encoder {name!r} is neither a folder nor of the form ORGANISATION/MODEL; 'lexical' is "
@@ -223,14 +224,15 @@ class OpenClipEncoder:
     """The image tower of an open_clip model."""
 
     def __init__(self, name: str, device: Any) -> None:
-        _offline_without_network()
+        architecture, _, weights = name.partition("/")
+        if not Path(weights).is_file():
+            _offline_without_network()
         import torch
 
         try:
             import open_clip
         except ImportError as error:
             raise InputError(f"--img_encoder {name!r} needs open_clip: pip install open_clip_torch") from error
-        architecture, _, weights = name.partition("/")
         if architecture not in open_clip.list_models() or not weights:
             raise InputError(
                 f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights with one of "
@@ -288,22 +290,24 @@ def image_encoder(name: str, device: Any) -> Encoder:
 
 
 def language_fingerprint(name: str) -> dict[str, Any]:
-    """What text features depend on beside the texts; known without loading the encoder."""
+    """What text features depend on beside the texts; known without loading the encoder. `version` is raised when the
+    pooling or truncation here changes."""
     if name == "lexical":
         return LexicalEncoder.fingerprint
     model_id, revision, is_folder = _split_revision(name)
     if is_folder:
-        return {"encoder": "transformers", "weights": _digest(sorted(Path(name).rglob("*")))}
-    return {"encoder": "transformers", "model": model_id, "revision": revision}
+        return {"encoder": "transformers", "version": 1, "weights": _digest(sorted(Path(name).rglob("*")))}
+    return {"encoder": "transformers", "version": 1, "model": model_id, "revision": revision}
 
 
 def image_fingerprint(name: str) -> dict[str, Any]:
-    """What picture features depend on beside the pictures; known without loading the encoder."""
+    """What picture features depend on beside the pictures; known without loading the encoder. `version` is raised when
+    the preprocessing here changes."""
     if name == "pixel":
         return PixelEncoder.fingerprint
     architecture, _, weights = name.partition("/")
     weights = _digest([Path(weights)]) if Path(weights).is_file() else weights
-    return {"encoder": "open_clip", "model": architecture, "weights": weights}
+    return {"encoder": "open_clip", "version": 1, "model": architecture, "weights": weights}
 
 
 def hub_commit(name: str) -> str | None:

@@ -536,3 +536,30 @@ def test_texts_are_cut_where_the_model_says(tmp_path):
     (model / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 4}))
     short, long = language_encoder(str(model), "cpu").encode(["red warm", "red warm light tent lamp"])
     assert np.allclose(short, long, atol=1e-6)
+
+
+@pytest.mark.parametrize(("proxy", "offline"), [("", True), ("http://proxy.example:3128", False)])
+def test_a_hub_whose_name_does_not_resolve_is_not_asked_unless_a_proxy_may_resolve_it(monkeypatch, proxy, offline):
+    from huggingface_hub import constants
+
+    def unresolved(*_):
+        raise OSError("name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(encoders.socket, "getaddrinfo", unresolved)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    if proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+    encoders._offline_without_network()
+    assert constants.HF_HUB_OFFLINE is offline
+
+
+def test_a_local_folder_does_not_ask_whether_there_is_a_network(tmp_path, monkeypatch):
+    def asked(*_):
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(encoders, "_offline_without_network", asked)
+    assert language_encoder(str(write_tiny_bert(tmp_path / "model", MEAN)), "cpu").dim == 16
+    with pytest.raises(AssertionError, match="the network was asked for"):
+        language_encoder("organisation/model", "cpu")

@@ -257,6 +257,20 @@ def test_an_unfinished_run_is_called_so_resumed_first_and_not_kept_as_a_result(w
     )
 
 
+def test_a_run_cut_off_between_training_and_test_is_resumed_to_its_test(workplace, monkeypatch, capsys):
+    def stop(*arguments, **named):
+        raise KeyboardInterrupt
+
+    whole = run_train("--run_name whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "test_run", stop)
+        run_train("--run_name cut")
+    assert "continue with: python train.py --resume" in capsys.readouterr().err
+    cut = train.main(["--resume", "latest"])
+    assert cut.name.endswith("cut")
+    assert (cut / "test_mrl_metrics.json").read_bytes() == (whole / "test_mrl_metrics.json").read_bytes()
+
+
 def test_a_log_line_of_an_epoch_that_was_not_kept_is_dropped_on_resuming(workplace):
     run = run_train("--num_epochs 3")
     lines = (run / "log.jsonl").read_text()

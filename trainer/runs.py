@@ -68,12 +68,14 @@ def is_finished(epoch: int, best_epoch: int, num_epochs: int, patience: int | No
 
 
 def unfinished(run: Path) -> str:
-    """How far a run is that has epochs left to train, in words; "" for a finished one."""
+    """What a run still lacks, in words: epochs, or the test at their end; "" for a finished one."""
     config, _ = read_config(run)
     log = read_log(run)
     done, best = (log[-1]["epoch"], log[-1]["best_epoch"]) if log else (0, 0)
     patience = config.early_stopping_patience if config.early_stopping else None
-    return "" if is_finished(done, best, config.num_epochs, patience) else f"epoch {done} of {config.num_epochs}"
+    if not is_finished(done, best, config.num_epochs, patience):
+        return f"epoch {done} of {config.num_epochs}"
+    return "" if (run / "test_mrl_metrics.json").exists() else "trained, not tested"
 
 
 def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], str]) -> Path:

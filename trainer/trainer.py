@@ -61,7 +61,7 @@ class Trainer:
         self._optimizer = build_optimizer(self.model, self.optimizer, self.lr, self.weight_decay, self.adam_epsilon)
 
     def fit(self) -> Progress:
-        """Train to the end. Raises InputError if the loss is not finite; the last good checkpoint stays."""
+        """Train to the end. Raises InputError if loss or weights are not finite; the last good checkpoint stays."""
         while not self.finished():
             started = time.perf_counter()
             loss = self._train_epoch()

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from config import InputError
 from datasets import encoders
 from datasets.catalog import Catalog
-from datasets.encoders import Encoder
+from datasets.embedding import encode_pictures, encode_texts
 from datasets.files import replacing, write_json
 from datasets.text import NO_TEXT, item_text
 
-MAX_PIXELS = 50_000_000  # a picture that claims more is not decoded
 CACHE_ROOT = Path("data/features")
 
 
@@ -77,10 +75,7 @@ def _language_features(catalog, name, attributes, device, batch_size, cache_root
     }
 
     def compute() -> np.ndarray:
-        encoder = encoders.language_encoder(name, device)
-        longest_first = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-        batches = ((rows, [texts[row] for row in rows]) for rows in _chunks(longest_first, batch_size))
-        return _encode(encoder, batches, len(texts), "encoding texts")
+        return encode_texts(encoders.language_encoder(name, device), texts, batch_size)
 
     path = _cache_path(cache_root, catalog.name, name, key)
     return _cached(path, key, lambda: encoders.hub_commit(name), compute, say)
@@ -98,14 +93,7 @@ def _image_features(catalog, name, device, batch_size, cache_root, say) -> np.nd
 
     def compute() -> np.ndarray:
         encoder = encoders.image_encoder(name, device)
-
-        def batches():
-            for rows in _chunks(range(len(pictures)), batch_size):
-                opened = [(row, _open_picture(pictures[row], catalog.asins[row], broken)) for row in rows]
-                readable = [(row, picture) for row, picture in opened if picture is not None]
-                yield [row for row, _ in readable], [picture for _, picture in readable]
-
-        features = _encode(encoder, batches(), len(pictures), "encoding pictures")
+        features = encode_pictures(encoder, pictures, catalog.asins, batch_size, broken)
         if not features.any():
             example = f" ({next(iter(broken.values()))})" if broken else ""
             raise InputError(
@@ -121,42 +109,6 @@ def _image_features(catalog, name, device, batch_size, cache_root, say) -> np.nd
         say(f"{without} of {len(pictures)} items have no readable picture: zero vectors, named in "
             f"{path.with_suffix('.broken.json')}")  # fmt: skip
     return features
-
-
-def _open_picture(path: Path | None, asin: str, broken: dict[str, str]) -> Any | None:
-    """The decoded picture, or None with the reason noted in `broken`."""
-    from PIL import Image
-
-    if path is None:
-        broken[asin] = "no picture listed"
-        return None
-    try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
-            return picture.convert("RGB")
-    except Exception as error:  # whatever a format's decoder raises
-        broken[asin] = f"{path.name}: {error}"
-        return None
-
-
-def _encode(encoder: Encoder, batches: Iterable[tuple[list[int], list[Any]]], num_items: int, what: str) -> np.ndarray:
-    features = np.zeros((num_items, encoder.dim), dtype=np.float32)
-    with tqdm(total=num_items, desc=what, unit="item", disable=None) as bar:
-        for rows, batch in batches:
-            if rows:
-                features[rows] = encoder.encode(batch)
-            bar.update(len(rows))
-    if not np.isfinite(features).all():
-        raise InputError(
-            f"the encoder {encoder.fingerprint} gave features that are not finite; its weights are damaged"
-        )
-    return features
-
-
-def _chunks(rows: Any, size: int) -> Iterable[list[int]]:
-    rows = list(rows)
-    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache

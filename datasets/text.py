@@ -13,13 +13,14 @@ def item_text(record: dict[str, Any], attributes: tuple[str, ...]) -> str:
     as Amazon's category paths are joined."""
     parts = []
     for attribute in attributes:
-        value = _flat(record.get(attribute))
+        value = flat_text(record.get(attribute))
         if value:
             parts.append(f"{attribute.capitalize()}: {value}")
     return " ".join(parts) or NO_TEXT
 
 
-def _flat(value: Any) -> str:
+def flat_text(value: Any) -> str:
+    """A text, number or nested list of them as one line; "" for none."""
     # Amazon's category paths share their heads: name each category once, in order.
     return ", ".join(dict.fromkeys(_leaves(value)))
 

@@ -61,6 +61,12 @@ class Block(nn.Module):
         x = x + self.attn_dropout(self.lru(self.norm1(x), position, longest))
         return x + self.ffn(self.norm2(x))
 
+    def step(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """One more token of every history, without dropout: x [B, D], h [B, 2, D] -> the same after it."""
+        y, h = self.lru.step(self.norm1(x), h)
+        x = x + y
+        return x + self.ffn(self.norm2(x)), h
+
 
 class FMRLRec(nn.Module):
     """The recommender; the first m dimensions of all its weights are the sub-model of size m, for every m in sizes."""
@@ -109,6 +115,18 @@ class FMRLRec(nn.Module):
         for block in self.blocks:
             x = block(x, position, longest)
         return x
+
+    def step(self, item_table: Tensor, items: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """One more item of every history, for serving: (z [B, D], hidden).
+
+        items: [B]; hidden: [B, num_blocks, 2, D], the states before, zeros for an empty history. What `encode` gives
+        for the whole history, at the cost of one token.
+        """
+        x, after = F.embedding(items, item_table), []
+        for block, h in zip(self.blocks, hidden.unbind(dim=1), strict=True):
+            x, h = block.step(x, h)
+            after.append(h)
+        return x, torch.stack(after, dim=1)
 
 
 def count_parameters(model: FMRLRec) -> int:

@@ -110,11 +110,24 @@ class LRU(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, longest: int) -> Tensor:
         """x [T, D], position [T]; longest: the most tokens of one history. Returns y [T, D]."""
-        # B x is one real multiplication with twice the rows, Re(C h) one with twice the columns.
+        return self._output(*linear_recurrence(*self._input(x), *self.eigenvalues(), position, longest))
+
+    def step(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """One more token of every history: x [B, D] and the state h [B, 2, D] (real, imaginary) before it, zero for an
+        empty one. Returns y [B, D] and the state after it."""
+        (u_re, u_im), (lambda_re, lambda_im), (h_re, h_im) = self._input(x), self.eigenvalues(), h.unbind(dim=1)
+        h_re, h_im = u_re + lambda_re * h_re - lambda_im * h_im, u_im + lambda_re * h_im + lambda_im * h_re
+        return self._output(h_re, h_im), torch.stack([h_re, h_im], dim=1)
+
+    def _input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """γ ⊙ (B x + b), real and imaginary: one real multiplication with twice the rows."""
         B = torch.cat([self.B_re * self.mask, self.B_im * self.mask])  # [2D, D]
         b = None if self.B_bias_re is None else torch.cat([self.B_bias_re, self.B_bias_im])
         gamma = torch.exp(self.gamma_log)
-        u_re, u_im = F.linear(x, B, b).to(gamma.dtype).chunk(2, dim=-1)  # [T, D] each; the state is never narrowed
-        h_re, h_im = linear_recurrence(u_re * gamma, u_im * gamma, *self.eigenvalues(), position, longest)
+        u_re, u_im = F.linear(x, B, b).to(gamma.dtype).chunk(2, dim=-1)  # [..., D]; the state is never narrowed
+        return u_re * gamma, u_im * gamma
+
+    def _output(self, h_re: Tensor, h_im: Tensor) -> Tensor:
+        """Re(C h) + c: one real multiplication with twice the columns."""
         C = torch.cat([self.C_re * self.mask, -self.C_im * self.mask], dim=1)  # [D, 2D]
         return F.linear(torch.cat([h_re, h_im], dim=-1), C, self.C_bias)

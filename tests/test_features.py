@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from config import InputError
-from datasets import encoders, features
+from datasets import embedding, encoders, features
 from datasets.catalog import Catalog, load_catalog
 from datasets.encoders import LexicalEncoder, PixelEncoder
 from datasets.features import item_features
@@ -469,13 +469,13 @@ def test_a_picture_that_cannot_be_read_gives_zeros_and_is_named_with_the_reason(
 
 def test_a_picture_larger_than_memory_allows_is_not_decoded(catalog, shop, monkeypatch):
     draw_picture(catalog.pictures[1], (9, 9, 9), side=40)
-    monkeypatch.setattr(features, "MAX_PIXELS", 40 * 40 - 1)
+    monkeypatch.setattr(embedding, "MAX_PIXELS", 40 * 40 - 1)
     assert not shop.features(catalog, **PICTURES)[1].any()
     assert "40 x 40 pixels, more than 1,599" in broken_list(shop)[catalog.asins[1]]
 
 
 def test_a_picture_of_the_largest_size_is_decoded(catalog, shop, monkeypatch):
-    monkeypatch.setattr(features, "MAX_PIXELS", 16 * 16)
+    monkeypatch.setattr(embedding, "MAX_PIXELS", 16 * 16)
     assert shop.features(catalog, **PICTURES).any(axis=1).all()
 
 

@@ -1,8 +1,12 @@
 """Pictures of a run."""
 
 from pathlib import Path
+from typing import Any
 
 from datasets.files import replacing
+
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.color": "#e6e6e6", "axes.axisbelow": True}  # fmt: skip
 
 
 def plot_metric_by_size(results: dict[int, dict[str, float]], ks: tuple[int, ...], title: str, path: Path) -> None:
@@ -13,8 +17,7 @@ def plot_metric_by_size(results: dict[int, dict[str, float]], ks: tuple[int, ...
     import matplotlib.pyplot as plt
 
     sizes = list(results)
-    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.color": "#e6e6e6", "axes.axisbelow": True}):  # fmt: skip
+    with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
         colours = plt.get_cmap("viridis")([0.78 - 0.75 * i / max(1, len(ks) - 1) for i in range(len(ks))])
         for panel, metric in zip(panels, ("Recall", "NDCG"), strict=True):
@@ -28,6 +31,41 @@ def plot_metric_by_size(results: dict[int, dict[str, float]], ks: tuple[int, ...
             panel.set_ylim(bottom=0)
             panel.set_xlabel("model size (dimensions)")
             panel.set_title(f"{metric}@K", loc="left")
+        figure.suptitle(title, fontsize=11)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+        plt.close(figure)
+
+
+def plot_deployment(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """NDCG@10 against bytes on disk and against the time of one answer, a line per engine and storage, written as PNG.
+    rows: as benchmarks/deploy.py measures them."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    variants = list(dict.fromkeys((row["engine"], row["quantize"]) for row in rows))
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+        colours = plt.get_cmap("viridis")([0.85 - 0.85 * i / max(1, len(variants) - 1) for i in range(len(variants))])
+        for panel, unit, value in (
+            (panels[0], "MB on disk", lambda row: row["bytes"] / 1e6),
+            (panels[1], "ms for one user's top 10 (median)", lambda row: row["p50_ms"]),
+        ):
+            for variant, colour in zip(variants, colours, strict=True):
+                line = [row for row in rows if (row["engine"], row["quantize"]) == variant]
+                label = f"{variant[0]}, {'float32' if variant[1] == 'none' else variant[1]}"
+                panel.plot([value(row) for row in line], [row["NDCG@10"] for row in line], marker="o", markersize=4,
+                           color=colour, label=label)  # fmt: skip
+            for row in line:  # the last variant's points bear their sizes
+                panel.annotate(str(row["size"]), (value(row), row["NDCG@10"]), (-4, 5), textcoords="offset points",
+                               ha="right", fontsize=8, color=colour)  # fmt: skip
+            panel.set_xscale("log")
+            panel.set_ylim(bottom=0)
+            panel.set_xlabel(unit)
+        panels[0].set_title("NDCG@10", loc="left")
+        panels[1].legend(frameon=False, fontsize=8, loc="lower right")
         figure.suptitle(title, fontsize=11)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=150)

@@ -123,13 +123,18 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "device": device,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {name: _version(name) for name in packages},
     }
+
+
+def commit() -> str | None:
+    """The commit of this code, where it lies in a git repository."""
+    return _git("rev-parse", "HEAD")
 
 
 def _version(package: str) -> str | None:

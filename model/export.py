@@ -1,0 +1,233 @@
+"""Export sizes of a trained run as folders that serve recommendations.
+
+python -m model.export --run experiments/runs/beauty/... --size 64 --out exports/beauty-64
+python -m model.export --run experiments/runs/beauty/... --size all --format onnx --quantize int8
+python -m model.export --run experiments/runs/beauty/... --max_bytes 4MB     # the best size that fits, from the card
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import Config, InputError, run_cli, shown
+from datasets.files import read_json
+from model.serving.quantize import TABLES
+
+if TYPE_CHECKING:
+    from datasets.catalog import Catalog
+    from model import FMRLRec
+
+FORMATS = ("torch", "onnx")
+DEPLOY_CARD = "deploy.json"  # in the run's folder, made by benchmarks/deploy.py
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="the run, as train.py printed it")
+    parser.add_argument("--size", metavar="N,N|all", help="the trained sizes to export (default: the largest)")
+    parser.add_argument(
+        "--max_bytes", metavar="BYTES", help="instead: the best size whose folder has at most these; 2MB"
+    )
+    parser.add_argument(
+        "--max_latency_ms", type=float, metavar="MS", help="instead: ... that answers one user within this"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="torch", help="onnx adds graphs that need no torch to run")
+    parser.add_argument(
+        "--quantize",
+        choices=TABLES,
+        default="float16",
+        help="how numbers are stored: none: all float32; float16: the item table in half precision (default); "
+        "int8: item table and weights in eight bits",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where; of several sizes the folder that theirs are made in "
+        "(default: exports/<dataset>-<size>)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there already")
+    parser.add_argument(
+        "--data_root", metavar="FOLDER", help="where the run's dataset lies now (default: as in training)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Export, and return the folders."""
+    arguments = arguments_parser().parse_args(argv)
+    from trainer.runs import read_config
+
+    saved, _ = read_config(arguments.run)
+    sizes = chosen_sizes(arguments, saved)
+    folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
+    from eval import load_run
+    from model.serving.folder import refuse_existing
+
+    for folder in folders:
+        refuse_existing(folder, arguments.overwrite)
+    flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
+    config, catalog, model = load_run(arguments.run, flags)
+    for size, folder in zip(sizes, folders, strict=True):
+        export_size(
+            model, size, folder, config=config, catalog=catalog, run=arguments.run,
+            format=arguments.format, quantize=arguments.quantize, overwrite=arguments.overwrite,
+        )  # fmt: skip
+        total = sum(path.stat().st_size for path in folder.iterdir())
+        print(f"{folder}  size {size}, {arguments.format}, {arguments.quantize}: {total / 1e6:.2f} MB", flush=True)
+    return folders
+
+
+def target(arguments: argparse.Namespace, dataset: str, size: int, how_many: int) -> Path:
+    """The folder of one size."""
+    if arguments.out and how_many == 1:
+        return arguments.out
+    return (arguments.out or Path("exports")) / f"{dataset}-{size}"
+
+
+def chosen_sizes(arguments: argparse.Namespace, config: Config) -> list[int]:
+    """The sizes that --size, or --max_bytes and --max_latency_ms, ask for. Raises InputError where there is none."""
+    limits = arguments.max_bytes is not None or arguments.max_latency_ms is not None
+    if limits and arguments.size:
+        raise InputError("give --size, or --max_bytes and --max_latency_ms, not both")
+    if limits:
+        return [best_size(arguments)]
+    trained = config.mrl_hidden_sizes
+    if arguments.size == "all":
+        return list(trained)
+    sizes = [part.strip() for part in (arguments.size or str(trained[-1])).split(",")]
+    for size in sizes:
+        if size not in map(str, trained):
+            raise InputError(f"--size {size} was not trained; {arguments.run} has {shown(trained)}, or all")
+    return list(dict.fromkeys(map(int, sizes)))
+
+
+def best_size(arguments: argparse.Namespace) -> int:
+    """The size of highest NDCG@10 within the limits, by the run's card."""
+    card = read_json(arguments.run / DEPLOY_CARD, f"measure it: python -m benchmarks.deploy --run {arguments.run}")
+    rows = [r for r in card["rows"] if (r["engine"], r["quantize"]) == (arguments.format, arguments.quantize)]
+    max_bytes = parse_bytes(arguments.max_bytes) if arguments.max_bytes is not None else float("inf")
+    max_ms = arguments.max_latency_ms if arguments.max_latency_ms is not None else float("inf")
+    fitting = [row for row in rows if row["bytes"] <= max_bytes and row["p50_ms"] <= max_ms]
+    if not fitting:
+        least = ", ".join(f"size {r['size']}: {r['bytes'] / 1e6:.2f} MB, {r['p50_ms']:.2f} ms" for r in rows)
+        raise InputError(
+            f"no size fits these limits as {arguments.format}, {arguments.quantize}; the card has {least or 'none'}"
+        )
+    best = max(fitting, key=lambda row: row["NDCG@10"])
+    print(f"size {best['size']}: {best['bytes'] / 1e6:.2f} MB, {best['p50_ms']:.2f} ms, NDCG@10 {best['NDCG@10']:.4f}")
+    return best["size"]
+
+
+def parse_bytes(text: str) -> float:
+    """ "2MB", "500 kB" or "1000000" in bytes."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kmg]?)b?\s*", text, re.IGNORECASE)
+    if not match:
+        raise InputError(f"--max_bytes {text!r} must be a number of bytes such as 2MB, 500kB or 1000000")
+    return float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()]
+
+
+def export_size(
+    model: FMRLRec,
+    size: int,
+    folder: Path,
+    *,
+    config: Config,
+    catalog: Catalog,
+    run: Path,
+    format: str = "torch",
+    quantize: str = "float16",
+    overwrite: bool = False,
+) -> None:
+    """Write one size of a run's model as an export. Raises InputError where the table does not fit into float16, and
+    as model/serving/folder.py does."""
+    import torch
+
+    from datasets.text import flat_text
+    from model import slice_model
+    from model.serving import folder as export
+    from model.serving.quantize import quantize as to_int8
+    from model.serving.weights import serving_weights
+
+    small = slice_model(model, size)
+    with torch.inference_mode():
+        table, scale = small.item_table().float().cpu().numpy(), None
+    if quantize == "int8":
+        table, scale = to_int8(table, axis=1)
+    elif quantize == "float16":
+        if abs(table).max() > 65504:
+            raise InputError("the item table has values beyond float16's 65504; export it with --quantize none")
+        table = table.astype("float16")
+    weights = serving_weights(small, quantized=quantize == "int8")
+    packed = export.pack_weights(weights)
+    items = export.make_items(catalog.asins, [flat_text(record.get("title")) for record in catalog.metadata])
+    files: dict[str, Any] = {export.WEIGHTS: packed, export.ITEMS: export.pack_items(items, table, scale)}
+    if format == "onnx":
+        try:
+            from model.serving.graphs import build_graphs
+        except ImportError as error:
+            raise InputError("--format onnx needs the package onnx: pip install onnx") from error
+        files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
+    described = description(small, config, catalog, run) | {"quantize": quantize}
+    export.write_folder(folder, described, files, card(described, folder.name), overwrite)
+
+
+def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:
+    """What config.json says of a sliced model, its files aside."""
+    from datasets.embedding import feature_recipe
+    from trainer.runs import commit
+
+    size = model.sizes[-1]
+    metrics = run / "test_mrl_metrics.json"
+    return {
+        "size": size,
+        "sizes": list(model.sizes),
+        "num_blocks": config.lru_num_blocks,
+        "max_len": config.lru_max_len,
+        "num_items": catalog.num_items,
+        "dataset": {"code": config.dataset_code, "digest": catalog.digest()},
+        "features": feature_recipe(
+            config.language_encoder if config.use_language_encoder else None,
+            config.img_encoder if config.use_img_encoder else None,
+            config.item_attributes,
+            model.items.projection.in_features if hasattr(model.items, "projection") else 0,
+        ),
+        "run": run.name,
+        "commit": commit(),
+        "metrics": read_json(metrics, "python eval.py --run ... makes it").get(str(size)) if metrics.exists() else None,
+    }
+
+
+def card(described: dict[str, Any], name: str) -> str:
+    """README.md of an export whose folder has this name."""
+    features, metrics = described["features"], described["metrics"] or {}
+    encoders = " and ".join(features[kind]["encoder"] for kind in ("language", "image") if features[kind])
+    shown_metrics = [name for name in ("NDCG@10", "Recall@10") if name in metrics]
+    tested = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown_metrics) or "not tested"
+    return f"""# {described["dataset"]["code"]}, size {described["size"]}
+
+A sequential recommender (fMRLRec, Findings of EMNLP 2024) of {described["size"]} dimensions, cut out of the run
+`{described["run"]}`. It reads the last {described["max_len"]} items of a history and ranks
+{described["num_items"]:,} items.
+
+- Items are described by {encoders or "a learned table"}; stored as {described["quantize"]}.
+- Test metrics of this size in float32, full ranking, history kept as candidates: {tested}.
+- `config.json` says how it was made and holds the checksums of the other files.
+
+```sh
+python -m model.recommend path/to/{name} --history ID,ID --top_k 10
+```
+
+```python
+from model import Recommender
+
+recommender = Recommender.from_pretrained("path/to/{name}")
+recommender.recommend([["ID", "ID"]], top_k=10)
+```
+"""
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,17 @@
+"""Weights and item tables in eight bits: w ≈ q · scale, one scale per output or item."""
+
+import numpy as np
+
+TABLES = ("none", "float16", "int8")  # how an export stores its item table; int8 its weights as well
+
+
+def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """(q int8, scale float32) with values ≈ q * scale and |q| <= 127; `axis` is reduced: it shares a scale."""
+    scale = np.abs(values).max(axis=axis, keepdims=True).astype(np.float32) / 127
+    scale[scale == 0] = 1
+    return np.rint(values / scale).astype(np.int8), scale.squeeze(axis)
+
+
+def dequantize(q: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
+    """The float32 values that `quantize` stands for."""
+    return q.astype(np.float32) * np.expand_dims(scale, axis)

@@ -1,0 +1,301 @@
+"""An exported model that answers "what next for this user"; runs without torch where the export has ONNX graphs.
+
+    r = Recommender.from_pretrained("exports/beauty-64")
+    r.recommend([["B004756YJA", "B004ZT0SSG"], []], top_k=10)      # one answer per history
+    state = r.step(r.start(), "B004756YJA")                          # a user whose events come one by one
+    r.recommend([state])
+    r.add_items(["NEW1"], r.embed_items([{"title": "Rose soap"}]))   # new products, no retraining
+
+N items, m the size, F feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import InputError
+from model.serving.engines import Engine, Table, open_engine
+from model.serving.folder import GRAPHS, ITEMS, WEIGHTS, Export, make_items, pack_items, read_folder, write_folder
+
+SCORES = 1 << 24  # user-item scores that are held at once: 64 MB
+TOGETHER = 64  # histories that are encoded at once; more of them fill each other up without being faster
+
+ItemId = str | int  # an item's id as the dataset has it, or its number from 1 on
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The answer for one history, best first."""
+
+    ids: list[str]
+    numbers: list[int]  # of the items, from 1 on
+    titles: list[str]
+    scores: list[float]
+    notes: list[str]  # what of the history was not understood or not used
+
+
+@dataclass(frozen=True)
+class State:
+    """A user's history as the recurrence remembers it. `step` makes a new one; none is ever changed."""
+
+    hidden: np.ndarray  # [blocks, 2, m]: the real and the imaginary part of every block's state
+    z: np.ndarray  # [m]: what the history asks for next
+    items: tuple[int, ...]  # all items so far
+
+
+class Recommender:
+    """Recommends from an export. `from_pretrained` opens one."""
+
+    def __init__(self, export: Export, engine: Engine) -> None:
+        self.config = export.config
+        self.items = export.items
+        self._folder, self._engine = export.folder, engine
+        # The blocks' weights are the engine's now.
+        self._projection = tuple(export.weights.get(f"projection.{part}") for part in ("weight", "bias"))
+        self._table: Table = engine.table(export)
+        self._index()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, engine: str | None = None, threads: int = 0) -> Recommender:
+        """Open an exported folder. engine: "torch" or "onnx"; None takes onnx where the folder has graphs. threads: of
+        onnxruntime, 0 for one a core.
+
+        Raises InputError where a file is missing, damaged or of a newer format, and where the engine cannot be had.
+        """
+        export = read_folder(folder)
+        return cls(export, open_engine(export, engine, threads))
+
+    def __len__(self) -> int:
+        """The number of items."""
+        return len(self.items)
+
+    # ---------------------------------------------------------------------------------------------------- recommend
+
+    def recommend(
+        self,
+        histories: Iterable[Sequence[ItemId] | State],
+        top_k: int = 10,
+        exclude_history: bool = True,
+        candidates: Sequence[ItemId] | None = None,
+    ) -> list[Recommendation]:
+        """The `top_k` best items for each history (item ids, oldest first) or State.
+
+        exclude_history: never recommend what the user had. candidates: rank these alone. Unknown ids are skipped and
+        noted; of a history longer than the trained length the last items are read, and that is noted. Raises InputError
+        where fewer than top_k items are left to rank.
+        """
+        histories = histories if isinstance(histories, str | State) else list(histories)
+        if isinstance(histories, str | State) or any(isinstance(history, str | int) for history in histories):
+            raise InputError(
+                f"histories must be a list of histories, such as [['id', 'id'], []], not {histories!r:.80}"
+            )
+        requests = [self._request(history) for history in histories]
+        notes: list[str] = []
+        bias = self._bias(candidates, notes)
+        allowed = int((bias == 0).sum())
+        if not isinstance(top_k, int) or not 1 <= top_k <= allowed:
+            raise InputError(f"top_k {top_k!r} must be a whole number from 1 to {allowed}, the items there are to rank")
+        answers: list[Recommendation | None] = [None] * len(requests)
+        for rows in self._batches(requests):
+            batch = [requests[row] for row in rows]
+            own = bias if not exclude_history else self._without_history(bias, batch, top_k, rows)
+            if isinstance(batch[0].source, State):
+                scores, items = self._engine.rank(np.stack([r.source.z for r in batch]), self._table, own, top_k)
+            else:
+                scores, items = self._engine.recommend(self._filled([r.items for r in batch]), self._table, own, top_k)
+            for row, request, score, item in zip(rows, batch, scores, items, strict=True):
+                answers[row] = Recommendation(
+                    [self.items.id(i) for i in item],
+                    item.tolist(),
+                    [self.items.title(i) for i in item],
+                    score.tolist(),
+                    [*request.notes, *notes],
+                )
+        return answers  # type: ignore[return-value]
+
+    # ------------------------------------------------------------------------------------------------ event by event
+
+    def start(self, history: Sequence[ItemId] = ()) -> State:
+        """The state after a history, an empty one by default. Unknown ids raise InputError."""
+        hidden = np.zeros((1, self.config["num_blocks"], 2, self.config["size"]), dtype=np.float32)
+        z, _ = self._engine.step(
+            np.zeros(1, dtype=np.int64), hidden, self._table
+        )  # token 0: its state is not carried on
+        state = State(hidden[0], z[0], ())
+        for item in history:
+            state = self.step(state, item)
+        return state
+
+    def step(self, state: State, item: ItemId) -> State:
+        """The state after one more item, at the cost of one step whatever came before. Raises InputError for an unknown
+        id."""
+        number = self._number(item)
+        if not number:
+            raise InputError(f"{self._unknown([item])}; the state stays as it is")
+        z, hidden = self._engine.step(np.array([number]), state.hidden[None], self._table)
+        return State(hidden[0], z[0], (*state.items, number))
+
+    # ----------------------------------------------------------------------------------------------------- new items
+
+    def add_items(self, ids: Sequence[str], features: np.ndarray, titles: Sequence[str] | None = None) -> None:
+        """Make new products recommendable, with features [n, F] as `embed_items` or the training gives them.
+
+        Raises InputError, with nothing added, for ids that are there already or stand twice, and for features of
+        another shape or that are not finite.
+        """
+        weight, bias = self._projection
+        if weight is None:
+            raise InputError("this model's item table was learned without features, so items cannot be added to it")
+        features = np.asarray(features, dtype=np.float32)
+        if features.shape != (len(ids), len(weight)):
+            raise InputError(
+                f"features of shape {list(features.shape)} for {len(ids)} items: must be {[len(ids), len(weight)]}"
+            )
+        bad = ~np.isfinite(features).all(axis=1)
+        if bad.any():
+            raise InputError(f"the features of item {ids[int(bad.argmax())]!r} are not finite; embed it again")
+        more = make_items(list(ids), list(titles) if titles is not None else [""] * len(ids))
+        known = [item for item in ids if self._find(item)]
+        if known:
+            raise InputError(f"item {known[0]!r} is there already; remove it from the new ones")
+        embeddings = features @ weight + bias
+        if self.config["quantize"] == "float16":  # as the others were rounded
+            embeddings = embeddings.astype(np.float16).astype(np.float32)
+        self._table, self.items = self._table.extended(embeddings), self.items.extended(more)
+        self._index()
+
+    def embed_items(
+        self, frame: Any, language_encoder: str | None = None, img_encoder: str | None = None
+    ) -> np.ndarray:
+        """Features [n, F] of products: a pandas DataFrame or a list of dicts with what items' texts are made of (title,
+        brand, ...) and, for a model that read pictures, `picture`, the path of one.
+
+        language_encoder, img_encoder: where the encoders lie, if not where they lay in training; other weights are
+        refused. Needs torch and the encoders' packages. Raises InputError where an encoder cannot be had.
+        """
+        from datasets.embedding import embed_records
+
+        records = frame.to_dict("records") if hasattr(frame, "to_dict") else list(frame)
+        return embed_records(records, self.config["features"], language=language_encoder, image=img_encoder)
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write this model, items added since included, as an export of its own."""
+        table = self._table.rows()
+        if self.config["quantize"] == "int8" and self._table.scale is None:
+            raise InputError("the torch engine reads an export in eight bits as float32; save it from engine='onnx'")
+        if self.config["quantize"] == "float16":
+            table = table.astype(np.float16)
+        source = self._folder
+        files: dict[str, bytes | Path] = {
+            name: source / name for name in (WEIGHTS, *GRAPHS) if name in self.config["files"]
+        }
+        files[ITEMS] = pack_items(self.items, table, self._table.scale)
+        card = (source / "README.md").read_text(encoding="utf-8") if (source / "README.md").exists() else ""
+        write_folder(Path(folder), self.config | {"num_items": len(self)}, files, card, overwrite)
+
+    # ---------------------------------------------------------------------------------------------------------- ids
+
+    def _index(self) -> None:
+        self._order = np.argsort(self.items.ids)
+
+    def _find(self, item: str) -> int:
+        """The number of an item id, 0 where there is none."""
+        key = item.encode("utf-8", "surrogatepass")
+        if not key or b"\0" in key:
+            return 0
+        at = np.searchsorted(self.items.ids, key, sorter=self._order)
+        found = at < len(self) and self.items.ids[self._order[at]] == key
+        return int(self._order[at]) + 1 if found else 0
+
+    def _number(self, item: ItemId) -> int:
+        """The number of an item given by id or number, 0 where it is unknown."""
+        if isinstance(item, str):
+            number = self._find(item)
+            if number or not (item.isascii() and item.isdigit() and len(item) < 19):
+                return number
+            item = int(item)
+        if isinstance(item, bool) or not isinstance(item, int | np.integer):
+            raise InputError(f"item {item!r:.80} must be an id (a text) or a number from 1 to {len(self)}")
+        return int(item) if 1 <= item <= len(self) else 0
+
+    def _unknown(self, items: list) -> str:
+        named = ", ".join(f"{item!r:.80}" for item in items[:5]) + (", ..." if len(items) > 5 else "")
+        return f"unknown: {named} (of {len(self):,} items)"
+
+    def _known(self, items: Iterable[ItemId]) -> tuple[list[int], list[ItemId]]:
+        """(numbers of the known ones, the unknown ones)."""
+        numbers = [(item, self._number(item)) for item in items]
+        return [number for _, number in numbers if number], [item for item, number in numbers if not number]
+
+    # ------------------------------------------------------------------------------------------------------ batches
+
+    def _request(self, history: Sequence[ItemId] | State) -> _Request:
+        if isinstance(history, State):
+            if history.z.shape != (self.config["size"],) or max(history.items, default=0) > len(self):
+                raise InputError("the state is of another model; make one with start()")
+            return _Request(history, history.items, [])
+        items, unknown = self._known(history)
+        notes = [f"{self._unknown(unknown)}; skipped"] if unknown else []
+        if unknown and not items:
+            notes.append("nothing of the history is known: this is the answer for an empty one")
+        if len(items) > self.config["max_len"]:
+            notes.append(f"the last {self.config['max_len']} of {len(items)} items are read, as in training")
+        return _Request(None, tuple(items), notes)
+
+    def _bias(self, candidates: Sequence[ItemId] | None, notes: list[str]) -> np.ndarray:
+        """[1, N+1]: 0 for what may be recommended, -inf for the rest."""
+        bias = np.zeros((1, len(self) + 1), dtype=np.float32)
+        if candidates is not None:
+            numbers, unknown = self._known(candidates)
+            if unknown:
+                notes.append(f"candidates {self._unknown(unknown)}; skipped")
+            if not numbers:
+                raise InputError(
+                    "no candidate is known, so there is nothing to rank; give ids of this catalogue, or none"
+                )
+            bias[:] = -np.inf
+            bias[0, numbers] = 0
+        bias[0, 0] = -np.inf
+        return bias
+
+    def _without_history(self, bias: np.ndarray, batch: list[_Request], top_k: int, rows: list[int]) -> np.ndarray:
+        own = np.repeat(bias, len(batch), axis=0)
+        for row, request in enumerate(batch):
+            own[row, list(request.items)] = -np.inf
+        left = np.count_nonzero(own == 0, axis=1)
+        if (left < top_k).any():
+            at = int(left.argmin())
+            raise InputError(
+                f"history {rows[at]}: {left[at]} items are left to rank without those of the history, fewer than "
+                f"top_k {top_k}; ask for fewer, give more candidates, or exclude_history=False"
+            )
+        return own
+
+    def _batches(self, requests: list[_Request]) -> Iterable[list[int]]:
+        """Rows that are answered together: states apart from histories, histories of like length."""
+        together = max(1, min(TOGETHER, SCORES // (len(self) + 1)))
+        for states in (True, False):
+            rows = [row for row, request in enumerate(requests) if isinstance(request.source, State) == states]
+            rows.sort(key=lambda row: len(requests[row].items))
+            yield from (rows[start : start + together] for start in range(0, len(rows), together))
+
+    def _filled(self, histories: list[tuple[int, ...]]) -> np.ndarray:
+        """[B, L]: the last items of every history, zeros in front."""
+        longest = min(self.config["max_len"], max([1, *map(len, histories)]))
+        filled = np.zeros((len(histories), longest), dtype=np.int64)
+        for row, items in enumerate(histories):
+            if items:
+                filled[row, -len(items[-longest:]) :] = items[-longest:]
+        return filled
+
+
+@dataclass(frozen=True)
+class _Request:
+    source: State | None
+    items: tuple[int, ...]  # all that are known, oldest first
+    notes: list[str]

@@ -32,13 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     """Test every size of a run and return size -> metrics."""
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], add_arguments)
-    from trainer.runs import find_run, unfinished
+    from trainer.runs import find_trained, unfinished
 
-    def problem(run: Path) -> str:
-        return "" if (run / "best.safetensors").exists() else "has no best.safetensors yet"
-
-    runs_root = Path(flags.get("runs_root", Config.runs_root))
-    run = Path(arguments.run) if arguments.run else find_run(runs_root, flags, problem)
+    run = find_trained(arguments.run, Path(flags.get("runs_root", Config.runs_root)), flags)
     config, catalog, model = load_run(run, flags)
     progress = unfinished(run)
     print(f"run {run}{f', unfinished: {progress}' if progress else ''}", flush=True)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.deploy import card_table
 from config import Config, InputError, resolve, run_cli, shown
 from datasets.files import read_json, write_text
 from experiments.paper import COLUMNS, ENCODERS, RESULTS
@@ -16,6 +17,7 @@ from trainer.runs import read_config, read_log, unfinished
 
 HERE = Path(__file__).parent
 KEPT = ("config.json", "env.json", "log.jsonl", "test_metrics.json", "test_mrl_metrics.json")
+ALSO = ("test_mrl_metrics.png", "deploy.json", "deploy.png", "cold_items.json")  # where they were made
 MASKED = "test_mrl_metrics_history_masked.json"
 
 INTRODUCTION = """# Results
@@ -32,7 +34,7 @@ def keep(run: Path, results: Path) -> None:
         raise InputError(f"{run} is not finished ({progress}); train.py --resume {run} finishes it")
     target = results / f"{config.dataset_code}-{run.name}"
     target.mkdir(parents=True, exist_ok=True)
-    for name in (*KEPT, MASKED, "test_mrl_metrics.png"):
+    for name in (*KEPT, MASKED, *ALSO):
         if (run / name).exists():
             shutil.copyfile(run / name, target / name)
 
@@ -77,7 +79,50 @@ def section(run: Path) -> str:
         lines.append("| paper, 1024 | " + " | ".join(f"{value:.4f}" for value in paper) + " | | | |")
     if (run / "test_mrl_metrics.png").exists():
         lines += ["", f"![metric against size](results/{run.name}/test_mrl_metrics.png)"]
+    if (run / "deploy.json").exists():
+        lines += deployment(run)
+    if (run / "cold_items.json").exists():
+        lines += cold_items(run)
     return "\n".join([*lines, ""])
+
+
+def deployment(run: Path) -> list[str]:
+    """What serving every size costs, as benchmarks/deploy.py measured it."""
+    card = read_json(run / "deploy.json", "keep the run again")
+    environment, versions = card["environment"], card["environment"]["versions"]
+    lines = [
+        "",
+        f"### What serving it costs: {card['dataset']}",
+        "",
+        f"- `{' '.join(['python', '-m', 'benchmarks.deploy', *environment['command'][1:]])}`; {environment['device']}; "
+        f"torch {versions['torch']}, onnxruntime {versions['onnxruntime']}; "
+        f"commit `{(environment['commit'] or 'unknown')[:10]}`.",
+        f"- Times of one answer (p50, p95), of one event with the answer after it, and of 256 users together. Metrics "
+        f"of {card['users']:,} users, history kept. The same top 10: as float32 in torch; as torch on the same file.",
+        "",
+        *card_table(card),
+    ]
+    if (run / "deploy.png").exists():
+        lines += ["", f"![NDCG@10 against bytes and time](results/{run.name}/deploy.png)"]
+    return lines
+
+
+def cold_items(run: Path) -> list[str]:
+    """How well items are found that were added after training, as experiments/cold_items.py measured it."""
+    found = read_json(run / "cold_items.json", "keep the run again")
+    names = [name for name in found["users"]["chance"] if name != "count"]
+    lines = [
+        "",
+        f"{found['held_out']:,} items were held out of training and added to the export of size {found['size']} by "
+        f"their features alone; every user's last item is ranked among all {found['items']:,}:",
+        "",
+        "| last item | users | " + " | ".join(names) + " |",
+        "| --- | ---: |" + " ---: |" * len(names),
+    ]
+    for users, result in found["users"].items():
+        cells = (users, f"{result['count']:,}", *(f"{result[name]:.4f}" for name in names))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def differences(config: Config) -> str:

@@ -1,8 +1,8 @@
 """Export sizes of a trained run as folders that serve recommendations.
 
-python -m model.export --run experiments/runs/beauty/... --size 64 --out exports/beauty-64
+python -m model.export --dataset_code demo --size 64 --out exports/demo-64     # of the newest run on it
 python -m model.export --run experiments/runs/beauty/... --size all --format onnx --quantize int8
-python -m model.export --run experiments/runs/beauty/... --max_bytes 4MB     # the best size that fits, from the card
+python -m model.export --max_bytes 4MB --max_latency_ms 1      # the best size that fits, by the run's deploy.json
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ DEPLOY_CARD = "deploy.json"  # in the run's folder, made by benchmarks/deploy.py
 def arguments_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="the run, as train.py printed it")
+    add_run_arguments(parser)
     parser.add_argument("--size", metavar="N,N|all", help="the trained sizes to export (default: the largest)")
     parser.add_argument(
-        "--max_bytes", metavar="BYTES", help="instead: the best size whose folder has at most these; 2MB"
+        "--max_bytes", metavar="BYTES", help="instead: the best size whose folder has at most these (2MB)"
     )
     parser.add_argument(
-        "--max_latency_ms", type=float, metavar="MS", help="instead: ... that answers one user within this"
+        "--max_latency_ms", type=float, metavar="MS", help="and, or instead: that answers one user within this"
     )
     parser.add_argument("--format", choices=FORMATS, default="torch", help="onnx adds graphs that need no torch to run")
     parser.add_argument(
@@ -49,10 +49,22 @@ def arguments_parser() -> argparse.ArgumentParser:
         "(default: exports/<dataset>-<size>)",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there already")
-    parser.add_argument(
-        "--data_root", metavar="FOLDER", help="where the run's dataset lies now (default: as in training)"
-    )
     return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which run."""
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run (default: the newest)")
+    parser.add_argument("--dataset_code", metavar="NAME", help="the newest run on this dataset")
+    parser.add_argument("--data_root", metavar="FOLDER", help="where the dataset lies now (default: as in training)")
+
+
+def asked_run(arguments: argparse.Namespace) -> Path:
+    """The run that the flags ask for. Raises InputError where there is none."""
+    from trainer.runs import find_trained
+
+    flags = {"dataset_code": arguments.dataset_code} if arguments.dataset_code else {}
+    return find_trained(arguments.run, Path(Config.runs_root), flags)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
@@ -60,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     arguments = arguments_parser().parse_args(argv)
     from trainer.runs import read_config
 
+    arguments.run = asked_run(arguments)
     saved, _ = read_config(arguments.run)
     sizes = chosen_sizes(arguments, saved)
     folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
@@ -69,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     for folder in folders:
         refuse_existing(folder, arguments.overwrite)
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
+    print(f"run {arguments.run}", flush=True)
     config, catalog, model = load_run(arguments.run, flags)
     for size, folder in zip(sizes, folders, strict=True):
         export_size(

@@ -20,7 +20,11 @@ from trainer.metrics import ranking_metrics, target_ranks
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHONPATH": str(REPOSITORY),  # for python -m: the rooms of the clone
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def commands():
@@ -67,13 +71,23 @@ def test_the_first_command_prints_every_sizes_metrics_and_draws_the_curve(workpl
     assert (run / "test_mrl_metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_readmes_python_slices_the_newest_run(workplace):
+@pytest.fixture(scope="session")
+def export(workplace):
+    """The README's export, made of the first run."""
+    (command,) = [
+        command for command in commands() if command.startswith("python -m model.export") and "--size 64" in command
+    ]
+    shell(command, workplace)
+    return workplace / "exports/demo-64"
+
+
+def test_the_readmes_python_serves_the_export(workplace, export):
     (program,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    newest = max((workplace / "experiments/runs/demo").iterdir())
-    program = program.replace("experiments/runs/demo/...", str(newest))
-    (workplace / "slice.py").write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{program}")
-    shell("python slice.py", workplace)
-    assert 0 < (newest / "64.safetensors").stat().st_size < (newest / "best.safetensors").stat().st_size / 2
+    (workplace / "serve.py").write_text(f"{program}\nimport sys\nprint(len(recommender), 'torch' in sys.modules)\n")
+    lines = shell("python serve.py", workplace).splitlines()
+    assert len(lines) == 3  # two answers, and what was added
+    assert lines[0].count("'") + lines[0].count('"') >= 6  # three titles
+    assert lines[-1] == "801 True"  # torch for the new product's embedding alone
 
 
 def popularity_ndcg(workplace):
@@ -104,10 +118,14 @@ def test_on_the_demo_text_and_pictures_beat_text_beats_pictures_beats_popularity
     assert ndcg["both"] > 1.05 * ndcg["text"] > 1.05**2 * ndcg["pictures"] > 1.05**3 * ndcg["popularity"]
 
 
-def test_every_other_command_of_the_readme_runs(workplace):
+def test_every_other_command_of_the_readme_runs(workplace, export):
     elsewhere = {  # what .ci/run and other tests run
         "pip install -r requirements.txt && python train.py",
         "pip install -r requirements-dev.txt && python -m pytest",
+    }
+    shorter = {  # for those that train anew or measure long
+        "python train.py": " --num_epochs 1 --lru_num_blocks 1 --mrl_hidden_sizes 8,64",
+        "python -m benchmarks.deploy": " --users 50 --requests 5 --catalogue 2000",
     }
     ci = (REPOSITORY / ".ci/run").read_text()
     for command in elsewhere:
@@ -118,9 +136,11 @@ def test_every_other_command_of_the_readme_runs(workplace):
         if command in elsewhere or command.startswith("CUDA_VISIBLE_DEVICES"):  # tests/test_scripts.py
             continue
         assert shlex.split(command)[0] == "python", command
-        shorter = " --num_epochs 1 --lru_num_blocks 1 --mrl_hidden_sizes 8,16"  # for those that train anew
-        trains = command.startswith("python train.py") and "--help" not in command and "--resume" not in command
-        shell(command + (shorter if trains else ""), workplace)
+        if export.name in command and command.startswith("python -m model.export"):
+            continue
+        trained = "--help" not in command and "--resume" not in command
+        more = [flags for start, flags in shorter.items() if command.startswith(start) and trained]
+        shell(command + "".join(more), workplace)
         run += 1
     assert run >= 5
 
@@ -129,10 +149,11 @@ def test_the_results_shown_are_rows_of_the_report_which_is_made_from_the_kept_fi
     report.main(["--out", str(tmp_path / "RESULTS.md")])
     made = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert made == (REPOSITORY / "experiments/RESULTS.md").read_text(encoding="utf-8")
-    section = README.partition("## Results")[2].partition("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(rows) > 4
-    assert all(row in made.splitlines() for row in rows)
+    for heading in ("## Results", "## Deploy a size"):
+        section = README.partition(heading)[2].partition("\n## ")[0]
+        rows = [line for line in section.splitlines() if line.startswith("|")]
+        assert len(rows) > 4
+        assert all(row in made.splitlines() for row in rows)
 
 
 def test_every_link_of_the_readme_leads_somewhere():

@@ -106,6 +106,15 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
     raise InputError(f"no run below {runs_root} fits {asked}. The newest ones, and what differs:\n{listed}")
 
 
+def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:
+    """`run`, or without one the newest run that fits the flags and has weights; raises InputError as `find_run`."""
+
+    def problem(run: Path) -> str:
+        return "" if (run / "best.safetensors").exists() else "has no best.safetensors yet"
+
+    return Path(run) if run else find_run(runs_root, flags, problem)
+
+
 def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
     """A run's settings with the runtime flags given now. Raises InputError if another flag differs from the run."""
     for name, value in flags.items():
@@ -119,7 +128,7 @@ def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Conf
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, device, commit and command line."""
-    packages = ("torch", "numpy", "transformers", "open_clip_torch", "safetensors")
+    packages = ("torch", "numpy", "transformers", "open_clip_torch", "safetensors", "onnx", "onnxruntime")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

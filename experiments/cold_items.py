@@ -1,0 +1,127 @@
+"""Are items reachable that no training ever saw? Hold items of a dataset out, train on the rest, add them to an export.
+
+python -m experiments.cold_items make --dataset_code beauty      # data/beauty-cold: a twentieth of the items held out
+python train.py --dataset_code beauty-cold ...
+python -m model.export --run experiments/runs/beauty-cold/... --out exports/beauty-cold
+python -m experiments.cold_items test exports/beauty-cold --out experiments/results/...
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import Config, InputError, run_cli
+from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
+from datasets.files import read_json, replacing, write_json, write_text
+
+HELD_OUT = "held_out.json"
+KS = (10, 50, 100)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Make the dataset, or test an export of a run on it; returns what was written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("make", help="write <data_root>/<dataset_code>-cold")
+    make.add_argument("--dataset_code", default="beauty", metavar="NAME", help="(default: beauty)")
+    make.add_argument("--from_root", default=Config.data_root, metavar="FOLDER", help="where it is (default: data)")
+    make.add_argument("--data_root", default=Config.data_root, metavar="FOLDER", help="where to write (default: data)")
+    make.add_argument("--share", type=float, default=0.05, metavar="X", help="of the items, held out (default: 0.05)")
+    make.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
+    test = commands.add_parser("test", help="add the held-out items to an export and rank them")
+    test.add_argument("export", metavar="EXPORT", help="of a run that was trained on the dataset that make wrote")
+    test.add_argument("--data_root", default=Config.data_root, metavar="FOLDER", help="(default: data)")
+    test.add_argument("--out", type=Path, metavar="FILE", help="write what was found here as JSON, too")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "make":
+        if not 0 < arguments.share < 1:
+            raise InputError(f"--share {arguments.share} must lie between 0 and 1")
+        catalog = load_catalog(arguments.from_root, arguments.dataset_code)
+        return hold_out(catalog, arguments.share, arguments.seed, Path(arguments.data_root))
+    found = reach(arguments.export, Path(arguments.data_root))
+    for users, result in found["users"].items():
+        recalls = "  ".join(f"Recall@{k} {result[f'Recall@{k}']:.4f}" for k in KS)
+        print(f"{users:15} {result['count']:6,} users  {recalls}")
+    if arguments.out:
+        write_json(arguments.out, found)
+    return found
+
+
+def hold_out(catalog: Catalog, share: float, seed: int, data_root: Path) -> dict[str, Any]:
+    """Write the dataset without a random share of its items, and held_out.json: those items, and the users whose last
+    item is one of them, with what they had before."""
+    held = np.zeros(catalog.num_items + 1, dtype=bool)
+    held[1 + np.random.default_rng(seed).permutation(catalog.num_items)[: round(share * catalog.num_items)]] = True
+    number = np.where(held, 0, np.cumsum(~held) - 1)  # of every item that stays, from 1 on; token 0 stays 0
+    lines, users = [], []
+    for row in range(len(catalog.sequences)):
+        items = catalog.sequences.of(row)
+        kept = items[~held[items]]
+        if len(kept) >= MIN_ITEMS:
+            lines.append(f"{len(lines) + 1} {' '.join(map(str, number[kept]))}\n")
+        if held[items[-1]] and len(kept):
+            users.append({"history": [catalog.asins[i - 1] for i in kept], "target": catalog.asins[items[-1] - 1]})
+    folder = data_root / f"{catalog.name}-cold"
+    stay = [i for i in range(1, catalog.num_items + 1) if not held[i]]
+    item2id = {catalog.asins[i - 1]: str(number[i]) for i in stay}
+    write_text(folder / "sequential_data.txt", "".join(lines))
+    write_json(folder / "datamaps.json", {"item2id": item2id})
+    records = [{**catalog.metadata[i - 1], "asin": catalog.asins[i - 1]} for i in stay]
+    with replacing(folder / "meta.json.gz") as temporary:
+        temporary.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records).encode(), mtime=0))
+    out = [{**catalog.metadata[i - 1], "asin": catalog.asins[i - 1]} for i in np.flatnonzero(held).tolist()]
+    found = {"of": catalog.name, "share": share, "seed": seed, "items": out, "users": users}
+    write_json(folder / HELD_OUT, found)
+    print(
+        f"{folder}: {len(lines):,} users, {len(stay):,} items; {len(out):,} items held out, the last of {len(users):,}"
+    )
+    return found
+
+
+def reach(export: str, data_root: Path) -> dict[str, Any]:
+    """Recall of held-out items among all items, once added to an export, beside that of items it was trained on."""
+    from dataloader import eval_rows
+    from model import Recommender
+
+    recommender = Recommender.from_pretrained(export)
+    dataset = recommender.config["dataset"]["code"]
+    held = read_json(data_root / dataset / HELD_OUT, "python -m experiments.cold_items make writes it")
+    catalog = load_catalog(data_root, dataset)
+    ids = [record["asin"] for record in held["items"]]
+    recommender.add_items(ids, recommender.embed_items(held["items"]))
+    rows = eval_rows(catalog.sequences, recommender.config["max_len"], "test")
+    trained = np.zeros(catalog.num_items + 1, dtype=bool)
+    for row in range(len(catalog.sequences)):
+        trained[catalog.sequences.of(row)[:-2]] = True
+    warm = [(catalog.sequences.of(row)[:-1].tolist(), int(t)) for row, t in enumerate(rows.targets) if trained[t]]
+    cold = [(user["history"], user["target"]) for user in held["users"]]
+    users = {"never trained": cold, "trained": warm}
+    return {
+        "dataset": dataset,
+        "run": recommender.config["run"],
+        "size": recommender.config["size"],
+        "items": len(recommender),
+        "held_out": len(ids),
+        "users": {name: recalls(recommender, pairs) for name, pairs in users.items()}
+        | {"chance": {"count": len(cold)} | {f"Recall@{k}": k / len(recommender) for k in KS}},
+    }
+
+
+def recalls(recommender: Any, pairs: list[tuple[list, str | int]]) -> dict[str, float]:
+    """Recall@K of (history, target) pairs, ranked among all items, history kept."""
+    answers = recommender.recommend([history for history, _ in pairs], top_k=max(KS), exclude_history=False)
+    hits = np.zeros((len(pairs), max(KS)), dtype=bool)
+    for row, (answer, (_, target)) in enumerate(zip(answers, pairs, strict=True)):
+        hits[row] = np.array(answer.ids if isinstance(target, str) else answer.numbers) == target
+    return {"count": len(pairs)} | {f"Recall@{k}": float(hits[:, :k].any(axis=1).mean()) for k in KS}
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -109,20 +109,24 @@ def embed_records(
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise InputError(f"record {number} is {record!r:.80}; give a dict with title, brand, ...")
+    # A data frame has NaN where there is no path.
+    paths = [record.get("picture") for record in records]
+    pictures = [Path(path) if path and isinstance(path, str | Path) else None for path in paths]
     parts = []
     if recipe["language"]:
         name, attributes = language or recipe["language"]["encoder"], tuple(recipe["language"]["attributes"])
         _check_encoder("language_encoder", name, encoders.language_fingerprint(name), recipe["language"])
         texts = [item_text(record, attributes) for record in records]
-        if NO_TEXT in texts:
-            raise InputError(f"record {texts.index(NO_TEXT) + 1} has no text; give it one of {', '.join(attributes)}")
+        for number, (text, picture) in enumerate(zip(texts, pictures, strict=True), start=1):
+            if text == NO_TEXT and not (recipe["image"] and picture):
+                raise InputError(f"record {number} has no text; give it one of {', '.join(attributes)}")
+        if name == recipe["language"]["encoder"] and recipe["language"]["commit"] and "@" not in name:
+            name = f"{name}@{recipe['language']['commit']}"  # the hub's model may have moved on
         parts.append(encode_texts(encoders.language_encoder(name, "cpu"), texts, batch_size=32))
     if recipe["image"]:
         name, broken = image or recipe["image"]["encoder"], {}
         _check_encoder("img_encoder", name, encoders.image_fingerprint(name), recipe["image"])
         names = [f"record {number}" for number in range(1, len(records) + 1)]
-        paths = [record.get("picture") for record in records]  # a data frame has NaN where there is none
-        pictures = [Path(path) if path and isinstance(path, str | Path) else None for path in paths]
         parts.append(encode_pictures(encoders.image_encoder(name, "cpu"), pictures, names, 32, broken))
         for record, why in broken.items():
             if why != NO_PICTURE:  # which is a zero vector, as in training

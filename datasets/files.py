@@ -30,12 +30,17 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        mends = "run where you may write" if denied else "free space or choose another folder"
-        raise InputError(f"cannot write {path}: {error.strerror or error}; {mends}") from error
+        raise cannot_write(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """What to tell a user of an error in writing."""
+    denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    mends = "run where you may write" if denied else "free space or choose another folder"
+    return InputError(f"cannot write {path}: {error.strerror or error}; {mends}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,10 +8,13 @@ python -m model.export --max_bytes 4MB --max_latency_ms 1      # the best size t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from config import Config, InputError, run_cli, shown
 from datasets.files import read_json
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from model import FMRLRec
 
 FORMATS = ("torch", "onnx")
-DEPLOY_CARD = "deploy.json"  # in the run's folder, made by benchmarks/deploy.py
+MEASURED = "deploy.json"  # in the run's folder, made by benchmarks/deploy.py
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -42,7 +45,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         choices=TABLES,
         default="float16",
         help="how numbers are stored: none: all float32; float16: the item table in half precision (default); "
-        "int8: item table and weights in eight bits",
+        "int8: item table and the blocks' matrices in eight bits",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where; of several sizes the folder that theirs are made in "
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
     arguments.run = asked_run(arguments)
     saved, _ = read_config(arguments.run)
-    sizes = chosen_sizes(arguments, saved)
+    sizes = chosen_sizes(arguments, saved.mrl_hidden_sizes)
     folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
     from eval import load_run
     from model.serving.folder import refuse_existing
@@ -101,38 +104,63 @@ def target(arguments: argparse.Namespace, dataset: str, size: int, how_many: int
     return (arguments.out or Path("exports")) / f"{dataset}-{size}"
 
 
-def chosen_sizes(arguments: argparse.Namespace, config: Config) -> list[int]:
+def chosen_sizes(arguments: argparse.Namespace, trained: tuple[int, ...]) -> list[int]:
     """The sizes that --size, or --max_bytes and --max_latency_ms, ask for. Raises InputError where there is none."""
-    limits = arguments.max_bytes is not None or arguments.max_latency_ms is not None
-    if limits and arguments.size:
+    if arguments.max_bytes is None and arguments.max_latency_ms is None:
+        return named_sizes(str(trained[-1]) if arguments.size is None else arguments.size, trained)
+    if arguments.size is not None:
         raise InputError("give --size, or --max_bytes and --max_latency_ms, not both")
-    if limits:
-        return [best_size(arguments)]
-    trained = config.mrl_hidden_sizes
-    if arguments.size == "all":
+    return [best_size(arguments)]
+
+
+def named_sizes(text: str, trained: tuple[int, ...]) -> list[int]:
+    """The sizes of "64", "8,64" or "all". Raises InputError for one that was not trained."""
+    if text == "all":
         return list(trained)
-    sizes = [part.strip() for part in (arguments.size or str(trained[-1])).split(",")]
+    sizes = [part.strip() for part in text.split(",")]
     for size in sizes:
         if size not in map(str, trained):
-            raise InputError(f"--size {size} was not trained; {arguments.run} has {shown(trained)}, or all")
+            raise InputError(f"--size {size or repr(size)} was not trained; the run has {shown(trained)}, or all")
     return list(dict.fromkeys(map(int, sizes)))
 
 
 def best_size(arguments: argparse.Namespace) -> int:
-    """The size of highest NDCG@10 within the limits, by the run's card."""
-    card = read_json(arguments.run / DEPLOY_CARD, f"measure it: python -m benchmarks.deploy --run {arguments.run}")
-    rows = [r for r in card["rows"] if (r["engine"], r["quantize"]) == (arguments.format, arguments.quantize)]
+    """The size of highest NDCG@10 within the limits, by what benchmarks/deploy.py measured of the run."""
+    path, measure = arguments.run / MEASURED, f"measure it: python -m benchmarks.deploy --run {arguments.run}"
+    measured = read_json(path, measure)
+    try:
+        if measured["weights"] != sha256(arguments.run / "best.safetensors"):
+            raise InputError(f"{path} is of other weights than the run has now; {measure}")
+        columns = ("engine", "quantize", "size", "bytes", "p50_ms", "NDCG@10")
+        rows = [tuple(row[column] for column in columns) for row in measured["rows"]]
+    except (KeyError, TypeError):
+        raise InputError(f"{path} is not what benchmarks.deploy writes; {measure}") from None
     max_bytes = parse_bytes(arguments.max_bytes) if arguments.max_bytes is not None else float("inf")
     max_ms = arguments.max_latency_ms if arguments.max_latency_ms is not None else float("inf")
-    fitting = [row for row in rows if row["bytes"] <= max_bytes and row["p50_ms"] <= max_ms]
-    if not fitting:
-        least = ", ".join(f"size {r['size']}: {r['bytes'] / 1e6:.2f} MB, {r['p50_ms']:.2f} ms" for r in rows)
+    fitting = [row for row in rows if row[3] <= max_bytes and row[4] <= max_ms]
+    asked = [row for row in fitting if row[:2] == (arguments.format, arguments.quantize)]
+    if not asked:
+        kinds = sorted({row[:2] for row in rows})
+        if (arguments.format, arguments.quantize) not in kinds:
+            raise InputError(
+                f"{path} has no --format {arguments.format} --quantize {arguments.quantize}; it has "
+                + ", ".join(" ".join(kind) for kind in kinds)
+            )
+        other = ", ".join(sorted({f"--format {row[0]} --quantize {row[1]}" for row in fitting}))
+        smallest = min(row for row in rows if row[:2] == (arguments.format, arguments.quantize))
         raise InputError(
-            f"no size fits these limits as {arguments.format}, {arguments.quantize}; the card has {least or 'none'}"
+            f"no size fits as --format {arguments.format} --quantize {arguments.quantize}; size {smallest[2]} has "
+            f"{smallest[3]:,} bytes and {smallest[4]:.2f} ms; what fits: {other or 'nothing else either'}"
         )
-    best = max(fitting, key=lambda row: row["NDCG@10"])
-    print(f"size {best['size']}: {best['bytes'] / 1e6:.2f} MB, {best['p50_ms']:.2f} ms, NDCG@10 {best['NDCG@10']:.4f}")
-    return best["size"]
+    _, _, size, bytes_, milliseconds, ndcg = max(asked, key=lambda row: row[5])
+    print(f"size {size}: {bytes_ / 1e6:.2f} MB, {milliseconds:.2f} ms, NDCG@10 {ndcg:.4f}")
+    return size
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_bytes(text: str) -> float:
@@ -155,37 +183,40 @@ def export_size(
     quantize: str = "float16",
     overwrite: bool = False,
 ) -> None:
-    """Write one size of a run's model as an export. Raises InputError where the table does not fit into float16, and
-    as model/serving/folder.py does."""
+    """Write one size of a run's model as an export. Raises InputError where weights are not finite or the table does
+    not fit into float16, and as model/serving/folder.py does."""
     import torch
 
     from datasets.text import flat_text
     from model import slice_model
-    from model.serving import folder as export
+    from model.serving.folder import ITEMS, WEIGHTS, pack_items, pack_weights, write_folder
+    from model.serving.items import make_items
     from model.serving.quantize import quantize as to_int8
     from model.serving.weights import serving_weights
 
     small = slice_model(model, size)
     with torch.inference_mode():
         table, scale = small.item_table().float().cpu().numpy(), None
+    weights = serving_weights(small, quantized=False)
+    for name, value in {"the item table": table, **weights}.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"{name} of {run} is not finite, so it is not exported; train it again")
     if quantize == "int8":
-        table, scale = to_int8(table, axis=1)
+        (table, scale), weights = to_int8(table, axis=1), serving_weights(small, quantized=True)
     elif quantize == "float16":
-        if abs(table).max() > 65504:
+        if abs(table).max() > np.finfo(np.float16).max:
             raise InputError("the item table has values beyond float16's 65504; export it with --quantize none")
-        table = table.astype("float16")
-    weights = serving_weights(small, quantized=quantize == "int8")
-    packed = export.pack_weights(weights)
-    items = export.make_items(catalog.asins, [flat_text(record.get("title")) for record in catalog.metadata])
-    files: dict[str, Any] = {export.WEIGHTS: packed, export.ITEMS: export.pack_items(items, table, scale)}
+        table = table.astype(np.float16)
+    packed = pack_weights(weights)
+    items = make_items(catalog.asins, [flat_text(record.get("title")) for record in catalog.metadata])
+    files: dict[str, Any] = {WEIGHTS: packed, ITEMS: pack_items(items, table, scale)}
     if format == "onnx":
         try:
             from model.serving.graphs import build_graphs
         except ImportError as error:
             raise InputError("--format onnx needs the package onnx: pip install onnx") from error
         files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
-    described = description(small, config, catalog, run) | {"quantize": quantize}
-    export.write_folder(folder, described, files, card(described, folder.name), overwrite)
+    write_folder(folder, description(small, config, catalog, run) | {"quantize": quantize}, files, overwrite)
 
 
 def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:
@@ -208,39 +239,10 @@ def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> 
             config.item_attributes,
             model.items.projection.in_features if hasattr(model.items, "projection") else 0,
         ),
-        "run": run.name,
+        "run": run.resolve().name,
         "commit": commit(),
         "metrics": read_json(metrics, "python eval.py --run ... makes it").get(str(size)) if metrics.exists() else None,
     }
-
-
-def card(described: dict[str, Any], name: str) -> str:
-    """README.md of an export whose folder has this name."""
-    features, metrics = described["features"], described["metrics"] or {}
-    encoders = " and ".join(features[kind]["encoder"] for kind in ("language", "image") if features[kind])
-    shown_metrics = [name for name in ("NDCG@10", "Recall@10") if name in metrics]
-    tested = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown_metrics) or "not tested"
-    return f"""# {described["dataset"]["code"]}, size {described["size"]}
-
-A sequential recommender (fMRLRec, Findings of EMNLP 2024) of {described["size"]} dimensions, cut out of the run
-`{described["run"]}`. It reads the last {described["max_len"]} items of a history and ranks
-{described["num_items"]:,} items.
-
-- Items are described by {encoders or "a learned table"}; stored as {described["quantize"]}.
-- Test metrics of this size in float32, full ranking, history kept as candidates: {tested}.
-- `config.json` says how it was made and holds the checksums of the other files.
-
-```sh
-python -m model.recommend path/to/{name} --history ID,ID --top_k 10
-```
-
-```python
-from model import Recommender
-
-recommender = Recommender.from_pretrained("path/to/{name}")
-recommender.recommend([["ID", "ID"]], top_k=10)
-```
-"""
 
 
 if __name__ == "__main__":

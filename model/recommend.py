@@ -29,10 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     from model import Recommender
 
-    def split(text: str) -> list[str]:
-        return [part.strip() for part in text.split(",") if part.strip()]
-
     recommender = Recommender.from_pretrained(arguments.folder, arguments.engine)
+
+    def split(text: str) -> list[str | int]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        # A number, unless the dataset has an id that looks like it.
+        return [int(p) if p not in recommender and p.isdecimal() and str(int(p[:18])) == p else p for p in parts]
+
     (answer,) = recommender.recommend(
         [split(arguments.history)],
         top_k=arguments.top_k,

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from model import FMRLRec, slice_model
+from model import slice_model
 from model.serving.quantize import dequantize, quantize
 from model.serving.weights import expected_shapes, float_weight, model_from, serving_weights
+from tests.exported import random_model
 
 # ------------------------------------------------------------------------------------------------------- eight bits
 
@@ -31,6 +32,14 @@ def test_the_sign_and_the_largest_value_survive():
     assert dequantize(q, scale, axis=1)[0, 1] == -6
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-40, 2.6e-43, 1e-45])
+def test_numbers_too_small_to_divide_by_keep_their_sign_or_become_zero(size):
+    values = np.linspace(-size, size, 9, dtype=np.float32)[None]
+    q, scale = quantize(values, axis=1)
+    assert (abs(dequantize(q, scale, axis=1) - values) <= abs(values).max()).all()
+    assert (q * values >= 0).all()
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_zeros_stay_zeros(axis):
     q, scale = quantize(np.zeros((3, 4), dtype=np.float32), axis)
@@ -44,16 +53,9 @@ NUM_ITEMS = 30
 LISTS = [tuple(sorted(random.Random(seed).sample(range(1, 40), k=seed + 1))) for seed in range(4)]
 
 
-def random_model(sizes, blocks=2, use_bias=True, features=9):
-    """A model without zeros or ones among its weights, not even where the mask hides them."""
-    torch.manual_seed(0)
-    described = torch.randn(NUM_ITEMS, features) if features else None
-    model = FMRLRec(NUM_ITEMS, described, sizes, blocks, 0.5, 0.5, use_bias, r_min=0.3, r_max=0.9)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith(("nu_log", "theta_log")):
-                parameter.uniform_(-0.4, 0.4)
-    return model.eval()
+def model_of(sizes, blocks=2, use_bias=True, features=9):
+    described = np.random.default_rng(1).normal(size=(NUM_ITEMS, features)).astype(np.float32) if features else None
+    return random_model(sizes, blocks, num_items=NUM_ITEMS, features=described, use_bias=use_bias)
 
 
 def histories():
@@ -76,7 +78,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("sizes", LISTS, ids=str)
 @torch.inference_mode()
 def test_a_model_made_of_served_weights_asks_for_what_the_model_asks_for(sizes, blocks, use_bias, features):
-    model = random_model(sizes, blocks, use_bias, features)
+    model = model_of(sizes, blocks, use_bias, features)
     for size in sizes:
         small = slice_model(model, size)
         served = model_from(serving_weights(small, quantized=False), small.sizes, blocks)
@@ -88,19 +90,57 @@ def test_a_model_made_of_served_weights_asks_for_what_the_model_asks_for(sizes, 
             assert_close(found, expected)
 
 
+def layer_norm(x, sizes, weight, bias):
+    """One LayerNorm per increment."""
+    parts = np.split(x, sizes[:-1])
+    return np.concatenate([(p - p.mean()) / np.sqrt(p.var() + 1e-5) for p in parts]) * weight + bias
+
+
+def by_the_book(weights, table, sizes, blocks, history):
+    """z of one history, as the head of model/serving/weights.py describes the weights: no mask, no γ, no model."""
+    hidden, m = np.zeros((blocks, sizes[-1]), dtype=complex), sizes[-1]
+    for x in table[history]:
+        for i in range(blocks):
+            w = {name.removeprefix(f"blocks.{i}."): value for name, value in weights.items()}
+            u = layer_norm(x, sizes, w["norm1.weight"], w["norm1.bias"]) @ w["lru.B"] + w["lru.B_bias"]
+            eigenvalue = np.exp(-np.exp(w["lru.nu_log"]) + 1j * np.exp(w["lru.theta_log"]))
+            hidden[i] = u[:m] + 1j * u[m:] + eigenvalue * hidden[i]
+            x = x + np.concatenate([hidden[i].real, hidden[i].imag]) @ w["lru.C"] + w["lru.C_bias"]
+            expanded = layer_norm(x, sizes, w["norm2.weight"], w["norm2.bias"]) @ w["ffn.expand"] + w["ffn.expand_bias"]
+            gate, value = expanded[:m], expanded[m:]
+            x = x + (gate / (1 + np.exp(-gate)) * value) @ w["ffn.reduce"] + w["ffn.reduce_bias"]
+    return x
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("sizes", [(7,), (3, 8), (2, 5, 11)], ids=str)
+@torch.inference_mode()
+def test_the_weights_are_what_their_description_says(sizes, use_bias):
+    model = model_of(sizes, 2, use_bias)
+    table, weights = model.item_table(), serving_weights(model, quantized=False)
+    tokens, position, longest = histories()
+    z = model.encode(table, tokens, position, longest).numpy()
+    for end in range(len(tokens)):
+        history = tokens[end - int(position[end]) : end + 1].numpy()
+        found = by_the_book(weights, table.double().numpy(), sizes, 2, history)
+        assert abs(found - z[end]).max() <= 1e-5 * abs(z).max()
+    items = model.items.features.numpy() @ weights["projection.weight"] + weights["projection.bias"]
+    assert abs(items - table.numpy()).max() <= 1e-5 * abs(table.numpy()).max()
+
+
 @pytest.mark.parametrize("features", [9, 0])
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("sizes", LISTS[:3], ids=str)
 def test_the_weights_have_the_shapes_that_are_expected_of_them(sizes, quantized, use_bias, features):
-    weights = serving_weights(random_model(sizes, 3, use_bias, features), quantized)
+    weights = serving_weights(model_of(sizes, 3, use_bias, features), quantized)
     shapes = {name: weight.shape for name, weight in weights.items()}
     assert shapes == expected_shapes(sizes[-1], 3, features, quantized)
     assert all(weight.flags.c_contiguous for weight in weights.values())
 
 
 def test_in_eight_bits_only_the_blocks_matrices_are_and_they_are_off_by_half_a_scale():
-    model = random_model((3, 8, 20))
+    model = model_of((3, 8, 20))
     plain, quantized = serving_weights(model, False), serving_weights(model, True)
     matrices = {f"blocks.{i}.{name}" for i in (0, 1) for name in ("lru.B", "lru.C", "ffn.expand", "ffn.reduce")}
     assert {name for name, weight in quantized.items() if weight.dtype == np.int8} == matrices
@@ -114,7 +154,14 @@ def test_in_eight_bits_only_the_blocks_matrices_are_and_they_are_off_by_half_a_s
 
 
 def test_a_model_in_eight_bits_is_the_model_of_the_numbers_that_they_stand_for():
-    weights = serving_weights(random_model((3, 8, 20)), True)
+    weights = serving_weights(model_of((3, 8, 20)), True)
     plain = {name: float_weight(weights, name) for name in weights if not name.endswith(".scale")}
     found, expected = (model_from(w, (3, 8, 20), 2).blocks.state_dict() for w in (weights, plain))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_making_a_model_of_weights_draws_no_random_numbers_of_the_caller():
+    weights = serving_weights(model_of((3, 8)), False)
+    before = torch.get_rng_state()
+    model_from(weights, (3, 8), 2)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -16,10 +16,11 @@ from config import InputError
 from datasets.catalog import load_catalog
 from datasets.encoders import LexicalEncoder
 from datasets.features import item_features
+from datasets.text import NO_TEXT
 from model import Recommender
 from model.serving import engines, recommender
 from tests.exported import NEAR_1, random_model, write_export
-from tests.prepared import draw_picture, write_prepared, write_tiny_bert
+from tests.prepared import draw_picture, put_in_hub_cache, write_prepared, write_tiny_bert
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which embedding does
 
@@ -242,7 +243,6 @@ def test_histories_of_like_length_are_encoded_together(shop, monkeypatch):
         pytest.param([3, 17], id="numbers"),
         pytest.param(np.array([3, 17]), id="an array"),
         pytest.param([np.int32(3), np.uint8(17)], id="numpy integers"),
-        pytest.param(["3", "17"], id="digits"),
         pytest.param([IDS[2], 17], id="mixed"),
         pytest.param(np.array([IDS[2], IDS[16]]), id="an array of ids"),
     ],
@@ -256,13 +256,14 @@ def test_every_item_is_found_by_its_id(r):
     assert r.start(IDS).items == tuple(range(1, N + 1))
 
 
-def test_an_id_of_digits_wins_over_the_number(shop, engine, tmp_path):
+def test_a_text_is_an_id_also_where_it_looks_like_a_number(shop, engine, tmp_path):
     r = Recommender.from_pretrained(write_shop_of_ids(tmp_path / "digits", shop, ["4", "2", "x", "30"]), engine)
     assert r.start(["4", "2", "x", "30"]).items == (1, 2, 3, 4)
-    assert r.start([4, "3", "1"]).items == (4, 3, 1)
+    assert r.start([4, "4", 2, "2"]).items == (4, 1, 2, 2)
+    assert "30" in r and 4 in r and "3" not in r and 5 not in r
 
 
-@pytest.mark.parametrize("ids", [["Ü1", "ü", "日本"], ["a b", "a", "A", "a,b"], ["a\udce9", "a\udcea", "x" * 256]])
+@pytest.mark.parametrize("ids", [["Ü1", "ü", "日本"], ["a b", "a", "A", "a,b"], ["a", "é", "x" * 256]])
 def test_any_text_may_be_an_id(shop, engine, tmp_path, ids):
     r = Recommender.from_pretrained(write_shop_of_ids(tmp_path / "any", shop, ids), engine)
     assert r.start(ids).items == tuple(range(1, len(ids) + 1))
@@ -271,7 +272,7 @@ def test_any_text_may_be_an_id(shop, engine, tmp_path, ids):
 
 @pytest.mark.parametrize(
     "unknown",
-    ["no-such", "", "a\0b", IDS[0] + "\0", IDS[0][:-1], IDS[1] + "g", "²", "9" * 30, f"{N + 1}", "0", 0, -1, N + 1],
+    ["no-such", "", "a\0b", IDS[0] + "\0", IDS[0][:-1], IDS[1] + "g", "a\udce9", "1", "x" * 70, 0, -1, N + 1, 2**70],
     ids=repr,
 )
 def test_an_unknown_item_is_skipped_and_named(r, unknown):
@@ -316,27 +317,29 @@ def test_what_is_neither_text_nor_whole_number_is_refused_as_an_item(r, item):
 
 @pytest.mark.parametrize("histories", [["Q0", "B7-long"], [1, 2], [[1], 2], "Q0", {"Q0": 1}, [True]], ids=repr)
 def test_a_flat_list_of_items_is_refused_with_what_a_list_of_histories_looks_like(r, histories):
-    with pytest.raises(
-        InputError, match=r"histories must be a list of histories, such as \[\['id', 'id'\], \[\]\], not"
-    ):
+    with pytest.raises(InputError, match=r"histories must be a list such as \[.*'id', 'id'\].*, not"):
         r.recommend(histories)
 
 
-@BUG
 @pytest.mark.parametrize(
     "histories", [np.array([1, 2]), [np.int64(1)], [None], [2.5], [b"\x01\x02"], None, 7], ids=repr
 )
 def test_what_is_no_list_of_histories_is_refused_whatever_it_holds(r, histories):
-    with pytest.raises(InputError, match="histories must be a list of histories"):
+    with pytest.raises(InputError, match="histories must be a list such as"):
         r.recommend(histories)
 
 
 def test_a_state_alone_is_refused_as_it_must_be_in_a_list(r):
-    with pytest.raises(InputError, match="histories must be a list of histories"):
+    with pytest.raises(InputError, match="histories must be a list such as"):
         r.recommend(r.start())
 
 
-@BUG
+def test_a_very_long_id_is_cut_short_in_the_note(r):
+    [answer] = r.recommend([["9" * 5000]])
+    assert answer.notes[0].startswith("unknown: '99999")
+    assert len(answer.notes[0]) < 200
+
+
 def test_a_very_long_id_costs_no_memory_of_its_length_for_every_item(r):
     tracemalloc.start()
     r.recommend([["x" * 1_000_000]])
@@ -397,7 +400,7 @@ def test_what_the_user_had_is_recommended_where_it_is_not_excluded(r):
 
 def test_candidates_alone_are_ranked_in_the_order_of_the_whole_ranking(r):
     whole = everything(r, [3])
-    answer = everything(r, [3], candidates=[IDS[7], 2, "19", 2], top_k=3)
+    answer = everything(r, [3], candidates=[IDS[7], 2, 19, 2], top_k=3)
     assert sorted(answer.numbers) == [2, 8, 19]
     assert answer.numbers == [i for i in whole.numbers if i in (2, 8, 19)]
     assert answer.notes == []
@@ -420,15 +423,13 @@ def test_without_a_known_candidate_there_is_nothing_to_rank(r, candidates):
         r.recommend([[1]], top_k=1, candidates=candidates)
 
 
-@BUG
 def test_candidates_that_are_one_text_are_refused_rather_than_read_letter_by_letter(r):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"candidates must be a list such as \['id', 'id'\], not 'B7-long'"):
         r.recommend([[]], top_k=1, candidates="B7-long")
 
 
-@BUG
 def test_a_history_that_is_one_text_is_refused_rather_than_read_letter_by_letter(r):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"a history must be a list such as \['id', 'id'\], not '12'"):
         r.start("12")
 
 
@@ -438,10 +439,13 @@ def test_a_number_of_items_that_cannot_be_had_is_refused_with_what_can(r, top_k)
         r.recommend([[]], top_k=top_k)
 
 
-@BUG
 def test_true_is_no_number_of_items(r):
     with pytest.raises(InputError, match="top_k True must be a whole number"):
         r.recommend([[]], top_k=True)
+
+
+def test_the_number_of_items_may_be_one_of_numpys(r):
+    assert r.recommend([[1]], top_k=np.int64(3)) == r.recommend([[1]], top_k=3)
 
 
 def test_no_more_items_than_candidates_can_be_asked_for(r):
@@ -450,13 +454,13 @@ def test_no_more_items_than_candidates_can_be_asked_for(r):
 
 
 def test_a_history_that_leaves_too_few_items_is_named(r):
-    histories = [[1, 2, 3], [1], [4], list(range(1, 9)), [1] * 30]
+    histories = [[1, 2, 3], list(range(1, 9)), [1], [4], [1] * 30]
     with pytest.raises(
-        InputError, match=r"history 3: 12 items are left to rank .* fewer than top_k 13; .*exclude_hist"
+        InputError, match=r"history 1: 12 items are left to rank .* fewer than top_k 13; .*exclude_hist"
     ):
         r.recommend(histories, top_k=13)
-    assert len(r.recommend(histories, top_k=12)[3].ids) == 12
-    assert len(r.recommend(histories, top_k=13, exclude_history=False)[3].ids) == 13
+    assert len(r.recommend(histories, top_k=12)[1].ids) == 12
+    assert len(r.recommend(histories, top_k=13, exclude_history=False)[1].ids) == 13
 
 
 def test_a_state_that_leaves_too_few_items_is_named(r):
@@ -484,7 +488,7 @@ def test_stepping_through_a_history_gives_the_answer_for_the_whole_of_it(shop, e
 
 
 def test_starting_from_a_history_is_stepping_through_it(r):
-    started, stepped = r.start([3, IDS[16]]), r.step(r.step(r.start(), 3), "17")
+    started, stepped = r.start([3, IDS[16]]), r.step(r.step(r.start(), 3), 17)
     assert started.items == stepped.items == (3, 17)
     np.testing.assert_array_equal(started.hidden, stepped.hidden)
     np.testing.assert_array_equal(started.z, stepped.z)
@@ -494,7 +498,7 @@ def test_a_state_remembers_what_lies_beyond_the_trained_length(shop, r):
     history = [3, 17, 5, 9, 1, 4, 20, 2]
     answer, expected = everything(r, r.start(history)), shop.scores(history)
     np.testing.assert_allclose(answer.scores, expected[answer.numbers], atol=1e-5 * np.abs(expected).max())
-    assert answer.notes == []
+    assert answer.notes == ["the state remembers 8 items, training had at most 5"]
     assert not np.allclose(answer.scores, everything(r, history).scores, rtol=1e-3)
 
 
@@ -514,6 +518,12 @@ def test_a_step_leaves_the_state_before_it_as_it_was(r):
     assert state.items == (3,)
     np.testing.assert_array_equal(one.z, other.z)
     assert not np.allclose(one.z, z)
+
+
+def test_states_can_be_kept_in_sets_and_be_compared(r):
+    state, other = r.start([3]), r.start([3])
+    assert state == state and state in {state}
+    assert state != other
 
 
 def test_states_and_histories_are_answered_in_the_order_they_are_given_in(r):
@@ -545,7 +555,6 @@ def test_a_state_that_saw_items_that_are_not_there_is_refused(shop, r, engine):
         shop.first(engine, "none", 16).recommend([state])
 
 
-@BUG
 def test_a_step_from_a_state_of_a_model_of_another_size_is_refused(r, engine, tmp_path):
     other = write_export(tmp_path / "other", random_model((4, 8), num_items=N))
     state = Recommender.from_pretrained(other, engine).start([3])
@@ -553,7 +562,6 @@ def test_a_step_from_a_state_of_a_model_of_another_size_is_refused(r, engine, tm
         r.step(state, 1)
 
 
-@BUG
 def test_a_state_of_a_model_of_other_depth_is_refused(r, engine, tmp_path):
     other = write_export(tmp_path / "other", random_model((4, 12), num_blocks=3, num_items=N))
     state = Recommender.from_pretrained(other, engine).start([3])
@@ -579,10 +587,6 @@ def test_items_that_are_added_can_be_recommended_and_be_in_histories_at_once(sho
 
 
 @pytest.mark.parametrize("pieces", [[4], [1, 3], [1, 1, 1, 1]], ids=str)
-@pytest.mark.parametrize(
-    ("engine", "kind"),
-    [pytest.param(e, k, marks=BUG if (e, k) == ("torch", "int8") else ()) for e in ENGINES for k in KINDS],
-)
 def test_adding_items_is_exporting_a_catalogue_that_has_them(shop, engine, kind, pieces):
     r, whole = shop.first(engine, kind, N - 4), shop.open(engine, kind)
     start = N - 4
@@ -633,16 +637,19 @@ MATRIX = np.ones((2, 1264), dtype=np.float32)
         (NEW, MATRIX[:, 1:], None, r"features of shape \[2, 1263\] for 2 items: must be \[2, 1264\]"),
         (NEW, MATRIX[:1], None, r"features of shape \[1, 1264\] for 2 items: must be \[2, 1264\]"),
         (NEW, MATRIX[0], None, r"features of shape \[1264\] for 2 items"),
-        (NEW, MATRIX * [[1], [np.nan]], None, "the features of item 'NEW-2' are not finite; embed it again"),
-        (NEW, MATRIX * [[np.inf], [1]], None, "the features of item 'NEW-1' are not finite"),
+        (NEW, MATRIX * [[1], [np.nan]], None, "the features of item 'NEW-2' are not finite, or far too large"),
+        (NEW, MATRIX * [[np.inf], [1]], None, "the features of item 'NEW-1' are not finite, or far too large"),
         (NEW, MATRIX, ["one"], "1 titles for 2 items; give one a piece"),
         (["NEW", ""], MATRIX, None, "item id '' must be a text of 1 to 256 bytes"),
-        (["NEW", "a\0"], MATRIX, None, "must be a text of 1 to 256 bytes without the character NUL"),
+        (["NEW", "a\0"], MATRIX, None, "must be a text of 1 to 256 bytes in UTF-8 without NUL"),
         (["NEW", "ü" * 129], MATRIX, None, "must be a text of 1 to 256 bytes"),
+        (["NEW", "a\udce9"], MATRIX, None, "must be a text of 1 to 256 bytes in UTF-8"),
         (["NEW", 7], MATRIX, None, "item id 7 must be a text"),
-        pytest.param(NEW, MATRIX, ["one", None], ".", marks=BUG, id="a title that is no text"),
-        pytest.param(NEW, [["a"] * 1264] * 2, None, ".", marks=BUG, id="features that are no numbers"),
-        pytest.param("XY", MATRIX, None, ".", marks=BUG, id="ids that are one text"),
+        (NEW, MATRIX, ["one", None], "the title of item 'NEW-2' is None; give a text"),
+        (NEW, MATRIX, "ab", "titles must be a list such as"),
+        (NEW, [["a"] * 1264] * 2, None, "features must be an array of numbers"),
+        (NEW, [[1.0], [1.0, 2.0]], None, "features must be an array of numbers"),
+        ("XY", MATRIX, None, r"ids must be a list such as \['id', 'id'\], not 'XY'"),
     ],
 )
 def test_items_that_cannot_be_added_are_refused_and_nothing_is_changed(shop, r, ids, features, titles, message):
@@ -656,14 +663,13 @@ def test_items_that_cannot_be_added_are_refused_and_nothing_is_changed(shop, r, 
     assert r.step(state, "NEW").items == (3, N + 1)
 
 
-@BUG
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("kind", "large"), [("none", 3e38), ("float16", 1e6), ("int8", 3e38)])
 def test_features_whose_embedding_overflows_are_refused(shop, engine, kind, large):
     r = shop.open(engine, kind)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="the features of item 'NEW' are not finite, or far too large"):
         r.add_items(["NEW"], np.full((1, 1264), large, dtype=np.float32))
-    assert np.isfinite(everything(r, [3]).scores).all()
+    assert len(r) == N
 
 
 def test_items_cannot_be_added_to_a_table_that_was_learned_without_features(engine, tmp_path):
@@ -721,7 +727,7 @@ def test_a_model_can_be_added_to_saved_and_opened_again_and_again(shop, engine, 
 
 def test_saving_does_not_replace_a_folder_unless_it_is_told_to(shop, r, tmp_path):
     r.save_pretrained(tmp_path / "saved")
-    with pytest.raises(InputError, match="exists; give --overwrite"):
+    with pytest.raises(InputError, match="exists; overwrite it"):
         r.save_pretrained(tmp_path / "saved")
     r.save_pretrained(tmp_path / "saved", overwrite=True)
 
@@ -737,57 +743,83 @@ def test_an_export_without_graphs_is_saved_without(shop, tmp_path):
 
 
 @pytest.fixture
-def replaced(shop, tmp_path):
-    """(a recommender, a function that replaces its folder by another model's of the same shape)."""
+def replaced(shop, engine, tmp_path):
+    """(a recommender, its folder, a function that replaces it by another model's of the same shape)."""
     folder, seeds = tmp_path / "export", iter(range(1, 10))
 
     def replace():
-        write_export(
-            folder, random_model((4, 12), features=shop.features, num_items=N, seed=next(seeds)), overwrite=True
-        )
+        model = random_model((4, 12), features=shop.features, num_items=N, seed=next(seeds))
+        write_export(folder, model, overwrite=True)
 
     replace()
-    return Recommender.from_pretrained(folder, "onnx", threads=1), replace
+    return Recommender.from_pretrained(folder, engine, threads=1), folder, replace
 
 
-def test_a_folder_that_was_replaced_is_noticed_when_its_graphs_are_needed(replaced):
-    r, replace = replaced
-    before = everything(r, [3])
+def test_a_model_that_is_open_does_not_need_its_folder(replaced):
+    r, folder, replace = replaced
+    before, stepped = everything(r, [3]), r.recommend([r.start([3])])
     replace()
-    with pytest.raises(InputError, match="was replaced since it was opened; open it again"):
-        r.start()
-    assert everything(r, [3]) == before  # the graph that was open already
+    assert (everything(r, [3]), r.recommend([r.start([3])])) == (before, stepped)
+    shutil.rmtree(folder)
+    assert (everything(r, [3]), r.recommend([r.start([3])])) == (before, stepped)
 
 
-@BUG
-def test_a_folder_whose_files_were_replaced_is_noticed_too(replaced, tmp_path):
-    r, _ = replaced
+def test_a_model_that_is_opened_before_its_graphs_are_used_does_not_need_its_folder(replaced):
+    r, folder, replace = replaced
+    expected = Recommender.from_pretrained(folder, "torch")
+    replace()
+    assert_same_answer(everything(r, [3]), everything(expected, [3]))
+    assert_same_answer(everything(r, r.start([3])), everything(expected, [3]))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["torch", pytest.param("onnx", marks=BUG)],  # onnxruntime maps model.safetensors into memory
+)
+def test_a_model_that_is_open_is_not_changed_by_writing_over_its_files(replaced, tmp_path, engine):
+    r, folder, _ = replaced
+    before = everything(r, r.start([3]))
     other = write_export(tmp_path / "other", random_model((4, 12), num_items=N, seed=20))
-    shutil.copytree(other, tmp_path / "export", dirs_exist_ok=True)
-    with pytest.raises(InputError, match="was replaced since it was opened"):
-        r.start()
+    (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    assert everything(r, r.start([3])) == before
 
 
-@BUG
-def test_a_folder_that_was_removed_is_noticed(replaced, tmp_path):
-    r, _ = replaced
-    (tmp_path / "export").rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError):
-        r.start()
+def test_a_folder_that_is_replaced_while_it_is_opened_is_refused(replaced, engine, monkeypatch):
+    _, folder, replace = replaced
+
+    def slowly(*arguments, open_engine=recommender.open_engine):
+        replace()
+        return open_engine(*arguments)
+
+    monkeypatch.setattr(recommender, "open_engine", slowly)
+    with pytest.raises(InputError, match="export was replaced while it was opened; open it again"):
+        Recommender.from_pretrained(folder, engine)
 
 
-@BUG
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_model_whose_folder_was_replaced_is_not_saved_with_the_others_weights(replaced, tmp_path, engine):
-    _, replace = replaced
-    r = Recommender.from_pretrained(tmp_path / "export", engine, threads=1)
-    before = everything(r, [3])
+def test_a_model_whose_folder_was_replaced_is_not_saved_with_the_others_weights(replaced, tmp_path):
+    r, _, replace = replaced
     replace()
-    try:
+    with pytest.raises(InputError, match="changed since it was opened; open it again"):
         r.save_pretrained(tmp_path / "saved")
-    except InputError:
-        return
-    assert_same_answer(everything(Recommender.from_pretrained(tmp_path / "saved", engine), [3]), before)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_model_whose_folder_is_gone_cannot_be_saved(replaced, tmp_path):
+    r, folder, _ = replaced
+    shutil.rmtree(folder)
+    with pytest.raises(InputError):
+        r.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_may_be_saved_over_the_folder_it_came_from(shop, replaced):
+    r, folder, _ = replaced
+    r.add_items(["NEW"], shop.features[:1])
+    r.save_pretrained(folder, overwrite=True)
+    opened = Recommender.from_pretrained(folder)
+    assert len(opened) == N + 1
+    assert_same_answer(everything(opened, ["NEW"]), everything(r, ["NEW"]))
+    r.step(r.start(), "NEW")
 
 
 # -------------------------------------------------------------------------------------------------------- embedding
@@ -835,7 +867,22 @@ def test_a_product_without_picture_has_zeros_for_it_as_in_training(shop, r, noth
     assert not embedded[1, 1024:].any()
 
 
-@pytest.mark.parametrize("record", [{}, {"title": " "}, {"title": None, "price": float("nan")}, {"colour": "red"}])
+def test_a_product_with_a_picture_alone_has_the_text_of_an_unknown_item_as_in_training(shop, r):
+    [embedded] = r.embed_items([{"picture": shop.records[4]["picture"]}])
+    np.testing.assert_array_equal(embedded[1024:], shop.features[4, 1024:])
+    np.testing.assert_array_equal(embedded[:1024], LexicalEncoder().encode([NO_TEXT])[0])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"title": " "},
+        {"title": None, "price": float("nan")},
+        {"colour": "red"},
+        pytest.param({"title": None, "picture": float("nan")}, marks=BUG),  # as a data frame has it
+    ],
+)
 def test_a_product_without_text_is_refused_with_what_a_text_is_made_of(shop, r, record):
     with pytest.raises(InputError, match="record 2 has no text; give it one of title, price, brand, categories"):
         r.embed_items([shop.records[0], record])
@@ -854,8 +901,22 @@ def test_a_picture_that_cannot_be_read_is_refused_with_the_reason(shop, r, tmp_p
 
 @pytest.mark.parametrize("records", [["a lamp"], [{"title": "a"}, None], {"title": "a"}], ids=repr)
 def test_what_is_no_list_of_records_is_refused(r, records):
-    with pytest.raises(InputError, match=r"record \d is .*; give a dict with title, brand"):
+    with pytest.raises(InputError, match=r"record [12] is .*; give a dict with title, brand"):
         r.embed_items(records)
+    with pytest.raises(InputError, match=r"record 2 is None; give"):
+        r.embed_items([{"title": "a"}, None])
+
+
+@pytest.mark.parametrize("records", ["a lamp", None, 3], ids=repr)
+def test_what_is_no_list_of_products_is_refused(r, records):
+    with pytest.raises(InputError, match="products must be a list such as"):
+        r.embed_items(records)
+
+
+def test_without_the_packages_of_the_training_embedding_is_refused_with_what_to_install(r, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets.embedding", None)
+    with pytest.raises(InputError, match=r"embedding needs what training needs .*pip install -r requirements.txt"):
+        r.embed_items([{"title": "a"}])
 
 
 def test_no_products_have_no_features_but_their_width(r):
@@ -939,6 +1000,26 @@ def test_an_encoder_that_is_not_the_one_of_the_training_is_refused(shop, with_be
 def test_a_picture_encoder_that_is_not_the_one_of_the_training_is_refused(shop, r):
     with pytest.raises(InputError, match=r"the encoder 'ViT-B-32/openai' is not 'pixel'.* as img_encoder"):
         r.embed_items(shop.records, img_encoder="ViT-B-32/openai")
+
+
+def test_an_encoder_of_the_hub_is_read_at_the_commit_of_training(shop, engine, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    pooling = {"pooling_mode_mean_tokens": True}
+    put_in_hub_cache(tmp_path / "hub", "org/tiny", "a" * 40, write_tiny_bert(tmp_path / "one", pooling, seed=1))
+    features = item_features(
+        shop.catalog, language="org/tiny", image=None, attributes=("title",), cache_root=tmp_path, say=lambda _: None
+    )
+    model = random_model((4,), num_items=N, features=features)
+    folder = write_export(
+        tmp_path / "export", model, shop.catalog, language_encoder="org/tiny", item_attributes=("title",)
+    )
+    r = Recommender.from_pretrained(folder, engine)
+    np.testing.assert_allclose(r.embed_items(shop.records), features, atol=1e-6)
+    put_in_hub_cache(tmp_path / "hub", "org/tiny", "b" * 40, write_tiny_bert(tmp_path / "two", pooling, seed=2))
+    np.testing.assert_allclose(r.embed_items(shop.records), features, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------- without torch

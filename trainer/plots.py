@@ -58,7 +58,7 @@ def plot_deployment(rows: list[dict[str, Any]], title: str, path: Path) -> None:
                 label = f"{variant[0]}, {'float32' if variant[1] == 'none' else variant[1]}"
                 panel.plot([value(row) for row in line], [row["NDCG@10"] for row in line], marker="o", markersize=4,
                            color=colour, label=label)  # fmt: skip
-            for row in line:  # the last variant's points bear their sizes
+            for row in line:  # those of the last variant bear their sizes
                 panel.annotate(str(row["size"]), (value(row), row["NDCG@10"]), (-4, 5), textcoords="offset points",
                                ha="right", fontsize=8, color=colour)  # fmt: skip
             panel.set_xscale("log")

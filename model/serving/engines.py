@@ -1,4 +1,5 @@
-"""What runs a served model: torch or onnxruntime. Both compute the same; neither knows of users or item ids.
+"""What runs a served model: torch or onnxruntime; neither knows of users or item ids. Both compute the same, but for
+exports in eight bits: onnxruntime multiplies in eight bits, torch in float32.
 
 An engine's methods take and return numpy arrays. `Table` holds the catalogue as the engine reads it.
 
@@ -12,13 +13,12 @@ the rest. B users, L steps, N items, m the size.
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from config import InputError
-from model.serving.folder import Export
+from model.serving.folder import GRAPHS, Export
 from model.serving.quantize import dequantize, quantize
 
 if TYPE_CHECKING:
@@ -83,14 +83,18 @@ def open_engine(export: Export, name: str | None, threads: int) -> Engine:
 
 
 class OnnxEngine:
-    """onnxruntime on the CPU. Graphs are opened when they are first needed."""
+    """onnxruntime on the CPU."""
 
     def __init__(self, export: Export, threads: int) -> None:
         import onnxruntime
 
-        self._runtime, self._folder, self._inode = onnxruntime, export.folder, export.folder.stat().st_ino
-        self._options = onnxruntime.SessionOptions()
-        self._options.intra_op_num_threads = threads
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # All at once: a folder that is replaced later must not lend its graphs to this table.
+        self._recommend, self._step, self._rank = (
+            onnxruntime.InferenceSession(str(export.folder / graph), options, providers=["CPUExecutionProvider"])
+            for graph in GRAPHS
+        )
 
     def table(self, export: Export) -> Table:
         return Table(export.table, export.scale)
@@ -103,17 +107,6 @@ class OnnxEngine:
 
     def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return self._rank.run(None, {"z": z, "bias": bias, "k": _k(k), **table.inputs()})
-
-    _recommend = cached_property(lambda self: self._open("recommend.onnx"))
-    _step = cached_property(lambda self: self._open("step.onnx"))
-    _rank = cached_property(lambda self: self._open("rank.onnx"))
-
-    def _open(self, name: str) -> Any:
-        if self._folder.stat().st_ino != self._inode:
-            raise InputError(f"{self._folder} was replaced since it was opened; open it again")
-        return self._runtime.InferenceSession(
-            str(self._folder / name), self._options, providers=["CPUExecutionProvider"]
-        )
 
 
 def _k(k: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """An exported model's folder: one size, ready to serve. Nothing in it is pickled.
 
-config.json           what it is: size, architecture, dataset, encoders, metrics; checksums of the files below
+README.md             what it is, for people
+config.json           size, architecture, dataset, encoders, metrics; checksums of the files below
 model.safetensors     the weights as model/serving/weights.py lists them
 items.safetensors     table   [N+1, m]  the projected item table, float32, float16 or int8; row 0 begins a sequence
                       scale   [N+1]     of int8 rows
@@ -8,19 +9,20 @@ items.safetensors     table   [N+1, m]  the projected item table, float32, float
                       titles  [bytes]   all titles in UTF-8, one after another
                       title_ends [N]    where each ends
 *.onnx                optional: recommend, step and rank (model/serving/graphs.py)
-README.md             the same for people
 
 N items, m the size, W bytes of the longest id. A folder is written beside its place and renamed, so that it is whole or
-as it was before.
+as it was before; for the moment between two renames the former one bears the name that `_former` gives.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,58 +31,18 @@ from typing import Any
 import numpy as np
 
 from config import InputError
-from datasets.files import read_json
+from datasets.files import cannot_write, read_json
+from model.serving.items import Items
 from model.serving.weights import expected_shapes
 
 FORMAT, VERSION = "fmrlrec-export", 1
 CONFIG, WEIGHTS, ITEMS, CARD = "config.json", "model.safetensors", "items.safetensors", "README.md"
 GRAPHS = ("recommend.onnx", "step.onnx", "rank.onnx")
-MAX_ID = 256  # bytes
+STORED = {"none": ("F32", np.float32), "float16": ("F16", np.float16), "int8": ("I8", np.int8)}  # of the item table
+KEYS = {"size", "sizes", "num_blocks", "max_len", "num_items", "dataset", "features", "quantize", "files"}
+MENDS = "export the model again: python -m model.export"
 CHUNK = 1 << 16  # rows of a table that are converted at once
-
-
-@dataclass(frozen=True)
-class Items:
-    """What there is to recommend: item i (1..N) has ids[i - 1] and title(i)."""
-
-    ids: np.ndarray  # [N] of bytes, UTF-8
-    titles: np.ndarray  # [bytes] uint8
-    title_ends: np.ndarray  # [N] int64
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def id(self, item: int) -> str:
-        return self.ids[item - 1].decode("utf-8", "surrogatepass")
-
-    def title(self, item: int) -> str:
-        start = self.title_ends[item - 2] if item > 1 else 0
-        return self.titles[start : self.title_ends[item - 1]].tobytes().decode()
-
-    def extended(self, more: Items) -> Items:
-        """These items and then `more`."""
-        ends = np.concatenate([self.title_ends, more.title_ends + len(self.titles)])
-        return Items(np.concatenate([self.ids, more.ids]), np.concatenate([self.titles, more.titles]), ends)
-
-
-def make_items(ids: list[str], titles: list[str]) -> Items:
-    """Items of these ids and titles. Raises InputError for an id that cannot be stored, or stands twice."""
-    seen: set[str] = set()
-    for item in ids:
-        if not isinstance(item, str) or "\0" in item or not 1 <= len(item.encode("utf-8", "surrogatepass")) <= MAX_ID:
-            raise InputError(f"item id {item!r:.80} must be a text of 1 to {MAX_ID} bytes without the character NUL")
-        if item in seen:
-            raise InputError(f"item id {item!r} stands twice; ids must be unique")
-        seen.add(item)
-    if len(titles) != len(ids):
-        raise InputError(f"{len(titles)} titles for {len(ids)} items; give one a piece")
-    encoded = [title.encode("utf-8", "replace") for title in titles]
-    ends = np.cumsum([len(title) for title in encoded], dtype=np.int64)
-    return Items(
-        np.array([item.encode("utf-8", "surrogatepass") for item in ids], dtype=np.bytes_),
-        np.frombuffer(b"".join(encoded), dtype=np.uint8),
-        ends,
-    )
+ABANDONED = 3600  # seconds after which a temporary folder is taken for that of a killed export
 
 
 @dataclass(frozen=True)
@@ -125,43 +87,48 @@ def pack_items(items: Items, table: np.ndarray, scale: np.ndarray | None) -> byt
 
 
 def write_folder(
-    folder: Path, config: dict[str, Any], files: Mapping[str, bytes | Path], card: str, overwrite: bool = False
+    folder: Path, config: dict[str, Any], files: Mapping[str, bytes | Path], overwrite: bool = False
 ) -> None:
-    """Write an export: files (bytes, or a path to copy) and config.json with their checksums.
+    """Write an export: files (bytes, or an export's file to copy), config.json with their checksums, and README.md.
 
-    Raises InputError where `folder` exists and `overwrite` is not set, where it is no export, and where it cannot be
-    written; it is then as it was before.
+    Raises InputError where `folder` exists and `overwrite` is not set, where it is no export, where a file to copy is
+    not what `config` says, and where it cannot be written; what was there before is then as it was.
     """
+    folder = folder.resolve()  # of a link, what it leads to
     refuse_existing(folder, overwrite)
-    temporary = None
+    temporary, former = None, _former(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # by a killed export
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-        config = {**config, "format": FORMAT, "version": VERSION, "files": {}}
+        written = {**config, "format": FORMAT, "version": VERSION, "files": {}}
         for name, content in files.items():
             path = temporary / name
             if isinstance(content, Path):
                 shutil.copyfile(content, path)
             else:
                 path.write_bytes(content)
-            config["files"][name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        config["sha256"] = _config_sha256(config)
-        (temporary / CARD).write_text(card, encoding="utf-8")
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            written["files"][name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            if isinstance(content, Path) and written["files"][name] != config["files"].get(name):
+                raise InputError(f"{content} changed since it was opened; open it again")
+        written["sha256"] = _config_sha256(written)
+        (temporary / CARD).write_text(model_card(written), encoding="utf-8")
+        (temporary / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for path in temporary.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         temporary.chmod(0o755)
-        former = _former(folder)
         if folder.exists():
+            shutil.rmtree(former, ignore_errors=True)
             folder.rename(former)
         temporary.rename(folder)
-        shutil.rmtree(former, ignore_errors=True)
+        if former.exists():  # gone at once: half of it must not be brought back
+            former.rename(temporary)
     except OSError as error:
         _restore(folder)
-        raise InputError(
-            f"cannot write {folder}: {error.strerror or error}; free space or give another --out"
-        ) from error
+        raise cannot_write(folder, error) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -169,24 +136,63 @@ def write_folder(
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Raise InputError where something is in the way of an export."""
-    _restore(folder)
-    if not (folder.exists() or folder.is_symlink()):
-        return
+    folder = folder.resolve()
+    try:
+        _restore(folder)
+        if not folder.exists():
+            return
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     if not overwrite:
-        raise InputError(f"{folder} exists; give --overwrite to replace it, or another --out")
-    if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder} is no export (it has no {CONFIG}), so it is not overwritten; give another --out")
+        raise InputError(f"{folder} exists; overwrite it (--overwrite), or choose another place")
+    try:
+        is_export = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        is_export = False
+    if not is_export:
+        raise InputError(f"{folder} is no export, so it is not overwritten; choose another place")
 
 
 def _former(folder: Path) -> Path:
-    """Where the former export lies for the moment between two renames."""
     return folder.parent / f".{folder.name}.former"
 
 
 def _restore(folder: Path) -> None:
-    """Bring back the former export where a kill fell into that moment."""
+    """Bring back the former export where a kill fell between the two renames."""
     if not folder.exists() and _former(folder).exists():
         _former(folder).rename(folder)
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """README.md of an export."""
+    features, metrics = config["features"], config["metrics"] or {}
+    encoders = " and ".join(features[kind]["encoder"] for kind in ("language", "image") if features[kind])
+    named = [f"{name} {metrics[name]:.4f}" for name in ("NDCG@10", "Recall@10") if name in metrics]
+    stored = {
+        "none": "in float32",
+        "float16": "with the item table in float16",
+        "int8": "with the item table and the blocks' matrices in eight bits",
+    }
+    return f"""# {config["dataset"]["code"]}, size {config["size"]}
+
+A sequential recommender (fMRLRec, Findings of EMNLP 2024) of {config["size"]} dimensions, cut out of the run
+`{config["run"]}`. It reads the last {config["max_len"]} items of a history and ranks {config["num_items"]:,} items.
+
+- Items are described by {encoders or "a learned table"}; stored {stored[config["quantize"]]}.
+- Test metrics of this size in float32, full ranking, history kept: {", ".join(named) or "not tested"}.
+- `config.json` says how it was made and holds the checksums of the other files.
+
+```sh
+python -m model.recommend THIS_FOLDER --history ID,ID --top_k 10
+```
+
+```python
+from model import Recommender
+
+recommender = Recommender.from_pretrained("THIS_FOLDER")
+recommender.recommend([["ID", "ID"]], top_k=10)
+```
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------- read
@@ -194,49 +200,54 @@ def _restore(folder: Path) -> None:
 
 def read_folder(folder: str | Path) -> Export:
     """Read and check an export. Raises InputError that names the file, what is wrong and what mends it."""
-    folder, mends = Path(folder), "export the model again: python -m model.export --run ..."
-    _restore(folder)
+    folder = Path(folder).resolve()
+    if not folder.exists() and _former(folder).exists():  # a kill fell between two renames
+        folder = _former(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is no exported model (it has no {CONFIG}); python -m model.export makes one")
-    config = read_json(folder / CONFIG, mends)
+    config = read_json(folder / CONFIG, MENDS)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise InputError(f"{folder / CONFIG} describes no exported model; {mends}")
-    if not isinstance(config.get("version"), int) or config["version"] > VERSION:
+        raise InputError(f"{folder / CONFIG} describes no exported model; {MENDS}")
+    if config.get("version") != VERSION:
         raise InputError(
-            f"{folder} has format version {config.get('version')!r}, this code reads up to {VERSION}; update the code"
+            f"{folder} has format version {config.get('version')!r}, this code reads {VERSION}; update the code, or "
+            f"{MENDS}"
         )
     if config.get("sha256") != _config_sha256(config):
-        raise InputError(f"{folder / CONFIG} was altered (its checksum differs); {mends}")
-    for name in {WEIGHTS, ITEMS, *config["files"]}:
+        raise InputError(f"{folder / CONFIG} was altered (its checksum differs); {MENDS}")
+    if lacking := KEYS - config.keys():
+        raise InputError(f"{folder / CONFIG} has no {sorted(lacking)[0]!r}; {MENDS}")
+    for name in (WEIGHTS, ITEMS, *sorted(set(config["files"]) - {WEIGHTS, ITEMS})):
         path, expected = folder / name, config["files"].get(name)
         if expected is None or Path(name).name != name:
-            raise InputError(f"{folder / CONFIG} lists no {name}; {mends}")
+            raise InputError(f"{folder / CONFIG} lists {name!r} wrongly or not at all; {MENDS}")
         if not path.is_file():
-            raise InputError(f"{path} is missing; {mends}")
+            raise InputError(f"{path} is missing; {MENDS}")
         if path.stat().st_size != expected["bytes"]:
-            raise InputError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}; {mends}")
+            raise InputError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}; {MENDS}")
         if _sha256(path) != expected["sha256"]:
-            raise InputError(f"{path} was altered (its checksum differs); {mends}")
-    weights = _read_weights(folder / WEIGHTS, config, mends)
-    items, table, scale = _read_items(folder / ITEMS, config, mends)
+            raise InputError(f"{path} was altered (its checksum differs); {MENDS}")
+    weights = _read_weights(folder / WEIGHTS, config)
+    items, table, scale = _read_items(folder / ITEMS, config)
     return Export(folder, config, weights, items, table, scale)
 
 
-def _read_weights(path: Path, config: dict[str, Any], mends: str) -> dict[str, np.ndarray]:
+def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     weights = load_file(path)
-    expected = expected_shapes(
-        config["size"], config["num_blocks"], config["features"]["dim"], config["quantize"] == "int8"
-    )
-    for name in expected.keys() | weights.keys():
-        found = tuple(weights[name].shape) if name in weights else None
-        if found != expected.get(name):
-            raise InputError(f"{path}: {name} has shape {found} instead of {expected.get(name)}; {mends}")
+    int8 = config["quantize"] == "int8"
+    shapes = expected_shapes(config["size"], config["num_blocks"], config["features"]["dim"], int8)
+    for name in sorted(shapes.keys() | weights.keys()):
+        found = f"{weights[name].dtype} {list(weights[name].shape)}" if name in weights else "nothing"
+        dtype = "int8" if f"{name}.scale" in shapes else "float32"
+        expected = f"{dtype} {list(shapes[name])}" if name in shapes else "nothing"
+        if found != expected:
+            raise InputError(f"{path}: {name} is {found} instead of {expected}; {MENDS}")
     return weights
 
 
-def _read_items(path: Path, config: dict[str, Any], mends: str) -> tuple[Items, np.ndarray, np.ndarray | None]:
+def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, np.ndarray | None]:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
@@ -248,16 +259,18 @@ def _read_items(path: Path, config: dict[str, Any], mends: str) -> tuple[Items, 
         )
         rows, size, found = len(items) + 1, config["size"], file.get_slice("table")
         scale = file.get_tensor("scale") if config["quantize"] == "int8" else None
-        shape, stored = found.get_shape(), {"F32": np.float32, "F16": np.float16, "I8": np.int8}[found.get_dtype()]
+        shape, stored = found.get_shape(), STORED[config["quantize"]]
+        if found.get_dtype() != stored[0]:
+            raise InputError(f"{path}: the table is {found.get_dtype()} instead of {stored[0]}; {MENDS}")
     if shape != [rows, size] or len(items.title_ends) != len(items) or (scale is not None and len(scale) != rows):
-        raise InputError(f"{path}: a table of {shape} for {len(items)} items of size {size}; {mends}")
-    table = np.empty((rows, size), dtype=np.int8 if stored == np.int8 else np.float32)
+        raise InputError(f"{path}: a table of {shape} for {len(items)} items of size {size}; {MENDS}")
+    table = np.empty((rows, size), dtype=np.int8 if scale is not None else np.float32)
     with path.open("rb") as opened:  # read and widened in pieces, so that a large table is in memory once
         length = int.from_bytes(opened.read(8), "little")
         opened.seek(tensor_offsets(opened.read(length))["table"][0])
         for start in range(0, rows, CHUNK):
             piece = table[start : start + CHUNK]
-            piece[:] = np.fromfile(opened, dtype=stored, count=piece.size).reshape(piece.shape)
+            piece[:] = np.fromfile(opened, dtype=stored[1], count=piece.size).reshape(piece.shape)
     return items, table, scale
 
 

@@ -8,7 +8,7 @@ TABLES = ("none", "float16", "int8")  # how an export stores its item table; int
 def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """(q int8, scale float32) with values ≈ q * scale and |q| <= 127; `axis` is reduced: it shares a scale."""
     scale = np.abs(values).max(axis=axis, keepdims=True).astype(np.float32) / 127
-    scale[scale == 0] = 1
+    scale[scale < np.finfo(np.float32).tiny] = 1  # zeros, or too small to be divided by
     return np.rint(values / scale).astype(np.int8), scale.squeeze(axis)
 
 

@@ -20,9 +20,11 @@ import numpy as np
 
 from config import InputError
 from model.serving.engines import Engine, Table, open_engine
-from model.serving.folder import GRAPHS, ITEMS, WEIGHTS, Export, make_items, pack_items, read_folder, write_folder
+from model.serving.folder import CONFIG, GRAPHS, ITEMS, WEIGHTS, Export, pack_items, read_folder, write_folder
+from model.serving.items import make_items
+from model.serving.quantize import dequantize, quantize
 
-SCORES = 1 << 24  # user-item scores that are held at once: 64 MB
+SCORES = 1 << 21  # user-item scores that are held at once, beside the users' biases of the same size
 TOGETHER = 64  # histories that are encoded at once; more of them fill each other up without being faster
 
 ItemId = str | int  # an item's id as the dataset has it, or its number from 1 on
@@ -39,9 +41,10 @@ class Recommendation:
     notes: list[str]  # what of the history was not understood or not used
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
-    """A user's history as the recurrence remembers it. `step` makes a new one; none is ever changed."""
+    """A user's history as the recurrence remembers it, all of it, where `recommend` reads the last `max_len` items of a
+    list. `step` makes a new one; none is ever changed."""
 
     hidden: np.ndarray  # [blocks, 2, m]: the real and the imaginary part of every block's state
     z: np.ndarray  # [m]: what the history asks for next
@@ -67,12 +70,23 @@ class Recommender:
 
         Raises InputError where a file is missing, damaged or of a newer format, and where the engine cannot be had.
         """
-        export = read_folder(folder)
-        return cls(export, open_engine(export, engine, threads))
+        path = Path(folder) / CONFIG
+        before = path.read_bytes() if path.exists() else None
+        try:
+            export = read_folder(folder)
+            opened = cls(export, open_engine(export, engine, threads))
+        finally:
+            if before is not None and (not path.exists() or path.read_bytes() != before):
+                raise InputError(f"{folder} was replaced while it was opened; open it again")
+        return opened
 
     def __len__(self) -> int:
         """The number of items."""
         return len(self.items)
+
+    def __contains__(self, item: ItemId) -> bool:
+        """Whether an item id, or an item's number, is known."""
+        return self._number(item) > 0
 
     # ---------------------------------------------------------------------------------------------------- recommend
 
@@ -86,26 +100,21 @@ class Recommender:
         """The `top_k` best items for each history (item ids, oldest first) or State.
 
         exclude_history: never recommend what the user had. candidates: rank these alone. Unknown ids are skipped and
-        noted; of a history longer than the trained length the last items are read, and that is noted. Raises InputError
-        where fewer than top_k items are left to rank.
+        noted; of a history longer than the trained length the last items are read, and that is noted. Of items with the
+        same score the one of lower number comes first. Raises InputError where fewer than top_k items are left to rank.
         """
-        histories = histories if isinstance(histories, str | State) else list(histories)
-        if isinstance(histories, str | State) or any(isinstance(history, str | int) for history in histories):
-            raise InputError(
-                f"histories must be a list of histories, such as [['id', 'id'], []], not {histories!r:.80}"
-            )
-        requests = [self._request(history) for history in histories]
+        requests = [self._request(history) for history in _listed(histories, "histories", "[['id', 'id'], []]")]
         notes: list[str] = []
         bias = self._bias(candidates, notes)
         allowed = int((bias == 0).sum())
-        if not isinstance(top_k, int) or not 1 <= top_k <= allowed:
+        if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or not 1 <= top_k <= allowed:
             raise InputError(f"top_k {top_k!r} must be a whole number from 1 to {allowed}, the items there are to rank")
         answers: list[Recommendation | None] = [None] * len(requests)
         for rows in self._batches(requests):
             batch = [requests[row] for row in rows]
             own = bias if not exclude_history else self._without_history(bias, batch, top_k, rows)
-            if isinstance(batch[0].source, State):
-                scores, items = self._engine.rank(np.stack([r.source.z for r in batch]), self._table, own, top_k)
+            if batch[0].state:
+                scores, items = self._engine.rank(np.stack([r.state.z for r in batch]), self._table, own, top_k)
             else:
                 scores, items = self._engine.recommend(self._filled([r.items for r in batch]), self._table, own, top_k)
             for row, request, score, item in zip(rows, batch, scores, items, strict=True):
@@ -121,19 +130,23 @@ class Recommender:
     # ------------------------------------------------------------------------------------------------ event by event
 
     def start(self, history: Sequence[ItemId] = ()) -> State:
-        """The state after a history, an empty one by default. Unknown ids raise InputError."""
+        """The state after a history, an empty one by default. Unknown ids raise InputError.
+
+        While the history fits into the trained length, `recommend` answers the state as it answers the history; of an
+        export in eight bits nearly so, since each is rounded on its own way.
+        """
         hidden = np.zeros((1, self.config["num_blocks"], 2, self.config["size"]), dtype=np.float32)
-        z, _ = self._engine.step(
-            np.zeros(1, dtype=np.int64), hidden, self._table
-        )  # token 0: its state is not carried on
+        begin = np.zeros(1, dtype=np.int64)  # token 0, whose state is not carried on
+        z, _ = self._engine.step(begin, hidden, self._table)
         state = State(hidden[0], z[0], ())
-        for item in history:
+        for item in _listed(history, "a history", "['id', 'id']"):
             state = self.step(state, item)
         return state
 
     def step(self, state: State, item: ItemId) -> State:
         """The state after one more item, at the cost of one step whatever came before. Raises InputError for an unknown
         id."""
+        self._check_state(state)
         number = self._number(item)
         if not number:
             raise InputError(f"{self._unknown([item])}; the state stays as it is")
@@ -143,29 +156,37 @@ class Recommender:
     # ----------------------------------------------------------------------------------------------------- new items
 
     def add_items(self, ids: Sequence[str], features: np.ndarray, titles: Sequence[str] | None = None) -> None:
-        """Make new products recommendable, with features [n, F] as `embed_items` or the training gives them.
+        """Make new products recommendable, with features [n, F] as `embed_items` or the training gives them. Add many
+        at once: every call copies the item table.
 
-        Raises InputError, with nothing added, for ids that are there already or stand twice, and for features of
-        another shape or that are not finite.
+        Raises InputError, with nothing added, for ids that are there already or stand twice, for features of another
+        shape, and where features or what the model makes of them are not finite.
         """
         weight, bias = self._projection
         if weight is None:
             raise InputError("this model's item table was learned without features, so items cannot be added to it")
-        features = np.asarray(features, dtype=np.float32)
+        ids = list(_listed(ids, "ids", "['id', 'id']"))
+        more = make_items(ids, [""] * len(ids) if titles is None else _listed(titles, "titles", "['title', 'title']"))
+        try:
+            features = np.asarray(features, dtype=np.float32)
+        except (TypeError, ValueError):
+            raise InputError(f"features must be an array of numbers, not {features!r:.80}") from None
         if features.shape != (len(ids), len(weight)):
             raise InputError(
                 f"features of shape {list(features.shape)} for {len(ids)} items: must be {[len(ids), len(weight)]}"
             )
-        bad = ~np.isfinite(features).all(axis=1)
-        if bad.any():
-            raise InputError(f"the features of item {ids[int(bad.argmax())]!r} are not finite; embed it again")
-        more = make_items(list(ids), list(titles) if titles is not None else [""] * len(ids))
         known = [item for item in ids if self._find(item)]
         if known:
             raise InputError(f"item {known[0]!r} is there already; remove it from the new ones")
-        embeddings = features @ weight + bias
-        if self.config["quantize"] == "float16":  # as the others were rounded
-            embeddings = embeddings.astype(np.float16).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            embeddings = features @ weight + bias
+            if self.config["quantize"] == "float16":  # as the others were rounded
+                embeddings = embeddings.astype(np.float16).astype(np.float32)
+            elif self.config["quantize"] == "int8":
+                embeddings = dequantize(*quantize(embeddings, axis=1), axis=1)
+        bad = ~(np.isfinite(features).all(axis=1) & np.isfinite(embeddings).all(axis=1))
+        if bad.any():
+            raise InputError(f"the features of item {ids[int(bad.argmax())]!r} are not finite, or far too large")
         self._table, self.items = self._table.extended(embeddings), self.items.extended(more)
         self._index()
 
@@ -173,15 +194,21 @@ class Recommender:
         self, frame: Any, language_encoder: str | None = None, img_encoder: str | None = None
     ) -> np.ndarray:
         """Features [n, F] of products: a pandas DataFrame or a list of dicts with what items' texts are made of (title,
-        brand, ...) and, for a model that read pictures, `picture`, the path of one.
+        brand, ...) and, for a model that read pictures, `picture`, the path of one. Embed many at once: every call
+        loads the encoders.
 
-        language_encoder, img_encoder: where the encoders lie, if not where they lay in training; other weights are
-        refused. Needs torch and the encoders' packages. Raises InputError where an encoder cannot be had.
+        language_encoder, img_encoder: where the files of the encoders lie, if not where they lay in training; others
+        are refused. Needs torch and the encoders' packages. Raises InputError where an encoder cannot be had.
         """
-        from datasets.embedding import embed_records
+        records = frame.to_dict("records") if hasattr(frame, "to_dict") else list(_listed(frame, "products", "[{...}]"))
+        try:
+            from datasets.embedding import embed_records
 
-        records = frame.to_dict("records") if hasattr(frame, "to_dict") else list(frame)
-        return embed_records(records, self.config["features"], language=language_encoder, image=img_encoder)
+            return embed_records(records, self.config["features"], language=language_encoder, image=img_encoder)
+        except ImportError as error:
+            raise InputError(
+                f"embedding needs what training needs ({error}): pip install -r requirements.txt"
+            ) from error
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write this model, items added since included, as an export of its own."""
@@ -195,8 +222,7 @@ class Recommender:
             name: source / name for name in (WEIGHTS, *GRAPHS) if name in self.config["files"]
         }
         files[ITEMS] = pack_items(self.items, table, self._table.scale)
-        card = (source / "README.md").read_text(encoding="utf-8") if (source / "README.md").exists() else ""
-        write_folder(Path(folder), self.config | {"num_items": len(self)}, files, card, overwrite)
+        write_folder(Path(folder), self.config | {"num_items": len(self)}, files, overwrite)
 
     # ---------------------------------------------------------------------------------------------------------- ids
 
@@ -206,7 +232,7 @@ class Recommender:
     def _find(self, item: str) -> int:
         """The number of an item id, 0 where there is none."""
         key = item.encode("utf-8", "surrogatepass")
-        if not key or b"\0" in key:
+        if not key or b"\0" in key or len(key) > self.items.ids.itemsize:
             return 0
         at = np.searchsorted(self.items.ids, key, sorter=self._order)
         found = at < len(self) and self.items.ids[self._order[at]] == key
@@ -215,10 +241,7 @@ class Recommender:
     def _number(self, item: ItemId) -> int:
         """The number of an item given by id or number, 0 where it is unknown."""
         if isinstance(item, str):
-            number = self._find(item)
-            if number or not (item.isascii() and item.isdigit() and len(item) < 19):
-                return number
-            item = int(item)
+            return self._find(item)
         if isinstance(item, bool) or not isinstance(item, int | np.integer):
             raise InputError(f"item {item!r:.80} must be an id (a text) or a number from 1 to {len(self)}")
         return int(item) if 1 <= item <= len(self) else 0
@@ -235,23 +258,31 @@ class Recommender:
     # ------------------------------------------------------------------------------------------------------ batches
 
     def _request(self, history: Sequence[ItemId] | State) -> _Request:
+        longest, notes = self.config["max_len"], []
         if isinstance(history, State):
-            if history.z.shape != (self.config["size"],) or max(history.items, default=0) > len(self):
-                raise InputError("the state is of another model; make one with start()")
-            return _Request(history, history.items, [])
-        items, unknown = self._known(history)
-        notes = [f"{self._unknown(unknown)}; skipped"] if unknown else []
+            self._check_state(history)
+            if len(history.items) > longest:
+                notes.append(f"the state remembers {len(history.items)} items, training had at most {longest}")
+            return _Request(history, history.items, notes)
+        items, unknown = self._known(_listed(history, "each of the histories", "['id', 'id']"))
+        if unknown:
+            notes.append(f"{self._unknown(unknown)}; skipped")
         if unknown and not items:
             notes.append("nothing of the history is known: this is the answer for an empty one")
-        if len(items) > self.config["max_len"]:
-            notes.append(f"the last {self.config['max_len']} of {len(items)} items are read, as in training")
+        if len(items) > longest:
+            notes.append(f"the last {longest} of {len(items)} items are read, as in training")
         return _Request(None, tuple(items), notes)
+
+    def _check_state(self, state: State) -> None:
+        shape = (self.config["num_blocks"], 2, self.config["size"])
+        if state.hidden.shape != shape or max(state.items, default=0) > len(self):
+            raise InputError("the state is of another model; make one with start()")
 
     def _bias(self, candidates: Sequence[ItemId] | None, notes: list[str]) -> np.ndarray:
         """[1, N+1]: 0 for what may be recommended, -inf for the rest."""
         bias = np.zeros((1, len(self) + 1), dtype=np.float32)
         if candidates is not None:
-            numbers, unknown = self._known(candidates)
+            numbers, unknown = self._known(_listed(candidates, "candidates", "['id', 'id']"))
             if unknown:
                 notes.append(f"candidates {self._unknown(unknown)}; skipped")
             if not numbers:
@@ -280,7 +311,7 @@ class Recommender:
         """Rows that are answered together: states apart from histories, histories of like length."""
         together = max(1, min(TOGETHER, SCORES // (len(self) + 1)))
         for states in (True, False):
-            rows = [row for row, request in enumerate(requests) if isinstance(request.source, State) == states]
+            rows = [row for row, request in enumerate(requests) if (request.state is not None) == states]
             rows.sort(key=lambda row: len(requests[row].items))
             yield from (rows[start : start + together] for start in range(0, len(rows), together))
 
@@ -296,6 +327,13 @@ class Recommender:
 
 @dataclass(frozen=True)
 class _Request:
-    source: State | None
+    state: State | None
     items: tuple[int, ...]  # all that are known, oldest first
     notes: list[str]
+
+
+def _listed(values: Any, what: str, example: str) -> Iterable:
+    """`values`, if it can be a list of something. Raises InputError otherwise."""
+    if isinstance(values, str | bytes | State) or not isinstance(values, Iterable):
+        raise InputError(f"{what} must be a list such as {example}, not {values!r:.80}")
+    return values

@@ -87,7 +87,8 @@ def model_from(weights: dict[str, np.ndarray], sizes: tuple[int, ...], num_block
     from model import FMRLRec
 
     m = sizes[-1]
-    model = FMRLRec(0, None, sizes, num_blocks, dropout=0.0, attn_dropout=0.0)
+    with torch.random.fork_rng(devices=[]):  # its weights are replaced: no draws of the caller's are used up
+        model = FMRLRec(0, None, sizes, num_blocks, dropout=0.0, attn_dropout=0.0)
 
     def weight(i: int, name: str) -> torch.Tensor:
         return torch.from_numpy(float_weight(weights, f"blocks.{i}.{name}"))

@@ -377,26 +377,26 @@ def test_a_table_that_grew_is_the_table_of_all_the_rows(kind):
 # ------------------------------------------------------------------------------------------------------- equal scores
 
 
-@pytest.mark.parametrize("kind", ["none", "int8"])
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("name", "kind"), [("torch", "none"), ("onnx", "none"), ("onnx", "int8")])
 def test_of_items_with_equal_embeddings_the_lower_number_comes_first(one, name, kind):
+    """Of whole numbers, whose products are exact: a matrix product may sum its columns in different orders, and give
+    equal columns sums that differ in the last digit."""
     export = one[kind]
     engine = open_engine(export, name, threads=1)
     rng = np.random.default_rng(0)
-    distinct = rng.normal(size=(9, 32)).astype(np.float32)
-    which = np.concatenate([[0], rng.integers(0, 9, size=300)])  # row 0 begins a sequence
-    grown = engine.table(export).extended(distinct[which])
-    first = NUM_ITEMS + 2  # the first of the 300
+    distinct = rng.integers(-1, 2, size=(9, 32)).astype(np.float32)
+    which = rng.integers(0, 9, size=300)
+    grown, first = engine.table(export).extended(distinct[which]), NUM_ITEMS + 1
     bias = np.full((1, len(grown)), -np.inf, dtype=np.float32)
     bias[0, first:] = 0
-    z = rng.normal(size=(7, 32)).astype(np.float32)
+    z = rng.integers(-63, 64, size=(7, 32)).astype(np.float32)
     for users in (z[:1], z):
-        _, items = engine.rank(users, grown, bias, 300)
-        for row in np.asarray(items):
-            groups = which[row - first + 1]
-            assert len(np.flatnonzero(np.diff(groups))) == 8  # equal ones lie together
+        scores, items = engine.rank(users, grown, bias, 300)
+        for row, of_row in zip(np.asarray(items), np.asarray(scores), strict=True):
+            groups = which[row - first]
             for group in range(9):
                 assert (np.diff(row[groups == group]) > 0).all()
+                assert len(set(of_row[groups == group].tolist())) == 1
 
 
 def whole_numbers(users, items, seed=0):

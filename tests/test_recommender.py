@@ -30,7 +30,6 @@ ATTRIBUTES = ("title", "price", "brand", "categories")
 N, MAX_LEN = 20, 5
 # Ids neither in order nor of one length.
 IDS = [f"{'QBXA'[i % 4]}{(i * 7) % N}{'-long' * (i % 3)}" for i in range(N)]
-BUG = pytest.mark.xfail(strict=True, reason="a bug of model/serving at the time of writing")
 
 
 class Shop:
@@ -772,10 +771,7 @@ def test_a_model_that_is_opened_before_its_graphs_are_used_does_not_need_its_fol
     assert_same_answer(everything(r, r.start([3])), everything(expected, [3]))
 
 
-@pytest.mark.parametrize(
-    "engine",
-    ["torch", pytest.param("onnx", marks=BUG)],  # onnxruntime maps model.safetensors into memory
-)
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
 def test_a_model_that_is_open_is_not_changed_by_writing_over_its_files(replaced, tmp_path, engine):
     r, folder, _ = replaced
     before = everything(r, r.start([3]))
@@ -880,7 +876,7 @@ def test_a_product_with_a_picture_alone_has_the_text_of_an_unknown_item_as_in_tr
         {"title": " "},
         {"title": None, "price": float("nan")},
         {"colour": "red"},
-        pytest.param({"title": None, "picture": float("nan")}, marks=BUG),  # as a data frame has it
+        {"title": None, "picture": float("nan")},  # as a data frame has it
     ],
 )
 def test_a_product_without_text_is_refused_with_what_a_text_is_made_of(shop, r, record):
@@ -932,9 +928,11 @@ def test_a_model_that_reads_pictures_alone_needs_no_text(shop, engine, tmp_path)
 
 def test_a_model_that_reads_texts_alone_leaves_pictures_closed(shop, engine, tmp_path):
     model = random_model((4,), num_items=N, features=shop.features[:, :1024])
-    folder = write_export(tmp_path / "texts", model, shop.catalog)
-    embedded = Recommender.from_pretrained(folder, engine).embed_items([shop.records[0] | {"picture": "no such.png"}])
+    r = Recommender.from_pretrained(write_export(tmp_path / "texts", model, shop.catalog), engine)
+    embedded = r.embed_items([shop.records[0] | {"picture": "no such.png"}])
     np.testing.assert_array_equal(embedded, shop.features[:1, :1024])
+    with pytest.raises(InputError, match="record 1 has no text"):
+        r.embed_items([{"picture": shop.records[0]["picture"]}])
 
 
 def test_a_text_is_made_of_the_attributes_that_the_model_was_trained_on(shop, engine, tmp_path):

@@ -44,6 +44,7 @@ def plot_deployment(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     variants = list(dict.fromkeys((row["engine"], row["quantize"]) for row in rows))
     with plt.rc_context(STYLE):
@@ -62,6 +63,9 @@ def plot_deployment(rows: list[dict[str, Any]], title: str, path: Path) -> None:
                 panel.annotate(str(row["size"]), (value(row), row["NDCG@10"]), (-4, 5), textcoords="offset points",
                                ha="right", fontsize=8, color=colour)  # fmt: skip
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_ylim(bottom=0)
             panel.set_xlabel(unit)
         panels[0].set_title("NDCG@10", loc="left")

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from config import InputError
-from model.serving.folder import GRAPHS, Export
+from model.serving.folder import Export
 from model.serving.quantize import dequantize, quantize
+from model.serving.weights import MATRICES
 
 if TYPE_CHECKING:
     import torch
@@ -88,13 +89,20 @@ class OnnxEngine:
     def __init__(self, export: Export, threads: int) -> None:
         import onnxruntime
 
+        # The weights that were read and checked, not the file as it may be by now; both graphs share them.
+        names = [name for name in export.weights if any(f".{matrix}" in name for matrix in MATRICES)]
+        weights = [onnxruntime.OrtValue.ortvalue_from_numpy(export.weights[name]) for name in names]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+
+        def opened(graph: str) -> onnxruntime.InferenceSession:
+            path = str(export.folder / graph)
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
         # All at once: a folder that is replaced later must not lend its graphs to this table.
-        self._recommend, self._step, self._rank = (
-            onnxruntime.InferenceSession(str(export.folder / graph), options, providers=["CPUExecutionProvider"])
-            for graph in GRAPHS
-        )
+        self._rank = opened("rank.onnx")
+        options.add_external_initializers(names, weights)
+        self._recommend, self._step = opened("recommend.onnx"), opened("step.onnx")
 
     def table(self, export: Export) -> Table:
         return Table(export.table, export.scale)

@@ -1046,3 +1046,21 @@ def test_a_server_of_an_onnx_export_loads_neither_torch_nor_anything_else_of_the
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == shop.open("onnx", "float16").recommend([[3]], top_k=3)[0].ids
+
+
+def test_an_encoder_whose_folder_is_gone_is_named(shop, engine, tmp_path):
+    bert = write_tiny_bert(tmp_path / "bert", {"pooling_mode_mean_tokens": True})
+    features = item_features(
+        shop.catalog, language=str(bert), image=None, attributes=("title",), cache_root=tmp_path, say=lambda _: None
+    )
+    model = random_model((4,), num_items=N, features=features)
+    settings = {"language_encoder": str(bert), "item_attributes": ("title",)}
+    folder = write_export(tmp_path / "export", model, shop.catalog, **settings)
+    bert.rename(tmp_path / "moved")
+    r = Recommender.from_pretrained(folder, engine)
+    with pytest.raises(
+        InputError, match="bert' is not there any more; give the folder it is in now as language_encoder"
+    ):
+        r.embed_items(shop.records)
+    moved = r.embed_items(shop.records, language_encoder=str(tmp_path / "moved"))
+    np.testing.assert_allclose(moved, features, atol=1e-6)

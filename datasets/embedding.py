@@ -137,7 +137,7 @@ def embed_records(
 def _check_encoder(argument: str, name: str, fingerprint: dict[str, Any], recipe: dict[str, Any]) -> None:
     if fingerprint == recipe["fingerprint"] or name == f"{recipe['encoder']}@{recipe.get('commit')}":
         return
-    if argument == "language_encoder" and "weights" in recipe["fingerprint"] and not Path(name).exists():
+    if name == recipe["encoder"] and argument == "language_encoder" and not Path(name).exists():
         raise InputError(f"the encoder {name!r} is not there any more; give the folder it is in now as {argument}")
     raise InputError(
         f"the encoder {name!r} is not {recipe['encoder']!r}, which the model was trained on (its weights or settings "

@@ -105,14 +105,13 @@ class Recommender:
         """
         requests = [self._request(history) for history in _listed(histories, "histories", "[['id', 'id'], []]")]
         notes: list[str] = []
-        bias = self._bias(candidates, notes)
-        allowed = int((bias == 0).sum())
+        bias, allowed = self._bias(candidates, notes)
         if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or not 1 <= top_k <= allowed:
             raise InputError(f"top_k {top_k!r} must be a whole number from 1 to {allowed}, the items there are to rank")
         answers: list[Recommendation | None] = [None] * len(requests)
         for rows in self._batches(requests):
             batch = [requests[row] for row in rows]
-            own = bias if not exclude_history else self._without_history(bias, batch, top_k, rows)
+            own = bias if not exclude_history else self._without_history(bias, batch, rows, allowed, top_k)
             if batch[0].state:
                 scores, items = self._engine.rank(np.stack([r.state.z for r in batch]), self._table, own, top_k)
             else:
@@ -278,33 +277,36 @@ class Recommender:
         if state.hidden.shape != shape or max(state.items, default=0) > len(self):
             raise InputError("the state is of another model; make one with start()")
 
-    def _bias(self, candidates: Sequence[ItemId] | None, notes: list[str]) -> np.ndarray:
-        """[1, N+1]: 0 for what may be recommended, -inf for the rest."""
+    def _bias(self, candidates: Sequence[ItemId] | None, notes: list[str]) -> tuple[np.ndarray, int]:
+        """([1, N+1]: 0 for what may be recommended and -inf for the rest, how many may be)."""
         bias = np.zeros((1, len(self) + 1), dtype=np.float32)
+        allowed = len(self)
         if candidates is not None:
             numbers, unknown = self._known(_listed(candidates, "candidates", "['id', 'id']"))
             if unknown:
                 notes.append(f"candidates {self._unknown(unknown)}; skipped")
             if not numbers:
-                raise InputError(
-                    "no candidate is known, so there is nothing to rank; give ids of this catalogue, or none"
-                )
+                raise InputError("no candidate is known, so there is nothing to rank; give ids of this catalogue")
             bias[:] = -np.inf
             bias[0, numbers] = 0
+            allowed = len(set(numbers))
         bias[0, 0] = -np.inf
-        return bias
+        return bias, allowed
 
-    def _without_history(self, bias: np.ndarray, batch: list[_Request], top_k: int, rows: list[int]) -> np.ndarray:
+    def _without_history(
+        self, bias: np.ndarray, batch: list[_Request], rows: list[int], allowed: int, top_k: int
+    ) -> np.ndarray:
+        """[B, N+1]: `bias`, which allows so many items, for every user without what they had."""
         own = np.repeat(bias, len(batch), axis=0)
-        for row, request in enumerate(batch):
-            own[row, list(request.items)] = -np.inf
-        left = np.count_nonzero(own == 0, axis=1)
-        if (left < top_k).any():
-            at = int(left.argmin())
-            raise InputError(
-                f"history {rows[at]}: {left[at]} items are left to rank without those of the history, fewer than "
-                f"top_k {top_k}; ask for fewer, give more candidates, or exclude_history=False"
-            )
+        for at, (row, request) in enumerate(zip(rows, batch, strict=True)):
+            had = list(set(request.items))
+            left = allowed - np.count_nonzero(bias[0, had] == 0)
+            if left < top_k:
+                raise InputError(
+                    f"history {row}: {left} items are left to rank without those of the history, fewer than top_k "
+                    f"{top_k}; ask for fewer, give more candidates, or exclude_history=False"
+                )
+            own[at, had] = -np.inf
         return own
 
     def _batches(self, requests: list[_Request]) -> Iterable[list[int]]:

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from model.fmrl import increments
 from model.serving.folder import WEIGHTS, tensor_offsets
 
-OPSET, IR_VERSION = 17, 8  # runs on onnxruntime from 1.12 on, of 2022
+OPSET, IR_VERSION = 17, 8  # of 2022
 EPSILON = 1e-5  # of LayerNorm, as in model/fmrl.py
 
 # What an int8 matrix is multiplied with has 2 * 63 + 1 values: with 255, processors without VNNI would overflow the 16
@@ -165,10 +165,13 @@ class _Graph:
     def scan(self, u: str, name: str, max_len: int) -> str:
         """h_t = u_t + λ h_{t-1} over [B, L, 2m], in ceil(log2(max_len)) steps as in model/lru.py."""
         re, im = self.op("Split", u, self.constant([self.m, self.m]), axis=-1, outputs=2)
+        length = self.op("Gather", self.op("Shape", "history"), self.constant([1]))
+        first, axis = self.constant([0]), self.constant([1])
         shift = 1
         while shift < max_len:
-            pads = self.constant([0, shift, 0, 0, -shift, 0])  # drops the last steps, puts zeros in front
-            before = (self.op("Pad", part, pads) for part in (re, im))
+            # Zeros in front, the last steps dropped; with negative pads older onnxruntimes fail on short histories.
+            pads = self.constant([0, shift, 0, 0, 0, 0])
+            before = (self.op("Slice", self.op("Pad", part, pads), first, length, axis) for part in (re, im))
             carried_re, carried_im = self.times(*before, *self.power(name, shift))
             re, im = self.op("Add", re, carried_re), self.op("Add", im, carried_im)
             shift *= 2
@@ -225,7 +228,7 @@ class _Graph:
     def op(self, kind: str, *inputs: str, outputs: int = 1, output: str = "", **attributes: Any) -> Any:
         """Add a node; its output's name, or the names of its outputs."""
         names = [output or f"{kind}_{len(self.nodes)}" + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=names[0], **attributes))
         return names if outputs > 1 else names[0]
 
     def constant(self, value: Any) -> str:

@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed import memory
 from config import InputError, run_cli, shown
-from datasets.files import write_json
-from model.export import MEASURED, add_run_arguments, asked_run, export_size, named_sizes, sha256
+from datasets.files import sha256, write_json
+from model.export import MEASURED, add_run_arguments, asked_run, export_size, named_sizes
 
 # (engine, how numbers are stored); the first is what the others are compared with
 VARIANTS = (("torch", "none"), ("torch", "float16"), ("onnx", "float16"), ("onnx", "int8"))
@@ -167,12 +168,6 @@ def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, 
         "batch256_p95_ms": statistics.quantiles(together, n=20)[-1],
         "add_10000_s": added,
     }
-
-
-def memory(kind: str) -> float:
-    """MB of this process: resident (VmRSS) or at its peak (VmHWM)."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition(f"{kind}:")[2].split()[0]) / 1e3
 
 
 def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.memory_of:  # a process of its own: the peak of a process is never given back
         for _ in range(3):
             steps[arguments.memory_of]()
-        print(peak_memory())
+        print(memory("VmHWM") / 1e3)
         return
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}")
@@ -114,10 +114,11 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     return steps, {"baseline": evaluate_plain, "every slice alone": evaluate_fast}
 
 
-def peak_memory() -> float:
-    """GB of this process at its peak (getrusage would report the parent's where that was larger)."""
+def memory(kind: str) -> float:
+    """MB of this process: resident now ("VmRSS") or at its peak ("VmHWM"; getrusage would report the parent's where
+    that was larger)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1e6
+    return int(status.partition(f"{kind}:")[2].split()[0]) / 1e3
 
 
 def paired(cases: dict[str, Callable], runs: int, device: str) -> dict[str, list[float]]:

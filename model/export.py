@@ -8,7 +8,6 @@ python -m model.export --max_bytes 4MB --max_latency_ms 1      # the best size t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import Config, InputError, run_cli, shown
-from datasets.files import read_json
+from datasets.files import read_json, sha256
 from model.serving.quantize import TABLES
 
 if TYPE_CHECKING:
@@ -155,12 +154,6 @@ def best_size(arguments: argparse.Namespace) -> int:
     _, _, size, bytes_, milliseconds, ndcg = max(asked, key=lambda row: row[5])
     print(f"size {size}: {bytes_ / 1e6:.2f} MB, {milliseconds:.2f} ms, NDCG@10 {ndcg:.4f}")
     return size
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_bytes(text: str) -> float:

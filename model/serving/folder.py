@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from config import InputError
-from datasets.files import cannot_write, read_json
+from datasets.files import cannot_write, read_json, sha256
 from model.serving.items import Items
 from model.serving.weights import expected_shapes
 
@@ -110,7 +110,7 @@ def write_folder(
                 shutil.copyfile(content, path)
             else:
                 path.write_bytes(content)
-            written["files"][name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            written["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             if isinstance(content, Path) and written["files"][name] != config["files"].get(name):
                 raise InputError(f"{content} changed since it was opened; open it again")
         written["sha256"] = _config_sha256(written)
@@ -225,7 +225,7 @@ def read_folder(folder: str | Path) -> Export:
             raise InputError(f"{path} is missing; {MENDS}")
         if path.stat().st_size != expected["bytes"]:
             raise InputError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}; {MENDS}")
-        if _sha256(path) != expected["sha256"]:
+        if sha256(path) != expected["sha256"]:
             raise InputError(f"{path} was altered (its checksum differs); {MENDS}")
     weights = _read_weights(folder / WEIGHTS, config)
     items, table, scale = _read_items(folder / ITEMS, config)
@@ -283,11 +283,6 @@ def tensor_offsets(header: bytes) -> dict[str, tuple[int, int]]:
         name: (first + tensor["data_offsets"][0], tensor["data_offsets"][1] - tensor["data_offsets"][0])
         for name, tensor in tensors.items()
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _config_sha256(config: dict[str, Any]) -> str:

@@ -209,14 +209,18 @@ def _problems(c: Config):
 
 
 def parse_args(
-    argv: Sequence[str] | None, description: str, add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    argv: Sequence[str] | None,
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    settings: Sequence[str] = (),
 ) -> tuple[dict[str, Any], argparse.Namespace]:
     """Read the command line. Returns the settings that were given as flags, and the values of the script's own
-    arguments, which `add_arguments` adds to the parser. Exits with 2 on a bad flag."""
+    arguments, which `add_arguments` adds to the parser. `settings`: the only ones that are flags; empty: all are.
+    Exits with 2 on a bad flag."""
     parser = _Parser(
         usage="%(prog)s [--setting value ...]",
         description=description,
-        epilog=_epilog(),
+        epilog=BOOLEANS if settings else _epilog(),
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
@@ -227,7 +231,8 @@ def parse_args(
         for title, first in GROUPS.items():
             if f.name == first:
                 group = parser.add_argument_group(title)
-        _add_flag(group, f)
+        if not settings or f.name in settings:
+            _add_flag(group, f)
     namespace = parser.parse_args(argv)
     flags = {f.name: vars(namespace).pop(f.name) for f in dataclasses.fields(Config) if f.name in namespace}
     return flags, namespace
@@ -294,8 +299,11 @@ def _add_flag(group: Any, f: dataclasses.Field) -> None:
         group.add_argument(flag, type=type(default), help=help, **options, **common)
 
 
+BOOLEANS = "A setting that is true or false is set by --NAME, --no-NAME or --NAME=false."
+
+
 def _epilog() -> str:
-    lines = ["A setting that is true or false is set by --NAME, --no-NAME or --NAME=false.", ""]
+    lines = [BOOLEANS, ""]
     lines += ["A flag wins over the dataset's preset, a preset over the default. Presets:"]
     for dataset, preset in PRESETS.items():
         values = ", ".join(f"{name} {shown(v)}" for name, v in preset.items())

@@ -9,9 +9,7 @@
 U users, N items, n interactions.
 """
 
-import ast
 import hashlib
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from config import InputError
+from config import Config, InputError
+from datasets.amazon import PAPER_SETS
 from datasets.files import read_json, read_text
+from datasets.records import RecordFile, parse_record
 
 MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
-MAX_BAD_SHARE = 0.01  # of metadata lines that are no records
+FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
+REPORT = "prepare_report.json"  # what datasets/prepare.py made, or "unfinished"
 LAYOUT = "datasets/catalog.py describes the prepared layout"
 
 
@@ -69,19 +70,33 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
     """Load and check a prepared dataset. Raises InputError that names the file, the line and what mends it."""
     root, notes = Path(data_root), []
     folder = root / dataset_code
-    if not folder.is_dir():
-        near = sorted(p.parent.name for p in root.glob("*/sequential_data.txt")) if root.is_dir() else []
-        found = f"prepared there: {', '.join(near)}" if near else "nothing is prepared there"
-        raise InputError(
-            f"dataset {dataset_code!r} is not at {folder} ({found}); give --data_root the folder that holds it, "
-            f"or --dataset_code demo, which needs no download. The README's section 'Your data' has the layout"
-        )
+    if not any((folder / name).exists() for name in FILES):
+        raise InputError(_not_there(root, dataset_code))
+    if (folder / REPORT).exists() and read_json(folder / REPORT, LAYOUT).get("prepared") == "unfinished":
+        raise InputError(f"preparing {folder} was cut off; do it again: {prepare_command(root, dataset_code)}")
     asins, num_users = _load_ids(folder / "datamaps.json")
     sequences = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)
     metadata = _load_metadata(folder / "meta.json.gz", asins, notes)
     photos = (root / "photos" / dataset_code).resolve()
     pictures = _load_pictures(folder / "item2img.json", photos, asins)
     return Catalog(dataset_code, sequences, asins, metadata, pictures, photos, notes)
+
+
+def _not_there(root: Path, dataset_code: str) -> str:
+    near = sorted(p.parent.name for p in root.glob("*/sequential_data.txt")) if root.is_dir() else []
+    found = f"prepared there: {', '.join(near)}" if near else "nothing is prepared there"
+    return (
+        f"dataset {dataset_code!r} is not at {root / dataset_code} ({found}). To prepare it: "
+        f"{prepare_command(root, dataset_code)}. Or give --data_root the folder that holds it, or --dataset_code demo, "
+        f"which needs no download"
+    )
+
+
+def prepare_command(root: Path, dataset_code: str) -> str:
+    """What to type to prepare a dataset."""
+    command = f"python -m datasets.prepare --dataset_code {dataset_code}"
+    command += "" if root == Path(Config.data_root) else f" --data_root {root}"
+    return command if dataset_code in PAPER_SETS else f"{command} --raw_root FOLDER --reviews FILE --meta FILE"
 
 
 def _load_ids(path: Path) -> tuple[list[str], int]:
@@ -147,35 +162,18 @@ def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[
         return [{} for _ in asins]
     row_of = {asin: row for row, asin in enumerate(asins)}
     metadata: list[dict[str, Any]] = [{} for _ in asins]
-    bad: list[int] = []
-    lines = [(n, line) for n, line in enumerate(read_text(path, LAYOUT).split("\n"), start=1) if line.strip()]
-    for number, line in lines:
+    file = RecordFile(path, LAYOUT)
+    for line in file.texts():
         record = parse_record(line)
         if record is None or not isinstance(record.get("asin"), str):
-            bad.append(number)
+            file.is_bad()
         elif record["asin"] in row_of:
             metadata[row_of[record["asin"]]] = record
-    if bad:
-        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        problem = f"{path.name}: {len(bad)} of {len(lines)} lines are no records with an 'asin' (lines {shown})"
-        if len(bad) > MAX_BAD_SHARE * len(lines):
-            raise InputError(f"{path.parent / problem}; more than {MAX_BAD_SHARE:.0%} is refused. {LAYOUT}")
-        notes.append(problem)
+    notes.extend(file.check("records with an 'asin'"))
     missing = sum(not record for record in metadata)
     if missing:
         notes.append(f"{missing} of {len(asins)} items have no metadata")
     return metadata
-
-
-def parse_record(line: str) -> dict[str, Any] | None:
-    """A metadata line, JSON or a Python literal, as a dict; None where it is neither. Nothing in it is executed."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            record = parse(line.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            continue
-        return record if isinstance(record, dict) else None
-    return None
 
 
 def _load_pictures(path: Path, photos: Path, asins: list[str]) -> list[Path | None] | None:

@@ -1,6 +1,5 @@
 """A prepared dataset: what is read, what is left out with a note, and what is refused by file and line."""
 
-import gzip
 import json
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import numpy as np
 import pytest
 
 from config import InputError
-from datasets.catalog import Catalog, describe, load_catalog, parse_record
+from datasets.catalog import Catalog, describe, load_catalog
+from datasets.records import parse_record
 from tests.prepared import write_item2img, write_maps, write_metadata, write_prepared
 
 AMAZON = Path(__file__).parent.parent.parent / "shared" / "amazon"
@@ -128,10 +128,9 @@ def test_an_empty_file_is_named(folder, name):
     assert refusal(folder).startswith(f"{folder / name} is empty")
 
 
-@pytest.mark.parametrize("name", ["sequential_data.txt", "datamaps.json", "meta.json.gz"])
+@pytest.mark.parametrize("name", ["sequential_data.txt", "datamaps.json"])
 def test_a_file_that_is_not_utf8_is_named(folder, name):
-    latin1 = "1 1 2 3 é\n".encode("latin-1")
-    (folder / name).write_bytes(gzip.compress(latin1) if name.endswith(".gz") else latin1)
+    (folder / name).write_bytes("1 1 2 3 é\n".encode("latin-1"))
     assert refusal(folder).startswith(f"{folder / name} is not UTF-8")
 
 
@@ -276,12 +275,12 @@ def test_a_few_malformed_lines_are_left_out_counted_and_named(folder):
     lines = records(1000)
     lines[2], lines[40], lines[999] = "{'asin': ", "{'title': 'no asin'}", "{'asin': 12}"
     write_metadata(folder, lines)
-    assert "meta.json.gz: 3 of 1000 lines are no records with an 'asin' (lines 3, 41, 1000)" in load(folder).notes
+    assert "meta.json.gz: 3 of 1,000 lines are no records with an 'asin' (lines 3, 41, 1000)" in load(folder).notes
 
 
 def test_of_many_malformed_lines_the_first_five_are_named(folder):
     write_metadata(folder, ["?"] * 7 + records(993))
-    assert any("7 of 1000" in note and "(lines 1, 2, 3, 4, 5, ...)" in note for note in load(folder).notes)
+    assert any("7 of 1,000" in note and "(lines 1, 2, 3, 4, 5, ...)" in note for note in load(folder).notes)
 
 
 def test_a_malformed_line_is_named_as_an_editor_numbers_it(folder):

@@ -1,0 +1,124 @@
+"""Time and memory of datasets/prepare.py on a made-up raw category.
+
+python -m benchmarks.prepare                      # 10 million reviews, 1 million products: 4 GB of raw files are made
+python -m benchmarks.prepare --reviews 1000000 --products 100000
+"""
+
+import argparse
+import gzip
+import multiprocessing
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.speed import memory
+from config import run_cli
+
+CHUNK = 20_000  # lines that are made at a time
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the raw files, prepare them in a process of its own, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reviews", type=int, default=10_000_000, metavar="N", help="(default: 10,000,000)")
+    parser.add_argument("--products", type=int, default=1_000_000, metavar="N", help="(default: 1,000,000)")
+    parser.add_argument("--folder", type=Path, default=Path("data/benchmark"), help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs, of which the median counts")
+    arguments = parser.parse_args(argv)
+    raw = arguments.folder / f"raw-{arguments.reviews}-{arguments.products}"
+    if not (raw / "done").exists():
+        raw.mkdir(parents=True, exist_ok=True)
+        write_lines(raw / "reviews.json.gz", review_lines(arguments.reviews, arguments.products), arguments.reviews)
+        write_lines(raw / "meta.json.gz", product_lines(arguments.products), arguments.products)
+        (raw / "done").touch()
+    seconds, peaks = [], []
+    for _ in range(arguments.repeats):
+        shutil.rmtree(arguments.folder / "made", ignore_errors=True)
+        receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(raw, arguments.folder, send))
+        process.start()
+        send.close()
+        took, peak = receive.recv()
+        process.join()
+        seconds.append(took)
+        peaks.append(peak)
+    size = sum(path.stat().st_size for path in raw.glob("*.gz"))
+    print(
+        f"\nPython {platform.python_version()}, numpy {np.__version__}, {platform.processor() or platform.machine()}\n"
+    )
+    print("| reviews | products | raw files GB | seconds | peak GB |\n| ---: | ---: | ---: | ---: | ---: |")
+    print(f"| {arguments.reviews:,} | {arguments.products:,} | {size / 1e9:.1f} | {np.median(seconds):.0f} | "
+          f"{np.median(peaks) / 1e3:.1f} |")  # fmt: skip
+
+
+def measure(raw: Path, folder: Path, send) -> None:
+    """Prepare the data, and send seconds and the peak resident MB."""
+    from datasets.prepare import main as prepare
+
+    started = time.perf_counter()
+    prepare([f"--data_root={folder}", "--dataset_code=made", "--only=data", f"--raw_root={raw}",
+             "--reviews=reviews.json.gz", "--meta=meta.json.gz"])  # fmt: skip
+    send.send((time.perf_counter() - started, memory("VmHWM")))
+
+
+def write_lines(path: Path, chunks: Iterator[str], total: int) -> None:
+    with gzip.open(path, "wb", compresslevel=1) as file, tqdm(total=total, desc=path.name, unit_scale=True) as bar:
+        for chunk in chunks:
+            file.write(chunk.encode())
+            bar.update(chunk.count("\n"))
+
+
+def texts(rng: np.random.Generator, shortest: int, longest: int) -> list[str]:
+    """Made-up texts of so many words."""
+    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), n)) for n in rng.integers(2, 11, size=5000)]
+    return [" ".join(rng.choice(words, n)) for n in rng.integers(shortest, longest, size=5000)]
+
+
+def review_lines(reviews: int, products: int) -> Iterator[str]:
+    """Reviews as Amazon's of 2014, about 1 kB each: a long tail of users and products, sorted by nothing."""
+    rng = np.random.default_rng(0)
+    text = texts(rng, 20, 220)
+    for start in range(0, reviews, CHUNK):
+        n = min(CHUNK, reviews - start)
+        user = (rng.random(n) ** 3 * (reviews // 5)).astype(int)  # some are a hundred times as busy as the median
+        item = (rng.random(n) ** 3 * products).astype(int)
+        times, stars, row = rng.integers(10**9, 14 * 10**8, n), rng.integers(1, 6, n), rng.integers(len(text), size=n)
+        yield "".join(
+            f'{{"reviewerID": "A{u:013X}", "asin": "B{i:09d}", "reviewerName": "A. Name", "helpful": [0, 0], '
+            f'"reviewText": "{text[t]}", "overall": {s}.0, "summary": "{text[t][:30]}", "unixReviewTime": {at}, '
+            f'"reviewTime": "01 30, 2014"}}\n'
+            for u, i, at, s, t in zip(*(c.tolist() for c in (user, item, times, stars, row)), strict=True)
+        )
+
+
+def product_lines(products: int) -> Iterator[str]:
+    """Metadata as Amazon's of 2014, about 2 kB each."""
+    rng = np.random.default_rng(1)
+    text = texts(rng, 5, 150)
+    for start in range(0, products, CHUNK):
+        rows = rng.integers(len(text), size=CHUNK).tolist()
+        yield "".join(
+            repr(
+                {
+                    "asin": f"B{i:09d}",
+                    "title": text[row][:80],
+                    "price": 9.99,
+                    "brand": text[row][:9],
+                    "categories": [["Made up", text[row][:12], text[row][:20]]],
+                    "description": text[row],
+                    "imUrl": f"http://localhost/{i}.jpg",
+                    "related": {"also_bought": [f"B{(i + k) % products:09d}" for k in range(60)]},
+                }
+            )
+            + "\n"
+            for i, row in zip(range(start, min(start + CHUNK, products)), rows, strict=False)
+        )
+
+
+if __name__ == "__main__":
+    run_cli(main)

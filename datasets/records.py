@@ -1,0 +1,93 @@
+"""A file of records, one a line, each JSON or a Python literal, gzipped or not: read line by line, never executed."""
+
+import ast
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config import InputError
+
+MAX_BAD_SHARE = 0.01  # of lines that are no records
+MAX_LINE = 1 << 24  # bytes; a longer line is no record
+MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a zip archive", b"BZ": "bzip2", b"\xfd7": "xz"}
+
+
+@dataclass
+class RecordFile:
+    """Reads one file of records and counts what it meets on the way. `mends`: what to do where the file is missing or
+    damaged."""
+
+    path: Path
+    mends: str
+    lines: int = 0  # that are not blank
+    bad: int = 0  # of these, no records as wanted
+    not_utf8: int = 0  # of these, not UTF-8: read as Windows-1252
+    first_bad: list[int] = field(default_factory=list)
+    number: int = 0  # of the line at hand, from 1 on
+
+    def texts(self) -> Iterator[str]:
+        """The lines, without blank ones. Raises InputError where the file cannot be read to its end."""
+        try:
+            with self.path.open("rb") as raw:
+                start = raw.read(2)
+                raw.seek(0)
+                kind = next((kind for mark, kind in MARKS.items() if start == mark), None)
+                if kind:
+                    raise InputError(f"{self.path} is {kind}, not lines of UTF-8 (gzipped or not); {self.mends}")
+                with gzip.open(raw) if start == b"\x1f\x8b" else raw as file:
+                    for line in iter(lambda: file.readline(MAX_LINE), b""):
+                        self.number += 1
+                        text = self._decode(line).strip()
+                        if text:
+                            self.lines += 1
+                            yield text
+        except FileNotFoundError:
+            raise InputError(f"{self.path} does not exist; {self.mends}") from None
+        except (EOFError, OSError, zlib.error) as error:  # gzip raises EOFError where a file was cut short
+            raise InputError(f"{self.path} cannot be read beyond line {self.number} ({error}); {self.mends}") from None
+
+    def _decode(self, line: bytes) -> str:
+        try:
+            return line.decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            self.not_utf8 += 1
+            return line.decode("cp1252", errors="replace")
+
+    def is_bad(self) -> None:
+        """Count the line at hand as no record."""
+        self.bad += 1
+        if len(self.first_bad) < 5:
+            self.first_bad.append(self.number)
+
+    def check(self, wanted: str) -> list[str]:
+        """What was left out, in words. Raises InputError where the file is empty or more than 1 % of its lines are no
+        records. `wanted`: what a line must be."""
+        if not self.lines:
+            raise InputError(f"{self.path} is empty; {self.mends}")
+        notes = []
+        if self.bad:
+            shown = ", ".join(map(str, self.first_bad)) + (", ..." if self.bad > len(self.first_bad) else "")
+            problem = f"{self.path.name}: {self.bad:,} of {self.lines:,} lines are no {wanted} (lines {shown})"
+            if self.bad > MAX_BAD_SHARE * self.lines:
+                raise InputError(
+                    f"{self.path.parent / problem}; more than {MAX_BAD_SHARE:.0%} is refused. {self.mends}"
+                )
+            notes.append(problem)
+        if self.not_utf8:
+            notes.append(f"{self.path.name}: {self.not_utf8:,} lines are not UTF-8: read as Windows-1252")
+        return notes
+
+
+def parse_record(line: str) -> dict[str, Any] | None:
+    """A line, JSON or a Python literal, as a dict; None where it is neither. Nothing in it is executed."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            record = parse(line)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        return record if isinstance(record, dict) else None
+    return None

@@ -113,7 +113,7 @@ def _names(record: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------- metadata
 
 ITEM_KEYS = ("parent_asin", "asin")  # 2023's records are of parents; before there was only the one
-ID_IN_LINE = re.compile(r"""["'](?:parent_)?asin["']\s*:(?:\s*(["'])([\w-]+)\1)?""")  # an odd id gives an empty one
+ID_IN_LINE = re.compile(r"""asin["']\s*:(?:\s*(["'])([\w-]+)\1)?""")  # an odd id gives an empty one
 
 
 def read_products(path: Path, wanted: Collection[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -168,6 +168,9 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path) ->
     notes = reviews.notes
     del reviews  # a third of the memory
     products, more = read_products(meta_file, frozenset(made.items))
+    if not products:
+        raise InputError(f"{meta_file} has none of the {len(made.items):,} items of {reviews_file.name}; give the "
+                         f"metadata of the same category and release: --meta FILE")  # fmt: skip
 
     write_json(folder / REPORT, {"prepared": "unfinished"})  # until the three files belong together
     for stale in ("item2img.json", "pictures.json"):  # of other items; the pictures themselves stay
@@ -184,7 +187,7 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path) ->
     with (
         replacing(folder / FILES[2]) as temporary,
         temporary.open("wb") as raw,
-        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,  # no name and time in it: the same bytes each time
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,  # no name and time in it: the same bytes each time
     ):
         for asin in made.items:
             if asin in products:

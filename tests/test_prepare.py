@@ -1,0 +1,291 @@
+"""`python -m datasets.prepare`: raw files to a dataset that trains, and what it says and keeps when things go wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import InputError
+from datasets.catalog import load_catalog
+from datasets.files import read_json
+from datasets.prepare import main
+from tests.raw import reviews_of, write_raw
+
+REPO = Path(__file__).parent.parent
+AMAZON = REPO.parent / "shared" / "amazon"
+FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
+
+# Ten users with the same five items each, in turn: a 5-core.
+HISTORIES = [(f"USER{u}", [f"ITEM{(u + k) % 5}" for k in range(5)]) for u in range(10)]
+PRODUCTS = [{"asin": f"ITEM{i}", "title": f"Tent {i}", "price": 9.99} for i in range(4)] + [{"asin": "RARE"}]
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    """Raw files of Beauty, in miniature."""
+    folder = tmp_path / "raw"
+    write_raw(folder / "reviews_Beauty_5.json.gz", reviews_of(HISTORIES))
+    write_raw(folder / "meta_Beauty.json.gz", PRODUCTS, literals=True)
+    return folder
+
+
+def prepare(raw: Path, *flags: str, dataset: str = "beauty") -> Path:
+    """The data step; returns the dataset's folder."""
+    root = raw.parent / "data"
+    return main([f"--dataset_code={dataset}", f"--raw_root={raw}", f"--data_root={root}", "--only=data", *flags])
+
+
+def refusal(raw: Path, *flags: str, dataset: str = "beauty") -> str:
+    with pytest.raises(InputError) as raised:
+        prepare(raw, *flags, dataset=dataset)
+    return str(raised.value)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+
+
+# ------------------------------------------------------------------------------------------------------- what is made
+
+
+def test_known_sequences_come_back_from_raw_files_with_noise(raw):
+    catalog = load_catalog(prepare(raw).parent, "beauty")
+    names = [[catalog.asins[i - 1] for i in catalog.sequences.of(row)] for row in range(len(catalog.sequences))]
+    assert names == [items for _, items in HISTORIES]
+    assert catalog.asins == [f"ITEM{i}" for i in range(5)]
+    assert catalog.metadata[0] == {"asin": "ITEM0", "title": "Tent 0", "price": 9.99}
+    assert catalog.metadata[4] == {}
+    assert "1 of 5 items have no metadata" in catalog.notes
+
+
+@pytest.mark.skipif(not AMAZON.exists(), reason="the paper's data are not at hand")
+@pytest.mark.parametrize("name, category", [("beauty", "Beauty"), ("sports", "Sports_and_Outdoors")])
+def test_the_published_sequences_come_back_byte_for_byte(tmp_path, name, category):
+    published = load_catalog(AMAZON, name)
+    users = read_json(AMAZON / name / "datamaps.json", "")["id2user"]
+    known = [
+        (users[str(row + 1)], [published.asins[i - 1] for i in published.sequences.of(row)])
+        for row in range(len(published.sequences))
+    ]
+    write_raw(tmp_path / "raw" / f"reviews_{category}_5.json", reviews_of(known))
+    write_raw(tmp_path / "raw" / f"meta_{category}.json.gz", [r for r in published.metadata if r], literals=True)
+    folder = prepare(tmp_path / "raw", dataset=name)
+    for file in ("sequential_data.txt", "datamaps.json"):
+        assert (folder / file).read_bytes() == (AMAZON / name / file).read_bytes(), file
+    assert load_catalog(folder.parent, name).metadata == published.metadata
+    report = read_json(folder / "prepare_report.json", "")
+    assert report["summary"]["warnings"] == []
+
+
+def test_any_other_category_is_made_from_the_files_that_are_named(raw):
+    (raw / "meta_Beauty.json.gz").rename(raw / "m.gz")
+    (raw / "reviews_Beauty_5.json.gz").rename(raw / "r.gz")
+    folder = prepare(raw, "--reviews=r.gz", f"--meta={raw / 'm.gz'}", dataset="office")
+    assert len(load_catalog(folder.parent, "office").sequences) == 10
+
+
+def test_the_report_says_what_every_filter_left_and_where_the_paper_differs(raw, capsys):
+    report = read_json(prepare(raw) / "prepare_report.json", "")
+    before, after = report["prepared"]["filters"]
+    assert (before["users"], before["items"], before["interactions"]) == (30, 6, 134)
+    assert (after["users"], after["items"], after["interactions"]) == (10, 5, 50)
+    assert report["summary"]["history_lengths"]["median"] == 5
+    assert report["summary"]["items_with"] == {
+        "title": 0.8, "price": 0.8, "brand": 0, "categories": 0, "description": 0, "picture": 0}  # fmt: skip
+    assert "10 users, but the paper's Table 1 has 22,363" in report["summary"]["warnings"]
+    out = capsys.readouterr().out
+    assert "warning: 50 interactions, but the paper's Table 1 has 198,502" in out
+    assert "items with title 80.0%, price 80.0%" in out
+
+
+def test_a_user_id_or_item_id_with_odd_characters_comes_through(tmp_path):
+    odd = ["../../etc/passwd", "a b", "C:\\x", "né\u2028", "\ud800", "NUL\0"]
+    write_raw(tmp_path / "raw" / "r.json", reviews_of([(f"{u}/{u}", odd) for u in odd]))
+    write_raw(tmp_path / "raw" / "m.json", [{"asin": asin, "title": asin} for asin in odd])
+    folder = prepare(tmp_path / "raw", "--reviews=r.json", "--meta=m.json", dataset="odd")
+    catalog = load_catalog(folder.parent, "odd")
+    assert catalog.asins == odd
+    assert [record["title"] for record in catalog.metadata] == odd
+    assert {path.name for path in (tmp_path / "data" / "odd").iterdir() if path.name[0] != "."} == {
+        *FILES, "prepare_report.json"}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ again and again
+
+
+def test_a_second_time_nothing_is_read(raw, capsys):
+    folder = prepare(raw)
+    first, written = contents(folder), (folder / FILES[0]).stat().st_mtime_ns
+    assert prepare(raw) == folder
+    assert "is prepared already" in capsys.readouterr().out
+    assert (contents(folder), (folder / FILES[0]).stat().st_mtime_ns) == (first, written)
+
+
+def test_prepared_data_need_their_raw_files_no_more(raw):
+    folder = prepare(raw)
+    for path in raw.iterdir():
+        path.unlink()
+    assert main(["--dataset_code=beauty", f"--data_root={folder.parent}", "--only=data"]) == folder
+
+
+def test_other_settings_or_files_are_refused_until_they_may_overwrite(raw):
+    folder = prepare(raw)
+    first = contents(folder)
+    assert "made with min_uc 5" in refusal(raw, "--min_uc=4")
+    write_raw(raw / "reviews_Beauty_5.json.gz", reviews_of(HISTORIES, seed=1))
+    assert "made with reviews" in refusal(raw)
+    assert contents(folder) == first
+    prepare(raw, "--min_uc=4", "--min_sc=4", "--overwrite")
+    assert len(load_catalog(folder.parent, "beauty").sequences) == 30
+
+
+def test_data_made_by_other_means_are_not_touched(raw):
+    folder = prepare(raw)
+    (folder / "prepare_report.json").unlink()
+    first = contents(folder)
+    assert "made by other means; --overwrite" in refusal(raw)
+    assert contents(folder) == first
+
+
+def test_a_file_that_was_changed_since_is_not_taken_for_prepared(raw):
+    folder = prepare(raw)
+    (folder / "sequential_data.txt").write_text("1 1 2 3\n", encoding="utf-8")
+    assert "sequential_data.txt, changed since" in refusal(raw)
+
+
+def test_killed_before_any_change_to_the_disk_and_run_again_it_makes_the_same_bytes(raw, tmp_path):
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(REPO)!r})
+left = int(sys.argv[1])
+def hook(event, args):
+    global left
+    writes = event in ("os.rename", "os.remove") or (event == "open" and "w" in str(args[1]))
+    if writes and "data" in str(args[0]):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), 9)
+sys.addaudithook(hook)
+from datasets.prepare import main
+main(["--dataset_code=beauty", "--raw_root={raw}", "--data_root={tmp_path}/" + sys.argv[2], "--only=data"])
+"""
+    undisturbed = contents(prepare(raw))
+    killed = 0
+    for count in range(100):
+        root = f"data{count}"
+        done = subprocess.run([sys.executable, "-c", script, str(count), root], capture_output=True)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        killed += 1
+        try:
+            load_catalog(tmp_path / root, "beauty")
+        except InputError as error:
+            assert "python -m datasets.prepare --dataset_code beauty" in str(error)
+        main(["--dataset_code=beauty", f"--raw_root={raw}", f"--data_root={tmp_path / root}", "--only=data"])
+        assert contents(tmp_path / root / "beauty") == undisturbed, count
+    assert killed > 8
+    assert contents(tmp_path / root / "beauty") == undisturbed
+
+
+def test_the_second_of_two_at_once_says_who_holds_the_lock(raw):
+    folder = raw.parent / "data" / "beauty"
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(REPO)!r})
+from pathlib import Path
+from datasets.prepare import only_one
+with only_one(Path({str(folder)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        assert f"is being prepared by process {holder.pid} on {os.uname().nodename}" in refusal(raw)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert prepare(raw) == folder  # the lock ended with its process
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_dataset_must_be_named_and_demo_needs_none():
+    with pytest.raises(InputError, match="--dataset_code is missing: beauty, clothing, sports, toys"):
+        main([])
+    with pytest.raises(InputError, match="demo is built in"):
+        main(["--dataset_code=demo"])
+
+
+def test_an_unknown_step_is_named():
+    with pytest.raises(InputError, match="'data,pixels': give one or more of data, pictures, features"):
+        main(["--dataset_code=beauty", "--only=data,pixels"])
+
+
+def test_a_raw_file_that_is_not_there_is_named_with_those_that_are(raw):
+    (raw / "meta_Beauty.json.gz").rename(raw / "other.json.gz")
+    message = refusal(raw)
+    assert "meta_Beauty.json.gz or meta_Beauty.json is not in" in message
+    assert "other.json.gz" in message
+    assert "--meta FILE" in message
+
+
+def test_another_category_without_its_files_is_told_the_flags(raw):
+    assert "--raw_root FOLDER --reviews FILE --meta FILE" in refusal(raw, dataset="office")
+
+
+def test_swapped_files_are_recognised(raw):
+    flags = ["--reviews=meta_Beauty.json.gz", "--meta=reviews_Beauty_5.json.gz"]
+    assert "holds no reviews" in refusal(raw, *flags)
+    assert not (raw.parent / "data" / "beauty" / FILES[0]).exists()
+
+
+def test_a_damaged_raw_file_leaves_the_prepared_data_as_they_were(raw):
+    folder = prepare(raw)
+    first = contents(folder)
+    path = raw / "meta_Beauty.json.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "cannot be read beyond line" in refusal(raw, "--overwrite")
+    assert contents(folder) == first
+
+
+def test_pictures_or_features_of_data_that_are_not_there_are_refused_with_the_command(tmp_path):
+    with pytest.raises(InputError, match=r"python -m datasets.prepare --dataset_code beauty"):
+        main(["--dataset_code=beauty", f"--data_root={tmp_path}", "--only=features"])
+    assert not (tmp_path / "beauty").exists()
+
+
+def test_train_on_nothing_prepared_says_which_command_to_run():
+    done = subprocess.run([sys.executable, REPO / "train.py", "--dataset_code=beauty", "--data_root=nowhere"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2
+    assert "python -m datasets.prepare --dataset_code beauty --data_root nowhere" in done.stderr
+
+
+def test_help_answers_without_heavy_imports():
+    script = """
+import sys, datasets.prepare as prepare
+try:
+    prepare.main(["--help"])
+finally:
+    print({"torch", "PIL", "transformers", "requests"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPO)
+    assert done.stdout.endswith("set()\n"), done.stderr
+    assert "--min_uc" in done.stdout
+    assert "--lr " not in done.stdout
+
+
+def test_metadata_of_another_category_are_recognised(raw):
+    write_raw(raw / "meta_Beauty.json.gz", [{"asin": "OTHER"}])
+    assert "has none of the 5 items of reviews_Beauty_5.json.gz" in refusal(raw)
+
+
+def test_a_k_core_of_nothing_is_refused_before_anything_is_written(raw):
+    assert "would leave" in refusal(raw, "--min_uc=50")
+    assert not (raw.parent / "data" / "beauty" / FILES[0]).exists()

@@ -1,0 +1,98 @@
+"""From reviews to sequences: the k-core, the order of time, and the numbers of users and items."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from config import InputError
+from datasets.amazon import Reviews
+from datasets.sequences import k_core, make_sequences
+
+
+def reviews_from(rows: list[tuple]) -> Reviews:
+    """(user, item, time[, rating]) in the file's order."""
+    users, items = list(dict.fromkeys(row[0] for row in rows)), list(dict.fromkeys(row[1] for row in rows))
+    return Reviews(
+        users,
+        items,
+        np.array([users.index(row[0]) for row in rows], dtype=np.int32),
+        np.array([items.index(row[1]) for row in rows], dtype=np.int32),
+        np.array([row[2] for row in rows], dtype=np.int64),
+        np.array([row[3] if len(row) > 3 else 5.0 for row in rows], dtype=np.float32),
+        [],
+    )
+
+
+def histories(made) -> dict[str, list[str]]:
+    return {
+        user: [made.items[i - 1] for i in made.sequences.of(row)] for row, user in enumerate(made.users)
+    }  # fmt: skip
+
+
+def make(rows, **options):
+    return make_sequences(reviews_from(rows), **{"min_uc": 1, "min_sc": 1, **options})
+
+
+def test_a_history_is_in_the_order_of_time_and_ties_are_in_the_order_of_the_file():
+    rows = [("U", "late", 9), ("U", "tie 1", 5), ("U", "early", 1), ("V", "x", 5), ("U", "tie 2", 5)]
+    assert histories(make(rows)) == {"U": ["early", "tie 1", "tie 2", "late"], "V": ["x"]}
+
+
+def test_users_are_numbered_by_their_first_line_and_items_by_their_first_appearance_in_the_histories():
+    made = make([("V", "b", 9), ("U", "c", 1), ("V", "a", 1), ("U", "b", 2)])
+    assert (made.users, made.items) == (["V", "U"], ["a", "b", "c"])
+    assert [made.sequences.of(row).tolist() for row in (0, 1)] == [[1, 2], [3, 2]]
+
+
+def test_the_core_is_what_a_loop_over_dicts_leaves():
+    rng = random.Random(0)
+    for trial in range(20):
+        pairs = [(rng.randrange(30), rng.randrange(25)) for _ in range(rng.randrange(1, 250))]
+        left = pairs
+        while True:
+            users, items = Counter(u for u, _ in left), Counter(i for _, i in left)
+            kept = [(u, i) for u, i in left if users[u] >= 4 and items[i] >= 3]
+            if kept == left:
+                break
+            left = kept
+        rows = k_core(*np.array(pairs, dtype=np.int32).T, min_uc=4, min_sc=3)
+        assert [pairs[row] for row in rows] == left, trial
+
+
+def test_users_and_items_leave_again_and_again():
+    chain = [("U1", "a", 1), ("U1", "b", 2), ("U2", "b", 1), ("U2", "c", 2), ("U3", "c", 1), ("U3", "c", 2)]
+    made = make(chain, min_uc=2, min_sc=2)  # a goes, then U1, then b, then U2; c keeps U3
+    assert histories(made) == {"U3": ["c", "c"]}
+
+
+def test_low_ratings_are_left_out_before_the_core_and_with_them_reviews_without_one():
+    rows = [("U", "a", 1, 2.0), ("U", "b", 2, 4.0), ("U", "c", 3, float("nan")), ("U", "d", 4, 5.0)]
+    assert histories(make(rows, min_rating=4)) == {"U": ["b", "d"]}
+    assert histories(make(rows)) == {"U": ["a", "b", "c", "d"]}
+
+
+def test_repeats_are_kept_or_all_but_the_first_in_time_are_dropped():
+    rows = [("U", "a", 9), ("U", "b", 5), ("U", "a", 1), ("V", "a", 2)]
+    assert histories(make(rows)) == {"U": ["a", "b", "a"], "V": ["a"]}
+    assert histories(make(rows, repeats="drop")) == {"U": ["a", "b"], "V": ["a"]}
+
+
+def test_every_filter_is_counted():
+    rows = [("U", "a", 1), ("U", "b", 2), ("U", "a", 3), ("V", "a", 2, 1.0), ("W", "c", 2)]
+    made = make(rows, min_rating=2, repeats="drop", min_uc=2)
+    assert [tuple(step.values()) for step in made.filters] == [
+        ("reading", 3, 3, 5),
+        ("ratings below 2 left out", 2, 3, 4),
+        ("repeats left out", 2, 3, 3),
+        ("2-core of users, 1-core of items", 1, 2, 2),
+    ]
+
+
+def test_when_nothing_is_left_a_k_that_would_leave_something_is_named():
+    rows = [(f"U{u}", f"I{i}", 1) for u in range(3) for i in range(3)]
+    with pytest.raises(InputError, match=r"leaves none of 9 reviews; --min_uc 3 --min_sc 2 would leave 9 of them"):
+        make(rows, min_uc=6, min_sc=5)
+    with pytest.raises(InputError, match="lower --min_rating"):
+        make(rows, min_rating=6)

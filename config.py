@@ -82,7 +82,18 @@ class Config:
         "an open_clip model as MODEL/PRETRAINED or MODEL/path-to-weights, or 'pixel' (colour and shape statistics, "
         "no download)",
     )
+    encoder_precision: str = setting(
+        "auto",
+        "what an encoder computes in: fp32, bf16, or auto: as the cached features that are there already, otherwise "
+        "bf16 (fp16 on a GPU without it), and fp32 on a CPU without it",
+        choices=("auto", "fp32", "bf16"),
+    )
     encoder_batch_size: int = setting(32, "texts or pictures an encoder reads at once", runtime=True)
+    encoder_workers: int = setting(
+        4,
+        "processes at most that decode pictures ahead of the encoder, beside one core for this one; 0: none",
+        runtime=True,
+    )
 
     # --- model
     model_code: str = setting("fmrlrec", "the recommender to train", choices=("fmrlrec",))
@@ -178,7 +189,7 @@ def _problems(c: Config):
                  "num_epochs", "early_stopping_patience", "encoder_batch_size"):  # fmt: skip
         if getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 1"
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed"):
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed", "encoder_workers"):
         if not 0 <= getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a number of at least 0"
     if c.seed >= 2**64:

@@ -80,6 +80,8 @@ def load_data(config: Config, device: torch.device) -> tuple[Catalog, np.ndarray
         attributes=config.item_attributes,
         device=device,
         batch_size=config.encoder_batch_size,
+        precision=config.encoder_precision,
+        workers=config.encoder_workers,
     )
     return catalog, features
 

@@ -1,9 +1,11 @@
 """Texts and pictures to features, by batches: of a whole catalogue (datasets/features.py), and of new products.
 
-F: feature width, n: texts, pictures or products.
+F: feature width, n: texts, pictures or products, B: those of a batch.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,69 +13,130 @@ import numpy as np
 from tqdm import tqdm
 
 from config import InputError
-from datasets import encoders
+from datasets import encoders, ranks
 from datasets.encoders import Encoder
 from datasets.text import NO_TEXT, item_text
 
 MAX_PIXELS = 50_000_000  # a picture that claims more is not decoded
 NO_PICTURE = "no picture listed"
+AHEAD = 2  # batches that a worker process has ready; all that memory depends on, however many pictures there are
 
 
-def encode_texts(encoder: Encoder, texts: list[str], batch_size: int) -> np.ndarray:
-    """[n, F]; texts of like length are encoded together."""
-    longest_first = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-    batches = ((rows, [texts[row] for row in rows]) for rows in _chunks(longest_first, batch_size))
-    return _encode(encoder, batches, len(texts), "encoding texts")
+def text_batches(encoder: Encoder, texts: list[str], batch_size: int) -> list[np.ndarray]:
+    """The rows of each batch, longest first: texts of like length, so that little padding is read."""
+    longest_first = np.argsort(-np.array(encoder.lengths(texts)), kind="stable")
+    return np.split(longest_first, range(batch_size, len(texts), batch_size))
 
 
-def encode_pictures(
-    encoder: Encoder, pictures: list[Path | None], names: list[str], batch_size: int, broken: dict[str, str]
-) -> np.ndarray:
-    """[n, F]; a zero vector where a picture is absent or not readable, with the reason in `broken` under its name."""
-
-    def batches():
-        for rows in _chunks(range(len(pictures)), batch_size):
-            opened = [(row, _open_picture(pictures[row], names[row], broken)) for row in rows]
-            readable = [(row, picture) for row, picture in opened if picture is not None]
-            yield [row for row, _ in readable], [picture for _, picture in readable]
-
-    return _encode(encoder, batches(), len(pictures), "encoding pictures")
+def picture_batches(count: int, batch_size: int) -> list[np.ndarray]:
+    """The rows of each batch, in order."""
+    return np.split(np.arange(count), range(batch_size, count, batch_size))
 
 
-def _open_picture(path: Path | None, name: str, broken: dict[str, str]) -> Any | None:
-    """The decoded picture, or None with the reason noted in `broken`."""
+def read_texts(prepare: Callable, texts: list[str]) -> tuple[int, list[int], Any]:
+    """(B, the rows of the batch that are encoded, what the encoder's `forward` takes): of texts, all."""
+    return len(texts), list(range(len(texts))), prepare(texts)
+
+
+def read_pictures(prepare: Callable, paths: list[Path | None]) -> tuple[int, list[int], Any]:
+    """As `read_texts`, of the pictures that can be read; they are decoded one after another."""
+    kept: list[int] = []
+
+    def readable() -> Iterator[Any]:
+        for row, path in enumerate(paths):
+            picture, _ = open_picture(path)
+            if picture is not None:
+                kept.append(row)
+                yield picture
+
+    pictures = readable()
+    first = list(itertools.islice(pictures, 1))
+    return len(paths), kept, prepare(itertools.chain(first, pictures)) if first else None
+
+
+def open_picture(path: Path | None) -> tuple[Any | None, str]:
+    """(the decoded picture, ""), or (None, why it cannot be read)."""
     from PIL import Image
 
     if path is None:
-        broken[name] = NO_PICTURE
-        return None
+        return None, NO_PICTURE
     try:
         with Image.open(path) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
-            return picture.convert("RGB")
+            return picture.convert("RGB"), ""
     except Exception as error:  # whatever a format's decoder raises
-        broken[name] = f"{path.name}: {error}"
-        return None
+        return None, f"{path.name}: {error}"
 
 
-def _encode(encoder: Encoder, batches: Iterable[tuple[list[int], list[Any]]], count: int, what: str) -> np.ndarray:
-    features = np.zeros((count, encoder.dim), dtype=np.float32)
-    with tqdm(total=count, desc=what, unit="item", disable=None) as bar:
-        for rows, batch in batches:
-            if rows:
-                features[rows] = encoder.encode(batch)
-            bar.update(len(rows))
-    if not np.isfinite(features).all():
+def encode_batches(
+    encoder: Encoder, read: Callable, batches: Iterable[list[Any]], *, workers: int = 0
+) -> Iterator[np.ndarray]:
+    """Features [B, F] float32 of each batch, in order; zeros where a picture cannot be read.
+
+    read: `read_texts` or `read_pictures`. workers: processes that read ahead of the encoder; 0 reads in this one, to
+    the same bits. Raises InputError for features that are not finite, and where a worker was killed.
+    """
+    for size, kept, prepared in _ahead(partial(read, encoder.prepare), batches, workers, encoder.on_gpu):
+        features = np.zeros((size, encoder.dim), dtype=np.float32)
+        if kept:
+            features[kept] = encoder.forward(prepared)
+        if not np.isfinite(features).all():
+            raise InputError(
+                f"the encoder {encoder.fingerprint} gave features that are not finite; its weights are damaged, or "
+                f"need --encoder_precision fp32"
+            )
+        yield features
+
+
+def _ahead(read: Callable, batches: Iterable[list[Any]], workers: int, pin_memory: bool) -> Iterator[Any]:
+    """`read` of each batch."""
+    if not workers:
+        yield from map(read, batches)
+        return
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        _Itself(),
+        sampler=batches,
+        batch_size=None,
+        collate_fn=read,
+        num_workers=workers,
+        prefetch_factor=AHEAD,
+        multiprocessing_context="spawn",  # a fork of a process that has computed with threads may hang
+        pin_memory=pin_memory,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
         raise InputError(
-            f"the encoder {encoder.fingerprint} gave features that are not finite; its weights are damaged"
-        )
+            f"a process that reads ahead of the encoder was killed ({str(error).splitlines()[0]}), for want of memory "
+            f"most likely; give fewer --encoder_workers (0 for none) or a smaller --encoder_batch_size. What was "
+            f"encoded is kept"
+        ) from error
+
+
+class _Itself:
+    """The data set that DataLoader asks for: the sampler gives whole batches, so that no worker holds the rest."""
+
+    def __getitem__(self, batch: list[Any]) -> list[Any]:
+        return batch
+
+
+def encode_all(encoder: Encoder, read: Callable, items: list[Any], rows: list[np.ndarray]) -> np.ndarray:
+    """[n, F] in memory, of texts or pictures in batches of these rows."""
+    features = np.zeros((len(items), encoder.dim), dtype=np.float32)
+    batches = ([items[row] for row in batch] for batch in rows)
+    for batch, encoded in zip(rows, encode_batches(encoder, read, progress(batches, len(rows))), strict=True):
+        features[batch] = encoded
     return features
 
 
-def _chunks(rows: Any, size: int) -> Iterable[list[int]]:
-    rows = list(rows)
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+def progress(batches: Iterable[Any], count: int) -> Iterable[Any]:
+    """The batches, with a bar on rank 0 of how many were taken."""
+    return tqdm(batches, "encoding", count, unit="batch", disable=True if ranks.rank() else None)
 
 
 # ------------------------------------------------------------------------------------------------------- new products
@@ -122,15 +185,18 @@ def embed_records(
                 raise InputError(f"record {number} has no text; give it one of {', '.join(attributes)}")
         if name == recipe["language"]["encoder"] and recipe["language"]["commit"] and "@" not in name:
             name = f"{name}@{recipe['language']['commit']}"  # the hub's model may have moved on
-        parts.append(encode_texts(encoders.language_encoder(name, "cpu"), texts, batch_size=32))
+        encoder = encoders.language_encoder(name, "cpu")
+        parts.append(encode_all(encoder, read_texts, texts, text_batches(encoder, texts, 32)))
     if recipe["image"]:
-        name, broken = image or recipe["image"]["encoder"], {}
+        name = image or recipe["image"]["encoder"]
         _check_encoder("img_encoder", name, encoders.image_fingerprint(name), recipe["image"])
-        names = [f"record {number}" for number in range(1, len(records) + 1)]
-        parts.append(encode_pictures(encoders.image_encoder(name, "cpu"), pictures, names, 32, broken))
-        for record, why in broken.items():
-            if why != NO_PICTURE:  # which is a zero vector, as in training
-                raise InputError(f"the picture of {record} cannot be read ({why}); give another, or none")
+        encoder = encoders.image_encoder(name, "cpu")
+        parts.append(encode_all(encoder, read_pictures, pictures, picture_batches(len(pictures), 32)))
+        for number, (path, row) in enumerate(zip(pictures, parts[-1], strict=True), start=1):
+            if path is not None and not row.any():  # without a path it is a zero vector, as in training
+                raise InputError(
+                    f"the picture of record {number} cannot be read ({open_picture(path)[1]}); give another, or none"
+                )
     return np.concatenate(parts, axis=1)
 
 

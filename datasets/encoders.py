@@ -5,6 +5,9 @@ Pictures: pixel, or any open_clip model as MODEL/PRETRAINED or MODEL/path-to-wei
 
 Every encoder has a `fingerprint` (what its features depend on, for the cache), a width `dim`, and
 `encode(batch) -> float32 array [len(batch), dim]`. F: feature width, B: batch.
+
+`encode` is `forward(prepare(batch))`. Worker processes may do `prepare`, which holds no weights and can be pickled; it
+reads its batch one by one, so that of many pictures only one is there decoded.
 """
 
 import hashlib
@@ -15,8 +18,10 @@ import socket
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -24,13 +29,26 @@ import numpy as np
 from config import InputError
 
 
-class Encoder(Protocol):
-    """What datasets/features.py asks of an encoder."""
+class Encoder:
+    """What datasets/features.py asks of an encoder. The two without weights do all in `prepare`."""
 
     dim: int
     fingerprint: dict[str, Any]
+    prepare: Callable[[Iterable[Any]], Any]
+    slow_to_prepare = True  # long enough for processes of its own to pay
+    on_gpu = False
 
-    def encode(self, batch: list[Any]) -> np.ndarray: ...
+    def forward(self, prepared: Any) -> np.ndarray:
+        """What `prepare` made of a batch -> [B, F] float32, rows of length 1."""
+        return prepared
+
+    def encode(self, batch: Iterable[Any]) -> np.ndarray:
+        """Texts or pictures -> [B, F] float32, rows of length 1."""
+        return self.forward(self.prepare(batch))
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """How much there is to read in each: texts of like length make good batches."""
+        return list(map(len, texts))
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
@@ -42,13 +60,14 @@ def normalised(vectors: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- without download
 
 
-class LexicalEncoder:
+class LexicalEncoder(Encoder):
     """Hashed bag of words, word pairs and character trigrams, each term weighted 1 + log(count)."""
 
     dim = 1024
     fingerprint: ClassVar = {"encoder": "lexical", "version": 1}
 
-    def encode(self, batch: list[str]) -> np.ndarray:
+    def prepare(self, batch: Iterable[str]) -> np.ndarray:
+        batch = list(batch)
         vectors = np.zeros((len(batch), self.dim))
         for row, text in enumerate(batch):
             for term, count in Counter(self._terms(text)).items():
@@ -64,7 +83,7 @@ class LexicalEncoder:
         return words + pairs + trigrams
 
 
-class PixelEncoder:
+class PixelEncoder(Encoder):
     """Colour and shape statistics of a 32 x 32 thumbnail: a histogram of hue and saturation, the mean colour and the
     gradient orientations of 4 x 4 cells. The three parts weigh the same."""
 
@@ -72,7 +91,7 @@ class PixelEncoder:
     dim = 16 * 4 + 4 * 4 * 3 + 4 * 4 * 8
     fingerprint: ClassVar = {"encoder": "pixel", "version": 1}
 
-    def encode(self, batch: list[Any]) -> np.ndarray:
+    def prepare(self, batch: Iterable[Any]) -> np.ndarray:
         return normalised(np.stack([self._describe(picture) for picture in batch]))
 
     def _describe(self, picture: Any) -> np.ndarray:
@@ -93,14 +112,29 @@ class PixelEncoder:
         return image.reshape(k, n, k, n, -1).swapaxes(1, 2).reshape(k, k, n * n, -1)
 
 
+# --------------------------------------------------------------------------------------------------------- precision
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch, by --encoder_precision
+
+
+def best_precision(device: Any) -> str:
+    """The fastest that the device computes in: bf16, fp16 on a GPU without it, fp32 on a CPU without it."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
 # --------------------------------------------------------------------------------------------------- Hugging Face text
 
 
-class TransformersEncoder:
+class TransformersEncoder(Encoder):
     """A Hugging Face text encoder, pooled as its own 1_Pooling/config.json says: the mean of the tokens or the first
-    one. Without such a file the first token, as bge needs it."""
+    one. Without such a file the first token, as bge needs it. Pooling and normalisation are in float32."""
 
-    def __init__(self, name: str, device: Any) -> None:
+    def __init__(self, name: str, device: Any, precision: str = "fp32") -> None:
         model_id, revision, is_folder = _split_revision(name)
         if not is_folder:
             _offline_without_network()
@@ -120,13 +154,14 @@ class TransformersEncoder:
             self.tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False, **options)
             if len(self.tokenizer) <= len(self.tokenizer.all_special_tokens):  # made up where its files are missing
                 raise ValueError("its tokenizer has no words")
+            dtype = getattr(torch, DTYPES[precision])
             model, loaded = AutoModel.from_pretrained(
-                model_id, trust_remote_code=False, output_loading_info=True, **options
+                model_id, trust_remote_code=False, output_loading_info=True, dtype=dtype, **options
             )
             missing = sorted(k for k in loaded["missing_keys"] if "pooler" not in k)
             if missing:
                 raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} more")
-            self.model = model.to(device, torch.float32).eval()
+            self.model = model.to(device).eval()
             self.pooling = _pooling(model_id, revision)
             limits = _model_json(model_id, revision, "sentence_bert_config.json", needed=False) or {}
             self.max_length = min(
@@ -134,7 +169,9 @@ class TransformersEncoder:
                 getattr(self.model.config, "max_position_embeddings", 512),
                 limits.get("max_seq_length") or 512,
             )
-            self.device = device
+            self.prepare = partial(_tokens, self.tokenizer, self.max_length)
+            self.device = torch.device(device)
+            self.on_gpu = self.slow_to_prepare = self.device.type == "cuda"  # a CPU takes 30 times as long to encode
             self.dim = self.encode([""]).shape[1]
         except Exception as error:  # whatever the hub client, the weights' reader or the model raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -145,20 +182,28 @@ class TransformersEncoder:
             ) from error
         self.fingerprint = language_fingerprint(name)
 
-    def encode(self, batch: list[str]) -> np.ndarray:
+    def forward(self, prepared: dict[str, Any]) -> np.ndarray:
         import torch
 
-        tokens = self.tokenizer(
-            batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(self.device)
+        tokens = {name: values.to(self.device, non_blocking=True) for name, values in prepared.items()}
         with torch.inference_mode():
-            states = self.model(**tokens).last_hidden_state  # [B, tokens, F]
-        if self.pooling == "mean":
-            weights = tokens["attention_mask"][..., None].to(states.dtype)
-            states = (states * weights).sum(dim=1) / weights.sum(dim=1)
-        else:
-            states = states[:, 0]
-        return normalised(states.float().cpu().numpy())
+            states = self.model(**tokens).last_hidden_state.float()  # [B, tokens, F]
+            if self.pooling == "mean":
+                weights = tokens["attention_mask"][..., None].to(states.dtype)
+                states = (states * weights).sum(dim=1) / weights.sum(dim=1)
+            else:
+                states = states[:, 0]
+        return normalised(states.cpu().numpy())
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        chunks = (texts[start : start + 1000] for start in range(0, len(texts), 1000))
+        read = (self.tokenizer(chunk, truncation=True, max_length=self.max_length)["input_ids"] for chunk in chunks)
+        return [len(tokens) for chunk in read for tokens in chunk]
+
+
+def _tokens(tokenizer: Any, max_length: int, texts: Iterable[str]) -> dict[str, Any]:
+    """What a text encoder reads, tensors [B, tokens]."""
+    return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"))
 
 
 def _offline_without_network() -> None:
@@ -220,10 +265,10 @@ def _model_json(model_id: str, revision: str, name: str, needed: bool = True) ->
 # ------------------------------------------------------------------------------------------------ open_clip pictures
 
 
-class OpenClipEncoder:
+class OpenClipEncoder(Encoder):
     """The image tower of an open_clip model."""
 
-    def __init__(self, name: str, device: Any) -> None:
+    def __init__(self, name: str, device: Any, precision: str = "fp32") -> None:
         architecture, _, weights = name.partition("/")
         if not Path(weights).is_file():
             _offline_without_network()
@@ -241,7 +286,7 @@ class OpenClipEncoder:
         try:
             preprocessing = _preprocessing(architecture) if Path(weights).is_file() else {}
             model, _, self.preprocess = open_clip.create_model_and_transforms(
-                architecture, pretrained=weights, **preprocessing
+                architecture, pretrained=weights, precision=precision, **preprocessing
             )
         except Exception as error:  # whatever the hub client, the checkpoint reader or the model raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -249,19 +294,27 @@ class OpenClipEncoder:
                 f"--img_encoder {name!r} cannot be loaded ({first}). Without network, give MODEL/path-to-weights of a "
                 f"local file, or 'pixel', which needs no download"
             ) from error
-        self.model, self.device = model.to(device, torch.float32).eval(), device
-        with torch.inference_mode():
-            size = open_clip.get_model_preprocess_cfg(model)["size"]
-            height, width = (size, size) if isinstance(size, int) else size
-            self.dim = self.model.encode_image(torch.zeros(1, 3, height, width, device=device)).shape[1]
+        self.prepare = partial(_pixels, self.preprocess)
+        self.model, self.device = model.to(device).eval(), torch.device(device)
+        self.dtype, self.on_gpu = getattr(torch, DTYPES[precision]), self.device.type == "cuda"
+        size = open_clip.get_model_preprocess_cfg(model)["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        self.dim = self.forward(torch.zeros(1, 3, height, width)).shape[1]
         self.fingerprint = image_fingerprint(name)
 
-    def encode(self, batch: list[Any]) -> np.ndarray:
+    def forward(self, prepared: Any) -> np.ndarray:
         import torch
 
-        pixels = torch.stack([self.preprocess(picture.convert("RGB")) for picture in batch]).to(self.device)
+        pixels = prepared.to(self.device, self.dtype, non_blocking=True)
         with torch.inference_mode():
             return normalised(self.model.encode_image(pixels).float().cpu().numpy())
+
+
+def _pixels(preprocess: Callable[[Any], Any], pictures: Iterable[Any]) -> Any:
+    """What a picture encoder reads, a tensor [B, 3, height, width]."""
+    import torch
+
+    return torch.stack([preprocess(picture.convert("RGB")) for picture in pictures])
 
 
 def _preprocessing(architecture: str) -> dict[str, Any]:
@@ -279,14 +332,17 @@ def _preprocessing(architecture: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- by name
 
 
-def language_encoder(name: str, device: Any) -> Encoder:
-    """The text encoder of this name. Raises InputError where it cannot be had."""
-    return LexicalEncoder() if name == "lexical" else TransformersEncoder(name, device)
+BUILT_IN = ("lexical", "pixel")  # without weights, so of no precision
 
 
-def image_encoder(name: str, device: Any) -> Encoder:
-    """The picture encoder of this name. Raises InputError where it cannot be had."""
-    return PixelEncoder() if name == "pixel" else OpenClipEncoder(name, device)
+def language_encoder(name: str, device: Any, precision: str = "fp32") -> Encoder:
+    """The text encoder of this name, computing in fp32, bf16 or fp16. Raises InputError where it cannot be had."""
+    return LexicalEncoder() if name == "lexical" else TransformersEncoder(name, device, precision)
+
+
+def image_encoder(name: str, device: Any, precision: str = "fp32") -> Encoder:
+    """The picture encoder of this name, computing in fp32, bf16 or fp16. Raises InputError where it cannot be had."""
+    return PixelEncoder() if name == "pixel" else OpenClipEncoder(name, device, precision)
 
 
 def language_fingerprint(name: str) -> dict[str, Any]:

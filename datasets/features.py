@@ -1,31 +1,50 @@
 """Frozen features of a catalogue's items, computed once and cached.
 
-The cache is one safetensors file per dataset and encoder below <cache_root>/<dataset>/. Its name and header carry a key
-of all that the features depend on: the encoder and its weights, the text template or preprocessing, and the ordered
-items with their texts or pictures. A changed input is another key; a damaged file is noticed by its checksum and made
-again. N items, F feature width.
+The cache is one array per dataset and encoder below <cache_root>/<dataset>/, with a JSON file beside it
+(datasets/cache.py). Its name and that file carry a key of all that the features depend on: the encoder, its weights and
+precision, the text template or preprocessing, and the ordered items with their texts or pictures. A changed input is
+another key; a damaged file is noticed by its checksum and made again. Encoding that was cut off goes on where it was,
+and under torchrun each rank takes a share. N items, F feature width.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from config import InputError
-from datasets import encoders
+from datasets import cache, encoders, ranks
 from datasets.catalog import Catalog
-from datasets.embedding import encode_pictures, encode_texts
-from datasets.files import replacing, write_json
+from datasets.embedding import (
+    encode_batches,
+    open_picture,
+    picture_batches,
+    progress,
+    read_pictures,
+    read_texts,
+    text_batches,
+)
+from datasets.files import cannot_write
 from datasets.text import NO_TEXT, item_text
 
 CACHE_ROOT = Path("data/features")
+BATCHES_A_WORKER = 8  # a worker takes seconds to start, so it is not started for fewer
 
 
-def item_features(
+def item_features(catalog: Catalog, **arguments: Any) -> np.ndarray | None:
+    """Features [N, F] float32 of items 1..N, in memory: the text's, the picture's or both side by side, each of length
+    1; None where both are off. Arguments as of `feature_files`."""
+    parts = feature_files(catalog, **arguments)
+    return np.concatenate(parts, axis=1) if parts else None
+
+
+def feature_files(
     catalog: Catalog,
     *,
     language: str | None,
@@ -33,28 +52,52 @@ def item_features(
     attributes: tuple[str, ...],
     device: Any = "cpu",
     batch_size: int = 32,
+    precision: str = "fp32",
+    workers: int = 0,
     cache_root: Path = CACHE_ROOT,
     say: Callable[[str], None] = print,
-) -> np.ndarray | None:
-    """Features [N, F] float32 of items 1..N: the text's, the picture's or both side by side, each of length 1.
+) -> list[np.ndarray]:
+    """Features [N, F] float32 of the text and of the picture of items 1..N, each a read-only map of its file, which is
+    made where there is none. Under torchrun all ranks call this, each makes a share, and all return the same.
 
-    language, image: names of encoders, or None for a branch that is off. None is returned where both are off.
-    Raises InputError where an encoder cannot be had or the dataset has no pictures.
+    language, image: names of encoders, or None for a branch that is off.
+    precision: what an encoder with weights computes in: fp32, bf16, or auto: as the features that are there already,
+        whichever were made first, otherwise the fastest that the device has.
+    workers: processes at most that read ahead of the encoder; 0 for none.
+    Raises InputError where an encoder cannot be had, the dataset has no pictures, or the disk is full.
     """
     if image and catalog.pictures is None:
         raise InputError(
             f"{catalog.name} has no item2img.json, so there are no pictures for --img_encoder {image}; "
             f"--no-use_img_encoder trains on text alone"
         )
+    ranks.start()
+    if str(device) == "cuda" and ranks.world_size() > 1:
+        device = f"cuda:{ranks.local_rank()}"
+    if ranks.rank():
+        say = _silent
+    how = _How(device, batch_size, precision, workers, cache_root, say)
     parts = []
     if language:
-        parts.append(_language_features(catalog, language, attributes, device, batch_size, cache_root, say))
+        parts.append(_language_features(catalog, language, attributes, how))
     if image:
-        parts.append(_image_features(catalog, image, device, batch_size, cache_root, say))
-    return np.concatenate(parts, axis=1) if parts else None
+        parts.append(_image_features(catalog, image, how))
+    return parts
 
 
-def _language_features(catalog, name, attributes, device, batch_size, cache_root, say) -> np.ndarray:
+@dataclass(frozen=True)
+class _How:
+    """The arguments of `feature_files` that do not say what is encoded."""
+
+    device: Any
+    batch_size: int
+    precision: str
+    workers: int
+    cache_root: Path
+    say: Callable[[str], None]
+
+
+def _language_features(catalog: Catalog, name: str, attributes: tuple[str, ...], how: _How) -> np.ndarray:
     texts = [item_text(record, attributes) for record in catalog.metadata]
     if all(text == NO_TEXT for text in texts):
         known = sorted({key for record in catalog.metadata for key in record})
@@ -64,109 +107,188 @@ def _language_features(catalog, name, attributes, device, batch_size, cache_root
         )
     absent = [a for a in attributes if all(item_text(record, (a,)) == NO_TEXT for record in catalog.metadata)]
     if absent:
-        say(f"no item has {' or '.join(absent)}: left out of the texts")
+        how.say(f"no item has {' or '.join(absent)}: left out of the texts")
     without = sum(text == NO_TEXT for text in texts)
     if without:
-        say(f"{without} of {len(texts)} items have no text: encoded as {NO_TEXT!r}")
+        how.say(f"{without} of {len(texts)} items have no text: encoded as {NO_TEXT!r}")
     key = {
         "kind": "language",
         **encoders.language_fingerprint(name),
         "items": _digest([*catalog.asins, *texts]),
     }
-
-    def compute() -> np.ndarray:
-        return encode_texts(encoders.language_encoder(name, device), texts, batch_size)
-
-    path = _cache_path(cache_root, catalog.name, name, key)
-    return _cached(path, key, lambda: encoders.hub_commit(name), compute, say)
+    found = _cached(catalog, name, key, texts, how)
+    return np.load(found.path, mmap_mode="r")
 
 
-def _image_features(catalog, name, device, batch_size, cache_root, say) -> np.ndarray:
+def _image_features(catalog: Catalog, name: str, how: _How) -> np.ndarray:
     pictures = catalog.pictures
     key = {
         "kind": "image",
         **encoders.image_fingerprint(name),
         "items": _digest([*catalog.asins, *(_file_signature(picture, catalog.photos) for picture in pictures)]),
     }
-    path = _cache_path(cache_root, catalog.name, name, key)
-    broken: dict[str, str] = {}  # ASIN -> why its picture is not used
-
-    def compute() -> np.ndarray:
-        encoder = encoders.image_encoder(name, device)
-        features = encode_pictures(encoder, pictures, catalog.asins, batch_size, broken)
-        if not features.any():
-            example = f" ({next(iter(broken.values()))})" if broken else ""
-            raise InputError(
-                f"none of {catalog.name}'s pictures can be read{example}; --no-use_img_encoder goes without"
-            )
-        if broken:
-            write_json(path.with_suffix(".broken.json"), broken)
-        return features
-
-    features = _cached(path, key, lambda: None, compute, say)
-    without = int((~features.any(axis=1)).sum())
+    found = _cached(catalog, name, key, pictures, how)
+    without = len(found.header["broken"])
     if without:
-        say(f"{without} of {len(pictures)} items have no readable picture: zero vectors, named in "
-            f"{path.with_suffix('.broken.json')}")  # fmt: skip
-    return features
+        how.say(f"{without} of {len(pictures)} items have no readable picture: zero vectors, named in "
+                f"{cache.sidecar(found.path)}")  # fmt: skip
+    return np.load(found.path, mmap_mode="r")
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache
 
 
-def _cached(
-    path: Path,
-    key: dict[str, Any],
-    commit: Callable[[], str | None],
-    compute: Callable[[], np.ndarray],
-    say: Callable[[str], None],
-) -> np.ndarray:
-    """The features at `path`, or `compute()` written there. `commit()`: what the hub's model is at now, if known; a
-    first `compute()` may only just have fetched it."""
-    if path.exists():
-        features, problem = _read(path, key, commit())
-        if features is not None:
-            return features
-        say(f"{path} is {problem}: made again")
-    features = compute()
-    _write(path, features, key, commit())
-    return features
+@dataclass(frozen=True)
+class _File:
+    """A cached array: where it is, what it depends on, and what its sidecar says once it is made."""
+
+    path: Path
+    key: dict[str, Any]
+    header: dict[str, Any] | None = None
 
 
-def _read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[np.ndarray | None, str]:
-    """(features, "") or (None, what is wrong with the file)."""
-    from safetensors import SafetensorError, safe_open
+def _cached(catalog: Catalog, name: str, key: dict[str, Any], items: list[Any], how: _How) -> _File:
+    """The features of these texts or pictures, on disk; encoded where they are not there yet."""
+    from filelock import FileLock
+
+    def find(say: Callable[[str], None] = _silent) -> _File:
+        return _find(_candidates(catalog, name, key, how), encoders.hub_commit(name), say)
+
+    found = ranks.on_first(find)
+    if found.header:
+        return found
+    lock = FileLock(_cache_path(how.cache_root, catalog.name, name, key).with_suffix(".lock"))
+
+    def find_alone() -> _File:
+        _acquire(lock, how.say)
+        return find(how.say)  # again: another process may have made it meanwhile
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            header, features = file.metadata() or {}, file.get_tensor("features")
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        return None, f"damaged ({error})"
-    if header.get("sha256") != hashlib.sha256(features.tobytes()).hexdigest():
-        return None, "damaged (its checksum differs)"
-    if header.get("key") != json.dumps(key, sort_keys=True):
-        return None, "of another key"
-    if commit and header.get("commit") not in ("", commit):
-        return None, f"of another commit of the encoder ({header.get('commit')}, now {commit})"
-    return features, ""
+        found = ranks.on_first(find_alone)
+        return found if found.header else _make(found, catalog, name, items, how)
+    finally:
+        lock.release()
 
 
-def _write(path: Path, features: np.ndarray, key: dict[str, Any], commit: str | None) -> None:
-    from safetensors.numpy import save
+def _candidates(catalog: Catalog, name: str, key: dict[str, Any], how: _How) -> list[_File]:
+    """The files that would do, first the one that is made if there is none."""
+    if name in encoders.BUILT_IN:
+        keys = [key]
+    elif how.precision == "auto":
+        best = encoders.best_precision(how.device)
+        keys = [key | {"precision": p} for p in (best, *(p for p in encoders.DTYPES if p != best))]
+    else:
+        keys = [key | {"precision": how.precision}]
+    return [_File(_cache_path(how.cache_root, catalog.name, name, k), k) for k in keys]
 
-    header = {
-        "key": json.dumps(key, sort_keys=True),
-        "commit": commit or "",
-        "sha256": hashlib.sha256(features.tobytes()).hexdigest(),
-    }
-    with replacing(path) as temporary:
-        temporary.write_bytes(save({"features": features}, header))
+
+def _find(candidates: list[_File], commit: str | None, say: Callable[[str], None]) -> _File:
+    """The file that was made first, so that a run that goes on finds what it began with; else the one to make."""
+    whole, damaged = [], []
+    for file in candidates:
+        header, problem = cache.read(file.path, file.key, commit)
+        if header:
+            whole.append(replace(file, header=header))
+        elif problem:
+            damaged.append((file, problem))
+    if whole:
+        return min(whole, key=lambda file: file.header["made"])
+    for file, problem in damaged[:1]:
+        say(f"{file.path} is {problem}: made again")
+        return file
+    return candidates[0]
+
+
+def _make(file: _File, catalog: Catalog, name: str, items: list[Any], how: _How) -> _File:
+    """Encode what is not encoded yet, this rank its share, and let rank 0 finish the file."""
+    path, key, is_text = file.path, file.key, file.key["kind"] == "language"
+    precision = key.get("precision", "fp32")
+    if "precision" in key:
+        how.say(
+            f"encoding {len(items):,} {'texts' if is_text else 'pictures'} by {name} ({precision}, {how.device}), "
+            f"once: {path}; python -m datasets.prepare --dataset_code {catalog.name} --only features does it too"
+        )
+    encoder = (encoders.language_encoder if is_text else encoders.image_encoder)(name, how.device, precision)
+    rows = text_batches(encoder, items, how.batch_size) if is_text else picture_batches(len(items), how.batch_size)
+    shape = (len(items), encoder.dim)
+    header = {"key": key, "commit": encoders.hub_commit(name) or ""}
+    order = hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
+    plan = {**header, "shape": list(shape), "batch_size": how.batch_size, "order": order}
+    todo = ranks.on_first(lambda: cache.begin(path, plan, shape, rows))
+    if len(todo) < len(rows):
+        how.say(f"{len(rows) - len(todo)} of {len(rows)} batches were encoded before: going on")
+    share = todo[ranks.rank() :: ranks.world_size()]
+    batches = ([items[row] for row in rows[number]] for number in share)
+    encoded = encode_batches(
+        encoder,
+        read_texts if is_text else read_pictures,
+        progress(batches, len(share)),
+        workers=_worth(how.workers, len(share)) if encoder.slow_to_prepare else 0,
+    )
+    try:
+        writer = cache.Writer(path)
+        for number, features in zip(share, encoded, strict=True):
+            writer.write(number, rows[number], features)
+        ranks.barrier()
+
+        def finish() -> dict[str, Any]:
+            broken = {} if is_text else _unreadable(catalog, cache.partial(path))
+            if len(broken) == len(items):
+                cache.drop(path)
+                raise InputError(
+                    f"none of {catalog.name}'s pictures can be read ({next(iter(broken.values()))}); "
+                    f"--no-use_img_encoder goes without"
+                )
+            return cache.finish(path, header | {"broken": broken}, rows)
+
+        return replace(file, header=ranks.on_first(finish))
+    except BaseException:
+        if ranks.world_size() == 1:
+            cache.drop_if_empty(path)
+        raise
+
+
+def _unreadable(catalog: Catalog, features: np.ndarray) -> dict[str, str]:
+    """ASIN -> why its picture is not used, of all that have a zero vector. Asked again at the end, rather than noted
+    on the way, it outlasts a kill."""
+    reasons = {}
+    for start in range(0, len(features), 4096):
+        for row in start + np.flatnonzero(~features[start : start + 4096].any(axis=1)):
+            reasons[catalog.asins[row]] = open_picture(catalog.pictures[row])[1] or "it could not be read at first"
+    return reasons
+
+
+def _worth(workers: int, batches: int) -> int:
+    """How many workers a share of so many batches is worth, on the cores that this rank has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks.world_size() > 1 else 1
+    return max(0, min(workers, cores // ranks_here - 1, batches // BATCHES_A_WORKER))
+
+
+def _acquire(lock: Any, say: Callable[[str], None]) -> None:
+    """Be the only process that makes a file; wait, and say so, while another is."""
+    from filelock import Timeout
+
+    path = Path(lock.lock_file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"another process is making {path.with_suffix('.npy')}: waiting for it")
+            lock.acquire()
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _silent(line: str) -> None:
+    """Said by rank 0 alone."""
 
 
 def _cache_path(cache_root: Path, dataset: str, encoder_name: str, key: dict[str, Any]) -> Path:
     last = Path(encoder_name).name or encoder_name
     short = re.sub(r"[^A-Za-z0-9.]+", "-", last).strip("-") or "encoder"
-    return cache_root / dataset / f"{key['kind']}-{short}-{_digest([json.dumps(key, sort_keys=True)])[:16]}.safetensors"
+    return cache_root / dataset / f"{key['kind']}-{short}-{_digest([json.dumps(key, sort_keys=True)])[:16]}.npy"
 
 
 def _digest(strings: Iterable[str]) -> str:

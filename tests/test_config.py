@@ -180,6 +180,8 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--val_batch_size", "0"),
         ("--test_batch_size", "0"),
         ("--encoder_batch_size", "0"),
+        ("--encoder_workers", "-1"),
+        ("--encoder_precision", "int8"),
         ("--lr", "0.0"),
         ("--lr", "nan"),
         ("--lr", "inf"),
@@ -303,7 +305,7 @@ def test_help_groups_the_flags(capsys):
     assert group_of.keys() == FIELDS.keys()
     first_and_last = {
         "data": ("dataset_code", "data_root"),
-        "features": ("use_language_encoder", "encoder_batch_size"),
+        "features": ("use_language_encoder", "encoder_workers"),
         "model": ("model_code", "lru_r_max"),
         "training": ("seed", "early_stopping_patience"),
         "evaluation": ("val_batch_size", "best_metric"),
@@ -368,5 +370,11 @@ def test_saved_values_are_checked_like_flags():
 def test_only_settings_that_do_not_change_what_is_trained_are_runtime_settings():
     assert {name for name in FIELDS if is_runtime(name)} == {
         *("data_root", "runs_root", "device", "use_wandb"),  # where
-        *("encoder_batch_size", "val_batch_size", "test_batch_size", "metric_ks"),  # how it is measured
+        *(
+            "encoder_batch_size",
+            "encoder_workers",
+            "val_batch_size",
+            "test_batch_size",
+            "metric_ks",
+        ),  # how it is measured
     }

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from config import InputError
-from datasets import embedding, encoders, features
+from datasets import cache, embedding, encoders
 from datasets.catalog import Catalog, load_catalog
 from datasets.encoders import LexicalEncoder, PixelEncoder
 from datasets.features import item_features
@@ -42,11 +42,11 @@ def encoded(monkeypatch) -> list[list]:
     batches = []
     for encoder in (LexicalEncoder, PixelEncoder):
 
-        def counting(self, batch, encode=encoder.encode):
-            batches.append(batch)
-            return encode(self, batch)
+        def counting(self, prepared, forward=encoder.forward):
+            batches.append(prepared)
+            return forward(self, prepared)
 
-        monkeypatch.setattr(encoder, "encode", counting)
+        monkeypatch.setattr(encoder, "forward", counting)
     return batches
 
 
@@ -62,8 +62,8 @@ class Shop:
         return item_features(catalog, **arguments, cache_root=self.cache_root, say=self.said.append)
 
     def files(self) -> list[Path]:
-        """The cached features, hidden files included."""
-        return [path for path in self.cache_root.rglob("*") if path.is_file() and ".broken." not in path.name]
+        """The cached features, unfinished ones included."""
+        return list(self.cache_root.rglob("*.npy"))
 
     @property
     def file(self) -> Path:
@@ -84,6 +84,10 @@ def hub(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
+
+
+def sidecar_of(path: Path) -> dict:
+    return json.loads(path.with_suffix(".json").read_text())
 
 
 def with_metadata(catalog: Catalog, metadata: list[dict]) -> Catalog:
@@ -130,17 +134,19 @@ def test_no_batch_is_larger_than_asked_for_and_every_item_is_read_once(catalog, 
     assert [len(batch) for batch in encoded] == [3, 3, 1] * 2
 
 
-def test_pictures_of_one_batch_are_gone_when_the_next_is_encoded(catalog, shop, monkeypatch):
+def test_pictures_are_decoded_one_after_another_however_large_the_batch(catalog, shop, monkeypatch):
     opened, alive = [], []
 
-    def watching(self, batch, encode=PixelEncoder.encode):
-        opened.extend(map(weakref.ref, batch))
+    def watching(path, open_picture=embedding.open_picture):
+        picture, reason = open_picture(path)
+        opened.append(weakref.ref(picture))
         alive.append(sum(picture() is not None for picture in opened))
-        return encode(self, batch)
+        return picture, reason
 
-    monkeypatch.setattr(PixelEncoder, "encode", watching)
-    shop.features(catalog, **PICTURES, batch_size=2)
-    assert alive == [2, 2, 2, 1]
+    monkeypatch.setattr(embedding, "open_picture", watching)
+    shop.features(catalog, **PICTURES, batch_size=7)
+    assert len(alive) == 7
+    assert max(alive) <= 3  # the first of a batch, the last and this one
 
 
 # ----------------------------------------------------------------------------------------------------- when it is again
@@ -267,26 +273,21 @@ def test_another_commit_of_a_hub_encoder_is_said_and_encoded_again(catalog, shop
     assert any("a" * 40 in line and "b" * 40 in line and "made again" in line for line in shop.said)
 
 
-def test_the_commit_that_the_first_encoding_fetched_is_remembered(tmp_path):
-    at, said = {"commit": None}, []
+def test_the_commit_that_the_first_encoding_fetched_is_remembered(catalog, shop, hub, tmp_path, monkeypatch):
+    def fetching(name, *arguments, load=encoders.language_encoder):
+        put_in_hub_cache(hub, name, "a" * 40, write_tiny_bert(tmp_path / "model", FIRST))
+        return load(name, *arguments)
 
-    def encode():
-        at["commit"] = at["commit"] or "first"  # the hub's files arrive while encoding
-        return np.ones((2, 3), dtype=np.float32)
-
-    arguments = (tmp_path / "cache.safetensors", {}, lambda: at["commit"], encode, said.append)
-    features._cached(*arguments)
-    features._cached(*arguments)
-    assert said == []
-    at["commit"] = "second"
-    features._cached(*arguments)
-    assert "of another commit of the encoder (first, now second)" in said[0]
+    monkeypatch.setattr(encoders, "language_encoder", fetching)
+    shop.features(catalog, language="org/tiny")
+    assert sidecar_of(shop.file)["commit"] == "a" * 40
 
 
 def test_a_cache_that_lost_the_commit_of_its_hub_encoder_is_made_again(catalog, shop, hub, tmp_path):
     put_in_hub_cache(hub, "org/tiny", "a" * 40, write_tiny_bert(tmp_path / "one", FIRST))
     before = shop.features(catalog, language="org/tiny")
-    shop.file.write_bytes(shop.file.read_bytes().replace(b'"commit"', b'"commiu"'))
+    path = shop.file.with_suffix(".json")
+    path.write_text(path.read_text().replace('"commit"', '"commiu"'))
     np.testing.assert_array_equal(shop.features(catalog, language="org/tiny"), before)
     assert any("made again" in line for line in shop.said)
 
@@ -319,9 +320,12 @@ def flip(path: Path, byte: int, bit: int = 0) -> None:
         pytest.param(lambda path: path.write_bytes(b""), id="empty"),
         pytest.param(lambda path: path.write_text("no features"), id="text"),
         pytest.param(lambda path: flip(path, -1), id="bit flipped in the features"),
-        pytest.param(lambda path: flip(path, 0), id="bit flipped in the header's length"),
-        pytest.param(lambda path: flip(path, path.read_bytes().index(b"F32")), id="bit flipped in the header"),
+        pytest.param(lambda path: flip(path, path.read_bytes().index(b"f4")), id="bit flipped in the header"),
         pytest.param(lambda path: path.write_bytes(bytes(path.stat().st_size)), id="zeros"),
+        pytest.param(lambda path: path.with_suffix(".json").unlink(), id="no sidecar"),
+        pytest.param(lambda path: truncate(path.with_suffix(".json")), id="sidecar truncated"),
+        pytest.param(lambda path: path.with_suffix(".json").write_text("[]"), id="another sidecar"),
+        pytest.param(lambda path: flip(path.with_suffix(".json"), 30), id="bit flipped in the sidecar"),
     ],
 )
 def test_a_damaged_cache_is_said_and_made_again(catalog, shop, encoded, damage):
@@ -337,33 +341,41 @@ def test_a_damaged_cache_is_said_and_made_again(catalog, shop, encoded, damage):
 
 def test_no_flipped_bit_ever_comes_through(catalog, shop):
     before = shop.features(catalog)
-    whole = shop.file.read_bytes()
+    files = {path: path.read_bytes() for path in (shop.file, shop.file.with_suffix(".json"))}
     rng = np.random.default_rng(0)
-    header = 8 + int.from_bytes(whole[:8], "little")
-    for byte in [*range(8), *rng.integers(8, header, size=60), *rng.integers(header, len(whole), size=40)]:
-        flip(shop.file, byte, bit=int(rng.integers(8)))
-        np.testing.assert_array_equal(shop.features(catalog), before)
-        shop.file.write_bytes(whole)
+    for path, whole in files.items():
+        for byte in [*range(8), *rng.integers(8, 128, size=30), *rng.integers(128, len(whole), size=30)]:
+            flip(path, byte, bit=int(rng.integers(8)))
+            np.testing.assert_array_equal(shop.features(catalog), before)
+            path.write_bytes(whole)
 
 
 def test_a_cache_of_other_items_is_not_taken_for_ones_own(catalog, shop):
     before, own = shop.features(catalog), shop.file
     shop.features(reversed_items(catalog))
     [other] = set(shop.files()) - {own}
-    own.write_bytes(other.read_bytes())
-    np.testing.assert_array_equal(shop.features(catalog), before)
-    assert any("another key" in line for line in shop.said)
+    for told, suffixes in (("checksum", [".npy"]), ("another key", [".npy", ".json"])):
+        for suffix in suffixes:
+            own.with_suffix(suffix).write_bytes(other.with_suffix(suffix).read_bytes())
+        np.testing.assert_array_equal(shop.features(catalog), before)
+        assert any(told in line for line in shop.said)
 
 
-def test_ctrl_c_while_writing_leaves_no_half_file(catalog, shop, monkeypatch):
+def test_ctrl_c_while_finishing_leaves_no_finished_file_and_nothing_to_encode_again(
+    catalog, shop, encoded, monkeypatch
+):
     def interrupted(_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", interrupted)
+        patch.setattr(cache, "sha256", interrupted)
         with pytest.raises(KeyboardInterrupt):
             shop.features(catalog)
-    assert shop.files() == []
+    assert not [path for path in shop.files() if not path.stem.endswith((".partial", ".done"))]
+    encoded.clear()
+    rows = shop.features(catalog)
+    assert (encoded, len(shop.files())) == ([], 1)
+    np.testing.assert_array_equal(rows, LexicalEncoder().encode([item_text(r, ATTRIBUTES) for r in catalog.metadata]))
 
 
 def test_a_full_disk_is_said_in_one_line_and_leaves_no_half_file(catalog, shop, tmp_path):
@@ -406,9 +418,8 @@ def test_runs_that_start_at_the_same_time_share_one_whole_cache(catalog, shop, e
 
 
 def broken_list(shop: Shop) -> dict[str, str]:
-    [path] = shop.cache_root.rglob("*.broken.json")
-    assert any(str(path) in line for line in shop.said)
-    return json.loads(path.read_text())
+    assert any(str(shop.file.with_suffix(".json")) in line for line in shop.said)
+    return sidecar_of(shop.file)["broken"]
 
 
 def make_missing(path: Path) -> None:

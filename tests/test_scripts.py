@@ -350,7 +350,9 @@ CHANGED = {
     "item_attributes": ("brand",),
     "use_img_encoder": False,
     "img_encoder": "some/encoder",
+    "encoder_precision": "fp32",
     "encoder_batch_size": 5,
+    "encoder_workers": 1,
     "mrl_hidden_sizes": (4, 8),
     "lru_max_len": 7,
     "lru_num_blocks": 3,
@@ -402,8 +404,8 @@ def consumed(flags, monkeypatch):
         monkeypatch.setattr(owner, name, recorded)
 
     stub = type("Stub", (encoders.LexicalEncoder,), {"dim": 1024})()
-    monkeypatch.setattr(encoders, "language_encoder", lambda name, device: stub)
-    monkeypatch.setattr(encoders, "image_encoder", lambda name, device: encoders.PixelEncoder())
+    monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: stub)
+    monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: encoders.PixelEncoder())
     monkeypatch.setattr(encoders, "hub_commit", lambda name: None)
     spy(features, "item_features")
     spy(trainer, "Trainer")
@@ -427,7 +429,9 @@ def consumed(flags, monkeypatch):
         "item_attributes": given[1]["attributes"],
         "use_img_encoder": given[1]["image"] is not None,
         "img_encoder": given[1]["image"],
+        "encoder_precision": given[1]["precision"],
         "encoder_batch_size": given[1]["batch_size"],
+        "encoder_workers": given[1]["workers"],
         "mrl_hidden_sizes": rec[0][2],
         "lru_max_len": {c[0][1] for name in ("train_rows", "eval_rows") for c in seen[name]},
         "lru_num_blocks": rec[1]["num_blocks"],
@@ -500,14 +504,14 @@ def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
     write_prepared(tmp_path / "data", "beauty", users=4, items=8, pictures=True)
     catalog = load_catalog(tmp_path / "data", "beauty")
 
-    class Cached:
+    class Cached(encoders.Encoder):
         dim, fingerprint = 1024, {}
 
-        def encode(self, batch):
-            return encoders.normalised(np.random.default_rng(0).normal(size=(len(batch), 1024)))
+        def prepare(self, batch):
+            return encoders.normalised(np.random.default_rng(0).normal(size=(len(list(batch)), 1024)))
 
-    monkeypatch.setattr(encoders, "language_encoder", lambda name, device: Cached())
-    monkeypatch.setattr(encoders, "image_encoder", lambda name, device: Cached())
+    monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: Cached())
+    monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: Cached())
     defaults = config.Config()
     features.item_features(
         catalog,

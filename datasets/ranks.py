@@ -1,0 +1,80 @@
+"""The processes that torchrun started together: which one this is, how many there are, and waiting for each other.
+
+In a process of its own everything here is done at once, and torch is not imported. Rank 0 is the first.
+"""
+
+import atexit
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from config import InputError
+
+PATIENCE = timedelta(days=1)  # the others wait while one finishes its share; torchrun ends them where one fails
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """The number of this process, from 0 on."""
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+
+
+def start() -> None:
+    """Meet the others, at the first call: gloo for what lies in memory, NCCL for what lies on a GPU."""
+    if world_size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+        atexit.register(_end)
+
+
+def barrier() -> None:
+    """Wait until all have come here."""
+    if world_size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    start()
+    dist.all_reduce(torch.zeros(1))  # in memory, where dist.barrier would want a GPU
+
+
+def on_first(work: Callable[[], Any]) -> Any:
+    """What `work()` returns on rank 0, which alone calls it, on every rank; an InputError of it is raised on each."""
+    if world_size() == 1:
+        return work()
+    import torch
+    import torch.distributed as dist
+
+    start()
+    answer = [None, None]  # what work() gave, its InputError
+    if rank() == 0:
+        try:
+            answer[0] = work()
+        except InputError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+    if answer[1] is not None:
+        raise InputError(answer[1])
+    return answer[0]
+
+
+def _end() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,364 @@
+"""Features of large catalogues: made batch by batch on disk, on after a kill, by several processes, read ahead."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import InputError
+from datasets import cache, encoders
+from datasets.catalog import Catalog, load_catalog
+from datasets.embedding import encode_batches, picture_batches, read_pictures, read_texts, text_batches
+from datasets.encoders import LexicalEncoder, PixelEncoder
+from datasets.features import feature_files, item_features
+from tests.prepared import write_prepared, write_tiny_bert
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which the tests do
+
+REPOSITORY = Path(__file__).parent.parent
+MEAN = {"pooling_mode_mean_tokens": True}
+BATCHES = 10  # of the 20 items below, two each
+RUN = """
+import sys
+from pathlib import Path
+import torch
+from datasets import encoders
+from datasets.catalog import load_catalog
+from datasets.features import feature_files
+data_root, cache_root, language, image, until = sys.argv[1:]
+torch.set_num_threads(1)
+seen = 0
+def watched(forward):
+    def counting(self, prepared):
+        global seen
+        seen += 1
+        if seen > int(until):
+            import os, signal
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("encoded a batch\\n", end="", flush=True)
+        return forward(self, prepared)
+    return counting
+for encoder in (encoders.LexicalEncoder, encoders.PixelEncoder, encoders.TransformersEncoder):
+    encoder.forward = watched(encoder.forward)
+load = encoders.TransformersEncoder.__init__
+def loaded(self, *arguments):
+    global seen
+    load(self, *arguments)
+    seen = 0  # loading encodes a text
+encoders.TransformersEncoder.__init__ = loaded
+parts = feature_files(load_catalog(data_root, "tiny"), language=language or None, image=image or None,
+                      attributes=("title", "brand"), batch_size=2, cache_root=Path(cache_root))
+print("features", [part.shape for part in parts], flush=True)
+"""
+
+
+@pytest.fixture
+def data_root(tmp_path) -> Path:
+    """Twenty items, two of whose pictures cannot be read."""
+    folder = write_prepared(tmp_path / "data", items=20, pictures=True)
+    photos = sorted((folder.parent / "photos/tiny").iterdir())
+    photos[0].write_text("<html>404</html>")
+    photos[19].unlink()
+    return folder.parent
+
+
+@pytest.fixture
+def bert(tmp_path) -> Path:
+    return write_tiny_bert(tmp_path / "bert", MEAN)
+
+
+def run(data_root: Path, cache_root: Path, language="", image="", until=1000, ranks=1) -> subprocess.CompletedProcess:
+    """Make features in a process of its own, or by torchrun in several, each killed after `until` batches."""
+    script = cache_root.parent / "run.py"
+    script.write_text(RUN)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    arguments = map(str, (data_root, cache_root, language, image, until))
+    return subprocess.run(
+        [sys.executable, *torchrun, str(script), *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def encoded(done: subprocess.CompletedProcess) -> int:
+    """How many batches a process encoded after loading its encoder."""
+    return done.stdout.count("encoded a batch") - done.stdout.count("encoding 20 texts by")
+
+
+def arrays(cache_root: Path) -> dict[str, bytes]:
+    """Name -> bytes of the finished arrays; nothing else but their sidecars and the locks may be left."""
+    assert not [path for path in cache_root.rglob("*") if ".partial." in path.name or ".done." in path.name]
+    return {path.name: path.read_bytes() for path in cache_root.rglob("*.npy")}
+
+
+def catalog_of(data_root: Path) -> Catalog:
+    return load_catalog(data_root, "tiny")
+
+
+# --------------------------------------------------------------------------------------------------------------- killed
+
+
+@pytest.mark.parametrize("kind", ["text", "picture"])
+def test_after_a_kill_only_what_is_missing_is_encoded_and_the_bytes_are_the_same(data_root, bert, tmp_path, kind):
+    what = {"language": bert} if kind == "text" else {"image": "pixel"}
+    assert run(data_root, tmp_path / "undisturbed", **what).returncode == 0
+    killed = run(data_root, tmp_path / "killed", **what, until=BATCHES - 1)
+    assert killed.returncode == -signal.SIGKILL
+    assert encoded(killed) == BATCHES - 1
+    again = run(data_root, tmp_path / "killed", **what)
+    assert encoded(again) == 1
+    assert "9 of 10 batches were encoded before: going on" in again.stdout
+    assert arrays(tmp_path / "killed") == arrays(tmp_path / "undisturbed")
+
+
+def test_why_pictures_are_broken_outlasts_a_kill(data_root, tmp_path):
+    run(data_root, tmp_path / "cache", image="pixel", until=BATCHES - 1)
+    assert "2 of 20 items have no readable picture" in run(data_root, tmp_path / "cache", image="pixel").stdout
+    [sidecar] = tmp_path.glob("cache/tiny/*.json")
+    first, last = json.loads(sidecar.read_text())["broken"].items()
+    assert first[0] == "B000000001" and "cannot identify image file" in first[1]
+    assert last[0] == "B000000020" and "No such file" in last[1]
+
+
+@pytest.mark.parametrize("change", ["batch size", "rows", "mark", "plan", "cut"])
+def test_a_partial_file_is_believed_only_where_it_is_of_these_batches(data_root, tmp_path, monkeypatch, change):
+    run(data_root, tmp_path / "cache", "lexical", until=6)
+    [partial], [done] = tmp_path.glob("cache/tiny/*.partial.npy"), tmp_path.glob("cache/tiny/*.done.npy")
+    if change == "rows":  # of an unfinished batch, and as a power loss may leave them of a finished one
+        np.lib.format.open_memmap(partial, "r+")[:] *= 0
+    elif change == "mark":
+        np.lib.format.open_memmap(done, "r+")[0] ^= 1
+    elif change == "plan":
+        partial.with_suffix(".json").unlink()
+    elif change == "cut":
+        partial.write_bytes(partial.read_bytes()[:-1])
+    batches, forward = [], LexicalEncoder.forward
+    monkeypatch.setattr(LexicalEncoder, "forward", lambda self, read: batches.append(read) or forward(self, read))
+    arguments = {"language": "lexical", "image": None, "attributes": ("title", "brand"), "say": lambda line: None}
+    size = 3 if change == "batch size" else 2
+    rows = item_features(catalog_of(data_root), **arguments, batch_size=size, cache_root=tmp_path / "cache")
+    assert len(batches) == {"batch size": 7, "mark": 5}.get(change, 10)
+    np.testing.assert_array_equal(rows, item_features(catalog_of(data_root), **arguments, cache_root=tmp_path / "new"))
+
+
+def test_a_kill_before_the_finished_file_has_its_name_costs_no_batch(tmp_path):
+    path, batches = tmp_path / "a.npy", picture_batches(5, 2)
+    assert cache.begin(path, {"a": 1}, (5, 3), batches) == [0, 1, 2]
+    writer = cache.Writer(path)
+    for number, batch in enumerate(batches):
+        writer.write(number, batch, np.full((len(batch), 3), number, np.float32))
+    cache.sidecar(path).write_text("{}")
+    assert cache.read(path, {}, None) == (None, "")
+    assert cache.begin(path, {"a": 1}, (5, 3), batches) == []
+    header = cache.finish(path, {"key": {"k": 1}, "commit": "", "broken": {}}, batches)
+    assert cache.read(path, {"k": 1}, None) == (header, "")
+    assert np.load(path)[:, 0].tolist() == [0, 0, 1, 1, 2]
+
+
+# -------------------------------------------------------------------------------------------------------- several ranks
+
+
+def test_two_ranks_make_the_bytes_that_one_process_makes_each_a_share(data_root, bert, tmp_path):
+    for language in ("lexical", bert):
+        one = run(data_root, tmp_path / "one", language, "pixel")
+        two = run(data_root, tmp_path / "two", language, "pixel", ranks=2)
+        assert two.returncode == one.returncode == 0, two.stderr
+        assert two.stdout.count("features [(20, ") == 2
+        assert two.stdout.count("2 of 20 items have no readable picture") == 1  # said by the first rank alone
+    assert arrays(tmp_path / "two") == arrays(tmp_path / "one")
+    assert len(arrays(tmp_path / "one")) == 3
+
+
+def test_what_one_process_began_two_ranks_finish(data_root, tmp_path):
+    run(data_root, tmp_path / "one", "lexical")
+    run(data_root, tmp_path / "cut", "lexical", until=3)
+    two = run(data_root, tmp_path / "cut", "lexical", ranks=2)
+    assert encoded(two) == BATCHES - 3
+    assert arrays(tmp_path / "cut") == arrays(tmp_path / "one")
+
+
+def test_what_two_ranks_began_one_process_finishes(data_root, tmp_path):
+    run(data_root, tmp_path / "one", "lexical")
+    assert run(data_root, tmp_path / "cut", "lexical", until=3, ranks=2).returncode != 0
+    assert 4 <= encoded(run(data_root, tmp_path / "cut", "lexical")) < BATCHES  # torchrun ends the other rank too
+    assert arrays(tmp_path / "cut") == arrays(tmp_path / "one")
+
+
+def test_what_is_wrong_is_said_on_every_rank_rather_than_waited_for(data_root, tmp_path):
+    done = run(data_root, tmp_path / "cache", "nobody/no-such-encoder", ranks=2)
+    assert done.returncode != 0
+    assert "cannot be loaded" in done.stderr
+
+
+def test_a_second_process_waits_for_the_first_and_reads_what_it_made(data_root, tmp_path):
+    from filelock import FileLock
+
+    arguments = {"language": "lexical", "image": None, "attributes": ("title",)}
+    item_features(catalog_of(data_root), **arguments, cache_root=tmp_path / "cache")
+    [path] = tmp_path.glob("cache/tiny/*.npy")
+    away = path.rename(tmp_path / "away.npy")
+
+    def appears(line: str) -> None:
+        said.append(line)
+        away.rename(path)
+        lock.release()
+
+    said: list[str] = []
+    with FileLock(path.with_suffix(".lock")) as lock:
+        before = away.stat().st_mtime_ns
+        item_features(catalog_of(data_root), **arguments, cache_root=tmp_path / "cache", say=appears)
+    assert said == [f"another process is making {path}: waiting for it"]
+    assert path.stat().st_mtime_ns == before
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+def precision_of(path: Path) -> str:
+    return json.loads(path.with_suffix(".json").read_text())["key"]["precision"]
+
+
+@pytest.fixture
+def features(data_root, bert, tmp_path):
+    """item_features of the tiny BERT in a precision."""
+    arguments = {"language": str(bert), "image": None, "attributes": ("title", "brand"), "say": lambda line: None}
+    return functools.partial(item_features, catalog_of(data_root), **arguments, cache_root=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("there", ["fp32", "bf16"])
+@pytest.mark.parametrize("best", ["fp32", "bf16", "fp16"])
+def test_auto_takes_what_is_there_whatever_the_device_is_best_at(features, tmp_path, monkeypatch, there, best):
+    made = features(precision=there)
+    monkeypatch.setattr(encoders, "best_precision", lambda device: best)
+    np.testing.assert_array_equal(features(precision="auto"), made)
+    assert len(arrays(tmp_path / "cache")) == 1
+
+
+def test_auto_keeps_to_what_was_made_first(features, monkeypatch):
+    monkeypatch.setattr(encoders, "best_precision", lambda device: "bf16")
+    made = features(precision="auto")
+    assert not np.array_equal(features(precision="fp32"), made)
+    np.testing.assert_array_equal(features(precision="auto"), made)
+
+
+def test_auto_makes_again_what_is_damaged_in_its_own_precision(features, tmp_path, monkeypatch):
+    made = features(precision="fp32")
+    [path] = tmp_path.glob("cache/tiny/*.npy")
+    path.write_bytes(b"")
+    monkeypatch.setattr(encoders, "best_precision", lambda device: "bf16")
+    np.testing.assert_array_equal(features(precision="auto"), made)
+    assert [precision_of(p) for p in tmp_path.glob("cache/tiny/*.npy")] == ["fp32"]
+
+
+def test_auto_makes_what_the_device_is_best_at(features, tmp_path):
+    features(precision="auto")
+    [path] = tmp_path.glob("cache/tiny/*.npy")
+    assert precision_of(path) == encoders.best_precision("cpu")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_gives_nearly_the_same_unit_vectors_in_float32(features, precision):
+    exact, fast = features(precision="fp32"), features(precision=precision)
+    assert fast.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(fast, axis=1), 1, atol=1e-5)
+    assert (exact * fast).sum(axis=1).min() > 0.999
+    assert not np.array_equal(exact, fast)
+
+
+def test_lexical_and_pixel_have_no_precision(data_root, tmp_path):
+    for precision in ("fp32", "bf16", "auto"):
+        arguments = {"language": "lexical", "image": "pixel", "attributes": ("title",), "precision": precision}
+        feature_files(catalog_of(data_root), **arguments, cache_root=tmp_path / "cache", say=lambda line: None)
+    assert len(arrays(tmp_path / "cache")) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- read ahead
+
+
+@pytest.mark.parametrize("encoder", [LexicalEncoder(), PixelEncoder()], ids=["lexical", "pixel"])
+def test_workers_change_no_bit(data_root, encoder):
+    catalog = catalog_of(data_root)
+    texts = [record["title"] for record in catalog.metadata]
+    read, items = (read_texts, texts) if isinstance(encoder, LexicalEncoder) else (read_pictures, catalog.pictures)
+    batches = [items[start : start + 3] for start in range(0, len(items), 3)]
+    plain, ahead = (np.concatenate([*encode_batches(encoder, read, batches, workers=n)]) for n in (0, 2))
+    np.testing.assert_array_equal(ahead, plain)
+    assert plain.any(axis=1).sum() == (20 if read is read_texts else 18)
+
+
+def test_workers_change_no_bit_of_what_transformers_reads(bert):
+    encoder = encoders.language_encoder(str(bert), "cpu")
+    batches = [["red tent", "warm"], ["light stove knife", "lamp"]]
+    plain, ahead = (np.concatenate([*encode_batches(encoder, read_texts, batches, workers=n)]) for n in (0, 1))
+    np.testing.assert_array_equal(ahead, plain)
+
+
+class Killed(PixelEncoder):
+    """Whose worker is killed by its second batch, as by a machine that is out of memory."""
+
+    def prepare(self, batch):
+        if len(list(batch)) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.ones((2, self.dim), np.float32)
+
+
+def test_a_worker_that_is_killed_is_said_with_what_helps(data_root):
+    pictures = catalog_of(data_root).pictures
+    encoding = encode_batches(Killed(), read_pictures, [pictures[1:3], pictures[3:4]], workers=1)
+    assert next(encoding).all()
+    with pytest.raises(InputError, match=r"was killed \(DataLoader worker.*fewer --encoder_workers .* is kept"):
+        next(encoding)
+
+
+def test_texts_of_like_length_in_tokens_are_read_together(bert):
+    encoder = encoders.language_encoder(str(bert), "cpu")
+    texts = ["red", "zebra zebra", "warm light tent", "red warm light tent lamp stove", "lamp"]
+    tokens = [len(row) for row in encoder.tokenizer(texts, truncation=True, max_length=12)["input_ids"]]
+    assert encoder.lengths(texts) == tokens
+    assert [batch.tolist() for batch in text_batches(encoder, texts, 2)] == [[1, 3], [2, 0], [4]]
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from datasets.embedding import encode_batches, read_pictures\n"
+        "from datasets.encoders import PixelEncoder\n"
+        "picture, count = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "for features in encode_batches(PixelEncoder(), read_pictures, ([picture] * 20 for _ in range(count))): pass\n"
+        "status = Path('/proc/self/status').read_text()\n"
+        "print(int(status.partition('VmHWM:')[2].split()[0]) / 1e3)\n"
+    )
+    Image.new("RGB", (1000, 1000), "red").save(tmp_path / "a.png")  # 3 MB decoded
+    few, many = (
+        float(subprocess.check_output([sys.executable, "-c", code, tmp_path / "a.png", str(n)], cwd=REPOSITORY))
+        for n in (1, 5)
+    )
+    assert many < few + 30  # 240 MB more were decoded
+
+
+def test_encoding_is_announced_once_with_the_command_that_does_it_ahead(data_root, bert, tmp_path):
+    said: list[str] = []
+    for _ in range(2):
+        item_features(catalog_of(data_root), language=str(bert), image=None, attributes=("title",),
+                      cache_root=tmp_path / "cache", say=said.append)  # fmt: skip
+    [line] = said
+    assert line.startswith(f"encoding 20 texts by {bert} (fp32, cpu), once: {tmp_path / 'cache'}")
+    assert line.endswith("python -m datasets.prepare --dataset_code tiny --only features does it too")
+
+
+def test_features_are_read_from_the_file_not_held(data_root, tmp_path):
+    [rows] = feature_files(catalog_of(data_root), language="lexical", image=None, attributes=("title",),
+                           cache_root=tmp_path / "cache", say=lambda line: None)  # fmt: skip
+    assert isinstance(rows, np.memmap) and not rows.flags.writeable
+    assert time.time() - json.loads(next(tmp_path.glob("cache/tiny/*.json")).read_text())["made"] < 600

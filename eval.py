@@ -47,8 +47,8 @@ def load_run(run: str | Path, flags: dict | None = None) -> tuple[Config, Catalo
     flags: settings that say how to run (device, batch sizes, data_root, ...) to use instead of the run's. Raises
     InputError where the folder is no run, a flag contradicts it, or the dataset is not the one it was trained on.
     """
+    from datasets.device import resolve_device
     from trainer.checkpoint import load_weights
-    from trainer.device import resolve_device
     from trainer.runs import check_data, read_config, with_runtime_flags
 
     run = Path(run)

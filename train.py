@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     import torch
 
     from dataloader import TrainLoader, eval_rows, train_rows
+    from datasets.device import device_name, resolve_device
     from model import count_parameters
     from trainer.checkpoint import load_state, load_weights
-    from trainer.device import device_name, resolve_device
     from trainer.runlog import RunLog, start_wandb
     from trainer.runs import check_data, create_run, find_run, read_config, read_log, unfinished, with_runtime_flags
     from trainer.trainer import Trainer

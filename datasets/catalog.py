@@ -92,10 +92,12 @@ def _not_there(root: Path, dataset_code: str) -> str:
     )
 
 
-def prepare_command(root: Path, dataset_code: str) -> str:
-    """What to type to prepare a dataset."""
+def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
+    """What to type to prepare a dataset, or one step of it."""
     command = f"python -m datasets.prepare --dataset_code {dataset_code}"
     command += "" if root == Path(Config.data_root) else f" --data_root {root}"
+    if only:
+        return f"{command} --only {only}"
     return command if dataset_code in PAPER_SETS else f"{command} --raw_root FOLDER --reviews FILE --meta FILE"
 
 

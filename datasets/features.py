@@ -69,7 +69,8 @@ def feature_files(
     if image and catalog.pictures is None:
         raise InputError(
             f"{catalog.name} has no item2img.json, so there are no pictures for --img_encoder {image}; "
-            f"--no-use_img_encoder trains on text alone"
+            f"python -m datasets.prepare --dataset_code {catalog.name} --only pictures fetches those that the metadata "
+            f"has addresses of, --no-use_img_encoder trains on text alone"
         )
     ranks.start()
     if str(device) == "cuda" and ranks.world_size() > 1:
@@ -236,7 +237,8 @@ def _make(file: _File, catalog: Catalog, name: str, items: list[Any], how: _How)
             if len(broken) == len(items):
                 cache.drop(path)
                 raise InputError(
-                    f"none of {catalog.name}'s pictures can be read ({next(iter(broken.values()))}); "
+                    f"none of {catalog.name}'s pictures can be read ({next(iter(broken.values()))}); python -m "
+                    f"datasets.prepare --dataset_code {catalog.name} --only pictures fetches them, "
                     f"--no-use_img_encoder goes without"
                 )
             return cache.finish(path, header | {"broken": broken}, rows)

@@ -14,21 +14,23 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from config import Config, InputError, parse_args, resolve, run_cli
-from datasets.amazon import BASE_URL, PAPER_SETS, raw_names, read_products, read_reviews
-from datasets.catalog import FILES, REPORT, load_catalog
+from datasets import ranks
+from datasets.amazon import BASE_URL, PAPER_SETS, picture_urls, raw_names, read_products, read_reviews
+from datasets.catalog import FILES, REPORT, load_catalog, prepare_command
 from datasets.files import cannot_write, read_json, replacing, sha256, write_json, write_text
 from datasets.sequences import make_sequences
 from datasets.summary import in_words, summarise
 
 STEPS = ("data", "pictures", "features")
-SETTINGS = ("dataset_code", "data_root", "use_language_encoder", "language_encoder", "item_attributes",
-            "use_img_encoder", "img_encoder", "encoder_batch_size",
-            "device")  # fmt: skip
+SETTINGS = (
+    *("dataset_code", "data_root", "use_language_encoder", "language_encoder", "item_attributes", "use_img_encoder"),
+    *("img_encoder", "encoder_precision", "encoder_batch_size", "encoder_workers", "device"),
+)
 VERSION = 1  # of what is made from raw files: another one is made anew
 
 
@@ -45,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--raw_root",
         type=Path,
         metavar="FOLDER",
-        help="where the raw files are; nothing is fetched then (default: fetch into <data_root>/raw)",
+        help="where the raw files are; nothing is fetched then, neither they nor pictures (default: fetch into "
+        "<data_root>/raw)",
     )
     group.add_argument("--reviews", metavar="FILE", help="the reviews, below raw_root (default: the category's 5-core)")
     group.add_argument("--meta", metavar="FILE", help="the products' metadata, below raw_root")
@@ -80,19 +83,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     folder = Path(config.data_root) / config.dataset_code
     if "data" not in steps:
         load_catalog(config.data_root, config.dataset_code)  # says what is missing before anything is made
-    from datasets.ranks import one_of_many  # torchrun starts several of this process
-
-    with one_of_many() as ranks:
-        if ranks.first:
-            with only_one(folder):
-                if "data" in steps:
-                    prepare_data(config, arguments, folder)
-                if "pictures" in steps and config.use_img_encoder:
-                    fetch(config, arguments, folder)
-                print(in_words(write_report(config, folder), config.dataset_code), flush=True)
-        ranks.wait()
+    first = ranks.rank() == 0  # the others of torchrun share in the encoding
+    with only_one(folder) if first else nullcontext():
+        if first:
+            if "data" in steps:
+                prepare_data(config, arguments, folder)
+            if "pictures" in steps and config.use_img_encoder:
+                fetch_all_pictures(config, arguments, folder)
+            print(in_words(write_report(config, folder), config.dataset_code), flush=True)
+        ranks.barrier()
         if "features" in steps:
-            features(config)
+            encode(config)
     return folder
 
 
@@ -259,28 +260,44 @@ def raw_files(config: Config, arguments: argparse.Namespace) -> tuple[Path, Path
 # ----------------------------------------------------------------------------------------------- pictures and features
 
 
-def fetch(config: Config, arguments: argparse.Namespace, folder: Path) -> None:
+def fetch_all_pictures(config: Config, arguments: argparse.Namespace, folder: Path) -> None:
     """Pictures that are not here, from the addresses in the metadata."""
-    from datasets.amazon import picture_urls
     from datasets.pictures import prepare_pictures
 
     catalog = load_catalog(config.data_root, config.dataset_code)
     urls = {asin: picture_urls(record) for asin, record in zip(catalog.asins, catalog.metadata, strict=True)}
-    prepare_pictures(
+    manifest = prepare_pictures(
         catalog.asins,
         urls,
         catalog.photos,
         folder,
-        fetch=True,
+        fetch=not arguments.raw_root,
         workers=arguments.picture_workers,
         per_second=arguments.pictures_per_second,
-        say=print,
     )
+    left = sum(bool(urls[asin]) and "missing" in manifest[asin] for asin in catalog.asins)
+    if arguments.raw_root and left:
+        command = prepare_command(Path(config.data_root), config.dataset_code, only="pictures")
+        print(f"{left:,} pictures have an address and were not fetched; to fetch them: {command}", flush=True)
 
 
-def features(config: Config) -> None:
-    """The features of text and pictures, as train.py asks for them."""
-    raise NotImplementedError
+def encode(config: Config) -> None:
+    """Cache the features of text and pictures, as train.py would."""
+    from datasets.device import resolve_device
+    from datasets.features import feature_files
+
+    parts = feature_files(
+        load_catalog(config.data_root, config.dataset_code),
+        language=config.language_encoder if config.use_language_encoder else None,
+        image=config.img_encoder if config.use_img_encoder else None,
+        attributes=config.item_attributes,
+        device=resolve_device(config.device),
+        batch_size=config.encoder_batch_size,
+        precision=config.encoder_precision,
+        workers=config.encoder_workers,
+    )
+    for part in parts if ranks.rank() == 0 else ():
+        print(f"features of {part.shape[0]:,} items, {part.shape[1]} wide: {part.filename}", flush=True)
 
 
 def write_report(config: Config, folder: Path) -> dict[str, Any]:

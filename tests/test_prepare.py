@@ -1,17 +1,22 @@
 """`python -m datasets.prepare`: raw files to a dataset that trains, and what it says and keeps when things go wrong."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from config import InputError
 from datasets.catalog import load_catalog
+from datasets.features import item_features
 from datasets.files import read_json
 from datasets.prepare import main
+from tests.picture_server import good, serving
 from tests.raw import reviews_of, write_raw
 
 REPO = Path(__file__).parent.parent
@@ -111,6 +116,90 @@ def test_a_user_id_or_item_id_with_odd_characters_comes_through(tmp_path):
     assert [record["title"] for record in catalog.metadata] == odd
     assert {path.name for path in (tmp_path / "data" / "odd").iterdir() if path.name[0] != "."} == {
         *FILES, "prepare_report.json"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- the whole command
+
+BUILT_IN = ("--language_encoder=lexical", "--img_encoder=pixel")
+
+
+def picture(colour: tuple[int, int, int]) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def shop(raw):
+    """A web server with the raw files of Beauty and the pictures of two of its items; a third one's is gone."""
+    with serving({}) as server:
+        for i in range(2):
+            server.pages[f"/{i}.png"] = good(picture((100 * i, 50, 50)))
+        products = [product | {"imUrl": f"{server.url}/{n}.png"} for n, product in enumerate(PRODUCTS[:3])]
+        write_raw(raw / "meta_Beauty.json.gz", products, literals=True)
+        for path in raw.iterdir():
+            server.pages[f"/files/{path.name}"] = good(path.read_bytes())
+        yield server
+
+
+def test_one_command_fetches_and_prepares_all_that_training_needs(shop, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = main(["--dataset_code=beauty", f"--base_url={shop.url}/files/", *BUILT_IN])
+    assert folder == Path("data/beauty")
+    manifest = read_json(folder / "pictures.json", "")
+    assert [next(iter(manifest[f"ITEM{i}"])) for i in range(5)] == ["file", "file", "missing", "missing", "missing"]
+    assert "404" in manifest["ITEM2"]["missing"]
+    printed = capsys.readouterr().out
+    assert "picture 40.0%" in printed
+    assert "features of 5 items, 1024 wide" in printed
+    asked = len(shop.requests)
+    main(["--dataset_code=beauty", f"--base_url={shop.url}/files/", *BUILT_IN])
+    assert shop.requests[asked:] == ["/2.png"]  # what was not there is asked for again, and nothing else
+
+    features = item_features(load_catalog("data", "beauty"), language="lexical", image="pixel", attributes=("title",))
+    assert features.shape[0] == 5
+    assert features[:2, 1024:].any(axis=1).all() and not features[2:, 1024:].any()
+
+
+def test_with_raw_files_at_hand_nothing_is_fetched(shop, raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "data" / "photos" / "beauty"
+    photos.mkdir(parents=True)
+    (photos / "ITEM4.png").write_bytes(picture((9, 9, 9)))
+    folder = main(["--dataset_code=beauty", f"--raw_root={raw}", *BUILT_IN])
+    assert read_json(folder / "item2img.json", "") == {"ITEM4": "ITEM4.png"}
+    assert shop.requests == []
+    command = "to fetch them: python -m datasets.prepare --dataset_code beauty --only pictures"
+    assert f"3 pictures have an address and were not fetched; {command}" in capsys.readouterr().out
+    main(command.partition("prepare ")[2].split())
+    assert len(read_json(folder / "item2img.json", "")) == 3
+
+
+def test_another_k_core_keeps_the_pictures_and_drops_what_named_them(shop, raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset_code=beauty", f"--base_url={shop.url}/files"]
+    folder = main([*flags, "--only=data,pictures"])
+    main([*flags, "--only=data", "--min_uc=4", "--min_sc=4", "--overwrite"])
+    assert load_catalog("data", "beauty").pictures is None
+    main([*flags, "--only=pictures"])
+    assert read_json(folder / "item2img.json", "") == {"ITEM0": "ITEM0.png", "ITEM1": "ITEM1.png"}
+    assert [path for path in shop.requests if path != "/2.png"].count("/1.png") == 1
+
+
+def test_processes_of_torchrun_share_the_features_and_one_alone_writes_the_rest(raw, tmp_path):
+    flags = [f"--raw_root={raw}", f"--data_root={tmp_path / 'data'}", "--no-use_img_encoder", *BUILT_IN]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "datasets.prepare"]
+    done = subprocess.run(
+        [sys.executable, *command, "--dataset_code=beauty", "--encoder_batch_size=2", *flags],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("features of 5 items") == 1
+    (made,) = (tmp_path / "data" / "features" / "beauty").glob("*.npy")
+    assert np.load(made).any(axis=1).all()
 
 
 # ------------------------------------------------------------------------------------------------------ again and again

@@ -15,7 +15,8 @@ import torch
 from dataloader import eval_rows
 from datasets.catalog import load_catalog
 from experiments import report
-from tests.prepared import write_prepared
+from tests.prepared import draw_picture, write_prepared
+from tests.raw import reviews_of, write_raw
 from trainer.metrics import ranking_metrics, target_ranks
 
 REPOSITORY = Path(__file__).parent.parent
@@ -35,7 +36,12 @@ def commands():
 
 def shell(command, cwd):
     done = subprocess.run(
-        ["bash", "-c", command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        ["bash", "-c", command],
+        cwd=cwd,
+        env=ENVIRONMENT | {"HOME": str(cwd)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
@@ -48,9 +54,24 @@ def workplace(tmp_path_factory):
     for name in ("train.py", "eval.py"):
         (folder / name).symlink_to(REPOSITORY / name)
     write_prepared(folder / "data", "mine", users=6, items=10, pictures=True)
+    write_raw_files(folder)
     assert "pip install -r requirements.txt && python train.py" in commands()
     (folder / "first_output.txt").write_text(shell("python train.py", folder))
     return folder
+
+
+def write_raw_files(folder):
+    """Raw files, and pictures, where the README's commands of datasets.prepare look for them: as fetched for the first
+    command, in ~/amazon for the others."""
+    histories = [(f"U{u}", [f"B{(u + k) % 7}" for k in range(5)]) for u in range(12)]
+    for category, dataset in (("Beauty", "beauty"), ("Office_Products", "office")):
+        for root in (folder / "data/raw", folder / "amazon"):
+            write_raw(root / f"reviews_{category}_5.json.gz", reviews_of(histories))
+            write_raw(root / f"meta_{category}.json.gz", [{"asin": f"B{i}", "title": f"Tent {i}"} for i in range(7)])
+        photos = folder / "data/photos" / dataset
+        photos.mkdir(parents=True)
+        for i in range(7):
+            draw_picture(photos / f"B{i}.png", (40 * i, 90, 90))
 
 
 def newest_metrics(workplace, dataset="demo", name="test_mrl_metrics.json"):
@@ -125,6 +146,8 @@ def test_every_other_command_of_the_readme_runs(workplace, export):
     }
     shorter = {  # for those that train anew or measure long
         "python train.py": " --num_epochs 1 --lru_num_blocks 1 --mrl_hidden_sizes 8,64",
+        "python -m datasets.prepare": " --language_encoder lexical --img_encoder pixel",
+        "torchrun": " --language_encoder lexical --img_encoder pixel --encoder_batch_size 2",
         "python -m benchmarks.deploy": " --users 50 --requests 5 --catalogue 2000",
     }
     ci = (REPOSITORY / ".ci/run").read_text()
@@ -135,7 +158,7 @@ def test_every_other_command_of_the_readme_runs(workplace, export):
     for command in commands():
         if command in elsewhere or command.startswith("CUDA_VISIBLE_DEVICES"):  # tests/test_scripts.py
             continue
-        assert shlex.split(command)[0] == "python", command
+        assert shlex.split(command)[0] in ("python", "torchrun"), command
         if export.name in command and command.startswith("python -m model.export"):
             continue
         trained = "--help" not in command and "--resume" not in command

@@ -58,7 +58,7 @@ def prepare_pictures(
     dataset_folder: Path,
     *,
     fetch: bool,
-    workers: int = 16,
+    workers: int = 24,
     per_second: float = 200,
     say: Callable[[str], None] = print,
     patience: Patience = PATIENCE,
@@ -127,9 +127,9 @@ def adopt_pictures(asins: list[str], photos: Path, pickled: Path | None = None) 
         if name and _is_picture(photos, name):
             manifest[asin] = {"file": name}
         elif asin in paths:
-            manifest[asin] = {"missing": f"{pickled.name} names {shown(paths[asin])}, which is not in {photos}"}
+            manifest[asin] = {"missing": f"{pickled.name} names {shown(paths[asin])}, which is not in {photos.name}/"}
         else:
-            manifest[asin] = {"missing": f"{NO_URL}, and no file of this name in {photos}"}
+            manifest[asin] = {"missing": f"{NO_URL}, and no file of this name in {photos.name}/"}
     return manifest
 
 
@@ -251,7 +251,7 @@ def fetch_pictures(
     folder: Path,
     *,
     names: dict[str, str] | None = None,
-    workers: int = 16,
+    workers: int = 24,
     per_second: float = 200,
     patience: Patience = PATIENCE,
     max_bytes: int = MAX_BYTES,
@@ -261,7 +261,8 @@ def fetch_pictures(
 
     A picture is decoded as a whole before it takes its name in `folder`, `names`[ASIN] and the suffix of its format;
     without `names` it is the ASIN, or item-<position> where that is unfit for a file. A picture that is there is not
-    fetched again. Raises InputError where the folder cannot be written.
+    fetched again. Where no server at all answers, most are not tried. Raises InputError where the folder cannot be
+    written.
     """
     from PIL import Image
 

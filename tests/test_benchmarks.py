@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks import speed
+from benchmarks import pictures, speed
 from benchmarks.baseline import Baseline, padded
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
 from datasets.catalog import load_catalog
@@ -65,3 +65,11 @@ def test_the_speed_benchmark_prints_every_case_with_its_ratio(capsys):
     for case in ("baseline", "fp32", "bf16", "every slice alone"):
         assert sum(line.strip().startswith(case) and line.endswith(" x") for line in printed.splitlines()) >= 1
     assert printed.count("GB peak resident memory") == 3
+
+
+def test_the_pictures_benchmark_meets_every_failure_and_verifies_what_is_left(capsys):
+    small = "--pictures 14 --side 32 --latency 0 --failures 0.5 --read 0.3 --tries 2 --runs 1"
+    pictures.main(small.split())
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.endswith("| 14 | 0 | 0 | yes |")
+    assert second.endswith("| 8 | 2 | 4 | yes |")

@@ -196,6 +196,20 @@ def test_a_disk_that_cannot_be_written_ends_it_all_with_one_error(web, photos, m
     assert len(web.requests) < 50
 
 
+def test_a_disk_that_fills_up_in_the_middle_of_a_picture_leaves_none(web, photos):
+    web.pages["/a"] = good(JPEG)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
+        "from pathlib import Path; from config import run_cli; from datasets.pictures import fetch_pictures\n"
+        "run_cli(lambda: fetch_pictures({f'B{i}': [sys.argv[1]] for i in range(99)}, Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, f"{web.url}/a", str(photos)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "File too large; free space" in done.stderr
+    assert [name for name in names(photos) if not name.endswith(".tmp")] == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_the_right_to_write_is_named(web, photos):
     photos.mkdir(parents=True)

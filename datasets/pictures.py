@@ -92,7 +92,8 @@ def prepare_pictures(
     rest = [asin for asin in asins if asin not in manifest]
     if fetch:
         files = {asin: entry["file"] for asin, entry in (before | manifest).items() if "file" in entry} | listed
-        names = _file_stems(asins, {Path(name).stem: asin for asin, name in files.items()})
+        claimed = dict.fromkeys(_by_stem(photos), "") if before else {}  # of items that the catalogue had once
+        names = _file_stems(asins, claimed | {Path(name).stem: asin for asin, name in files.items()})
         wanted = {asin: urls.get(asin) or [] for asin in rest}
         manifest |= fetch_pictures(
             wanted, photos, names=names, workers=workers, per_second=per_second, patience=patience
@@ -305,10 +306,10 @@ def fetch_pictures(
 def _file_stems(asins: list[str], claimed: dict[str, str]) -> dict[str, str]:
     """ASIN -> file name without suffix. An ASIN of other signs than Amazon's becomes the item's number: a path, or two
     that differ by case alone, never reach the file system. claimed: the item whose picture has a name already."""
-    stems = {}
+    stems, others = {}, set(asins)
     for number, asin in enumerate(asins, start=1):
         stem = asin if re.fullmatch(r"[A-Z0-9]{1,32}", asin) else f"item-{number}"
-        while stem != asin and claimed.get(stem, asin) != asin:  # the numbers were another catalogue's
+        while stem != asin and (stem in others or claimed.get(stem, asin) != asin):  # the name says another item
             stem += "_"
         stems[asin] = stem
     return stems

@@ -142,12 +142,18 @@ def test_an_item_without_a_url_and_one_with_a_strange_one_have_their_reason(phot
 
 
 def test_ids_that_are_no_file_names_become_numbers(web, photos, tmp_path):
-    odd = ["../../up", "/etc/x", "b1", "B1", "a\0b", "Ünï", "", ".", "B" * 33, "C\n", "item-1"]
+    odd = ["../../up", "/etc/x", "b1", "B1", "a\0b", "Ünï", "", ".", "B" * 33, "C\n", "item-99"]
     manifest = fetch(web, photos, {asin: good(JPEG) for asin in odd})
     expected = {asin: {"file": "B1.jpg" if asin == "B1" else f"item-{i}.jpg"} for i, asin in enumerate(odd, start=1)}
     assert manifest == expected
     assert names(photos) == sorted(entry["file"] for entry in expected.values())
     assert names(tmp_path) == ["photos"]
+
+
+def test_a_number_that_is_another_items_id_is_not_its_name(web, photos):
+    manifest = fetch(web, photos, {"item-2": good(JPEG), "item-1": good(PNG)})
+    assert manifest == {"item-2": {"file": "item-1_.jpg"}, "item-1": {"file": "item-2_.png"}}
+    assert "missing" in adopt_pictures(["item-1"], photos)["item-1"]
 
 
 def test_a_picture_that_is_there_is_not_fetched_again_and_a_failure_is_tried_again(web, photos):
@@ -470,16 +476,15 @@ def test_a_fetched_picture_that_was_deleted_is_fetched_again(web, dataset):
 
 
 def test_a_catalogue_that_shrank_or_changed_its_order_mixes_no_pictures_up(web, dataset):
-    red, blue = picture("PNG"), picture("PNG", colour=(0, 0, 255))
-    web.pages |= {"/red": good(red), "/blue": good(blue)}
-    urls = {"odd red": [f"{web.url}/red"], "odd blue": [f"{web.url}/blue"]}
+    colours = {"odd red": (255, 0, 0), "odd green": (0, 255, 0), "odd blue": (0, 0, 255)}
+    expected = {asin: picture("PNG", colour=colour) for asin, colour in colours.items()}
+    web.pages |= {f"/{asin[4:]}": good(data) for asin, data in expected.items()}
+    urls = {asin: [f"{web.url}/{asin[4:]}"] for asin in expected}
     assert dataset.prepare(urls, asins=["odd red"])["odd red"] == {"file": "item-1.png"}
-    for asins in (["odd blue", "odd red"], ["odd blue"], ["odd red", "odd blue"]):
+    for asins in (["odd blue", "odd red"], ["odd blue"], ["odd green", "odd blue"], list(expected)):
         manifest = dataset.prepare(urls, asins=asins)
-        expected = {"odd red": red, "odd blue": blue}
-        assert {asin: (dataset.photos / manifest[asin]["file"]).read_bytes() for asin in asins} == {
-            asin: expected[asin] for asin in asins
-        }
+        for asin in asins:
+            assert (dataset.photos / manifest[asin]["file"]).read_bytes() == expected[asin]
 
 
 @pytest.mark.parametrize("text", ["[]", '{"B1": {}}', '{"B1": {"file": 1}}', '{"B1": {"lost": "x"}}', "{"])

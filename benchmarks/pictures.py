@@ -115,8 +115,8 @@ def serve(share: float, arguments: argparse.Namespace) -> None:
 
 def fetched(share: float, arguments: argparse.Namespace) -> tuple[float, Counter]:
     """Seconds, and how many items have a file, none, or a broken one, once that has been verified."""
-    from datasets.fetch import Patience
     from datasets.pictures import prepare_pictures
+    from datasets.web import Patience
 
     flags = ["--pictures", str(arguments.pictures), "--side", str(arguments.side), "--latency", str(arguments.latency)]
     command = [sys.executable, "-m", "benchmarks.pictures", *flags, "--serve", str(share)]

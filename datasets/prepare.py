@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("pictures")
     group.add_argument(
-        "--picture_workers", type=_count, default=16, metavar="N", help="fetched at a time (default: 16)"
+        "--picture_workers", type=_count, default=24, metavar="N", help="fetched at a time (default: 24)"
     )
     group.add_argument(
         "--pictures_per_second", type=float, default=200.0, metavar="X", help="fetched at most (default: 200)"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from config import InputError
-from datasets import fetch
-from datasets.fetch import Fetcher, FetchError, Patience, check_file, fetch_file, redirected
+from datasets.fetch import check_file, fetch_file
+from datasets.web import Fetcher, FetchError, Patience, _retry_after, redirected
 from tests.picture_server import cut_short, drip, endless, good, in_turn, ranges, redirect, serving, stalled, status
 
 REPOSITORY = Path(__file__).parent.parent
@@ -87,10 +87,10 @@ def test_retry_after_is_waited_for_but_not_longer_than_the_patience(web):
 
 def test_retry_after_may_be_seconds_a_date_or_nonsense():
     later = email.utils.formatdate(time.time() + 40, usegmt=True)
-    assert fetch._retry_after("7", 60) == 7
-    assert 35 < fetch._retry_after(later, 60) <= 40
-    assert fetch._retry_after(email.utils.formatdate(time.time() - 40), 60) == 0
-    assert [fetch._retry_after(value, 60) for value in ("", "soon", "-5", "9" * 30)] == [0, 0, 0, 60]
+    assert _retry_after("7", 60) == 7
+    assert 35 < _retry_after(later, 60) <= 40
+    assert _retry_after(email.utils.formatdate(time.time() - 40), 60) == 0
+    assert [_retry_after(value, 60) for value in ("", "soon", "-5", "9" * 30)] == [0, 0, 0, 60]
 
 
 def test_a_port_where_nothing_listens_is_named_without_an_address_in_memory():

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from config import InputError
-from datasets import files, pictures
+from datasets import files, picture_fetch, pictures
 from datasets.catalog import load_catalog
-from datasets.fetch import Patience
-from datasets.pictures import NO_URL, adopt_pictures, fetch_pictures, prepare_pictures
+from datasets.picture_fetch import NO_URL, fetch_pictures
+from datasets.pictures import adopt_pictures, prepare_pictures
+from datasets.web import Patience
 from tests.picture_server import (
     cut_short,
     drip,
@@ -176,7 +177,7 @@ def test_what_a_killed_run_left_is_cleared_and_other_hidden_files_are_not(web, p
 
 def test_where_nothing_can_be_reached_the_rest_is_not_tried(photos, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(pictures, "UNREACHABLE", 3)
+    monkeypatch.setattr(picture_fetch, "UNREACHABLE", 3)
     urls = {f"B{i}": ["http://127.0.0.1:1/a"] for i in range(100)}
     manifest = fetch_pictures(urls, photos, workers=1, patience=QUICK)
     assert "Connection refused" in manifest["B0"]["broken"]
@@ -185,7 +186,7 @@ def test_where_nothing_can_be_reached_the_rest_is_not_tried(photos, monkeypatch)
 
 
 def test_bad_urls_alone_do_not_keep_the_good_ones_from_being_tried(web, photos, monkeypatch):
-    monkeypatch.setattr(pictures, "UNREACHABLE", 3)
+    monkeypatch.setattr(picture_fetch, "UNREACHABLE", 3)
     web.pages["/a"] = good(JPEG)
     urls = {f"B{i}": ["ftp://host/a"] for i in range(20)} | {"C": [f"{web.url}/a"]}
     assert fetch_pictures(urls, photos, workers=1, patience=QUICK)["C"] == {"file": "C.jpg"}
@@ -206,7 +207,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_picture_leaves_none(web, photos
     web.pages["/a"] = good(JPEG)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
-        "from pathlib import Path; from config import run_cli; from datasets.pictures import fetch_pictures\n"
+        "from pathlib import Path; from config import run_cli; from datasets.picture_fetch import fetch_pictures\n"
         "run_cli(lambda: fetch_pictures({f'B{i}': [sys.argv[1]] for i in range(99)}, Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, f"{web.url}/a", str(photos)]
@@ -235,7 +236,7 @@ def test_an_interrupt_does_not_wait_for_what_is_queued_or_stalled(web, photos, m
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pictures.tqdm, "update", interrupt)
+    monkeypatch.setattr(picture_fetch.tqdm, "update", interrupt)
     pages = {"B0": good(JPEG)} | {f"B{i}": stalled() for i in range(1, 100)}
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -261,7 +262,7 @@ def test_only_a_bounded_number_of_items_is_handed_to_the_threads(monkeypatch):
         most.append(len(taken) - len(most))
         return True
 
-    pictures._in_threads(work, tasks(), 4, threading.Event(), done)
+    picture_fetch._in_threads(work, tasks(), 4, threading.Event(), done)
     assert len(most) == 100
     assert max(most) <= 9
 

@@ -62,7 +62,7 @@ class Config:
     )
     data_root: str = setting(
         "data",
-        "folder that holds <dataset_code>/ and photos/<dataset_code>/; only read (the demo is made in data/)",
+        "folder that holds <dataset_code>/ and photos/<dataset_code>/; training only reads it (the demo is in data/)",
         runtime=True,
     )
 

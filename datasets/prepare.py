@@ -9,6 +9,7 @@ It goes on where it was cut off. The result is the layout of datasets/catalog.py
 """
 
 import argparse
+import difflib
 import gzip
 import json
 import os
@@ -79,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     flags, arguments = parse_args(argv, __doc__, add_arguments, SETTINGS)
     config, _ = resolve(flags)
     steps = _steps(arguments.only)
-    _check_dataset(flags, config)
+    _check_dataset(flags)
     folder = Path(config.data_root) / config.dataset_code
     if "data" not in steps:
         load_catalog(config.data_root, config.dataset_code)  # says what is missing before anything is made
+    elif not (config.dataset_code in PAPER_SETS or (arguments.reviews and arguments.meta) or folder.exists()):
+        raise InputError(_not_known(config.dataset_code))
     first = ranks.rank() == 0  # the others of torchrun share in the encoding
     with only_one(folder) if first else nullcontext():
         if first:
@@ -105,12 +108,22 @@ def _steps(text: str) -> tuple[str, ...]:
     return steps
 
 
-def _check_dataset(flags: dict[str, Any], config: Config) -> None:
+def _check_dataset(flags: dict[str, Any]) -> None:
     if "dataset_code" not in flags:
-        raise InputError(f"--dataset_code is missing: {', '.join(PAPER_SETS)}, or a name of your own with --reviews "
-                         f"and --meta")  # fmt: skip
-    if config.dataset_code == "demo":
+        raise InputError(
+            f"--dataset_code is missing: {', '.join(PAPER_SETS)}, or a name of your own with --reviews and --meta"
+        )
+    if flags["dataset_code"] == "demo":
         raise InputError("demo is built in and needs no preparing: python train.py")
+
+
+def _not_known(dataset_code: str) -> str:
+    near = difflib.get_close_matches(dataset_code, PAPER_SETS, n=1)
+    return (
+        f"--dataset_code {dataset_code!r} is none of {', '.join(PAPER_SETS)}"
+        + (f" (did you mean {near[0]}?)" if near else "")
+        + "; to prepare another dataset, give its files: --raw_root FOLDER --reviews FILE --meta FILE"
+    )
 
 
 def _count(text: str) -> int:
@@ -125,16 +138,16 @@ def only_one(folder: Path) -> Iterator[None]:
     """Hold the dataset's lock. Raises InputError that says who holds it. The lock ends with the process."""
     from filelock import FileLock, Timeout
 
-    holder = folder / ".prepare.holder"
-    lock = FileLock(folder / ".prepare.lock")
+    holder = folder.with_name(f".{folder.name}.prepared_by")
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
         raise InputError(f"{folder} is being prepared by {who}; wait for it, or end it and run this again") from None
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(folder.parent, error) from error
     try:
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
         yield
@@ -237,10 +250,7 @@ def raw_files(config: Config, arguments: argparse.Namespace) -> tuple[Path, Path
     found = []
     for flag, given, usual in zip(("reviews", "meta"), (arguments.reviews, arguments.meta), names, strict=True):
         if not given and not usual:
-            raise InputError(
-                f"--dataset_code {config.dataset_code!r} is none of {', '.join(PAPER_SETS)}, so give its files: "
-                f"--raw_root FOLDER --reviews FILE --meta FILE"
-            )
+            raise InputError(_not_known(config.dataset_code))
         paths = [root / name for name in ((given,) if given else usual)]
         path = next((path for path in paths if path.is_file()), None)
         if path is None and not arguments.raw_root and not given:

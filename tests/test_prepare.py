@@ -328,6 +328,11 @@ def test_another_category_without_its_files_is_told_the_flags(raw):
     assert "--raw_root FOLDER --reviews FILE --meta FILE" in refusal(raw, dataset="office")
 
 
+def test_a_misspelt_dataset_is_met_with_the_nearest_and_leaves_nothing_behind(raw):
+    assert "did you mean beauty?" in refusal(raw, dataset="beuty")
+    assert not (raw.parent / "data").exists()
+
+
 def test_swapped_files_are_recognised(raw):
     flags = ["--reviews=meta_Beauty.json.gz", "--meta=reviews_Beauty_5.json.gz"]
     assert "holds no reviews" in refusal(raw, *flags)
@@ -341,6 +346,28 @@ def test_a_damaged_raw_file_leaves_the_prepared_data_as_they_were(raw):
     path.write_bytes(path.read_bytes()[:-9])
     assert "cannot be read beyond line" in refusal(raw, "--overwrite")
     assert contents(folder) == first
+
+
+def test_a_full_disk_is_named_and_the_next_run_goes_on(raw, tmp_path):
+    undisturbed = contents(prepare(raw))
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(REPO)!r})
+from config import run_cli
+from datasets.prepare import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))  # a file may have no more bytes
+run_cli(lambda: main(["--dataset_code=beauty", "--raw_root={raw}", "--data_root={tmp_path}/full", "--only=data"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"cannot write {tmp_path}/full/beauty/datamaps.json" in done.stderr
+    main(["--dataset_code=beauty", f"--raw_root={raw}", f"--data_root={tmp_path / 'full'}", "--only=data"])
+    assert contents(tmp_path / "full" / "beauty") == undisturbed
+
+
+def test_a_folder_that_cannot_be_written_is_named(raw, tmp_path):
+    (tmp_path / "data").write_text("a file where the folder should be", encoding="utf-8")
+    assert f"cannot write {tmp_path / 'data'}" in refusal(raw)
 
 
 def test_pictures_or_features_of_data_that_are_not_there_are_refused_with_the_command(tmp_path):

@@ -194,10 +194,11 @@ def _find(candidates: list[_File], commit: str | None, say: Callable[[str], None
             damaged.append((file, problem))
     if whole:
         return min(whole, key=lambda file: file.header["made"])
-    for file, problem in damaged[:1]:
-        say(f"{file.path} is {problem}: made again")
-        return file
-    return candidates[0]
+    if not damaged:
+        return candidates[0]
+    file, problem = damaged[0]
+    say(f"{file.path} is {problem}: made again")
+    return file
 
 
 def _make(file: _File, catalog: Catalog, name: str, items: list[Any], how: _How) -> _File:

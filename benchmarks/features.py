@@ -53,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.texts and arguments.language_encoder:
             compare("texts", text_catalog(Path(arguments.texts), arguments.num_texts), arguments, Path(folder))
-        if arguments.img_model != "none":
-            catalog = picture_catalog(Path(folder), arguments.num_pictures)
-            compare("pictures", catalog, arguments, Path(folder))
+        if arguments.img_model == "none":
+            return
+        catalog = picture_catalog(Path(folder), arguments.num_pictures)
+        compare("pictures", catalog, arguments, Path(folder))
     for count in (400, 1600):
         command = [sys.executable, "-m", "benchmarks.features", *(argv or sys.argv[1:]), "--memory_of", str(count)]
         peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
@@ -70,8 +71,8 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
 
     is_text = what == "texts"
     name = arguments.language_encoder if is_text else random_weights(arguments.img_model, folder)
-    items = [record["text"] for record in catalog.metadata] if is_text else catalog.pictures
-    print(f"{len(items)} {what}, {Path(name).name if is_text else arguments.img_model}")
+    texts, items = [record.get("text") for record in catalog.metadata], catalog.pictures
+    print(f"{len(texts)} {what}, {Path(name).name if is_text else arguments.img_model}")
     made: dict[str, np.ndarray] = {}
     load = encoders.language_encoder if is_text else encoders.image_encoder
     fingerprint = encoders.image_fingerprint(name)
@@ -79,7 +80,8 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
     for precision in arguments.precisions.split(","):
         encoder = load(name, arguments.device, precision)
         if is_text:
-            rows = embedding.text_batches(encoder, items, arguments.batch)
+            items = encoder.tokenize(texts)
+            rows = embedding.text_batches(items, arguments.batch)
         else:
             rows = embedding.picture_batches(len(items), arguments.batch)
         read = embedding.read_texts if is_text else embedding.read_pictures
@@ -108,7 +110,7 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
 
         seconds = paired({"bare forward": forward, "whole path": whole}, arguments.runs)
         ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
-        rates = {case: len(items) / statistics.median(values) for case, values in seconds.items()}
+        rates = {case: len(texts) / statistics.median(values) for case, values in seconds.items()}
         print(f"  {precision}  bare forward {rates['bare forward']:8.1f}/s   whole path {rates['whole path']:8.1f}/s   "
               f"{ratio:.1%}", flush=True)  # fmt: skip
     if len(made) > 1:

@@ -22,9 +22,9 @@ NO_PICTURE = "no picture listed"
 AHEAD = 2  # batches that a worker process has ready; all that memory depends on, however many pictures there are
 
 
-def text_batches(encoder: Encoder, texts: list[str], batch_size: int) -> list[np.ndarray]:
-    """The rows of each batch, longest first: texts of like length, so that little padding is read."""
-    longest_first = np.argsort(-np.array(encoder.lengths(texts)), kind="stable")
+def text_batches(texts: list[Any], batch_size: int) -> list[np.ndarray]:
+    """The rows of each batch of tokenized texts, longest first: of like length, so that little padding is read."""
+    longest_first = np.argsort([-len(text) for text in texts], kind="stable")
     return np.split(longest_first, range(batch_size, len(texts), batch_size))
 
 
@@ -33,8 +33,8 @@ def picture_batches(count: int, batch_size: int) -> list[np.ndarray]:
     return np.split(np.arange(count), range(batch_size, count, batch_size))
 
 
-def read_texts(prepare: Callable, texts: list[str]) -> tuple[int, list[int], Any]:
-    """(B, the rows of the batch that are encoded, what the encoder's `forward` takes): of texts, all."""
+def read_texts(prepare: Callable, texts: list[Any]) -> tuple[int, list[int], Any]:
+    """(B, the rows of the batch that are encoded, what the encoder's `forward` takes): of tokenized texts, all."""
     return len(texts), list(range(len(texts))), prepare(texts)
 
 
@@ -186,7 +186,8 @@ def embed_records(
         if name == recipe["language"]["encoder"] and recipe["language"]["commit"] and "@" not in name:
             name = f"{name}@{recipe['language']['commit']}"  # the hub's model may have moved on
         encoder = encoders.language_encoder(name, "cpu")
-        parts.append(encode_all(encoder, read_texts, texts, text_batches(encoder, texts, 32)))
+        tokenized = encoder.tokenize(texts)
+        parts.append(encode_all(encoder, read_texts, tokenized, text_batches(tokenized, 32)))
     if recipe["image"]:
         name = image or recipe["image"]["encoder"]
         _check_encoder("img_encoder", name, encoders.image_fingerprint(name), recipe["image"])

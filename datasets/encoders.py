@@ -6,8 +6,8 @@ Pictures: pixel, or any open_clip model as MODEL/PRETRAINED or MODEL/path-to-wei
 Every encoder has a `fingerprint` (what its features depend on, for the cache), a width `dim`, and
 `encode(batch) -> float32 array [len(batch), dim]`. F: feature width, B: batch.
 
-`encode` is `forward(prepare(batch))`. Worker processes may do `prepare`, which holds no weights and can be pickled; it
-reads its batch one by one, so that of many pictures only one is there decoded.
+`encode` is `forward(prepare(tokenize(batch)))`. Worker processes may do `prepare`, which holds no weights and can be
+pickled; it reads its batch one by one, so that of many pictures only one is there decoded.
 """
 
 import hashlib
@@ -44,11 +44,11 @@ class Encoder:
 
     def encode(self, batch: Iterable[Any]) -> np.ndarray:
         """Texts or pictures -> [B, F] float32, rows of length 1."""
-        return self.forward(self.prepare(batch))
+        return self.forward(self.prepare(self.tokenize(batch)))
 
-    def lengths(self, texts: list[str]) -> list[int]:
-        """How much there is to read in each: texts of like length make good batches."""
-        return list(map(len, texts))
+    def tokenize(self, batch: Iterable[Any]) -> Iterable[Any]:
+        """Texts as `prepare` takes them, each as long as there is to read; pictures as they are."""
+        return batch
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
@@ -169,9 +169,9 @@ class TransformersEncoder(Encoder):
                 getattr(self.model.config, "max_position_embeddings", 512),
                 limits.get("max_seq_length") or 512,
             )
-            self.prepare = partial(_tokens, self.tokenizer, self.max_length)
+            self.prepare = partial(_padded, self.tokenizer.pad_token_id or 0, self.tokenizer.padding_side)
             self.device = torch.device(device)
-            self.on_gpu = self.slow_to_prepare = self.device.type == "cuda"  # a CPU takes 30 times as long to encode
+            self.on_gpu, self.slow_to_prepare = self.device.type == "cuda", False
             self.dim = self.encode([""]).shape[1]
         except Exception as error:  # whatever the hub client, the weights' reader or the model raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -195,15 +195,22 @@ class TransformersEncoder(Encoder):
                 states = states[:, 0]
         return normalised(states.cpu().numpy())
 
-    def lengths(self, texts: list[str]) -> list[int]:
-        chunks = (texts[start : start + 1000] for start in range(0, len(texts), 1000))
-        read = (self.tokenizer(chunk, truncation=True, max_length=self.max_length)["input_ids"] for chunk in chunks)
-        return [len(tokens) for chunk in read for tokens in chunk]
+    def tokenize(self, batch: Iterable[str]) -> list[np.ndarray]:
+        texts, read = list(batch), {"truncation": True, "max_length": self.max_length, "return_attention_mask": False}
+        chunks = (self.tokenizer(texts[at : at + 1000], **read)["input_ids"] for at in range(0, len(texts), 1000))
+        return [np.array(tokens, dtype=np.int32) for chunk in chunks for tokens in chunk]
 
 
-def _tokens(tokenizer: Any, max_length: int, texts: Iterable[str]) -> dict[str, Any]:
+def _padded(pad: int, side: str, batch: Iterable[np.ndarray]) -> dict[str, Any]:
     """What a text encoder reads, tensors [B, tokens]."""
-    return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"))
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = [torch.from_numpy(tokens).long() for tokens in batch]
+    return {
+        "input_ids": pad_sequence(ids, True, pad, side),
+        "attention_mask": pad_sequence([torch.ones_like(tokens) for tokens in ids], True, 0, side),
+    }
 
 
 def _offline_without_network() -> None:

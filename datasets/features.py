@@ -153,7 +153,7 @@ def _cached(catalog: Catalog, name: str, key: dict[str, Any], items: list[Any], 
     from filelock import FileLock
 
     def find(say: Callable[[str], None] = _silent) -> _File:
-        return _find(_candidates(catalog, name, key, how), encoders.hub_commit(name), say)
+        return _find(_candidates(catalog, name, key, how), _commit(name, key), say)
 
     found = ranks.on_first(find)
     if found.header:
@@ -169,6 +169,10 @@ def _cached(catalog: Catalog, name: str, key: dict[str, Any], items: list[Any], 
         return found if found.header else _make(found, catalog, name, items, how)
     finally:
         lock.release()
+
+
+def _commit(name: str, key: dict[str, Any]) -> str | None:
+    return encoders.hub_commit(name) if key["kind"] == "language" else None
 
 
 def _candidates(catalog: Catalog, name: str, key: dict[str, Any], how: _How) -> list[_File]:
@@ -211,9 +215,11 @@ def _make(file: _File, catalog: Catalog, name: str, items: list[Any], how: _How)
             f"once: {path}; python -m datasets.prepare --dataset_code {catalog.name} --only features does it too"
         )
     encoder = (encoders.language_encoder if is_text else encoders.image_encoder)(name, how.device, precision)
-    rows = text_batches(encoder, items, how.batch_size) if is_text else picture_batches(len(items), how.batch_size)
+    if is_text:
+        items = encoder.tokenize(items)
+    rows = text_batches(items, how.batch_size) if is_text else picture_batches(len(items), how.batch_size)
     shape = (len(items), encoder.dim)
-    header = {"key": key, "commit": encoders.hub_commit(name) or ""}
+    header = {"key": key, "commit": _commit(name, key) or ""}
     order = hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
     plan = {**header, "shape": list(shape), "batch_size": how.batch_size, "order": order}
     todo = ranks.on_first(lambda: cache.begin(path, plan, shape, rows))

@@ -299,9 +299,34 @@ def test_workers_change_no_bit(data_root, encoder):
 
 def test_workers_change_no_bit_of_what_transformers_reads(bert):
     encoder = encoders.language_encoder(str(bert), "cpu")
-    batches = [["red tent", "warm"], ["light stove knife", "lamp"]]
+    batches = [encoder.tokenize(texts) for texts in (["red tent", "warm"], ["light stove knife", "lamp"])]
     plain, ahead = (np.concatenate([*encode_batches(encoder, read_texts, batches, workers=n)]) for n in (0, 1))
     np.testing.assert_array_equal(ahead, plain)
+
+
+@pytest.fixture
+def clip(tmp_path) -> str:
+    """The name of an open_clip model of random weights."""
+    import open_clip
+    import torch
+
+    torch.save(open_clip.create_model("ViT-S-32-alt").state_dict(), tmp_path / "weights.pt")
+    return f"ViT-S-32-alt/{tmp_path / 'weights.pt'}"
+
+
+def test_open_clip_from_a_file_is_cached_in_its_precision_and_workers_change_no_bit(data_root, clip, tmp_path):
+    catalog, parts = catalog_of(data_root), {}
+    arguments = {"language": None, "image": clip, "attributes": (), "say": lambda line: None}
+    for precision in ("fp32", "bf16"):
+        [parts[precision]] = feature_files(
+            catalog, **arguments, precision=precision, cache_root=tmp_path / "cache", batch_size=4
+        )
+        assert (parts[precision].any(axis=1)[[0, 19]] == 0).all() and parts[precision][1:19].any(axis=1).all()
+    assert (parts["fp32"] * parts["bf16"])[1:19].sum(axis=1).min() > 0.999
+    encoder = encoders.image_encoder(clip, "cpu")
+    batches = [catalog.pictures[start : start + 4] for start in range(0, 20, 4)]
+    ahead = np.concatenate([*encode_batches(encoder, read_pictures, batches, workers=1)])
+    np.testing.assert_array_equal(ahead, parts["fp32"])
 
 
 class Killed(PixelEncoder):
@@ -324,9 +349,9 @@ def test_a_worker_that_is_killed_is_said_with_what_helps(data_root):
 def test_texts_of_like_length_in_tokens_are_read_together(bert):
     encoder = encoders.language_encoder(str(bert), "cpu")
     texts = ["red", "zebra zebra", "warm light tent", "red warm light tent lamp stove", "lamp"]
-    tokens = [len(row) for row in encoder.tokenizer(texts, truncation=True, max_length=12)["input_ids"]]
-    assert encoder.lengths(texts) == tokens
-    assert [batch.tolist() for batch in text_batches(encoder, texts, 2)] == [[1, 3], [2, 0], [4]]
+    tokenized = encoder.tokenize(texts)
+    assert [len(tokens) for tokens in tokenized] == [3, 12, 5, 8, 3]  # one to begin and one to end with, 12 at most
+    assert [batch.tolist() for batch in text_batches(tokenized, 2)] == [[1, 3], [2, 0], [4]]
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):

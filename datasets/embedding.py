@@ -109,7 +109,7 @@ def _ahead(read: Callable, batches: Iterable[list[Any]], workers: int, pin_memor
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):  # an error in `read` names the worker further on
             raise
         raise InputError(
             f"a process that reads ahead of the encoder was killed ({str(error).splitlines()[0]}), for want of memory "

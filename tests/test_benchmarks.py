@@ -1,5 +1,10 @@
 """The benchmarks measure the same method two ways."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 
 from benchmarks import pictures, speed
@@ -7,7 +12,7 @@ from benchmarks.baseline import Baseline, padded
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
 from datasets.catalog import load_catalog
 from model import FMRLRec, matryoshka_cross_entropy
-from tests.prepared import write_prepared
+from tests.prepared import write_prepared, write_tiny_bert
 from trainer.metrics import target_ranks
 
 CPU = torch.device("cpu")
@@ -73,3 +78,14 @@ def test_the_pictures_benchmark_meets_every_failure_and_verifies_what_is_left(ca
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert first.endswith("| 14 | 0 | 0 | yes |")
     assert second.endswith("| 8 | 2 | 4 | yes |")
+
+
+def test_the_features_benchmark_prints_rates_ratios_and_cosines(tmp_path):
+    metadata = write_prepared(tmp_path, "tiny", items=20) / "meta.json.gz"
+    bert = write_tiny_bert(tmp_path / "bert")
+    command = [sys.executable, "-m", "benchmarks.features", "--texts", metadata, "--language_encoder", bert]
+    command += ["--img_model", "none", "--runs", "1"]
+    printed = subprocess.check_output(command, cwd=Path(__file__).parent.parent, text=True, timeout=120)
+    rates = r"^  {}  bare forward +[\d.]+/s   whole path +[\d.]+/s   [\d.]+%$"
+    assert all(re.search(rates.format(precision), printed, flags=re.MULTILINE) for precision in ("fp32", "bf16"))
+    assert "cosine of fp32 and bf16: least 0.9" in printed

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "(default: ViT-B-16-SigLIP; none: no pictures)")  # fmt: skip
     parser.add_argument("--num_pictures", type=int, default=96, help="JPEGs of 500 x 500 (default: 96)")
     parser.add_argument("--batch", type=int, default=32, help="texts or pictures in a batch (default: 32)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read ahead (default: 1)")
+    parser.add_argument("--workers", type=int, default=4, help="processes at most that read ahead (default: 4)")
     parser.add_argument("--precisions", default="fp32,bf16", help="(default: fp32,bf16)")
     parser.add_argument("--runs", type=int, default=3, help="paired runs of each (default: 3)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")

@@ -35,7 +35,7 @@ class Encoder:
     dim: int
     fingerprint: dict[str, Any]
     prepare: Callable[[Iterable[Any]], Any]
-    slow_to_prepare = True  # long enough for processes of its own to pay
+    slow_to_prepare = True  # beside `forward`: long enough for processes of its own to pay
     on_gpu = False
 
     def forward(self, prepared: Any) -> np.ndarray:
@@ -304,6 +304,7 @@ class OpenClipEncoder(Encoder):
         self.prepare = partial(_pixels, self.preprocess)
         self.model, self.device = model.to(device).eval(), torch.device(device)
         self.dtype, self.on_gpu = getattr(torch, DTYPES[precision]), self.device.type == "cuda"
+        self.slow_to_prepare = self.on_gpu  # on a CPU decoding is a twentieth, and takes cores from the encoder
         size = open_clip.get_model_preprocess_cfg(model)["size"]
         height, width = (size, size) if isinstance(size, int) else size
         self.dim = self.forward(torch.zeros(1, 3, height, width)).shape[1]

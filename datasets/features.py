@@ -34,7 +34,7 @@ from datasets.files import cannot_write
 from datasets.text import NO_TEXT, item_text
 
 CACHE_ROOT = Path("data/features")
-BATCHES_A_WORKER = 8  # a worker takes seconds to start, so it is not started for fewer
+BATCHES_A_WORKER = 32  # a worker takes about six seconds to start, so it is not started for fewer
 
 
 def item_features(catalog: Catalog, **arguments: Any) -> np.ndarray | None:

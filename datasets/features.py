@@ -66,12 +66,8 @@ def feature_files(
     workers: processes at most that read ahead of the encoder; 0 for none.
     Raises InputError where an encoder cannot be had, the dataset has no pictures, or the disk is full.
     """
-    if image and catalog.pictures is None:
-        raise InputError(
-            f"{catalog.name} has no item2img.json, so there are no pictures for --img_encoder {image}; "
-            f"python -m datasets.prepare --dataset_code {catalog.name} --only pictures fetches those that the metadata "
-            f"has addresses of, --no-use_img_encoder trains on text alone"
-        )
+    if image and not any(catalog.pictures or []):
+        raise InputError(_no_pictures(catalog, "item2img.json lists none" if catalog.pictures else "no item2img.json"))
     ranks.start()
     if str(device) == "cuda" and ranks.world_size() > 1:
         device = f"cuda:{ranks.local_rank()}"
@@ -212,7 +208,7 @@ def _make(file: _File, catalog: Catalog, name: str, items: list[Any], how: _How)
     if "precision" in key:
         how.say(
             f"encoding {len(items):,} {'texts' if is_text else 'pictures'} by {name} ({precision}, {how.device}), "
-            f"once: {path}; python -m datasets.prepare --dataset_code {catalog.name} --only features does it too"
+            f"once: {path}"
         )
     encoder = (encoders.language_encoder if is_text else encoders.image_encoder)(name, how.device, precision)
     if is_text:
@@ -243,11 +239,7 @@ def _make(file: _File, catalog: Catalog, name: str, items: list[Any], how: _How)
             broken = {} if is_text else _unreadable(catalog, cache.partial(path))
             if len(broken) == len(items):
                 cache.drop(path)
-                raise InputError(
-                    f"none of {catalog.name}'s pictures can be read ({next(iter(broken.values()))}); python -m "
-                    f"datasets.prepare --dataset_code {catalog.name} --only pictures fetches them, "
-                    f"--no-use_img_encoder goes without"
-                )
+                raise InputError(_no_pictures(catalog, next(iter(broken.values()))))
             return cache.finish(path, header | {"broken": broken}, rows)
 
         return replace(file, header=ranks.on_first(finish))
@@ -255,6 +247,14 @@ def _make(file: _File, catalog: Catalog, name: str, items: list[Any], how: _How)
         if ranks.world_size() == 1:
             cache.drop_if_empty(path)
         raise
+
+
+def _no_pictures(catalog: Catalog, why: str) -> str:
+    return (
+        f"{catalog.name} has no picture that can be read ({why}); python -m datasets.prepare --dataset_code "
+        f"{catalog.name} --only pictures fetches those that the metadata has addresses of, --no-use_img_encoder goes "
+        f"without"
+    )
 
 
 def _unreadable(catalog: Catalog, features: np.ndarray) -> dict[str, str]:

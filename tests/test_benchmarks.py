@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import pictures, speed
+from benchmarks import pictures, prepare, speed
 from benchmarks.baseline import Baseline, padded
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
 from datasets.catalog import load_catalog
@@ -78,6 +78,17 @@ def test_the_pictures_benchmark_meets_every_failure_and_verifies_what_is_left(ca
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert first.endswith("| 14 | 0 | 0 | yes |")
     assert second.endswith("| 8 | 2 | 4 | yes |")
+
+
+def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, capsys):
+    small = ["--reviews", "3000", "--products", "100", "--folder", str(tmp_path)]
+    prepare.main(small)
+    raw = tmp_path / "raw-3000-100" / "reviews.json.gz"
+    made = raw.stat().st_mtime_ns
+    prepare.main([*small, "--repeats", "2"])
+    assert raw.stat().st_mtime_ns == made
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| 3,000 | 100 | 0.0 |")
+    assert (tmp_path / "made" / "sequential_data.txt").exists()
 
 
 def test_the_features_benchmark_prints_rates_ratios_and_cosines(tmp_path):

@@ -530,13 +530,13 @@ def test_a_batch_without_a_readable_picture_is_skipped(catalog, shop, encoded):
 def test_a_dataset_whose_pictures_can_none_be_read_is_refused(catalog, shop):
     for path in catalog.pictures:
         path.unlink()
-    with pytest.raises(InputError, match=r"none of tiny's pictures can be read \(B000000001\.png: .*use_img_encoder"):
+    with pytest.raises(InputError, match=r"tiny has no picture that can be read \(B000000001\.png: .*use_img_encoder"):
         shop.features(catalog, **PICTURES)
     assert shop.files() == []
 
 
 def test_a_dataset_without_a_list_of_pictures_is_refused_with_the_flag_that_goes_without(catalog, shop):
-    with pytest.raises(InputError, match=r"tiny has no item2img\.json.*--no-use_img_encoder"):
+    with pytest.raises(InputError, match=r"has no picture that can be read \(no item2img\.json\).*--no-use_img"):
         shop.features(dataclasses.replace(catalog, pictures=None), **PICTURES)
 
 

@@ -91,7 +91,7 @@ class Config:
     encoder_batch_size: int = setting(32, "texts or pictures an encoder reads at once", runtime=True)
     encoder_workers: int = setting(
         4,
-        "processes at most that decode pictures ahead of an encoder on a GPU, beside one core for this one; 0: none",
+        "processes at most that read ahead of an encoder on a GPU, or share in lexical and pixel; 0: none",
         runtime=True,
     )
 

@@ -1,6 +1,6 @@
 """Time and memory of datasets/prepare.py on a made-up raw category.
 
-python -m benchmarks.prepare                      # 10 million reviews, 1 million products: 4 GB of raw files are made
+python -m benchmarks.prepare                      # 10 million reviews, 1 million products: 5 GB of raw files are made
 python -m benchmarks.prepare --reviews 1000000 --products 100000
 """
 
@@ -97,7 +97,7 @@ def review_lines(reviews: int, products: int) -> Iterator[str]:
 
 
 def product_lines(products: int) -> Iterator[str]:
-    """Metadata as Amazon's of 2014, about 2 kB each."""
+    """Metadata as Amazon's of 2014, about 1.7 kB each."""
     rng = np.random.default_rng(1)
     text = texts(rng, 5, 150)
     for start in range(0, products, CHUNK):

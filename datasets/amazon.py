@@ -9,6 +9,7 @@
 n reviews, U users, N items.
 """
 
+import json
 import math
 import re
 from array import array
@@ -116,21 +117,24 @@ ITEM_KEYS = ("parent_asin", "asin")  # 2023's records are of parents; before the
 ID_IN_LINE = re.compile(r"""asin["']\s*:(?:\s*(["'])([\w-]+)\1)?""")  # an odd id gives an empty one
 
 
-def read_products(path: Path, wanted: Collection[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The products with one of the `wanted` ids as `product` gives them, by id, and what was left out, with counts. The
-    last record of an id counts. Raises InputError where the file is damaged or holds something else."""
+def read_products(path: Path, wanted: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """The products with one of the `wanted` ids as `product` gives them, in JSON, by id, and what was left out, with
+    counts. The last record of an id counts. Raises InputError where the file is damaged or holds something else."""
     file = RecordFile(path, MENDS)
-    products: dict[str, dict[str, Any]] = {}
+    products: dict[str, str] = {}
     for line in tqdm(file.texts(), desc=f"reading {path.name}", unit="line", unit_scale=True, disable=None):
         ids = {asin for _, asin in ID_IN_LINE.findall(line)}
-        if ids and "" not in ids and wanted.isdisjoint(ids):
-            continue  # a tenth of the time that parsing takes, and most products are not wanted
+        if ids and "" not in ids and wanted.isdisjoint(ids) and line.endswith("}"):
+            continue  # a small part of the time that parsing takes, and most products are not wanted
         record = parse_record(line)
         asin = next((record[key] for key in ITEM_KEYS if isinstance(record.get(key), str)), None) if record else None
-        if asin is None or any(key in record for keys in REVIEW_KEYS for key in keys[:1]):
+        try:
+            if asin is None or any(keys[0] in record for keys in REVIEW_KEYS):
+                file.is_bad()
+            elif asin in wanted:
+                products[asin] = json.dumps(product(asin, record))
+        except (TypeError, ValueError, RecursionError):  # a literal may hold bytes, sets and anything nested
             file.is_bad()
-        elif asin in wanted:
-            products[asin] = product(asin, record)
     return products, file.check("products with an id")
 
 
@@ -142,8 +146,8 @@ def product(asin: str, record: dict[str, Any]) -> dict[str, Any]:
         # In the release of 2018 a few titles and prices are pieces of the page's code.
         "title": None if isinstance(title, str) and "getTime" in title else title,
         "price": record.get("price") if any(c.isdigit() for c in price) and len(price) <= 40 else None,
-        "brand": record.get("brand") or record.get("store"),
-        "categories": record.get("categories") or record.get("category"),
+        "brand": record.get("brand" if flat_text(record.get("brand")) else "store"),
+        "categories": record.get("categories" if flat_text(record.get("categories")) else "category"),
         "description": record.get("description"),
         "images": picture_urls(record),
     }
@@ -175,9 +179,5 @@ def picture_urls(record: dict[str, Any]) -> list[str]:
 
 def raw_names(category: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names under which reviews and metadata of a category of 2014 are published, the one to fetch first."""
-    reviews = (f"reviews_{category}_5.json.gz", f"reviews_{category}.json.gz")
-    return _and_unpacked(reviews), _and_unpacked((f"meta_{category}.json.gz",))
-
-
-def _and_unpacked(names: tuple[str, ...]) -> tuple[str, ...]:
-    return names + tuple(name.removesuffix(".gz") for name in names)
+    reviews, meta = (f"reviews_{category}_5", f"reviews_{category}"), (f"meta_{category}",)
+    return tuple(tuple(f"{name}.json{gz}" for name in names for gz in (".gz", "")) for names in (reviews, meta))

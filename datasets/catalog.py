@@ -24,7 +24,7 @@ from datasets.records import RecordFile, parse_record
 
 MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
-REPORT = "prepare_report.json"  # what datasets/prepare.py made, or "unfinished"
+REPORT = "prepare_report.json"
 LAYOUT = "datasets/catalog.py describes the prepared layout"
 
 
@@ -72,14 +72,25 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
     folder = root / dataset_code
     if not any((folder / name).exists() for name in FILES):
         raise InputError(_not_there(root, dataset_code))
-    if (folder / REPORT).exists() and read_json(folder / REPORT, LAYOUT).get("prepared") == "unfinished":
-        raise InputError(f"preparing {folder} was cut off; do it again: {prepare_command(root, dataset_code)}")
+    if "unfinished" in (read_report(folder) or {}):
+        raise InputError(f"preparing {folder} was cut off; to go on: {read_report(folder)['unfinished']}")
     asins, num_users = _load_ids(folder / "datamaps.json")
     sequences = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)
     metadata = _load_metadata(folder / "meta.json.gz", asins, notes)
     photos = (root / "photos" / dataset_code).resolve()
     pictures = _load_pictures(folder / "item2img.json", photos, asins)
     return Catalog(dataset_code, sequences, asins, metadata, pictures, photos, notes)
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """What datasets/prepare.py reported of a dataset; {"unfinished": the command to go on} where it was cut off."""
+    path = folder / REPORT
+    if not path.exists():
+        return None
+    report = read_json(path, "remove it")
+    if not isinstance(report, dict) or not ("unfinished" in report or "prepared" in report):
+        raise InputError(f"{path} is no report of datasets.prepare; remove it")
+    return report
 
 
 def _not_there(root: Path, dataset_code: str) -> str:
@@ -95,7 +106,7 @@ def _not_there(root: Path, dataset_code: str) -> str:
 def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
     """What to type to prepare a dataset, or one step of it."""
     command = f"python -m datasets.prepare --dataset_code {dataset_code}"
-    command += "" if root == Path(Config.data_root) else f" --data_root {root}"
+    command += "" if root.resolve() == Path(Config.data_root).resolve() else f" --data_root {root}"
     if only:
         return f"{command} --only {only}"
     return command if dataset_code in PAPER_SETS else f"{command} --raw_root FOLDER --reviews FILE --meta FILE"

@@ -20,7 +20,7 @@ import numpy as np
 
 from config import InputError
 from datasets import cache, encoders, ranks
-from datasets.catalog import Catalog
+from datasets.catalog import Catalog, prepare_command
 from datasets.embedding import (
     encode_batches,
     open_picture,
@@ -250,10 +250,10 @@ def _make(file: _File, catalog: Catalog, name: str, items: list[Any], how: _How)
 
 
 def _no_pictures(catalog: Catalog, why: str) -> str:
+    command = prepare_command(catalog.photos.parents[1], catalog.name, only="pictures")
     return (
-        f"{catalog.name} has no picture that can be read ({why}); python -m datasets.prepare --dataset_code "
-        f"{catalog.name} --only pictures fetches those that the metadata has addresses of, --no-use_img_encoder goes "
-        f"without"
+        f"{catalog.name} has no picture that can be read ({why}); --no-use_img_encoder goes without, and {command} "
+        f"fetches those that the metadata has addresses of"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from config import InputError
@@ -54,11 +55,12 @@ def fetch_file(
         raise cannot_write(path, error) from error
 
 
-def check_file(path: Path) -> None:
-    """Raises InputError where checksums.json beside a file records another content than it has."""
-    record = _checksums(path.parent).get(path.name)
+def check_file(path: Path) -> str:
+    """A file's SHA-256. Raises InputError where checksums.json beside it records another."""
+    found, record = sha256(path), _checksums(path.parent).get(path.name)
     if record is not None:
-        _compare(path, sha256(path), record)
+        _compare(path, found, record)
+    return found
 
 
 def _compare(path: Path, found: str, record: dict[str, Any]) -> None:
@@ -84,11 +86,13 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _record(path: Path, part: Path, url: str) -> None:
     """Record what was fetched, before it takes its name: a kill in between is mended by the next run."""
-    records, found = _checksums(path.parent), sha256(part)
-    if path.name in records:
-        _compare(part, found, records[path.name])
-    records[path.name] = {"sha256": found, "size": part.stat().st_size, "url": url}
-    write_json(path.parent / CHECKSUMS, records)
+    found = sha256(part)
+    with FileLock(path.with_name(f".{CHECKSUMS}.lock")):  # another dataset's files may come at the same time
+        records = _checksums(path.parent)
+        if path.name in records:
+            _compare(part, found, records[path.name])
+        records[path.name] = {"sha256": found, "size": part.stat().st_size, "url": url}
+        write_json(path.parent / CHECKSUMS, records)
 
 
 def _state(part: Path) -> Path:

@@ -1,5 +1,6 @@
 """Pictures from the web: many at a time, each decoded before it takes its name."""
 
+import hashlib
 import io
 import os
 import queue
@@ -42,7 +43,6 @@ def fetch_pictures(
     urls: dict[str, list[str]],
     folder: Path,
     *,
-    names: dict[str, str] | None = None,
     workers: int = 24,
     per_second: float = 200,
     patience: Patience = PATIENCE,
@@ -51,15 +51,13 @@ def fetch_pictures(
 ) -> Manifest:
     """Fetch a picture for every item (ASIN -> candidates, the best first) and return the manifest of these items.
 
-    A picture is decoded as a whole before it takes its name in `folder`, `names`[ASIN] and the suffix of its format;
-    without `names` it is the ASIN, or item-<position> where that is unfit for a file. A picture that is there is not
-    fetched again. Where no server at all answers, most are not tried. Raises InputError where the folder cannot be
-    written.
+    A picture is decoded as a whole before it takes its name in `folder`, `file_stem` and the suffix of its format. One
+    that is there is not fetched again. Where no server at all answers, most are not tried. Raises InputError where the
+    folder cannot be written.
     """
     from PIL import Image
 
     folder = Path(folder)
-    names = names or file_stems(list(urls), {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clear_temporaries(folder)
@@ -67,8 +65,8 @@ def fetch_pictures(
         raise cannot_write(folder, error) from error
     there, manifest, wanted = by_stem(folder), {}, []
     for asin, candidates in urls.items():
-        if names[asin] in there:
-            manifest[asin] = {"file": there[names[asin]]}
+        if file_stem(asin) in there:
+            manifest[asin] = {"file": there[file_stem(asin)]}
         elif not candidates:
             manifest[asin] = {"missing": NO_URL}
         else:
@@ -76,7 +74,7 @@ def fetch_pictures(
     fetcher, large = Fetcher(patience, per_second), threading.Lock()
 
     def work(asin: str) -> dict[str, str]:
-        return _fetch_picture(fetcher, urls[asin], folder / names[asin], max_bytes, max_pixels, large)
+        return _fetch_picture(fetcher, urls[asin], folder / file_stem(asin), max_bytes, max_pixels, large)
 
     with tqdm(total=len(wanted), desc="fetching pictures", unit="picture", disable=None) as bar:
 
@@ -109,23 +107,19 @@ def by_stem(photos: Path) -> dict[str, str]:
     return files
 
 
-def file_stems(asins: list[str], claimed: dict[str, str]) -> dict[str, str]:
-    """ASIN -> file name without suffix. An ASIN of other signs than Amazon's becomes the item's number: a path, or two
-    that differ by case alone, never reach the file system. claimed: the item whose picture has a name already."""
-    stems, others = {}, set(asins)
-    for number, asin in enumerate(asins, start=1):
-        stem = asin if re.fullmatch(r"[A-Z0-9]{1,32}", asin) else f"item-{number}"
-        while stem != asin and (stem in others or claimed.get(stem, asin) != asin):  # the name says another item
-            stem += "_"
-        stems[asin] = stem
-    return stems
+def file_stem(asin: str) -> str:
+    """The name of an item's picture without suffix: its id, or for one of other signs than Amazon's its digest. So no
+    path, and no two names that differ by case alone, reach the file system."""
+    if re.fullmatch(r"[A-Z0-9]{1,32}", asin):
+        return asin
+    return f"item-{hashlib.sha256(asin.encode('utf-8', 'surrogatepass')).hexdigest()[:20]}"
 
 
 def _clear_temporaries(folder: Path) -> None:
     """Remove what a killed run left, by the names that `replacing` gives."""
     suffixes = "|".join(suffix[1:] for suffix in SUFFIXES.values())
     for path in folder.glob(".*.tmp"):
-        if re.fullmatch(rf"\.([A-Z0-9]{{1,32}}|item-\d+_*)\.({suffixes})\.\w{{8}}\.tmp", path.name):
+        if re.fullmatch(rf"\.([A-Z0-9]{{1,32}}|item-[0-9a-f]{{20}})\.({suffixes})\.\w{{8}}\.tmp", path.name):
             path.unlink()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from config import InputError
 from datasets.files import read_json, write_json
-from datasets.picture_fetch import NO_URL, Manifest, by_stem, fetch_pictures, file_stems
+from datasets.picture_fetch import NO_URL, Manifest, by_stem, fetch_pictures, file_stem
 from datasets.web import PATIENCE, Patience, shown
 
 MAX_PICKLE = 1 << 28  # bytes
@@ -65,13 +65,8 @@ def prepare_pictures(
     kept = sum("file" in entry for entry in manifest.values())
     rest = [asin for asin in asins if asin not in manifest]
     if fetch:
-        files = {asin: entry["file"] for asin, entry in (before | manifest).items() if "file" in entry} | listed
-        claimed = dict.fromkeys(by_stem(photos), "") if before else {}  # of items that the catalogue had once
-        names = file_stems(asins, claimed | {Path(name).stem: asin for asin, name in files.items()})
         wanted = {asin: urls.get(asin) or [] for asin in rest}
-        manifest |= fetch_pictures(
-            wanted, photos, names=names, workers=workers, per_second=per_second, patience=patience
-        )
+        manifest |= fetch_pictures(wanted, photos, workers=workers, per_second=per_second, patience=patience)
     for asin in rest if not fetch else ():
         old = before.get(asin, {"file": ""})
         manifest[asin] = old if "file" not in old else {"missing": "not fetched"} if urls.get(asin) else found[asin]
@@ -98,7 +93,7 @@ def adopt_pictures(asins: list[str], photos: Path, pickled: Path | None = None) 
     files, manifest = by_stem(photos), {}
     for asin in asins:
         name = _below(photos, paths[asin]) if asin in paths else None
-        name = name or files.get(asin)
+        name = name or files.get(asin) or files.get(file_stem(asin))
         if name and _is_picture(photos, name):
             manifest[asin] = {"file": name}
         elif asin in paths:

@@ -3,14 +3,16 @@
 n reviews, U users, N items.
 """
 
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from config import InputError
 from datasets.amazon import Reviews
-from datasets.catalog import Sequences
+from datasets.catalog import MIN_ITEMS, Sequences
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Prepared:
     sequences: Sequences
     users: list[str]  # [U]
     items: list[str]  # [N]; item i is items[i - 1]
-    filters: list[dict[str, Any]] = field(default_factory=list)  # users, items and interactions after each
+    filters: list[dict[str, Any]]  # users, items and interactions after each
 
 
 def make_sequences(
@@ -56,6 +58,10 @@ def make_sequences(
 
     user, item = reviews.user[rows], reviews.item[rows]
     users, lengths = np.unique(user, return_counts=True)
+    if lengths.max() < MIN_ITEMS:
+        raise InputError(
+            f"no user has {MIN_ITEMS} reviews or more (one each to train, validate and test on); lower --min_sc"
+        )
     items, first, code = np.unique(item, return_index=True, return_inverse=True)
     order = np.argsort(first)  # items by first appearance
     number = np.empty(len(items), dtype=np.int64)
@@ -77,13 +83,22 @@ def k_core(user: np.ndarray, item: np.ndarray, min_uc: int, min_sc: int) -> np.n
 
 
 def _nothing_left(user: np.ndarray, item: np.ndarray, min_uc: int, min_sc: int) -> str:
+    """What would leave something: the smallest change to one of the two, or to both."""
     if not len(user):
         return "no review is left before the k-core: lower --min_rating"
-    left = 0
-    while not left:  # ends at 1-core, which is everything
-        min_uc, min_sc = max(1, min_uc - 1), max(1, min_sc - 1)
-        left = len(k_core(user, item, min_uc, min_sc))
+    uc, sc = (min(k, int(np.bincount(column).max())) for k, column in ((min_uc, user), (min_sc, item)))
+
+    def largest(pair: Callable[[int], tuple[int, int]], most: int) -> tuple[int, int]:
+        """The pair of the largest k up to `most` that leaves something; of 0 where none does."""
+        return pair(bisect_left(range(1, most + 1), True, key=lambda k: not len(k_core(user, item, *pair(k)))))
+
+    pairs = [
+        largest(lambda k: (k, min_sc), uc),
+        largest(lambda k: (min_uc, k), sc),
+        largest(lambda k: (min(k, min_uc), min(k, min_sc)), max(uc, sc)),
+    ]
+    better = min((pair for pair in pairs if 0 not in pair), key=lambda pair: min_uc + min_sc - sum(pair))
     return (
-        f"the k-core leaves none of {len(user):,} reviews; --min_uc {min_uc} --min_sc {min_sc} would leave {left:,} of "
-        f"them"
+        f"the k-core leaves none of {len(user):,} reviews; --min_uc {better[0]} --min_sc {better[1]} would leave "
+        f"{len(k_core(user, item, *better)):,} of them"
     )

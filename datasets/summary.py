@@ -19,11 +19,12 @@ def summarise(catalog: Catalog) -> dict[str, Any]:
     counts = {
         "users": len(catalog.sequences),
         "items": catalog.num_items,
-        "pictures": None if catalog.pictures is None else sum(picture is not None for picture in catalog.pictures),
+        "pictures": None if catalog.pictures is None else sum(p is not None and p.is_file() for p in catalog.pictures),
         "interactions": int(lengths.sum()),
     }
     known = {a: sum(bool(flat_text(record.get(a))) for record in catalog.metadata) for a in ATTRIBUTES}
-    known["picture"] = counts["pictures"] or 0
+    if counts["pictures"] is not None:
+        known["picture"] = counts["pictures"]
     paper = PAPER_SETS.get(catalog.name)
     table = {name: getattr(paper, name) for name in counts} if paper else None
     return {

@@ -31,5 +31,6 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(part)
     elif value is not None and not (isinstance(value, float) and math.isnan(value)):
         text = " ".join(html.unescape(str(value)).split())
+        text = text.encode("utf-8", "replace").decode()  # half an emoji is no text
         if text:
             yield text

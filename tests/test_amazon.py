@@ -1,17 +1,24 @@
 """Raw files of three releases, recognised by what is in them, and what of a damaged one is counted or refused."""
 
 import gzip
+import json
 import math
 
 import pytest
 
 from config import InputError
+from datasets import records
 from datasets.amazon import picture_urls, product, read_products, read_reviews
 from tests.raw import review, review_2023, write_raw
 
 
 def reviews_at(tmp_path, records, name="reviews.json.gz"):
     return read_reviews(write_raw(tmp_path / name, records))
+
+
+def products_in(path, wanted) -> tuple[dict[str, dict], list[str]]:
+    products, notes = read_products(path, frozenset(wanted))
+    return {asin: json.loads(line) for asin, line in products.items()}, notes
 
 
 def refusal(tmp_path, records, name="reviews.json.gz") -> str:
@@ -81,6 +88,22 @@ def test_a_file_of_something_else_is_refused_with_the_keys_that_it_has(tmp_path)
     assert "reviewerID, asin, unixReviewTime" in message
 
 
+def test_one_bad_line_in_a_hundred_is_not_too_many(tmp_path):
+    assert len(reviews_at(tmp_path, [*GOOD[:99], "?"]).user) == 99
+    assert "more than 1%" in refusal(tmp_path, [*GOOD[:98], "?"])
+
+
+def test_a_file_that_begins_with_a_mark_of_utf8_and_time_0_are_fine(tmp_path):
+    path = tmp_path / "reviews.json"
+    path.write_text('\ufeff{"reviewerID": "U", "asin": "A", "unixReviewTime": 0, "overall": NaN}\n', encoding="utf-8")
+    assert read_reviews(path).time.tolist() == [0]
+
+
+def test_a_line_without_end_is_read_in_pieces_and_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE", 1000)
+    assert "10 of 10 lines are no reviews" in refusal(tmp_path, ['{"reviewerID": "' + "U" * 9900], "reviews.json")
+
+
 def test_an_absent_or_odd_rating_is_no_number(tmp_path):
     records = [GOOD[0], {**GOOD[1], "overall": "five"}, {k: v for k, v in GOOD[2].items() if k != "overall"}]
     assert [math.isnan(r) for r in reviews_at(tmp_path, records).rating.tolist()] == [False, True, True]
@@ -133,7 +156,7 @@ def test_metadata_of_2014_are_literals_of_which_only_the_wanted_are_kept(tmp_pat
     tent = {"asin": "A", "title": "Tent", "price": 9.5, "brand": "Alder", "categories": [["Out", "Tents"]],
             "imUrl": "http://x/a.jpg", "related": {"also_bought": ["B"]}}  # fmt: skip
     path = write_raw(tmp_path / "meta.json.gz", [tent, {"asin": "B", "title": "Lamp"}], literals=True)
-    products, notes = read_products(path, frozenset({"A", "C"}))
+    products, notes = products_in(path, {"A", "C"})
     kept = {key: tent[key] for key in ("asin", "title", "price", "brand", "categories")} | {
         "images": ["http://x/a.jpg"]
     }
@@ -151,8 +174,8 @@ def test_the_words_of_2018_and_2023_become_those_of_2014():
 
 def test_a_product_of_2023_is_found_by_its_parent_id(tmp_path):
     path = write_raw(tmp_path / "meta.jsonl", [{"parent_asin": "A", "title": "Tent", "details": {"asin": "Z"}}])
-    assert read_products(path, frozenset({"A"}))[0]["A"]["title"] == "Tent"
-    assert read_products(path, frozenset({"Z"}))[0] == {}
+    assert products_in(path, {"A"})[0]["A"]["title"] == "Tent"
+    assert products_in(path, {"Z"})[0] == {}
 
 
 def test_page_code_is_neither_title_nor_price():
@@ -164,14 +187,14 @@ def test_page_code_is_neither_title_nor_price():
 def test_a_text_that_quotes_an_id_does_not_hide_the_product(tmp_path):
     records = [{"title": "\"asin\": 'OTHER'", "asin": "A"}, {"description": "'asin': 'A'", "asin": "OTHER"}]
     path = write_raw(tmp_path / "meta.json", records, literals=True)
-    assert set(read_products(path, frozenset({"A"}))[0]) == {"A"}
+    assert set(products_in(path, {"A"})[0]) == {"A"}
 
 
 @pytest.mark.parametrize("asin", ["it's", 'a "b"', "back\\slash", "../../etc", "a b", "né", "\ud800"])
 def test_a_product_with_odd_characters_in_its_id_is_found(tmp_path, asin):
     for literals in (True, False):
         path = write_raw(tmp_path / "meta.json", [{"asin": asin, "title": "Tent"}], literals)
-        assert set(read_products(path, frozenset({asin}))[0]) == {asin}
+        assert set(products_in(path, {asin})[0]) == {asin}
 
 
 def test_reviews_are_no_metadata(tmp_path):
@@ -189,6 +212,35 @@ def test_code_in_metadata_is_not_executed(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("title", ["b'bytes'", "{1, 2}", "1e999j", "[" * 900 + "]" * 900, "0x" + "f" * 5000])
+def test_a_literal_that_is_no_text_is_counted_as_no_product(tmp_path, title):
+    lines = [f"{{'asin': 'A', 'title': {title}}}", *({"asin": f"A{n}"} for n in range(200))]
+    products, notes = products_in(write_raw(tmp_path / "meta.json", lines, literals=True), {"A", "A1"})
+    assert set(products) == {"A1"}
+    assert "1 of 201 lines are no products" in notes[0]
+
+
+def test_lines_cut_after_their_id_are_counted_whether_wanted_or_not(tmp_path):
+    lines = [f"{{'asin': 'A{n}', 'title': 'Ten" for n in range(5)] + [{"asin": "A"}] * 100
+    path = write_raw(tmp_path / "meta.json", lines, literals=True)
+    with pytest.raises(InputError, match=r"5 of 105 lines are no products"):
+        read_products(path, frozenset({"A"}))
+
+
+def test_the_last_record_of_a_product_counts_and_a_parent_before_its_variant(tmp_path):
+    records = [
+        {"asin": "A", "title": "old"},
+        {"parent_asin": "B", "asin": "A", "title": "of B"},
+        {"asin": "A", "title": "new"},
+    ]
+    products, _ = products_in(write_raw(tmp_path / "meta.json", records), {"A", "B"})
+    assert {asin: record["title"] for asin, record in products.items()} == {"A": "new", "B": "of B"}
+
+
+def test_a_price_needs_a_digit_and_an_empty_brand_gives_way_to_the_store():
+    assert product("A", {"price": "see cart", "brand": ["", None], "store": "Alder"}) == {"asin": "A", "brand": "Alder"}
+
+
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -197,6 +249,8 @@ def test_the_main_picture_comes_first_in_the_size_that_is_worth_fetching():
     main = {"variant": "MAIN", "thumb": "https://x/t.jpg", "large": "https://x/l.jpg", "hi_res": "https://x/h.jpg"}
     expected = ["https://x/l.jpg", "https://x/h.jpg", "https://x/t.jpg", "https://x/back.jpg"]
     assert picture_urls({"images": [back, main]}) == expected
+    another = main | {"large": "https://x/5.jpg"}
+    assert picture_urls({"images": [back, main, another]}) == [*expected[:3], "https://x/5.jpg"]  # four are enough
     columns = {key: [back.get(key), main.get(key)] for key in ("variant", "thumb", "large", "hi_res")}
     assert picture_urls({"images": columns}) == expected
 

@@ -256,7 +256,7 @@ def test_a_file_is_fetched_recorded_and_not_fetched_again(web, tmp_path):
     assert path.read_bytes() == DATA
     record = {"sha256": hashlib.sha256(DATA).hexdigest(), "size": len(DATA), "url": f"{web.url}/raw.bin"}
     assert json.loads((path.parent / "checksums.json").read_text()) == {"raw.bin": record}
-    assert sorted(p.name for p in path.parent.iterdir()) == ["checksums.json", "raw.bin"]
+    assert {p.name for p in path.parent.iterdir()} == {".checksums.json.lock", "checksums.json", "raw.bin"}
     fetch_data(web, tmp_path, good(DATA))
     assert web.requests == ["/raw.bin"]
 

@@ -194,3 +194,8 @@ def test_a_file_that_is_not_json_is_named_with_what_mends_it(tmp_path, text):
 def test_json_that_is_no_map_is_read_as_it_is(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([1, None]))
     assert read_json(tmp_path / "a.json", MENDS) == [1, None]
+
+
+def test_a_lone_surrogate_survives_in_json(tmp_path):
+    write_json(tmp_path / "a.json", {"\ud800": "ν"})
+    assert read_json(tmp_path / "a.json", MENDS) == {"\ud800": "ν"}

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from config import InputError
+from datasets import prepare as command
 from datasets.catalog import load_catalog
 from datasets.features import item_features
 from datasets.files import read_json
@@ -50,7 +51,7 @@ def refusal(raw: Path, *flags: str, dataset: str = "beauty") -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 # ------------------------------------------------------------------------------------------------------- what is made
@@ -99,11 +100,35 @@ def test_the_report_says_what_every_filter_left_and_where_the_paper_differs(raw,
     assert (after["users"], after["items"], after["interactions"]) == (10, 5, 50)
     assert report["summary"]["history_lengths"]["median"] == 5
     assert report["summary"]["items_with"] == {
-        "title": 0.8, "price": 0.8, "brand": 0, "categories": 0, "description": 0, "picture": 0}  # fmt: skip
+        "title": 0.8, "price": 0.8, "brand": 0, "categories": 0, "description": 0}  # fmt: skip
     assert "10 users, but the paper's Table 1 has 22,363" in report["summary"]["warnings"]
     out = capsys.readouterr().out
     assert "warning: 50 interactions, but the paper's Table 1 has 198,502" in out
     assert "items with title 80.0%, price 80.0%" in out
+
+
+def test_the_report_counts_pictures_that_are_there(raw):
+    folder = prepare(raw)
+    (folder / "item2img.json").write_text('{"ITEM0": "here.png", "ITEM1": "gone.png"}', encoding="utf-8")
+    photos = folder.parent / "photos" / "beauty"
+    photos.mkdir(parents=True)
+    (photos / "here.png").write_bytes(picture((1, 2, 3)))
+    summary = read_json(prepare(raw) / "prepare_report.json", "")["summary"]
+    assert (summary["counts"]["pictures"], summary["items_with"]["picture"]) == (1, 0.2)
+    assert "1 pictures, but the paper's Table 1 has 12,023" in summary["warnings"]
+
+
+def test_ratings_and_repeats_are_filtered_as_the_flags_say(raw):
+    repeated = [(user, [*items, items[0]]) for user, items in HISTORIES]
+    lines = reviews_of(repeated)
+    lines += [{**line, "asin": "LOW", "overall": 1.0} for line in lines[:10]]
+    write_raw(raw / "reviews_Beauty_5.json.gz", lines)
+    folder = prepare(raw, "--min_rating=2", "--repeats=drop")
+    filters = read_json(folder / "prepare_report.json", "")["prepared"]["filters"]
+    assert [step["after"] for step in filters[1:3]] == ["ratings below 2 left out", "repeats left out"]
+    assert filters[-1]["interactions"] == 50
+    assert "made with repeats 'drop'" in refusal(raw, "--min_rating=2")
+    assert "made with min_rating 2.0" in refusal(raw, "--repeats=drop")
 
 
 def test_a_user_id_or_item_id_with_odd_characters_comes_through(tmp_path):
@@ -114,7 +139,7 @@ def test_a_user_id_or_item_id_with_odd_characters_comes_through(tmp_path):
     catalog = load_catalog(folder.parent, "odd")
     assert catalog.asins == odd
     assert [record["title"] for record in catalog.metadata] == odd
-    assert {path.name for path in (tmp_path / "data" / "odd").iterdir() if path.name[0] != "."} == {
+    assert {path.name for path in (tmp_path / "data" / "odd").iterdir()} == {
         *FILES, "prepare_report.json"}  # fmt: skip
 
 
@@ -205,6 +230,45 @@ def test_processes_of_torchrun_share_the_features_and_one_alone_writes_the_rest(
 # ------------------------------------------------------------------------------------------------------ again and again
 
 
+def test_raw_files_that_are_not_what_was_fetched_are_refused(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset_code=beauty", f"--base_url={shop.url}/files", "--only=data"]
+    main(flags)
+    write_raw(Path("data/raw/meta_Beauty.json.gz"), PRODUCTS[:1])
+    with pytest.raises(InputError, match=r"checksums\.json records"):
+        main([*flags, "--overwrite"])
+
+
+def test_a_list_of_pictures_by_the_user_is_never_deleted(raw):
+    folder = raw.parent / "data" / "beauty"
+    folder.mkdir(parents=True)
+    mine = '{"ITEM0": "mine.png"}'
+    (folder / "item2img.json").write_text(mine, encoding="utf-8")
+    prepare(raw)
+    assert (folder / "item2img.json").read_text(encoding="utf-8") == mine
+    prepare(raw, "--min_uc=4", "--overwrite")
+    assert not (folder / "item2img.json").exists()
+    assert (folder / "item2img.json.old").read_text(encoding="utf-8") == mine
+
+
+def test_pictures_of_odd_ids_stay_with_their_items_when_these_get_other_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = [f"item/{i}" for i in range(6)]
+    rare = [(f"V{u}", [odd[5], *odd[:3]]) for u in range(4)]  # which a 5-core leaves out
+    write_raw(Path("r.json"), reviews_of([*rare, *((f"U{u}", odd[:5]) for u in range(9))]))
+    with serving({f"/{i}.png": good(picture((40 * i, 0, 0))) for i in range(6)}) as server:
+        write_raw(Path("m.json"), [{"asin": asin, "imUrl": f"{server.url}/{i}.png"} for i, asin in enumerate(odd)])
+        flags = ["--dataset_code=odd", "--reviews=r.json", "--meta=m.json"]
+        main([*flags, "--only=data,pictures", "--min_uc=4", "--min_sc=4"])
+        folder = main([*flags, "--only=data,pictures", "--overwrite"])
+    catalog = load_catalog("data", "odd")
+    assert catalog.num_items == 5
+    for asin, path in zip(catalog.asins, catalog.pictures, strict=True):
+        assert path.read_bytes() == picture((40 * odd.index(asin), 0, 0)), asin
+    assert len(server.requests) == 6
+    assert folder == Path("data/odd")
+
+
 def test_a_second_time_nothing_is_read(raw, capsys):
     folder = prepare(raw)
     first, written = contents(folder), (folder / FILES[0]).stat().st_mtime_ns
@@ -273,7 +337,7 @@ main(["--dataset_code=beauty", "--raw_root={raw}", "--data_root={tmp_path}/" + s
         try:
             load_catalog(tmp_path / root, "beauty")
         except InputError as error:
-            assert "python -m datasets.prepare --dataset_code beauty" in str(error)
+            assert "python -m datasets.prepare --dataset_code" in str(error)
         main(["--dataset_code=beauty", f"--raw_root={raw}", f"--data_root={tmp_path / root}", "--only=data"])
         assert contents(tmp_path / root / "beauty") == undisturbed, count
     assert killed > 8
@@ -304,11 +368,44 @@ with only_one(Path({str(folder)!r})):
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
-def test_a_dataset_must_be_named_and_demo_needs_none():
-    with pytest.raises(InputError, match="--dataset_code is missing: beauty, clothing, sports, toys"):
+def test_a_dataset_must_be_named_and_demo_needs_none(capsys):
+    with pytest.raises(SystemExit):
         main([])
+    assert "required: --dataset_code" in capsys.readouterr().err
     with pytest.raises(InputError, match="demo is built in"):
         main(["--dataset_code=demo"])
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        (["--only=features", "--min_uc=2"], "--min_uc is for the data, which --only features leaves out"),
+        (["--only=pictures", "--overwrite"], "--overwrite is for the data"),
+        (["--only=pictures", "--no-use_img_encoder"], "leave out one of the two"),
+        (["--dataset_code=photos"], "choose another name"),
+        (["--raw_root=nowhere"], "--raw_root nowhere is not a folder"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=problem):
+        main(["--dataset_code=beauty", *flags])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--min_uc=0", "--min_sc=x", "--min_rating=nan", "--min_rating=-1", "--pictures_per_second=0"]
+)
+def test_numbers_that_mean_nothing_are_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        main(["--dataset_code=beauty", flag])
+    assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err
+
+
+def test_a_report_that_is_none_is_named(raw):
+    folder = prepare(raw)
+    (folder / "prepare_report.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"prepare_report\.json is no report"):
+        load_catalog(folder.parent, "beauty")
 
 
 def test_an_unknown_step_is_named():
@@ -363,6 +460,17 @@ run_cli(lambda: main(["--dataset_code=beauty", "--raw_root={raw}", "--data_root=
     assert f"cannot write {tmp_path}/full/beauty/datamaps.json" in done.stderr
     main(["--dataset_code=beauty", f"--raw_root={raw}", f"--data_root={tmp_path / 'full'}", "--only=data"])
     assert contents(tmp_path / "full" / "beauty") == undisturbed
+
+
+def test_a_dataset_in_a_folder_that_is_only_read_has_its_features_cached_elsewhere(raw, tmp_path, monkeypatch):
+    folder = prepare(raw)
+    monkeypatch.chdir(tmp_path)
+    first = contents(folder)
+    refuse = InputError("cannot write")
+    monkeypatch.setattr(command, "write_json", lambda *_: (_ for _ in ()).throw(refuse))
+    main(["--dataset_code=beauty", f"--data_root={folder.parent}", "--only=features", *BUILT_IN])
+    assert contents(folder) == first
+    assert len(list(Path("data/features/beauty").glob("*.npy"))) == 1  # the text's: there are no pictures
 
 
 def test_a_folder_that_cannot_be_written_is_named(raw, tmp_path):

@@ -26,9 +26,7 @@ def reviews_from(rows: list[tuple]) -> Reviews:
 
 
 def histories(made) -> dict[str, list[str]]:
-    return {
-        user: [made.items[i - 1] for i in made.sequences.of(row)] for row, user in enumerate(made.users)
-    }  # fmt: skip
+    return {user: [made.items[i - 1] for i in made.sequences.of(row)] for row, user in enumerate(made.users)}
 
 
 def make(rows, **options):
@@ -41,9 +39,9 @@ def test_a_history_is_in_the_order_of_time_and_ties_are_in_the_order_of_the_file
 
 
 def test_users_are_numbered_by_their_first_line_and_items_by_their_first_appearance_in_the_histories():
-    made = make([("V", "b", 9), ("U", "c", 1), ("V", "a", 1), ("U", "b", 2)])
-    assert (made.users, made.items) == (["V", "U"], ["a", "b", "c"])
-    assert [made.sequences.of(row).tolist() for row in (0, 1)] == [[1, 2], [3, 2]]
+    made = make([("V", "b", 9), ("U", "c", 1), ("V", "a", 1), ("U", "b", 2), ("V", "d", 10)])
+    assert (made.users, made.items) == (["V", "U"], ["a", "b", "d", "c"])
+    assert [made.sequences.of(row).tolist() for row in (0, 1)] == [[1, 2, 3], [4, 2]]
 
 
 def test_the_core_is_what_a_loop_over_dicts_leaves():
@@ -62,37 +60,46 @@ def test_the_core_is_what_a_loop_over_dicts_leaves():
 
 
 def test_users_and_items_leave_again_and_again():
-    chain = [("U1", "a", 1), ("U1", "b", 2), ("U2", "b", 1), ("U2", "c", 2), ("U3", "c", 1), ("U3", "c", 2)]
+    chain = [("U1", "a", 1), ("U1", "b", 2), ("U2", "b", 1), ("U2", "c", 2), *[("U3", "c", 1)] * 3]
     made = make(chain, min_uc=2, min_sc=2)  # a goes, then U1, then b, then U2; c keeps U3
-    assert histories(made) == {"U3": ["c", "c"]}
+    assert histories(made) == {"U3": ["c", "c", "c"]}
 
 
 def test_low_ratings_are_left_out_before_the_core_and_with_them_reviews_without_one():
-    rows = [("U", "a", 1, 2.0), ("U", "b", 2, 4.0), ("U", "c", 3, float("nan")), ("U", "d", 4, 5.0)]
-    assert histories(make(rows, min_rating=4)) == {"U": ["b", "d"]}
-    assert histories(make(rows)) == {"U": ["a", "b", "c", "d"]}
+    rows = [("U", "a", 1, 2.0), ("U", "b", 2, 4.0), ("U", "c", 3, float("nan")), ("U", "d", 4), ("U", "e", 5, 4.5)]
+    assert histories(make(rows, min_rating=4)) == {"U": ["b", "d", "e"]}
+    assert histories(make(rows)) == {"U": ["a", "b", "c", "d", "e"]}
 
 
 def test_repeats_are_kept_or_all_but_the_first_in_time_are_dropped():
-    rows = [("U", "a", 9), ("U", "b", 5), ("U", "a", 1), ("V", "a", 2)]
-    assert histories(make(rows)) == {"U": ["a", "b", "a"], "V": ["a"]}
-    assert histories(make(rows, repeats="drop")) == {"U": ["a", "b"], "V": ["a"]}
+    rows = [("U", "a", 9), ("U", "b", 5), ("U", "a", 1), ("V", "a", 2), ("U", "c", 4), ("V", "d", 1), ("U", "d", 6)]
+    assert histories(make(rows)) == {"U": ["a", "c", "b", "d", "a"], "V": ["d", "a"]}
+    assert histories(make(rows, repeats="drop")) == {"U": ["a", "c", "b", "d"], "V": ["d", "a"]}
 
 
 def test_every_filter_is_counted():
-    rows = [("U", "a", 1), ("U", "b", 2), ("U", "a", 3), ("V", "a", 2, 1.0), ("W", "c", 2)]
+    rows = [("U", "a", 1), ("U", "b", 2), ("U", "a", 3), ("V", "a", 2, 1.0), ("W", "c", 2), ("U", "d", 4)]
     made = make(rows, min_rating=2, repeats="drop", min_uc=2)
     assert [tuple(step.values()) for step in made.filters] == [
-        ("reading", 3, 3, 5),
-        ("ratings below 2 left out", 2, 3, 4),
-        ("repeats left out", 2, 3, 3),
-        ("2-core of users, 1-core of items", 1, 2, 2),
+        ("reading", 3, 4, 6),
+        ("ratings below 2 left out", 2, 4, 5),
+        ("repeats left out", 2, 4, 4),
+        ("2-core of users, 1-core of items", 1, 3, 3),
     ]
 
 
 def test_when_nothing_is_left_a_k_that_would_leave_something_is_named():
     rows = [(f"U{u}", f"I{i}", 1) for u in range(3) for i in range(3)]
-    with pytest.raises(InputError, match=r"leaves none of 9 reviews; --min_uc 3 --min_sc 2 would leave 9 of them"):
-        make(rows, min_uc=6, min_sc=5)
+    with pytest.raises(InputError, match=r"leaves none of 9 reviews; --min_uc 3 --min_sc 3 would leave 9 of them"):
+        make(rows, min_uc=10**9, min_sc=5)
+    with pytest.raises(InputError, match=r"--min_uc 3 --min_sc 2 would leave 9 of them"):
+        make(rows, min_uc=4, min_sc=2)
+    with pytest.raises(InputError, match=r"--min_uc 1 --min_sc 3 would leave 9 of them"):
+        make(rows, min_uc=1, min_sc=9)
     with pytest.raises(InputError, match="lower --min_rating"):
         make(rows, min_rating=6)
+
+
+def test_histories_that_are_all_too_short_to_train_and_test_on_are_refused():
+    with pytest.raises(InputError, match="no user has 3 reviews or more"):
+        make([("U", "a", 1), ("U", "b", 2), ("V", "a", 3)])

@@ -85,3 +85,7 @@ def test_a_price_is_written_as_it_is_even_when_it_is_nothing(price, text):
 
 def test_an_attribute_beyond_the_papers_is_named_with_a_capital():
     assert item_text({"description": "Keeps you warm."}, ("description",)) == "Description: Keeps you warm."
+
+
+def test_half_an_emoji_becomes_a_question_mark():
+    assert item_text({"title": "red \ud83d lamp"}, ("title",)) == "Title: red ? lamp"

@@ -379,14 +379,13 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     assert many < few + 30  # 240 MB more were decoded
 
 
-def test_encoding_is_announced_once_with_the_command_that_does_it_ahead(data_root, bert, tmp_path):
+def test_encoding_is_announced_once(data_root, bert, tmp_path):
     said: list[str] = []
     for _ in range(2):
         item_features(catalog_of(data_root), language=str(bert), image=None, attributes=("title",),
                       cache_root=tmp_path / "cache", say=said.append)  # fmt: skip
     [line] = said
     assert line.startswith(f"encoding 20 texts by {bert} (fp32, cpu), once: {tmp_path / 'cache'}")
-    assert line.endswith("python -m datasets.prepare --dataset_code tiny --only features does it too")
 
 
 def test_features_are_read_from_the_file_not_held(data_root, tmp_path):

@@ -56,7 +56,7 @@ def loaded(self, *arguments):
 encoders.TransformersEncoder.__init__ = loaded
 parts = feature_files(load_catalog(data_root, "tiny"), language=language or None, image=image or None,
                       attributes=("title", "brand"), batch_size=2, cache_root=Path(cache_root))
-print("features", [part.shape for part in parts], flush=True)
+print(f"features {[part.shape for part in parts]}\\n", end="", flush=True)  # in one piece, beside another rank's
 """
 
 

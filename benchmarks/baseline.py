@@ -5,11 +5,14 @@ are complex; the recurrence runs over the padding; evaluation projects the item 
 positions and sorts them. Written for the benchmarks, on the weights of an FMRLRec; it is not used otherwise.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import FMRLRec
+from model.fmrl import nested_linear_plain, nested_mask
 
 
 class Baseline(torch.nn.Module):
@@ -25,14 +28,15 @@ class Baseline(torch.nn.Module):
         x, valid = table[tokens], tokens > 0
         for block in self.model.blocks:
             x = x + block.attn_dropout(self._lru(block.lru, block.norm1(x), valid))
-            x = x + block.ffn(block.norm2(x))
+            x = x + self._feed_forward(block.ffn, block.norm2(x))
         return x, table
 
     @staticmethod
     def _lru(lru, x: Tensor, valid: Tensor) -> Tensor:
         eigenvalue = torch.complex(*lru.eigenvalues())
-        B = torch.complex(lru.B_re * lru.mask, lru.B_im * lru.mask)
-        C = torch.complex(lru.C_re * lru.mask, lru.C_im * lru.mask)
+        mask = nested_mask(lru.sizes).to(x.device)
+        B = torch.complex(lru.B_re * mask, lru.B_im * mask)
+        C = torch.complex(lru.C_re * mask, lru.C_im * mask)
         bias = torch.complex(lru.B_bias_re, lru.B_bias_im)
         h = F.linear(x.to(B.dtype), B, bias) * torch.exp(lru.gamma_log)
         carried, shift = eigenvalue, 1
@@ -42,6 +46,14 @@ class Baseline(torch.nn.Module):
             h = h + carried * past
             carried, shift = carried * carried, shift * 2
         return F.linear(h, C).real + lru.C_bias
+
+    @staticmethod
+    def _feed_forward(ffn, x: Tensor) -> Tensor:
+        G, W1, W2 = (
+            functools.partial(nested_linear_plain, weight=w.weight, bias=w.bias, sizes=w.sizes)
+            for w in (ffn.G, ffn.W1, ffn.W2)
+        )
+        return ffn.dropout(W2(F.silu(G(x)) * ffn.dropout(W1(x))))
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """The mean over sizes of a cross-entropy at the positions with a label (label 0: none)."""

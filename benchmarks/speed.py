@@ -69,7 +69,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     offsets = np.concatenate([[0], lengths.cumsum()])
     sequences = Sequences(rng.integers(1, arguments.items + 1, size=offsets[-1]), offsets)
     sizes = tuple(map(int, arguments.sizes.split(",")))
-    features = torch.randn(arguments.items, arguments.features)
+    features = torch.nn.functional.normalize(torch.randn(arguments.items, arguments.features))  # as encoders give them
     model = FMRLRec(arguments.items, features, sizes, num_blocks=arguments.blocks).to(device)
     optimizer = build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9)
     baseline, plain_optimizer = Baseline(model), torch.optim.AdamW(model.parameters(), fused=False)
@@ -79,8 +79,8 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     def step(precision: str) -> None:
         batch = next(batches)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            table = model.item_table()
-            z = model.encode(table, batch.tokens, batch.position, batch.longest)
+            z = model.encode(model.items(batch.tokens), batch.position, batch.longest)
+        table = model.items.factors(torch.bfloat16 if precision == "bf16" else z.dtype)
         loss = matryoshka_cross_entropy(z, table, batch.labels, sizes)
         finish(loss, optimizer)
 

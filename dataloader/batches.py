@@ -12,10 +12,10 @@ from dataloader.split import EvalRows, TrainRows, ranges
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to train on."""
+    """Rows to train on, and padding behind them: tokens 0 at position 0 without a label."""
 
     tokens: Tensor  # [T] int64; 0 begins a sequence
-    labels: Tensor  # [T] int64
+    labels: Tensor  # [T] int64; 0: none
     position: Tensor  # [T] int64, steps since the LRU's state was empty
     longest: int  # the most tokens of one row
 
@@ -42,8 +42,8 @@ class TrainLoader:
     def __init__(self, rows: TrainRows, batch_size: int, seed: int, device: torch.device) -> None:
         self.offsets, self.batch_size, self.seed, self.device = rows.offsets, batch_size, seed, device
         self.tokens, self.labels, self.position = (
-            torch.as_tensor(array, device=device) for array in (rows.tokens, rows.labels, rows.position)
-        )
+            torch.as_tensor(np.append(array, 0), device=device) for array in (rows.tokens, rows.labels, rows.position)
+        )  # the last is padding
 
     def __len__(self) -> int:
         """Steps in an epoch."""
@@ -54,13 +54,21 @@ class TrainLoader:
         order = np.random.default_rng([self.seed, number]).permutation(len(self.offsets) - 1)
         begins, ends = self.offsets[order], self.offsets[order + 1]
         _, index, offsets = ranges(begins, ends)
-        index = torch.as_tensor(index, device=self.device)  # once an epoch: a copy would make a GPU wait in every step
-        for start in range(0, len(order), self.batch_size):
+        starts = range(0, len(order), self.batch_size)
+        batches = [index[offsets[start] : offsets[min(start + self.batch_size, len(order))]] for start in starts]
+        padded = [np.pad(of, (0, bucket(len(of)) - len(of)), constant_values=len(self.tokens) - 1) for of in batches]
+        # Once an epoch: a copy would make a GPU wait in every step.
+        index = torch.as_tensor(np.concatenate(padded), device=self.device)
+        for start, of_batch in zip(starts, index.split([len(of) for of in padded]), strict=True):
             part = slice(start, start + self.batch_size)
-            end = min(start + self.batch_size, len(order))
-            of_batch = index[offsets[start] : offsets[end]]
             longest = int((ends[part] - begins[part]).max())
             yield Batch(self.tokens[of_batch], self.labels[of_batch], self.position[of_batch], longest)
+
+
+def bucket(num_tokens: int) -> int:
+    """The number of tokens that so many are padded to: a power of two up to 128, then a multiple of it. Batches then
+    come in few shapes; for a new one, a CPU in bfloat16 prepares its products longer than it computes them."""
+    return -(-num_tokens // 128) * 128 if num_tokens > 128 else 2 ** (num_tokens - 1).bit_length()
 
 
 def eval_batches(rows: EvalRows, batch_size: int, device: torch.device) -> Iterator[EvalBatch]:

@@ -53,17 +53,76 @@ def nested_uniform_(parameter: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return parameter
 
 
+def nested_linear_plain(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> Tensor:
+    """The plain twin of `nested_linear`: (W ⊙ P) x + b."""
+    return F.linear(x, weight * nested_mask(sizes).to(weight), bias)
+
+
+def nested_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> Tensor:
+    """(W ⊙ P) x + b (eq. 5) by bands of rows, without multiplying most of the zeros: [..., D] -> [..., D].
+
+    weight: [D, D]; bias: [D] or None. Under autocast the products are computed, and returned, in its type.
+    """
+    narrow = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if narrow else weight.dtype
+    return _NestedLinear.apply(x, weight, bias, sizes, dtype)
+
+
+def bands(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The increments, those below a quarter of D as one: products of a few rows cost more than zeros."""
+    wide = [m for m in sizes if 4 * m >= sizes[-1]]
+    return list(itertools.pairwise((0, *wide)))
+
+
+class _NestedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], dtype: torch.dtype):
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, D]
+        parts = [weight[low:high, :high].to(dtype) for low, high in bands(sizes)]
+        first = parts[0].shape[0]
+        parts[0] = _zero_outside_(parts[0].clone(), tuple(m for m in sizes if m <= first))
+        y = [
+            F.linear(rows[:, :high], part, None if bias is None else bias[low:high].to(dtype))
+            for (low, high), part in zip(bands(sizes), parts, strict=True)
+        ]
+        ctx.save_for_backward(rows, *parts)
+        ctx.sizes, ctx.wide, ctx.biased = sizes, weight.dtype, bias is not None
+        return torch.cat(y, dim=1).reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, *parts = ctx.saved_tensors
+        wide, dim = ctx.wide, rows.shape[1]
+        grad_rows = grad.reshape(-1, dim)
+        grad_bias = grad_rows.sum(dim=0, dtype=wide) if ctx.biased else None
+        grad_rows = grad_rows.to(rows.dtype)
+        grad_x = torch.zeros(len(rows), dim, dtype=wide, device=rows.device)
+        grad_weight = torch.empty(dim, dim, dtype=wide, device=rows.device)
+        for (low, high), part in zip(bands(ctx.sizes), parts, strict=True):
+            grad_x[:, :high] += grad_rows[:, low:high] @ part
+            grad_weight[low:high, :high] = grad_rows[:, low:high].T @ rows[:, :high]
+        return grad_x.reshape(grad.shape), _zero_outside_(grad_weight, ctx.sizes), grad_bias, None, None
+
+
+def _zero_outside_(weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """weight ⊙ P, in place."""
+    for low, high in increments(sizes):
+        weight[low:high, high:] = 0
+    return weight
+
+
 class FMRLLinear(nn.Module):
     """y = (W ⊙ P) x + b, with P the nested mask: [..., D] -> [..., D] (eq. 5)."""
 
     def __init__(self, sizes: tuple[int, ...], bias: bool = True) -> None:
         super().__init__()
-        self.register_buffer("mask", nested_mask(sizes), persistent=False)
-        self.weight = nn.Parameter(nested_uniform_(torch.empty(sizes[-1], sizes[-1]), sizes) * self.mask)
+        mask = nested_mask(sizes)
+        self.sizes = sizes
+        self.weight = nn.Parameter(nested_uniform_(torch.empty_like(mask), sizes) * mask)
         self.bias = nn.Parameter(nested_uniform_(torch.empty(sizes[-1]), sizes)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
+        return nested_linear(x, self.weight, self.bias, self.sizes)
 
 
 class FMRLLayerNorm(nn.Module):

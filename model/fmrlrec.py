@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.fmrl import FMRLLayerNorm, FMRLLinear, increments
+from model.dropout import Dropout
+from model.fmrl import FMRLLayerNorm, FMRLLinear, increments, nested_mask
+from model.loss import Factors
 from model.lru import LRU
 
 
@@ -32,9 +34,21 @@ class ItemEncoder(nn.Module):
                 raise ValueError(f"features of shape {list(features.shape)} do not describe {num_items} items")
             self.register_buffer("features", F.pad(features, (0, 0, 1, 0)), persistent=False)  # [N+1, F]
             self.projection = nn.Linear(features.shape[1], dim)
+            self._features: Tensor | None = None
 
-    def forward(self) -> Tensor:
-        return self.projection(self.features) if hasattr(self, "projection") else self.table
+    def forward(self, items: Tensor | None = None) -> Tensor:
+        """E of these items [...] (0: begin of sequence), [..., D]; None: of all, [N+1, D]."""
+        if not hasattr(self, "projection"):
+            return self.table if items is None else F.embedding(items, self.table)
+        return self.projection(self.features if items is None else F.embedding(items, self.features))
+
+    def factors(self, dtype: torch.dtype) -> Tensor | Factors:
+        """The item table for a loss whose products are computed in `dtype`, as a product where it is one."""
+        if not hasattr(self, "projection"):
+            return self.table.to(dtype)
+        if self._features is None or self._features.dtype != dtype:
+            self._features = self.features.to(dtype)  # once: they are frozen
+        return Factors(self._features, self.projection.weight)
 
 
 class FeedForward(nn.Module):
@@ -43,7 +57,7 @@ class FeedForward(nn.Module):
     def __init__(self, sizes: tuple[int, ...], dropout: float) -> None:
         super().__init__()
         self.G, self.W1, self.W2 = FMRLLinear(sizes), FMRLLinear(sizes), FMRLLinear(sizes)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.W2(F.silu(self.G(x)) * self.dropout(self.W1(x))))
@@ -54,7 +68,7 @@ class Block(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], dropout: float, attn_dropout: float, bias: bool, r: tuple) -> None:
         super().__init__()
-        self.norm1, self.lru, self.attn_dropout = FMRLLayerNorm(sizes), LRU(sizes, bias, *r), nn.Dropout(attn_dropout)
+        self.norm1, self.lru, self.attn_dropout = FMRLLayerNorm(sizes), LRU(sizes, bias, *r), Dropout(attn_dropout)
         self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout)
 
     def forward(self, x: Tensor, position: Tensor, longest: int) -> Tensor:
@@ -105,24 +119,24 @@ class FMRLRec(nn.Module):
         """E [N+1, D]; row 0 is the begin-of-sequence token, which is no item."""
         return self.items()
 
-    def encode(self, item_table: Tensor, tokens: Tensor, position: Tensor, longest: int) -> Tensor:
+    def encode(self, x: Tensor, position: Tensor, longest: int) -> Tensor:
         """What each token's history asks for next: z [T, D].
 
-        item_table: [N+1, D] from `item_table()`; tokens: [T] item ids, 0 begins a sequence; position: [T] steps since
-        the state was empty; longest: the most tokens of one history.
+        x: [T, D] the tokens' embeddings, rows of the item table; position: [T] steps since the state was empty;
+        longest: the most tokens of one history.
         """
-        x = F.embedding(tokens, item_table).to(next(self.parameters()).dtype)  # wider than the table under autocast
+        x = x.to(next(self.parameters()).dtype)  # wider than the table under autocast
         for block in self.blocks:
             x = block(x, position, longest)
         return x
 
-    def step(self, item_table: Tensor, items: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One more item of every history, for serving: (z [B, D], hidden).
 
-        items: [B]; hidden: [B, num_blocks, 2, D], the states before, zeros for an empty history. What `encode` gives
-        for the whole history, at the cost of one token.
+        x: [B, D], the items' embeddings; hidden: [B, num_blocks, 2, D], the states before, zeros for an empty history.
+        What `encode` gives for the whole history, at the cost of one token.
         """
-        x, after = F.embedding(items, item_table), []
+        after = []
         for block, h in zip(self.blocks, hidden.unbind(dim=1), strict=True):
             x, h = block.step(x, h)
             after.append(h)
@@ -131,11 +145,14 @@ class FMRLRec(nn.Module):
 
 def count_parameters(model: FMRLRec) -> int:
     """Trainable parameters, complex ones counted once and masked zeros not counted."""
+    kept = int(nested_mask(model.sizes).sum())
     masked = {
-        id(p): int(module.mask.sum())
+        id(p)
         for module in model.modules()
-        if hasattr(module, "mask")
+        if isinstance(module, FMRLLinear | LRU)
         for p in module.parameters(recurse=False)
-        if p.shape == module.mask.shape
+        if p.ndim == 2
     }
-    return sum(masked.get(id(p), p.numel()) for name, p in model.named_parameters() if not name.endswith("_im"))
+    return sum(
+        kept if id(p) in masked else p.numel() for name, p in model.named_parameters() if not name.endswith("_im")
+    )

@@ -3,8 +3,13 @@
     loss = 1/|M| Σ_m CE(softmax(z[:, :m] E[:, :m]ᵀ), label)
 
 Sizes share their logits, logits(M[j]) = logits(M[j-1]) + z[:, M[j-1]:M[j]] E[:, M[j-1]:M[j]]ᵀ, so all sizes together
-cost one multiplication of size D. T labelled positions, N items, D largest size.
+cost one multiplication of size D. An item table that is a product, E = F Wᵀ + b, need not be multiplied out: where an
+increment is wide and positions are few, (z W) Fᵀ costs less than z (F Wᵀ)ᵀ. T labelled positions, N items, F feature
+width, D largest size.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,73 +17,138 @@ from torch import Tensor
 
 from model.fmrl import increments
 
-CHUNK = 128  # positions whose logits are held at once, for all sizes: 8 x 128 x 12,101 float32 are 50 MB
+CHUNK_BYTES = 2**26  # of the logits that are held at once, for all sizes: 346 positions of 12,101 items and 8 sizes
+
+
+class Factors(NamedTuple):
+    """An item table E = features weightᵀ + bias that is not multiplied out. The bias adds the same to all logits of a
+    position, which no softmax notices, so it is left out."""
+
+    features: Tensor  # [N+1, F], frozen, in the type that products are computed in
+    weight: Tensor  # [D, F]
 
 
 def matryoshka_cross_entropy_plain(
     z: Tensor, item_table: Tensor, labels: Tensor, sizes: tuple[int, ...], reduction: str = "mean"
 ) -> Tensor:
-    """The plain twin of `matryoshka_cross_entropy`: a cross_entropy per size."""
+    """The plain twin of `matryoshka_cross_entropy`: a cross_entropy per size, with the item table multiplied out."""
     z, wide = z.to(item_table.dtype), torch.promote_types(item_table.dtype, torch.float32)
-    losses = torch.stack([F.cross_entropy((z[:, :m] @ item_table[:, :m].T).to(wide), labels) for m in sizes])
+    losses = torch.stack(
+        [F.cross_entropy((z[:, :m] @ item_table[:, :m].T).to(wide), labels, ignore_index=0) for m in sizes]
+    )
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
 def matryoshka_cross_entropy(
-    z: Tensor, item_table: Tensor, labels: Tensor, sizes: tuple[int, ...], reduction: str = "mean"
+    z: Tensor,
+    item_table: Tensor | Factors,
+    labels: Tensor,
+    sizes: tuple[int, ...],
+    reduction: str = "mean",
+    count: Tensor | None = None,
 ) -> Tensor:
     """The loss, a scalar: over sizes the mean or the sum (`reduction`), over positions the mean.
 
-    z: [T, D]; item_table: [N+1, D], row 0 (begin of sequence) takes part in the softmax as in the released code;
-    labels: [T]. The gradients are computed on the way, chunk by chunk, so that the logits of a batch are never held.
-    Products are computed in the item table's type (bfloat16 under autocast), sums and the softmax in float32 at least.
+    z: [T, D]; item_table: [N+1, D], or its factors; row 0 (begin of sequence) takes part in the softmax as in the
+    released code; labels: [T], 0 at a position without one; count: the number of labels to average over where others
+    hold a share of them. The gradients are computed on the way, chunk by chunk, so that the logits of a batch are
+    never held. Products are computed in the item table's type, sums and the softmax in float32 at least.
     """
-    scale = 1 / len(labels) / (len(sizes) if reduction == "mean" else 1)
-    return _MatryoshkaCrossEntropy.apply(z, item_table, labels, sizes, scale)
+    features, weight = item_table if isinstance(item_table, Factors) else (None, item_table)
+    if count is None:
+        count = labels.count_nonzero()
+    total = _MatryoshkaCrossEntropy.apply(z, weight, features, labels, sizes)
+    return total / count / (len(sizes) if reduction == "mean" else 1)
 
 
 class _MatryoshkaCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z: Tensor, item_table: Tensor, labels: Tensor, sizes: tuple[int, ...], scale: float) -> Tensor:
-        needs_grad = any(ctx.needs_input_grad)
-        # Grouped by increment, so that each increment's product reads and writes one contiguous block.
-        parts = increments(sizes)
-        tables = [item_table[:, low:high].contiguous() for low, high in parts]
-        wide = torch.promote_types(item_table.dtype, torch.float32)
-        grad_tables = [torch.zeros_like(table, dtype=wide) for table in tables] if needs_grad else []
-        grad_z = torch.empty_like(z, dtype=wide)
-        loss = torch.zeros((), dtype=wide, device=z.device)
+    """The sum over sizes and positions. The first columns of the item table are multiplied out, the rest are not."""
 
-        for start in range(0, len(labels), CHUNK):
-            rows = slice(start, start + CHUNK)
-            z_chunk, label = z[rows].to(item_table.dtype), labels[rows][:, None]  # [C, D], [C, 1]
+    @staticmethod
+    def forward(ctx, z: Tensor, weight: Tensor, features: Tensor | None, labels: Tensor, sizes: tuple[int, ...]):
+        needs_grad = any(ctx.needs_input_grad)
+        narrow = (weight if features is None else features).dtype
+        wide = torch.promote_types(narrow, torch.float32)
+        out = sizes[-1] if features is None else columns_multiplied_out(len(z), features.shape[1], sizes)
+        table = weight if features is None else features @ weight[:out].to(narrow).T  # [N+1, out]
+        rest = weight[:0] if features is None else weight[out:].to(narrow)  # [D - out, F]
+        valid = (labels != 0)[:, None]  # [T, 1]
+        z_narrow = (z * valid).to(narrow)  # a position without a label has equal logits, and no gradient
+
+        loss = torch.zeros((), dtype=wide, device=z.device)
+        grad_z = torch.empty_like(z, dtype=wide)
+        grad_table, grad_rest = (torch.zeros_like(part, dtype=wide) for part in (table, rest))
+
+        chunks = _chunks(len(z), len(sizes) * len(table) * wide.itemsize)
+        buffer = _buffer((len(sizes) + 1, chunks[0].stop, len(table)) if chunks else (0,), wide, z.device)
+        for rows in chunks:
+            z_chunk, label = z_narrow[rows], labels[rows][:, None]  # [C, D], [C, 1]
             minus_one = torch.full_like(label, -1, dtype=wide)
-            logits = torch.zeros(len(label), len(item_table), dtype=wide, device=z.device)  # [C, N+1]
-            residuals = []  # softmax - one-hot of every size
-            for (low, high), table in zip(parts, tables, strict=True):
-                _add_product(logits, z_chunk[:, low:high], table.T)
-                log_z = logits.logsumexp(dim=1, keepdim=True)
-                loss += (log_z - logits.gather(1, label)).sum()
+            logits, *residuals = buffer[:, : len(label)]  # each [C, N+1]; a size's residual: softmax - one-hot
+            logits.zero_()
+            for (low, high), residual in zip(increments(sizes), residuals, strict=True):
+                if high <= out:
+                    _add_product(logits, z_chunk[:, low:high], table[:, low:high].T)
+                else:
+                    _add_product(logits, z_chunk[:, low:high] @ rest[low - out : high - out], features.T)
+                log_p = torch.log_softmax(logits, dim=1, out=residual)
+                loss -= (log_p.gather(1, label) * valid[rows]).sum()
                 if needs_grad:
-                    residuals.append(torch.sub(logits, log_z).exp_().scatter_add_(1, label, minus_one))
-            # A logit of increment j is part of every size from M[j] on: its gradient is the sum of theirs.
-            for j in range(len(parts) - 1, -1, -1) if needs_grad else ():
-                (low, high) = parts[j]
-                if j + 1 < len(parts):
-                    residuals[j] += residuals[j + 1]
-                residual = residuals[j].to(item_table.dtype)
-                grad_z[rows, low:high] = residual @ tables[j]
-                _add_product(grad_tables[j], residual.T, z_chunk[:, low:high])
+                    log_p.exp_().scatter_add_(1, label, minus_one)
+            # A logit of an increment is part of every size from there on: its gradient is the sum of theirs.
+            above = None
+            for low, high in reversed(increments(sizes)) if needs_grad else ():
+                residual = residuals.pop()
+                above = residual if above is None else residual.add_(above)
+                residual, z_part = residual.to(narrow), z_chunk[:, low:high]
+                if high <= out:
+                    grad_z[rows, low:high] = residual @ table[:, low:high]
+                    _add_product(grad_table[:, low:high], residual.T, z_part)
+                else:
+                    grad_left = residual @ features  # [C, F]
+                    grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
+                    _add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
 
         if needs_grad:
-            grad_table = torch.cat(grad_tables, dim=1).mul_(scale)
-            ctx.save_for_backward(grad_z.mul_(scale).to(z.dtype), grad_table.to(item_table.dtype))
-        return loss * scale
+            grad_weight = grad_table
+            if features is not None:
+                grad_weight = torch.cat([(grad_table.T.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
+            ctx.save_for_backward(grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype))
+        return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_z, grad_table = ctx.saved_tensors
-        return grad_z * grad, grad_table * grad, None, None, None
+        grad_z, grad_weight = ctx.saved_tensors
+        return grad_z * grad, grad_weight * grad, None, None, None
+
+
+def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[int, ...]) -> int:
+    """How many columns of the item table are cheaper multiplied out, by the multiplications per item: 2 F a column for
+    it and its weight's gradient, and 3 T for its logits and their gradients; an increment left as a product takes 2 F T
+    whatever its width. One of 0 and `sizes`."""
+
+    def cost(out: int) -> int:
+        products = sum(high > out for _, high in increments(sizes))
+        return out * (2 * num_features + 3 * num_positions) + products * 2 * num_features * num_positions
+
+    return min((0, *sizes), key=cost)
+
+
+def _chunks(num_positions: int, bytes_a_position: int) -> list[slice]:
+    """The positions whose logits are held at once: a power of two of them, so that chunks come in few shapes."""
+    size = min(num_positions, 2 ** (max(1, CHUNK_BYTES // bytes_a_position).bit_length() - 1))
+    return [slice(start, start + size) for start in range(0, num_positions, size)] if size else []
+
+
+_held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def _buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of any content, kept from call to call: that of a new allocation is mapped page by page each time."""
+    size, held = math.prod(shape), _held.get((device, dtype))
+    if held is None or held.numel() < size:
+        held = _held[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+    return held[:size].view(shape)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

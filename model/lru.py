@@ -12,10 +12,9 @@ begins. No work is done on padding.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.fmrl import nested_mask, nested_uniform_
+from model.fmrl import nested_linear, nested_mask, nested_uniform_
 
 
 def ring_init(dim: int, r_min: float, r_max: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,8 +60,15 @@ class _LinearRecurrence(torch.autograd.Function):
 
 
 def _scan(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int, backwards: bool = False) -> Tensor:
-    """Run the recurrence in place in ceil(log2(longest)) vectorised steps: after step k every h_t [T, D] has summed its
-    last (backwards: next) 2^k inputs."""
+    """h_t += λ h_{t-1} (backwards: h_{t-1} += λ h_t) along every history: complex h [T, D], may be changed in place."""
+    return (_scan_by_steps if h.device.type == "cpu" else _scan_by_doubling)(
+        h, eigenvalue, position, longest, backwards
+    )
+
+
+def _scan_by_doubling(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int, backwards: bool) -> Tensor:
+    """For a GPU: ceil(log2(longest)) steps over all tokens, whose shapes do not depend on the histories. After step k
+    every h_t has summed its last (backwards: next) 2^k inputs."""
     shift = 1
     while shift < longest:
         reaches = (position[shift:] >= shift)[:, None]
@@ -70,6 +76,27 @@ def _scan(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int, backwar
         target += torch.where(reaches, eigenvalue * source, 0)
         eigenvalue = eigenvalue * eigenvalue
         shift *= 2
+    return h
+
+
+def _scan_by_steps(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int, backwards: bool) -> Tensor:
+    """For a CPU: every token once, in as many steps as the longest history has. Tokens are sorted by position, and at
+    a position those of long histories first, so that one step's tokens lie beside each other and in the order of the
+    step before."""
+    history = (position == 0).cumsum(dim=0) - 1  # [T]
+    length = torch.bincount(history)
+    place = torch.empty_like(length)
+    place[length.argsort(descending=True)] = torch.arange(len(length))
+    order = (position * len(length) + place[history]).argsort()
+    counts = torch.bincount(position).tolist()
+    steps = h[order].split(counts)
+    for k in reversed(range(1, len(counts))) if backwards else range(1, len(counts)):
+        now, before = steps[k], steps[k - 1][: counts[k]]
+        if backwards:
+            before.addcmul_(now, eigenvalue)
+        else:
+            now.addcmul_(before, eigenvalue)
+    h[order] = torch.cat(steps)
     return h
 
 
@@ -90,14 +117,14 @@ class LRU(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], bias: bool, r_min: float, r_max: float) -> None:
         super().__init__()
-        dim = sizes[-1]
+        dim, mask = sizes[-1], nested_mask(sizes)
         nu_log, theta_log, gamma_log = ring_init(dim, r_min, r_max)
         self.nu_log, self.theta_log, self.gamma_log = map(nn.Parameter, (nu_log, theta_log, gamma_log))
-        self.register_buffer("mask", nested_mask(sizes), persistent=False)
+        self.sizes = sizes
         # Imaginary parts start at zero; the imaginary part of C's bias would have no effect on Re(C h + c).
-        self.B_re = nn.Parameter(nested_uniform_(torch.empty(dim, dim), sizes) * self.mask)
+        self.B_re = nn.Parameter(nested_uniform_(torch.empty(dim, dim), sizes) * mask)
         self.B_im = nn.Parameter(torch.zeros(dim, dim))
-        self.C_re = nn.Parameter(nested_uniform_(torch.empty(dim, dim), sizes) * self.mask)
+        self.C_re = nn.Parameter(nested_uniform_(torch.empty(dim, dim), sizes) * mask)
         self.C_im = nn.Parameter(torch.zeros(dim, dim))
         self.B_bias_re = nn.Parameter(nested_uniform_(torch.empty(dim), sizes)) if bias else None
         self.B_bias_im = nn.Parameter(torch.zeros(dim)) if bias else None
@@ -120,14 +147,14 @@ class LRU(nn.Module):
         return self._output(h_re, h_im), torch.stack([h_re, h_im], dim=1)
 
     def _input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """γ ⊙ (B x + b), real and imaginary: one real multiplication with twice the rows."""
-        B = torch.cat([self.B_re * self.mask, self.B_im * self.mask])  # [2D, D]
-        b = None if self.B_bias_re is None else torch.cat([self.B_bias_re, self.B_bias_im])
+        """γ ⊙ (B x + b), real and imaginary."""
         gamma = torch.exp(self.gamma_log)
-        u_re, u_im = F.linear(x, B, b).to(gamma.dtype).chunk(2, dim=-1)  # [..., D]; the state is never narrowed
-        return u_re * gamma, u_im * gamma
+        u_re = nested_linear(x, self.B_re, self.B_bias_re, self.sizes)
+        u_im = nested_linear(x, self.B_im, self.B_bias_im, self.sizes)
+        return u_re * gamma, u_im * gamma  # [..., D], in γ's type: the state is never narrowed
 
     def _output(self, h_re: Tensor, h_im: Tensor) -> Tensor:
-        """Re(C h) + c: one real multiplication with twice the columns."""
-        C = torch.cat([self.C_re * self.mask, -self.C_im * self.mask], dim=1)  # [D, 2D]
-        return F.linear(torch.cat([h_re, h_im], dim=-1), C, self.C_bias)
+        """Re(C h) + c."""
+        return nested_linear(h_re, self.C_re, self.C_bias, self.sizes) - nested_linear(
+            h_im, self.C_im, None, self.sizes
+        )

@@ -106,10 +106,10 @@ def test_steps_over_a_history_end_where_encoding_the_whole_of_it_does(shape):
     items = torch.from_numpy(histories_of([length] * users, length))
     table = model.item_table()
     position = torch.arange(length).repeat(users)
-    expected = model.encode(table, items.flatten(), position, length).view(users, length, -1)
+    expected = model.encode(table[items.flatten()], position, length).view(users, length, -1)
     hidden = torch.zeros(users, shape[1], 2, shape[0][-1])
     for t in range(length):
-        z, hidden = model.step(table, items[:, t], hidden)
+        z, hidden = model.step(table[items[:, t]], hidden)
         assert_close(z.detach(), expected[:, t].detach())
 
 
@@ -160,7 +160,7 @@ def test_an_export_scores_as_the_model_does(exported, name):
         table = model.item_table()
         for row, length in zip(history, lengths, strict=True):
             tokens = torch.from_numpy(row[-max(length, 1) :])  # an empty history is token 0 alone
-            z = model.encode(table, tokens, torch.arange(len(tokens)), len(tokens))
+            z = model.encode(table[tokens], torch.arange(len(tokens)), len(tokens))
             expected.append((table @ z[-1])[1:].numpy())
     assert_close(ranking(open_engine(export, name, threads=1), export, history), np.stack(expected))
 
@@ -171,7 +171,7 @@ def test_an_export_of_any_size_scores_as_the_full_models_prefix(tmp_path, name):
     history = histories_of([7, 7], 7)
     with torch.no_grad():
         table = model.item_table()
-        z = model.encode(table, torch.from_numpy(history).flatten(), torch.arange(7).repeat(2), 7)[[6, 13]]
+        z = model.encode(table[torch.from_numpy(history).flatten()], torch.arange(7).repeat(2), 7)[[6, 13]]
     z, table = z.numpy(), table.detach().numpy()
     for size in model.sizes:
         export = read_folder(write_export(tmp_path / str(size), model, size=size))

@@ -55,7 +55,7 @@ def plain_metrics(model, sequences, part, mask_history):
             known = v[:-2] if part == "val" else v[:-1]
             target = v[len(known)]
             read = torch.tensor(known[-MAX_LEN:])
-            z = model.encode(table, read, torch.arange(len(read)), len(read))[-1].detach()
+            z = model.encode(table[read], torch.arange(len(read)), len(read))[-1].detach()
             scores = (table[:, :m] @ z[:m]).tolist()
             shown = [i for i in range(1, NUM_ITEMS + 1) if i == target or not (mask_history and i in known)]
             rank = sorted(shown, key=lambda item: -scores[item]).index(target) + 1
@@ -136,7 +136,7 @@ def test_masking_excludes_a_users_own_history_only():
 def test_token_0_is_never_ranked_however_well_it_scores(mask_history):
     model, rows = random_model("id"), rows_of(random_sequences())
     before = metrics_of(model, rows, mask_history=mask_history)
-    z = model.eval().encode(model.item_table(), torch.tensor([1]), torch.tensor([0]), 1)
+    z = model.eval().encode(model.item_table()[[1]], torch.tensor([0]), 1)
     with torch.no_grad():
         model.items.table[0] = 1000 * z[0].sign()
     assert metrics_of(model, rows, mask_history=mask_history) == before

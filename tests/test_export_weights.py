@@ -82,11 +82,11 @@ def test_a_model_made_of_served_weights_asks_for_what_the_model_asks_for(sizes, 
     for size in sizes:
         small = slice_model(model, size)
         served = model_from(serving_weights(small, quantized=False), small.sizes, blocks)
-        assert_close(served.encode(small.item_table(), *histories()), small.encode(small.item_table(), *histories()))
-        hidden, items = torch.randn(4, blocks, 2, size), torch.tensor([0, 3, 7, NUM_ITEMS])
-        for found, expected in zip(
-            served.step(small.item_table(), items, hidden), small.step(small.item_table(), items, hidden), strict=True
-        ):
+        tokens, position, longest = histories()
+        x = small.items(tokens)
+        assert_close(served.encode(x, position, longest), small.encode(x, position, longest))
+        hidden, x = torch.randn(4, blocks, 2, size), small.items(torch.tensor([0, 3, 7, NUM_ITEMS]))
+        for found, expected in zip(served.step(x, hidden), small.step(x, hidden), strict=True):
             assert_close(found, expected)
 
 
@@ -119,7 +119,7 @@ def test_the_weights_are_what_their_description_says(sizes, use_bias):
     model = model_of(sizes, 2, use_bias)
     table, weights = model.item_table(), serving_weights(model, quantized=False)
     tokens, position, longest = histories()
-    z = model.encode(table, tokens, position, longest).numpy()
+    z = model.encode(table[tokens], position, longest).numpy()
     for end in range(len(tokens)):
         history = tokens[end - int(position[end]) : end + 1].numpy()
         found = by_the_book(weights, table.double().numpy(), sizes, 2, history)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from model.fmrl import nested_mask
 from model.lru import LRU, linear_recurrence, linear_recurrence_loop, ring_init
 
 HISTORIES = [[1], [2], [50], [1, 1, 1], [1, 50, 2, 49, 1], [130, 1, 7], [3, 64, 65, 128, 129], [33, 5, 130, 50]]
@@ -140,7 +141,7 @@ def test_gamma_starts_as_the_root_of_one_minus_the_squared_modulus():
 def test_the_imaginary_parts_of_B_and_C_start_at_zero():
     layer = LRU((4, 8), bias=True, r_min=0.0, r_max=0.1)
     assert layer.B_im.count_nonzero() == layer.C_im.count_nonzero() == layer.B_bias_im.count_nonzero() == 0
-    assert layer.B_re.count_nonzero() == layer.C_re.count_nonzero() == layer.mask.sum()
+    assert layer.B_re.count_nonzero() == layer.C_re.count_nonzero() == nested_mask(layer.sizes).sum()
 
 
 def random_layer(dim, bias):

@@ -64,6 +64,11 @@ def oracle_lru(x, valid, w, sizes):
     return oracle_linear(torch.stack(h, dim=1), C, None, sizes).real + w.get("C_bias", 0)
 
 
+def oracle_dropout(x, p):
+    """x [1, L, D], each number kept with probability 1 - p."""
+    return x * (torch.rand(x.shape[1:]) >= p) / (1 - p)
+
+
 def oracle_encode(w, features, tokens, sizes, num_blocks, p=0.0):
     """z [B, L, D] of tokens [B, L] that are padded on the left with 0; p: dropout."""
     valid = (tokens > 0).to(torch.float64)
@@ -72,11 +77,11 @@ def oracle_encode(w, features, tokens, sizes, num_blocks, p=0.0):
         v = {name.removeprefix(f"blocks.{k}."): weight for name, weight in w.items() if f"blocks.{k}." in name}
         lru = {name.removeprefix("lru."): weight for name, weight in v.items()}
         normed = oracle_layer_norm(x, v["norm1.weight"], v["norm1.bias"], sizes)
-        x = x + F.dropout(oracle_lru(normed, valid, lru, sizes), p)
+        x = x + oracle_dropout(oracle_lru(normed, valid, lru, sizes), p)
         normed = oracle_layer_norm(x, v["norm2.weight"], v["norm2.bias"], sizes)
         gate = F.silu(oracle_linear(normed, v["ffn.G.weight"], v["ffn.G.bias"], sizes))
-        hidden = gate * F.dropout(oracle_linear(normed, v["ffn.W1.weight"], v["ffn.W1.bias"], sizes), p)
-        x = x + F.dropout(oracle_linear(hidden, v["ffn.W2.weight"], v["ffn.W2.bias"], sizes), p)
+        hidden = gate * oracle_dropout(oracle_linear(normed, v["ffn.W1.weight"], v["ffn.W1.bias"], sizes), p)
+        x = x + oracle_dropout(oracle_linear(hidden, v["ffn.W2.weight"], v["ffn.W2.bias"], sizes), p)
     return x
 
 
@@ -133,14 +138,14 @@ def weights_of(model):
     return {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
 
 
-def packed(rows):
-    """Training rows in the order of users: (tokens, position, longest)."""
-    return torch.as_tensor(rows.tokens), torch.as_tensor(rows.position), int(np.diff(rows.offsets).max())
+def packed(model, rows):
+    """Training rows in the order of users: (x, position, longest)."""
+    return model.items(torch.as_tensor(rows.tokens)), torch.as_tensor(rows.position), int(np.diff(rows.offsets).max())
 
 
 def last_encodings(model, rows):
     batches = list(eval_batches(rows, 3, CPU))
-    z = [model.encode(model.item_table(), batch.tokens, batch.position, batch.longest)[batch.last] for batch in batches]
+    z = [model.encode(model.items(batch.tokens), batch.position, batch.longest)[batch.last] for batch in batches]
     return torch.cat(z)
 
 
@@ -173,7 +178,7 @@ def test_every_labelled_position_scores_as_in_the_paper(branch, use_bias, num_bl
     expected = oracle_encode(w, features, tokens, SIZES, num_blocks)[labels > 0]
 
     rows = train_rows(as_sequences(sequences), MAX_LEN)
-    z = model.encode(model.item_table(), *packed(rows))
+    z = model.encode(*packed(model, rows))
 
     assert rows.labels.tolist() == labels[labels > 0].tolist()
     for m in SIZES:
@@ -190,7 +195,7 @@ def test_float32_scores_lie_within_1e_5_of_the_papers(branch):
     tokens, labels = oracle_training_tensors(sequences)
     expected = oracle_encode(w, features, tokens, SIZES, 2)[labels > 0] @ oracle_item_table(w, features).T
 
-    z = model.encode(model.item_table(), *packed(train_rows(as_sequences(sequences), MAX_LEN)))
+    z = model.encode(*packed(model, train_rows(as_sequences(sequences), MAX_LEN)))
 
     assert (z @ model.item_table().T - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -207,7 +212,7 @@ def test_loss_and_gradients_of_a_training_batch_are_the_papers(branch, use_bias,
     loader = TrainLoader(train_rows(as_sequences(sequences), MAX_LEN), len(sequences), seed, CPU)
     (batch,) = loader.epoch(1)
     table = model.item_table()
-    z = model.encode(table, batch.tokens, batch.position, batch.longest)
+    z = model.encode(table[batch.tokens], batch.position, batch.longest)
     loss = matryoshka_cross_entropy(z, table, batch.labels, SIZES)
     loss.backward()
 
@@ -247,9 +252,9 @@ def test_padding_in_front_of_a_history_does_not_change_its_scores(extra):
         history = torch.tensor(v[:-1][-MAX_LEN:])
         position = torch.arange(len(history))
         padding = torch.zeros(extra, dtype=torch.int64)
-        bare = model.encode(model.item_table(), history, position, len(history))
+        bare = model.encode(model.items(history), position, len(history))
         behind_padding = model.encode(
-            model.item_table(), torch.cat([padding, history]), torch.cat([padding, position]), len(history) + extra
+            model.items(torch.cat([padding, history])), torch.cat([padding, position]), len(history) + extra
         )
         torch.testing.assert_close(behind_padding[extra:], bare)
 
@@ -258,9 +263,9 @@ def test_a_histories_scores_do_not_depend_on_what_it_is_packed_with():
     model, _ = random_model("both")
     rows = eval_rows(as_sequences(random_sequences()), MAX_LEN, "test")
     (together,) = eval_batches(rows, len(rows), CPU)
-    z = model.encode(model.item_table(), together.tokens, together.position, together.longest)[together.last]
+    z = model.encode(model.items(together.tokens), together.position, together.longest)[together.last]
     for row, alone in enumerate(eval_batches(rows, 1, CPU)):
-        expected = model.encode(model.item_table(), alone.tokens, alone.position, alone.longest)[-1]
+        expected = model.encode(model.items(alone.tokens), alone.position, alone.longest)[-1]
         torch.testing.assert_close(z[row], expected)
 
 
@@ -268,7 +273,7 @@ def test_dropout_follows_the_lru_and_w1_and_w2_and_nothing_else():
     model, features = random_model("both", p=0.4)
     history = torch.arange(1, 21)
     torch.manual_seed(5)
-    z = model.train().encode(model.item_table(), history, torch.arange(20), 20)
+    z = model.train().encode(model.items(history), torch.arange(20), 20)
     torch.manual_seed(5)
     expected = oracle_encode(weights_of(model), features, history[None], SIZES, 2, p=0.4)[0]
     torch.testing.assert_close(z, expected)

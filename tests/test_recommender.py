@@ -81,7 +81,7 @@ class Shop:
         tokens = torch.tensor(history or [0])
         with torch.no_grad():
             table = self.model.item_table()
-            return (table @ self.model.encode(table, tokens, torch.arange(len(tokens)), len(tokens))[-1]).numpy()
+            return (table @ self.model.encode(table[tokens], torch.arange(len(tokens)), len(tokens))[-1]).numpy()
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def prefix_scores(model, size):
     """Scores of all items for every user from the first `size` dimensions."""
     (batch,) = eval_batches(random_rows(), 100, CPU)
     table = model.item_table()
-    z = model.encode(table, batch.tokens, batch.position, batch.longest)[batch.last]
+    z = model.encode(table[batch.tokens], batch.position, batch.longest)[batch.last]
     return (z[:, :size] @ table[:, :size].T).detach()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
+from dataloader.batches import bucket
 from datasets.catalog import Sequences
 
 CPU = torch.device("cpu")
@@ -49,8 +50,9 @@ def rows_of(rows):
 
 
 def rows_of_batch(batch):
-    """(tokens, labels, position) of every row; all rows fit, so each begins with token 0."""
-    starts = [t for t in range(len(batch.tokens)) if batch.tokens[t] == 0] + [len(batch.tokens)]
+    """(tokens, labels, position) of every row; all rows fit, so each begins with token 0, with a label."""
+    starts = [t for t in range(len(batch.tokens)) if batch.tokens[t] == 0 and batch.labels[t] != 0]
+    starts.append(int((batch.labels != 0).sum()))
     return [
         tuple(part[low:high].tolist() for part in (batch.tokens, batch.labels, batch.position))
         for low, high in pairwise(starts)
@@ -174,6 +176,19 @@ def test_another_seed_or_epoch_is_another_order(seed, epoch):
     assert users_of(other.epoch(epoch)) != order
 
 
+def test_a_batch_is_padded_to_one_of_few_shapes_behind_its_rows():
+    sequences = as_sequences(random_sequences())
+    for batch in TrainLoader(train_rows(sequences, 50), 6, seed=0, device=CPU).epoch(1):
+        length = int((batch.labels > 0).sum())
+        assert len(batch.tokens) == len(batch.labels) == len(batch.position) == bucket(length)
+        assert not any(part[length:].any() for part in (batch.tokens, batch.labels, batch.position))
+
+
+def test_buckets_are_few_and_no_more_than_one_step_larger():
+    assert [bucket(n) for n in (1, 2, 3, 16, 17, 128, 129, 256, 257)] == [1, 2, 4, 16, 32, 128, 256, 256, 384]
+    assert all(n <= bucket(n) < n + min(n, 128) for n in range(1, 5000))
+
+
 @pytest.mark.parametrize("max_len", [2, 50])
 def test_the_batches_of_an_epoch_hold_every_labelled_token_once(max_len):
     rows = train_rows(as_sequences(random_sequences()), max_len)
@@ -182,6 +197,7 @@ def test_the_batches_of_an_epoch_hold_every_labelled_token_once(max_len):
         triple
         for batch in batches
         for triple in zip(batch.tokens.tolist(), batch.labels.tolist(), batch.position.tolist(), strict=True)
+        if triple != (0, 0, 0)  # padding
     ]
     expected = zip(rows.tokens.tolist(), rows.labels.tolist(), rows.position.tolist(), strict=True)
     assert sorted(triples) == sorted(expected)

@@ -15,6 +15,7 @@ from config import InputError
 from dataloader import TrainLoader, eval_rows, train_rows
 from datasets.catalog import load_catalog
 from model import FMRLRec
+from model.fmrl import nested_mask
 from tests.prepared import write_prepared
 from trainer import trainer as trainer_module
 from trainer.checkpoint import load_state, load_weights, save_weights
@@ -98,7 +99,7 @@ def test_training_lowers_the_loss_and_keeps_masked_weights_at_zero(tmp_path):
     log = read_log(trainer.run)
     assert log[-1]["loss"] < log[0]["loss"] - 0.1
     ffn = trainer.model.blocks[0].ffn
-    assert not ffn.W1.weight[ffn.W1.mask == 0].any()
+    assert not ffn.W1.weight[nested_mask(ffn.W1.sizes) == 0].any()
 
 
 def test_a_line_an_epoch_is_logged_with_every_sizes_validation(tmp_path):

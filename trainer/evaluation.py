@@ -37,7 +37,7 @@ def evaluate(
     ranks: dict[int, list[Tensor]] = {m: [] for m in sizes}
     table = model.item_table()
     for batch in eval_batches(rows, batch_size, device):
-        z = model.encode(table, batch.tokens, batch.position, batch.longest)[batch.last]  # [B, D]
+        z = model.encode(table[batch.tokens], batch.position, batch.longest)[batch.last]  # [B, D]
         scores = candidates(batch, len(table), mask_history)
         for low, high in increments(model.sizes):
             scores.addmm_(z[:, low:high], table[:, low:high].T)
@@ -82,7 +82,7 @@ def check_slice(model: FMRLRec, small: FMRLRec, batch: EvalBatch) -> None:
     for recommender in (model, small):
         recommender.eval()
         table = recommender.item_table()
-        z = recommender.encode(table, batch.tokens, batch.position, batch.longest)[batch.last]
+        z = recommender.encode(table[batch.tokens], batch.position, batch.longest)[batch.last]
         scores.append(z[:, :size] @ table[:, :size].T)
     difference = ((scores[0] - scores[1]).abs().max() / scores[0].abs().max().clamp_min(1e-30)).item()
     if not difference <= PARITY:

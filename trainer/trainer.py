@@ -99,10 +99,8 @@ class Trainer:
 
     def _step(self, batch: Batch) -> Tensor:
         with torch.autocast(self.loader.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            table = self.model.item_table()
-            if self.precision == "bf16":  # a learned table comes in float32
-                table = table.bfloat16()
-            z = self.model.encode(table, batch.tokens, batch.position, batch.longest)
+            z = self.model.encode(self.model.items(batch.tokens), batch.position, batch.longest)
+        table = self.model.items.factors(torch.bfloat16 if self.precision == "bf16" else z.dtype)
         loss = matryoshka_cross_entropy(z, table, batch.labels, self.model.sizes, self.reduction)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()

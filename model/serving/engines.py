@@ -142,10 +142,7 @@ class TorchEngine:
         position = (np.arange(history.shape[1]) - (history.shape[1] - lengths)[:, None])[live]
         with torch.inference_mode():
             z = self.model.encode(
-                torch.from_numpy(table.values),
-                torch.from_numpy(history[live]),
-                torch.from_numpy(position),
-                int(lengths.max()),
+                torch.from_numpy(table.values[history[live]]), torch.from_numpy(position), int(lengths.max())
             )
         return self.rank(z.numpy()[np.cumsum(lengths) - 1], table, bias, k)
 
@@ -153,7 +150,7 @@ class TorchEngine:
         import torch
 
         with torch.inference_mode():
-            z, hidden = self.model.step(*map(torch.from_numpy, (table.values, item, hidden)))
+            z, hidden = self.model.step(*map(torch.from_numpy, (table.values[item], hidden)))
         return z.numpy(), hidden.numpy()
 
     def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

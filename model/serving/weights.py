@@ -32,20 +32,23 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
     """The weights of a (sliced) model in the form above, float32 or with its blocks' matrices in eight bits."""
     import torch
 
+    from model.fmrl import nested_mask
+
     weights: dict[str, np.ndarray] = {}
     with torch.no_grad():
+        mask = nested_mask(model.sizes).to(next(model.parameters()))
         for i, block in enumerate(model.blocks):
             lru, ffn, gamma = block.lru, block.ffn, torch.exp(block.lru.gamma_log)
             zeros = torch.zeros_like(gamma)
             parts = {
                 **{name: block.get_parameter(name) for name in VECTORS},
-                "lru.B": torch.cat([(w * lru.mask * gamma[:, None]).T for w in (lru.B_re, lru.B_im)], dim=1),
+                "lru.B": torch.cat([(w * mask * gamma[:, None]).T for w in (lru.B_re, lru.B_im)], dim=1),
                 "lru.B_bias": torch.cat([zeros if b is None else b * gamma for b in (lru.B_bias_re, lru.B_bias_im)]),
-                "lru.C": torch.cat([(lru.C_re * lru.mask).T, -(lru.C_im * lru.mask).T]),
+                "lru.C": torch.cat([(lru.C_re * mask).T, -(lru.C_im * mask).T]),
                 "lru.C_bias": zeros if lru.C_bias is None else lru.C_bias,
-                "ffn.expand": torch.cat([(linear.weight * linear.mask).T for linear in (ffn.G, ffn.W1)], dim=1),
+                "ffn.expand": torch.cat([(linear.weight * mask).T for linear in (ffn.G, ffn.W1)], dim=1),
                 "ffn.expand_bias": torch.cat([ffn.G.bias, ffn.W1.bias]),
-                "ffn.reduce": (ffn.W2.weight * ffn.W2.mask).T,
+                "ffn.reduce": (ffn.W2.weight * mask).T,
                 "ffn.reduce_bias": ffn.W2.bias,
             }
             weights |= {f"blocks.{i}.{name}": _numpy(value) for name, value in parts.items()}

@@ -41,7 +41,7 @@ def item_features(catalog: Catalog, **arguments: Any) -> np.ndarray | None:
     """Features [N, F] float32 of items 1..N, in memory: the text's, the picture's or both side by side, each of length
     1; None where both are off. Arguments as of `feature_files`."""
     parts = feature_files(catalog, **arguments)
-    return np.concatenate(parts, axis=1) if parts else None
+    return np.concatenate(parts, axis=1, dtype=np.float32) if parts else None  # widened on the way, never held twice
 
 
 def feature_files(

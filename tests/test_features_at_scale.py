@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,22 @@ def test_a_kill_before_the_finished_file_has_its_name_costs_no_batch(tmp_path):
     header = cache.finish(path, {"key": {"k": 1}, "commit": "", "broken": {}}, batches)
     assert cache.read(path, {"k": 1}, None) == (header, "")
     assert np.load(path)[:, 0].tolist() == [0, 0, 1, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------- half precision
+
+
+def test_no_more_is_held_in_memory_than_is_returned(tmp_path, monkeypatch):
+    files = []
+    for width in (300, 200):
+        np.save(tmp_path / f"{width}.npy", np.ones((2000, width), np.float16))
+        files.append(np.load(tmp_path / f"{width}.npy", mmap_mode="r"))
+    monkeypatch.setattr("datasets.features.feature_files", lambda catalog: files)
+    tracemalloc.start()
+    rows = item_features(None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows.nbytes <= peak < 1.02 * rows.nbytes
 
 
 # -------------------------------------------------------------------------------------------------------- several ranks

@@ -106,7 +106,7 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
                     cache_root=Path(cache_root),
                     say=lambda _: None,
                 )
-                made[precision] = np.array(rows)
+                made[precision] = rows.astype(np.float32)
 
         seconds = paired({"bare forward": forward, "whole path": whole}, arguments.runs)
         ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
@@ -115,7 +115,7 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
               f"{ratio:.1%}", flush=True)  # fmt: skip
     if len(made) > 1:
         names = list(made)
-        first, last = made[names[0]], made[names[-1]]
+        first, last = (encoders.normalised(made[name]) for name in (names[0], names[-1]))  # their files are rounded
         cosines = (first * last).sum(axis=1)
         print(f"  cosine of {names[0]} and {names[-1]}: least {cosines.min():.5f}, mean {cosines.mean():.5f}")
 

@@ -20,6 +20,7 @@ from datasets.catalog import Catalog, load_catalog
 from datasets.embedding import encode_batches, picture_batches, read_pictures, read_texts, text_batches
 from datasets.encoders import LexicalEncoder, PixelEncoder
 from datasets.features import feature_files, item_features
+from datasets.text import item_text
 from tests.prepared import write_prepared, write_tiny_bert
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which the tests do
@@ -169,6 +170,19 @@ def test_a_kill_before_the_finished_file_has_its_name_costs_no_batch(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- half precision
 
+BOTH = {"language": "lexical", "image": "pixel", "attributes": ("title", "brand"), "say": lambda line: None}
+
+
+def test_features_are_stored_in_float16_and_widened_in_memory(data_root, tmp_path):
+    arguments = BOTH | {"cache_root": tmp_path / "cache"}
+    text, picture = feature_files(catalog_of(data_root), **arguments)
+    assert text.dtype == picture.dtype == np.float16
+    titles_and_brands = [item_text(record, BOTH["attributes"]) for record in catalog_of(data_root).metadata]
+    np.testing.assert_array_equal(text, LexicalEncoder().encode(titles_and_brands).astype(np.float16))
+    rows = item_features(catalog_of(data_root), **arguments)
+    assert rows.dtype == np.float32
+    np.testing.assert_array_equal(rows, np.hstack([text, picture]))
+
 
 def test_no_more_is_held_in_memory_than_is_returned(tmp_path, monkeypatch):
     files = []
@@ -181,6 +195,38 @@ def test_no_more_is_held_in_memory_than_is_returned(tmp_path, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert rows.nbytes <= peak < 1.02 * rows.nbytes
+
+
+def test_what_an_earlier_version_finished_in_float32_is_used_as_it_is(data_root, tmp_path, monkeypatch):
+    arguments = BOTH | {"cache_root": tmp_path / "cache"}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(cache, "DTYPE", np.float32)
+        text, _ = feature_files(catalog_of(data_root), **arguments)
+        next(tmp_path.glob("cache/tiny/image-*.npy")).unlink()  # the picture's is made by this version
+    before = arrays(tmp_path / "cache")
+    parts = feature_files(catalog_of(data_root), **arguments)
+    assert [part.dtype for part in parts] == [np.float32, np.float16]
+    assert before.items() < arrays(tmp_path / "cache").items()
+    np.testing.assert_array_equal(item_features(catalog_of(data_root), **arguments)[:, : text.shape[1]], text)
+
+
+def test_what_an_earlier_version_began_in_float32_is_begun_again(tmp_path, monkeypatch):
+    path, batches = tmp_path / "a.npy", picture_batches(5, 2)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(cache, "DTYPE", np.float32)
+        cache.begin(path, {"a": 1}, (5, 3), batches)
+        cache.Writer(path).write(0, batches[0], np.ones((2, 3), np.float32))
+        assert cache.begin(path, {"a": 1}, (5, 3), batches) == [1, 2]
+    assert cache.begin(path, {"a": 1}, (5, 3), batches) == [0, 1, 2]
+    assert cache.partial(path).dtype == np.float16
+
+
+@pytest.mark.parametrize("width", [16, 384, 1024])
+def test_half_precision_turns_no_unit_vector_beyond_a_cosine_of_9999999(width):
+    exact = encoders.normalised(np.random.default_rng(0).normal(size=(5000, width))).astype(np.float64)
+    rounded = exact.astype(np.float16).astype(np.float64)
+    cosines = (exact * rounded).sum(axis=1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rounded, axis=1)
+    assert cosines.min() > 0.9999999
 
 
 # -------------------------------------------------------------------------------------------------------- several ranks
@@ -288,7 +334,7 @@ def test_auto_makes_what_the_device_is_best_at(features, tmp_path):
 def test_lower_precision_gives_nearly_the_same_unit_vectors_in_float32(features, precision):
     exact, fast = features(precision="fp32"), features(precision=precision)
     assert fast.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(fast, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(fast, axis=1), 1, rtol=np.finfo(np.float16).eps)
     assert (exact * fast).sum(axis=1).min() > 0.999
     assert not np.array_equal(exact, fast)
 
@@ -335,15 +381,14 @@ def test_open_clip_from_a_file_is_cached_in_its_precision_and_workers_change_no_
     catalog, parts = catalog_of(data_root), {}
     arguments = {"language": None, "image": clip, "attributes": (), "say": lambda line: None}
     for precision in ("fp32", "bf16"):
-        [parts[precision]] = feature_files(
-            catalog, **arguments, precision=precision, cache_root=tmp_path / "cache", batch_size=4
-        )
+        [rows] = feature_files(catalog, **arguments, precision=precision, cache_root=tmp_path / "cache", batch_size=4)
+        parts[precision] = rows.astype(np.float32)
         assert (parts[precision].any(axis=1)[[0, 19]] == 0).all() and parts[precision][1:19].any(axis=1).all()
     assert (parts["fp32"] * parts["bf16"])[1:19].sum(axis=1).min() > 0.999
     encoder = encoders.image_encoder(clip, "cpu")
     batches = [catalog.pictures[start : start + 4] for start in range(0, 20, 4)]
     ahead = np.concatenate([*encode_batches(encoder, read_pictures, batches, workers=1)])
-    np.testing.assert_array_equal(ahead, parts["fp32"])
+    np.testing.assert_array_equal(ahead.astype(np.float16), parts["fp32"])
 
 
 class Killed(PixelEncoder):

@@ -104,8 +104,10 @@ class Writer:
         self.marks = np.lib.format.open_memmap(done, mode="r+")
 
     def write(self, number: int, batch: np.ndarray, features: np.ndarray) -> None:
-        """The features [B, F] of a batch's rows [B], rounded, and then its mark."""
-        self.rows[batch] = features
+        """The features [B, F] of a batch's rows [B], rounded, and then its mark. Raises FloatingPointError for numbers
+        that DTYPE does not reach."""
+        with np.errstate(over="raise"):  # they would become infinities
+            self.rows[batch] = features
         self.marks[number] = _mark(self.rows[batch])
 
 

@@ -62,6 +62,13 @@ def refusal(make, name: str) -> str:
     return str(raised.value)
 
 
+@pytest.mark.parametrize("size", [1e-44, 1e-22, 1e-10, 1, 1e10, 1e25, 3e38])
+def test_no_feature_is_beyond_what_float16_reaches_whatever_a_model_computes(size):
+    vectors = np.random.default_rng(0).uniform(-size, size, (100, 64)).astype(np.float32)
+    with np.errstate(over="ignore"):
+        assert np.abs(encoders.normalised(vectors)).max() < 2
+
+
 # -------------------------------------------------------------------------------------------------------------- lexical
 
 

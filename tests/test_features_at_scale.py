@@ -221,6 +221,16 @@ def test_what_an_earlier_version_began_in_float32_is_begun_again(tmp_path, monke
     assert cache.partial(path).dtype == np.float16
 
 
+def test_a_number_beyond_float16_is_an_error_and_never_infinite(tmp_path):
+    path, [batch] = tmp_path / "a.npy", picture_batches(1, 1)
+    cache.begin(path, {}, (1, 2), [batch])
+    with pytest.raises(FloatingPointError, match="overflow"):
+        cache.Writer(path).write(0, batch, np.float32([[1, 65520]]))
+    assert cache.unfinished(path, [batch]) == [0]
+    cache.Writer(path).write(0, batch, np.float32([[1, 65504]]))
+    assert cache.unfinished(path, [batch]) == []
+
+
 @pytest.mark.parametrize("width", [16, 384, 1024])
 def test_half_precision_turns_no_unit_vector_beyond_a_cosine_of_9999999(width):
     exact = encoders.normalised(np.random.default_rng(0).normal(size=(5000, width))).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Slice a trained run into a stand-alone model of every size, and test each.
+"""Test a trained run at every size, and check that each size's slice is the same model on its own.
 
 python eval.py                                    # the newest run
 python eval.py --dataset_code=beauty              # the newest run that fits the given flags
@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mask_history", action="store_true", help="rank without the items already in a user's history"
     )
+    parser.add_argument(
+        "--alone", action="store_true", help="test every slice as a model of its own, not all sizes in one pass"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     config, catalog, model = load_run(run, flags)
     progress = unfinished(run)
     print(f"run {run}{f', unfinished: {progress}' if progress else ''}", flush=True)
-    return test_run(config, catalog, model, run, mask_history=arguments.mask_history)
+    return test_run(config, catalog, model, run, mask_history=arguments.mask_history, alone=arguments.alone)
 
 
 def load_run(run: str | Path, flags: dict | None = None) -> tuple[Config, Catalog, FMRLRec]:
@@ -62,10 +65,11 @@ def load_run(run: str | Path, flags: dict | None = None) -> tuple[Config, Catalo
     return config, catalog, model.eval()
 
 
-def load_data(config: Config, device: torch.device) -> tuple[Catalog, np.ndarray | None]:
-    """The catalogue and its items' features [N, F] (None without encoders); the demo is made where it is missing."""
+def load_data(config: Config, device: torch.device) -> tuple[Catalog, list[np.ndarray]]:
+    """The catalogue and its items' features, [N, F] of each encoder, mapped from their files; the demo is made where it
+    is missing."""
     from datasets.catalog import describe, load_catalog
-    from datasets.features import item_features
+    from datasets.features import feature_files
 
     if config.dataset_code == "demo" and config.data_root == Config.data_root:
         catalog = load_demo()
@@ -73,7 +77,7 @@ def load_data(config: Config, device: torch.device) -> tuple[Catalog, np.ndarray
         catalog = load_catalog(config.data_root, config.dataset_code)
     for line in (describe(catalog), *catalog.notes):
         print(line, flush=True)
-    features = item_features(
+    features = feature_files(
         catalog,
         language=config.language_encoder if config.use_language_encoder else None,
         image=config.img_encoder if config.use_img_encoder else None,
@@ -98,7 +102,7 @@ def load_demo() -> Catalog:
         raise InputError(f"{error}. Remove {root / 'demo'}: it is made again") from None
 
 
-def build_model(config: Config, num_items: int, features: np.ndarray | None) -> FMRLRec:
+def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> FMRLRec:
     """The model that the settings describe, freshly initialised."""
     import torch
 
@@ -106,7 +110,7 @@ def build_model(config: Config, num_items: int, features: np.ndarray | None) -> 
 
     return FMRLRec(
         num_items,
-        None if features is None else torch.from_numpy(features),
+        [torch.from_numpy(part) for part in features] or None,
         config.mrl_hidden_sizes,
         num_blocks=config.lru_num_blocks,
         dropout=config.lru_dropout,
@@ -118,9 +122,9 @@ def build_model(config: Config, num_items: int, features: np.ndarray | None) -> 
 
 
 def test_run(
-    config: Config, catalog: Catalog, model: FMRLRec, run: Path, mask_history: bool
+    config: Config, catalog: Catalog, model: FMRLRec, run: Path, mask_history: bool, alone: bool = False
 ) -> dict[int, dict[str, float]]:
-    """Test a stand-alone model of every size and write what was found into the run's folder."""
+    """Test a model at every size and write what was found into the run's folder."""
     from dataloader import eval_rows
     from trainer.evaluation import test_every_size
     from trainer.runs import read_config
@@ -134,6 +138,7 @@ def test_run(
         ks=tuple(sorted({*config.metric_ks, *trained.metric_ks})),  # the run's files never lose a cut-off
         mask_history=mask_history,
         title=f"{config.dataset_code}, items by {config.described_by}: test",
+        alone=alone,
     )
 
 

@@ -60,7 +60,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     from dataloader import TrainLoader, eval_rows, train_rows
     from datasets.catalog import Sequences
     from model import FMRLRec, matryoshka_cross_entropy
-    from trainer.evaluation import evaluate_slices
+    from trainer.evaluation import evaluate, evaluate_slices
     from trainer.trainer import build_optimizer
 
     rng, device = np.random.default_rng(0), torch.device(arguments.device)
@@ -100,6 +100,9 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     rows = eval_rows(some, 50, "test")
 
     def evaluate_fast() -> None:
+        evaluate(model, rows, sizes=sizes, batch_size=256, ks=(10,))
+
+    def evaluate_alone() -> None:
         evaluate_slices(model, rows, batch_size=256, ks=(10,))
 
     @torch.inference_mode()
@@ -111,7 +114,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
             baseline.ranks(tokens, torch.from_numpy(rows.targets[start : start + 64]).to(device))
 
     steps = {"baseline": plain_step, "fp32": lambda: step("fp32"), "bf16": lambda: step("bf16")}
-    return steps, {"baseline": evaluate_plain, "every slice alone": evaluate_fast}
+    return steps, {"baseline": evaluate_plain, "one pass": evaluate_fast, "every slice alone": evaluate_alone}
 
 
 def memory(kind: str) -> float:

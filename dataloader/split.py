@@ -41,6 +41,13 @@ class EvalRows:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def part(self, start: int, stop: int) -> "EvalRows":
+        """The rows start:stop."""
+        begins, starts, ends, targets = (
+            rows[start:stop] for rows in (self.begins, self.starts, self.ends, self.targets)
+        )
+        return EvalRows(self.items, begins, starts, ends, targets)
+
 
 def train_rows(sequences: Sequences, max_len: int) -> TrainRows:
     """The training items v[:-2] of every user as inputs and labels."""

@@ -37,13 +37,6 @@ CACHE_ROOT = Path("data/features")
 BATCHES_A_WORKER = 32  # a worker takes about six seconds to start, so it is not started for fewer
 
 
-def item_features(catalog: Catalog, **arguments: Any) -> np.ndarray | None:
-    """Features [N, F] float32 of items 1..N, in memory: the text's, the picture's or both side by side, each of length
-    1 but for the rounding of its file; None where both are off. Arguments as of `feature_files`."""
-    parts = feature_files(catalog, **arguments)
-    return np.concatenate(parts, axis=1, dtype=np.float32) if parts else None  # widened on the way, never held twice
-
-
 def feature_files(
     catalog: Catalog,
     *,
@@ -57,9 +50,9 @@ def feature_files(
     cache_root: Path = CACHE_ROOT,
     say: Callable[[str], None] = print,
 ) -> list[np.ndarray]:
-    """Features [N, F] of the text and of the picture of items 1..N, each a read-only map of its file, which is made
-    where there is none: float16, or float32 where an earlier version made it. Under torchrun all ranks call this, each
-    makes a share, and all return the same.
+    """Features [N, F] of the text and of the picture of items 1..N, each mapped from its file, which is made where
+    there is none: float16, or float32 where an earlier version made it; what is written to one stays in memory. Under
+    torchrun all ranks call this, each makes a share, and all return the same.
 
     language, image: names of encoders, or None for a branch that is off.
     precision: what an encoder with weights computes in: fp32, bf16, or auto: as the features that are there already,
@@ -115,7 +108,7 @@ def _language_features(catalog: Catalog, name: str, attributes: tuple[str, ...],
         "items": _digest([*catalog.asins, *texts]),
     }
     found = _cached(catalog, name, key, texts, how)
-    return np.load(found.path, mmap_mode="r")
+    return np.load(found.path, mmap_mode="c")
 
 
 def _image_features(catalog: Catalog, name: str, how: _How) -> np.ndarray:
@@ -130,7 +123,7 @@ def _image_features(catalog: Catalog, name: str, how: _How) -> np.ndarray:
     if without:
         how.say(f"{without} of {len(pictures)} items have no readable picture: zero vectors, named in "
                 f"{cache.sidecar(found.path)}")  # fmt: skip
-    return np.load(found.path, mmap_mode="r")
+    return np.load(found.path, mmap_mode="c")
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache

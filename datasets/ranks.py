@@ -7,9 +7,12 @@ import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PATIENCE = timedelta(days=1)  # the others wait while one finishes its share; torchrun ends them where one fails
 
@@ -51,6 +54,21 @@ def barrier() -> None:
 
     start()
     dist.all_reduce(torch.zeros(1))  # in memory, where dist.barrier would want a GPU
+
+
+def share(count: int) -> tuple[int, int]:
+    """(start, stop) of this process's share of so many things, shares one after another in the order of ranks."""
+    return rank() * count // world_size(), (rank() + 1) * count // world_size()
+
+
+def total(values: "Tensor") -> "Tensor":
+    """The sum over all processes of what each gives, on every one; in place, one with one process."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        start()
+        dist.all_reduce(values)
+    return values
 
 
 def on_first(work: Callable[[], Any]) -> Any:

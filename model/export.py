@@ -230,7 +230,7 @@ def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> 
             config.language_encoder if config.use_language_encoder else None,
             config.img_encoder if config.use_img_encoder else None,
             config.item_attributes,
-            model.items.projection.in_features if hasattr(model.items, "projection") else 0,
+            model.items.projection.in_features if model.items.parts else 0,
         ),
         "run": run.resolve().name,
         "commit": commit(),

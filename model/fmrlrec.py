@@ -7,6 +7,8 @@
 Histories are packed as in model/lru.py. N items, T tokens, F feature width, D largest size.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,39 +18,66 @@ from model.fmrl import FMRLLayerNorm, FMRLLinear, increments, nested_mask
 from model.loss import Factors
 from model.lru import LRU
 
+ROWS = 2**14  # items whose features are widened at once
+
 
 class ItemEncoder(nn.Module):
     """The item table E [N+1, D]: a linear projection of frozen features, or learned outright where there are none.
 
     The projection is not masked: its first m output columns are the sub-model's. Token 0, which begins a sequence, has
-    zero features, so its embedding is the projection's bias.
+    zero features, so its embedding is the projection's bias. Features are kept as they come, in any type of float and
+    possibly mapped from a file, side by side [N, F_1], [N, F_2], ...; only the rows that are needed are read.
     """
 
-    def __init__(self, num_items: int, dim: int, features: Tensor | None) -> None:
-        """features: [N, F], row i - 1 for item i; None: a learned table."""
+    def __init__(self, num_items: int, dim: int, features: Tensor | Sequence[Tensor] | None) -> None:
+        """features: [N, F] or several, row i - 1 for item i; None: a learned table."""
         super().__init__()
+        self.num_items = num_items
+        self.parts: list[str] = []
+        self._whole: Tensor | None = None
         if features is None:
             self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_items + 1, dim), std=0.02, a=-0.04, b=0.04))
-        else:
-            if features.ndim != 2 or len(features) != num_items:
-                raise ValueError(f"features of shape {list(features.shape)} do not describe {num_items} items")
-            self.register_buffer("features", F.pad(features, (0, 0, 1, 0)), persistent=False)  # [N+1, F]
-            self.projection = nn.Linear(features.shape[1], dim)
-            self._features: Tensor | None = None
+            return
+        for part in [features] if isinstance(features, Tensor) else features:
+            if part.ndim != 2 or len(part) != num_items:
+                raise ValueError(f"features of shape {list(part.shape)} do not describe {num_items} items")
+            self.parts.append(f"features_{len(self.parts)}")
+            self.register_buffer(self.parts[-1], part, persistent=False)
+        self.projection = nn.Linear(sum(part.shape[1] for part in self.features), dim)
 
-    def forward(self, items: Tensor | None = None) -> Tensor:
-        """E of these items [...] (0: begin of sequence), [..., D]; None: of all, [N+1, D]."""
-        if not hasattr(self, "projection"):
-            return self.table if items is None else F.embedding(items, self.table)
-        return self.projection(self.features if items is None else F.embedding(items, self.features))
+    @property
+    def features(self) -> list[Tensor]:
+        """[N, F_1], [N, F_2], ... of items 1..N; none where the table is learned."""
+        return [self.get_buffer(name) for name in self.parts]
+
+    def rows(self, items: Tensor, dtype: torch.dtype) -> Tensor:
+        """The features [n, F] of these items [n]; zeros for token 0."""
+        row = (items - 1).clamp_min(0)
+        rows = torch.cat([part[row].to(dtype) for part in self.features], dim=1)
+        return rows * (items > 0)[:, None]
+
+    def forward(self, items: Tensor) -> Tensor:
+        """E of these items [n] (0: begin of sequence): [n, D]."""
+        if not self.parts:
+            return F.embedding(items, self.table)
+        return self.projection(self.rows(items, self.projection.weight.dtype))
+
+    def everything(self) -> Tensor:
+        """E of all tokens, [N+1, D]; their features are never held at once in the projection's type."""
+        if not self.parts:
+            return self.table
+        tokens = torch.arange(self.num_items + 1, device=self.projection.weight.device)
+        return torch.cat([self(some) for some in tokens.split(ROWS)])
 
     def factors(self, dtype: torch.dtype) -> Tensor | Factors:
         """The item table for a loss whose products are computed in `dtype`, as a product where it is one."""
-        if not hasattr(self, "projection"):
+        if not self.parts:
             return self.table.to(dtype)
-        if self._features is None or self._features.dtype != dtype:
-            self._features = self.features.to(dtype)  # once: they are frozen
-        return Factors(self._features, self.projection.weight)
+        device = self.projection.weight.device
+        if self._whole is None or self._whole.dtype != dtype or self._whole.device != device:
+            tokens = torch.arange(self.num_items + 1, device=device)
+            self._whole = torch.cat([self.rows(some, dtype) for some in tokens.split(ROWS)])  # once: they are frozen
+        return Factors(self._whole, self.projection.weight)
 
 
 class FeedForward(nn.Module):
@@ -71,8 +100,10 @@ class Block(nn.Module):
         self.norm1, self.lru, self.attn_dropout = FMRLLayerNorm(sizes), LRU(sizes, bias, *r), Dropout(attn_dropout)
         self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout)
 
-    def forward(self, x: Tensor, position: Tensor, longest: int) -> Tensor:
-        x = x + self.attn_dropout(self.lru(self.norm1(x), position, longest))
+    def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
+        """at: [B], the only tokens whose output is wanted; then it is [B, D]."""
+        y = self.lru(self.norm1(x), position, longest, at)
+        x = (x if at is None else x[at]) + self.attn_dropout(y)
         return x + self.ffn(self.norm2(x))
 
     def step(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +119,7 @@ class FMRLRec(nn.Module):
     def __init__(
         self,
         num_items: int,
-        features: Tensor | None,
+        features: Tensor | Sequence[Tensor] | None,
         sizes: tuple[int, ...],
         num_blocks: int = 2,
         dropout: float = 0.5,
@@ -97,8 +128,8 @@ class FMRLRec(nn.Module):
         r_min: float = 0.0,
         r_max: float = 0.1,
     ) -> None:
-        """features: [N, F] of items 1..N, or None for a learned item table. Raises ValueError for sizes that do not
-        increase and for features of another number of items."""
+        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. Raises ValueError
+        for sizes that do not increase and for features of another number of items."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
         self.num_items, self.sizes = num_items, tuple(sizes)
@@ -117,18 +148,19 @@ class FMRLRec(nn.Module):
 
     def item_table(self) -> Tensor:
         """E [N+1, D]; row 0 is the begin-of-sequence token, which is no item."""
-        return self.items()
+        return self.items.everything()
 
-    def encode(self, x: Tensor, position: Tensor, longest: int) -> Tensor:
+    def encode(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """What each token's history asks for next: z [T, D].
 
         x: [T, D] the tokens' embeddings, rows of the item table; position: [T] steps since the state was empty;
-        longest: the most tokens of one history.
+        longest: the most tokens of one history; at: [B], the only tokens to answer for: then z is [B, D], and the last
+        block computes little of the others.
         """
         x = x.to(next(self.parameters()).dtype)  # wider than the table under autocast
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, position, longest)
-        return x
+        return self.blocks[-1](x, position, longest, at)
 
     def step(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One more item of every history, for serving: (z [B, D], hidden).

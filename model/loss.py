@@ -79,8 +79,8 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         grad_z = torch.empty_like(z, dtype=wide)
         grad_table, grad_rest = (torch.zeros_like(part, dtype=wide) for part in (table, rest))
 
-        chunks = _chunks(len(z), len(sizes) * len(table) * wide.itemsize)
-        buffer = _buffer((len(sizes) + 1, chunks[0].stop, len(table)) if chunks else (0,), wide, z.device)
+        chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize)
+        buffer = held_buffer((len(sizes) + 1, chunks[0].stop, len(table)) if chunks else (0,), wide, z.device)
         for rows in chunks:
             z_chunk, label = z_narrow[rows], labels[rows][:, None]  # [C, D], [C, 1]
             minus_one = torch.full_like(label, -1, dtype=wide)
@@ -88,9 +88,9 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
             logits.zero_()
             for (low, high), residual in zip(increments(sizes), residuals, strict=True):
                 if high <= out:
-                    _add_product(logits, z_chunk[:, low:high], table[:, low:high].T)
+                    add_product(logits, z_chunk[:, low:high], table[:, low:high].T)
                 else:
-                    _add_product(logits, z_chunk[:, low:high] @ rest[low - out : high - out], features.T)
+                    add_product(logits, z_chunk[:, low:high] @ rest[low - out : high - out], features.T)
                 log_p = torch.log_softmax(logits, dim=1, out=residual)
                 loss -= (log_p.gather(1, label) * valid[rows]).sum()
                 if needs_grad:
@@ -103,11 +103,11 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                 residual, z_part = residual.to(narrow), z_chunk[:, low:high]
                 if high <= out:
                     grad_z[rows, low:high] = residual @ table[:, low:high]
-                    _add_product(grad_table[:, low:high], residual.T, z_part)
+                    add_product(grad_table[:, low:high], residual.T, z_part)
                 else:
                     grad_left = residual @ features  # [C, F]
                     grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
-                    _add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
+                    add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
 
         if needs_grad:
             grad_weight = grad_table
@@ -134,7 +134,7 @@ def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[i
     return min((0, *sizes), key=cost)
 
 
-def _chunks(num_positions: int, bytes_a_position: int) -> list[slice]:
+def row_chunks(num_positions: int, bytes_a_position: int) -> list[slice]:
     """The positions whose logits are held at once: a power of two of them, so that chunks come in few shapes."""
     size = min(num_positions, 2 ** (max(1, CHUNK_BYTES // bytes_a_position).bit_length() - 1))
     return [slice(start, start + size) for start in range(0, num_positions, size)] if size else []
@@ -143,7 +143,7 @@ def _chunks(num_positions: int, bytes_a_position: int) -> list[slice]:
 _held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
-def _buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def held_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory of any content, kept from call to call: that of a new allocation is mapped page by page each time."""
     size, held = math.prod(shape), _held.get((device, dtype))
     if held is None or held.numel() < size:
@@ -151,7 +151,7 @@ def _buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return held[:size].view(shape)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, in place; total may be of a wider type than a and b."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)

@@ -135,9 +135,11 @@ class LRU(nn.Module):
         modulus, angle = torch.exp(-torch.exp(self.nu_log)), torch.exp(self.theta_log)
         return modulus * torch.cos(angle), modulus * torch.sin(angle)
 
-    def forward(self, x: Tensor, position: Tensor, longest: int) -> Tensor:
-        """x [T, D], position [T]; longest: the most tokens of one history. Returns y [T, D]."""
-        return self._output(*linear_recurrence(*self._input(x), *self.eigenvalues(), position, longest))
+    def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
+        """x [T, D], position [T]; longest: the most tokens of one history. Returns y [T, D], or [B, D] of the tokens
+        `at` [B] alone."""
+        h_re, h_im = linear_recurrence(*self._input(x), *self.eigenvalues(), position, longest)
+        return self._output(h_re, h_im) if at is None else self._output(h_re[at], h_im[at])
 
     def step(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """One more token of every history: x [B, D] and the state h [B, 2, D] (real, imaginary) before it, zero for an

@@ -14,12 +14,12 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
     if size not in model.sizes:
         raise ValueError(f"size {size} was not trained; the model has {', '.join(map(str, model.sizes))}")
     sizes = tuple(m for m in model.sizes if m <= size)
-    features = model.items.features[1:] if hasattr(model.items, "features") else None
+    features = model.items.features
     weight = next(model.parameters())
     with weight.device:
-        small = FMRLRec(model.num_items, features, sizes, **model.settings).to(weight.dtype)
-    if features is not None:
-        small.items.features = model.items.features  # shared: they are frozen and can be large
+        small = FMRLRec(model.num_items, features or None, sizes, **model.settings).to(weight.dtype)
+    for name, part in zip(small.items.parts, features, strict=True):
+        setattr(small.items, name, part)  # shared, whatever .to() made of it: they are frozen and can be large
     large = model.state_dict()
     with torch.no_grad():
         for name, parameter in small.named_parameters():

@@ -4,12 +4,22 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from datasets.catalog import Catalog
+from datasets.features import feature_files
 
 WORDS = ("red", "warm", "light", "tent", "lamp", "stove", "knife", "kettle", "gloves", "bottle")
 BRANDS = ("Alder", "Birch &amp; Co.", "Corvid")
 COLOURS = ((200, 40, 40), (40, 160, 60), (50, 80, 190), (230, 200, 60), (120, 60, 160))
+
+
+def item_features(catalog: Catalog, **arguments: Any) -> np.ndarray | None:
+    """The features [N, F] of `feature_files` side by side, float32; None where there are none."""
+    parts = feature_files(catalog, **arguments)
+    return np.concatenate(parts, axis=1, dtype=np.float32) if parts else None
 
 
 def write_prepared(

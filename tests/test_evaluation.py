@@ -1,6 +1,7 @@
 """Full ranking of every user's target, against one user at a time, in float64, with a sort."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,7 @@ from datasets.catalog import Sequences
 from model import FMRLRec, slice_model
 from trainer import evaluation
 from trainer.evaluation import candidates, check_slice, evaluate, evaluate_slices
+from trainer.metrics import target_ranks
 
 NUM_ITEMS, MAX_LEN, SIZES, KS = 40, 6, (4, 8, 16), (1, 5, 10, 20)
 CPU = torch.device("cpu")
@@ -80,6 +82,36 @@ def test_every_size_is_ranked_as_one_user_at_a_time_by_sorting(part, mask_histor
         assert metrics[m] == pytest.approx(expected[m], abs=1e-12)
 
 
+@pytest.mark.parametrize("branch", ["both", "id"])
+@pytest.mark.parametrize("mask_history", [False, True])
+@pytest.mark.parametrize("items", [1, 7, NUM_ITEMS])
+@pytest.mark.parametrize("table_bytes", [0, 2**30])
+def test_chunks_of_the_catalogue_give_what_the_whole_gives(monkeypatch, items, table_bytes, mask_history, branch):
+    model, rows = random_model(branch), rows_of(random_sequences())
+    expected = metrics_of(model, rows, mask_history=mask_history)
+    monkeypatch.setattr(evaluation, "ITEMS", items)
+    monkeypatch.setattr(evaluation, "TABLE_BYTES", table_bytes)
+    for size, metrics in metrics_of(model, rows, mask_history=mask_history).items():
+        assert metrics == pytest.approx(expected[size], abs=1e-12)
+
+
+@pytest.mark.parametrize("items", [3, NUM_ITEMS + 1])
+def test_equal_items_share_their_average_rank_in_chunks_too(monkeypatch, items):
+    model = random_model("id")
+    with torch.no_grad():  # numbers whose products and sums are exact
+        model.items.table.copy_(torch.randint(-2, 3, model.items.table.shape) / 4)
+        model.items.table[10:30] = model.items.table[10]
+    batches = [dataclasses.replace(a_batch(), targets=torch.arange(8, 16))]
+    z = [torch.randint(-4, 5, (8, SIZES[-1])) / 2.0]
+    monkeypatch.setattr(evaluation, "ITEMS", items)
+    found = evaluation._ranks(model, batches, z, model.item_table().detach(), SIZES, mask_history=False)
+    for size, of_size in zip(SIZES, found, strict=True):
+        scores = z[0][:, :size] @ model.items.table[:, :size].T.detach()
+        scores[:, 0] = -math.inf
+        assert of_size.tolist() == target_ranks(scores, batches[0].targets).tolist()
+    assert (found % 1 == 0.5).any()
+
+
 def test_masking_the_history_changes_the_metrics_of_these_users():
     model, rows = random_model(), rows_of(random_sequences())
     assert metrics_of(model, rows, mask_history=True) != metrics_of(model, rows, mask_history=False)
@@ -101,7 +133,9 @@ def test_a_subset_of_the_sizes_can_be_asked_for():
 def excluded(sequence, mask_history):
     """The tokens that are no candidates for a user's test target."""
     (batch,) = eval_batches(rows_of([sequence]), 1, CPU)
-    row = candidates(batch, NUM_ITEMS + 1, mask_history)[0]
+    row = candidates(batch, 0, NUM_ITEMS + 1, mask_history)[0]
+    some = [candidates(batch, *part, mask_history)[0] for part in ((0, 1), (1, 9), (9, NUM_ITEMS + 1))]
+    assert torch.equal(torch.cat(some), row)
     assert set(row.tolist()) <= {0.0, -math.inf}
     return row.isinf().nonzero().flatten().tolist()
 
@@ -128,7 +162,7 @@ def test_masking_never_excludes_the_target_even_if_it_is_in_the_history(place):
 
 def test_masking_excludes_a_users_own_history_only():
     (batch,) = eval_batches(rows_of([[1, 2, 3], [4, 5, 6, 7]]), 2, CPU)
-    masked = candidates(batch, NUM_ITEMS + 1, mask_history=True).isinf()
+    masked = candidates(batch, 0, NUM_ITEMS + 1, mask_history=True).isinf()
     assert [row.nonzero().flatten().tolist() for row in masked] == [[0, 1, 2], [0, 4, 5, 6]]
 
 
@@ -150,11 +184,10 @@ def test_evaluation_drops_nothing_out_and_leaves_the_model_in_its_mode(training)
 
 
 def test_every_slice_alone_has_the_metrics_of_the_shared_pass_in_the_order_of_sizes():
-    model, rows, heard = random_model().eval(), rows_of(random_sequences()), []
-    results = evaluate_slices(model, rows, batch_size=7, ks=KS, say=lambda m, metrics: heard.append((m, metrics)))
+    model, rows = random_model().eval(), rows_of(random_sequences())
+    results = evaluate_slices(model, rows, batch_size=7, ks=KS)
     assert results == metrics_of(model, rows)
-    assert heard == list(results.items())
-    assert [m for m, _ in heard] == list(SIZES)
+    assert list(results) == list(SIZES)
 
 
 def test_slices_can_be_evaluated_without_the_history():

@@ -18,9 +18,15 @@ from config import InputError
 from datasets import cache, embedding, encoders
 from datasets.catalog import Catalog, load_catalog
 from datasets.encoders import LexicalEncoder, PixelEncoder
-from datasets.features import item_features
 from datasets.text import NO_TEXT, item_text
-from tests.prepared import draw_picture, put_in_hub_cache, write_item2img, write_prepared, write_tiny_bert
+from tests.prepared import (
+    draw_picture,
+    item_features,
+    put_in_hub_cache,
+    write_item2img,
+    write_prepared,
+    write_tiny_bert,
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which the tests do
 
@@ -383,10 +389,10 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_no_half_file(catalog, shop, 
     limit_file_size = (
         "import resource, sys; from pathlib import Path\n"
         "from config import run_cli; from datasets.catalog import load_catalog\n"
-        "from datasets.features import item_features\n"
+        "from datasets.features import feature_files\n"
         "catalog = load_catalog(sys.argv[1], 'tiny')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "run_cli(lambda: item_features(catalog, language='lexical', image=None, attributes=('title',),\n"
+        "run_cli(lambda: feature_files(catalog, language='lexical', image=None, attributes=('title',),\n"
         "                              cache_root=Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", limit_file_size, str(tmp_path), str(shop.cache_root)]

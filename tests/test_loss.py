@@ -130,7 +130,7 @@ def test_the_logits_of_more_than_a_chunk_of_positions_are_never_held(monkeypatch
 @pytest.mark.parametrize("bytes_held", [1, 100, 350, 10_000])
 def test_chunks_cover_every_position_once_within_their_bound_in_equal_shares(monkeypatch, positions, bytes_held):
     monkeypatch.setattr(model.loss, "CHUNK_BYTES", bytes_held)
-    chunks = model.loss._chunks(positions, 100)
+    chunks = model.loss.row_chunks(positions, 100)
     covered = [list(range(positions))[chunk] for chunk in chunks]
     assert list(chain(*covered)) == list(range(positions))
     assert len({len(part) for part in covered[:-1]}) <= 1 and all(covered)

@@ -14,10 +14,10 @@ from PIL import Image
 from config import InputError
 from datasets import prepare as command
 from datasets.catalog import load_catalog
-from datasets.features import item_features
 from datasets.files import read_json
 from datasets.prepare import main
 from tests.picture_server import good, serving
+from tests.prepared import item_features
 from tests.raw import reviews_of, write_raw
 
 REPO = Path(__file__).parent.parent

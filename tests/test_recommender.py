@@ -15,12 +15,11 @@ import torch
 from config import InputError
 from datasets.catalog import load_catalog
 from datasets.encoders import LexicalEncoder
-from datasets.features import item_features
 from datasets.text import NO_TEXT
 from model import Recommender
 from model.serving import engines, recommender
 from tests.exported import NEAR_1, random_model, write_export
-from tests.prepared import draw_picture, put_in_hub_cache, write_prepared, write_tiny_bert
+from tests.prepared import draw_picture, item_features, put_in_hub_cache, write_prepared, write_tiny_bert
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which embedding does
 

@@ -407,7 +407,7 @@ def consumed(flags, monkeypatch):
     monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: stub)
     monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: encoders.PixelEncoder())
     monkeypatch.setattr(encoders, "hub_commit", lambda name: None)
-    spy(features, "item_features")
+    spy(features, "feature_files")
     spy(trainer, "Trainer")
     spy(evaluation, "test_every_size")
     for name in ("train_rows", "eval_rows", "TrainLoader"):
@@ -420,7 +420,7 @@ def consumed(flags, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or true_seed(seed))
     run = train.main([f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in flags.items()])
     settings = seen["Trainer"][0][1]
-    given = seen["item_features"][0]
+    given = seen["feature_files"][0]
     rec, loader, test = seen["FMRLRec"][0], seen["TrainLoader"][0], seen["test_every_size"][0]
     return {
         "dataset_code": given[0][0].name,
@@ -513,7 +513,7 @@ def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
     monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: Cached())
     monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: Cached())
     defaults = config.Config()
-    features.item_features(
+    features.feature_files(
         catalog,
         language=defaults.language_encoder,
         image=defaults.img_encoder,

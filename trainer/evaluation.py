@@ -1,18 +1,20 @@
 """Full ranking: every user's target among all items, for one model or for every size of a nested one."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dataloader import EvalBatch, EvalRows, eval_batches
+from datasets import ranks
 from datasets.files import write_json
 from model import FMRLRec, slice_model
 from model.fmrl import increments
-from trainer.metrics import ranking_metrics, target_ranks
+from trainer.metrics import count_ahead, ranking_metrics
 from trainer.plots import plot_metric_by_size
 
+ITEMS = 2**15  # items that are scored at once: every catalogue of the paper in one chunk
+TABLE_BYTES = 2**30  # a projected item table up to this is held; otherwise a batch projects what it reads
 PARITY = 1e-5  # how far a sliced model's scores may lie from the full model's prefix, relative to the largest score
 
 
@@ -28,51 +30,90 @@ def evaluate(
 ) -> dict[int, dict[str, float]]:
     """Metrics of `model` at each of its `sizes`, from one pass in which sizes share their scores.
 
-    The item table is projected once and only the last position is scored. Token 0 is never a candidate; the items of
-    the user's history are none where `mask_history` is set (the target always is one).
+    Only the last position is scored. Items are projected once, in chunks, and a target is ranked by counting what is
+    ahead of it, so that memory does not grow with the catalogue. Token 0 is never a candidate; the items of the user's
+    history are none where `mask_history` is set (the target always is one). Under torchrun each rank takes a share of
+    the users, and all return the metrics of all.
     """
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    ranks: dict[int, list[Tensor]] = {m: [] for m in sizes}
-    table = model.item_table()
-    for batch in eval_batches(rows, batch_size, device):
-        z = model.encode(table[batch.tokens], batch.position, batch.longest)[batch.last]  # [B, D]
-        scores = candidates(batch, len(table), mask_history)
-        for low, high in increments(model.sizes):
-            scores.addmm_(z[:, low:high], table[:, low:high].T)
-            if high in ranks:
-                ranks[high].append(target_ranks(scores, batch.targets))
+    start, stop = ranks.share(len(rows))
+    batches = list(eval_batches(rows.part(start, stop), batch_size, next(model.parameters()).device))
+    table = model.item_table() if 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES else None
+    z = [_last(model, batch, table) for batch in batches]
+    found = torch.zeros(len(sizes), len(rows), dtype=torch.float64)
+    found[:, start:stop] = _ranks(model, batches, z, table, sizes, mask_history)
     model.train(training)
-    return {m: ranking_metrics(torch.cat(parts).cpu(), ks) for m, parts in ranks.items()}
+    return {m: ranking_metrics(of_size, ks) for m, of_size in zip(sizes, ranks.total(found), strict=True)}
 
 
-def candidates(batch: EvalBatch, num_tokens: int, mask_history: bool) -> Tensor:
-    """[B, N+1]: 0 for what may be recommended and -inf for the rest, to add the scores to."""
-    scores = torch.zeros(len(batch.targets), num_tokens, device=batch.targets.device)
+def _last(model: FMRLRec, batch: EvalBatch, table: Tensor | None) -> Tensor:
+    """z [B, D] of every row's last token."""
+    if table is None:
+        tokens, place = batch.tokens.unique(return_inverse=True)
+        x = model.items(tokens)[place]
+    else:
+        x = table[batch.tokens]
+    return model.encode(x, batch.position, batch.longest, at=batch.last)
+
+
+def _ranks(
+    model: FMRLRec,
+    batches: list[EvalBatch],
+    z: list[Tensor],
+    table: Tensor | None,
+    sizes: tuple[int, ...],
+    mask_history: bool,
+) -> Tensor:
+    """The rank of every user's target at these sizes, from 1: [M, U]. Items with the target's score share their average
+    rank, so a rank may end in .5; in a catalogue of several chunks, rounding may tell equal scores apart."""
+    chunks = torch.arange(model.num_items + 1, device=z[0].device).split(ITEMS) if z else ()
+    counts = [z_batch.new_zeros(2, len(sizes), len(z_batch)) for z_batch in z]  # ahead of the target, equal to it
+    targets = [model.items(batch.targets) if len(chunks) > 1 else None for batch in batches]  # each [B, D]
+    for chunk in chunks:
+        start, stop = int(chunk[0]), int(chunk[-1]) + 1
+        columns = model.items(chunk) if table is None else table[start:stop]  # [C, D]
+        buffer = columns.new_empty(len(z[0]), len(columns))
+        for batch, z_batch, of_targets, count in zip(batches, z, targets, counts, strict=True):
+            scores = candidates(batch, start, stop, mask_history)
+            row, place = _within(torch.arange(len(z_batch), device=chunk.device), batch.targets, start, stop)
+            for low, high in increments(model.sizes):
+                scores.addmm_(z_batch[:, low:high], columns[:, low:high].T)
+                if high not in sizes:
+                    continue
+                if of_targets is None:
+                    target = scores.gather(1, batch.targets[:, None])
+                else:
+                    target = (z_batch[:, :high] * of_targets[:, :high]).sum(dim=1, keepdim=True)
+                    scores[row, place] = target[row, 0]
+                count[:, sizes.index(high)] += torch.stack(count_ahead(scores, target, buffer[: len(scores)]))
+    return torch.cat([1 + ahead + (equal - 1).clamp_min(0) / 2 for ahead, equal in counts], dim=1).double().cpu()
+
+
+def candidates(batch: EvalBatch, start: int, stop: int, mask_history: bool) -> Tensor:
+    """[B, stop - start] of the tokens start:stop: 0 for what may be recommended and -inf for the rest, to add the
+    scores to."""
+    scores = torch.zeros(len(batch.targets), stop - start, device=batch.targets.device)
     if mask_history:
-        scores[batch.seen_rows, batch.seen_items] = -torch.inf
-        scores.scatter_(1, batch.targets[:, None], 0.0)
-    scores[:, 0] = -torch.inf
+        scores[_within(batch.seen_rows, batch.seen_items, start, stop)] = -torch.inf
+        scores[_within(torch.arange(len(scores), device=scores.device), batch.targets, start, stop)] = 0.0
+    if start == 0:
+        scores[:, 0] = -torch.inf
     return scores
 
 
+def _within(rows: Tensor, items: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(row, item - start) of the pairs whose item is one of start:stop."""
+    here = (items >= start) & (items < stop)
+    return rows[here], items[here] - start
+
+
 def evaluate_slices(
-    model: FMRLRec,
-    rows: EvalRows,
-    *,
-    batch_size: int,
-    ks: tuple[int, ...],
-    mask_history: bool = False,
-    say: Callable[[int, dict[str, float]], None] = lambda size, metrics: None,
+    model: FMRLRec, rows: EvalRows, *, batch_size: int, ks: tuple[int, ...], mask_history: bool = False
 ) -> dict[int, dict[str, float]]:
-    """Slice a stand-alone model of every size and evaluate each alone; `say` hears of each as it is done."""
-    results = {}
-    for m in model.sizes:
-        small = slice_model(model, m)
-        results |= evaluate(small, rows, sizes=(m,), batch_size=batch_size, ks=ks, mask_history=mask_history)
-        say(m, results[m])
-    return results
+    """The plain twin of `evaluate`: slice a stand-alone model of every size and evaluate each, at its own cost."""
+    how = {"batch_size": batch_size, "ks": ks, "mask_history": mask_history}
+    return {m: evaluate(slice_model(model, m), rows, sizes=(m,), **how)[m] for m in model.sizes}
 
 
 @torch.inference_mode()
@@ -90,26 +131,41 @@ def check_slice(model: FMRLRec, small: FMRLRec, batch: EvalBatch) -> None:
 
 
 def test_every_size(
-    model: FMRLRec, rows: EvalRows, run: Path, *, batch_size: int, ks: tuple[int, ...], mask_history: bool, title: str
+    model: FMRLRec,
+    rows: EvalRows,
+    run: Path,
+    *,
+    batch_size: int,
+    ks: tuple[int, ...],
+    mask_history: bool,
+    title: str,
+    alone: bool = False,
 ) -> dict[int, dict[str, float]]:
-    """Slice and test every size; print the table, write the run's test metrics and curve. Returns size -> metrics.
+    """Test every size; print the table, write the run's test metrics and curve. Returns size -> metrics.
 
-    Raises RuntimeError, when all is written, if a slice does not score as the model's prefix does.
+    All sizes are ranked in one pass, or, with `alone`, each as the stand-alone model that its slice is. Raises
+    RuntimeError, when all is written, if a slice does not score as the model's prefix does.
     """
-    names = [f"{metric}@{k}" for k in ks[:2] for metric in ("Recall", "NDCG", "MRR")]
-    print("  size  " + "  ".join(f"{name:>9}" for name in names), flush=True)
-
-    def say(size: int, metrics: dict[str, float]) -> None:
-        print(f"{size:6d}  " + "  ".join(f"{metrics[name]:9.4f}" for name in names), flush=True)
-
-    results = evaluate_slices(model, rows, batch_size=batch_size, ks=ks, mask_history=mask_history, say=say)
-    suffix = "_history_masked" if mask_history else ""
-    write_json(run / f"test_metrics{suffix}.json", results[model.sizes[-1]])
-    write_json(run / f"test_mrl_metrics{suffix}.json", {str(m): metrics for m, metrics in results.items()})
-    picture = run / f"test_mrl_metrics{suffix}.png"
-    plot_metric_by_size(results, ks, title + (", history masked" if mask_history else ""), picture)
-    print(f"written: {run / f'test_mrl_metrics{suffix}.json'} and {picture.name}", flush=True)
+    how = {"batch_size": batch_size, "ks": ks, "mask_history": mask_history}
+    results = evaluate_slices(model, rows, **how) if alone else evaluate(model, rows, sizes=model.sizes, **how)
+    if ranks.rank() == 0:
+        _report(results, run, ks, title, mask_history)
     batch = next(eval_batches(rows, batch_size, next(model.parameters()).device))
     for m in model.sizes:
         check_slice(model, slice_model(model, m), batch)
     return results
+
+
+def _report(
+    results: dict[int, dict[str, float]], run: Path, ks: tuple[int, ...], title: str, mask_history: bool
+) -> None:
+    names = [f"{metric}@{k}" for k in ks[:2] for metric in ("Recall", "NDCG", "MRR")]
+    print("  size  " + "  ".join(f"{name:>9}" for name in names))
+    for size, metrics in results.items():
+        print(f"{size:6d}  " + "  ".join(f"{metrics[name]:9.4f}" for name in names))
+    suffix = "_history_masked" if mask_history else ""
+    write_json(run / f"test_metrics{suffix}.json", results[max(results)])
+    write_json(run / f"test_mrl_metrics{suffix}.json", {str(m): metrics for m, metrics in results.items()})
+    picture = run / f"test_mrl_metrics{suffix}.png"
+    plot_metric_by_size(results, ks, title + (", history masked" if mask_history else ""), picture)
+    print(f"written: {run / f'test_mrl_metrics{suffix}.json'} and {picture.name}", flush=True)

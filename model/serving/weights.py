@@ -52,7 +52,7 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
                 "ffn.reduce_bias": ffn.W2.bias,
             }
             weights |= {f"blocks.{i}.{name}": _numpy(value) for name, value in parts.items()}
-        if hasattr(model.items, "projection"):
+        if model.items.parts:
             weights["projection.weight"] = _numpy(model.items.projection.weight.T)
             weights["projection.bias"] = _numpy(model.items.projection.bias)
     if quantized:

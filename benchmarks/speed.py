@@ -18,6 +18,9 @@ from pathlib import Path
 from config import run_cli
 
 
+MEMORY_STEPS = 10  # after which the peak is read
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -31,16 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
     parser.add_argument("--memory_of", choices=("baseline", "fp32", "bf16"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    import torch
-
     steps, evaluations = build(arguments)
     if arguments.memory_of:  # a process of its own: the peak of a process is never given back
-        for _ in range(3):
+        for _ in range(MEMORY_STEPS):
             steps[arguments.memory_of]()
         print(memory("VmHWM") / 1e3)
         return
-    where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}")
+    print(where(arguments.device))
     print(f"{arguments.items} items, features {arguments.features}, sizes {arguments.sizes}, {arguments.blocks} blocks,"
           f" batch {arguments.batch}; medians of {arguments.runs} paired runs")  # fmt: skip
     show("training step", paired(steps, arguments.runs, arguments.device))
@@ -59,8 +59,9 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     from benchmarks.baseline import Baseline, padded
     from dataloader import TrainLoader, eval_rows, train_rows
     from datasets.catalog import Sequences
-    from model import FMRLRec, matryoshka_cross_entropy
+    from model import FMRLRec
     from trainer.evaluation import evaluate, evaluate_slices
+    from trainer.step import Step
     from trainer.trainer import build_optimizer
 
     rng, device = np.random.default_rng(0), torch.device(arguments.device)
@@ -69,32 +70,21 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     offsets = np.concatenate([[0], lengths.cumsum()])
     sequences = Sequences(rng.integers(1, arguments.items + 1, size=offsets[-1]), offsets)
     sizes = tuple(map(int, arguments.sizes.split(",")))
-    features = torch.nn.functional.normalize(torch.randn(arguments.items, arguments.features))  # as encoders give them
+    features = torch.nn.functional.normalize(torch.randn(arguments.items, arguments.features)).half()  # as they are kept
     model = FMRLRec(arguments.items, features, sizes, num_blocks=arguments.blocks).to(device)
     optimizer = build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9)
     baseline, plain_optimizer = Baseline(model), torch.optim.AdamW(model.parameters(), fused=False)
     loader = TrainLoader(train_rows(sequences, 50), arguments.batch, 0, device)
     batches = loader.epoch(1)
 
-    def step(precision: str) -> None:
-        batch = next(batches)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            z = model.encode(model.items(batch.tokens), batch.position, batch.longest)
-        table = model.items.factors(torch.bfloat16 if precision == "bf16" else z.dtype)
-        loss = matryoshka_cross_entropy(z, table, batch.labels, sizes)
-        finish(loss, optimizer)
-
     def plain_step() -> None:
         users = rng.integers(arguments.users, size=arguments.batch)
         rows = [sequences.of(u)[:-2].tolist() for u in users]
         loss = baseline.loss(padded([r[:-1] for r in rows]).to(device), padded(rows).to(device))
-        finish(loss, plain_optimizer)
-
-    def finish(loss: torch.Tensor, of: torch.optim.Optimizer) -> None:
-        of.zero_grad(set_to_none=True)
+        plain_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        of.step()
+        plain_optimizer.step()
 
     some = Sequences(sequences.items[: offsets[256]], offsets[:257])
     rows = eval_rows(some, 50, "test")
@@ -113,8 +103,19 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
             tokens = padded([some.of(u)[:-1].tolist() for u in users]).to(device)
             baseline.ranks(tokens, torch.from_numpy(rows.targets[start : start + 64]).to(device))
 
-    steps = {"baseline": plain_step, "fp32": lambda: step("fp32"), "bf16": lambda: step("bf16")}
+    steps: dict[str, Callable] = {"baseline": plain_step}
+    for precision in ("fp32", "bf16"):
+        step = Step(model, optimizer, precision=precision, max_grad_norm=5.0)
+        steps[precision] = lambda step=step: step(next(batches))
     return steps, {"baseline": evaluate_plain, "one pass": evaluate_fast, "every slice alone": evaluate_alone}
+
+
+def where(device: str) -> str:
+    """Versions and device, for a table's head."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, Python {platform.python_version()}, {name}"
 
 
 def memory(kind: str) -> float:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model.fmrl import increments
 
-CHUNK_BYTES = 2**26  # of the logits that are held at once, for all sizes: 346 positions of 12,101 items and 8 sizes
+CHUNK_BYTES = 2**26  # of the logits that are held at once, for all sizes: 128 positions of 12,101 items and 8 sizes
+LEAST = 16  # positions that are, even if their logits take more: every chunk reads the whole table
 
 
 class Factors(NamedTuple):
@@ -136,7 +137,7 @@ def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[i
 
 def row_chunks(num_positions: int, bytes_a_position: int) -> list[slice]:
     """The positions whose logits are held at once: a power of two of them, so that chunks come in few shapes."""
-    size = min(num_positions, 2 ** (max(1, CHUNK_BYTES // bytes_a_position).bit_length() - 1))
+    size = min(num_positions, 2 ** (max(LEAST, CHUNK_BYTES // bytes_a_position).bit_length() - 1))
     return [slice(start, start + size) for start in range(0, num_positions, size)] if size else []
 
 

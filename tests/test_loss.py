@@ -26,6 +26,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 def hold(monkeypatch, case, positions):
     """Let the logits of so many positions be held at once."""
     _, table, _, sizes = case
+    monkeypatch.setattr(model.loss, "LEAST", 1)
     monkeypatch.setattr(model.loss, "CHUNK_BYTES", positions * len(table) * len(sizes) * table.itemsize)
 
 
@@ -127,14 +128,16 @@ def test_the_logits_of_more_than_a_chunk_of_positions_are_never_held(monkeypatch
 
 
 @pytest.mark.parametrize("positions", range(1, 12))
+@pytest.mark.parametrize("least", [1, 4])
 @pytest.mark.parametrize("bytes_held", [1, 100, 350, 10_000])
-def test_chunks_cover_every_position_once_within_their_bound_in_equal_shares(monkeypatch, positions, bytes_held):
+def test_chunks_cover_every_position_once_within_their_bound_in_equal_shares(monkeypatch, positions, bytes_held, least):
     monkeypatch.setattr(model.loss, "CHUNK_BYTES", bytes_held)
+    monkeypatch.setattr(model.loss, "LEAST", least)
     chunks = model.loss.row_chunks(positions, 100)
     covered = [list(range(positions))[chunk] for chunk in chunks]
     assert list(chain(*covered)) == list(range(positions))
     assert len({len(part) for part in covered[:-1]}) <= 1 and all(covered)
-    assert len(covered[0]) <= max(1, bytes_held // 100)
+    assert len(covered[0]) <= max(least, bytes_held // 100)
 
 
 def test_positions_without_a_label_count_for_nothing():

@@ -1,0 +1,164 @@
+"""Time a training step as the catalogue, the histories and the batch grow, and ranking a catalogue of a million items.
+
+python -m benchmarks.scaling              # the tables of benchmarks/README.md: half an hour on two cores, 4 GB of disk
+python -m benchmarks.scaling --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.speed import memory, paired, where
+from config import run_cli
+
+if TYPE_CHECKING:
+    from model import FMRLRec
+
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+TABLES = ("items", "length", "batch", "ranking")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables, each measured in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", default=",".join(TABLES), help="which (default: %(default)s)")
+    parser.add_argument("--items", default="10000,100000,1000000", help="items of the first table")
+    parser.add_argument("--lengths", default="50,200,1000", help="tokens of every history in the second")
+    parser.add_argument("--batches", default="8,32,128,512", help="users in a step in the third (default: %(default)s)")
+    parser.add_argument("--features", type=int, default=2048, help="width of the features (default: 2048)")
+    parser.add_argument("--negatives", type=int, default=4096, help="of --num_negatives (default: 4096)")
+    parser.add_argument("--runs", type=int, default=5, help="paired runs of each (default: 5)")
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "tf32", "bf16"), help="(default: bf16)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
+    parser.add_argument("--table", choices=TABLES, help=argparse.SUPPRESS)  # print this one, from --folder's features
+    parser.add_argument("--folder", type=Path, help="where features are made (default: a temporary folder)")
+    arguments = parser.parse_args(argv)
+    if arguments.table:
+        {"items": by_items, "length": by_length, "batch": by_batch, "ranking": ranking}[arguments.table](arguments)
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        print(f"{where(arguments.device)}; sizes {','.join(map(str, SIZES))}, 2 blocks, features {arguments.features} in "
+              f"half precision, {arguments.precision}", flush=True)  # fmt: skip
+        for table in arguments.tables.split(","):
+            command = [sys.executable, "-m", "benchmarks.scaling", *(sys.argv[1:] if argv is None else argv)]
+            subprocess.run([*command, "--table", table, "--folder", folder], check=True)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def by_items(arguments: argparse.Namespace) -> None:
+    """A step of 32 users against the number of items."""
+    counts = numbers(arguments.items)
+    print("\n| items | softmax over | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |")
+    for negatives in (arguments.negatives, 0):
+        steps = {f"{n}": step_of(arguments, n, negatives=negatives) for n in counts}
+        report(steps, arguments, f"{negatives:,} drawn" if negatives else "all")
+
+
+def by_length(arguments: argparse.Namespace) -> None:
+    """A step of 32 users against the length of their histories, over 10,000 items."""
+    print("\n| tokens a history | users | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |")
+    steps = {f"{n}": step_of(arguments, 10_000, length=n, negatives=arguments.negatives) for n in numbers(arguments.lengths)}
+    report(steps, arguments, "32")
+
+
+def by_batch(arguments: argparse.Namespace) -> None:
+    """A step against the number of users, over 12,101 items."""
+    print("\n| users | softmax over | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |")
+    report({f"{n}": step_of(arguments, 12_101, batch=n) for n in numbers(arguments.batches)}, arguments, "all")
+
+
+def report(steps: dict[str, Callable[[], None]], arguments: argparse.Namespace, how: str) -> None:
+    """A row for each step: its median, and the median of its paired ratios to the first."""
+    peaks = {}
+    for name, step in steps.items():
+        for _ in range(2):  # the shapes' first batches
+            step()
+        peaks[name] = memory("VmHWM") / 1e3
+    seconds = paired(steps, arguments.runs, arguments.device)
+    first = next(iter(seconds.values()))
+    for name, values in seconds.items():
+        ratio = statistics.median(b / a for a, b in zip(first, values, strict=True))
+        print(f"| {int(name):,} | {how} | {statistics.median(values):.3f} | {ratio:.2f} | {peaks[name]:.1f} |", flush=True)
+
+
+def step_of(
+    arguments: argparse.Namespace, items: int, *, batch: int = 32, length: int = 0, negatives: int = 0
+) -> Callable[[], None]:
+    """One training step on made-up users of Beauty's lengths, or of one length."""
+    import numpy as np
+    import torch
+
+    from dataloader import TrainLoader, train_rows
+    from datasets.catalog import Sequences
+    from model.sampled_loss import NegativeSampler
+    from trainer.step import Step
+    from trainer.trainer import build_optimizer
+
+    rng, users, device = np.random.default_rng(0), 30 * batch, torch.device(arguments.device)
+    lengths = np.full(users, length + 2) if length else (4 + rng.geometric(0.2, size=users)).clip(max=200)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    rows = train_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), length or 50)
+    model = model_of(arguments, items)
+    counts = torch.from_numpy(np.bincount(rows.labels, minlength=items + 1)).to(device)
+    step = Step(
+        model,
+        build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9),
+        precision=arguments.precision,
+        max_grad_norm=5.0,
+        sampler=NegativeSampler(counts, negatives) if negatives else None,
+    )
+    batches = TrainLoader(rows, batch, 0, device).epoch(1)
+    return lambda: step(next(batches))
+
+
+def model_of(arguments: argparse.Namespace, items: int) -> FMRLRec:
+    """The paper's model on features that are mapped from a file."""
+    import numpy as np
+    import torch
+
+    from model import FMRLRec
+
+    path = arguments.folder / f"{items}.npy"
+    if not path.exists():
+        block = np.random.default_rng(0).normal(size=(10_000, arguments.features)).astype(np.float32)
+        block = (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float16)
+        made = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(items, arguments.features))
+        for start in range(0, items, len(block)):
+            made[start : start + len(block)] = np.roll(block, start // len(block), axis=1)[: items - start]
+        made.flush()
+    torch.manual_seed(0)
+    return FMRLRec(items, torch.from_numpy(np.load(path, mmap_mode="c")), SIZES).to(arguments.device)
+
+
+def ranking(arguments: argparse.Namespace) -> None:
+    """The exact metrics of 1,000 users at all sizes among the most items of the first table."""
+    import numpy as np
+
+    from dataloader import eval_rows
+    from datasets.catalog import Sequences
+    from trainer.evaluation import evaluate
+
+    items, rng = numbers(arguments.items)[-1], np.random.default_rng(0)
+    lengths = (4 + rng.geometric(0.2, size=1000)).clip(max=200)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    rows = eval_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), 50, "test")
+    model = model_of(arguments, items)
+    started = time.perf_counter()
+    evaluate(model, rows, sizes=SIZES, batch_size=256, ks=(10,))
+    print(f"\nranks of 1,000 users at all sizes among {items:,} items: {time.perf_counter() - started:.0f} s, peak "
+          f"{memory('VmHWM') / 1e3:.1f} GB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,127 @@
+"""One update of the weights, and the same as a CUDA graph.
+
+A step of this model is hundreds of small kernels, which a GPU finishes faster than Python can start them. On a GPU a step
+is therefore recorded once for each shape of batch, and played back for all later batches of that shape.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dataloader import Batch
+from datasets import ranks
+from model import FMRLRec, matryoshka_cross_entropy
+from model.dropout import set_share
+from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
+
+
+class Step:
+    """Forward pass, loss, gradients, clipping and update; nothing in it waits for a GPU."""
+
+    def __init__(
+        self,
+        model: FMRLRec,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: str,
+        reduction: str = "mean",
+        max_grad_norm: float = 0.0,
+        sampler: NegativeSampler | None = None,
+    ) -> None:
+        """precision: of the matrix products, fp32, tf32 or bf16. max_grad_norm: 0 does not clip. sampler: draws the
+        items that stand for the catalogue in the softmax; None: all of them."""
+        self.model, self.optimizer, self.precision, self.reduction = model, optimizer, precision, reduction
+        self.max_grad_norm, self.sampler = max_grad_norm, sampler
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """One update. Returns the loss, a scalar, of which a rank has the part of its labels."""
+        with _products_in(self.precision):
+            loss = self.loss(batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        add_up_gradients(self.model)
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        return loss.detach()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch, or of this rank's share of it."""
+        model, narrow = self.model, self.precision == "bf16"
+        set_share(model, batch.share)
+        # Without the cache: it would keep a recording's weights.
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
+            z = model.encode(model.items(batch.tokens), batch.position, batch.longest)
+            if self.sampler:
+                items, log_kq = self.sampler.draw()
+                own, drawn = model.items(batch.labels), model.items(items)
+                return sampled_matryoshka_cross_entropy(
+                    z, own, drawn, batch.labels, items, log_kq, model.sizes, self.reduction, batch.num_labels
+                )
+        table = model.items.factors(torch.bfloat16 if narrow else z.dtype)
+        return matryoshka_cross_entropy(z, table, batch.labels, model.sizes, self.reduction, batch.num_labels)
+
+
+class GraphedStep:
+    """A `Step` on one GPU that is recorded and played back. Its plain twin is the step itself.
+
+    A shape's first batch is an ordinary step, which also makes what a recording needs to be there already; its second
+    is recorded. Learning rates must be tensors, so that a recording reads the current ones.
+    """
+
+    def __init__(self, step: Step, record: "Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None" = None) -> None:
+        """record: makes of a function one that does the same again; CUDA's recording if none is given."""
+        self.step, self.record = step, record or record_cuda_graph
+        self._seen: set[tuple[int, int]] = set()
+        self._recorded: dict[tuple[int, int], tuple[Batch, Callable[[], Tensor]]] = {}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        longest = 2 ** (batch.longest - 1).bit_length()  # the recurrence doubles its reach: few shapes, the same result
+        key = len(batch.tokens), longest
+        if key not in self._seen:
+            self._seen.add(key)
+            return self.step(batch)
+        if key not in self._recorded:
+            held = Batch(*(part.clone() for part in _tensors(batch)), longest=longest, share=batch.share)
+            self._recorded[key] = held, self.record(lambda: self.step(held))
+        held, replay = self._recorded[key]
+        for part, of_batch in zip(_tensors(held), _tensors(batch), strict=True):
+            part.copy_(of_batch)
+        return replay().clone()
+
+
+def record_cuda_graph(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A function that plays back the kernels of `work`, which is recorded without being done."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _tensors(batch: Batch) -> tuple[Tensor, ...]:
+    return batch.tokens, batch.labels, batch.position, batch.num_labels
+
+
+@contextlib.contextmanager
+def _products_in(precision: str) -> Iterator[None]:
+    """float32 products in TF32 within, where that was asked for and the device has it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def add_up_gradients(model: nn.Module) -> None:
+    """Give every rank the gradients of the whole batch, of which it has those of its share: one sum of all of them."""
+    if ranks.world_size() > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        nn.utils.vector_to_parameters(ranks.add_up(nn.utils.parameters_to_vector(gradients)), gradients)

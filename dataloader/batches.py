@@ -1,4 +1,7 @@
-"""Packed batches: the rows of a batch one after another, with nothing between them. B rows, T tokens."""
+"""Packed batches: the rows of a batch one after another, with nothing between them. B rows, T tokens.
+
+Ranks, processes that train together, share a batch out: each holds a run of its rows.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +15,17 @@ from dataloader.split import EvalRows, TrainRows, ranges
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to train on, and padding behind them: tokens 0 at position 0 without a label."""
+    """Rows to train on, and padding behind them: tokens 0 at position 0 without a label.
+
+    A rank has a share of the rows, which may be none: then there is nothing but padding.
+    """
 
     tokens: Tensor  # [T] int64; 0 begins a sequence
     labels: Tensor  # [T] int64; 0: none
     position: Tensor  # [T] int64, steps since the LRU's state was empty
     longest: int  # the most tokens of one row
+    share: tuple[int, int]  # where these rows begin in the batch of all ranks, and how many tokens that is padded to
+    num_labels: Tensor  # a scalar int64, of the batch of all ranks
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,12 @@ class TrainLoader:
     The rows live on the device, and so does the epoch's order.
     """
 
-    def __init__(self, rows: TrainRows, batch_size: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: TrainRows, batch_size: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """batch_size: rows of a batch, of which this loader gives the share of `rank` of `world_size`."""
         self.offsets, self.batch_size, self.seed, self.device = rows.offsets, batch_size, seed, device
+        self.rank, self.world_size = rank, world_size
         self.tokens, self.labels, self.position = (
             torch.as_tensor(np.append(array, 0), device=device) for array in (rows.tokens, rows.labels, rows.position)
         )  # the last is padding
@@ -54,21 +66,37 @@ class TrainLoader:
         order = np.random.default_rng([self.seed, number]).permutation(len(self.offsets) - 1)
         begins, ends = self.offsets[order], self.offsets[order + 1]
         _, index, offsets = ranges(begins, ends)
-        starts = range(0, len(order), self.batch_size)
-        batches = [index[offsets[start] : offsets[min(start + self.batch_size, len(order))]] for start in starts]
-        padded = [np.pad(of, (0, bucket(len(of)) - len(of)), constant_values=len(self.tokens) - 1) for of in batches]
+        padded, longest, shares, num_labels = [], [], [], []
+        for start in range(0, len(order), self.batch_size):
+            batch = offsets[start : start + self.batch_size + 1]
+            low, high = share_rows(batch - batch[0], self.world_size)[self.rank : self.rank + 2]
+            begin, first, last, end = batch[[0, low, high, -1]].tolist()
+            padding = (0, bucket(last - first) - (last - first))
+            padded.append(np.pad(index[first:last], padding, constant_values=len(self.tokens) - 1))
+            longest.append(int(np.diff(batch[low : high + 1]).max(initial=1)))
+            shares.append((first - begin, bucket(end - begin)))
+            num_labels.append(end - begin)  # every token has one
         # Once an epoch: a copy would make a GPU wait in every step.
-        index = torch.as_tensor(np.concatenate(padded), device=self.device)
-        for start, of_batch in zip(starts, index.split([len(of) for of in padded]), strict=True):
-            part = slice(start, start + self.batch_size)
-            longest = int((ends[part] - begins[part]).max())
-            yield Batch(self.tokens[of_batch], self.labels[of_batch], self.position[of_batch], longest)
+        index = torch.as_tensor(np.concatenate(padded), device=self.device).split([len(part) for part in padded])
+        num_labels = torch.as_tensor(num_labels, device=self.device).unbind()
+        for i, *of_batch in zip(index, longest, shares, num_labels, strict=True):
+            yield Batch(self.tokens[i], self.labels[i], self.position[i], *of_batch)
+
+
+def share_rows(offsets: np.ndarray, world_size: int) -> np.ndarray:
+    """Share rows out in runs of about equally many tokens: rank r has the rows cuts[r]:cuts[r + 1].
+
+    offsets: [B + 1], row b is the tokens offsets[b]:offsets[b + 1]. Returns cuts [world_size + 1], each the end of a row
+    that is nearest to an equal share.
+    """
+    middles = (offsets[:-1] + offsets[1:]) / 2
+    return np.searchsorted(middles, offsets[-1] * np.arange(world_size + 1) / world_size, side="right")
 
 
 def bucket(num_tokens: int) -> int:
     """The number of tokens that so many are padded to: a power of two up to 128, then a multiple of it. Batches then
     come in few shapes; for a new one, a CPU in bfloat16 prepares its products longer than it computes them."""
-    return -(-num_tokens // 128) * 128 if num_tokens > 128 else 2 ** (num_tokens - 1).bit_length()
+    return -(-num_tokens // 128) * 128 if num_tokens > 128 else 2 ** (max(num_tokens, 1) - 1).bit_length()
 
 
 def eval_batches(rows: EvalRows, batch_size: int, device: torch.device) -> Iterator[EvalBatch]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
-from dataloader.batches import bucket
+from dataloader.batches import bucket, share_rows
 from datasets.catalog import Sequences
 
 CPU = torch.device("cpu")
@@ -201,3 +201,35 @@ def test_the_batches_of_an_epoch_hold_every_labelled_token_once(max_len):
     ]
     expected = zip(rows.tokens.tolist(), rows.labels.tolist(), rows.position.tolist(), strict=True)
     assert sorted(triples) == sorted(expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 6, 100])
+def test_ranks_share_every_batch_out_in_its_order(world_size, batch_size):
+    rows = train_rows(as_sequences(random_sequences()), 50)
+    wholes = TrainLoader(rows, batch_size, seed=0, device=CPU).epoch(1)
+    loaders = [TrainLoader(rows, batch_size, 0, CPU, rank, world_size).epoch(1) for rank in range(world_size)]
+    for whole, *shares in zip(wholes, *loaders, strict=True):
+        length, begin = int(whole.num_labels), 0
+        assert length == int((whole.labels > 0).sum()) and whole.share == (0, len(whole.tokens))
+        for share in shares:
+            own = int((share.labels > 0).sum())
+            assert share.share == (begin, len(whole.tokens)) and share.num_labels == length
+            for name in ("tokens", "labels", "position"):
+                part = getattr(share, name)
+                assert torch.equal(part[:own], getattr(whole, name)[begin : begin + own])
+                assert len(part) == bucket(own) and not part[own:].any()
+            begin += own
+        assert begin == length
+        assert max(share.longest for share in shares) == whole.longest
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_shares_are_runs_of_rows_within_half_a_row_of_equal(world_size):
+    lengths = np.random.default_rng(0).integers(1, 51, size=40)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    cuts = share_rows(offsets, world_size)
+    assert cuts[0] == 0 and cuts[-1] == 40 and (np.diff(cuts) >= 0).all()
+    equal = offsets[-1] * np.arange(world_size + 1) / world_size
+    assert (abs(offsets[cuts] - equal) <= lengths.max() / 2).all()
+    assert np.diff(share_rows(np.array([0, 7]), world_size)).sum() == 1  # a single row: one rank has it

@@ -13,11 +13,13 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import os
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 METRICS = ("Recall", "NDCG", "MRR")
 
@@ -110,7 +112,7 @@ class Config:
 
     # --- training
     seed: int = setting(42, "seed of initialisation, dropout and the order of users")
-    train_batch_size: int = setting(32, "users in a training step")
+    train_batch_size: int = setting(32, "users in a training step, of all processes together")
     num_epochs: int = setting(500, "epochs at most; the cosine schedule ends there")
     precision: str = setting(
         "fp32",
@@ -140,7 +142,10 @@ class Config:
 
     # --- run
     device: str = setting(
-        "auto", "where to compute; auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"), runtime=True
+        "auto",
+        "where to compute; auto takes a GPU where there is one, and under torchrun each process its own",
+        choices=("auto", "cpu", "cuda"),
+        runtime=True,
     )
     runs_root: str = setting(
         "experiments/runs", "run folders are made at <runs_root>/<dataset_code>/<time>-<run_name>", runtime=True
@@ -279,7 +284,8 @@ def is_runtime(name: str) -> bool:
 
 
 def run_cli(main: Callable[[], Any]) -> None:
-    """Run a script's main: an InputError is printed as one line (exit status 2), Ctrl-C ends with 130."""
+    """Run a script's main: an InputError is printed as one line (exit status 2), Ctrl-C ends with 130. Of the processes
+    of torchrun the first says it."""
     try:
         main()
     except InputError as error:
@@ -289,7 +295,11 @@ def run_cli(main: Callable[[], Any]) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
+    first = int(os.environ.get("RANK", 0)) == 0
+    if not first and status != 130:
+        time.sleep(10)  # the first most likely fails alike and says the same; torchrun then ends this process here
+    if first or status != 130:
+        print(message, file=sys.stderr)
     return status
 
 
@@ -357,3 +367,6 @@ class _Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else "--help lists them all"
             self.error(f"unknown flag {word}; {hint}")
         return parsed
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{self.format_usage()}{self.prog}: error: {message}", 2))

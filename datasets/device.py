@@ -3,18 +3,31 @@
 import torch
 
 from config import InputError
+from datasets import ranks
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto, cpu or cuda as a torch device. Raises InputError for a GPU that is not there."""
+    """auto, cpu or cuda as a torch device; under torchrun each process of a machine has a GPU of its own. Raises
+    InputError for a GPU that is not there."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError("--device cuda: torch finds no GPU here; give --device cpu, or auto")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    if ranks.world_size() == 1:
+        return torch.device("cuda")
+    gpus = torch.cuda.device_count()
+    if ranks.local_rank() >= gpus:
+        raise InputError(
+            f"torchrun started more processes than there are GPUs: give it --nproc_per_node={gpus}, or --device cpu"
+        )
+    device = torch.device("cuda", ranks.local_rank())
+    torch.cuda.set_device(device)  # nothing of this process goes to the first GPU
+    return device
 
 
 def device_name(device: torch.device) -> str:
     """The device in words, for a run's env.json."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    on_gpu, processes = device.type == "cuda", ranks.world_size()
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return name if processes == 1 else f"{processes} processes, each on {name}"

@@ -63,8 +63,6 @@ def feature_files(
     if image and not any(catalog.pictures or []):
         raise InputError(_no_pictures(catalog, "item2img.json lists none" if catalog.pictures else "no item2img.json"))
     ranks.start()
-    if str(device) == "cuda" and ranks.world_size() > 1:
-        device = f"cuda:{ranks.local_rank()}"
     if ranks.rank():
         say = _silent
     how = _How(device, batch_size, precision, workers, cache_root, say)

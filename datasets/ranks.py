@@ -1,10 +1,11 @@
-"""The processes that torchrun started together: which one this is, how many there are, and waiting for each other.
+"""The processes that torchrun started together: which one this is, how many there are, waiting and adding up.
 
 In a process of its own everything here is done at once, and torch is not imported. Rank 0 is the first.
 """
 
 import atexit
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,13 @@ def rank() -> int:
 def local_rank() -> int:
     """The number of this process on its machine, which is that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+
+
+def command() -> str:
+    """What started these processes, as a user types it."""
+    if world_size() == 1:
+        return "python"
+    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size())}"
 
 
 def start() -> None:
@@ -61,16 +69,6 @@ def share(count: int) -> tuple[int, int]:
     return rank() * count // world_size(), (rank() + 1) * count // world_size()
 
 
-def total(values: "Tensor") -> "Tensor":
-    """The sum over all processes of what each gives, on every one; in place, one with one process."""
-    if world_size() > 1:
-        import torch.distributed as dist
-
-        start()
-        dist.all_reduce(values)
-    return values
-
-
 def on_first(work: Callable[[], Any]) -> Any:
     """What `work()` returns on rank 0, which alone calls it, on every rank; an InputError of it is raised on each."""
     if world_size() == 1:
@@ -91,8 +89,25 @@ def on_first(work: Callable[[], Any]) -> Any:
     return answer[0]
 
 
+def add_up(tensor: "Tensor") -> "Tensor":
+    """The sum of a tensor over the ranks, in its place: the same bits on every rank."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        start()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def say(line: str) -> None:
+    """Print a line, on rank 0 alone."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def _end() -> None:
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    crashed = hasattr(sys, "last_value")  # then the others may never come to this, and NCCL would wait for them
+    if dist.is_initialized() and not crashed:
         dist.destroy_process_group()

@@ -44,7 +44,7 @@ def evaluate(
     found = torch.zeros(len(sizes), len(rows), dtype=torch.float64)
     found[:, start:stop] = _ranks(model, batches, z, table, sizes, mask_history)
     model.train(training)
-    return {m: ranking_metrics(of_size, ks) for m, of_size in zip(sizes, ranks.total(found), strict=True)}
+    return {m: ranking_metrics(of_size, ks) for m, of_size in zip(sizes, ranks.add_up(found), strict=True)}
 
 
 def _last(model: FMRLRec, batch: EvalBatch, table: Tensor | None) -> Tensor:

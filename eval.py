@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import Config, InputError, parse_args, run_cli
+from datasets import ranks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], add_arguments)
     from trainer.runs import find_trained, unfinished
 
-    run = find_trained(arguments.run, Path(flags.get("runs_root", Config.runs_root)), flags)
+    runs_root = Path(flags.get("runs_root", Config.runs_root))
+    run = ranks.on_first(lambda: find_trained(arguments.run, runs_root, flags))
     config, catalog, model = load_run(run, flags)
     progress = unfinished(run)
-    print(f"run {run}{f', unfinished: {progress}' if progress else ''}", flush=True)
+    ranks.say(f"run {run}{f', unfinished: {progress}' if progress else ''}")
     return test_run(config, catalog, model, run, mask_history=arguments.mask_history, alone=arguments.alone)
 
 
@@ -76,7 +78,7 @@ def load_data(config: Config, device: torch.device) -> tuple[Catalog, list[np.nd
     else:
         catalog = load_catalog(config.data_root, config.dataset_code)
     for line in (describe(catalog), *catalog.notes):
-        print(line, flush=True)
+        ranks.say(line)
     features = feature_files(
         catalog,
         language=config.language_encoder if config.use_language_encoder else None,
@@ -95,7 +97,7 @@ def load_demo() -> Catalog:
     from datasets.catalog import load_catalog
     from datasets.demo import prepare_demo
 
-    root = prepare_demo()
+    root = ranks.on_first(prepare_demo)
     try:
         return load_catalog(root, "demo")
     except InputError as error:

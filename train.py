@@ -3,14 +3,17 @@
 python train.py                                                     # the built-in demo catalogue
 python train.py --dataset_code=beauty --lru_dropout=0.6 ...         # a prepared dataset
 python train.py --resume experiments/runs/beauty/...                # continue a run that was cut off
+torchrun --nproc_per_node=4 train.py --dataset_code=beauty ...      # on 4 GPUs, which share every batch out
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from config import Config, parse_args, resolve, run_cli, shown
+from datasets import ranks
 from eval import build_model, load_data, test_run
 
 
@@ -35,41 +38,40 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from model import count_parameters
     from trainer.checkpoint import load_state, load_weights
     from trainer.runlog import RunLog, start_wandb
-    from trainer.runs import check_data, create_run, find_run, read_config, read_log, unfinished, with_runtime_flags
+    from trainer.runs import check_data, create_run, read_log
     from trainer.trainer import Trainer
 
     run = None
-    if arguments.resume == "latest":
-        run = find_run(
-            Path(flags.get("runs_root", Config.runs_root)), flags, lambda run: "" if unfinished(run) else "is finished"
-        )
-    elif arguments.resume:
-        run = Path(arguments.resume)
-    if run:
-        saved, sources = read_config(run)
-        config = with_runtime_flags(saved, flags, run)
+    if arguments.resume:
+        run, config, sources = ranks.on_first(lambda: find_resumed(arguments.resume, flags))
     device = resolve_device(config.device)
     catalog, features = load_data(config, device)
+    state = None
     if run:
-        check_data(run, catalog.digest())
-    state = load_state(run / "last.pt") if run else None
+        ranks.on_first(lambda: check_data(run, catalog.digest()))
+        state = ranks.on_first(lambda: load_state(run / "last.pt"))
     torch.manual_seed(config.seed)
     model = build_model(config, catalog.num_items, features).to(device)
     if run is None:
-        run = create_run(config, sources, device_name(device), catalog.digest())
+        run = ranks.on_first(lambda: create_run(config, sources, device_name(device), catalog.digest()))
     print_settings(config, sources)
-    print(f"{count_parameters(model):,} trainable parameters on {device_name(device)}; run folder {run}", flush=True)
+    ranks.say(f"{count_parameters(model):,} trainable parameters on {device_name(device)}; run folder {run}")
 
     done = state["progress"]["epoch"] if state else 0
     log = RunLog(
         run,
-        [record for record in read_log(run) if record["epoch"] <= done],
-        start_wandb(run, vars(config)) if config.use_wandb else None,
+        [record for record in ranks.on_first(lambda: read_log(run)) if record["epoch"] <= done],
+        start_wandb(run, vars(config)) if config.use_wandb and ranks.rank() == 0 else None,
     )
     trainer = Trainer(
         model=model,
         loader=TrainLoader(
-            train_rows(catalog.sequences, config.lru_max_len), config.train_batch_size, config.seed, device
+            train_rows(catalog.sequences, config.lru_max_len),
+            config.train_batch_size,
+            config.seed,
+            device,
+            ranks.rank(),
+            ranks.world_size(),
         ),
         val_rows=eval_rows(catalog.sequences, config.lru_max_len, "val"),
         run=run,
@@ -92,24 +94,37 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if state:
         trainer.load_state(state)
     if arguments.resume:
-        print(f"continuing after epoch {done}" if state else "no epoch was finished: from the start", flush=True)
+        ranks.say(f"continuing after epoch {done}" if state else "no epoch was finished: from the start")
     try:
         progress = trainer.fit()
-        print(f"best epoch {progress.best_epoch}: val {config.best_metric} {progress.best:.4f}", flush=True)
+        ranks.say(f"best epoch {progress.best_epoch}: val {config.best_metric} {progress.best:.4f}")
         load_weights(model, run / "best.safetensors")
         results = test_run(config, catalog, model, run, mask_history=False)
     except KeyboardInterrupt:
-        print(f"\ncontinue with: python train.py --resume {run}", file=sys.stderr)
+        if ranks.rank() == 0:
+            print(f"\ncontinue with: {ranks.command()} train.py --resume {run}", file=sys.stderr)
         raise
     log.finish({f"test/{size}/{name}": value for size, metrics in results.items() for name, value in metrics.items()})
     return run
+
+
+def find_resumed(resume: str, flags: dict[str, Any]) -> tuple[Path, Config, dict[str, str]]:
+    """The run that `--resume` names, its settings with the runtime flags given now, and where each came from."""
+    from trainer.runs import find_run, read_config, unfinished, with_runtime_flags
+
+    run = Path(resume)
+    if resume == "latest":
+        runs_root = Path(flags.get("runs_root", Config.runs_root))
+        run = find_run(runs_root, flags, lambda run: "" if unfinished(run) else "is finished")
+    saved, sources = read_config(run)
+    return run, with_runtime_flags(saved, flags, run), sources
 
 
 def print_settings(config: Config, sources: dict[str, str]) -> None:
     """The settings, those that are no defaults with where they come from."""
     for name, value in vars(config).items():
         source = sources.get(name, "default")
-        print(f"  {name:24} {shown(value)}{'' if source == 'default' else f'   ({source})'}")
+        ranks.say(f"  {name:24} {shown(value)}{'' if source == 'default' else f'   ({source})'}")
 
 
 if __name__ == "__main__":

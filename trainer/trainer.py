@@ -1,4 +1,8 @@
-"""The training loop: AdamW with warm-up and cosine, validation every epoch, the best epoch kept, early stopping."""
+"""The training loop: AdamW with warm-up and cosine, validation every epoch, the best epoch kept, early stopping.
+
+Under torchrun every rank has the whole model and computes its share of each batch. What the ranks add up, gradients and
+losses, has the same bits on each, so weights, schedule and stopping stay the same on all; rank 0 alone writes.
+"""
 
 import math
 import time
@@ -12,7 +16,9 @@ from tqdm import tqdm
 
 from config import InputError
 from dataloader import Batch, EvalRows, TrainLoader
+from datasets import ranks
 from model import FMRLRec, matryoshka_cross_entropy
+from model.dropout import set_share
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
 from trainer.runlog import RunLog
@@ -88,7 +94,12 @@ class Trainer:
         number = self.progress.epoch + 1
         total, losses = 0.0, []
         batches = tqdm(
-            self.loader.epoch(number), f"epoch {number}", len(self.loader), leave=False, unit="step", disable=None
+            self.loader.epoch(number),
+            f"epoch {number}",
+            len(self.loader),
+            leave=False,
+            unit="step",
+            disable=True if ranks.rank() else None,
         )
         for i, batch in enumerate(batches, start=1):
             losses.append(self._step(batch))
@@ -98,12 +109,15 @@ class Trainer:
         return total / len(self.loader)
 
     def _step(self, batch: Batch) -> Tensor:
+        """One update. Returns the loss, of which a rank has the part of its labels."""
+        set_share(self.model, batch.share)
         with torch.autocast(self.loader.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             z = self.model.encode(self.model.items(batch.tokens), batch.position, batch.longest)
         table = self.model.items.factors(torch.bfloat16 if self.precision == "bf16" else z.dtype)
-        loss = matryoshka_cross_entropy(z, table, batch.labels, self.model.sizes, self.reduction)
+        loss = matryoshka_cross_entropy(z, table, batch.labels, self.model.sizes, self.reduction, batch.num_labels)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        add_up_gradients(self.model)
         if self.max_grad_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         for group in self._optimizer.param_groups:
@@ -123,7 +137,7 @@ class Trainer:
 
     def _check(self, losses: list[Tensor]) -> float:
         """The sum of the losses. Raises InputError that names the step where one is not finite."""
-        values = torch.stack(losses).tolist()
+        values = ranks.add_up(torch.stack(losses)).tolist()
         for i, value in enumerate(values):
             if not math.isfinite(value):
                 self._give_up(f"the loss is {value}", self.progress.step - len(values) + i + 1)
@@ -143,10 +157,15 @@ class Trainer:
         )
 
     def _keep(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
-        """Write the epoch's checkpoints and log."""
+        """Note whether the epoch is the best one; write its checkpoints and log."""
         progress, value = self.progress, metrics[self.model.sizes[-1]][self.best_metric]
         if value > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
+        ranks.on_first(lambda: self._write(loss, metrics, train_seconds))
+
+    def _write(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
+        progress = self.progress
+        if progress.best_epoch == progress.epoch:
             save_weights(self.model, self.run / "best.safetensors", {"epoch": str(progress.epoch)})
         record = {
             "epoch": progress.epoch,
@@ -158,11 +177,11 @@ class Trainer:
             "best_epoch": progress.best_epoch,
             "val": {str(m): metrics[m] for m in metrics},
         }
-        self.log.epoch(record, self._line(record, value))
+        self.log.epoch(record, self._line(record))
         save_state(self.run / "last.pt", self.state())
 
-    def _line(self, record: dict[str, Any], value: float) -> str:
-        progress = self.progress
+    def _line(self, record: dict[str, Any]) -> str:
+        progress, value = self.progress, record["val"][str(self.model.sizes[-1])][self.best_metric]
         per_epoch = progress.seconds / progress.epoch
         eta = per_epoch * (self.num_epochs - progress.epoch)
         return (
@@ -194,6 +213,13 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if self.loader.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.loader.device)
+
+
+def add_up_gradients(model: nn.Module) -> None:
+    """Give every rank the gradients of the whole batch, of which it has those of its share: one sum of all of them."""
+    if ranks.world_size() > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        nn.utils.vector_to_parameters(ranks.add_up(nn.utils.parameters_to_vector(gradients)), gradients)
 
 
 def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, eps: float) -> torch.optim.Optimizer:

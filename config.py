@@ -116,8 +116,9 @@ class Config:
     num_epochs: int = setting(500, "epochs at most; the cosine schedule ends there")
     precision: str = setting(
         "fp32",
-        "of the matrix products in training: fp32, or bf16 with weights, softmax, recurrence and evaluation in float32",
-        choices=("fp32", "bf16"),
+        "of the matrix products in training: fp32, tf32 (as fp32 where a device has none), or bf16; weights, softmax, "
+        "recurrence and evaluation are in float32",
+        choices=("fp32", "tf32", "bf16"),
     )
     optimizer: str = setting("adamw", "adamw, or adam (weight decay added to the gradient)", choices=("adamw", "adam"))
     lr: float = setting(1e-4, "peak learning rate")
@@ -130,6 +131,9 @@ class Config:
         "mean",
         "the cross-entropies of the sizes are averaged (released code) or summed (paper)",
         choices=("mean", "sum"),
+    )
+    num_negatives: int = setting(
+        0, "items drawn in a step to stand for the catalogue in the softmax (sampled softmax); 0: all items, exactly"
     )
     early_stopping: bool = setting(True, "stop when best_metric has not improved for early_stopping_patience epochs")
     early_stopping_patience: int = setting(10, "epochs without improvement before stopping")
@@ -194,7 +198,7 @@ def _problems(c: Config):
                  "num_epochs", "early_stopping_patience", "encoder_batch_size"):  # fmt: skip
         if getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 1"
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed", "encoder_workers"):
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed", "num_negatives", "encoder_workers"):
         if not 0 <= getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a number of at least 0"
     if c.seed >= 2**64:

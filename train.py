@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         log=log,
         num_epochs=config.num_epochs,
         precision=config.precision,
+        num_negatives=config.num_negatives,
         optimizer=config.optimizer,
         lr=config.lr,
         weight_decay=config.weight_decay,

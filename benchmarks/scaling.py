@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         {"items": by_items, "length": by_length, "batch": by_batch, "ranking": ranking}[arguments.table](arguments)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        print(f"{where(arguments.device)}; sizes {','.join(map(str, SIZES))}, 2 blocks, features {arguments.features} in "
-              f"half precision, {arguments.precision}", flush=True)  # fmt: skip
+        sizes = ",".join(map(str, SIZES))
+        print(f"{where(arguments.device)}; sizes {sizes}, 2 blocks, {arguments.features} features in half precision, "
+              f"{arguments.precision}", flush=True)  # fmt: skip
         for table in arguments.tables.split(","):
             command = [sys.executable, "-m", "benchmarks.scaling", *(sys.argv[1:] if argv is None else argv)]
             subprocess.run([*command, "--table", table, "--folder", folder], check=True)
@@ -67,8 +68,12 @@ def by_items(arguments: argparse.Namespace) -> None:
 
 def by_length(arguments: argparse.Namespace) -> None:
     """A step of 32 users against the length of their histories, over 10,000 items."""
-    print("\n| tokens a history | users | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |")
-    steps = {f"{n}": step_of(arguments, 10_000, length=n, negatives=arguments.negatives) for n in numbers(arguments.lengths)}
+    print(
+        "\n| tokens a history | users | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |"
+    )
+    steps = {
+        f"{n}": step_of(arguments, 10_000, length=n, negatives=arguments.negatives) for n in numbers(arguments.lengths)
+    }
     report(steps, arguments, "32")
 
 
@@ -89,7 +94,9 @@ def report(steps: dict[str, Callable[[], None]], arguments: argparse.Namespace, 
     first = next(iter(seconds.values()))
     for name, values in seconds.items():
         ratio = statistics.median(b / a for a, b in zip(first, values, strict=True))
-        print(f"| {int(name):,} | {how} | {statistics.median(values):.3f} | {ratio:.2f} | {peaks[name]:.1f} |", flush=True)
+        print(
+            f"| {int(name):,} | {how} | {statistics.median(values):.3f} | {ratio:.2f} | {peaks[name]:.1f} |", flush=True
+        )
 
 
 def step_of(
@@ -110,15 +117,15 @@ def step_of(
     offsets = np.concatenate([[0], lengths.cumsum()])
     rows = train_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), length or 50)
     model = model_of(arguments, items)
-    counts = torch.from_numpy(np.bincount(rows.labels, minlength=items + 1)).to(device)
+    loader = TrainLoader(rows, batch, 0, device)
     step = Step(
         model,
         build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9),
         precision=arguments.precision,
         max_grad_norm=5.0,
-        sampler=NegativeSampler(counts, negatives) if negatives else None,
+        sampler=NegativeSampler(loader.label_counts(items), negatives) if negatives else None,
     )
-    batches = TrainLoader(rows, batch, 0, device).epoch(1)
+    batches = loader.epoch(1)
     return lambda: step(next(batches))
 
 

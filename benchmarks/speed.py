@@ -17,7 +17,6 @@ from pathlib import Path
 
 from config import run_cli
 
-
 MEMORY_STEPS = 10  # after which the peak is read
 
 
@@ -70,7 +69,9 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     offsets = np.concatenate([[0], lengths.cumsum()])
     sequences = Sequences(rng.integers(1, arguments.items + 1, size=offsets[-1]), offsets)
     sizes = tuple(map(int, arguments.sizes.split(",")))
-    features = torch.nn.functional.normalize(torch.randn(arguments.items, arguments.features)).half()  # as they are kept
+    features = torch.nn.functional.normalize(
+        torch.randn(arguments.items, arguments.features)
+    ).half()  # as they are kept
     model = FMRLRec(arguments.items, features, sizes, num_blocks=arguments.blocks).to(device)
     optimizer = build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9)
     baseline, plain_optimizer = Baseline(model), torch.optim.AdamW(model.parameters(), fused=False)

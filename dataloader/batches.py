@@ -61,6 +61,10 @@ class TrainLoader:
         """Steps in an epoch."""
         return -(-(len(self.offsets) - 1) // self.batch_size)
 
+    def label_counts(self, num_items: int) -> Tensor:
+        """How often each token is a label: [N+1]."""
+        return self.labels[:-1].bincount(minlength=num_items + 1)
+
     def epoch(self, number: int) -> Iterator[Batch]:
         """The batches of one epoch: every user once."""
         order = np.random.default_rng([self.seed, number]).permutation(len(self.offsets) - 1)
@@ -86,8 +90,8 @@ class TrainLoader:
 def share_rows(offsets: np.ndarray, world_size: int) -> np.ndarray:
     """Share rows out in runs of about equally many tokens: rank r has the rows cuts[r]:cuts[r + 1].
 
-    offsets: [B + 1], row b is the tokens offsets[b]:offsets[b + 1]. Returns cuts [world_size + 1], each the end of a row
-    that is nearest to an equal share.
+    offsets: [B + 1], row b is the tokens offsets[b]:offsets[b + 1]. Returns cuts [world_size + 1], each the end of a
+    row that is nearest to an equal share.
     """
     middles = (offsets[:-1] + offsets[1:]) / 2
     return np.searchsorted(middles, offsets[-1] * np.arange(world_size + 1) / world_size, side="right")

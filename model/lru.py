@@ -66,7 +66,7 @@ def _scan(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int, backwar
     )
 
 
-def _scan_by_doubling(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int, backwards: bool) -> Tensor:
+def _scan_by_doubling(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int, backwards: bool = False) -> Tensor:
     """For a GPU: ceil(log2(longest)) steps over all tokens, whose shapes do not depend on the histories. After step k
     every h_t has summed its last (backwards: next) 2^k inputs."""
     shift = 1
@@ -79,7 +79,7 @@ def _scan_by_doubling(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: 
     return h
 
 
-def _scan_by_steps(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int, backwards: bool) -> Tensor:
+def _scan_by_steps(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int, backwards: bool = False) -> Tensor:
     """For a CPU: every token once, in as many steps as the longest history has. Tokens are sorted by position, and at
     a position those of long histories first, so that one step's tokens lie beside each other and in the order of the
     step before."""

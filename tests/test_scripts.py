@@ -373,6 +373,7 @@ CHANGED = {
     "enable_lr_schedule": False,
     "warmup_steps": 17,
     "mrl_loss": "sum",
+    "num_negatives": 13,
     "early_stopping": False,
     "early_stopping_patience": 4,
     "val_batch_size": 3,
@@ -383,7 +384,7 @@ CHANGED = {
     "run_name": "named",
 }
 TRAINER_SETTINGS = ["num_epochs", "optimizer", "lr", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"]
-TRAINER_SETTINGS += ["precision", "val_batch_size", "best_metric"]
+TRAINER_SETTINGS += ["precision", "num_negatives", "val_batch_size", "best_metric"]
 CHANGED_ELSEWHERE = {"device", "use_wandb", "model_code"}  # tested above; fmrlrec is the one model
 
 

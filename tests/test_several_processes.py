@@ -34,12 +34,13 @@ import torch
 import train
 from config import InputError
 from datasets import ranks
+from trainer import step as step_module
 from trainer import trainer as trainer_module
 from trainer.trainer import Trainer
 
 tiny, lonely = sys.argv[1:]
 seen, fit, keep = {}, Trainer.fit, Trainer._keep
-true_loss, true_save = trainer_module.matryoshka_cross_entropy, trainer_module.save_state
+true_loss, true_save = step_module.matryoshka_cross_entropy, trainer_module.save_state
 
 def watched(self):
     try:
@@ -76,14 +77,15 @@ def run(name, arguments):
 results, calls = {}, []
 Trainer.fit = watched
 run("two", f"{tiny} --run_name two")
+run("sampled two", f"{tiny} --num_negatives 5 --run_name sampled-two")
 run("lonely two", f"{tiny} {lonely} --run_name lonely-two")
 run("resumed by two", "--resume latest --run_name cut-by-one")
 Trainer._keep = interrupted
 run("cut by two", f"{tiny} --run_name cut-by-two")
 Trainer._keep = keep
-trainer_module.matryoshka_cross_entropy = broken
+step_module.matryoshka_cross_entropy = broken
 run("not finite", f"{tiny} --run_name not-finite")
-trainer_module.matryoshka_cross_entropy = true_loss
+step_module.matryoshka_cross_entropy = true_loss
 trainer_module.save_state = full
 run("full", f"{tiny} --run_name full")
 Path(f"rank{ranks.rank()}.json").write_text(json.dumps(results))
@@ -122,6 +124,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main(shlex.split(f"{TINY} --run_name one"))
+        train.main(shlex.split(f"{TINY} --num_negatives 5 --run_name sampled-one"))
         train.main(shlex.split(f"{TINY} {LONELY} --run_name lonely-one"))
         interrupted_after_one_epoch(patch, f"{TINY} --run_name cut-by-one")
         assert not torch.distributed.is_initialized()
@@ -159,6 +162,10 @@ def test_two_processes_train_as_one_does(folder):
     assert_same_training(named("two", folder), named("one", folder))
 
 
+def test_two_processes_draw_the_same_items(folder):
+    assert_same_training(named("sampled-two", folder), named("sampled-one", folder))
+
+
 def test_a_batch_of_one_user_trains_as_in_one_process(folder):
     assert_same_training(named("lonely-two", folder), named("lonely-one", folder))
 
@@ -171,7 +178,9 @@ def test_one_goes_on_with_what_two_began(folder):
     assert_same_training(named("cut-by-two", folder), named("one", folder))
 
 
-@pytest.mark.parametrize("case", ["two", "lonely two", "resumed by two", "cut by two", "not finite", "full"])
+@pytest.mark.parametrize(
+    "case", ["two", "sampled two", "lonely two", "resumed by two", "cut by two", "not finite", "full"]
+)
 def test_both_have_the_same_weights_random_state_and_ending_and_the_first_alone_prints(folder, case):
     first, second = outcome(folder, case)
     assert first.pop("printed").count("trainable parameters") == 1

@@ -87,7 +87,7 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path):
     norms = {}
     for clip in (0.0, 1e-3):
         trainer = make_trainer(tmp_path, max_grad_norm=clip)
-        trainer._step(next(trainer.loader.epoch(1)))
+        trainer._update(next(trainer.loader.epoch(1)))
         norms[clip] = math.sqrt(sum(float((p.grad**2).sum()) for p in trainer.model.parameters()))
     assert norms[0.0] > 1e-2
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
@@ -207,7 +207,7 @@ def test_an_update_that_breaks_the_weights_is_noticed_before_anything_is_kept(tm
 def test_every_step_uses_its_learning_rate(tmp_path):
     trainer = make_trainer(tmp_path, warmup_steps=10)
     for step, batch in enumerate(trainer.loader.epoch(1)):
-        trainer._step(batch)
+        trainer._update(batch)
         assert {group["lr"] for group in trainer._optimizer.param_groups} == {trainer.lr_at(step)}
     assert trainer.lr_at(0) < trainer.lr_at(3)
 
@@ -216,7 +216,7 @@ def test_the_sum_over_sizes_is_their_mean_times_their_number(tmp_path):
     losses = {}
     for reduction in ("mean", "sum"):
         trainer = make_trainer(tmp_path, reduction=reduction)
-        losses[reduction] = trainer._step(next(trainer.loader.epoch(1))).item()
+        losses[reduction] = trainer._update(next(trainer.loader.epoch(1))).item()
     assert losses["sum"] == pytest.approx(len(SIZES) * losses["mean"], rel=1e-5)
 
 

@@ -1,11 +1,12 @@
 """One update of the weights, and the same as a CUDA graph.
 
-A step of this model is hundreds of small kernels, which a GPU finishes faster than Python can start them. On a GPU a step
-is therefore recorded once for each shape of batch, and played back for all later batches of that shape.
+A step of this model is hundreds of small kernels, which a GPU finishes faster than Python can start them. On a GPU a
+step is therefore recorded once for each shape of batch, and played back for all later batches of that shape.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from datasets import ranks
 from model import FMRLRec, matryoshka_cross_entropy
 from model.dropout import set_share
 from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
+
+TENSORS = ("tokens", "labels", "position", "num_labels")  # of a batch
+Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
 class Step:
@@ -71,8 +75,8 @@ class GraphedStep:
     is recorded. Learning rates must be tensors, so that a recording reads the current ones.
     """
 
-    def __init__(self, step: Step, record: "Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None" = None) -> None:
-        """record: makes of a function one that does the same again; CUDA's recording if none is given."""
+    def __init__(self, step: Step, record: Recorder | None = None) -> None:
+        """record: makes of a function one that does the same again; by default a CUDA graph."""
         self.step, self.record = step, record or record_cuda_graph
         self._seen: set[tuple[int, int]] = set()
         self._recorded: dict[tuple[int, int], tuple[Batch, Callable[[], Tensor]]] = {}
@@ -84,11 +88,11 @@ class GraphedStep:
             self._seen.add(key)
             return self.step(batch)
         if key not in self._recorded:
-            held = Batch(*(part.clone() for part in _tensors(batch)), longest=longest, share=batch.share)
+            held = replace(batch, longest=longest, **{name: getattr(batch, name).clone() for name in TENSORS})
             self._recorded[key] = held, self.record(lambda: self.step(held))
         held, replay = self._recorded[key]
-        for part, of_batch in zip(_tensors(held), _tensors(batch), strict=True):
-            part.copy_(of_batch)
+        for name in TENSORS:
+            getattr(held, name).copy_(getattr(batch, name))
         return replay().clone()
 
 
@@ -103,10 +107,6 @@ def record_cuda_graph(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return result
 
     return replay
-
-
-def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-    return batch.tokens, batch.labels, batch.position, batch.num_labels
 
 
 @contextlib.contextmanager

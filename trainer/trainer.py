@@ -17,12 +17,13 @@ from tqdm import tqdm
 from config import InputError
 from dataloader import Batch, EvalRows, TrainLoader
 from datasets import ranks
-from model import FMRLRec, matryoshka_cross_entropy
-from model.dropout import set_share
+from model import FMRLRec
+from model.sampled_loss import NegativeSampler
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
 from trainer.runlog import RunLog
 from trainer.runs import is_finished
+from trainer.step import GraphedStep, Step
 
 CHECK_EVERY = 50  # steps between looks at whether the losses are finite: a look makes a GPU wait
 
@@ -49,6 +50,7 @@ class Trainer:
     log: RunLog
     num_epochs: int
     precision: str
+    num_negatives: int  # 0: the whole catalogue
     optimizer: str
     lr: float
     weight_decay: float
@@ -65,6 +67,18 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._optimizer = build_optimizer(self.model, self.optimizer, self.lr, self.weight_decay, self.adam_epsilon)
+        step = Step(
+            self.model,
+            self._optimizer,
+            precision=self.precision,
+            reduction=self.reduction,
+            max_grad_norm=self.max_grad_norm,
+            sampler=NegativeSampler(self.loader.label_counts(self.model.num_items), self.num_negatives)
+            if self.num_negatives
+            else None,
+        )
+        alone_on_a_gpu = self.loader.device.type == "cuda" and ranks.world_size() == 1
+        self._step = GraphedStep(step) if alone_on_a_gpu else step
 
     def fit(self) -> Progress:
         """Train to the end. Raises InputError if loss or weights are not finite; the last good checkpoint stays."""
@@ -102,29 +116,21 @@ class Trainer:
             disable=True if ranks.rank() else None,
         )
         for i, batch in enumerate(batches, start=1):
-            losses.append(self._step(batch))
+            losses.append(self._update(batch))
             if len(losses) == CHECK_EVERY or i == len(self.loader):
                 total += self._check(losses)
                 losses = []
         return total / len(self.loader)
 
-    def _step(self, batch: Batch) -> Tensor:
-        """One update. Returns the loss, of which a rank has the part of its labels."""
-        set_share(self.model, batch.share)
-        with torch.autocast(self.loader.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            z = self.model.encode(self.model.items(batch.tokens), batch.position, batch.longest)
-        table = self.model.items.factors(torch.bfloat16 if self.precision == "bf16" else z.dtype)
-        loss = matryoshka_cross_entropy(z, table, batch.labels, self.model.sizes, self.reduction, batch.num_labels)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        add_up_gradients(self.model)
-        if self.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+    def _update(self, batch: Batch) -> Tensor:
+        lr = self.lr_at(self.progress.step)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.lr_at(self.progress.step)
-        self._optimizer.step()
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
         self.progress.step += 1
-        return loss.detach()
+        return self._step(batch)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then a half cosine to 0 at the end of num_epochs."""
@@ -208,23 +214,22 @@ class Trainer:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             raise InputError(f"{self.run / 'last.pt'} does not fit the model of config.json: {error}") from None
+        own = [{name: group[name] for name in ("lr", "capturable")} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
+        for group, of_device in zip(self._optimizer.param_groups, own, strict=True):
+            group |= of_device  # not what another device wrote
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"])
         if self.loader.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.loader.device)
 
 
-def add_up_gradients(model: nn.Module) -> None:
-    """Give every rank the gradients of the whole batch, of which it has those of its share: one sum of all of them."""
-    if ranks.world_size() > 1:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        nn.utils.vector_to_parameters(ranks.add_up(nn.utils.parameters_to_vector(gradients)), gradients)
-
-
 def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, eps: float) -> torch.optim.Optimizer:
-    """AdamW or Adam that decays everything but the biases (LayerNorm weights and ν, θ, γ too, as the released code)."""
+    """AdamW or Adam that decays everything but the biases (LayerNorm weights and ν, θ, γ too, as the released code). On
+    a GPU the learning rate is a tensor, for a step that is recorded."""
     biases = [p for n, p in model.named_parameters() if "bias" in n]
     others = [p for n, p in model.named_parameters() if "bias" not in n]
     groups = [{"params": others, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, lr=lr, eps=eps, fused=True)
+    on_gpu = others[0].device.type == "cuda"
+    options = {"lr": torch.tensor(lr, device=others[0].device), "capturable": True} if on_gpu else {"lr": lr}
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, eps=eps, fused=True, **options)

@@ -1,0 +1,134 @@
+"""One update of the weights: its precisions, its recording, and that nothing in it waits for a GPU."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from dataloader import TrainLoader, train_rows
+from datasets.catalog import Sequences
+from model import FMRLRec, lru
+from model import loss as loss_module
+from model.sampled_loss import NegativeSampler
+from trainer.step import GraphedStep, Step
+from trainer.trainer import build_optimizer
+
+NUM_ITEMS, SIZES, CPU = 50, (4, 8, 16), torch.device("cpu")
+
+
+def loader(batch_size=8, users=60, seed=0):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(3, 30, size=users)
+    sequences = Sequences(random.integers(1, NUM_ITEMS + 1, size=lengths.sum()), np.cumsum([0, *lengths]))
+    return TrainLoader(train_rows(sequences, 20), batch_size, seed, CPU)
+
+
+def make_step(precision="fp32", negatives=0, features=True, dropout=0.4, max_grad_norm=5.0):
+    torch.manual_seed(0)
+    given = torch.randn(NUM_ITEMS, 9) if features else None
+    model = FMRLRec(NUM_ITEMS, given, SIZES, dropout=dropout, attn_dropout=dropout, r_max=0.9).train()
+    optimizer = build_optimizer(model, "adamw", 1e-2, 1e-2, 1e-9)
+    sampler = NegativeSampler(loader().label_counts(NUM_ITEMS), negatives) if negatives else None
+    return Step(model, optimizer, precision=precision, max_grad_norm=max_grad_norm, sampler=sampler)
+
+
+def run(step, batches, seed=1):
+    """(losses, weights) after an update with each batch."""
+    torch.manual_seed(seed)
+    losses = [step(batch).item() for batch in batches]
+    inner = getattr(step, "step", step)
+    return losses, [p.detach().clone() for p in inner.model.parameters()]
+
+
+@pytest.mark.parametrize("negatives", [0, 20])
+@pytest.mark.parametrize("features", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_every_precision_learns_and_keeps_float32_weights(precision, features, negatives):
+    batches = [batch for number in range(6) for batch in loader().epoch(number)]
+    step = make_step(precision, negatives, features)
+    losses, weights = run(step, batches)
+    assert sum(losses[-8:]) < 0.99 * sum(losses[:8])
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
+    assert all(state["exp_avg"].dtype == torch.float32 for state in step.optimizer.state.values())
+
+
+def test_tf32_is_asked_for_within_a_step_and_not_after_it(monkeypatch):
+    asked, true = [], Step.loss
+    monkeypatch.setattr(Step, "loss", lambda *a: (asked.append(torch.get_float32_matmul_precision()), true(*a))[1])
+    (batch, *_) = loader().epoch(1)
+    for precision in ("fp32", "tf32", "bf16"):
+        make_step(precision)(batch)
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert asked == ["highest", "high", "highest"]
+
+
+@pytest.mark.parametrize("negatives", [0, 20])
+def test_a_recording_played_back_trains_as_the_step_does(negatives):
+    recorded = []
+
+    def record(work):  # does again what was recorded, from the memory that was recorded, as a CUDA graph does
+        recorded.append(work)
+        return work
+
+    batches = [batch for number in range(3) for batch in loader().epoch(number)]
+    plain = run(make_step(negatives=negatives), batches)
+    graphed = run(GraphedStep(make_step(negatives=negatives), record), batches)
+    assert graphed[0] == plain[0]
+    assert all(torch.equal(g, p) for g, p in zip(graphed[1], plain[1], strict=True))
+    shapes = {(len(batch.tokens), (batch.longest - 1).bit_length()) for batch in batches}
+    assert 1 < len(recorded) <= len(shapes) < len(batches) / 2
+
+
+def test_a_recording_has_memory_of_its_own_and_returns_losses_that_stay():
+    kept, batches = [], list(loader(users=8).epoch(1)) * 3
+    results = torch.zeros(())
+
+    def record(work):
+        def replay():
+            results.copy_(work())  # a graph writes every result to the same place
+            return results
+
+        return replay
+
+    step = GraphedStep(make_step(), record)
+    before = copy.deepcopy(batches)
+    for batch in batches:
+        kept.append(step(batch))
+    assert len({loss.item() for loss in kept}) == 3
+    for batch, same in zip(batches, before, strict=True):
+        assert all(torch.equal(getattr(batch, n), getattr(same, n)) for n in ("tokens", "labels", "position"))
+
+
+@pytest.mark.parametrize("negatives", [0, 20])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_in_a_step_asks_for_a_number_that_a_gpu_would_have_to_finish(monkeypatch, precision, negatives):
+    monkeypatch.setattr(lru, "_scan", lru._scan_by_doubling)  # the one of a GPU
+    monkeypatch.setattr(loss_module, "_held", {})  # keeps tensors, which here are fake
+    step, (batch, *_) = make_step(precision, negatives), loader().epoch(1)
+    step(batch)  # the optimizer's state is made
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # tensors without numbers
+
+        def fake(tensor):
+            return mode.from_tensor(tensor)
+
+        named = dict(step.model.named_parameters()) | dict(step.model.named_buffers())
+        if step.sampler:
+            step.sampler.q, step.sampler._cumulative = fake(step.sampler.q), fake(step.sampler._cumulative)
+        held = {n: fake(getattr(batch, n)) for n in ("tokens", "labels", "position", "num_labels")}
+        loss = torch.func.functional_call(_Loss(step), {f"model.{n}": fake(t) for n, t in named.items()},
+                                          (dataclasses.replace(batch, **held),))  # fmt: skip
+        loss.backward()
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
+
+
+class _Loss(torch.nn.Module):
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.model = step, step.model
+
+    def forward(self, batch):
+        return self.step.loss(batch)

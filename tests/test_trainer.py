@@ -40,6 +40,7 @@ def make_trainer(tmp_path, run="run", **changes):
     settings = {
         "num_epochs": 3,
         "precision": "fp32",
+        "num_negatives": 0,
         "optimizer": "adamw",
         "lr": 1e-2,
         "weight_decay": 1e-2,

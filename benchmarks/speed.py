@@ -17,6 +17,8 @@ from pathlib import Path
 
 from config import run_cli
 
+SOME = 64  # users whom the baseline evaluates, as many as it does at once
+STEPS = 5  # of a kind in a row, as in training: the first pays for the memory that another kind gave back
 MEMORY_STEPS = 10  # after which the peak is read
 
 
@@ -37,21 +39,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.memory_of:  # a process of its own: the peak of a process is never given back
         for _ in range(MEMORY_STEPS):
             steps[arguments.memory_of]()
-        print(memory("VmHWM") / 1e3)
+        print(memory("VmHWM") * 1e3 / 2**20)
         return
     print(where(arguments.device))
     print(f"{arguments.items} items, features {arguments.features}, sizes {arguments.sizes}, {arguments.blocks} blocks,"
-          f" batch {arguments.batch}; medians of {arguments.runs} paired runs")  # fmt: skip
-    show("training step", paired(steps, arguments.runs, arguments.device))
+          f" batch {arguments.batch}; medians of {arguments.runs} paired runs, of {STEPS} steps or one evaluation")  # fmt: skip
+    show("training step", paired(steps, arguments.runs, arguments.device, STEPS))
     for name in steps:
         command = [sys.executable, "-m", "benchmarks.speed", *(argv or sys.argv[1:]), "--memory_of", name]
         peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
-        print(f"  {name:24} {float(peak):8.2f} GB peak resident memory")
-    show("evaluation of all sizes, 256 users", paired(evaluations, arguments.runs, arguments.device))
+        print(f"  {name:24} {float(peak):8.2f} GiB peak resident memory")
+    seconds = paired(evaluations, arguments.runs, arguments.device)
+    seconds["baseline"] = [value * arguments.users / SOME for value in seconds["baseline"]]
+    show(f"evaluation of all sizes, {arguments.users} users (the baseline from {SOME} of them)", seconds)
 
 
 def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """({name: one training step}, {name: the evaluation of 256 users}) on made-up users of Beauty's lengths."""
+    """({name: one training step}, {name: the evaluation of all users, by the baseline of SOME}) on made-up users of
+    Beauty's lengths."""
     import numpy as np
     import torch
 
@@ -69,9 +74,8 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     offsets = np.concatenate([[0], lengths.cumsum()])
     sequences = Sequences(rng.integers(1, arguments.items + 1, size=offsets[-1]), offsets)
     sizes = tuple(map(int, arguments.sizes.split(",")))
-    features = torch.nn.functional.normalize(
-        torch.randn(arguments.items, arguments.features)
-    ).half()  # as they are kept
+    # As they are kept: of length 1, in half precision.
+    features = torch.nn.functional.normalize(torch.randn(arguments.items, arguments.features)).half()
     model = FMRLRec(arguments.items, features, sizes, num_blocks=arguments.blocks).to(device)
     optimizer = build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9)
     baseline, plain_optimizer = Baseline(model), torch.optim.AdamW(model.parameters(), fused=False)
@@ -87,8 +91,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         plain_optimizer.step()
 
-    some = Sequences(sequences.items[: offsets[256]], offsets[:257])
-    rows = eval_rows(some, 50, "test")
+    rows = eval_rows(sequences, 50, "test")
 
     def evaluate_fast() -> None:
         evaluate(model, rows, sizes=sizes, batch_size=256, ks=(10,))
@@ -99,10 +102,8 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     @torch.inference_mode()
     def evaluate_plain() -> None:
         model.eval()
-        for start in range(0, 256, 64):
-            users = range(start, start + 64)
-            tokens = padded([some.of(u)[:-1].tolist() for u in users]).to(device)
-            baseline.ranks(tokens, torch.from_numpy(rows.targets[start : start + 64]).to(device))
+        tokens = padded([sequences.of(u)[:-1].tolist() for u in range(SOME)]).to(device)
+        baseline.ranks(tokens, torch.from_numpy(rows.targets[:SOME]).to(device))
 
     steps: dict[str, Callable] = {"baseline": plain_step}
     for precision in ("fp32", "bf16"):
@@ -126,19 +127,20 @@ def memory(kind: str) -> float:
     return int(status.partition(f"{kind}:")[2].split()[0]) / 1e3
 
 
-def paired(cases: dict[str, Callable], runs: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each case, run in turn `runs` times after a warm-up."""
+def paired(cases: dict[str, Callable], runs: int, device: str, times: int = 1) -> dict[str, list[float]]:
+    """Seconds of each case, run in turn `runs` times after a warm-up; a run is the mean of so many `times`."""
     import torch
 
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(runs + 1):
         for name, case in cases.items():
             started = time.perf_counter()
-            case()
+            for _ in range(times):
+                case()
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append((time.perf_counter() - started) / times)
     return seconds
 
 

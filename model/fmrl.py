@@ -18,6 +18,7 @@ D: the largest size. Shapes are given for inputs of any leading shape (..., D).
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -78,30 +79,36 @@ class _NestedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], dtype: torch.dtype):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, D]
-        parts = [weight[low:high, :high].to(dtype) for low, high in bands(sizes)]
-        first = parts[0].shape[0]
-        parts[0] = _zero_outside_(parts[0].clone(), tuple(m for m in sizes if m <= first))
         y = [
             F.linear(rows[:, :high], part, None if bias is None else bias[low:high].to(dtype))
-            for (low, high), part in zip(bands(sizes), parts, strict=True)
+            for low, high, part in _band_weights(weight, sizes, dtype)
         ]
-        ctx.save_for_backward(rows, *parts)
+        ctx.save_for_backward(rows, weight)
         ctx.sizes, ctx.wide, ctx.biased = sizes, weight.dtype, bias is not None
         return torch.cat(y, dim=1).reshape(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        rows, *parts = ctx.saved_tensors
+        rows, weight = ctx.saved_tensors
         wide, dim = ctx.wide, rows.shape[1]
         grad_rows = grad.reshape(-1, dim)
         grad_bias = grad_rows.sum(dim=0, dtype=wide) if ctx.biased else None
         grad_rows = grad_rows.to(rows.dtype)
         grad_x = torch.zeros(len(rows), dim, dtype=wide, device=rows.device)
         grad_weight = torch.empty(dim, dim, dtype=wide, device=rows.device)
-        for (low, high), part in zip(bands(ctx.sizes), parts, strict=True):
+        for low, high, part in _band_weights(weight, ctx.sizes, rows.dtype):
             grad_x[:, :high] += grad_rows[:, low:high] @ part
             grad_weight[low:high, :high] = grad_rows[:, low:high].T @ rows[:, :high]
         return grad_x.reshape(grad.shape), _zero_outside_(grad_weight, ctx.sizes), grad_bias, None, None
+
+
+def _band_weights(weight: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(low, high, W[low:high, :high] ⊙ P) of every band, in the type of the products."""
+    for low, high in bands(sizes):
+        part = weight[low:high, :high].to(dtype)
+        if low == 0:  # the one band of several increments
+            part = _zero_outside_(part.clone(), tuple(m for m in sizes if m <= high))
+        yield low, high, part
 
 
 def _zero_outside_(weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -111,14 +118,19 @@ def _zero_outside_(weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return weight
 
 
+def nested_weight(sizes: tuple[int, ...]) -> Tensor:
+    """An initial weight [D, D]: uniform by rows, zero outside the mask."""
+    return _zero_outside_(nested_uniform_(torch.empty(sizes[-1], sizes[-1]), sizes), sizes)
+
+
 class FMRLLinear(nn.Module):
     """y = (W ⊙ P) x + b, with P the nested mask: [..., D] -> [..., D] (eq. 5)."""
 
     def __init__(self, sizes: tuple[int, ...], bias: bool = True) -> None:
         super().__init__()
-        mask = nested_mask(sizes)
+        increments(sizes)  # raises where sizes cannot be nested
         self.sizes = sizes
-        self.weight = nn.Parameter(nested_uniform_(torch.empty_like(mask), sizes) * mask)
+        self.weight = nn.Parameter(nested_weight(sizes))
         self.bias = nn.Parameter(nested_uniform_(torch.empty(sizes[-1]), sizes)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -78,7 +78,9 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
 
         loss = torch.zeros((), dtype=wide, device=z.device)
         grad_z = torch.empty_like(z, dtype=wide)
-        grad_table, grad_rest = (torch.zeros_like(part, dtype=wide) for part in (table, rest))
+        # Transposed, as its products come: turning a residual costs as much as multiplying it.
+        grad_table = torch.zeros(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
+        grad_rest = torch.zeros_like(rest, dtype=wide)
 
         chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize)
         buffer = held_buffer((len(sizes) + 1, chunks[0].stop, len(table)) if chunks else (0,), wide, z.device)
@@ -104,16 +106,17 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                 residual, z_part = residual.to(narrow), z_chunk[:, low:high]
                 if high <= out:
                     grad_z[rows, low:high] = residual @ table[:, low:high]
-                    add_product(grad_table[:, low:high], residual.T, z_part)
+                    add_product(grad_table[low:high], z_part.T, residual)
                 else:
                     grad_left = residual @ features  # [C, F]
                     grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
                     add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
 
         if needs_grad:
-            grad_weight = grad_table
-            if features is not None:
-                grad_weight = torch.cat([(grad_table.T.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
+            if features is None:
+                grad_weight = grad_table.T.contiguous()  # [N+1, D]
+            else:
+                grad_weight = torch.cat([(grad_table.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
             ctx.save_for_backward(grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype))
         return loss
 

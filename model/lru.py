@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from model.fmrl import nested_linear, nested_mask, nested_uniform_
+from model.fmrl import nested_linear, nested_uniform_, nested_weight
 
 
 def ring_init(dim: int, r_min: float, r_max: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,14 +117,14 @@ class LRU(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], bias: bool, r_min: float, r_max: float) -> None:
         super().__init__()
-        dim, mask = sizes[-1], nested_mask(sizes)
+        dim = sizes[-1]
         nu_log, theta_log, gamma_log = ring_init(dim, r_min, r_max)
         self.nu_log, self.theta_log, self.gamma_log = map(nn.Parameter, (nu_log, theta_log, gamma_log))
         self.sizes = sizes
         # Imaginary parts start at zero; the imaginary part of C's bias would have no effect on Re(C h + c).
-        self.B_re = nn.Parameter(nested_uniform_(torch.empty(dim, dim), sizes) * mask)
+        self.B_re = nn.Parameter(nested_weight(sizes))
         self.B_im = nn.Parameter(torch.zeros(dim, dim))
-        self.C_re = nn.Parameter(nested_uniform_(torch.empty(dim, dim), sizes) * mask)
+        self.C_re = nn.Parameter(nested_weight(sizes))
         self.C_im = nn.Parameter(torch.zeros(dim, dim))
         self.B_bias_re = nn.Parameter(nested_uniform_(torch.empty(dim), sizes)) if bias else None
         self.B_bias_im = nn.Parameter(torch.zeros(dim)) if bias else None

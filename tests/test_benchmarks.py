@@ -67,9 +67,9 @@ def test_the_speed_benchmark_prints_every_case_with_its_ratio(capsys):
     ]
     speed.main(small)
     printed = capsys.readouterr().out
-    for case in ("baseline", "fp32", "bf16", "every slice alone"):
+    for case in ("baseline", "fp32", "bf16", "one pass", "every slice alone"):
         assert sum(line.strip().startswith(case) and line.endswith(" x") for line in printed.splitlines()) >= 1
-    assert printed.count("GB peak resident memory") == 3
+    assert printed.count("GiB peak resident memory") == 3
 
 
 def test_the_pictures_benchmark_meets_every_failure_and_verifies_what_is_left(capsys):

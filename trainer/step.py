@@ -43,12 +43,12 @@ class Step:
         """One update. Returns the loss, a scalar, of which a rank has the part of its labels."""
         with _products_in(self.precision):
             loss = self.loss(batch)
-            self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
         add_up_gradients(self.model)
         if self.max_grad_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # not at the next step, whose forward pass needs the memory
         return loss.detach()
 
     def loss(self, batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ from datasets.catalog import load_catalog
 from model import FMRLRec
 from model.fmrl import nested_mask
 from tests.prepared import write_prepared
-from trainer import trainer as trainer_module
+from trainer import step as step_module
 from trainer.checkpoint import load_state, load_weights, save_weights
 from trainer.runlog import RunLog
 from trainer.runs import is_finished, read_log
@@ -138,13 +138,13 @@ def test_the_best_epochs_weights_are_kept(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_training_names_the_step_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, num_epochs=5)
-    true_loss, calls = trainer_module.matryoshka_cross_entropy, []
+    true_loss, calls = step_module.matryoshka_cross_entropy, []
 
     def loss_that_breaks(*arguments):
         calls.append(1)
         return true_loss(*arguments) * (math.nan if len(calls) == 7 else 1)  # step 7 is in epoch 2
 
-    monkeypatch.setattr(trainer_module, "matryoshka_cross_entropy", loss_that_breaks)
+    monkeypatch.setattr(step_module, "matryoshka_cross_entropy", loss_that_breaks)
     with pytest.raises(InputError, match=r"nan at step 7 \(epoch 2\).*after epoch 1 is kept.*--lr"):
         trainer.fit()
     state = load_state(trainer.run / "last.pt")

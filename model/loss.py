@@ -148,10 +148,14 @@ _held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def held_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory of any content, kept from call to call: that of a new allocation is mapped page by page each time."""
+    """Memory of any content. On a CPU it is kept from call to call: that of a new allocation is mapped page by page
+    each time. On a GPU torch keeps it, and a CUDA graph must own what it writes to: here a larger call frees it."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     size, held = math.prod(shape), _held.get((device, dtype))
     if held is None or held.numel() < size:
-        held = _held[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # or training could not write to what an evaluation made
+            held = _held[device, dtype] = torch.empty(size, dtype=dtype, device=device)
     return held[:size].view(shape)
 
 

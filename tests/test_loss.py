@@ -268,3 +268,21 @@ def test_in_bfloat16_the_loss_errs_no_more_than_twice_its_plain_twin(shape, seed
     assert fast[0].item() == pytest.approx(exact[0].item(), rel=1e-3)  # one number errs little by luck in either
     for f, p, e in zip(fast[1:], plain[1:], exact[1:], strict=True):
         assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()
+
+
+def test_memory_is_kept_on_a_cpu_alone_where_no_recording_writes_to_it(monkeypatch):
+    monkeypatch.setattr(model.loss, "_held", {})
+    model.loss.held_buffer((2, 3), torch.float32, torch.device("meta"))
+    assert not model.loss._held
+    small = model.loss.held_buffer((2, 3), torch.float32, torch.device("cpu"))
+    assert model.loss.held_buffer((6,), torch.float32, torch.device("cpu")).data_ptr() == small.data_ptr()
+    assert model.loss.held_buffer((7,), torch.float32, torch.device("cpu")).shape == (7,)
+    assert model.loss.held_buffer((6,), torch.float64, torch.device("cpu")).dtype == torch.float64
+
+
+def test_a_loss_computed_in_inference_mode_does_not_keep_a_later_one_from_training(monkeypatch):
+    monkeypatch.setattr(model.loss, "_held", {})
+    case = random_case((9, 11, (2, 6)))
+    with torch.inference_mode():
+        matryoshka_cross_entropy(*case)
+    value_and_gradients(matryoshka_cross_entropy, case)

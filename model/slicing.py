@@ -17,9 +17,9 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
     features = model.items.features
     weight = next(model.parameters())
     with weight.device:
-        small = FMRLRec(model.num_items, features or None, sizes, **model.settings).to(weight.dtype)
-    for name, part in zip(small.items.parts, features, strict=True):
-        setattr(small.items, name, part)  # shared, whatever .to() made of it: they are frozen and can be large
+        small = FMRLRec(model.num_items, features or None, sizes, **model.settings)
+    for parameter in small.parameters():  # not small.to(), which would widen the features: they can be large
+        parameter.data = parameter.data.to(weight.dtype)
     large = model.state_dict()
     with torch.no_grad():
         for name, parameter in small.named_parameters():

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataloader import eval_batches, eval_rows
 from datasets.catalog import Sequences
@@ -146,3 +147,32 @@ def test_a_size_that_was_not_trained_is_refused_with_the_sizes_there_are(size):
 def test_a_size_cut_off_by_slicing_is_gone():
     with pytest.raises(ValueError, match=r"size 20 was not trained; the model has 3, 8$"):
         slice_model(slice_model(random_model((3, 8, 20)), 8), 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slices_share_the_frozen_features_as_they_are(dtype):
+    features = [torch.randn(NUM_ITEMS, 9).half(), torch.randn(NUM_ITEMS, 4).bfloat16()]
+    model = FMRLRec(NUM_ITEMS, features, (3, 8, 20))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    small = slice_model(model, 8)
+    assert [part.data_ptr() for part in small.items.features] == [part.data_ptr() for part in features]
+    assert [part.dtype for part in small.items.features] == [torch.float16, torch.bfloat16]
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+
+
+def test_slicing_never_copies_the_features():
+    model = FMRLRec(NUM_ITEMS, torch.randn(NUM_ITEMS, 9000).half(), (3, 8))
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Largest():
+        slice_model(model, 3)
+    assert largest <= max(parameter.numel() for parameter in model.parameters())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dataloader import eval_batches, eval_rows
+from datasets import ranks
 from datasets.catalog import Sequences
 from model import FMRLRec, slice_model
 from trainer import evaluation
@@ -231,3 +232,18 @@ def test_a_slice_that_scores_otherwise_is_reported_when_all_results_are_written(
             random_model(), rows, tmp_path, batch_size=7, ks=KS, mask_history=False, title="every size"
         )
     assert set(json.loads((tmp_path / "test_mrl_metrics.json").read_text())) == {"4", "8", "16"}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 30])
+def test_ranks_share_the_users_out_and_some_may_have_none(monkeypatch, world_size):
+    model, rows = random_model(), rows_of(random_sequences())  # 25 users
+    expected, found = metrics_of(model, rows), []
+    monkeypatch.setattr(ranks, "world_size", lambda: world_size)
+    monkeypatch.setattr(ranks, "add_up", lambda part: found.append(part.clone()) or part)
+    for rank in range(world_size):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        metrics_of(model, rows)
+    total = torch.stack(found)
+    assert ((total > 0).sum(dim=0) == 1).all()  # each user by one rank
+    monkeypatch.setattr(ranks, "add_up", lambda part: total.sum(dim=0))
+    assert metrics_of(model, rows) == expected

@@ -67,7 +67,9 @@ def _ranks(
 ) -> Tensor:
     """The rank of every user's target at these sizes, from 1: [M, U]. Items with the target's score share their average
     rank, so a rank may end in .5; in a catalogue of several chunks, rounding may tell equal scores apart."""
-    chunks = torch.arange(model.num_items + 1, device=z[0].device).split(ITEMS) if z else ()
+    if not batches:  # the share of a rank may be no user
+        return torch.zeros(len(sizes), 0, dtype=torch.float64)
+    chunks = torch.arange(model.num_items + 1, device=z[0].device).split(ITEMS)
     counts = [z_batch.new_zeros(2, len(sizes), len(z_batch)) for z_batch in z]  # ahead of the target, equal to it
     targets = [model.items(batch.targets) if len(chunks) > 1 else None for batch in batches]  # each [B, D]
     for chunk in chunks:

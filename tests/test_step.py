@@ -1,5 +1,6 @@
 """One update of the weights: its precisions, its recording, and that nothing in it waits for a GPU."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -13,7 +14,8 @@ from datasets.catalog import Sequences
 from model import FMRLRec, lru
 from model import loss as loss_module
 from model.sampled_loss import NegativeSampler
-from trainer.step import GraphedStep, Step
+from trainer import step as step_module
+from trainer.step import GraphedStep, Step, cuda_graphs
 from trainer.trainer import build_optimizer
 
 NUM_ITEMS, SIZES, CPU = 50, (4, 8, 16), torch.device("cpu")
@@ -100,6 +102,54 @@ def test_a_recording_has_memory_of_its_own_and_returns_losses_that_stay():
     assert len({loss.item() for loss in kept}) == 3
     for batch, same in zip(batches, before, strict=True):
         assert all(torch.equal(getattr(batch, n), getattr(same, n)) for n in ("tokens", "labels", "position"))
+
+
+class FakeGraph:
+    """A CUDA graph as far as a machine without GPU can have one."""
+
+    def __init__(self):
+        self.played = 0
+
+    def replay(self):
+        self.played += 1
+
+
+def test_cuda_graphs_are_recorded_into_one_memory_and_played_back_one_by_one(monkeypatch):
+    pools, graphs = [], []
+
+    @contextlib.contextmanager
+    def recording(graph, pool=None):
+        graphs.append(graph)
+        pools.append(pool)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    record = cuda_graphs()
+    first, second = record(lambda: torch.tensor(1.0)), record(lambda: torch.tensor(2.0))
+    assert pools[0] is not None and pools[0] is pools[1]
+    assert [second().item(), first().item(), second().item()] == [2, 1, 2]
+    assert [graph.played for graph in graphs] == [1, 2]
+
+
+@pytest.mark.parametrize("features", [True, False])
+@pytest.mark.parametrize("negatives", [0, 20])
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_products_of_the_loss_are_computed_in_the_precision(monkeypatch, precision, expected, negatives, features):
+    found = []
+    for name in ("matryoshka_cross_entropy", "sampled_matryoshka_cross_entropy"):
+        true = getattr(step_module, name)
+
+        def watched(*arguments, true=true):
+            table = arguments[2] if true.__name__.startswith("sampled") else arguments[1]
+            found.append((getattr(table, "features", table).dtype, torch.is_autocast_enabled("cpu")))
+            return true(*arguments)
+
+        monkeypatch.setattr(step_module, name, watched)
+    (batch, *_) = loader().epoch(1)
+    make_step(precision, negatives, features)(batch)
+    assert found == [(expected, False)]
 
 
 @pytest.mark.parametrize("negatives", [0, 20])

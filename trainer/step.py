@@ -61,10 +61,12 @@ class Step:
             if self.sampler:
                 items, log_kq = self.sampler.draw()
                 own, drawn = model.items(batch.labels), model.items(items)
-                return sampled_matryoshka_cross_entropy(
-                    z, own, drawn, batch.labels, items, log_kq, model.sizes, self.reduction, batch.num_labels
-                )
-        table = model.items.factors(torch.bfloat16 if narrow else z.dtype)
+        dtype = torch.bfloat16 if narrow else z.dtype
+        if self.sampler:
+            return sampled_matryoshka_cross_entropy(
+                z, own, drawn.to(dtype), batch.labels, items, log_kq, model.sizes, self.reduction, batch.num_labels
+            )
+        table = model.items.factors(dtype)
         return matryoshka_cross_entropy(z, table, batch.labels, model.sizes, self.reduction, batch.num_labels)
 
 
@@ -77,7 +79,7 @@ class GraphedStep:
 
     def __init__(self, step: Step, record: Recorder | None = None) -> None:
         """record: makes of a function one that does the same again; by default a CUDA graph."""
-        self.step, self.record = step, record or record_cuda_graph
+        self.step, self.record = step, record or cuda_graphs()
         self._seen: set[tuple[int, int]] = set()
         self._recorded: dict[tuple[int, int], tuple[Batch, Callable[[], Tensor]]] = {}
 
@@ -96,17 +98,26 @@ class GraphedStep:
         return replay().clone()
 
 
-def record_cuda_graph(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A function that plays back the kernels of `work`, which is recorded without being done."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
+def cuda_graphs() -> Recorder:
+    """A recorder of CUDA graphs: what it makes of a function plays back its kernels, recorded without being done.
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
+    All its graphs compute in the same memory, as much as the largest one needs: what one leaves there (gradients, a
+    loss that is copied at once) no other one reads.
+    """
+    pool = torch.cuda.graph_pool_handle()
 
-    return replay
+    def record(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    return record
 
 
 @contextlib.contextmanager

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from model import FMRLRec, count_parameters
-from model.fmrl import FMRLLayerNorm, FMRLLinear, increments, nested_mask
+from model.fmrl import (
+    FMRLLayerNorm,
+    FMRLLinear,
+    bands,
+    increments,
+    nested_linear,
+    nested_linear_plain,
+    nested_mask,
+)
 from model.lru import LRU
 
 SIZE_LISTS = [tuple(sorted(random.Random(seed).sample(range(1, 40), k=seed + 1))) for seed in range(5)]
@@ -155,3 +163,65 @@ def test_parameters_are_counted_without_what_the_mask_hides_and_complex_ones_onc
     table, norms, rings = 5 * 3, 2 * 2 * 3, 3 * 3
     square_weights, biases = 5 * (2 * 2 + 1 * 3), 5 * 3
     assert count_parameters(model) == table + norms + rings + square_weights + biases
+
+
+NESTINGS = [*SIZE_LISTS, (1,), (7,), (1, 2, 64), (16, 64), (15, 16, 17, 64), PAPER_SIZES[:5]]
+
+
+def linear_case(sizes, dtype, biased, seed=0):
+    """(x, weight, bias or None), all of which want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (2, 5, sizes[-1]), (sizes[-1], sizes[-1]), (sizes[-1],)
+    x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    x, weight, bias = (part.to(dtype).requires_grad_() for part in (x, weight, bias))
+    return (x, weight, bias if biased else None)
+
+
+def value_and_gradients(linear, x, weight, bias, sizes):
+    """[y, and the gradients of a random function of it with respect to x, weight and bias]."""
+    y = linear(x, weight, bias, sizes)
+    generator = torch.Generator().manual_seed(1)
+    along = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    inputs = [part for part in (x, weight, bias) if part is not None]
+    return [y, *torch.autograd.grad((y * along.to(y.dtype)).sum(), inputs)]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("sizes", NESTINGS, ids=str)
+def test_bands_have_the_values_and_gradients_of_the_whole_masked_weight(sizes, dtype, tolerance, biased):
+    case = linear_case(sizes, dtype, biased)
+    fast, plain = (value_and_gradients(linear, *case, sizes) for linear in (nested_linear, nested_linear_plain))
+    for f, p in zip(fast, plain, strict=True):
+        assert (f.shape, f.dtype) == (p.shape, p.dtype)
+        assert (f - p).abs().max() <= tolerance * p.abs().max()
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("sizes", NESTINGS[2:], ids=str)
+def test_in_bfloat16_the_bands_err_no_more_than_twice_the_masked_weight(sizes, biased):
+    exact = value_and_gradients(nested_linear_plain, *linear_case(sizes, torch.float64, biased), sizes)
+    case = linear_case(sizes, torch.float32, biased)
+    found = []
+    for linear in (nested_linear, nested_linear_plain):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            found.append(value_and_gradients(linear, *case, sizes))
+    assert found[0][0].dtype == torch.bfloat16
+    assert all(gradient.dtype == torch.float32 for gradient in found[0][1:])
+    for f, p, e in zip(*found, exact, strict=True):
+        assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()
+
+
+@pytest.mark.parametrize("sizes", NESTINGS, ids=str)
+def test_bands_are_the_increments_but_one_of_those_below_a_quarter(sizes):
+    found = bands(sizes)
+    assert found[-1][1] == sizes[-1]
+    assert [low for low, _ in found] == [0, *(high for _, high in found[:-1])]
+    assert {high for _, high in found} == {m for m in sizes if m >= sizes[-1] / 4}
+
+
+def test_the_weight_is_read_and_never_changed():
+    x, weight, bias = linear_case((3, 4, 40), torch.float32, biased=True)
+    before = weight.detach().clone()
+    nested_linear(x, weight, bias, (3, 4, 40)).sum().backward()
+    assert torch.equal(weight.detach(), before)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from model import lru
 from model.fmrl import nested_mask
 from model.lru import LRU, linear_recurrence, linear_recurrence_loop, ring_init
 
@@ -100,6 +101,57 @@ def test_a_packed_history_has_the_states_that_it_has_alone():
         for re, im in zip(u_re.split(lengths), u_im.split(lengths), strict=True)
     ]
     torch.testing.assert_close(packed, torch.cat(alone))
+
+
+SCANS = [lru._scan_by_steps, lru._scan_by_doubling]  # of a CPU, of a GPU
+LONG = [[1], [1, 1, 1], [64], [65, 1, 63], [1, 50, 2, 49, 1], [1000, 3, 1, 512, 513], [1, 2, 1000]]
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize(("dtype", "radius", "tolerance"), [(torch.float64, 0.999, 1e-11), (torch.float32, 0.9, 1e-5)])
+@pytest.mark.parametrize("lengths", [*LONG, random_lengths(4), random_lengths(5)], ids=str)
+def test_either_scan_has_the_values_and_gradients_of_the_plain_loop(
+    monkeypatch, lengths, dtype, radius, tolerance, scan
+):
+    monkeypatch.setattr(lru, "_scan", scan)
+    assert_fast_equals_loop(positions_of(lengths), max(lengths), dtype, radius, tolerance)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("lengths", LONG, ids=str)
+def test_a_scan_goes_along_every_history_one_way_or_the_other(lengths, scan, backwards):
+    u_re, u_im, *eigenvalue = (part.detach() for part in random_inputs(sum(lengths), torch.float64))
+    u, eigenvalue = torch.complex(u_re, u_im), torch.complex(*eigenvalue)
+    expected = []
+    for history in u.split(lengths):
+        states = [torch.zeros_like(eigenvalue)]
+        for token in history.flip(0) if backwards else history:
+            states.append(token + eigenvalue * states[-1])
+        states = torch.stack(states[1:])
+        expected.append(states.flip(0) if backwards else states)
+    found = scan(u.clone(), eigenvalue, positions_of(lengths), max(lengths), backwards)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-11, atol=1e-11)
+
+
+def test_a_scan_by_doubling_takes_as_many_steps_as_the_longest_history_needs_and_more_change_nothing():
+    position = positions_of([9, 3, 1])
+    u_re, u_im, *eigenvalue = (part.detach() for part in random_inputs(13, torch.float64))
+    u, eigenvalue = torch.complex(u_re, u_im), torch.complex(*eigenvalue)
+    exact, rounded_up, too_few = (
+        lru._scan_by_doubling(u.clone(), eigenvalue, position, longest) for longest in (9, 16, 8)
+    )
+    assert torch.equal(exact, rounded_up)
+    assert not torch.equal(exact, too_few)
+
+
+def test_the_lru_answers_for_some_tokens_as_it_does_for_all():
+    layer, position, at = random_layer(6, bias=True), positions_of([4, 1, 7]), torch.tensor([3, 4, 11, 8])
+    x = torch.randn(12, 6, dtype=torch.float64, requires_grad=True)
+    found = layer(x, position, 7, at)
+    torch.testing.assert_close(found, layer(x, position, 7)[at])
+    gradients = [torch.autograd.grad((y**2).sum(), x)[0] for y in (found, layer(x, position, 7)[at])]
+    torch.testing.assert_close(*gradients)
 
 
 def modulus_of(nu_log):

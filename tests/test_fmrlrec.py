@@ -1,0 +1,137 @@
+"""The recommender's parts: an item encoder over features in several parts and types, answers for some tokens alone."""
+
+import pytest
+import torch
+
+from model import FMRLRec
+from model import fmrlrec as fmrlrec_module
+from model.dropout import Dropout, set_share
+from model.fmrlrec import ItemEncoder
+from model.loss import Factors
+
+NUM_ITEMS, WIDTHS, DIM = 23, (5, 3), 8
+
+
+def parts(*dtypes, seed=0):
+    """Features of every item in as many parts as types are given, all exact in half precision."""
+    torch.manual_seed(seed)
+    return [torch.randn(NUM_ITEMS, width).half().to(dtype) for width, dtype in zip(WIDTHS, dtypes, strict=True)]
+
+
+def encoder_of(features):
+    torch.manual_seed(1)
+    return ItemEncoder(NUM_ITEMS, DIM, features)
+
+
+def table_and_gradients(encoder, read):
+    """[E, and the gradients of a function of it with respect to the projection]."""
+    table = read(encoder)
+    return [table, *torch.autograd.grad((table**2).sum(), list(encoder.parameters()))]
+
+
+READS = [lambda e: e.everything(), lambda e: e(torch.tensor([0, 5, 5, NUM_ITEMS, 1, 0]))]
+
+
+@pytest.mark.parametrize("read", READS, ids=["everything", "some"])
+@pytest.mark.parametrize("rows", [1, 7, 2**14])
+def test_two_parts_are_their_concatenation(monkeypatch, read, rows):
+    features = parts(torch.float32, torch.float32)
+    expected = table_and_gradients(encoder_of(torch.cat(features, dim=1)), read)
+    monkeypatch.setattr(fmrlrec_module, "ROWS", rows)
+    torch.testing.assert_close(table_and_gradients(encoder_of(features), read), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("read", READS, ids=["everything", "some"])
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.float16, torch.float32)], ids=str)
+def test_features_in_half_precision_are_kept_so_and_widened_where_they_are_read(read, dtypes):
+    half, single = encoder_of(parts(*dtypes)), encoder_of(parts(torch.float32, torch.float32))
+    assert [part.dtype for part in half.features] == list(dtypes)
+    found, expected = table_and_gradients(half, read), table_and_gradients(single, read)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    assert found[0].dtype == torch.float32
+
+
+def test_token_0_has_no_features_and_item_i_has_row_i_less_1():
+    features = parts(torch.float16, torch.float32)
+    encoder, items = encoder_of(features), torch.tensor([0, 1, NUM_ITEMS, 0])
+    whole = torch.cat([part.float() for part in features], dim=1)
+    rows = encoder.rows(items, torch.float64)
+    assert rows.dtype == torch.float64
+    assert torch.equal(rows, torch.stack([0 * whole[0], whole[0], whole[-1], 0 * whole[0]]).double())
+    table = encoder.everything()
+    assert torch.equal(table[0], encoder.projection.bias)
+    torch.testing.assert_close(table[1:], encoder.projection(whole))
+    torch.testing.assert_close(encoder(items), table[items])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 2**14])
+def test_factors_multiply_out_to_the_table_without_its_bias(monkeypatch, rows):
+    monkeypatch.setattr(fmrlrec_module, "ROWS", rows)
+    encoder = encoder_of(parts(torch.float16, torch.float16))
+    factors = encoder.factors(torch.float32)
+    assert isinstance(factors, Factors) and factors.weight is encoder.projection.weight
+    torch.testing.assert_close(factors.features @ factors.weight.T + encoder.projection.bias, encoder.everything())
+
+
+def test_the_features_of_the_factors_are_put_together_once_for_each_type():
+    encoder = encoder_of(parts(torch.float16, torch.float16))
+    first = encoder.factors(torch.float32).features
+    assert encoder.factors(torch.float32).features is first
+    narrow = encoder.factors(torch.bfloat16).features
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(encoder.factors(torch.float32).features, first)
+    assert encoder.factors(torch.float32).features.dtype == torch.float32
+
+
+def test_a_learned_table_is_no_product():
+    encoder = encoder_of(None)
+    assert encoder.everything() is encoder.table
+    assert encoder.factors(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(encoder(torch.tensor([0, 3])), encoder.table[[0, 3]])
+
+
+def test_parts_that_describe_another_number_of_items_are_refused():
+    features = parts(torch.float32, torch.float32)
+    for wrong in ([features[0], features[1][1:]], [features[0][1:], features[1]], [features[0], features[1][0]]):
+        with pytest.raises(ValueError, match=r"features of shape .* do not describe 23 items"):
+            encoder_of(wrong)
+
+
+def test_frozen_features_are_no_weights_and_are_not_saved():
+    encoder = encoder_of(parts(torch.float16, torch.float16))
+    assert set(encoder.state_dict()) == {"projection.weight", "projection.bias"}
+    assert encoder.projection.weight.shape == (DIM, sum(WIDTHS))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+@pytest.mark.parametrize("at", [[2, 3, 9], [9], [0, 9, 3, 3]], ids=str)
+def test_answers_for_some_tokens_are_those_among_all_with_their_gradients(at, num_blocks):
+    torch.manual_seed(0)
+    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), num_blocks=num_blocks, r_min=0.3, r_max=0.9).double().eval()
+    position, at = torch.cat([torch.arange(n) for n in (3, 1, 6)]), torch.tensor(at)
+    x = torch.randn(10, DIM, dtype=torch.float64, requires_grad=True)
+    weights = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
+    some, all_ = model.encode(x, position, 6, at=at), model.encode(x, position, 6)[at]
+    torch.testing.assert_close(some, all_)
+    found, expected = (torch.autograd.grad((z**3).sum(), [x, *weights]) for z in (some, all_))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("lengths", [(10,), (4, 6), (0, 10), (3, 0, 7)], ids=str)
+def test_shares_of_a_batch_drop_out_what_the_batch_does_and_padding_may_reach_beyond_it(lengths):
+    dropout, x, padding = Dropout(0.4), torch.ones(10, 3), 5
+    torch.manual_seed(0)
+    whole = dropout(x)
+    assert set(whole.unique().tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
+    first = 0
+    for length in lengths:
+        set_share(dropout, (first, 10))
+        torch.manual_seed(0)
+        share = dropout(torch.ones(length + padding, 3))
+        assert share.shape == (length + padding, 3)
+        assert torch.equal(share[:length], whole[first : first + length])
+        first += length
+    set_share(dropout, None)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), whole)
+    assert torch.equal(dropout.eval()(x), x)

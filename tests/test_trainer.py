@@ -321,3 +321,39 @@ def test_in_bf16_training_follows_fp32_with_weights_and_states_in_float32(tmp_pa
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_a_state_of_another_device_keeps_this_devices_learning_rate_and_way_of_stepping(tmp_path):
+    first = make_trainer(tmp_path, "first")
+    first._update(next(first.loader.epoch(1)))
+    state = first.state()
+    for group in state["optimizer"]["param_groups"]:  # as a GPU writes it
+        group |= {"lr": torch.tensor(0.5), "capturable": True}
+    second = make_trainer(tmp_path, "second")
+    second.load_state(state)
+    for group in second._optimizer.param_groups:
+        assert (type(group["lr"]), group["capturable"]) == (float, False)
+    step = next(iter(second._optimizer.state.values()))["step"]
+    assert step == 1 and step.device == CPU
+    second._update(next(second.loader.epoch(1)))  # capturable, this would be refused
+
+    third, lr = make_trainer(tmp_path, "third"), torch.tensor(0.25)  # a recording reads this very tensor
+    for group in third._optimizer.param_groups:
+        group |= {"lr": lr, "capturable": True}
+    third.load_state(first.state())
+    assert all(group["lr"] is lr and group["capturable"] for group in third._optimizer.param_groups)
+
+
+def test_a_learning_rate_that_is_a_tensor_is_set_in_its_place(tmp_path):
+    trainer, plain = make_trainer(tmp_path, warmup_steps=10), make_trainer(tmp_path, "plain", warmup_steps=10)
+    lr = torch.tensor(0.0)
+    for group in trainer._optimizer.param_groups:
+        group["lr"] = lr
+    for step, batch in enumerate(trainer.loader.epoch(1)):
+        for each in (trainer, plain):
+            torch.manual_seed(step)
+            each._update(batch)
+        assert all(group["lr"] is lr for group in trainer._optimizer.param_groups)
+        assert lr.item() == pytest.approx(trainer.lr_at(step))
+    for tensor, number in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(tensor, number)

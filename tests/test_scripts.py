@@ -20,6 +20,7 @@ from config import Config, InputError
 from datasets import encoders, features
 from datasets.catalog import load_catalog
 from tests.prepared import write_prepared
+from trainer import evaluation
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = (
@@ -81,6 +82,42 @@ def test_eval_repeats_what_train_found_and_masks_the_history_on_demand(workplace
     assert json.loads((run / "test_mrl_metrics_history_masked.json").read_text())["8"] == masked[8]
     assert masked[8]["Recall@10"] > results[8]["Recall@10"]  # 12 items, several of them in the history
     assert json.loads((run / "test_mrl_metrics.json").read_text()) == trained  # both protocols from one run
+
+
+def test_every_slice_tested_alone_has_the_metrics_of_the_one_pass(workplace, monkeypatch):
+    run = run_train()
+    written = [(run / name).read_text() for name in ("test_metrics.json", "test_mrl_metrics.json")]
+    tested, true = [], evaluation.evaluate
+
+    def watched(model, rows, *, sizes, **how):
+        tested.append((model.sizes[-1], sizes))
+        return true(model, rows, sizes=sizes, **how)
+
+    monkeypatch.setattr(evaluation, "evaluate", watched)
+    together, alone = run_eval(f"--run {run}"), run_eval(f"--run {run} --alone")
+    assert tested == [(8, (2, 4, 8)), (2, (2,)), (4, (4,)), (8, (8,))]
+    assert list(alone) == list(together) == [2, 4, 8]
+    assert alone == {size: pytest.approx(metrics) for size, metrics in together.items()}
+    assert run_eval(f"--run {run} --alone --mask_history") == {
+        size: pytest.approx(metrics) for size, metrics in run_eval(f"--run {run} --mask_history").items()
+    }
+    assert [json.loads((run / name).read_text()) for name in ("test_metrics.json", "test_mrl_metrics.json")] == [
+        pytest.approx(json.loads(written[0])),
+        {size: pytest.approx(metrics) for size, metrics in json.loads(written[1]).items()},
+    ]
+
+
+@pytest.mark.parametrize("branch", ["", "--no-use_language_encoder"], ids=["text", "id"])
+def test_a_run_trains_on_a_sample_of_the_items(workplace, branch):
+    run = run_train(
+        f"{branch} --num_negatives 5 --num_epochs 40 --train_batch_size 4 --lru_dropout 0 --lru_attn_dropout 0 "
+        "--no-early_stopping"
+    )
+    assert json.loads((run / "config.json").read_text())["settings"]["num_negatives"] == 5
+    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])  # several: each is of other draws
+    with pytest.raises(InputError, match=r"--num_negatives -1 must be a number of at least 0"):
+        run_train("--num_negatives -1")
 
 
 def test_eval_finds_the_newest_run_that_fits_the_flags(workplace, capsys):

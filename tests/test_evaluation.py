@@ -96,6 +96,16 @@ def test_chunks_of_the_catalogue_give_what_the_whole_gives(monkeypatch, items, t
         assert metrics == pytest.approx(expected[size], abs=1e-12)
 
 
+@pytest.mark.parametrize(("room", "expected"), [(0, 1), (-1, 0)])
+def test_the_item_table_is_held_where_there_is_room_for_it(monkeypatch, room, expected):
+    model, made = random_model(), []
+    monkeypatch.setattr(evaluation, "TABLE_BYTES", NUM_ITEMS * SIZES[-1] * 4 + room)
+    true = FMRLRec.item_table
+    monkeypatch.setattr(FMRLRec, "item_table", lambda model: made.append(model) or true(model))
+    metrics_of(model, rows_of(random_sequences()))
+    assert len(made) == expected
+
+
 @pytest.mark.parametrize("items", [3, NUM_ITEMS + 1])
 def test_equal_items_share_their_average_rank_in_chunks_too(monkeypatch, items):
     model = random_model("id")
@@ -111,6 +121,21 @@ def test_equal_items_share_their_average_rank_in_chunks_too(monkeypatch, items):
         scores[:, 0] = -math.inf
         assert of_size.tolist() == target_ranks(scores, batches[0].targets).tolist()
     assert (found % 1 == 0.5).any()
+
+
+@pytest.mark.parametrize("items", [3, NUM_ITEMS + 1])
+def test_a_user_whose_scores_are_no_numbers_ranks_last_and_no_other_user_notices(monkeypatch, items):
+    model, batches = random_model("id"), [a_batch()]
+    table, z = model.item_table().detach(), torch.randn(8, SIZES[-1])
+    monkeypatch.setattr(evaluation, "ITEMS", items)
+    before = evaluation._ranks(model, batches, [z], table, SIZES, mask_history=False)
+    z[2, 5] = math.nan  # of the sizes beyond 4
+    found = evaluation._ranks(model, batches, [z], table, SIZES, mask_history=False)
+    assert found[1:, 2].tolist() == [NUM_ITEMS + 2] * 2
+    found[1:, 2] = before[1:, 2]
+    assert torch.equal(found, before)
+    scores = torch.full((1, NUM_ITEMS + 1), math.nan)
+    assert target_ranks(scores, torch.tensor([3])).tolist() == [NUM_ITEMS + 2]
 
 
 def test_masking_the_history_changes_the_metrics_of_these_users():

@@ -212,6 +212,16 @@ def test_in_bfloat16_the_bands_err_no_more_than_twice_the_masked_weight(sizes, b
         assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()
 
 
+def test_under_autocast_products_are_narrow_on_the_way_back_too_and_sums_of_them_are_not():
+    sizes = (10, 20, 40)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        y, of_x, of_weight, of_bias = value_and_gradients(
+            nested_linear, *linear_case(sizes, torch.float32, True), sizes
+        )
+    fits = [torch.equal(part, part.bfloat16().to(part.dtype)) for part in (y, of_x, of_weight, of_bias)]
+    assert fits == [True, False, True, False]
+
+
 @pytest.mark.parametrize("sizes", NESTINGS, ids=str)
 def test_bands_are_the_increments_but_one_of_those_below_a_quarter(sizes):
     found = bands(sizes)

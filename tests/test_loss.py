@@ -1,6 +1,6 @@
 """The Matryoshka cross-entropy against its plain twin."""
 
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 
 import pytest
 import torch
@@ -205,6 +205,27 @@ def test_columns_are_multiplied_out_where_that_costs_least(shape, expected):
         assert multiplications(expected) <= multiplications(other)
 
 
+def multiplications(positions, width, sizes, out):
+    """For an item, where the first `out` columns are multiplied out."""
+    total = 0
+    for low, high in pairwise((0, *sizes)):
+        if high <= out:  # columns and their weight's gradient; logits, and the gradients of both their sides
+            total += 2 * width * (high - low) + 3 * positions * (high - low)
+        else:  # logits, and the gradient of their left side
+            total += 2 * width * positions
+    return total
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_multiplied_out_is_the_cheapest_by_counting_every_product(seed):
+    random = torch.Generator().manual_seed(seed)
+    for _ in range(200):
+        positions, width, *parts = torch.randint(1, 200, (6,), generator=random).tolist()
+        sizes = tuple(accumulate(parts))
+        costs = {out: multiplications(positions, width, sizes, out) for out in (0, *sizes)}
+        assert costs[columns_multiplied_out(positions, width, sizes)] == min(costs.values())
+
+
 def test_the_gradients_follow_what_the_loss_is_multiplied_with():
     case = random_case((9, 11, (2, 6)))
     fast = value_and_gradients(matryoshka_cross_entropy, case, factor=-3.0)
@@ -275,7 +296,10 @@ def test_memory_is_kept_on_a_cpu_alone_where_no_recording_writes_to_it(monkeypat
     model.loss.held_buffer((2, 3), torch.float32, torch.device("meta"))
     assert not model.loss._held
     small = model.loss.held_buffer((2, 3), torch.float32, torch.device("cpu"))
-    assert model.loss.held_buffer((6,), torch.float32, torch.device("cpu")).data_ptr() == small.data_ptr()
+    for shape in ((6,), (2, 1), (0,)):
+        assert model.loss.held_buffer(shape, torch.float32, torch.device("cpu")).untyped_storage().data_ptr() == (
+            small.untyped_storage().data_ptr()
+        )
     assert model.loss.held_buffer((7,), torch.float32, torch.device("cpu")).shape == (7,)
     assert model.loss.held_buffer((6,), torch.float64, torch.device("cpu")).dtype == torch.float64
 

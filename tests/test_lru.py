@@ -117,6 +117,15 @@ def test_either_scan_has_the_values_and_gradients_of_the_plain_loop(
     assert_fast_equals_loop(positions_of(lengths), max(lengths), dtype, radius, tolerance)
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 0), ("meta", 1)])
+def test_the_scan_that_waits_for_numbers_is_for_a_cpu_alone(monkeypatch, device, expected):
+    called = []
+    for place, scan in enumerate(SCANS):
+        monkeypatch.setattr(lru, scan.__name__, lambda *arguments, place=place: called.append(place))
+    lru._scan(torch.zeros(3, 2, dtype=torch.complex64, device=device), None, None, 3)
+    assert called == [expected]
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("lengths", LONG, ids=str)

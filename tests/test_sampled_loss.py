@@ -114,3 +114,20 @@ def test_without_the_correction_it_would_be_another_loss():
     )
     exact = matryoshka_cross_entropy(z, table, labels, SIZES).item()
     assert abs(with_it - exact) < 0.1 < abs(without - exact)
+
+
+def test_the_ends_of_what_a_uniform_draw_can_be_are_items(monkeypatch):
+    sampler = NegativeSampler(torch.tensor([5, 1, 1]), 3)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.tensor([0.0, 0.5, 1.0], **options))
+    assert sampler.draw()[0].tolist() == [1, 2, 2]  # rounding may make 1 of what is just below it
+
+
+def test_in_bfloat16_a_labels_own_logit_and_its_gradient_stay_in_float32():
+    z, table, labels, sampler = random_case(dtype=torch.float32)
+    items, log_kq = sampler.draw()
+    own, labels = table[labels].detach().requires_grad_(), labels.clamp_min(1)
+    loss = sampled_matryoshka_cross_entropy(z, own, table[items].bfloat16(), labels, items, log_kq, (SIZES[-1],))
+    (gradient,) = torch.autograd.grad(loss, own)
+    assert gradient.dtype == torch.float32
+    cosine = F.cosine_similarity(gradient.double(), z.detach().double(), dim=1)  # it is z, times a number
+    assert (cosine + 1).abs().max() < 1e-9

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import config
+import eval as eval_script
 import train
 from config import InputError
 from datasets.device import resolve_device
@@ -31,6 +32,7 @@ TWO = """
 import contextlib, hashlib, io, json, shlex, sys
 from pathlib import Path
 import torch
+import eval as eval_script
 import train
 from config import InputError
 from datasets import ranks
@@ -65,11 +67,11 @@ def broken(*arguments):
     calls.append(1)
     return true_loss(*arguments) * (float("nan") if len(calls) == 3 and ranks.rank() == 1 else 1)
 
-def run(name, arguments):
+def run(name, arguments, main=train.main):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         try:
-            said = str(train.main(shlex.split(arguments)))
+            said = str(main(shlex.split(arguments)))
         except (InputError, KeyboardInterrupt) as error:
             said = f"{type(error).__name__} {error}"
     results[name] = {"said": said, "printed": printed.getvalue(), **seen}
@@ -77,6 +79,8 @@ def run(name, arguments):
 results, calls = {}, []
 Trainer.fit = watched
 run("two", f"{tiny} --run_name two")
+run("tested", "--run_name two", eval_script.main)
+run("tested alone", "--run_name two --alone", eval_script.main)
 run("sampled two", f"{tiny} --num_negatives 5 --run_name sampled-two")
 run("lonely two", f"{tiny} {lonely} --run_name lonely-two")
 run("resumed by two", "--resume latest --run_name cut-by-one")
@@ -176,6 +180,14 @@ def test_two_go_on_with_what_one_began(folder):
 
 def test_one_goes_on_with_what_two_began(folder):
     assert_same_training(named("cut-by-two", folder), named("one", folder))
+
+
+@pytest.mark.parametrize("case", ["tested", "tested alone"])
+def test_two_processes_test_a_run_as_one_does(folder, monkeypatch, case):
+    monkeypatch.chdir(folder)
+    first, second = outcome(folder, case)
+    assert first["said"] == second["said"] == str(eval_script.main(["--run_name", "two"]))
+    assert first["printed"].count("written:") == 1 and second["printed"] == ""
 
 
 @pytest.mark.parametrize(

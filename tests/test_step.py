@@ -68,7 +68,9 @@ def test_tf32_is_asked_for_within_a_step_and_not_after_it(monkeypatch):
 
 
 @pytest.mark.parametrize("negatives", [0, 20])
-def test_a_recording_played_back_trains_as_the_step_does(negatives):
+@pytest.mark.parametrize("scan", [lru._scan_by_steps, lru._scan_by_doubling])
+def test_a_recording_played_back_trains_as_the_step_does(monkeypatch, scan, negatives):
+    monkeypatch.setattr(lru, "_scan", scan)
     recorded = []
 
     def record(work):  # does again what was recorded, from the memory that was recorded, as a CUDA graph does

@@ -177,9 +177,10 @@ def linear_case(sizes, dtype, biased, seed=0):
     return (x, weight, bias if biased else None)
 
 
-def value_and_gradients(linear, x, weight, bias, sizes):
-    """[y, and the gradients of a random function of it with respect to x, weight and bias]."""
-    y = linear(x, weight, bias, sizes)
+def value_and_gradients(linear, x, weight, bias, sizes, narrow=False):
+    """[y, and the gradients of a random function of it with respect to x, weight and bias]. narrow: y under autocast."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow, cache_enabled=False):
+        y = linear(x, weight, bias, sizes)
     generator = torch.Generator().manual_seed(1)
     along = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     inputs = [part for part in (x, weight, bias) if part is not None]
@@ -202,10 +203,7 @@ def test_bands_have_the_values_and_gradients_of_the_whole_masked_weight(sizes, d
 def test_in_bfloat16_the_bands_err_no_more_than_twice_the_masked_weight(sizes, biased):
     exact = value_and_gradients(nested_linear_plain, *linear_case(sizes, torch.float64, biased), sizes)
     case = linear_case(sizes, torch.float32, biased)
-    found = []
-    for linear in (nested_linear, nested_linear_plain):
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            found.append(value_and_gradients(linear, *case, sizes))
+    found = [value_and_gradients(linear, *case, sizes, narrow=True) for linear in (nested_linear, nested_linear_plain)]
     assert found[0][0].dtype == torch.bfloat16
     assert all(gradient.dtype == torch.float32 for gradient in found[0][1:])
     for f, p, e in zip(*found, exact, strict=True):

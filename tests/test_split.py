@@ -184,7 +184,16 @@ def test_a_batch_is_padded_to_one_of_few_shapes_behind_its_rows():
         assert not any(part[length:].any() for part in (batch.tokens, batch.labels, batch.position))
 
 
+def test_every_label_is_counted_and_every_item_has_a_count():
+    loader, lists = loader_of_known_users()
+    labels = [label for v in lists for label in (plain_train_row(v, 50))[1]]
+    counts = loader.label_counts(2000)
+    assert counts.tolist() == [labels.count(i) for i in range(2001)]
+    assert counts[0] == 0
+
+
 def test_buckets_are_few_and_no_more_than_one_step_larger():
+    assert bucket(0) == 1  # the share of a rank may be nothing but padding
     assert [bucket(n) for n in (1, 2, 3, 16, 17, 128, 129, 256, 257)] == [1, 2, 4, 16, 32, 128, 256, 256, 384]
     assert all(n <= bucket(n) < n + min(n, 128) for n in range(1, 5000))
 
@@ -215,6 +224,7 @@ def test_ranks_share_every_batch_out_in_its_order(world_size, batch_size):
         for share in shares:
             own = int((share.labels > 0).sum())
             assert share.share == (begin, len(whole.tokens)) and share.num_labels == length
+            assert 1 <= share.longest <= max(own, 1)
             for name in ("tokens", "labels", "position"):
                 part = getattr(share, name)
                 assert torch.equal(part[:own], getattr(whole, name)[begin : begin + own])

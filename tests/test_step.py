@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from dataloader import TrainLoader, train_rows
+from dataloader import Batch, TrainLoader, train_rows
 from datasets.catalog import Sequences
 from model import FMRLRec, lru
 from model import loss as loss_module
@@ -104,6 +104,32 @@ def test_a_recording_has_memory_of_its_own_and_returns_losses_that_stay():
     assert len({loss.item() for loss in kept}) == 3
     for batch, same in zip(batches, before, strict=True):
         assert all(torch.equal(getattr(batch, n), getattr(same, n)) for n in ("tokens", "labels", "position"))
+
+
+def batch_of(lengths, seed):
+    """A batch of rows of these lengths, without padding."""
+    random, total = torch.Generator().manual_seed(seed), sum(lengths)
+    tokens, labels = torch.randint(1, NUM_ITEMS + 1, (2, total), generator=random)
+    position = torch.cat([torch.arange(n) for n in lengths])
+    return Batch(tokens, labels, position, max(lengths), (0, total), torch.tensor(total))
+
+
+@pytest.mark.parametrize("longest", [16, 17, 31, 32])
+def test_batches_of_one_size_but_longer_histories_are_recorded_anew_and_none_is_written_to(monkeypatch, longest):
+    monkeypatch.setattr(lru, "_scan", lru._scan_by_doubling)  # the one that asks for the longest history
+    short, long = [4] * 8, [longest, *[1] * (32 - longest)]
+    batches = [batch_of(lengths, seed) for seed, lengths in enumerate([short, short, long, short, long, long, short])]
+    before, recorded = copy.deepcopy(batches), []
+
+    def record(work):
+        recorded.append(work)
+        return work
+
+    plain, graphed = run(make_step(), batches), run(GraphedStep(make_step(), record), batches)
+    assert graphed[0] == plain[0] and len(recorded) == 2
+    for batch, same in zip(batches, before, strict=True):
+        for name in ("tokens", "labels", "position", "num_labels"):
+            assert torch.equal(getattr(batch, name), getattr(same, name))
 
 
 class FakeGraph:

@@ -114,11 +114,12 @@ def batch_of(lengths, seed):
     return Batch(tokens, labels, position, max(lengths), (0, total), torch.tensor(total))
 
 
-@pytest.mark.parametrize("longest", [16, 17, 31, 32])
-def test_batches_of_one_size_but_longer_histories_are_recorded_anew_and_none_is_written_to(monkeypatch, longest):
+@pytest.mark.parametrize(("longest", "later"), [(17, 32), (9, 16), (31, 18)])
+def test_batches_of_one_size_but_longer_histories_are_recorded_anew_and_none_is_written_to(monkeypatch, longest, later):
     monkeypatch.setattr(lru, "_scan", lru._scan_by_doubling)  # the one that asks for the longest history
-    short, long = [4] * 8, [longest, *[1] * (32 - longest)]
-    batches = [batch_of(lengths, seed) for seed, lengths in enumerate([short, short, long, short, long, long, short])]
+    short, long, other = [4] * 8, [longest, *[1] * (32 - longest)], [later, *[1] * (32 - later)]
+    rows = [short, short, long, short, long, other, short]
+    batches = [batch_of(lengths, seed) for seed, lengths in enumerate(rows)]
     before, recorded = copy.deepcopy(batches), []
 
     def record(work):

@@ -67,6 +67,12 @@ def test_tf32_is_asked_for_within_a_step_and_not_after_it(monkeypatch):
     assert asked == ["highest", "high", "highest"]
 
 
+def test_a_loss_keeps_nothing_of_its_step_alive():
+    (batch, *_) = loader().epoch(1)
+    loss = make_step()(batch)
+    assert loss.ndim == 0 and loss.grad_fn is None and not loss.requires_grad
+
+
 @pytest.mark.parametrize("negatives", [0, 20])
 @pytest.mark.parametrize("scan", [lru._scan_by_steps, lru._scan_by_doubling])
 def test_a_recording_played_back_trains_as_the_step_does(monkeypatch, scan, negatives):

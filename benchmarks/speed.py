@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(memory("VmHWM") * 1e3 / 2**20)
         return
     print(where(arguments.device))
-    print(f"{arguments.items} items, features {arguments.features}, sizes {arguments.sizes}, {arguments.blocks} blocks,"
-          f" batch {arguments.batch}; medians of {arguments.runs} paired runs, of {STEPS} steps or one evaluation")  # fmt: skip
+    print(f"{arguments.items} items, features {arguments.features}, sizes {arguments.sizes}, {arguments.blocks} blocks")
+    print(f"batch {arguments.batch}; medians of {arguments.runs} paired runs (of {STEPS} steps; one evaluation)")
     show("training step", paired(steps, arguments.runs, arguments.device, STEPS))
     for name in steps:
         command = [sys.executable, "-m", "benchmarks.speed", *(argv or sys.argv[1:]), "--memory_of", name]

@@ -58,16 +58,16 @@ class Step:
         # Without the cache: it would keep a recording's weights.
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
             z = model.encode(model.items(batch.tokens), batch.position, batch.longest)
-            if self.sampler:
-                items, log_kq = self.sampler.draw()
-                own, drawn = model.items(batch.labels), model.items(items)
         dtype = torch.bfloat16 if narrow else z.dtype
-        if self.sampler:
-            return sampled_matryoshka_cross_entropy(
-                z, own, drawn.to(dtype), batch.labels, items, log_kq, model.sizes, self.reduction, batch.num_labels
-            )
-        table = model.items.factors(dtype)
-        return matryoshka_cross_entropy(z, table, batch.labels, model.sizes, self.reduction, batch.num_labels)
+        if not self.sampler:
+            table = model.items.factors(dtype)
+            return matryoshka_cross_entropy(z, table, batch.labels, model.sizes, self.reduction, batch.num_labels)
+        items, log_kq = self.sampler.draw()
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
+            own, drawn = model.items(batch.labels), model.items(items).to(dtype)
+        return sampled_matryoshka_cross_entropy(
+            z, own, drawn, batch.labels, items, log_kq, model.sizes, self.reduction, batch.num_labels
+        )
 
 
 class GraphedStep:

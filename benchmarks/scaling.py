@@ -1,6 +1,6 @@
 """Time a training step as the catalogue, the histories and the batch grow, and ranking a catalogue of a million items.
 
-python -m benchmarks.scaling              # the tables of benchmarks/README.md: half an hour on two cores, 4 GB of disk
+python -m benchmarks.scaling              # every table; 4 GB of disk, and scoring a million items exactly takes long
 python -m benchmarks.scaling --help
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import pictures, prepare, speed
+from benchmarks import pictures, prepare, scaling, speed
 from benchmarks.baseline import Baseline, padded
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
 from datasets.catalog import load_catalog
@@ -70,6 +70,17 @@ def test_the_speed_benchmark_prints_every_case_with_its_ratio(capsys):
     for case in ("baseline", "fp32", "bf16", "one pass", "every slice alone"):
         assert sum(line.strip().startswith(case) and line.endswith(" x") for line in printed.splitlines()) >= 1
     assert printed.count("GiB peak resident memory") == 3
+
+
+def test_the_scaling_benchmark_prints_a_row_for_every_number_and_ranks_the_largest_catalogue(capfd):
+    small = "--items 30,60 --lengths 3,5 --batches 1,2 --features 4 --negatives 7 --runs 1"
+    scaling.main(small.split())
+    printed = capfd.readouterr().out
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in printed.splitlines() if line.startswith("|")]
+    rows = [row for row in cells if row[0].isdigit()]
+    by_items = [["30", "7 drawn"], ["60", "7 drawn"], ["30", "all"], ["60", "all"]]
+    assert rows == [*by_items, ["3", "32"], ["5", "32"], ["1", "all"], ["2", "all"]]
+    assert "ranks of 1,000 users at all sizes among 60 items" in printed
 
 
 def test_the_pictures_benchmark_meets_every_failure_and_verifies_what_is_left(capsys):

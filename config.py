@@ -132,6 +132,9 @@ class Config:
         "the cross-entropies of the sizes are averaged (released code) or summed (paper)",
         choices=("mean", "sum"),
     )
+    first_item_label: bool = setting(
+        True, "a user's first item is predicted too, from token 0, where the training items fit into lru_max_len"
+    )
     num_negatives: int = setting(
         0, "items drawn in a step to stand for the catalogue in the softmax (sampled softmax); 0: all items, exactly"
     )

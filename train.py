@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     trainer = Trainer(
         model=model,
         loader=TrainLoader(
-            train_rows(catalog.sequences, config.lru_max_len),
+            train_rows(catalog.sequences, config.lru_max_len, config.first_item_label),
             config.train_batch_size,
             config.seed,
             device,

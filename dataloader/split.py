@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from config import InputError
 from datasets.catalog import Sequences
 
 
@@ -49,10 +50,17 @@ class EvalRows:
         return EvalRows(self.items, begins, starts, ends, targets)
 
 
-def train_rows(sequences: Sequences, max_len: int) -> TrainRows:
-    """The training items v[:-2] of every user as inputs and labels."""
+def train_rows(sequences: Sequences, max_len: int, first_item: bool = True) -> TrainRows:
+    """The training items v[:-2] of every user as inputs and labels. first_item: a user's first item is a label too;
+    otherwise no token 0 is read, and users with a single training item have no row. Raises InputError if none is
+    left."""
     begins, ends = sequences.offsets[:-1], sequences.offsets[1:] - 2
-    first_label = np.maximum(begins, ends - max_len)
+    if not first_item:
+        several = ends - begins > 1
+        begins, ends = begins[several], ends[several]
+        if not len(begins):
+            raise InputError("no user has two training items; without --first_item_label there is nothing to learn")
+    first_label = np.maximum(begins if first_item else begins + 1, ends - max_len)
     rows, label_at, offsets = ranges(first_label, ends)
     starts_sequence = label_at == begins[rows]
     tokens = np.where(starts_sequence, 0, sequences.items[label_at - 1])

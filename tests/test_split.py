@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from config import InputError
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
 from dataloader.batches import bucket, share_rows
 from datasets.catalog import Sequences
@@ -78,6 +79,22 @@ def test_a_row_that_fits_begins_with_token_0_whose_state_is_not_carried_on():
 
 def test_a_row_that_does_not_fit_begins_with_the_item_before_its_first_label():
     assert rows_of(train_rows(as_sequences([[1, 2, 3, 4, 5, 8, 9]]), 4)) == [([1, 2, 3, 4], [2, 3, 4, 5], [0, 1, 2, 3])]
+
+
+def test_without_the_first_item_as_a_label_the_token_0_is_gone_and_the_rest_stays():
+    sequences = [v for v in random_sequences() if len(v) > 3]
+    rows, kept = (rows_of(train_rows(as_sequences(sequences), 7, first)) for first in (True, False))
+    for (tokens, labels, position), without in zip(rows, kept, strict=True):
+        first = 1 if tokens[0] == 0 else 0
+        assert without == (tokens[first:], labels[first:], position[first:])
+    assert any(tokens[0] == 0 for tokens, *_ in rows)
+
+
+def test_without_the_first_item_as_a_label_a_user_of_one_training_item_has_no_row():
+    sequences = as_sequences([[7, 8, 9], [1, 2, 3, 4]])
+    assert rows_of(train_rows(sequences, 50, first_item=False)) == [([1], [2], [0])]
+    with pytest.raises(InputError, match="no user has two training items.*--first_item_label"):
+        train_rows(as_sequences([[7, 8, 9]]), 50, first_item=False)
 
 
 def test_the_last_two_items_of_a_user_are_never_trained_on():

@@ -127,18 +127,20 @@ def test_run(
     config: Config, catalog: Catalog, model: FMRLRec, run: Path, mask_history: bool, alone: bool = False
 ) -> dict[int, dict[str, float]]:
     """Test a model at every size and write what was found into the run's folder."""
-    from dataloader import eval_rows
+    from dataloader import eval_rows, times_trained
     from trainer.evaluation import test_every_size
     from trainer.runs import read_config
 
     trained, _ = read_config(run)
+    rows = eval_rows(catalog.sequences, config.lru_max_len, "test")
     return test_every_size(
         model,
-        eval_rows(catalog.sequences, config.lru_max_len, "test"),
+        rows,
         run,
         batch_size=config.test_batch_size,
         ks=tuple(sorted({*config.metric_ks, *trained.metric_ks})),  # the run's files never lose a cut-off
         mask_history=mask_history,
+        times_trained=times_trained(catalog.sequences, catalog.num_items)[rows.targets],
         title=f"{config.dataset_code}, items by {config.described_by}: test",
         alone=alone,
     )

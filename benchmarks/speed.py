@@ -64,7 +64,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     from dataloader import TrainLoader, eval_rows, train_rows
     from datasets.catalog import Sequences
     from model import FMRLRec
-    from trainer.evaluation import evaluate, evaluate_slices
+    from trainer.evaluation import rank_targets, rank_targets_alone
     from trainer.step import Step
     from trainer.trainer import build_optimizer
 
@@ -94,10 +94,10 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     rows = eval_rows(sequences, 50, "test")
 
     def evaluate_fast() -> None:
-        evaluate(model, rows, sizes=sizes, batch_size=256, ks=(10,))
+        rank_targets(model, rows, sizes=sizes, batch_size=256)
 
     def evaluate_alone() -> None:
-        evaluate_slices(model, rows, batch_size=256, ks=(10,))
+        rank_targets_alone(model, rows, sizes=sizes, batch_size=256)
 
     @torch.inference_mode()
     def evaluate_plain() -> None:

@@ -1,6 +1,16 @@
 """How sequences become batches: leave-one-out splits, packed rows, batches on a device. No model here."""
 
 from dataloader.batches import Batch, EvalBatch, TrainLoader, eval_batches
-from dataloader.split import EvalRows, TrainRows, eval_rows, train_rows
+from dataloader.split import EvalRows, TrainRows, eval_rows, times_trained, train_rows
 
-__all__ = ["Batch", "EvalBatch", "EvalRows", "TrainLoader", "TrainRows", "eval_batches", "eval_rows", "train_rows"]
+__all__ = [
+    "Batch",
+    "EvalBatch",
+    "EvalRows",
+    "TrainLoader",
+    "TrainRows",
+    "eval_batches",
+    "eval_rows",
+    "times_trained",
+    "train_rows",
+]

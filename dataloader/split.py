@@ -76,6 +76,12 @@ def eval_rows(sequences: Sequences, max_len: int, part: str) -> EvalRows:
     return EvalRows(sequences.items, begins, np.maximum(begins, ends - max_len), ends, sequences.items[ends])
 
 
+def times_trained(sequences: Sequences, num_items: int) -> np.ndarray:
+    """How often each token is among the training items v[:-2]: [N + 1] int64."""
+    _, index, _ = ranges(sequences.offsets[:-1], sequences.offsets[1:] - 2)
+    return np.bincount(sequences.items[index], minlength=num_items + 1)
+
+
 def ranges(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The ranges starts[u]:ends[u] one after another: (u of each element, the element, offsets [U + 1])."""
     lengths = ends - starts

@@ -87,7 +87,7 @@ def hold_out(catalog: Catalog, share: float, seed: int, data_root: Path) -> dict
 
 def reach(export: str, data_root: Path) -> dict[str, Any]:
     """Recall of held-out items among all items, once added to an export, beside that of items it was trained on."""
-    from dataloader import eval_rows
+    from dataloader import eval_rows, times_trained
     from model import Recommender
 
     recommender = Recommender.from_pretrained(export)
@@ -97,9 +97,7 @@ def reach(export: str, data_root: Path) -> dict[str, Any]:
     ids = [record["asin"] for record in held["items"]]
     recommender.add_items(ids, recommender.embed_items(held["items"]))
     rows = eval_rows(catalog.sequences, recommender.config["max_len"], "test")
-    trained = np.zeros(catalog.num_items + 1, dtype=bool)
-    for row in range(len(catalog.sequences)):
-        trained[catalog.sequences.of(row)[:-2]] = True
+    trained = times_trained(catalog.sequences, catalog.num_items) > 0
     warm = [(catalog.sequences.of(row)[:-1].tolist(), int(t)) for row, t in enumerate(rows.targets) if trained[t]]
     cold = [(user["history"], user["target"]) for user in held["users"]]
     users = {"never trained": cold, "trained": warm}

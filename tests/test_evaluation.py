@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from config import InputError
 from dataloader import eval_batches, eval_rows
 from datasets import ranks
 from datasets.catalog import Sequences
 from model import FMRLRec, slice_model
 from trainer import evaluation
-from trainer.evaluation import candidates, check_slice, evaluate, evaluate_slices
+from trainer.evaluation import candidates, check_slice, evaluate, rank_targets, rank_targets_alone
 from trainer.metrics import target_ranks
+from trainer.user_ranks import load_ranks, save_ranks
 
 NUM_ITEMS, MAX_LEN, SIZES, KS = 40, 6, (4, 8, 16), (1, 5, 10, 20)
 CPU = torch.device("cpu")
@@ -209,17 +211,14 @@ def test_evaluation_drops_nothing_out_and_leaves_the_model_in_its_mode(training)
     assert model.training is training
 
 
-def test_every_slice_alone_has_the_metrics_of_the_shared_pass_in_the_order_of_sizes():
+@pytest.mark.parametrize("mask_history", [False, True])
+def test_every_slice_alone_ranks_as_the_shared_pass_does_in_the_order_of_sizes(mask_history):
     model, rows = random_model().eval(), rows_of(random_sequences())
-    results = evaluate_slices(model, rows, batch_size=7, ks=KS)
-    assert results == metrics_of(model, rows)
-    assert list(results) == list(SIZES)
-
-
-def test_slices_can_be_evaluated_without_the_history():
-    model, rows = random_model().eval(), rows_of(random_sequences())
-    masked = evaluate_slices(model, rows, batch_size=7, ks=KS, mask_history=True)
-    assert masked == metrics_of(model, rows, mask_history=True)
+    how = {"sizes": SIZES, "batch_size": 7, "mask_history": mask_history}
+    shared, alone = rank_targets(model, rows, **how), rank_targets_alone(model, rows, **how)
+    assert list(shared) == list(alone) == list(SIZES)
+    for m in SIZES:
+        torch.testing.assert_close(alone[m], shared[m], rtol=0, atol=0)
 
 
 def a_batch():
@@ -254,9 +253,44 @@ def test_a_slice_that_scores_otherwise_is_reported_when_all_results_are_written(
     rows = rows_of(random_sequences())
     with pytest.raises(RuntimeError, match="the slice of size 8 scores otherwise"):
         evaluation.test_every_size(
-            random_model(), rows, tmp_path, batch_size=7, ks=KS, mask_history=False, title="every size"
-        )
+            random_model(), rows, tmp_path, batch_size=7, ks=KS, mask_history=False, title="every size",
+            times_trained=rows.targets,
+        )  # fmt: skip
     assert set(json.loads((tmp_path / "test_mrl_metrics.json").read_text())) == {"4", "8", "16"}
+
+
+@pytest.mark.parametrize("mask_history", [False, True])
+def test_a_test_keeps_the_rank_of_every_user_up_to_the_largest_cutoff(tmp_path, mask_history):
+    model, rows = random_model().eval(), rows_of(random_sequences())
+    counts = np.arange(len(rows)) * 10_000
+    evaluation.test_every_size(
+        model, rows, tmp_path, batch_size=7, ks=KS, mask_history=mask_history, title="", times_trained=counts
+    )
+    kept, times = load_ranks(tmp_path / f"test_ranks{'_history_masked' * mask_history}.npz")
+    expected = rank_targets(model, rows, sizes=SIZES, batch_size=7, mask_history=mask_history)
+    assert list(kept) == list(SIZES)
+    assert times.tolist() == counts.tolist()
+    for m in SIZES:
+        near = expected[m].numpy() <= max(KS)
+        assert 0 < near.sum() < len(rows)
+        assert kept[m][near].tolist() == expected[m].numpy()[near].tolist()
+        assert np.isinf(kept[m][~near]).all()
+
+
+@pytest.mark.parametrize("damage", ["absent", "text", "cut short", "pickled"])
+def test_ranks_that_cannot_be_read_are_named(tmp_path, damage):
+    path = tmp_path / "test_ranks.npz"
+    save_ranks(path, {4: np.array([1.0, 2.5])}, 10, np.array([3, 4]))
+    if damage == "absent":
+        path.unlink()
+    elif damage == "text":
+        path.write_text("ranks", encoding="utf-8")
+    elif damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-30])
+    else:
+        np.savez(path, **{"4": np.array([{}], dtype=object), "times_trained": np.array([1])})
+    with pytest.raises(InputError, match=r"test_ranks\.npz cannot be read .*eval\.py --run"):
+        load_ranks(path)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 30])

@@ -57,6 +57,7 @@ def test_train_leaves_a_run_folder_with_everything(workplace, capsys):
         "test_metrics.json",
         "test_mrl_metrics.json",
         "test_mrl_metrics.png",
+        "test_ranks.npz",
     }
     saved = json.loads((run / "config.json").read_text())
     assert saved["settings"]["mrl_hidden_sizes"] == [2, 4, 8]
@@ -87,13 +88,13 @@ def test_eval_repeats_what_train_found_and_masks_the_history_on_demand(workplace
 def test_every_slice_tested_alone_has_the_metrics_of_the_one_pass(workplace, monkeypatch):
     run = run_train()
     written = [(run / name).read_text() for name in ("test_metrics.json", "test_mrl_metrics.json")]
-    tested, true = [], evaluation.evaluate
+    tested, true = [], evaluation.rank_targets
 
     def watched(model, rows, *, sizes, **how):
         tested.append((model.sizes[-1], sizes))
         return true(model, rows, sizes=sizes, **how)
 
-    monkeypatch.setattr(evaluation, "evaluate", watched)
+    monkeypatch.setattr(evaluation, "rank_targets", watched)
     together, alone = run_eval(f"--run {run}"), run_eval(f"--run {run} --alone")
     assert tested == [(8, (2, 4, 8)), (2, (2,)), (4, (4,)), (8, (8,))]
     assert list(alone) == list(together) == [2, 4, 8]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import InputError
-from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
+from dataloader import TrainLoader, eval_batches, eval_rows, times_trained, train_rows
 from dataloader.batches import bucket, share_rows
 from datasets.catalog import Sequences
 
@@ -93,8 +93,13 @@ def test_without_the_first_item_as_a_label_the_token_0_is_gone_and_the_rest_stay
 def test_without_the_first_item_as_a_label_a_user_of_one_training_item_has_no_row():
     sequences = as_sequences([[7, 8, 9], [1, 2, 3, 4]])
     assert rows_of(train_rows(sequences, 50, first_item=False)) == [([1], [2], [0])]
-    with pytest.raises(InputError, match="no user has two training items.*--first_item_label"):
+    with pytest.raises(InputError, match=r"no user has two training items.*--first_item_label"):
         train_rows(as_sequences([[7, 8, 9]]), 50, first_item=False)
+
+
+def test_times_trained_counts_the_training_items_alone():
+    counts = times_trained(as_sequences([[1, 2, 2, 5, 6], [2, 3, 4], [5, 1, 6, 6]]), 6)
+    assert counts.tolist() == [0, 2, 3, 0, 0, 1, 0]
 
 
 def test_the_last_two_items_of_a_user_are_never_trained_on():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,13 +13,13 @@ from model import FMRLRec, slice_model
 from model.fmrl import increments
 from trainer.metrics import count_ahead, ranking_metrics
 from trainer.plots import plot_metric_by_size
+from trainer.user_ranks import save_ranks
 
 ITEMS = 2**15  # items that are scored at once: every catalogue of the paper in one chunk
 TABLE_BYTES = 2**30  # a projected item table up to this is held; otherwise a batch projects what it reads
 PARITY = 1e-5  # how far a sliced model's scores may lie from the full model's prefix, relative to the largest score
 
 
-@torch.inference_mode()
 def evaluate(
     model: FMRLRec,
     rows: EvalRows,
@@ -28,12 +29,21 @@ def evaluate(
     ks: tuple[int, ...],
     mask_history: bool = False,
 ) -> dict[int, dict[str, float]]:
-    """Metrics of `model` at each of its `sizes`, from one pass in which sizes share their scores.
+    """Metrics of `model` at each of its `sizes`, of the ranks that `rank_targets` finds."""
+    found = rank_targets(model, rows, sizes=sizes, batch_size=batch_size, mask_history=mask_history)
+    return {m: ranking_metrics(of_size, ks) for m, of_size in found.items()}
+
+
+@torch.inference_mode()
+def rank_targets(
+    model: FMRLRec, rows: EvalRows, *, sizes: tuple[int, ...], batch_size: int, mask_history: bool = False
+) -> dict[int, Tensor]:
+    """The rank of every user's target at each of `sizes`, [U] float64, from one pass in which sizes share their scores.
 
     Only the last position is scored. Items are projected once, in chunks, and a target is ranked by counting what is
     ahead of it, so that memory does not grow with the catalogue. Token 0 is never a candidate; the items of the user's
     history are none where `mask_history` is set (the target always is one). Under torchrun each rank takes a share of
-    the users, and all return the metrics of all.
+    the users, and all return the ranks of all.
     """
     training = model.training
     model.eval()
@@ -44,7 +54,7 @@ def evaluate(
     found = torch.zeros(len(sizes), len(rows), dtype=torch.float64)
     found[:, start:stop] = _ranks(model, batches, z, table, sizes, mask_history)
     model.train(training)
-    return {m: ranking_metrics(of_size, ks) for m, of_size in zip(sizes, ranks.add_up(found), strict=True)}
+    return dict(zip(sizes, ranks.add_up(found), strict=True))
 
 
 def _last(model: FMRLRec, batch: EvalBatch, table: Tensor | None) -> Tensor:
@@ -110,12 +120,12 @@ def _within(rows: Tensor, items: Tensor, start: int, stop: int) -> tuple[Tensor,
     return rows[here], items[here] - start
 
 
-def evaluate_slices(
-    model: FMRLRec, rows: EvalRows, *, batch_size: int, ks: tuple[int, ...], mask_history: bool = False
-) -> dict[int, dict[str, float]]:
-    """The plain twin of `evaluate`: slice a stand-alone model of every size and evaluate each, at its own cost."""
-    how = {"batch_size": batch_size, "ks": ks, "mask_history": mask_history}
-    return {m: evaluate(slice_model(model, m), rows, sizes=(m,), **how)[m] for m in model.sizes}
+def rank_targets_alone(
+    model: FMRLRec, rows: EvalRows, *, sizes: tuple[int, ...], batch_size: int, mask_history: bool = False
+) -> dict[int, Tensor]:
+    """The plain twin of `rank_targets`: slice a stand-alone model of every size and let each rank, at its own cost."""
+    how = {"batch_size": batch_size, "mask_history": mask_history}
+    return {m: rank_targets(slice_model(model, m), rows, sizes=(m,), **how)[m] for m in sizes}
 
 
 @torch.inference_mode()
@@ -141,33 +151,36 @@ def test_every_size(
     ks: tuple[int, ...],
     mask_history: bool,
     title: str,
+    times_trained: np.ndarray,
     alone: bool = False,
 ) -> dict[int, dict[str, float]]:
-    """Test every size; print the table, write the run's test metrics and curve. Returns size -> metrics.
+    """Test every size; print the table, write the run's test metrics, ranks and curve. Returns size -> metrics.
 
-    All sizes are ranked in one pass, or, with `alone`, each as the stand-alone model that its slice is. Raises
-    RuntimeError, when all is written, if a slice does not score as the model's prefix does.
+    All sizes are ranked in one pass, or, with `alone`, each as the stand-alone model that its slice is. times_trained:
+    [U], how often each user's target occurs in training. Raises RuntimeError, when all is written, if a slice does not
+    score as the model's prefix does.
     """
-    how = {"batch_size": batch_size, "ks": ks, "mask_history": mask_history}
-    results = evaluate_slices(model, rows, **how) if alone else evaluate(model, rows, sizes=model.sizes, **how)
+    rank = rank_targets_alone if alone else rank_targets
+    found = rank(model, rows, sizes=model.sizes, batch_size=batch_size, mask_history=mask_history)
+    results = {m: ranking_metrics(of_size, ks) for m, of_size in found.items()}
     if ranks.rank() == 0:
-        _report(results, run, ks, title, mask_history)
+        suffix = "_history_masked" if mask_history else ""
+        of_users = {m: of_size.numpy() for m, of_size in found.items()}
+        save_ranks(run / f"test_ranks{suffix}.npz", of_users, max(ks), times_trained)
+        _report(results, run, ks, title, suffix)
     batch = next(eval_batches(rows, batch_size, next(model.parameters()).device))
     for m in model.sizes:
         check_slice(model, slice_model(model, m), batch)
     return results
 
 
-def _report(
-    results: dict[int, dict[str, float]], run: Path, ks: tuple[int, ...], title: str, mask_history: bool
-) -> None:
+def _report(results: dict[int, dict[str, float]], run: Path, ks: tuple[int, ...], title: str, suffix: str) -> None:
     names = [f"{metric}@{k}" for k in ks[:2] for metric in ("Recall", "NDCG", "MRR")]
     print("  size  " + "  ".join(f"{name:>9}" for name in names))
     for size, metrics in results.items():
         print(f"{size:6d}  " + "  ".join(f"{metrics[name]:9.4f}" for name in names))
-    suffix = "_history_masked" if mask_history else ""
     write_json(run / f"test_metrics{suffix}.json", results[max(results)])
     write_json(run / f"test_mrl_metrics{suffix}.json", {str(m): metrics for m, metrics in results.items()})
     picture = run / f"test_mrl_metrics{suffix}.png"
-    plot_metric_by_size(results, ks, title + (", history masked" if mask_history else ""), picture)
+    plot_metric_by_size(results, ks, title + (", history masked" if suffix else ""), picture)
     print(f"written: {run / f'test_mrl_metrics{suffix}.json'} and {picture.name}", flush=True)

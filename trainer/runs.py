@@ -6,7 +6,9 @@ log.jsonl                a line an epoch
 best.safetensors         the weights of the best epoch by validation
 last.pt                  what --resume needs
 test_metrics.json        the largest size on the test set
-test_mrl_metrics.json    every size, sliced out and evaluated alone (…_history_masked.json: without the history)
+test_mrl_metrics.json    every size
+test_ranks.npz           every user's rank at every size, for paired comparisons (trainer/user_ranks.py)
+…_history_masked.*       the same where the history is no candidate: eval.py --mask_history
 *.png                    metric against size
 """
 

@@ -274,15 +274,20 @@ def resolve(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
 
 def from_saved(values: dict[str, Any]) -> Config:
     """Settings as a run's config.json holds them."""
+    return Config(**typed(values, "config.json"))
+
+
+def typed(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings as a file holds them, lists as tuples. Raises InputError that names `where` and what in it is none."""
     unknown = set(values) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
-        raise InputError(f"config.json has unknown settings {sorted(unknown)}: the run was made by another version")
+        raise InputError(f"{where} has unknown settings {sorted(unknown)}: it was made by another version")
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, value in settings.items():
         default = Config.__dataclass_fields__[name].default
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-            raise InputError(f"config.json has {name} {value!r}, which is no {type(default).__name__}")
-    return Config(**settings)
+            raise InputError(f"{where} has {name} {value!r}, which is no {type(default).__name__}")
+    return settings
 
 
 def is_runtime(name: str) -> bool:

@@ -1,0 +1,135 @@
+"""The figures of the report, media/*.png, from kept runs alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets.files import read_json, replacing
+from experiments.kept import KeptRun
+from experiments.paper import BY_SIZE
+from experiments.parameters import figure4
+from experiments.plan import definitions
+from experiments.tables import Line, comparable, lines
+from trainer.plots import STYLE
+
+COLOURS = ("#1f6f78", "#d9822b", "#6b4c9a", "#3a7d44", "#a63d40", "#4a6fa5")
+PAPER = "#9aa0a6"
+
+
+def draw_figures(runs: list[KeptRun], media: Path) -> list[Path]:
+    """Draw what there are runs for, and return the files."""
+    paths = [media / "parameters_saved.png"]
+    draw_parameters(paths[0])
+    for dataset in sorted({run.config.dataset_code for run in runs}):
+        if curves := by_size(runs, dataset):
+            paths.append(media / f"sizes-{dataset}.png")
+            draw_sizes(dataset, curves, alone(runs, dataset), paths[-1])
+    if any((run.folder / "deploy.json").exists() for run in runs):
+        paths.append(media / "accuracy_by_bytes.png")
+        draw_bytes(runs, paths[-1])
+    return paths
+
+
+def by_size(runs: list[KeptRun], dataset: str) -> list[Line]:
+    """The lines of Figure 3's experiment."""
+    definition = definitions()["sizes"]
+    return [line for group in comparable(definition, lines(definition, dataset, runs)) for line in group]
+
+
+def alone(runs: list[KeptRun], dataset: str) -> list[Line]:
+    """The models of one size, where they are compared with a nested one."""
+    definition = definitions()["independent"]
+    groups = comparable(definition, lines(definition, dataset, runs))
+    return [line for group in groups for line in group if len(line.config.mrl_hidden_sizes) == 1]
+
+
+def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Path) -> None:
+    """Recall@10 and NDCG@10 against size: the paper's curve, every nested training, and models trained alone."""
+    with _figure(path, 2, f"{dataset}: one training, every size") as panels:
+        for panel, name in zip(panels, ("Recall@10", "NDCG@10"), strict=True):
+            paper = {size: values[name] for size, values in BY_SIZE.get(dataset, {}).items() if name in values}
+            if paper:
+                panel.plot(*zip(*paper.items(), strict=True), "s--", color=PAPER, markersize=4,
+                           label="paper, text and pictures")  # fmt: skip
+            for line, colour in zip(curves, COLOURS * len(curves), strict=False):
+                sizes = line.config.mrl_hidden_sizes
+                means = [statistics.mean(line.values(name, size)) for size in sizes]
+                panel.plot(sizes, means, "o-", color=colour, markersize=4, label=label(line))
+            if separate:
+                points = [(line.size, statistics.mean(line.values(name))) for line in separate]
+                panel.plot(*zip(*points, strict=True), "x", color="black", label="trained alone")
+            panel.set_xscale("log", base=2)
+            sizes = sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)})
+            panel.set_xticks(sizes, [str(m) for m in sizes])
+            panel.minorticks_off()
+            panel.set_ylim(bottom=0)
+            panel.set_xlabel("model size (dimensions)")
+            panel.set_title(name, loc="left")
+        panels[0].legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def label(line: Line) -> str:
+    """A line of Figure 3 in a few words."""
+    config = line.config
+    encoder = Path(config.language_encoder).name
+    of_text = f" ({encoder})" if config.use_language_encoder else ""
+    return f"{line.row.name}{of_text}, {line.runs[0].log[-1]['epoch']} epochs"
+
+
+def draw_parameters(path: Path) -> None:
+    """Figure 4: the share of parameters that one training for all sizes saves."""
+    with _figure(path, 1, "Parameters that one training for all sizes saves") as (panel,):
+        rows = figure4()
+        names = ("the paper's formula", "blocks here, without masked parts", "the same with the projection")
+        for i, (name, colour) in enumerate(zip(names, (PAPER, *COLOURS), strict=False)):
+            places = [x + 0.27 * (i - 1) for x in range(len(rows))]
+            bars = panel.bar(places, [100 * row[1 + i] for row in rows], width=0.25, color=colour, label=name)
+            panel.bar_label(bars, fmt="%.1f", fontsize=7)
+        panel.set_xticks(range(len(rows)), [f"128..{row[0]}" if row[0] > 128 else "128" for row in rows])
+        panel.set_xlabel("sizes")
+        panel.set_ylabel("% of the one model")
+        panel.legend(frameon=False, fontsize=8)
+
+
+def draw_bytes(runs: list[KeptRun], path: Path) -> None:
+    """NDCG@10 of every size of the runs whose cost to serve was measured, against its bytes on disk."""
+    with _figure(path, 1, "Accuracy against bytes: every size, stored in half precision") as (panel,):
+        measured = [run for run in runs if (run.folder / "deploy.json").exists()]
+        for run, colour in zip(measured, COLOURS * len(measured), strict=False):
+            rows = read_json(run.folder / "deploy.json", "keep the run again")["rows"]
+            rows = [row for row in rows if (row["engine"], row["quantize"]) == ("torch", "float16")]
+            sizes = run.config.mrl_hidden_sizes
+            panel.plot([row["bytes"] / 1e6 for row in rows], [row["NDCG@10"] for row in rows], "o-", color=colour,
+                       markersize=4, label=f"{run.config.dataset_code}, sizes {sizes[0]}..{sizes[-1]}")  # fmt: skip
+            for row in rows:
+                panel.annotate(str(row["size"]), (row["bytes"] / 1e6, row["NDCG@10"]), (-4, 5), fontsize=8, ha="right",
+                               textcoords="offset points", color=colour)  # fmt: skip
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("MB on disk: weights and item table")
+        panel.set_title("NDCG@10", loc="left")
+        panel.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+@contextmanager
+def _figure(path: Path, panels: int, title: str) -> Iterator[Any]:
+    """Panels side by side, written as PNG at the end."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, panels, figsize=(9 if panels > 1 else 6.5, 3.8), layout="constrained", squeeze=False
+        )
+        yield axes[0]
+        figure.suptitle(title, fontsize=11)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+        plt.close(figure)

@@ -1,0 +1,225 @@
+"""Run experiments: train and test what is missing, skip what is there, continue what was cut off.
+
+python -m experiments.run table3 --dataset_code beauty --seeds 42,43,44
+python -m experiments.run depth,independent --dataset_code beauty --no-use_img_encoder --precision bf16
+python -m experiments.run all --dry_run                    # what there is to do, and about how long it takes
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import Config, InputError, is_runtime, parse_args, resolve, run_cli, shown
+from experiments.kept import RESULTS, epoch_seconds, keep, same_run, untested
+from experiments.plan import Definition, Row, definitions, trained
+from trainer.runs import read_log
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass
+class Job:
+    """A training with its test, and what there is of it."""
+
+    names: list[str]  # experiment/row of those that it is for
+    flags: dict[str, Any]
+    config: Config
+    run: Path | None = None  # its folder, once there is one
+    state: str = ""  # as kept.same_run says it, or what failed
+    seconds: float | None = None  # of training still to go, at most; None: not known
+
+    @property
+    def label(self) -> str:
+        return f"{self.config.dataset_code}, seed {self.config.seed}: {', '.join(self.names)}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "experiments", metavar="NAME", help=f"all, or one or several, with commas: {', '.join(definitions())}"
+    )
+    parser.add_argument("--rows", metavar="ROW;ROW", help="only these rows of the experiment (default: all)")
+    parser.add_argument("--seeds", default="42", metavar="N,N", help="a run for each (default: 42)")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where results are kept")
+    parser.add_argument("--dry_run", action="store_true", help="say what there is to do, and do nothing")
+
+
+def main(argv: Sequence[str] | None = None) -> list[Job]:
+    """Do what is missing and return all jobs. Exits with 1 where one failed."""
+    settings = [f.name for f in dataclasses.fields(Config) if f.name != "seed"]
+    flags, arguments = parse_args(argv, __doc__.splitlines()[0], add_arguments, settings)
+    jobs = planned(chosen(arguments), flags, seeds_of(arguments.seeds))
+    for job in jobs:
+        look_up(job, arguments.results)
+    for job in jobs:
+        print(f"{job.state:12} {duration(job.seconds):>9}  {job.label}")
+    print(summary(jobs), flush=True)
+    if arguments.dry_run:
+        return jobs
+    work(jobs, arguments.results)
+    failed = [job for job in jobs if job.state != "finished"]
+    for job in failed:
+        print(f"{job.state}: {job.label}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+    print(f"{len(jobs)} of {len(jobs)} are there; python -m experiments.report shows them")
+    return jobs
+
+
+def chosen(arguments: argparse.Namespace) -> list[tuple[Definition, list[Row]]]:
+    """The experiments and rows that were asked for. Raises InputError that names an unknown one."""
+    known = definitions()
+    names = list(known) if arguments.experiments == "all" else arguments.experiments.split(",")
+    for name in names:
+        if name not in known:
+            raise InputError(f"there is no experiment {name!r}; there are {', '.join(known)}, and all")
+    picked = [(known[name], list(known[name].rows)) for name in names]
+    if arguments.rows:
+        rows = [name.strip() for name in arguments.rows.split(";")]
+        there = {row.name for _, of_experiment in picked for row in of_experiment}
+        if missing := [name for name in rows if name not in there]:
+            raise InputError(f"there is no row {missing[0]!r} in {arguments.experiments}; there are {'; '.join(there)}")
+        picked = [(definition, [row for row in all_rows if row.name in rows]) for definition, all_rows in picked]
+    return picked
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds of "42,43". Raises InputError for what is no whole number."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--seeds {text!r} must be whole numbers with commas, such as 42,43,44") from None
+
+
+def planned(experiments: list[tuple[Definition, list[Row]]], flags: dict[str, Any], seeds: list[int]) -> list[Job]:
+    """A job for every seed, dataset and row; rows that ask for the same training share one."""
+    jobs: list[Job] = []
+    asked = flags["dataset_code"].split(",") if "dataset_code" in flags else None
+    for definition, rows in experiments:
+        for seed in seeds:
+            for dataset in asked or definition.datasets:
+                for row in rows:
+                    if clash := [name for name in row.settings if name in flags and flags[name] != row.settings[name]]:
+                        raise InputError(
+                            f"--{clash[0]} {shown(flags[clash[0]])} is not free in {definition.name}: its row "
+                            f"{row.name!r} has {shown(row.settings[clash[0]])}"
+                        )
+                    own = {**flags, **row.settings, "dataset_code": dataset, "seed": seed}
+                    config, _ = resolve(own)
+                    name = f"{definition.name}/{row.name}"
+                    same = [job for job in jobs if trained(job.config) == trained(config)]
+                    if same:
+                        same[0].names.append(name)
+                    else:
+                        jobs.append(Job([name], own, config))
+    return jobs
+
+
+def look_up(job: Job, results: Path) -> None:
+    """Find the job's run, what is to be done with it, and how long that takes at most: by the time that an epoch takes
+    in a run which does the same work in one."""
+    runs_root = Path(job.config.runs_root)
+    job.run, job.state = same_run(job.config, runs_root, results)
+    per_epoch = epoch_seconds(job.config, runs_root, results)
+    if job.state in ("to start", "to continue") and per_epoch is not None:
+        done = read_log(job.run)[-1:] if job.run else []
+        job.seconds = per_epoch * (job.config.num_epochs - (done[0]["epoch"] if done else 0))
+
+
+def summary(jobs: list[Job]) -> str:
+    """How many jobs there are in which state, and how long what is left takes."""
+    states = Counter(job.state for job in jobs)
+    text = f"{len(jobs)} runs: {', '.join(f'{count} {state}' for state, count in states.items())}"
+    training = [job for job in jobs if job.state in ("to start", "to continue")]
+    known = [job.seconds for job in training if job.seconds is not None]
+    if known:
+        text += f"; {duration(sum(known))} at most for {len(known)} of them, one at a time, by runs like them"
+    if len(known) < len(training):
+        text += f"; no run to go by for {len(training) - len(known)}"
+    return text
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words."""
+    if seconds is None:
+        return ""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+
+def work(jobs: list[Job], results: Path) -> None:
+    """Do all jobs that are not finished, one at a time on every device. One that fails is marked, the rest go on."""
+    devices, stopped = free_devices(jobs), threading.Event()
+
+    def do(job: Job) -> None:
+        device = devices.get()
+        try:
+            if not stopped.is_set():
+                do_job(job, device, results)
+        except BaseException:  # Ctrl-C, or an error of this script: no other run begins
+            stopped.set()
+            raise
+        finally:
+            devices.put(device)
+
+    left = [job for job in jobs if job.state != "finished"]
+    with ThreadPoolExecutor(devices.qsize()) as pool:
+        list(pool.map(do, left))
+
+
+def free_devices(jobs: list[Job]) -> queue.SimpleQueue[str | None]:
+    """The GPUs, by number; or once None, where there is no choice of a device."""
+    devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    import torch
+
+    count = 0 if any(job.config.device == "cpu" for job in jobs) else torch.cuda.device_count()
+    for number in range(count) if count > 1 else [None]:
+        devices.put(None if number is None else str(number))
+    return devices
+
+
+def do_job(job: Job, device: str | None, results: Path) -> None:
+    """Train or go on, test with the history and without, and keep the results."""
+    print(f"\n== {job.label}", flush=True)
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+    runtime = [f"--{name}={shown(value)}" for name, value in job.flags.items() if is_runtime(name)]
+
+    def call(script: str, *arguments: str) -> bool:
+        status = call_script(script, [*arguments, *runtime], environment)
+        if status == 130:
+            raise KeyboardInterrupt
+        if status:
+            job.state = f"{script} failed with {status}"
+        return status == 0
+
+    if job.state == "to start":
+        fixed = [f"--{name}={shown(value)}" for name, value in job.flags.items() if not is_runtime(name)]
+        if not call("train.py", *fixed):
+            return
+    elif job.state == "to continue" and not call("train.py", "--resume", str(job.run)):
+        return
+    job.run, job.state = same_run(job.config, Path(job.config.runs_root), results)
+    for protocol in untested(job.run):
+        if not call("eval.py", "--run", str(job.run), *protocol):
+            return
+    keep(job.run, results)
+    job.state = "finished"
+
+
+def call_script(script: str, arguments: list[str], environment: dict[str, str]) -> int:
+    """Run train.py or eval.py in a process of its own; returns its exit status."""
+    return subprocess.run([sys.executable, REPOSITORY / script, *arguments], env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    run_cli(main)

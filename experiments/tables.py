@@ -1,0 +1,262 @@
+"""The tables of an experiment, from kept runs alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from config import Config, shown
+from experiments.kept import KeptRun
+from experiments.paper import BY_SIZE, COLUMNS, ENCODERS, MASKED, RESULTS
+from experiments.plan import Definition, Row, trained, unusual
+from experiments.significance import paired_bootstrap, user_metrics
+
+WITHOUT_HISTORY = ("NDCG@10" + MASKED, "Recall@10" + MASKED)
+TRAINED = ((0, 0), (1, 5), (6, 20), (21, None))  # how often a target was in training, from .. to
+OF_SIZES = ("Recall@10", "NDCG@10", "Recall@20", "Recall@50")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Runs of a row that have the same settings, of several seeds."""
+
+    row: Row
+    runs: tuple[KeptRun, ...]
+
+    @property
+    def config(self) -> Config:
+        return self.runs[0].config
+
+    @property
+    def size(self) -> int:
+        return self.row.size or self.config.mrl_hidden_sizes[-1]
+
+    def values(self, name: str, size: int | None = None) -> list[float]:
+        """A test metric of every seed; a name that ends in MASKED is that of the other protocol."""
+        of_runs = [run.metrics(name.endswith(MASKED)).get(size or self.size, {}) for run in self.runs]
+        return [metrics[name.removesuffix(MASKED)] for metrics in of_runs if name.removesuffix(MASKED) in metrics]
+
+    def published(self, name: str) -> float | None:
+        return RESULTS.get(self.row.published, {}).get(self.config.dataset_code, {}).get(name)
+
+    def of_users(self, name: str) -> np.ndarray | None:
+        """A test metric of every user, a mean over seeds: [U]; None where ranks were not kept."""
+        ranks = [run.ranks(name.endswith(MASKED)) for run in self.runs]
+        if any(found is None for found in ranks):
+            return None
+        of_seeds = [user_metrics(found[0][self.size], name.removesuffix(MASKED)) for found in ranks if found]
+        return np.mean(of_seeds, axis=0)
+
+
+def lines(definition: Definition, dataset: str, runs: Iterable[KeptRun]) -> list[Line]:
+    """What was run of an experiment on a dataset, in the order of its rows. Of two runs that differ in nothing, the
+    newer counts."""
+    found: dict[tuple, dict[int, KeptRun]] = {}
+    for run in runs:
+        for index, row in enumerate(definition.rows):
+            if run.config.dataset_code == dataset and definition.fits(row, run.config):
+                settings = {name: value for name, value in trained(run.config).items() if name != "seed"}
+                found.setdefault((index, *sorted(settings.items())), {})[run.config.seed] = run
+    ordered = sorted(found.items(), key=lambda pair: pair[0][0])
+    return [Line(definition.rows[key[0]], tuple(dict(sorted(of_seeds.items())).values())) for key, of_seeds in ordered]
+
+
+def comparable(definition: Definition, of_dataset: list[Line]) -> list[list[Line]]:
+    """The lines in groups that differ in what the experiment varies alone. Left out is what compares nothing: a line
+    whose partners were not run, and a group without any pair, unless there is a published value for it."""
+    groups: dict[tuple, list[Line]] = {}
+    for line in of_dataset:
+        same = {name: v for name, v in trained(line.config).items() if name not in definition.varied() | {"seed"}}
+        groups.setdefault(tuple(sorted(same.items())), []).append(line)
+    if definition.every_size:
+        return list(groups.values())
+    shown = []
+    for group in groups.values():
+        names = {line.row.name for line in group}
+        complete = {name for pair in definition.compare if names >= set(pair) for name in pair}
+        waiting = {name for pair in definition.compare for name in pair} - complete
+        kept = [line for line in group if line.row.name not in waiting or line.row.published]
+        if complete or any(line.row.published for line in kept):
+            shown.append(kept)
+    return shown
+
+
+def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
+    """An experiment's part of the report, Markdown lines; none where nothing of it was run."""
+    parts: list[str] = []
+    for dataset in sorted({run.config.dataset_code for run in runs}):
+        for group in comparable(definition, lines(definition, dataset, runs)):
+            parts += [f"### {dataset}: {common_settings(definition, group)}", ""]
+            if definition.every_size:
+                parts += every_size(group)
+            else:
+                parts += results(group, COLUMNS) + results(group, WITHOUT_HISTORY)
+            parts += compared(definition, group)
+            if definition.by_popularity:
+                parts += by_popularity(group)
+            parts += provenance(definition, group)
+    return [f"## {definition.title}", "", definition.text, "", *parts] if parts else []
+
+
+def common_settings(definition: Definition, group: list[Line]) -> str:
+    """What all lines of a group have that is no default or preset of the dataset."""
+    same = unusual(group[0].config, definition.varied() | {"seed"})
+    return settings_text(same) or "the dataset's settings"
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {shown(value)}" for name, value in settings.items())
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Markdown; the first column is text, the others numbers."""
+    ruler = "| --- |" + " ---: |" * (len(heads) - 1)
+    return [f"| {' | '.join(heads)} |", ruler, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def results(group: list[Line], names: tuple[str, ...]) -> list[str]:
+    """A row for every line: each metric and, where there is one, the published value and the difference to it."""
+    if not any(line.values(name) for line in group for name in names):
+        return []
+    heads, cells = ["", "seeds"], [[line.row.name, str(len(line.runs))] for line in group]
+    for name in names:
+        heads.append(name.replace(MASKED, ", history masked"))
+        for row, line in zip(cells, group, strict=True):
+            row.append(mean_sd(line.values(name)))
+        if any(line.published(name) is not None for line in group):
+            heads += ["published", "difference"]
+            for row, line in zip(cells, group, strict=True):
+                row += against(line.values(name), line.published(name))
+    return table(heads, cells)
+
+
+def mean_sd(values: list[float]) -> str:
+    """The mean, and of several values their standard deviation."""
+    if not values:
+        return ""
+    sd = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{sd}"
+
+
+def against(values: list[float], published: float | None) -> list[str]:
+    if published is None:
+        return ["", ""]
+    return [f"{published:.4f}", f"{statistics.mean(values) / published - 1:+.1%}" if values else ""]
+
+
+def every_size(group: list[Line]) -> list[str]:
+    """Every size of every line, beside the paper's Figure 3 where it shows the dataset."""
+    heads, cells = ["", "size"], []
+    figure = BY_SIZE.get(group[0].config.dataset_code, {})
+    heads += [
+        *OF_SIZES,
+        "NDCG@10, history masked",
+        *(f"paper, {name}" for name in OF_SIZES if figure and "NDCG" not in name),
+    ]
+    for line in group:
+        for size in line.config.mrl_hidden_sizes:
+            row = [
+                line.row.name,
+                str(size),
+                *(mean_sd(line.values(name, size)) for name in (*OF_SIZES, WITHOUT_HISTORY[0])),
+            ]
+            paper = figure.get(size, {})
+            row += [f"{paper[name]:.4f}" if name in paper else "" for name in OF_SIZES if figure and "NDCG" not in name]
+            cells.append(row)
+    return table(heads, cells)
+
+
+def compared(definition: Definition, group: list[Line]) -> list[str]:
+    """The paired bootstrap over users between the rows that the experiment compares."""
+    cells = []
+    for first, second in definition.compare:
+        for a in (line for line in group if line.row.name == first):
+            for b in (line for line in group if line.row.name == second):
+                cells += [row for name in ("NDCG@10", *WITHOUT_HISTORY[:1]) if (row := difference(a, b, name))]
+    if not cells:
+        return []
+    heads = ["paired bootstrap over users", "metric", "difference", "95 % interval", "p"]
+    return table(heads, cells)
+
+
+def difference(a: Line, b: Line, name: str) -> list[str]:
+    """a's metric minus b's; empty where ranks were not kept or the two were not tested on the same users."""
+    of_a, of_b = a.of_users(name), b.of_users(name)
+    if of_a is None or of_b is None or a.runs[0].environment["data"] != b.runs[0].environment["data"]:
+        return []
+    found = paired_bootstrap(of_a, of_b)
+    relative = f" ({found.mean / of_b.mean():+.1%})" if of_b.mean() > 0 else ""
+    return [
+        f"{a.row.name} - {b.row.name}",
+        name.replace(MASKED, ", history masked"),
+        f"{found.mean:+.4f}{relative}",
+        f"{found.low:+.4f} .. {found.high:+.4f}",
+        f"{found.p:.4f}",
+    ]
+
+
+def by_popularity(group: list[Line]) -> list[str]:
+    """NDCG@10 and Recall@10 of users, told apart by how often the item that they had next was in training."""
+    kept = [(line, line.runs[0].ranks()) for line in group]
+    kept = [(line, found) for line, found in kept if found]
+    if not kept:
+        return []
+    times = kept[0][1][1]
+
+    def within(low: int, high: int | None) -> np.ndarray:
+        return (times >= low) & (times <= (times.max() if high is None else high))
+
+    heads = ["target's times in training"]
+    counts = ["users"]
+    for low, high in TRAINED:
+        heads += [f"{low}" if low == high else f"{low}-{high}" if high else f"{low} and more"] * 2
+        counts += [f"{within(low, high).sum():,}", ""]
+    rows = [counts, ["", *["NDCG@10", "Recall@10"] * len(TRAINED)]]
+    for line, _ in kept:
+        of_users: list[Callable] = [line.of_users(name) for name in ("NDCG@10", "Recall@10")]
+        row = [line.row.name]
+        for low, high in TRAINED:
+            some = within(low, high)
+            row += [f"{values[some].mean():.4f}" if some.any() else "" for values in of_users]
+        rows.append(row)
+    return table(heads, rows)
+
+
+def provenance(definition: Definition, group: list[Line]) -> list[str]:
+    """How every line was made."""
+    notes: dict[str, list[str]] = {}  # how -> the rows made so
+    for line in group:
+        own = unusual(line.config, {"seed"}) if "model_code" in definition.varied() else {}
+        own = {name: value for name, value in own.items() if name not in line.row.settings}
+        logs = [run.log[-1] for run in line.runs]
+        environment = line.runs[-1].environment
+        parts = [
+            f"{', '.join(f'`{run.folder.name}`' for run in line.runs)}",
+            f"{', '.join(str(log['epoch']) for log in logs)} epochs",
+            f"best {', '.join(str(log['best_epoch']) for log in logs)}",
+            f"{', '.join(str(round(log['seconds'] / 60)) for log in logs)} minutes",
+            environment["device"],
+            f"torch {environment['versions']['torch']}",
+            f"commit `{(environment['commit'] or 'unknown')[:10]}`",
+        ]
+        if own:
+            parts.append(f"with {settings_text(own)}")
+        if line.row.published and (unlike := unlike_paper(line.config)):
+            parts.append(f"unlike the paper: {unlike}")
+        notes.setdefault("; ".join(parts), []).append(line.row.name)
+    return [*(f"- {'; '.join(names)}: {how}." for how, names in notes.items()), ""]
+
+
+def unlike_paper(config: Config) -> str:
+    """What a run could not use that the paper did."""
+    parts = []
+    for switch, encoder in (("use_language_encoder", "language_encoder"), ("use_img_encoder", "img_encoder")):
+        if getattr(config, switch) and getattr(config, encoder) != ENCODERS[encoder]:
+            parts.append(f"{encoder} {getattr(config, encoder)} instead of {ENCODERS[encoder]}")
+    if config.model_code == "fmrlrec" and config.mrl_hidden_sizes[-1] != Config.mrl_hidden_sizes[-1]:
+        parts.append(f"largest size {config.mrl_hidden_sizes[-1]} instead of {Config.mrl_hidden_sizes[-1]}")
+    return ", ".join(parts)

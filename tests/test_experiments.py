@@ -1,0 +1,311 @@
+"""Experiments: their definitions, and the runner that does what is missing."""
+
+import dataclasses
+import json
+import shlex
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import eval as evaluate
+import train
+from config import Config, InputError, resolve
+from experiments import kept, paper, run
+from experiments.plan import definitions, read_definition, trained, unusual
+from tests.prepared import write_prepared
+
+FLAGS = (
+    "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 2,4 --num_epochs 2 "
+    "--device cpu --results kept"
+)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    write_prepared(tmp_path / "data", "tiny", users=12, items=10)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Scripts are called in this process; their command lines are noted."""
+    noted = []
+
+    def call(script, arguments, environment):
+        noted.append([script, *arguments])
+        try:
+            {"train.py": train.main, "eval.py": evaluate.main}[script](arguments)
+        except InputError:
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    monkeypatch.setattr(run, "call_script", call)
+    return noted
+
+
+def run_experiments(arguments):
+    return run.main(shlex.split(f"{arguments} {FLAGS}"))
+
+
+# ------------------------------------------------------------------------------------------------------- definitions
+
+
+def test_every_definition_can_be_read_and_names_what_there_is():
+    found = definitions()
+    assert {"table2", "table3", "sizes", "independent", "depth", "loss", "first_label", "released"} <= set(found)
+    for definition in found.values():
+        assert set(definition.datasets) <= {"beauty", "clothing", "sports", "toys"}
+        for row in definition.rows:
+            assert row.published in ("", *paper.RESULTS)
+            sizes = resolve(row.settings | {"dataset_code": "beauty"})[0].mrl_hidden_sizes
+            assert row.size is None or row.size in sizes
+
+
+def test_table3_trains_each_branch_at_the_papers_settings():
+    rows = {row.name: resolve(row.settings | {"dataset_code": "beauty"})[0] for row in definitions()["table3"].rows}
+    assert [config.branch for config in rows.values()] == ["both", "language", "image", "id"]
+    usual, _ = resolve({"dataset_code": "beauty"})
+    assert rows["language and image"] == usual
+
+
+def written(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+HEAD = 'title = "T"\ntext = "t"\ndatasets = ["beauty"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (HEAD + "[rows]\na = { lru_blocks = 2 }", r"unknown settings \['lru_blocks'\]"),
+        (HEAD + '[rows]\na = { lru_num_blocks = "2" }', "lru_num_blocks '2', which is no int"),
+        (HEAD + "[rows]\na = { lru_num_blocks = 0 }", "--lru_num_blocks 0 must be at least 1"),
+        (HEAD + 'compare = [["a", "c"]]\n[rows]\na = { }', r"compares \['c'\], which are none of its rows"),
+        (HEAD + "colour = 1\n[rows]\na = { }", "colour"),
+        (HEAD, "rows"),
+        ("title = ", "is no experiment"),
+    ],
+)
+def test_a_definition_that_cannot_be_used_is_named_with_its_file(tmp_path, text, problem):
+    with pytest.raises(InputError, match=rf"mine\.toml.*{problem}"):
+        read_definition(written(tmp_path, text))
+
+
+def test_what_is_varied_is_what_rows_differ_in(tmp_path):
+    rows = "[settings]\nlr = 1e-3\n[rows]\na = { seed = 1, lru_num_blocks = 1 }\nb = { seed = 1, lru_num_blocks = 2 }\n"
+    definition = read_definition(written(tmp_path, HEAD + rows + "c = { seed = 1, num_epochs = 3 }"))
+    assert definition.varied() == {"lru_num_blocks", "num_epochs"}
+    assert [row.settings["lr"] for row in definition.rows] == [1e-3] * 3
+
+
+def test_models_are_each_trained_in_a_way_of_their_own():
+    assert definitions()["baselines"].varied() == set(Config.__dataclass_fields__)
+
+
+# ---------------------------------------------------------------------------------------------------------- same runs
+
+
+def test_what_a_run_does_not_read_does_not_tell_it_apart():
+    text = resolve({"use_img_encoder": False})[0]
+    for name, value in {"img_encoder": "other", "device": "cpu", "val_batch_size": 3, "run_name": "x"}.items():
+        assert trained(dataclasses.replace(text, **{name: value})) == trained(text)
+    ids = dataclasses.replace(text, use_language_encoder=False)
+    for name, value in {"language_encoder": "x", "item_attributes": ("brand",), "encoder_precision": "fp32"}.items():
+        assert trained(dataclasses.replace(ids, **{name: value})) == trained(ids)
+        assert trained(dataclasses.replace(text, **{name: value})) != trained(text)
+    assert trained(dataclasses.replace(text, seed=1)) != trained(text)
+
+
+def test_the_unusual_is_what_is_neither_default_nor_preset():
+    beauty, _ = resolve({"dataset_code": "beauty", "lr": 0.5, "lru_dropout": 0.6, "seed": 7})
+    assert unusual(beauty, {"seed"}) == {"lr": 0.5}
+
+
+# --------------------------------------------------------------------------------------------------------- the runner
+
+
+def planned(experiments, flags=None, seeds=(42,)):
+    found = definitions()
+    return run.planned([(found[name], list(found[name].rows)) for name in experiments], flags or {}, list(seeds))
+
+
+def test_there_is_a_job_for_every_seed_dataset_and_row():
+    jobs = planned(["table3"], seeds=[1, 2])
+    assert len({str(trained(job.config)) for job in jobs}) == len(jobs) == 2 * 4 * 4
+
+
+def test_rows_that_ask_for_the_same_training_share_a_job():
+    jobs = planned(["depth", "loss", "table2"], {"dataset_code": "beauty"})
+    assert [job.names for job in jobs] == [
+        ["depth/1 block"],
+        ["depth/2 blocks", "loss/mean", "table2/fMRLRec"],
+        ["loss/sum"],
+    ]
+
+
+def test_nested_sizes_are_one_training_and_those_alone_one_each():
+    jobs = planned(["independent"], {"dataset_code": "beauty"})
+    assert [len(job.names) for job in jobs] == [8, *[1] * 8]
+
+
+def test_a_dataset_may_be_several_or_one_that_the_definition_does_not_name():
+    jobs = planned(["table2"], {"dataset_code": "sports,mine"})
+    assert [job.config.dataset_code for job in jobs] == ["sports", "mine"]
+    assert jobs[0].config.lru_r_max == 0.2  # the preset of sports
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("depht", "there is no experiment 'depht'; there are .*depth.*, and all"),
+        ("depth --rows=3", "there is no row '3' in depth; there are .*1 block"),
+        ("depth --seeds 4,x", "--seeds '4,x' must be whole numbers"),
+        ("depth --lru_num_blocks 4", "--lru_num_blocks 4 is not free in depth: its row '1 block' has 1"),
+    ],
+)
+def test_what_cannot_be_run_is_named(workplace, arguments, problem):
+    with pytest.raises(InputError, match=problem):
+        run_experiments(arguments)
+
+
+def test_a_seed_is_given_by_seeds(workplace, capsys):
+    with pytest.raises(SystemExit):
+        run_experiments("depth --seed 3")
+    assert "did you mean --seeds?" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(workplace, calls, capsys):
+    run_experiments("depth --seeds 1,2 --dry_run")
+    assert "4 runs: 4 to start; no run to go by for 4" in capsys.readouterr().out
+    assert not calls and not Path("experiments").exists() and not Path("kept").exists()
+
+
+def test_what_is_missing_is_run_tested_both_ways_and_kept_and_the_rest_is_skipped(workplace, calls, capsys):
+    jobs = run_experiments("depth")
+    assert [call[0] for call in calls] == ["train.py", "eval.py"] * 2
+    assert all("--mask_history" in call for call in calls[1::2])
+    for job in jobs:
+        of_run = workplace / "kept" / f"tiny-{job.run.name}"
+        assert {path.name for path in of_run.iterdir()} >= {
+            "config.json", "env.json", "log.jsonl", "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz",
+            "test_mrl_metrics_history_masked.json", "test_ranks_history_masked.npz",
+        }  # fmt: skip
+        assert not list(of_run.glob("*.pt")) and not list(of_run.glob("*.safetensors"))
+    assert [job.config.lru_num_blocks for job in jobs] == [1, 2]
+    assert {json.loads((job.run / "config.json").read_text())["settings"]["lru_num_blocks"] for job in jobs} == {1, 2}
+    calls.clear()
+    capsys.readouterr()
+    again = run_experiments("depth,loss --rows '1 block; mean'")
+    assert not calls
+    assert [job.state for job in again] == ["finished"] * 2
+    assert "2 runs: 2 finished\n" in capsys.readouterr().out
+
+
+def test_kept_results_alone_are_enough_to_be_finished(workplace, calls):
+    run_experiments("depth")
+    (workplace / "experiments").rename(workplace / "elsewhere")
+    calls.clear()
+    assert [job.state for job in run_experiments("depth")] == ["finished"] * 2
+    assert not calls
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(workplace, calls, monkeypatch):
+    true = train.main
+
+    def cut_off(argv):
+        monkeypatch.setattr(train, "main", true)
+        true(argv)
+        (cut,) = Path("experiments/runs/tiny").iterdir()
+        (cut / "test_mrl_metrics.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "main", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiments("depth")
+    (cut,) = Path("experiments/runs/tiny").iterdir()
+    calls.clear()
+    jobs = run_experiments("depth")
+    assert calls[0][:3] == ["train.py", "--resume", str(cut)]
+    assert [call[0] for call in calls] == ["train.py", "eval.py"] * 2
+    assert [job.state for job in jobs] == ["finished"] * 2
+
+
+def test_a_run_that_fails_is_named_and_the_rest_go_on(workplace, calls, monkeypatch, capsys):
+    true = train.main
+
+    def broken(argv):
+        if "--lru_num_blocks=1" in argv:
+            raise InputError("no")
+        return true(argv)
+
+    monkeypatch.setattr(train, "main", broken)
+    with pytest.raises(SystemExit) as stopped:
+        run_experiments("depth")
+    assert stopped.value.code == 1
+    assert "train.py failed with 2: tiny, seed 42: depth/1 block" in capsys.readouterr().err
+    assert len(list(Path("kept").iterdir())) == 1
+
+
+def test_a_run_without_the_ranks_of_its_users_is_tested_again(workplace, calls):
+    (job,) = run_experiments("depth --rows '1 block'")
+    before = (job.run / "test_mrl_metrics.json").read_bytes()
+    for name in ("test_ranks.npz", "test_ranks_history_masked.npz"):
+        (job.run / name).unlink()
+    shutil.rmtree("kept")
+    calls.clear()
+    jobs = run_experiments("depth --rows '1 block'")
+    assert [[call[0], "--mask_history" in call] for call in calls] == [["eval.py", False], ["eval.py", True]]
+    assert [job.state for job in jobs] == ["finished"]
+    assert (job.run / "test_mrl_metrics.json").read_bytes() == before
+
+
+def test_the_time_is_estimated_by_a_run_that_does_the_same_work(workplace, calls, capsys):
+    run_experiments("depth --seeds 1")
+    log = run_experiments("depth --seeds 1 --rows '1 block'")[0].run / "log.jsonl"
+    shutil.rmtree("experiments")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[-1]["seconds"] = 2 * 3600.0  # for 2 epochs
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    jobs = run_experiments("depth --seeds 1,2 --dry_run")
+    assert [job.seconds for job in jobs][:2] == [None, None]
+    assert jobs[2].seconds == 2 * 3600
+    assert 0 < jobs[3].seconds < 60
+    assert "2.0 h at most for 2 of them" in capsys.readouterr().out
+
+
+def test_every_device_has_one_run_at_a_time(workplace, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    busy, most, lock = set(), [], threading.Lock()
+
+    def call(script, arguments, environment):
+        device = environment["CUDA_VISIBLE_DEVICES"]
+        with lock:
+            assert device not in busy
+            busy.add(device)
+            most.append(len(busy))
+        time.sleep(0.05)
+        with lock:
+            busy.remove(device)
+        return 1
+
+    monkeypatch.setattr(run, "call_script", call)
+    with pytest.raises(SystemExit):
+        run.main(f"depth --seeds 1,2,3 {FLAGS}".replace("--device cpu", "").split())
+    assert len(most) == 6
+    assert max(most) == 2
+
+
+def test_the_scripts_are_called_as_a_user_would(workplace):
+    """The one test whose runs are processes of their own."""
+    (job,) = run_experiments("depth --rows '1 block'")
+    assert job.state == "finished"
+    assert kept.kept_runs(Path("kept"))[0].metrics(masked=True)

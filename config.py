@@ -2,7 +2,7 @@
 
 Edit a default below, or give a flag of the same name on the command line. What wins:
 
-    a flag that the user gives  >  the dataset's preset (PRESETS)  >  the default (class Config)
+    a flag that the user gives  >  the model's preset (MODEL_PRESETS)  >  the dataset's (PRESETS)  >  the default
 
 The command line is generated from the dataclass: a new field is a new flag.
 """
@@ -39,6 +39,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lru_dropout": 0.3,
         "lru_attn_dropout": 0.3,
     },
+}
+
+COUNTING = ("popularity", "itemknn")  # models that are not trained
+_IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
+_SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "lr": 1e-3}
+
+# What a baseline needs, on every dataset (model/baselines/).
+MODEL_PRESETS: dict[str, dict[str, Any]] = {
+    "sasrec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5},
+    "lrurec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5, "lru_r_min": 0.8, "lru_r_max": 0.99},
+    **{name: {**_IDS_ALONE, "mrl_hidden_sizes": (1,), "num_epochs": 1} for name in COUNTING},
 }
 
 
@@ -98,14 +109,22 @@ class Config:
     )
 
     # --- model
-    model_code: str = setting("fmrlrec", "the recommender to train", choices=("fmrlrec",))
+    model_code: str = setting(
+        "fmrlrec",
+        "the recommender: fmrlrec, or a baseline that knows items by their ids alone: sasrec and lrurec are trained, "
+        "popularity and itemknn (by the last item) only count",
+        choices=("fmrlrec", *MODEL_PRESETS),
+    )
     mrl_hidden_sizes: tuple[int, ...] = setting(
-        (8, 16, 32, 64, 128, 256, 512, 1024), "nested model sizes, increasing; the last one is D"
+        (8, 16, 32, 64, 128, 256, 512, 1024), "nested model sizes, increasing; the last one is D; one for a baseline"
     )
     lru_max_len: int = setting(50, "the last items of a history that are read")
-    lru_num_blocks: int = setting(2, "blocks of LRU and feed-forward network")
-    lru_dropout: float = setting(0.5, "dropout in and after the feed-forward network")
-    lru_attn_dropout: float = setting(0.5, "dropout after the LRU")
+    lru_num_blocks: int = setting(2, "blocks of LRU (sasrec: attention) and feed-forward network")
+    lru_dropout: float = setting(
+        0.5, "dropout in and after the feed-forward network (sasrec and lrurec: of the embeddings, too)"
+    )
+    lru_attn_dropout: float = setting(0.5, "dropout after the LRU (sasrec: after the attention)")
+    num_heads: int = setting(1, "heads of sasrec's attention; they share D out")
     lru_use_bias: bool = setting(True, "biases of the LRU's input and output projections B and C")
     lru_r_min: float = setting(0.0, "smallest radius |λ| of the ring that the LRU starts on")
     lru_r_max: float = setting(0.1, "largest radius |λ| of the ring that the LRU starts on")
@@ -157,7 +176,7 @@ class Config:
     runs_root: str = setting(
         "experiments/runs", "run folders are made at <runs_root>/<dataset_code>/<time>-<run_name>", runtime=True
     )
-    run_name: str = setting("", "name of the run's folder after its time; empty: the branch and D")
+    run_name: str = setting("", "name of the run's folder after its time; empty: branch or baseline, and D")
     use_wandb: bool = setting(
         False, "log to Weights & Biases too (offline where no key is set; see WANDB_MODE)", runtime=True
     )
@@ -167,11 +186,17 @@ class Config:
             raise InputError(problem)
 
     @property
-    def described_by(self) -> str:
-        """The branch in words."""
-        return {"both": "text and pictures", "language": "text", "image": "pictures", "id": "a learned table"}[
-            self.branch
-        ]
+    def label(self) -> str:
+        """What a run is called by: the branch, or which baseline it is."""
+        return self.branch if self.model_code == "fmrlrec" else self.model_code
+
+    @property
+    def title(self) -> str:
+        """What a run is called by, in words."""
+        if self.model_code != "fmrlrec":
+            return self.model_code
+        words = {"both": "text and pictures", "language": "text", "image": "pictures", "id": "a learned table"}
+        return f"items by {words[self.branch]}"
 
     @property
     def branch(self) -> str:
@@ -197,7 +222,7 @@ def _problems(c: Config):
         yield f"--dataset_code {c.dataset_code!r} is not a folder name; give a name such as beauty"
     if any(s in c.run_name for s in "/\\\0"):
         yield f"--run_name {c.run_name!r} is not a folder name; leave out / and \\"
-    for name in ("lru_max_len", "lru_num_blocks", "train_batch_size", "val_batch_size", "test_batch_size",
+    for name in ("lru_max_len", "lru_num_blocks", "num_heads", "train_batch_size", "val_batch_size", "test_batch_size",
                  "num_epochs", "early_stopping_patience", "encoder_batch_size"):  # fmt: skip
         if getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 1"
@@ -218,6 +243,17 @@ def _problems(c: Config):
         values = getattr(c, name)
         if not values or values[0] < 1 or any(a >= b for a, b in itertools.pairwise(values)):
             yield f'--{name} "{shown(values)}": need whole numbers from 1 on, each larger than the last: "8,16,32"'
+    if c.model_code in MODEL_PRESETS:
+        for name in _IDS_ALONE:
+            if getattr(c, name):
+                yield f"--{name}: {c.model_code} knows items by their ids alone; encoders are for --model_code fmrlrec"
+        sizes = shown(c.mrl_hidden_sizes)
+        if len(c.mrl_hidden_sizes) > 1:
+            yield f'--mrl_hidden_sizes "{sizes}": {c.model_code} has one size; only --model_code fmrlrec is nested'
+        elif c.model_code in COUNTING and sizes != "1":
+            yield f"--mrl_hidden_sizes {sizes}: {c.model_code} has one number an item; leave the flag out"
+        if c.model_code == "sasrec" and c.mrl_hidden_sizes[-1] % c.num_heads:
+            yield f"--num_heads {c.num_heads} does not divide --mrl_hidden_sizes {sizes}"
     if not c.item_attributes and c.use_language_encoder:
         yield "--item_attributes is empty; name at least one metadata key, such as title"
     metric, _, k = c.best_metric.partition("@")
@@ -262,9 +298,10 @@ def parse_args(
 
 
 def resolve(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    """Settings from flags, the dataset's preset and the defaults, and where each came from: "flag", "preset" or
-    "default". Raises InputError that names the first value that cannot be used."""
-    preset = PRESETS.get(flags.get("dataset_code", Config.__dataclass_fields__["dataset_code"].default), {})
+    """Settings from flags, the presets of model and dataset, and the defaults, and where each came from: "flag",
+    "preset" or "default". Raises InputError that names the first value that cannot be used."""
+    of_dataset = PRESETS.get(flags.get("dataset_code", Config.dataset_code), {})
+    preset = of_dataset | MODEL_PRESETS.get(flags.get("model_code", Config.model_code), {})
     sources = {
         f.name: "flag" if f.name in flags else "preset" if f.name in preset else "default"
         for f in dataclasses.fields(Config)
@@ -337,10 +374,10 @@ BOOLEANS = "A setting that is true or false is set by --NAME, --no-NAME or --NAM
 
 def _epilog() -> str:
     lines = [BOOLEANS, ""]
-    lines += ["A flag wins over the dataset's preset, a preset over the default. Presets:"]
-    for dataset, preset in PRESETS.items():
-        values = ", ".join(f"{name} {shown(v)}" for name, v in preset.items())
-        lines += textwrap.wrap(f"{dataset}: {values}", 108, initial_indent="  ", subsequent_indent="    ")
+    lines += ["A flag wins over the model's preset, that over the dataset's, and a preset over the default. Presets:"]
+    for name, preset in {**PRESETS, **MODEL_PRESETS}.items():
+        values = ", ".join(f"{setting} {shown(v)}" for setting, v in preset.items())
+        lines += textwrap.wrap(f"{name}: {values}", 108, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
 

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
     from datasets.catalog import Catalog
     from model import FMRLRec
+    from model.baselines.counting import Popularity
+    from model.baselines.lrurec import LRURec
+    from model.baselines.sasrec import SASRec
+
+    Model = FMRLRec | SASRec | LRURec | Popularity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,17 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     """Test every size of a run and return size -> metrics."""
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], add_arguments)
-    from trainer.runs import find_trained, unfinished
+    from trainer.runs import find_trained, read_config, unfinished
 
     runs_root = Path(flags.get("runs_root", Config.runs_root))
     run = ranks.on_first(lambda: find_trained(arguments.run, runs_root, flags))
+    trained, _ = ranks.on_first(lambda: read_config(run))
+    if arguments.alone and trained.model_code != "fmrlrec":
+        raise InputError(f"--alone tests slices of fmrlrec; {run} is of {trained.model_code}: leave --alone out")
     config, catalog, model = load_run(run, flags)
     progress = unfinished(run)
     ranks.say(f"run {run}{f', unfinished: {progress}' if progress else ''}")
     return test_run(config, catalog, model, run, mask_history=arguments.mask_history, alone=arguments.alone)
 
 
-def load_run(run: str | Path, flags: dict | None = None) -> tuple[Config, Catalog, FMRLRec]:
+def load_run(run: str | Path, flags: dict | None = None) -> tuple[Config, Catalog, Model]:
     """A trained run: its settings, its catalogue, and its model with the weights of the best epoch.
 
     flags: settings that say how to run (device, batch sizes, data_root, ...) to use instead of the run's. Raises
@@ -104,12 +112,39 @@ def load_demo() -> Catalog:
         raise InputError(f"{error}. Remove {root / 'demo'}: it is made again") from None
 
 
-def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> FMRLRec:
+def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> Model:
     """The model that the settings describe, freshly initialised."""
     import torch
 
     from model import FMRLRec
+    from model.baselines.counting import ItemKNN, Popularity
+    from model.baselines.lrurec import LRURec
+    from model.baselines.sasrec import SASRec
 
+    if config.model_code == "popularity":
+        return Popularity(num_items)
+    if config.model_code == "itemknn":
+        return ItemKNN(num_items)
+    dropouts = {"dropout": config.lru_dropout, "attn_dropout": config.lru_attn_dropout}
+    if config.model_code == "sasrec":
+        return SASRec(
+            num_items,
+            config.mrl_hidden_sizes[-1],
+            config.lru_max_len,
+            num_blocks=config.lru_num_blocks,
+            num_heads=config.num_heads,
+            **dropouts,
+        )
+    if config.model_code == "lrurec":
+        return LRURec(
+            num_items,
+            config.mrl_hidden_sizes[-1],
+            num_blocks=config.lru_num_blocks,
+            use_bias=config.lru_use_bias,
+            r_min=config.lru_r_min,
+            r_max=config.lru_r_max,
+            **dropouts,
+        )
     return FMRLRec(
         num_items,
         [torch.from_numpy(part) for part in features] or None,
@@ -124,7 +159,7 @@ def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> F
 
 
 def test_run(
-    config: Config, catalog: Catalog, model: FMRLRec, run: Path, mask_history: bool, alone: bool = False
+    config: Config, catalog: Catalog, model: Model, run: Path, mask_history: bool, alone: bool = False
 ) -> dict[int, dict[str, float]]:
     """Test a model at every size and write what was found into the run's folder."""
     from dataloader import eval_rows, times_trained
@@ -141,7 +176,7 @@ def test_run(
         ks=tuple(sorted({*config.metric_ks, *trained.metric_ks})),  # the run's files never lose a cut-off
         mask_history=mask_history,
         times_trained=times_trained(catalog.sequences, catalog.num_items)[rows.targets],
-        title=f"{config.dataset_code}, items by {config.described_by}: test",
+        title=f"{config.dataset_code}, {config.title}: test",
         alone=alone,
     )
 

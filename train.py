@@ -1,20 +1,31 @@
-"""Train fMRLRec once, for every size.
+"""Train fMRLRec once, for every size; or a baseline.
 
 python train.py                                                     # the built-in demo catalogue
 python train.py --dataset_code=beauty --lru_dropout=0.6 ...         # a prepared dataset
+python train.py --dataset_code=beauty --model_code=sasrec           # a baseline, in the same harness
 python train.py --resume experiments/runs/beauty/...                # continue a run that was cut off
 torchrun --nproc_per_node=4 train.py --dataset_code=beauty ...      # on 4 GPUs, which share every batch out
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from config import Config, parse_args, resolve, run_cli, shown
+from config import COUNTING, Config, parse_args, resolve, run_cli, shown
 from datasets import ranks
 from eval import build_model, load_data, test_run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from datasets.catalog import Catalog
+    from trainer.runlog import RunLog
+    from trainer.trainer import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         config, sources = resolve(flags)
     import torch
 
-    from dataloader import TrainLoader, eval_rows, train_rows
+    from dataloader import eval_rows
     from datasets.device import device_name, resolve_device
     from model import count_parameters
     from trainer.checkpoint import load_state, load_weights
+    from trainer.counting import count
     from trainer.runlog import RunLog, start_wandb
     from trainer.runs import check_data, create_run, read_log
-    from trainer.trainer import Trainer
 
     run = None
     if arguments.resume:
@@ -63,7 +74,44 @@ def main(argv: Sequence[str] | None = None) -> Path:
         [record for record in ranks.on_first(lambda: read_log(run)) if record["epoch"] <= done],
         start_wandb(run, vars(config)) if config.use_wandb and ranks.rank() == 0 else None,
     )
-    trainer = Trainer(
+    try:
+        if config.model_code in COUNTING:
+            count(
+                model,
+                catalog.sequences,
+                eval_rows(catalog.sequences, config.lru_max_len, "val"),
+                run,
+                log,
+                batch_size=config.val_batch_size,
+                ks=config.metric_ks,
+                best_metric=config.best_metric,
+            )
+        else:
+            trainer = make_trainer(config, catalog, model, run, log, device)
+            if state:
+                trainer.load_state(state)
+            if arguments.resume:
+                ranks.say(f"continuing after epoch {done}" if state else "no epoch was finished: from the start")
+            progress = trainer.fit()
+            ranks.say(f"best epoch {progress.best_epoch}: val {config.best_metric} {progress.best:.4f}")
+        load_weights(model, run / "best.safetensors")
+        results = test_run(config, catalog, model, run, mask_history=False)
+    except KeyboardInterrupt:
+        if ranks.rank() == 0:
+            print(f"\ncontinue with: {ranks.command()} train.py --resume {run}", file=sys.stderr)
+        raise
+    log.finish({f"test/{size}/{name}": value for size, metrics in results.items() for name, value in metrics.items()})
+    return run
+
+
+def make_trainer(
+    config: Config, catalog: Catalog, model: nn.Module, run: Path, log: RunLog, device: torch.device
+) -> Trainer:
+    """What trains a model as the settings say."""
+    from dataloader import TrainLoader, eval_rows, train_rows
+    from trainer.trainer import Trainer
+
+    return Trainer(
         model=model,
         loader=TrainLoader(
             train_rows(catalog.sequences, config.lru_max_len, config.first_item_label),
@@ -92,21 +140,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         metric_ks=config.metric_ks,
         best_metric=config.best_metric,
     )
-    if state:
-        trainer.load_state(state)
-    if arguments.resume:
-        ranks.say(f"continuing after epoch {done}" if state else "no epoch was finished: from the start")
-    try:
-        progress = trainer.fit()
-        ranks.say(f"best epoch {progress.best_epoch}: val {config.best_metric} {progress.best:.4f}")
-        load_weights(model, run / "best.safetensors")
-        results = test_run(config, catalog, model, run, mask_history=False)
-    except KeyboardInterrupt:
-        if ranks.rank() == 0:
-            print(f"\ncontinue with: {ranks.command()} train.py --resume {run}", file=sys.stderr)
-        raise
-    log.finish({f"test/{size}/{name}": value for size, metrics in results.items() for name, value in metrics.items()})
-    return run
 
 
 def find_resumed(resume: str, flags: dict[str, Any]) -> tuple[Path, Config, dict[str, str]]:

@@ -1,7 +1,7 @@
 """How sequences become batches: leave-one-out splits, packed rows, batches on a device. No model here."""
 
 from dataloader.batches import Batch, EvalBatch, TrainLoader, eval_batches
-from dataloader.split import EvalRows, TrainRows, eval_rows, times_trained, train_rows
+from dataloader.split import EvalRows, TrainRows, eval_rows, times_trained, train_items, train_rows
 
 __all__ = [
     "Batch",
@@ -12,5 +12,6 @@ __all__ = [
     "eval_batches",
     "eval_rows",
     "times_trained",
+    "train_items",
     "train_rows",
 ]

@@ -70,6 +70,12 @@ def train_rows(sequences: Sequences, max_len: int, first_item: bool = True) -> T
     return TrainRows(tokens, sequences.items[label_at], position, offsets)
 
 
+def train_items(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
+    """All training items v[:-2], however many: (user, item) of each, users from 0."""
+    users, places, _ = ranges(sequences.offsets[:-1], sequences.offsets[1:] - 2)
+    return users, sequences.items[places]
+
+
 def eval_rows(sequences: Sequences, max_len: int, part: str) -> EvalRows:
     """Histories and targets of "val" (v[-2] given v[:-2]) or "test" (v[-1] given v[:-1])."""
     begins, ends = sequences.offsets[:-1], sequences.offsets[1:] - {"val": 2, "test": 1}[part]
@@ -78,8 +84,7 @@ def eval_rows(sequences: Sequences, max_len: int, part: str) -> EvalRows:
 
 def times_trained(sequences: Sequences, num_items: int) -> np.ndarray:
     """How often each token is among the training items v[:-2]: [N + 1] int64."""
-    _, index, _ = ranges(sequences.offsets[:-1], sequences.offsets[1:] - 2)
-    return np.bincount(sequences.items[index], minlength=num_items + 1)
+    return np.bincount(train_items(sequences)[1], minlength=num_items + 1)
 
 
 def ranges(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import Config, InputError, is_runtime, resolve, typed
+from config import COUNTING, Config, InputError, is_runtime, resolve, typed
 
 FOLDER = Path(__file__).parent / "definitions"
 
@@ -97,6 +97,8 @@ def trained(config: Config) -> dict[str, Any]:
         unread |= {"encoder_precision"}
     if not config.early_stopping:
         unread |= {"early_stopping_patience"}
+    if config.model_code in COUNTING:
+        unread |= set(vars(config)) - {"dataset_code", "model_code"}
     return {name: value for name, value in vars(config).items() if name not in unread}
 
 

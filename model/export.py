@@ -62,11 +62,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def asked_run(arguments: argparse.Namespace) -> Path:
-    """The run that the flags ask for. Raises InputError where there is none."""
-    from trainer.runs import find_trained
+    """The run that the flags ask for. Raises InputError where there is none, and for that of a baseline."""
+    from trainer.runs import find_trained, read_config
 
     flags = {"dataset_code": arguments.dataset_code} if arguments.dataset_code else {}
-    return find_trained(arguments.run, Path(Config.runs_root), flags)
+    run = find_trained(arguments.run, Path(Config.runs_root), flags | {"model_code": "fmrlrec"})
+    trained, _ = read_config(run)
+    if trained.model_code != "fmrlrec":
+        raise InputError(f"{run} is a run of {trained.model_code}, which is not served; give one of fmrlrec")
+    return run
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from config import METRICS, PRESETS, Config, InputError, from_saved, is_runtime, parse_args, resolve, run_cli
+from config import (
+    METRICS,
+    MODEL_PRESETS,
+    PRESETS,
+    Config,
+    InputError,
+    from_saved,
+    is_runtime,
+    parse_args,
+    resolve,
+    run_cli,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -88,6 +99,25 @@ def test_a_preset_holds_real_settings_of_their_types(dataset):
     for name, value in PRESETS[dataset].items():
         assert type(value) is type(FIELDS[name].default), name
     assert resolve({"dataset_code": dataset})[0].dataset_code == dataset
+
+
+@pytest.mark.parametrize("model", MODEL_PRESETS)
+@pytest.mark.parametrize("dataset", [*PRESETS, "my_shop"])
+def test_a_baseline_needs_no_flag_but_its_name_on_any_dataset(model, dataset):
+    config, sources = parsed(f"--model_code={model}", f"--dataset_code={dataset}")
+    assert (config.branch, config.label, len(config.mrl_hidden_sizes)) == ("id", model, 1)
+    for name, value in MODEL_PRESETS[model].items():
+        assert type(value) is type(FIELDS[name].default), name
+        assert (getattr(config, name), sources[name]) == (value, "preset")
+
+
+def test_a_models_preset_wins_over_the_datasets_and_a_flag_over_both():
+    assert MODEL_PRESETS["lrurec"]["lru_r_max"] != PRESETS["clothing"]["lru_r_max"]
+    config, sources = parsed("--model_code=lrurec", "--dataset_code=clothing")
+    assert (config.lru_r_max, sources["lru_r_max"]) == (MODEL_PRESETS["lrurec"]["lru_r_max"], "preset")
+    config, sources = parsed("--model_code=lrurec", "--dataset_code=clothing", "--lru_r_max=0.9")
+    assert (config.lru_r_max, sources["lru_r_max"]) == (0.9, "flag")
+    assert parsed("--model_code=sasrec")[0].num_epochs == PRESETS["demo"]["num_epochs"]  # which sasrec's leaves alone
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of flags
@@ -200,7 +230,8 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--optimizer", "sgd"),
         ("--mrl_loss", "max"),
         ("--device", "tpu"),
-        ("--model_code", "sasrec"),
+        ("--model_code", "gru4rec"),
+        ("--num_heads", "0"),
         ("--use_img_encoder", "maybe"),
         ("--enable_lr_schedule", ""),
     ],
@@ -215,6 +246,23 @@ def test_a_bad_value_is_refused_by_the_name_of_its_flag_and_the_value(capsys, fl
 def test_an_empty_list_of_attributes_is_refused_while_texts_are_read(capsys):
     assert "--item_attributes is empty" in refusal(capsys, "--item_attributes=")
     assert parsed("--item_attributes=", "--no-use_language_encoder")[0].item_attributes == ()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--model_code=sasrec --use_img_encoder", "--use_img_encoder: sasrec knows items by their ids alone"),
+        (
+            "--model_code=itemknn --use_language_encoder",
+            "--use_language_encoder: itemknn knows items by their ids alone",
+        ),
+        ("--model_code=lrurec --mrl_hidden_sizes=8,16", '--mrl_hidden_sizes "8,16": lrurec has one size'),
+        ("--model_code=popularity --mrl_hidden_sizes=64", "--mrl_hidden_sizes 64: popularity has one number an item"),
+        ("--model_code=sasrec --num_heads=3", "--num_heads 3 does not divide --mrl_hidden_sizes 64"),
+    ],
+)
+def test_what_a_baseline_cannot_be_is_refused_by_its_name(capsys, argv, message):
+    assert message in refusal(capsys, *argv.split())
 
 
 def test_a_ring_without_width_is_refused_with_both_of_its_radii(capsys):
@@ -320,10 +368,10 @@ def test_help_shows_the_choices(capsys, name):
     assert f"--{name} {{{','.join(FIELDS[name].metadata['choices'])}}}" in help_text(capsys)
 
 
-@pytest.mark.parametrize("dataset", PRESETS)
-def test_help_shows_what_a_preset_sets(capsys, dataset):
-    [line] = re.findall(rf"^  {dataset}: (.*(?:\n    .*)*)", help_text(capsys), flags=re.MULTILINE)
-    assert [pair.split()[0] for pair in " ".join(line.split()).split(", ")] == list(PRESETS[dataset])
+@pytest.mark.parametrize(("name", "preset"), (PRESETS | MODEL_PRESETS).items())
+def test_help_shows_what_a_preset_sets(capsys, name, preset):
+    [line] = re.findall(rf"^  {name}: (.*(?:\n    .*)*)", help_text(capsys), flags=re.MULTILINE)
+    assert [pair.split()[0] for pair in " ".join(line.split()).split(", ")] == list(preset)
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])

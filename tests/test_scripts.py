@@ -424,7 +424,8 @@ CHANGED = {
 }
 TRAINER_SETTINGS = ["num_epochs", "optimizer", "lr", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"]
 TRAINER_SETTINGS += ["precision", "num_negatives", "val_batch_size", "best_metric"]
-CHANGED_ELSEWHERE = {"device", "use_wandb", "model_code"}  # tested above; fmrlrec is the one model
+CHANGED_ELSEWHERE = {"device", "use_wandb"}  # tested above
+CHANGED_ELSEWHERE |= {"model_code", "num_heads"}  # tests/test_baseline_runs.py
 
 
 def consumed(flags, monkeypatch):

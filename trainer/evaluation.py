@@ -1,5 +1,6 @@
 """Full ranking: every user's target among all items, for one model or for every size of a nested one."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from dataloader import EvalBatch, EvalRows, eval_batches
 from datasets import ranks
 from datasets.files import write_json
 from model import FMRLRec, slice_model
+from model.baselines.counting import Popularity
 from model.fmrl import increments
-from trainer.metrics import count_ahead, ranking_metrics
+from trainer.metrics import count_ahead, ranking_metrics, target_ranks
 from trainer.plots import plot_metric_by_size
 from trainer.user_ranks import save_ranks
 
@@ -48,11 +50,15 @@ def rank_targets(
     training = model.training
     model.eval()
     start, stop = ranks.share(len(rows))
-    batches = list(eval_batches(rows.part(start, stop), batch_size, next(model.parameters()).device))
-    table = model.item_table() if 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES else None
-    z = [_last(model, batch, table) for batch in batches]
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    batches = list(eval_batches(rows.part(start, stop), batch_size, device))
     found = torch.zeros(len(sizes), len(rows), dtype=torch.float64)
-    found[:, start:stop] = _ranks(model, batches, z, table, sizes, mask_history)
+    if isinstance(model, Popularity):
+        found[:, start:stop] = _ranks_of_counts(model, batches, mask_history)
+    else:
+        table = model.item_table() if 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES else None
+        z = [_last(model, batch, table) for batch in batches]
+        found[:, start:stop] = _ranks(model, batches, z, table, sizes, mask_history)
     model.train(training)
     return dict(zip(sizes, ranks.add_up(found), strict=True))
 
@@ -100,6 +106,15 @@ def _ranks(
                     scores[row, place] = target[row, 0]
                 count[:, sizes.index(high)] += torch.stack(count_ahead(scores, target, buffer[: len(scores)]))
     return torch.cat([1 + ahead + (equal - 1).clamp_min(0) / 2 for ahead, equal in counts], dim=1).double().cpu()
+
+
+def _ranks_of_counts(model: Popularity, batches: list[EvalBatch], mask_history: bool) -> Tensor:
+    """The rank of every user's target by a model that only counts: [U]."""
+    found = [torch.zeros(0)]  # the share of a rank may be no user
+    for batch in batches:
+        scores = candidates(batch, 0, model.num_items + 1, mask_history) + model.scores(batch.tokens[batch.last])
+        found.append(target_ranks(scores, batch.targets).cpu())
+    return torch.cat(found)
 
 
 def candidates(batch: EvalBatch, start: int, stop: int, mask_history: bool) -> Tensor:
@@ -168,9 +183,10 @@ def test_every_size(
         of_users = {m: of_size.numpy() for m, of_size in found.items()}
         save_ranks(run / f"test_ranks{suffix}.npz", of_users, max(ks), times_trained)
         _report(results, run, ks, title, suffix)
-    batch = next(eval_batches(rows, batch_size, next(model.parameters()).device))
-    for m in model.sizes:
-        check_slice(model, slice_model(model, m), batch)
+    if isinstance(model, FMRLRec):  # a baseline has nothing to slice
+        batch = next(eval_batches(rows, batch_size, next(model.parameters()).device))
+        for m in model.sizes:
+            check_slice(model, slice_model(model, m), batch)
     return results
 
 

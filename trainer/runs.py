@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 def create_run(config: Config, sources: dict[str, str], device: str, data: str) -> Path:
     """Make a new run's folder with its config.json and env.json. `data`: the dataset's digest."""
-    name = config.run_name or f"{config.branch}-{config.mrl_hidden_sizes[-1]}"
+    name = config.run_name or f"{config.label}-{config.mrl_hidden_sizes[-1]}"
     parent = Path(config.runs_root) / config.dataset_code
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     for attempt in range(1, 1000):

@@ -1,0 +1,49 @@
+"""A run of a model that only counts: one epoch, in which there is nothing to train and nothing to resume."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from dataloader import EvalRows, train_items
+from datasets import ranks
+from datasets.catalog import Sequences
+from model.baselines.counting import Popularity
+from trainer.checkpoint import save_weights
+from trainer.evaluation import evaluate
+from trainer.runlog import RunLog
+
+
+def count(
+    model: Popularity,
+    sequences: Sequences,
+    val_rows: EvalRows,
+    run: Path,
+    log: RunLog,
+    *,
+    batch_size: int,
+    ks: tuple[int, ...],
+    best_metric: str,
+) -> None:
+    """Count what users had in training, validate, and write the run's weights and the line of its epoch."""
+    started = time.perf_counter()
+    device = model.counts.device
+    model.count(*(torch.as_tensor(part, device=device) for part in train_items(sequences)))
+    counted = time.perf_counter()
+    ks = tuple(sorted({*ks, int(best_metric.partition("@")[2])}))
+    metrics = evaluate(model, val_rows, sizes=model.sizes, batch_size=batch_size, ks=ks)
+    record = {
+        "epoch": 1,
+        "step": 0,
+        "train_seconds": round(counted - started, 3),
+        "seconds": round(time.perf_counter() - started, 3),
+        "best_epoch": 1,
+        "val": {str(m): metrics[m] for m in metrics},
+    }
+
+    def write() -> None:
+        save_weights(model, run / "best.safetensors", {"epoch": "1"})
+        value = metrics[model.sizes[-1]][best_metric]
+        log.epoch(record, f"counted in {record['train_seconds']:.1f} s: val {best_metric} {value:.4f}")
+
+    ranks.on_first(write)

@@ -51,13 +51,11 @@ def test_packed_attention_is_causal_attention_of_each_history_alone(monkeypatch,
     monkeypatch.setattr(sasrec, "ROWS", rows)
     torch.manual_seed(0)
     attention, (x, position, longest) = SelfAttention(DIM, num_heads).double(), packed()
-    plain = nn.MultiheadAttention(DIM, num_heads, batch_first=True).double()
+    plain = nn.MultiheadAttention(DIM, num_heads, bias=False, batch_first=True).double()
     linears = attention.W_Q, attention.W_K, attention.W_V
     with torch.no_grad():
         plain.in_proj_weight.copy_(torch.cat([linear.weight for linear in linears]))
-        plain.in_proj_bias.copy_(torch.cat([linear.bias for linear in linears]))
         plain.out_proj.weight.copy_(torch.eye(DIM))
-        plain.out_proj.bias.zero_()
     q = torch.randn_like(x)
     expected = []
     for q_own, own in zip(q.split(LENGTHS), x.split(LENGTHS), strict=True):

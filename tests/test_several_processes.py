@@ -25,6 +25,11 @@ TINY = (
     "--dataset_code tiny --language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 2,4,8 --num_epochs 2 "
     "--lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu --train_batch_size 6"
 )
+BASELINE = "--dataset_code tiny --device cpu"
+TRAINED = (
+    f"{BASELINE} --mrl_hidden_sizes 8 --num_epochs 2 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --train_batch_size 6"
+)
+BASELINES = {"sasrec": TRAINED, "lrurec": TRAINED, "itemknn": BASELINE}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 LONELY = "--train_batch_size 1 --num_epochs 1"  # a batch is one user, so one of two processes has none
 # Every case, one after another in the same two processes; what happened in each is left in rank0.json and rank1.json.
@@ -40,7 +45,7 @@ from trainer import step as step_module
 from trainer import trainer as trainer_module
 from trainer.trainer import Trainer
 
-tiny, lonely = sys.argv[1:]
+tiny, lonely, baselines = sys.argv[1:]
 seen, fit, keep = {}, Trainer.fit, Trainer._keep
 true_loss, true_save = step_module.matryoshka_cross_entropy, trainer_module.save_state
 
@@ -83,6 +88,8 @@ run("tested", "--run_name two", eval_script.main)
 run("tested alone", "--run_name two --alone", eval_script.main)
 run("sampled two", f"{tiny} --num_negatives 5 --run_name sampled-two")
 run("lonely two", f"{tiny} {lonely} --run_name lonely-two")
+for model, flags in json.loads(baselines).items():
+    run(f"{model} two", f"--model_code {model} {flags} --run_name {model}-two")
 run("resumed by two", "--resume latest --run_name cut-by-one")
 Trainer._keep = interrupted
 run("cut by two", f"{tiny} --run_name cut-by-two")
@@ -130,10 +137,12 @@ def folder(tmp_path_factory):
         train.main(shlex.split(f"{TINY} --run_name one"))
         train.main(shlex.split(f"{TINY} --num_negatives 5 --run_name sampled-one"))
         train.main(shlex.split(f"{TINY} {LONELY} --run_name lonely-one"))
+        for model, flags in BASELINES.items():
+            train.main(shlex.split(f"--model_code {model} {flags} --run_name {model}-one"))
         interrupted_after_one_epoch(patch, f"{TINY} --run_name cut-by-one")
         assert not torch.distributed.is_initialized()
         (folder / "two.py").write_text(TWO)
-        done = torchrun(folder / "two.py", f"{TINY!r} {LONELY!r}", folder)
+        done = torchrun(folder / "two.py", shlex.join([TINY, LONELY, json.dumps(BASELINES)]), folder)
         assert done.returncode == 0, done.stderr[-5000:]
         train.main(["--resume", str(named("cut-by-two", folder))])
     return folder
@@ -172,6 +181,19 @@ def test_two_processes_draw_the_same_items(folder):
 
 def test_a_batch_of_one_user_trains_as_in_one_process(folder):
     assert_same_training(named("lonely-two", folder), named("lonely-one", folder))
+
+
+@pytest.mark.parametrize("model", ["sasrec", "lrurec"])
+def test_two_processes_train_a_baseline_as_one_does(folder, model):
+    assert_same_training(named(f"{model}-two", folder), named(f"{model}-one", folder))
+
+
+def test_two_processes_count_and_share_the_ranking_out(folder):
+    one, two = named("itemknn-one", folder), named("itemknn-two", folder)
+    for name in ("best.safetensors", "test_mrl_metrics.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    first, second = outcome(folder, "itemknn two")
+    assert first["printed"].count("counted in") == 1 and second["printed"] == ""
 
 
 def test_two_go_on_with_what_one_began(folder):

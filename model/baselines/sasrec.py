@@ -47,7 +47,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.W_Q, self.W_K, self.W_V = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        # Without biases, as in the paper; that of the keys would have no effect.
+        self.W_Q, self.W_K, self.W_V = (nn.Linear(dim, dim, bias=False) for _ in range(3))
 
     def forward(self, q: Tensor, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """q, x: [T, D]; with at [B], q is [B, D], of these tokens alone, and so is what is returned."""

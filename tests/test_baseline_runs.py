@@ -61,6 +61,7 @@ def test_a_baseline_makes_a_run_folder_like_any_other(workplace, model):
         "test_metrics.json",
         "test_mrl_metrics.json",
         "test_mrl_metrics.png",
+        "test_ranks.npz",
     }
     assert unfinished(run) == ""
     assert read_log(run)[-1]["val"].keys() == {str(size)}

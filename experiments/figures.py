@@ -97,6 +97,8 @@ def draw_parameters(path: Path) -> None:
 
 def draw_bytes(runs: list[KeptRun], path: Path) -> None:
     """NDCG@10 of every size of the runs whose cost to serve was measured, against its bytes on disk."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     with _figure(path, 1, "Accuracy against bytes: every size, stored in half precision") as (panel,):
         measured = [run for run in runs if (run.folder / "deploy.json").exists()]
         for run, colour in zip(measured, COLOURS * len(measured), strict=False):
@@ -109,7 +111,9 @@ def draw_bytes(runs: list[KeptRun], path: Path) -> None:
                 panel.annotate(str(row["size"]), (row["bytes"] / 1e6, row["NDCG@10"]), (-4, 5), fontsize=8, ha="right",
                                textcoords="offset points", color=colour)  # fmt: skip
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_ylim(bottom=0)
         panel.set_xlabel("MB on disk: weights and item table")
         panel.set_title("NDCG@10", loc="left")

@@ -170,7 +170,9 @@ def test_every_other_command_of_the_readme_runs(workplace, export):
 
 
 def test_the_results_shown_are_rows_of_the_report_which_is_made_from_the_kept_files(tmp_path):
-    report.main(["--out", str(tmp_path / "RESULTS.md")])
+    report.main(["--out", str(tmp_path / "RESULTS.md"), "--media", str(tmp_path / "media")])
+    for picture in (tmp_path / "media").iterdir():
+        assert (REPOSITORY / "media" / picture.name).exists(), picture.name
     made = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert made == (REPOSITORY / "experiments/RESULTS.md").read_text(encoding="utf-8")
     for heading in ("## Results", "## Deploy a size"):

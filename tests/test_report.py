@@ -1,0 +1,238 @@
+"""The report: tables, comparisons and figures from kept files alone."""
+
+import dataclasses
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from config import resolve
+from experiments import paper, parameters, report, tables
+from experiments.figures import draw_figures
+from experiments.kept import kept_runs
+from experiments.plan import Definition, Row, definitions
+from experiments.significance import paired_bootstrap, user_metrics
+from model import FMRLRec, count_parameters
+from trainer.metrics import ranking_metrics
+from trainer.user_ranks import save_ranks
+
+USERS = 400
+
+
+def keep_run(results, name, flags, ranks=None, seed=42, data="d", times=None, masked=True):
+    """The kept files of a run, with metrics of made-up ranks {size: [U]}; masked, a user's rank is one better."""
+    config, sources = resolve({"dataset_code": "beauty", "seed": seed, **flags})
+    folder = results / f"{config.dataset_code}-{name}"
+    folder.mkdir(parents=True)
+    if ranks is None:
+        random = np.random.default_rng(seed)
+        ranks = {m: random.integers(1, 40, size=USERS).astype(float) for m in config.mrl_hidden_sizes}
+    times = np.zeros(USERS, dtype=int) if times is None else times
+    (folder / "config.json").write_text(json.dumps({"settings": vars(config), "sources": sources}))
+    environment = {"device": "a CPU", "commit": "0123456789abc", "uncommitted_changes": False, "data": data,
+                   "versions": {"torch": "2.11"}, "command": ["train.py", "--x"]}  # fmt: skip
+    (folder / "env.json").write_text(json.dumps(environment))
+    epochs = [{"epoch": e, "best_epoch": 1, "seconds": 60.0 * e, "train_seconds": 50.0} for e in (1, 2, 3)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in epochs))
+    for suffix, better in (("", 0), ("_history_masked", 1))[: 1 + masked]:
+        of_sizes = {m: np.maximum(1, found - better) for m, found in ranks.items()}
+        metrics = {str(m): ranking_metrics(torch.tensor(found), (5, 10, 20, 50)) for m, found in of_sizes.items()}
+        (folder / f"test_mrl_metrics{suffix}.json").write_text(json.dumps(metrics))
+        (folder / f"test_metrics{suffix}.json").write_text(json.dumps(metrics[max(metrics, key=int)]))
+        save_ranks(folder / f"test_ranks{suffix}.npz", of_sizes, 50, times)
+    return folder
+
+
+def rows_of(lines):
+    """Markdown tables -> lists of cells."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+DEPTH = {"num_epochs": 9}
+LANGUAGE = {"use_img_encoder": False}
+
+
+# -------------------------------------------------------------------------------------------------------- significance
+
+
+@pytest.mark.parametrize("name", ["Recall@10", "NDCG@10", "MRR@5", "NDCG@50"])
+def test_the_metrics_of_users_average_to_those_of_the_test(name):
+    ranks = np.random.default_rng(0).integers(2, 120, size=1000) / 2
+    expected = ranking_metrics(torch.tensor(ranks), (5, 10, 50))[name]
+    assert user_metrics(ranks, name).mean() == pytest.approx(expected, rel=1e-12)
+    assert user_metrics(np.array([np.inf]), name).tolist() == [0]
+
+
+def test_the_bootstrap_is_that_of_users_drawn_one_by_one():
+    random = np.random.default_rng(1)
+    a, b = random.integers(0, 3, size=(2, 300)) / 2
+    drawn = [(a - b)[random.integers(0, 300, size=300)].mean() for _ in range(20_000)]
+    found = paired_bootstrap(a, b)
+    assert found.mean == pytest.approx((a - b).mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.01)
+    side = min(np.mean(np.array(drawn) <= 0), np.mean(np.array(drawn) >= 0))
+    assert found.p == pytest.approx(2 * side, abs=0.03)
+
+
+def test_a_difference_of_every_user_is_certain_and_none_is_not():
+    values = np.random.default_rng(2).random(200)
+    better = paired_bootstrap(values + 0.1, values)
+    assert better.p < 0.001
+    assert better.low > 0.09
+    assert paired_bootstrap(values, values) == (0, 0, 0, 1)
+
+
+def test_pairs_show_what_two_means_hide():
+    ranks = np.random.default_rng(3).random(2000)
+    a, b = ranks + 0.01 * (np.arange(2000) % 3 != 0), ranks
+    assert paired_bootstrap(a, b).p < 0.001
+    assert paired_bootstrap(a, np.random.default_rng(4).permutation(b)).p > 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+def test_figure_4_comes_out_to_the_digit():
+    assert [f"{100 * saved:.2f}" for _, saved, *_ in parameters.figure4()] == [
+        "0.00",
+        "25.16",
+        "31.39",
+        "32.90",
+        "33.25",
+    ]
+    assert [largest for largest, *_ in parameters.figure4()] == list(paper.SAVED) == [128, 256, 512, 1024, 2048]
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 16, 32), (4, 12, 20)])
+def test_what_models_here_hold_is_what_is_counted(sizes):
+    model = FMRLRec(3, torch.zeros(3, parameters.FEATURES), sizes, num_blocks=2)
+    projection = sum(p.numel() for p in model.items.parameters())
+    biases = 2 * 3 * sizes[-1]  # of the feed-forward network, which the paper's 5 biases a block have too
+    assert parameters.held(sizes) == count_parameters(model)
+    assert parameters.held(sizes, projection=False) == count_parameters(model) - projection
+    assert biases < parameters.held(sizes, projection=False)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_seeds_are_averaged_and_held_against_the_published_value(tmp_path):
+    for seed in (1, 2, 3):
+        keep_run(tmp_path, f"s{seed}", LANGUAGE, seed=seed)
+    keep_run(tmp_path, "s2-again", LANGUAGE, seed=2)  # in nothing different: counts once
+    heads, row = rows_of(tables.section(definitions()["table3"], kept_runs(tmp_path)))[:3:2]
+    values = [run.metrics()[1024]["NDCG@10"] for run in kept_runs(tmp_path) if "again" not in run.folder.name]
+    assert heads[8:11] == ["NDCG@10", "published", "difference"]
+    assert row[:2] == ["language", "3"]
+    mean = statistics.mean(values)
+    assert row[8:11] == [f"{mean:.4f} ± {statistics.stdev(values):.4f}", "0.0449", f"{mean / 0.0449 - 1:+.1%}"]
+
+
+def test_only_runs_that_differ_in_what_is_varied_alone_stand_in_one_table(tmp_path):
+    for name, flags in {
+        "one": {"lru_num_blocks": 1},
+        "two": {},
+        "one-slow": {"lru_num_blocks": 1, "lr": 1e-3},
+        "two-slow": {"lr": 1e-3},
+        "two-long": {"num_epochs": 7},  # nothing to compare with
+        "sports": {"dataset_code": "sports"},
+        "sum": {"mrl_loss": "sum"},
+    }.items():
+        keep_run(tmp_path, name, flags)
+    section = tables.section(definitions()["depth"], kept_runs(tmp_path))
+    assert [line for line in section if line.startswith("### ")] == [
+        "### beauty: the dataset's settings",
+        "### beauty: lr 0.001",
+    ]
+    assert [row[0] for row in rows_of(section)].count("2 blocks") == 2 * 2
+
+
+def test_a_table_of_the_published_shows_its_rows_alone_and_others_wait_for_their_partner(tmp_path):
+    keep_run(tmp_path, "a", LANGUAGE)
+    assert any("language" in row[0] for row in rows_of(tables.section(definitions()["table3"], kept_runs(tmp_path))))
+    for name in ("depth", "independent", "loss"):
+        assert tables.section(definitions()[name], kept_runs(tmp_path)) == []
+
+
+def test_a_nested_size_is_compared_with_the_model_trained_alone_and_the_rest_is_left_out(tmp_path):
+    better, worse = np.full(USERS, 3.0), np.full(USERS, 9.0)
+    nested = dict.fromkeys(resolve({})[0].mrl_hidden_sizes, better)
+    keep_run(tmp_path, "nested", {}, nested)
+    keep_run(tmp_path, "alone", {"mrl_hidden_sizes": (64,)}, {64: worse})
+    rows = rows_of(tables.section(definitions()["independent"], kept_runs(tmp_path)))
+    assert {row[0] for row in rows if "64" in row[0]} >= {"nested, 64", "alone, 64", "nested, 64 - alone, 64"}
+    assert not any("128" in row[0] for row in rows)
+    (row,) = [row for row in rows if row[0] == "nested, 64 - alone, 64" and row[1] == "NDCG@10"]
+    expected = 1 / np.log2(4) - 1 / np.log2(10)
+    assert row[2].startswith(f"{expected:+.4f} (")
+    assert row[4] == "0.0002"
+
+
+def test_runs_on_other_data_or_without_ranks_are_not_compared_by_users(tmp_path):
+    keep_run(tmp_path, "one", {"lru_num_blocks": 1}, data="other")
+    two = keep_run(tmp_path, "two", {})
+    assert "paired bootstrap" not in "\n".join(tables.section(definitions()["depth"], kept_runs(tmp_path)))
+    keep_run(tmp_path, "one-same", {"lru_num_blocks": 1, "seed": 1})
+    for path in two.glob("*.npz"):
+        path.unlink()
+    assert "paired bootstrap" not in "\n".join(tables.section(definitions()["depth"], kept_runs(tmp_path)))
+
+
+def test_users_are_told_apart_by_how_often_their_item_was_trained_on(tmp_path):
+    times = np.array([0, 1, 5, 6, 20, 21, 1000, 3])
+    ranks = np.array([1.0, 2, 3, 4, 5, 6, 7, 99])
+    keep_run(tmp_path, "a", {"model_code": "sasrec"}, {64: ranks}, times=times)
+    keep_run(tmp_path, "b", {"model_code": "sasrec", "num_negatives": 256}, {64: ranks}, times=times)
+    rows = rows_of(tables.section(definitions()["baselines"], kept_runs(tmp_path)))
+    assert ["users", "1", "", "3", "", "2", "", "2", ""] in rows
+    heads = next(row for row in rows if row[0] == "target's times in training")
+    assert heads[1::2] == ["0", "1-5", "6-20", "21 and more"]
+    found = next(row for row in rows if row[0] == "SASRec" and len(row) == 9)
+    ndcg = [[1 / np.log2(r + 1) for r in some] for some in ([1], [2, 3], [4, 5], [6, 7])]
+    means = [sum(some) / n for some, n in zip(ndcg, (1, 3, 2, 2), strict=True)]
+    assert found[1::2] == [f"{mean:.4f}" for mean in means]
+    assert found[2::2] == ["1.0000", f"{2 / 3:.4f}", "1.0000", "1.0000"]
+
+
+def test_every_size_stands_beside_the_papers_figure(tmp_path):
+    keep_run(tmp_path, "a", LANGUAGE)
+    rows = rows_of(tables.section(definitions()["sizes"], kept_runs(tmp_path)))
+    assert [row[1] for row in rows[2:]] == [str(m) for m in (8, 16, 32, 64, 128, 256, 512, 1024)]
+    assert [row[-3] for row in rows[2:4]] == ["0.0150", "0.0180"]
+
+
+def test_a_run_without_the_test_of_the_masked_history_is_reported_without_it(tmp_path):
+    keep_run(tmp_path, "one", {"lru_num_blocks": 1}, masked=False)
+    keep_run(tmp_path, "two", {}, masked=False)
+    assert "masked" not in "\n".join(tables.section(definitions()["depth"], kept_runs(tmp_path)))
+    assert "| 1024 |" in report.report(tmp_path)
+
+
+def test_how_a_row_was_made_and_what_it_could_not_use_stands_below(tmp_path):
+    keep_run(tmp_path, "a", LANGUAGE | {"language_encoder": "small"})
+    text = "\n".join(tables.section(definitions()["table3"], kept_runs(tmp_path)))
+    assert "- language: `beauty-a`; 3 epochs; best 1; 3 minutes; a CPU; torch 2.11; commit `0123456789`" in text
+    assert "unlike the paper: language_encoder small instead of BAAI/bge-large-en-v1.5." in text
+
+
+def test_a_definition_without_runs_has_no_section(tmp_path):
+    mine = Definition("mine", "T", "t", ("beauty",), (Row("a", {"lr": 0.5}),))
+    keep_run(tmp_path, "a", {})
+    assert tables.section(mine, kept_runs(tmp_path)) == []
+    assert dataclasses.replace(mine, rows=()).varied() == set()
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_figures_are_drawn_of_what_was_run(tmp_path):
+    keep_run(tmp_path / "kept", "a", LANGUAGE)
+    keep_run(tmp_path / "kept", "alone", LANGUAGE | {"mrl_hidden_sizes": (64,)})
+    keep_run(tmp_path / "kept", "tiny", {"dataset_code": "tiny", "mrl_hidden_sizes": (4, 8)})
+    made = draw_figures(kept_runs(tmp_path / "kept"), tmp_path / "media")
+    assert [path.name for path in made] == ["parameters_saved.png", "sizes-beauty.png"]
+    for path in made:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 10_000

@@ -20,7 +20,7 @@ from trainer.user_ranks import load_ranks
 RESULTS = Path(__file__).parent / "results"
 MASKED = "_history_masked"
 TESTED = ("test_mrl_metrics.json", "test_ranks.npz")  # what a test writes, and with MASKED the one without the history
-ALSO = ("test_mrl_metrics.png", "deploy.json", "deploy.png", "cold_items.json")  # where they were made
+ALSO = ("deploy.json", "deploy.png", "cold_items.json")  # where they were made
 
 Metrics = dict[int, dict[str, float]]  # size -> name -> value
 

@@ -69,8 +69,6 @@ def section(run: KeptRun) -> str:
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     if paper:
         lines.append("| paper, 1024 | " + " | ".join(f"{paper[name]:.4f}" for name in COLUMNS) + " | | | |")
-    if (run.folder / "test_mrl_metrics.png").exists():
-        lines += ["", f"![metric against size](results/{run.folder.name}/test_mrl_metrics.png)"]
     if (run.folder / "deploy.json").exists():
         lines += deployment(run.folder)
     if (run.folder / "cold_items.json").exists():

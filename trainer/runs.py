@@ -4,7 +4,7 @@ config.json              the settings and where each came from
 env.json                 versions, device, commit, command line
 log.jsonl                a line an epoch
 best.safetensors         the weights of the best epoch by validation
-last.pt                  what --resume needs
+last.pt                  what --resume needs (a model that only counts has none: it counts again)
 test_metrics.json        the largest size on the test set
 test_mrl_metrics.json    every size
 test_ranks.npz           every user's rank at every size, for paired comparisons (trainer/user_ranks.py)

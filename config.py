@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
-_SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "lr": 1e-3}
+_SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
 # What a baseline needs, on every dataset (model/baselines/).
 MODEL_PRESETS: dict[str, dict[str, Any]] = {

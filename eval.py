@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     import torch
 
     from datasets.catalog import Catalog
-    from model import FMRLRec
     from model.baselines.counting import Popularity
-    from model.baselines.lrurec import LRURec
-    from model.baselines.sasrec import SASRec
+    from trainer.step import Trained
 
-    Model = FMRLRec | SASRec | LRURec | Popularity
+    Model = Trained | Popularity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

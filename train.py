@@ -21,10 +21,10 @@ from eval import build_model, load_data, test_run
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from datasets.catalog import Catalog
     from trainer.runlog import RunLog
+    from trainer.step import Trained
     from trainer.trainer import Trainer
 
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def make_trainer(
-    config: Config, catalog: Catalog, model: nn.Module, run: Path, log: RunLog, device: torch.device
+    config: Config, catalog: Catalog, model: Trained, run: Path, log: RunLog, device: torch.device
 ) -> Trainer:
     """What trains a model as the settings say."""
     from dataloader import TrainLoader, eval_rows, train_rows

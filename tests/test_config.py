@@ -117,7 +117,7 @@ def test_a_models_preset_wins_over_the_datasets_and_a_flag_over_both():
     assert (config.lru_r_max, sources["lru_r_max"]) == (MODEL_PRESETS["lrurec"]["lru_r_max"], "preset")
     config, sources = parsed("--model_code=lrurec", "--dataset_code=clothing", "--lru_r_max=0.9")
     assert (config.lru_r_max, sources["lru_r_max"]) == (0.9, "flag")
-    assert parsed("--model_code=sasrec")[0].num_epochs == PRESETS["demo"]["num_epochs"]  # which sasrec's leaves alone
+    assert parsed("--model_code=sasrec")[0].img_encoder == "pixel"  # the demo's, which sasrec's leaves alone
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of flags

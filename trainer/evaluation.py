@@ -15,6 +15,7 @@ from model.baselines.counting import Popularity
 from model.fmrl import increments
 from trainer.metrics import count_ahead, ranking_metrics, target_ranks
 from trainer.plots import plot_metric_by_size
+from trainer.step import Trained
 from trainer.user_ranks import save_ranks
 
 ITEMS = 2**15  # items that are scored at once: every catalogue of the paper in one chunk
@@ -23,7 +24,7 @@ PARITY = 1e-5  # how far a sliced model's scores may lie from the full model's p
 
 
 def evaluate(
-    model: FMRLRec,
+    model: Trained | Popularity,
     rows: EvalRows,
     *,
     sizes: tuple[int, ...],
@@ -63,7 +64,7 @@ def rank_targets(
     return dict(zip(sizes, ranks.add_up(found), strict=True))
 
 
-def _last(model: FMRLRec, batch: EvalBatch, table: Tensor | None) -> Tensor:
+def _last(model: Trained, batch: EvalBatch, table: Tensor | None) -> Tensor:
     """z [B, D] of every row's last token."""
     if table is None:
         tokens, place = batch.tokens.unique(return_inverse=True)
@@ -74,7 +75,7 @@ def _last(model: FMRLRec, batch: EvalBatch, table: Tensor | None) -> Tensor:
 
 
 def _ranks(
-    model: FMRLRec,
+    model: Trained,
     batches: list[EvalBatch],
     z: list[Tensor],
     table: Tensor | None,
@@ -158,7 +159,7 @@ def check_slice(model: FMRLRec, small: FMRLRec, batch: EvalBatch) -> None:
 
 
 def test_every_size(
-    model: FMRLRec,
+    model: Trained | Popularity,
     rows: EvalRows,
     run: Path,
     *,

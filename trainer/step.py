@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from dataloader import Batch
 from datasets import ranks
 from model import FMRLRec, matryoshka_cross_entropy
+from model.baselines.lrurec import LRURec
+from model.baselines.sasrec import SASRec
 from model.dropout import set_share
 from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
 
+Trained = FMRLRec | SASRec | LRURec  # what a step trains
 TENSORS = ("tokens", "labels", "position", "num_labels")  # of a batch
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
@@ -26,7 +29,7 @@ class Step:
 
     def __init__(
         self,
-        model: FMRLRec,
+        model: Trained,
         optimizer: torch.optim.Optimizer,
         *,
         precision: str,

@@ -17,13 +17,12 @@ from tqdm import tqdm
 from config import InputError
 from dataloader import Batch, EvalRows, TrainLoader
 from datasets import ranks
-from model import FMRLRec
 from model.sampled_loss import NegativeSampler
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
 from trainer.runlog import RunLog
 from trainer.runs import is_finished
-from trainer.step import GraphedStep, Step
+from trainer.step import GraphedStep, Step, Trained
 
 CHECK_EVERY = 50  # steps between looks at whether the losses are finite: a look makes a GPU wait
 
@@ -43,7 +42,7 @@ class Progress:
 class Trainer:
     """Trains a model and keeps its run folder. `fit` runs until num_epochs or until validation stops improving."""
 
-    model: FMRLRec
+    model: Trained
     loader: TrainLoader
     val_rows: EvalRows
     run: Path

@@ -122,7 +122,7 @@ class SASRec(nn.Module):
 
     def encode(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """What each token's history asks for next: z [T, D], or [B, D] of the tokens `at` alone; see FMRLRec.encode."""
-        x = self.dropout(x * math.sqrt(x.shape[1]) + self.positions[position])
+        x = self.dropout(x * math.sqrt(x.shape[1]) + F.embedding(position, self.positions))
         for block in self.blocks[:-1]:
             x = block(x, position, longest)
         return self.norm(self.blocks[-1](x, position, longest, at))

@@ -11,7 +11,7 @@ from dataloader import Batch
 from model.baselines import sasrec
 from model.baselines.counting import SHRINKAGE, ItemKNN, Popularity
 from model.baselines.lrurec import DenseLRU, LRURec
-from model.baselines.sasrec import SASRec, SelfAttention
+from model.baselines.sasrec import SASRec, SelfAttention, tokens_after
 from model.dropout import set_share
 from trainer.step import Step
 
@@ -72,7 +72,7 @@ def test_sasrec_is_what_its_docstring_says():
         x = x - x.mean(dim=-1, keepdim=True)
         return x / (x.pow(2).mean(dim=-1, keepdim=True) + module.eps).sqrt() * module.weight + module.bias
 
-    h = DIM**0.5 * x + model.positions[:5]
+    h = DIM**0.5 * x + model.positions[[4, 3, 2, 1, 0]]
     for block in model.blocks:
         q, a = norm(h, block.norm1), block.attention
         heads = []
@@ -151,6 +151,11 @@ def test_answers_for_some_tokens_are_those_among_all(name, num_blocks, at):
 def test_a_longest_history_that_is_said_to_be_longer_changes_nothing(name):
     model, (x, position, longest) = a_model(name), packed()
     torch.testing.assert_close(model.encode(x, position, 16), model.encode(x, position, longest))
+
+
+def test_positions_count_back_from_the_end_of_every_history():
+    _, position, _ = packed((3, 1, 1, 2))
+    assert tokens_after(position).tolist() == [2, 1, 0, 0, 0, 1, 0]
 
 
 def test_sasrec_knows_positions_apart_and_the_begin_of_a_sequence_from_its_first_item_by_the_embedding_alone():

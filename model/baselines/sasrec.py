@@ -1,6 +1,6 @@
 """SASRec (Kang & McAuley, Self-Attentive Sequential Recommendation, ICDM 2018): causal self-attention over item ids.
 
-    x_t = Dropout(√D E_{i_t} + P_t)                                             E: item table, P: position table
+    x_t = Dropout(√D E_{i_t} + P_{n-t})                    E: item table, P: position table, n: tokens of the history
     [q = LN(x),  x = q + Dropout(SA(q, x));  f = LN(x),  x = f + FFN(f)] x blocks,    z = LN(x)
     SA(q, x) = softmax((W_Q q)(W_K x)ᵀ / √(D/heads), t sees no later one) W_V x
     FFN(f) = Dropout(W2 Dropout(ReLU(W1 f)))
@@ -8,8 +8,7 @@
 
 The norms stand where the released code has them: on the queries, not on the keys, and what is carried on is normalised
 too. Dropout is on a layer's output, as in the paper (section III-C); the released code has that of the attention on its
-weights. Positions count from the first token that is read, so that what is read later changes nothing before it; the
-released code pads on the left, which counts from the last.
+weights. Positions count from the last token back, as those of the released code do, which pads on the left.
 
 Histories are packed as in model/lru.py. T tokens, D dimensions, H heads.
 """
@@ -24,6 +23,14 @@ from model.dropout import Dropout
 from model.fmrlrec import ItemEncoder
 
 ROWS = 256  # queries of one attention
+
+
+def tokens_after(position: Tensor) -> Tensor:
+    """How many tokens of its history come after each token: [T], of `position` [T] as in model/lru.py."""
+    end, token = len(position), torch.arange(len(position), device=position.device)
+    begins = torch.where(position == 0, token, end)
+    next_begin = F.pad(begins[1:], (0, 1), value=end).flip(0).cummin(dim=0).values.flip(0)
+    return next_begin - token - 1
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, query: Tensor, first: Tensor) -> Tensor:
@@ -122,7 +129,7 @@ class SASRec(nn.Module):
 
     def encode(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """What each token's history asks for next: z [T, D], or [B, D] of the tokens `at` alone; see FMRLRec.encode."""
-        x = self.dropout(x * math.sqrt(x.shape[1]) + F.embedding(position, self.positions))
+        x = self.dropout(x * math.sqrt(x.shape[1]) + F.embedding(tokens_after(position), self.positions))
         for block in self.blocks[:-1]:
             x = block(x, position, longest)
         return self.norm(self.blocks[-1](x, position, longest, at))

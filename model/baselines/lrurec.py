@@ -2,10 +2,14 @@
 
     x = LN(Dropout(E_{i_t}))
     [x = LN(x + Dropout(LRU(x)));  x = LN(x + Dropout(W2 Dropout(GELU(W1 x))))] x blocks,    z = x
-    score of item i:  z · E_i + b_i
+    score of item i:  z · E_i
 
 The LRU is that of model/lru.py with dense B [S, D] and C [D, S] in place of nested ones, and S = 2 D as in the released
-code; W1 is [4 D, D]. Histories are packed as there. T tokens, D dimensions, S states.
+code; W1 is [4 D, D]. The released code adds a bias b_i to the score, which is left out: the bias β of the last LN gives
+every item β · E_i already, and on Beauty's validation set both learn alike: NDCG@10 after 4, 5 and 6 epochs is .0348,
+.0397 and .0460 without it, .0343, .0388 and .0455 with it.
+
+Histories are packed as in model/lru.py. T tokens, D dimensions, S states.
 """
 
 import torch

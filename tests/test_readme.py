@@ -150,6 +150,8 @@ def test_every_other_command_of_the_readme_runs(workplace, export):
         "torchrun --nproc_per_node=2 train.py": " --num_epochs 1 --lru_num_blocks 1 --mrl_hidden_sizes 8,64",
         "python -m datasets.prepare": " --language_encoder lexical --img_encoder pixel",
         "torchrun": " --language_encoder lexical --img_encoder pixel --encoder_batch_size 2",
+        "python -m experiments.run": " --dry_run",
+        "python -m experiments.report": " --out RESULTS.md --media media",
         "python -m benchmarks.deploy": " --users 50 --requests 5 --catalogue 2000",
     }
     ci = (REPOSITORY / ".ci/run").read_text()

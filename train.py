@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from trainer.checkpoint import load_state, load_weights
     from trainer.counting import count
     from trainer.runlog import RunLog, start_wandb
-    from trainer.runs import check_data, create_run, read_log
+    from trainer.runs import check_data, claimed, create_run, read_log
 
     run = None
     if arguments.resume:
@@ -75,27 +76,28 @@ def main(argv: Sequence[str] | None = None) -> Path:
         start_wandb(run, vars(config)) if config.use_wandb and ranks.rank() == 0 else None,
     )
     try:
-        if config.model_code in COUNTING:
-            count(
-                model,
-                catalog.sequences,
-                eval_rows(catalog.sequences, config.lru_max_len, "val"),
-                run,
-                log,
-                batch_size=config.val_batch_size,
-                ks=config.metric_ks,
-                best_metric=config.best_metric,
-            )
-        else:
-            trainer = make_trainer(config, catalog, model, run, log, device)
-            if state:
-                trainer.load_state(state)
-            if arguments.resume:
-                ranks.say(f"continuing after epoch {done}" if state else "no epoch was finished: from the start")
-            progress = trainer.fit()
-            ranks.say(f"best epoch {progress.best_epoch}: val {config.best_metric} {progress.best:.4f}")
-        load_weights(model, run / "best.safetensors")
-        results = test_run(config, catalog, model, run, mask_history=False)
+        with claimed(run) if ranks.rank() == 0 else nullcontext():
+            if config.model_code in COUNTING:
+                count(
+                    model,
+                    catalog.sequences,
+                    eval_rows(catalog.sequences, config.lru_max_len, "val"),
+                    run,
+                    log,
+                    batch_size=config.val_batch_size,
+                    ks=config.metric_ks,
+                    best_metric=config.best_metric,
+                )
+            else:
+                trainer = make_trainer(config, catalog, model, run, log, device)
+                if state:
+                    trainer.load_state(state)
+                if arguments.resume:
+                    ranks.say(f"continuing after epoch {done}" if state else "no epoch was finished: from the start")
+                progress = trainer.fit()
+                ranks.say(f"best epoch {progress.best_epoch}: val {config.best_metric} {progress.best:.4f}")
+            load_weights(model, run / "best.safetensors")
+            results = test_run(config, catalog, model, run, mask_history=False)
     except KeyboardInterrupt:
         if ranks.rank() == 0:
             print(f"\ncontinue with: {ranks.command()} train.py --resume {run}", file=sys.stderr)

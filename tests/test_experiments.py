@@ -16,6 +16,7 @@ from config import Config, InputError, resolve
 from experiments import kept, paper, run
 from experiments.plan import definitions, read_definition, trained, unusual
 from tests.prepared import write_prepared
+from trainer.runs import claimed
 
 FLAGS = (
     "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 2,4 --num_epochs 2 "
@@ -302,6 +303,13 @@ def test_every_device_has_one_run_at_a_time(workplace, monkeypatch):
         run.main(f"depth --seeds 1,2,3 {FLAGS}".replace("--device cpu", "").split())
     assert len(most) == 6
     assert max(most) == 2
+
+
+def test_a_run_is_not_trained_by_two_at_once(workplace, calls):
+    (job,) = run_experiments("depth --rows '1 block'")
+    with claimed(job.run), pytest.raises(InputError, match="another process trains"):
+        train.main(["--resume", str(job.run)])
+    train.main(["--resume", str(job.run)])
 
 
 def test_the_scripts_are_called_as_a_user_would(workplace):

@@ -17,7 +17,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,21 @@ def check_data(run: Path, data: str) -> None:
     environment = read_json(run / "env.json", "give a run's folder, as train.py prints it")
     if environment.get("data", data) != data:
         raise InputError(f"the dataset is not the one that {run} was trained on; give its --data_root, or train anew")
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Keep other processes from training the run meanwhile. Raises InputError where one does already."""
+    with (run / "config.json").open("rb+") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process trains {run} now; wait for it, or end it") from None
+        except (ImportError, OSError):  # a system or a file system without locks
+            pass
+        yield
 
 
 def is_finished(epoch: int, best_epoch: int, num_epochs: int, patience: int | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from config import Config, InputError
-from datasets.files import read_json
+from datasets.files import read_json, replacing
 from experiments.plan import trained
 from trainer.runs import read_config, read_log, unfinished
 from trainer.user_ranks import load_ranks
@@ -21,6 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 MASKED = "_history_masked"
 TESTED = ("test_mrl_metrics.json", "test_ranks.npz")  # what a test writes, and with MASKED the one without the history
 ALSO = ("deploy.json", "deploy.png", "cold_items.json")  # where they were made
+ENVIRONMENT = ("command", "commit", "uncommitted_changes", "device", "versions")  # what the report says of a run
 
 Metrics = dict[int, dict[str, float]]  # size -> name -> value
 
@@ -34,11 +35,22 @@ class KeptRun:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        return read_json(self.folder / "env.json", "keep the run again")
+        path = self.folder / "env.json"
+        found = read_json(path, "keep the run again")
+        if missing := [name for name in ENVIRONMENT if name not in found]:
+            raise InputError(f"{path} lacks {missing[0]!r}; keep the run again")
+        return found
+
+    @property
+    def data(self) -> str | None:
+        """The digest of the dataset; None of a run from before it was noted."""
+        return self.environment.get("data")
 
     @cached_property
     def log(self) -> list[dict[str, Any]]:
-        return read_log(self.folder)
+        if not (found := read_log(self.folder)):
+            raise InputError(f"{self.folder / 'log.jsonl'} is missing or empty; keep the run again")
+        return found
 
     def metrics(self, masked: bool = False) -> Metrics:
         """The test metrics of every size; empty where that test was not made."""
@@ -65,11 +77,12 @@ def keep(run: Path, results: Path) -> None:
     if progress := unfinished(run):
         raise InputError(f"{run} is not finished ({progress}); train.py --resume {run} finishes it")
     target = results / f"{config.dataset_code}-{run.name}"
-    target.mkdir(parents=True, exist_ok=True)
     tests = [name.replace(".", f"{MASKED * masked}.") for name in TESTED for masked in (False, True)]
-    for name in ("config.json", "env.json", "log.jsonl", "test_metrics.json", *tests, *ALSO):
+    # config.json comes last: with it the folder is a kept run.
+    for name in ("env.json", "log.jsonl", "test_metrics.json", *tests, *ALSO, "config.json"):
         if (run / name).exists():
-            shutil.copyfile(run / name, target / name)
+            with replacing(target / name) as temporary:
+                shutil.copyfile(run / name, temporary)
 
 
 def untested(run: Path) -> list[list[str]]:
@@ -83,34 +96,52 @@ def untested(run: Path) -> list[list[str]]:
 
 def same_run(config: Config, runs_root: Path, results: Path) -> tuple[Path | None, str]:
     """The run, kept or not, that trains what these settings do, and what is to be done with it: "finished", "to keep",
-    "to test", "to continue"; (None, "to start") where there is none. The furthest one, where there are several."""
-    states = ("finished", "to keep", "to test", "to continue")
+    "to test", "kept in part" (without one of its tests, and the run itself is gone), "to continue"; (None, "to start")
+    where there is none. The furthest one, where there are several."""
+    states = ("finished", "to keep", "to test", "kept in part", "to continue")
     found = [
         (_state(run, results), run) for run, other in _runs(runs_root, results) if trained(other) == trained(config)
     ]
+    found = [pair for pair in found if pair[0]]
     if not found:
         return None, "to start"
     state, run = min(found, key=lambda pair: states.index(pair[0]))
     return run, state
 
 
+def unusable(runs_root: Path, results: Path) -> list[str]:
+    """Of every run, kept or not, that `same_run` cannot use, why."""
+    problems = []
+    for path in _configs(runs_root, results):
+        try:
+            read_config(path.parent)
+            if path.parent.parent == results and (progress := unfinished(path.parent)):
+                problems.append(f"{path.parent} lacks files of its run ({progress})")
+        except InputError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _runs(runs_root: Path, results: Path) -> Iterator[tuple[Path, Config]]:
     """All runs whose settings can be read, kept ones first."""
-    for path in (*sorted(results.glob("*/config.json")), *sorted(runs_root.glob("*/*/config.json"))):
+    for path in _configs(runs_root, results):
         try:
             yield path.parent, read_config(path.parent)[0]
         except InputError:  # of another version of this code
             continue
 
 
+def _configs(runs_root: Path, results: Path) -> list[Path]:
+    return [*sorted(results.glob("*/config.json")), *sorted(runs_root.glob("*/*/config.json"))]
+
+
 def _state(run: Path, results: Path) -> str:
+    kept = run.parent == results
     if unfinished(run):
-        return "to continue"
-    if run.parent == results:
-        return "finished"
+        return "" if kept else "to continue"  # kept files alone cannot be trained on
     if untested(run):
-        return "to test"
-    return "to keep"
+        return "kept in part" if kept else "to test"
+    return "finished" if kept else "to keep"
 
 
 def epoch_seconds(config: Config, runs_root: Path, results: Path) -> float | None:
@@ -125,10 +156,16 @@ def epoch_seconds(config: Config, runs_root: Path, results: Path) -> float | Non
         "branch",
     )
     alike = [
-        read_log(run)[-1]
+        (run.name.removeprefix(f"{other.dataset_code}-"), run)  # its time and name, kept or not
         for run, other in _runs(runs_root, results)
         if all(getattr(config, name) == getattr(other, name) for name in work)
         and bool(config.num_negatives) == bool(other.num_negatives)
-        and read_log(run)
     ]
-    return alike[-1]["seconds"] / alike[-1]["epoch"] if alike else None
+    for _, run in sorted(alike, reverse=True):
+        try:
+            last = read_log(run)[-1:]
+        except InputError:  # damaged
+            continue
+        if last:
+            return last[0]["seconds"] / last[0]["epoch"]
+    return None

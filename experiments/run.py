@@ -13,6 +13,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, InputError, is_runtime, parse_args, resolve, run_cli, shown
-from experiments.kept import RESULTS, epoch_seconds, keep, same_run, untested
+from datasets.files import cannot_write
+from experiments.kept import RESULTS, epoch_seconds, keep, same_run, untested, unusable
 from experiments.plan import Definition, Row, definitions, trained
 from trainer.runs import read_log
 
 REPOSITORY = Path(__file__).parent.parent
+DONE = ("finished", "kept in part")  # states in which there is nothing to do
 
 
 @dataclass
@@ -51,15 +54,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rows", metavar="ROW;ROW", help="only these rows of the experiment (default: all)")
     parser.add_argument("--seeds", default="42", metavar="N,N", help="a run for each (default: 42)")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where results are kept")
+    parser.add_argument(
+        "--dataset_code",
+        default=argparse.SUPPRESS,
+        metavar="NAME,NAME",
+        help="prepared datasets (default: those of the experiment's definition)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="where results are kept (default: experiments/results of this repository)",
+    )
     parser.add_argument("--dry_run", action="store_true", help="say what there is to do, and do nothing")
 
 
 def main(argv: Sequence[str] | None = None) -> list[Job]:
     """Do what is missing and return all jobs. Exits with 1 where one failed."""
-    settings = [f.name for f in dataclasses.fields(Config) if f.name != "seed"]
+    settings = [f.name for f in dataclasses.fields(Config) if f.name not in ("seed", "dataset_code")]
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], add_arguments, settings)
     jobs = planned(chosen(arguments), flags, seeds_of(arguments.seeds))
+    for problem in unusable(Path(jobs[0].config.runs_root), arguments.results):
+        print(f"left out: {problem}", file=sys.stderr)
     for job in jobs:
         look_up(job, arguments.results)
     for job in jobs:
@@ -67,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> list[Job]:
     print(summary(jobs), flush=True)
     if arguments.dry_run:
         return jobs
+    check_writable(arguments.results)
     work(jobs, arguments.results)
-    failed = [job for job in jobs if job.state != "finished"]
+    failed = [job for job in jobs if job.state not in DONE]
     for job in failed:
         print(f"{job.state}: {job.label}", file=sys.stderr)
     if failed:
@@ -130,7 +148,10 @@ def look_up(job: Job, results: Path) -> None:
     """Find the job's run, what is to be done with it, and how long that takes at most: by the time that an epoch takes
     in a run which does the same work in one."""
     runs_root = Path(job.config.runs_root)
-    job.run, job.state = same_run(job.config, runs_root, results)
+    try:
+        job.run, job.state = same_run(job.config, runs_root, results)
+    except InputError as error:
+        job.state = f"failed: {error}"
     per_epoch = epoch_seconds(job.config, runs_root, results)
     if job.state in ("to start", "to continue") and per_epoch is not None:
         done = read_log(job.run)[-1:] if job.run else []
@@ -157,6 +178,15 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
+def check_writable(folder: Path) -> None:
+    """Raise InputError where no file can be made in a folder: better now than after hours of training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+
+
 def work(jobs: list[Job], results: Path) -> None:
     """Do all jobs that are not finished, one at a time on every device. One that fails is marked, the rest go on."""
     devices, stopped = free_devices(jobs), threading.Event()
@@ -166,30 +196,37 @@ def work(jobs: list[Job], results: Path) -> None:
         try:
             if not stopped.is_set():
                 do_job(job, device, results)
+        except InputError as error:
+            job.state = f"failed: {error}"
         except BaseException:  # Ctrl-C, or an error of this script: no other run begins
             stopped.set()
             raise
         finally:
             devices.put(device)
 
-    left = [job for job in jobs if job.state != "finished"]
+    left = [job for job in jobs if job.state not in DONE]
     with ThreadPoolExecutor(devices.qsize()) as pool:
         list(pool.map(do, left))
 
 
 def free_devices(jobs: list[Job]) -> queue.SimpleQueue[str | None]:
-    """The GPUs, by number; or once None, where there is no choice of a device."""
+    """The GPUs, as CUDA_VISIBLE_DEVICES names them; or once None, where there is no choice of a device."""
     devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     import torch
 
     count = 0 if any(job.config.device == "cpu" for job in jobs) else torch.cuda.device_count()
-    for number in range(count) if count > 1 else [None]:
-        devices.put(None if number is None else str(number))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+    for name in names if count > 1 else [None]:
+        devices.put(name)
     return devices
 
 
 def do_job(job: Job, device: str | None, results: Path) -> None:
     """Train or go on, test with the history and without, and keep the results."""
+    job.run, job.state = same_run(job.config, Path(job.config.runs_root), results)  # it may be long since the plan
+    if job.state in DONE:
+        return
     print(f"\n== {job.label}", flush=True)
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
     runtime = [f"--{name}={shown(value)}" for name, value in job.flags.items() if is_runtime(name)]
@@ -209,6 +246,8 @@ def do_job(job: Job, device: str | None, results: Path) -> None:
     elif job.state == "to continue" and not call("train.py", "--resume", str(job.run)):
         return
     job.run, job.state = same_run(job.config, Path(job.config.runs_root), results)
+    if job.run is None:
+        raise InputError(f"train.py left no run of these settings below {job.config.runs_root}")
     for protocol in untested(job.run):
         if not call("eval.py", "--run", str(job.run), *protocol):
             return

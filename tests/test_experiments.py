@@ -50,6 +50,17 @@ def calls(monkeypatch):
     return noted
 
 
+def resolve_flags():
+    """The settings among FLAGS."""
+    return {
+        "use_img_encoder": False,
+        "language_encoder": "lexical",
+        "mrl_hidden_sizes": (2, 4),
+        "num_epochs": 2,
+        "device": "cpu",
+    }
+
+
 def run_experiments(arguments):
     return run.main(shlex.split(f"{arguments} {FLAGS}"))
 
@@ -303,6 +314,81 @@ def test_every_device_has_one_run_at_a_time(workplace, monkeypatch):
         run.main(f"depth --seeds 1,2,3 {FLAGS}".replace("--device cpu", "").split())
     assert len(most) == 6
     assert max(most) == 2
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("2,5", ["2", "5"]), (None, ["0", "1"])])
+def test_only_the_gpus_that_the_user_shows_are_used(monkeypatch, visible, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    devices = run.free_devices([])
+    assert [devices.get() for _ in expected] == expected
+    assert devices.empty()
+
+
+def test_kept_files_that_lack_some_of_a_run_are_never_trained_on(workplace, calls, capsys):
+    (job,) = run_experiments("depth --rows '1 block'")
+    (of_run,) = Path("kept").iterdir()
+    (of_run / "log.jsonl").unlink()
+    (again,) = run_experiments("depth --rows '1 block' --dry_run")
+    assert (again.run, again.state) == (job.run, "to keep")
+    shutil.rmtree("experiments")
+    (again,) = run_experiments("depth --rows '1 block' --dry_run")
+    assert (again.run, again.state) == (None, "to start")
+    assert f"left out: {of_run} lacks files of its run (epoch 0 of 2)" in capsys.readouterr().err
+
+
+def test_a_test_that_was_not_kept_is_made_where_the_run_still_is(workplace, calls):
+    (job,) = run_experiments("depth --rows '1 block'")
+    (of_run,) = Path("kept").iterdir()
+    for folder in (job.run, of_run):
+        (folder / "test_ranks_history_masked.npz").unlink()
+    calls.clear()
+    run_experiments("depth --rows '1 block'")
+    assert [call[0] for call in calls] == ["eval.py"]
+    (of_run / "test_ranks_history_masked.npz").unlink()
+    shutil.rmtree("experiments")
+    calls.clear()
+    assert [job.state for job in run_experiments("depth --rows '1 block'")] == ["kept in part"]
+    assert not calls
+
+
+def test_results_that_cannot_be_written_are_named_before_anything_is_trained(workplace, calls):
+    Path("kept").write_text("a file")
+    with pytest.raises(InputError, match="cannot write kept"):
+        run_experiments("depth")
+    assert not calls
+
+
+def test_results_of_one_run_that_cannot_be_kept_do_not_stop_the_rest(workplace, calls, monkeypatch, capsys):
+    true, tried = run.keep, []
+
+    def keep(of_run, results):
+        tried.append(of_run)
+        if len(tried) == 1:
+            raise InputError("cannot write kept")
+        true(of_run, results)
+
+    monkeypatch.setattr(run, "keep", keep)
+    with pytest.raises(SystemExit):
+        run_experiments("depth")
+    assert "failed: cannot write kept: tiny, seed 42: depth/1 block" in capsys.readouterr().err
+    assert len(list(Path("kept").iterdir())) == 1
+
+
+def test_what_another_runner_has_finished_meanwhile_is_not_run_again(workplace, calls):
+    jobs = run.planned([(definitions()["depth"], list(definitions()["depth"].rows))], {"dataset_code": "tiny"}, [42])
+    for job in jobs:
+        job.config = dataclasses.replace(job.config, **resolve_flags())
+        run.look_up(job, Path("kept"))
+    assert {job.state for job in jobs} == {"to start"}
+    run_experiments("depth")
+    calls.clear()
+    run.work(jobs, Path("kept"))
+    assert not calls
+    assert {job.state for job in jobs} == {"finished"}
 
 
 def test_a_run_is_not_trained_by_two_at_once(workplace, calls):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 DRAWS = 10_000
+AT_ONCE = 500  # draws that are held at once
 
 
 class Difference(NamedTuple):
@@ -31,7 +32,9 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = DRAWS, seed: int
     times the smaller share of draws on either side of 0 (a share of 0 counts as one draw).
     """
     values, counts = np.unique(a - b, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(a), counts / len(a), size=draws) @ values / len(a)
+    random = np.random.default_rng(seed)
+    parts = [min(AT_ONCE, draws - start) for start in range(0, draws, AT_ONCE)]
+    drawn = np.concatenate([random.multinomial(len(a), counts / len(a), size=n) @ values for n in parts]) / len(a)
     low, high = np.quantile(drawn, [0.025, 0.975])
     below, above = (drawn <= 0).mean(), (drawn >= 0).mean()
     return Difference(

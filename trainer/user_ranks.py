@@ -2,6 +2,7 @@
 apart by how often their item was trained on. U users."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,5 +31,5 @@ def load_ranks(path: Path) -> tuple[dict[int, np.ndarray], np.ndarray]:
         return {int(m): np.where(halves > 0, halves / 2, np.inf) for m, halves in arrays.items()}, times_trained.astype(
             np.int64
         )
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}); python eval.py --run {path.parent} writes it") from None

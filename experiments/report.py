@@ -1,5 +1,4 @@
-"""Make experiments/RESULTS.md and the pictures of results in media/ from the kept files of runs, beside the paper's
-numbers.
+"""Make experiments/RESULTS.md and its pictures in media/ from the kept files of runs, beside published numbers.
 
 python -m experiments.report                              # from experiments/results/
 python -m experiments.report --keep experiments/runs/...  # keep a run's small files there first; experiments.run does
@@ -36,9 +35,10 @@ def report(results: Path) -> str:
     if not runs:
         raise InputError(f"there is no kept run below {results}; --keep FOLDER keeps one")
     experiments = [line for definition in definitions().values() for line in tables.section(definition, runs)]
-    return "\n".join(
-        [INTRODUCTION, *experiments, *parameters.section(), "# Every run", "", *(section(run) for run in runs)]
-    )
+    measured = any((run.folder / "deploy.json").exists() for run in runs)
+    picture = ["## Accuracy against bytes", "", "![NDCG@10 of every size](../media/accuracy_by_bytes.png)", ""]
+    experiments += [*parameters.section(), *(picture if measured else [])]
+    return "\n".join([INTRODUCTION, *experiments, "# Every run", "", *(section(run) for run in runs)])
 
 
 def section(run: KeptRun) -> str:
@@ -58,7 +58,7 @@ def section(run: KeptRun) -> str:
         f"{' with uncommitted changes' if environment['uncommitted_changes'] else ''}.",
     ]
     paper = PUBLISHED[config.branch].get(config.dataset_code) if config.model_code == "fmrlrec" else None
-    if paper and (unlike := unlike_paper(config)):
+    if paper and (unlike := unlike_paper(config, config.branch)):
         lines.append(f"- Unlike the paper: {unlike}.")
     columns = (*COLUMNS, "MRR@10")
     lines += ["", "| size | " + " | ".join(columns) + " | NDCG@10, history masked | Recall@10, history masked |"]

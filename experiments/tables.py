@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ class Line:
 
     row: Row
     runs: tuple[KeptRun, ...]
+    number: int = 0  # which one of its row, where a table has several
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.name} ({self.number})" if self.number else self.row.name
 
     @property
     def config(self) -> Config:
@@ -44,7 +50,10 @@ class Line:
         return RESULTS.get(self.row.published, {}).get(self.config.dataset_code, {}).get(name)
 
     def of_users(self, name: str) -> np.ndarray | None:
-        """A test metric of every user, a mean over seeds: [U]; None where ranks were not kept."""
+        """A test metric of every user, a mean over seeds: [U]; None where ranks were not kept, or not as far as
+        that, or it is not known whose."""
+        if len(self.values(name)) < len(self.runs) or self.runs[0].data is None:
+            return None
         ranks = [run.ranks(name.endswith(MASKED)) for run in self.runs]
         if any(found is None for found in ranks):
             return None
@@ -60,18 +69,19 @@ def lines(definition: Definition, dataset: str, runs: Iterable[KeptRun]) -> list
         for index, row in enumerate(definition.rows):
             if run.config.dataset_code == dataset and definition.fits(row, run.config):
                 settings = {name: value for name, value in trained(run.config).items() if name != "seed"}
-                found.setdefault((index, *sorted(settings.items())), {})[run.config.seed] = run
+                found.setdefault((index, run.data, *sorted(settings.items())), {})[run.config.seed] = run
     ordered = sorted(found.items(), key=lambda pair: pair[0][0])
     return [Line(definition.rows[key[0]], tuple(dict(sorted(of_seeds.items())).values())) for key, of_seeds in ordered]
 
 
 def comparable(definition: Definition, of_dataset: list[Line]) -> list[list[Line]]:
-    """The lines in groups that differ in what the experiment varies alone. Left out is what compares nothing: a line
-    whose partners were not run, and a group without any pair, unless there is a published value for it."""
+    """The lines in groups, each on the same data, that differ in what the experiment varies alone. Left out is what
+    compares nothing: a line whose partners were not run, and a group without any pair, unless there is a published
+    value for it."""
     groups: dict[tuple, list[Line]] = {}
     for line in of_dataset:
         same = {name: v for name, v in trained(line.config).items() if name not in definition.varied() | {"seed"}}
-        groups.setdefault(tuple(sorted(same.items())), []).append(line)
+        groups.setdefault((line.runs[0].data, *sorted(same.items())), []).append(line)
     if definition.every_size:
         return list(groups.values())
     shown = []
@@ -81,15 +91,27 @@ def comparable(definition: Definition, of_dataset: list[Line]) -> list[list[Line
         waiting = {name for pair in definition.compare for name in pair} - complete
         kept = [line for line in group if line.row.name not in waiting or line.row.published]
         if complete or any(line.row.published for line in kept):
-            shown.append(kept)
+            shown.append(numbered(kept))
     return shown
+
+
+def numbered(group: list[Line]) -> list[Line]:
+    """The lines, with a number where a row has several: by it a table's lines and the notes below find each other."""
+    of_row = Counter(line.row.name for line in group)
+    seen: Counter[str] = Counter()
+    found = []
+    for line in group:
+        seen[line.row.name] += 1
+        found.append(replace(line, number=seen[line.row.name]) if of_row[line.row.name] > 1 else line)
+    return found
 
 
 def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
     """An experiment's part of the report, Markdown lines; none where nothing of it was run."""
     parts: list[str] = []
     for dataset in sorted({run.config.dataset_code for run in runs}):
-        for group in comparable(definition, lines(definition, dataset, runs)):
+        groups = comparable(definition, lines(definition, dataset, runs))
+        for group in groups:
             parts += [f"### {dataset}: {common_settings(definition, group)}", ""]
             if definition.every_size:
                 parts += every_size(group)
@@ -99,11 +121,15 @@ def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
             if definition.by_popularity:
                 parts += by_popularity(group)
             parts += provenance(definition, group)
+        if definition.every_size and groups:
+            parts += [f"![Metrics against size](../media/sizes-{dataset}.png)", ""]
     return [f"## {definition.title}", "", definition.text, "", *parts] if parts else []
 
 
 def common_settings(definition: Definition, group: list[Line]) -> str:
     """What all lines of a group have that is no default or preset of the dataset."""
+    if "model_code" in definition.varied():
+        return "every model with settings of its own"
     same = unusual(group[0].config, definition.varied() | {"seed"})
     return settings_text(same) or "the dataset's settings"
 
@@ -122,11 +148,12 @@ def results(group: list[Line], names: tuple[str, ...]) -> list[str]:
     """A row for every line: each metric and, where there is one, the published value and the difference to it."""
     if not any(line.values(name) for line in group for name in names):
         return []
-    heads, cells = ["", "seeds"], [[line.row.name, str(len(line.runs))] for line in group]
+    heads, cells = ["", "seeds"], [[line.name, str(len(line.runs))] for line in group]
     for name in names:
         heads.append(name.replace(MASKED, ", history masked"))
         for row, line in zip(cells, group, strict=True):
-            row.append(mean_sd(line.values(name)))
+            values = line.values(name)
+            row.append(mean_sd(values) + (f" ({len(values)} of them)" if 0 < len(values) < len(line.runs) else ""))
         if any(line.published(name) is not None for line in group):
             heads += ["published", "difference"]
             for row, line in zip(cells, group, strict=True):
@@ -160,7 +187,7 @@ def every_size(group: list[Line]) -> list[str]:
     for line in group:
         for size in line.config.mrl_hidden_sizes:
             row = [
-                line.row.name,
+                line.name,
                 str(size),
                 *(mean_sd(line.values(name, size)) for name in (*OF_SIZES, WITHOUT_HISTORY[0])),
             ]
@@ -186,12 +213,12 @@ def compared(definition: Definition, group: list[Line]) -> list[str]:
 def difference(a: Line, b: Line, name: str) -> list[str]:
     """a's metric minus b's; empty where ranks were not kept or the two were not tested on the same users."""
     of_a, of_b = a.of_users(name), b.of_users(name)
-    if of_a is None or of_b is None or a.runs[0].environment["data"] != b.runs[0].environment["data"]:
+    if of_a is None or of_b is None or a.runs[0].data != b.runs[0].data:
         return []
     found = paired_bootstrap(of_a, of_b)
     relative = f" ({found.mean / of_b.mean():+.1%})" if of_b.mean() > 0 else ""
     return [
-        f"{a.row.name} - {b.row.name}",
+        f"{a.name} - {b.name}",
         name.replace(MASKED, ", history masked"),
         f"{found.mean:+.4f}{relative}",
         f"{found.low:+.4f} .. {found.high:+.4f}",
@@ -201,11 +228,11 @@ def difference(a: Line, b: Line, name: str) -> list[str]:
 
 def by_popularity(group: list[Line]) -> list[str]:
     """NDCG@10 and Recall@10 of users, told apart by how often the item that they had next was in training."""
-    kept = [(line, line.runs[0].ranks()) for line in group]
-    kept = [(line, found) for line, found in kept if found]
+    kept = [(line, [line.of_users(name) for name in ("NDCG@10", "Recall@10")]) for line in group]
+    kept = [(line, found) for line, found in kept if all(values is not None for values in found)]
     if not kept:
         return []
-    times = kept[0][1][1]
+    _, times = kept[0][0].runs[0].ranks()
 
     def within(low: int, high: int | None) -> np.ndarray:
         return (times >= low) & (times <= (times.max() if high is None else high))
@@ -216,9 +243,8 @@ def by_popularity(group: list[Line]) -> list[str]:
         heads += [f"{low}" if low == high else f"{low}-{high}" if high else f"{low} and more"] * 2
         counts += [f"{within(low, high).sum():,}", ""]
     rows = [counts, ["", *["NDCG@10", "Recall@10"] * len(TRAINED)]]
-    for line, _ in kept:
-        of_users: list[Callable] = [line.of_users(name) for name in ("NDCG@10", "Recall@10")]
-        row = [line.row.name]
+    for line, of_users in kept:
+        row = [line.name]
         for low, high in TRAINED:
             some = within(low, high)
             row += [f"{values[some].mean():.4f}" if some.any() else "" for values in of_users]
@@ -233,27 +259,32 @@ def provenance(definition: Definition, group: list[Line]) -> list[str]:
         own = unusual(line.config, {"seed"}) if "model_code" in definition.varied() else {}
         own = {name: value for name, value in own.items() if name not in line.row.settings}
         logs = [run.log[-1] for run in line.runs]
-        environment = line.runs[-1].environment
+        environments = [run.environment for run in line.runs]
+        devices = dict.fromkeys(environment["device"] for environment in environments)
+        versions = dict.fromkeys(f"torch {environment['versions']['torch']}" for environment in environments)
+        commits = dict.fromkeys(f"`{(environment['commit'] or 'unknown')[:10]}`" for environment in environments)
         parts = [
             f"{', '.join(f'`{run.folder.name}`' for run in line.runs)}",
             f"{', '.join(str(log['epoch']) for log in logs)} epochs",
             f"best {', '.join(str(log['best_epoch']) for log in logs)}",
             f"{', '.join(str(round(log['seconds'] / 60)) for log in logs)} minutes",
-            environment["device"],
-            f"torch {environment['versions']['torch']}",
-            f"commit `{(environment['commit'] or 'unknown')[:10]}`",
+            " and ".join(devices),
+            " and ".join(versions),
+            f"commit {' and '.join(commits)}",
         ]
         if own:
             parts.append(f"with {settings_text(own)}")
-        if line.row.published and (unlike := unlike_paper(line.config)):
+        if line.row.published and (unlike := unlike_paper(line.config, line.row.published)):
             parts.append(f"unlike the paper: {unlike}")
-        notes.setdefault("; ".join(parts), []).append(line.row.name)
+        notes.setdefault("; ".join(parts), []).append(line.name)
     return [*(f"- {'; '.join(names)}: {how}." for how, names in notes.items()), ""]
 
 
-def unlike_paper(config: Config) -> str:
-    """What a run could not use that the paper did."""
+def unlike_paper(config: Config, published: str) -> str:
+    """What a run could not use that the paper did, in its row `published` of paper.RESULTS."""
     parts = []
+    if published == "both" and config.branch != "both":
+        parts.append(f"{config.title} alone")
     for switch, encoder in (("use_language_encoder", "language_encoder"), ("use_img_encoder", "img_encoder")):
         if getattr(config, switch) and getattr(config, encoder) != ENCODERS[encoder]:
             parts.append(f"{encoder} {getattr(config, encoder)} instead of {ENCODERS[encoder]}")

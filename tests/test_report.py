@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import resolve
+from config import InputError, resolve
 from experiments import paper, parameters, report, tables
 from experiments.figures import draw_figures
 from experiments.kept import kept_runs
@@ -84,6 +84,13 @@ def test_a_difference_of_every_user_is_certain_and_none_is_not():
     assert paired_bootstrap(values, values) == (0, 0, 0, 1)
 
 
+def test_how_many_draws_are_held_at_once_changes_nothing(monkeypatch):
+    a, b = np.random.default_rng(5).random((2, 100))
+    expected = paired_bootstrap(a, b, draws=1000)
+    monkeypatch.setattr("experiments.significance.AT_ONCE", 7)
+    assert paired_bootstrap(a, b, draws=1000) == expected
+
+
 def test_pairs_show_what_two_means_hide():
     ranks = np.random.default_rng(3).random(2000)
     a, b = ranks + 0.01 * (np.arange(2000) % 3 != 0), ranks
@@ -109,10 +116,8 @@ def test_figure_4_comes_out_to_the_digit():
 def test_what_models_here_hold_is_what_is_counted(sizes):
     model = FMRLRec(3, torch.zeros(3, parameters.FEATURES), sizes, num_blocks=2)
     projection = sum(p.numel() for p in model.items.parameters())
-    biases = 2 * 3 * sizes[-1]  # of the feed-forward network, which the paper's 5 biases a block have too
     assert parameters.held(sizes) == count_parameters(model)
     assert parameters.held(sizes, projection=False) == count_parameters(model) - projection
-    assert biases < parameters.held(sizes, projection=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -168,6 +173,67 @@ def test_a_nested_size_is_compared_with_the_model_trained_alone_and_the_rest_is_
     expected = 1 / np.log2(4) - 1 / np.log2(10)
     assert row[2].startswith(f"{expected:+.4f} (")
     assert row[4] == "0.0002"
+
+
+def test_seeds_on_other_data_are_no_seeds_of_the_same_row(tmp_path):
+    keep_run(tmp_path, "one", {})
+    keep_run(
+        tmp_path, "two", {}, {m: np.ones(USERS - 1) for m in resolve({})[0].mrl_hidden_sizes}, seed=2, data="other"
+    )
+    found = tables.lines(definitions()["table2"], "beauty", kept_runs(tmp_path))
+    assert [len(line.runs) for line in found] == [1, 1]
+    assert len(tables.comparable(definitions()["table2"], found)) == 2
+
+
+def test_a_row_says_which_seeds_it_has_no_value_of_and_names_every_commit(tmp_path):
+    keep_run(tmp_path, "one", LANGUAGE)
+    two = keep_run(tmp_path, "two", LANGUAGE, seed=43, masked=False)
+    environment = json.loads((two / "env.json").read_text())
+    (two / "env.json").write_text(json.dumps(environment | {"commit": "fedcba98765"}))
+    text = "\n".join(tables.section(definitions()["table3"], kept_runs(tmp_path)))
+    assert text.count("(1 of them)") == 2
+    assert "commit `0123456789` and `fedcba9876`" in text
+
+
+def test_rows_of_one_name_are_numbered_and_a_branch_that_is_missing_is_said(tmp_path):
+    keep_run(tmp_path, "one", LANGUAGE)
+    keep_run(tmp_path, "two", LANGUAGE | {"lr": 0.5})
+    text = "\n".join(tables.section(definitions()["baselines"], kept_runs(tmp_path)))
+    assert "### beauty: every model with settings of its own" in text
+    assert "- fMRLRec (1): `beauty-one`" in text
+    assert "- fMRLRec (2): `beauty-two`" in text
+    assert "| fMRLRec (2) |" in text
+    assert text.count("unlike the paper: items by text alone") == 2
+
+
+def test_users_ranks_are_not_used_beyond_the_cutoff_they_were_kept_to(tmp_path):
+    for name, flags in {"one": {"lru_num_blocks": 1}, "two": {}}.items():
+        folder = keep_run(tmp_path, name, flags, masked=False)
+        metrics = json.loads((folder / "test_mrl_metrics.json").read_text())
+        less = {size: {key: v for key, v in of.items() if key.endswith("@5")} for size, of in metrics.items()}
+        (folder / "test_mrl_metrics.json").write_text(json.dumps(less))
+    assert "paired bootstrap" not in "\n".join(tables.section(definitions()["depth"], kept_runs(tmp_path)))
+
+
+def test_a_seed_without_ranks_leaves_the_row_out_of_the_table_by_popularity(tmp_path):
+    keep_run(tmp_path, "one", {"model_code": "sasrec"})
+    (keep_run(tmp_path, "two", {"model_code": "sasrec"}, seed=2) / "test_ranks.npz").unlink()
+    assert "times in training" not in "\n".join(tables.section(definitions()["baselines"], kept_runs(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("log.jsonl", "", "log.jsonl is missing or empty"),
+        ("env.json", "{}", "env.json lacks 'command'"),
+        ("test_ranks.npz", "", "test_ranks.npz cannot be read"),
+    ],
+)
+def test_damaged_files_of_a_kept_run_are_named(tmp_path, name, content, problem):
+    folder = keep_run(tmp_path, "one", {"model_code": "sasrec"})
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=problem):
+        report.report(tmp_path)
 
 
 def test_runs_on_other_data_or_without_ranks_are_not_compared_by_users(tmp_path):

@@ -84,7 +84,7 @@ def draw_parameters(path: Path) -> None:
     """Figure 4: the share of parameters that one training for all sizes saves."""
     with _figure(path, 1, "Parameters that one training for all sizes saves") as (panel,):
         rows = figure4()
-        names = ("the paper's formula", "blocks here, without masked parts", "the same with the projection")
+        names = ("the paper's formula", "files here", "here, without masked zeros")
         for i, (name, colour) in enumerate(zip(names, (PAPER, *COLOURS), strict=False)):
             places = [x + 0.27 * (i - 1) for x in range(len(rows))]
             bars = panel.bar(places, [100 * row[1 + i] for row in rows], width=0.25, color=colour, label=name)

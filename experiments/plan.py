@@ -97,6 +97,10 @@ def trained(config: Config) -> dict[str, Any]:
         unread |= {"encoder_precision"}
     if not config.early_stopping:
         unread |= {"early_stopping_patience"}
+    if config.model_code != "sasrec":
+        unread |= {"num_heads"}
+    if config.model_code == "sasrec":
+        unread |= {"lru_use_bias", "lru_r_min", "lru_r_max"}
     if config.model_code in COUNTING:
         unread |= set(vars(config)) - {"dataset_code", "model_code"}
     return {name: value for name, value in vars(config).items() if name not in unread}

@@ -98,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> list[Job]:
 def chosen(arguments: argparse.Namespace) -> list[tuple[Definition, list[Row]]]:
     """The experiments and rows that were asked for. Raises InputError that names an unknown one."""
     known = definitions()
-    names = list(known) if arguments.experiments == "all" else arguments.experiments.split(",")
+    names = list(known)
+    if arguments.experiments != "all":
+        names = [name.strip() for name in arguments.experiments.split(",")]
     for name in names:
         if name not in known:
             raise InputError(f"there is no experiment {name!r}; there are {', '.join(known)}, and all")

@@ -135,6 +135,16 @@ def test_what_a_run_does_not_read_does_not_tell_it_apart():
         assert trained(dataclasses.replace(ids, **{name: value})) == trained(ids)
         assert trained(dataclasses.replace(text, **{name: value})) != trained(text)
     assert trained(dataclasses.replace(text, seed=1)) != trained(text)
+    for model, unread in {
+        "fmrlrec": ["num_heads"],
+        "sasrec": ["lru_r_max", "lru_use_bias"],
+        "lrurec": ["num_heads"],
+    }.items():
+        own, _ = resolve({"model_code": model})
+        for name in {"num_heads", "lru_r_max", "lru_use_bias"}:
+            value = {"num_heads": 2, "lru_r_max": 0.995, "lru_use_bias": False}[name]
+            same = trained(dataclasses.replace(own, **{name: value})) == trained(own)
+            assert same == (name in unread), (model, name)
 
 
 def test_the_unusual_is_what_is_neither_default_nor_preset():

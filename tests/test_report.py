@@ -116,8 +116,11 @@ def test_figure_4_comes_out_to_the_digit():
 def test_what_models_here_hold_is_what_is_counted(sizes):
     model = FMRLRec(3, torch.zeros(3, parameters.FEATURES), sizes, num_blocks=2)
     projection = sum(p.numel() for p in model.items.parameters())
-    assert parameters.held(sizes) == count_parameters(model)
-    assert parameters.held(sizes, projection=False) == count_parameters(model) - projection
+    numbers = sum(p.numel() for p in model.parameters())
+    assert parameters.stored(sizes[-1]) == numbers
+    assert parameters.stored(sizes[-1], projection=False) == numbers - projection
+    assert parameters.unmasked(sizes) == count_parameters(model)
+    assert parameters.unmasked(sizes, projection=False) == count_parameters(model) - projection
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

@@ -39,7 +39,7 @@ def evaluate(
 
 @torch.inference_mode()
 def rank_targets(
-    model: FMRLRec, rows: EvalRows, *, sizes: tuple[int, ...], batch_size: int, mask_history: bool = False
+    model: Trained | Popularity, rows: EvalRows, *, sizes: tuple[int, ...], batch_size: int, mask_history: bool = False
 ) -> dict[int, Tensor]:
     """The rank of every user's target at each of `sizes`, [U] float64, from one pass in which sizes share their scores.
 

@@ -336,6 +336,8 @@ def is_runtime(name: str) -> bool:
 def run_cli(main: Callable[[], Any]) -> None:
     """Run a script's main: an InputError is printed as one line (exit status 2), Ctrl-C ends with 130. Of the processes
     of torchrun the first says it."""
+    if of_module := sys.modules["__main__"].__spec__:  # the usage of python -m, as Python 3.14 says it by itself
+        sys.argv[0] = f"python -m {of_module.name}"
     try:
         main()
     except InputError as error:

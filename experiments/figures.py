@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,10 +58,10 @@ def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Pat
                            label="paper, text and pictures")  # fmt: skip
             for line, colour in zip(curves, COLOURS * len(curves), strict=False):
                 sizes = line.config.mrl_hidden_sizes
-                means = [statistics.mean(line.values(name, size)) for size in sizes]
+                means = [statistics.mean(line.values(name, size) or [math.nan]) for size in sizes]
                 panel.plot(sizes, means, "o-", color=colour, markersize=4, label=label(line))
             if separate:
-                points = [(line.size, statistics.mean(line.values(name))) for line in separate]
+                points = [(line.size, statistics.mean(line.values(name) or [math.nan])) for line in separate]
                 panel.plot(*zip(*points, strict=True), "x", color="black", label="trained alone")
             panel.set_xscale("log", base=2)
             sizes = sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)})

@@ -14,7 +14,7 @@ import numpy as np
 from config import Config, InputError
 from datasets.files import read_json, replacing
 from experiments.plan import trained
-from trainer.runs import read_config, read_log, unfinished
+from trainer.runs import check_data, read_config, read_log, unfinished
 from trainer.user_ranks import load_ranks
 
 RESULTS = Path(__file__).parent / "results"
@@ -94,13 +94,16 @@ def untested(run: Path) -> list[list[str]]:
     ]
 
 
-def same_run(config: Config, runs_root: Path, results: Path) -> tuple[Path | None, str]:
+def same_run(config: Config, runs_root: Path, results: Path, data: str | None = None) -> tuple[Path | None, str]:
     """The run, kept or not, that trains what these settings do, and what is to be done with it: "finished", "to keep",
     "to test", "kept in part" (without one of its tests, and the run itself is gone), "to continue"; (None, "to start")
-    where there is none. The furthest one, where there are several."""
+    where there is none. The furthest one, where there are several. data: the digest of the dataset as it is here; a run
+    on another one is none of these."""
     states = ("finished", "to keep", "to test", "kept in part", "to continue")
     found = [
-        (_state(run, results), run) for run, other in _runs(runs_root, results) if trained(other) == trained(config)
+        (_state(run, results), run)
+        for run, other in readable_runs(runs_root, results)
+        if trained(other) == trained(config) and _is_on(run, data)
     ]
     found = [pair for pair in found if pair[0]]
     if not found:
@@ -122,7 +125,7 @@ def unusable(runs_root: Path, results: Path) -> list[str]:
     return problems
 
 
-def _runs(runs_root: Path, results: Path) -> Iterator[tuple[Path, Config]]:
+def readable_runs(runs_root: Path, results: Path) -> Iterator[tuple[Path, Config]]:
     """All runs whose settings can be read, kept ones first."""
     for path in _configs(runs_root, results):
         try:
@@ -135,6 +138,16 @@ def _configs(runs_root: Path, results: Path) -> list[Path]:
     return [*sorted(results.glob("*/config.json")), *sorted(runs_root.glob("*/*/config.json"))]
 
 
+def _is_on(run: Path, data: str | None) -> bool:
+    """Whether a run is on the dataset of this digest, for all that is known."""
+    try:
+        if data is not None:
+            check_data(run, data)
+    except InputError:
+        return False
+    return True
+
+
 def _state(run: Path, results: Path) -> str:
     kept = run.parent == results
     if unfinished(run):
@@ -142,30 +155,3 @@ def _state(run: Path, results: Path) -> str:
     if untested(run):
         return "kept in part" if kept else "to test"
     return "finished" if kept else "to keep"
-
-
-def epoch_seconds(config: Config, runs_root: Path, results: Path) -> float | None:
-    """The time of an epoch in the newest run that does the same work in one; None where there is none."""
-    work = (
-        "dataset_code",
-        "model_code",
-        "mrl_hidden_sizes",
-        "lru_num_blocks",
-        "train_batch_size",
-        "precision",
-        "branch",
-    )
-    alike = [
-        (run.name.removeprefix(f"{other.dataset_code}-"), run)  # its time and name, kept or not
-        for run, other in _runs(runs_root, results)
-        if all(getattr(config, name) == getattr(other, name) for name in work)
-        and bool(config.num_negatives) == bool(other.num_negatives)
-    ]
-    for _, run in sorted(alike, reverse=True):
-        try:
-            last = read_log(run)[-1:]
-        except InputError:  # damaged
-            continue
-        if last:
-            return last[0]["seconds"] / last[0]["epoch"]
-    return None

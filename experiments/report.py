@@ -123,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", metavar="FILE", help="the report")
     parser.add_argument("--media", type=Path, default=HERE.parent / "media", metavar="FOLDER", help="the pictures")
     arguments = parser.parse_args(argv)
+    if arguments.results != RESULTS and arguments.out == HERE / "RESULTS.md":
+        raise InputError(f"--results {arguments.results} would replace the report of {RESULTS}; give --out and --media")
     if arguments.keep:
         keep(arguments.keep, arguments.results)
     write_text(arguments.out, report(arguments.results))

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,18 +19,22 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import Config, InputError, is_runtime, parse_args, resolve, run_cli, shown
+from datasets.catalog import Catalog, load_catalog
 from datasets.files import cannot_write
-from experiments.kept import RESULTS, epoch_seconds, keep, same_run, untested, unusable
+from experiments import estimate
+from experiments.kept import RESULTS, keep, same_run, untested, unusable
 from experiments.plan import Definition, Row, definitions, trained
 from trainer.runs import read_log
 
 REPOSITORY = Path(__file__).parent.parent
 DONE = ("finished", "kept in part")  # states in which there is nothing to do
+CHILDREN: list[subprocess.Popen] = []  # the scripts that run now
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Job:
     names: list[str]  # experiment/row of those that it is for
     flags: dict[str, Any]
     config: Config
+    data: str | None = None  # the digest of its dataset, where that is prepared
     run: Path | None = None  # its folder, once there is one
     state: str = ""  # as kept.same_run says it, or what failed
     seconds: float | None = None  # of training still to go, at most; None: not known
@@ -46,6 +52,16 @@ class Job:
     @property
     def label(self) -> str:
         return f"{self.config.dataset_code}, seed {self.config.seed}: {', '.join(self.names)}"
+
+    @property
+    def to_train(self) -> bool:
+        return self.state in ("to start", "to continue")
+
+    def set_time(self, per_epoch: float | None) -> None:
+        """Set how long the epochs that are left take."""
+        if per_epoch is not None:
+            done = read_log(self.run)[-1:] if self.run else []
+            self.seconds = per_epoch * (self.config.num_epochs - (done[0]["epoch"] if done else 0))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where results are kept (default: experiments/results of this repository)",
     )
-    parser.add_argument("--dry_run", action="store_true", help="say what there is to do, and do nothing")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what there is to do and how long it takes; train nothing"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> list[Job]:
@@ -77,8 +95,11 @@ def main(argv: Sequence[str] | None = None) -> list[Job]:
     jobs = planned(chosen(arguments), flags, seeds_of(arguments.seeds))
     for problem in unusable(Path(jobs[0].config.runs_root), arguments.results):
         print(f"left out: {problem}", file=sys.stderr)
+    catalogs = prepared(jobs)
     for job in jobs:
         look_up(job, arguments.results)
+    if arguments.dry_run:
+        measure(jobs, catalogs)
     for job in jobs:
         print(f"{job.state:12} {duration(job.seconds):>9}  {job.label}")
     print(summary(jobs), flush=True)
@@ -117,7 +138,7 @@ def chosen(arguments: argparse.Namespace) -> list[tuple[Definition, list[Row]]]:
 def seeds_of(text: str) -> list[int]:
     """The seeds of "42,43". Raises InputError for what is no whole number."""
     try:
-        return [int(part) for part in text.split(",")]
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise InputError(f"--seeds {text!r} must be whole numbers with commas, such as 42,43,44") from None
 
@@ -125,7 +146,7 @@ def seeds_of(text: str) -> list[int]:
 def planned(experiments: list[tuple[Definition, list[Row]]], flags: dict[str, Any], seeds: list[int]) -> list[Job]:
     """A job for every seed, dataset and row; rows that ask for the same training share one."""
     jobs: list[Job] = []
-    asked = flags["dataset_code"].split(",") if "dataset_code" in flags else None
+    asked = list(dict.fromkeys(flags["dataset_code"].split(","))) if "dataset_code" in flags else None
     for definition, rows in experiments:
         for seed in seeds:
             for dataset in asked or definition.datasets:
@@ -146,30 +167,51 @@ def planned(experiments: list[tuple[Definition, list[Row]]], flags: dict[str, An
     return jobs
 
 
+def prepared(jobs: list[Job]) -> dict[str, Catalog]:
+    """The datasets of the jobs that are prepared, by name; every job is told which data it is on."""
+    catalogs: dict[str, Catalog] = {}
+    for name, root in dict.fromkeys((job.config.dataset_code, job.config.data_root) for job in jobs):
+        with suppress(InputError):  # train.py says it, where it comes to that
+            catalogs[name] = load_catalog(root, name)
+    for job in jobs:
+        if job.config.dataset_code in catalogs:
+            job.data = catalogs[job.config.dataset_code].digest()
+    return catalogs
+
+
 def look_up(job: Job, results: Path) -> None:
-    """Find the job's run, what is to be done with it, and how long that takes at most: by the time that an epoch takes
-    in a run which does the same work in one."""
+    """Find the job's run, what is to be done with it, and how long that takes at most by an earlier run."""
     runs_root = Path(job.config.runs_root)
     try:
-        job.run, job.state = same_run(job.config, runs_root, results)
+        job.run, job.state = same_run(job.config, runs_root, results, job.data)
     except InputError as error:
         job.state = f"failed: {error}"
-    per_epoch = epoch_seconds(job.config, runs_root, results)
-    if job.state in ("to start", "to continue") and per_epoch is not None:
-        done = read_log(job.run)[-1:] if job.run else []
-        job.seconds = per_epoch * (job.config.num_epochs - (done[0]["epoch"] if done else 0))
+    if job.to_train:
+        job.set_time(estimate.earlier(job.config, runs_root, results))
+
+
+def measure(jobs: list[Job], catalogs: dict[str, Catalog]) -> None:
+    """Time a few steps for the jobs that no earlier run is like, once for all that do the same work."""
+    per_epoch: dict[tuple, float] = {}
+    for job in jobs:
+        if job.to_train and job.seconds is None and job.config.dataset_code in catalogs:
+            work = estimate.work(job.config)
+            if work not in per_epoch:
+                print(f"measuring a few steps: {job.label}", file=sys.stderr, flush=True)
+                per_epoch[work] = estimate.measured(job.config, catalogs[job.config.dataset_code])
+            job.set_time(per_epoch[work])
 
 
 def summary(jobs: list[Job]) -> str:
     """How many jobs there are in which state, and how long what is left takes."""
     states = Counter(job.state for job in jobs)
     text = f"{len(jobs)} runs: {', '.join(f'{count} {state}' for state, count in states.items())}"
-    training = [job for job in jobs if job.state in ("to start", "to continue")]
+    training = [job for job in jobs if job.to_train]
     known = [job.seconds for job in training if job.seconds is not None]
     if known:
-        text += f"; {duration(sum(known))} at most for {len(known)} of them, one at a time, by runs like them"
+        text += f"; {duration(sum(known))} at most for {len(known)} of them, one at a time"
     if len(known) < len(training):
-        text += f"; no run to go by for {len(training) - len(known)}"
+        text += f"; not known how long for {len(training) - len(known)}"
     return text
 
 
@@ -193,6 +235,11 @@ def work(jobs: list[Job], results: Path) -> None:
     """Do all jobs that are not finished, one at a time on every device. One that fails is marked, the rest go on."""
     devices, stopped = free_devices(jobs), threading.Event()
 
+    def stop(*_) -> None:  # a terminal hands Ctrl-C to the scripts too; SIGTERM comes here alone
+        stopped.set()
+        for child in CHILDREN:
+            child.terminate()
+
     def do(job: Job) -> None:
         device = devices.get()
         try:
@@ -207,8 +254,12 @@ def work(jobs: list[Job], results: Path) -> None:
             devices.put(device)
 
     left = [job for job in jobs if job.state not in DONE]
-    with ThreadPoolExecutor(devices.qsize()) as pool:
-        list(pool.map(do, left))
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with ThreadPoolExecutor(devices.qsize()) as pool:
+            list(pool.map(do, left))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def free_devices(jobs: list[Job]) -> queue.SimpleQueue[str | None]:
@@ -226,7 +277,8 @@ def free_devices(jobs: list[Job]) -> queue.SimpleQueue[str | None]:
 
 def do_job(job: Job, device: str | None, results: Path) -> None:
     """Train or go on, test with the history and without, and keep the results."""
-    job.run, job.state = same_run(job.config, Path(job.config.runs_root), results)  # it may be long since the plan
+    runs_root = Path(job.config.runs_root)
+    job.run, job.state = same_run(job.config, runs_root, results, job.data)  # it may be long since the plan
     if job.state in DONE:
         return
     print(f"\n== {job.label}", flush=True)
@@ -247,7 +299,7 @@ def do_job(job: Job, device: str | None, results: Path) -> None:
             return
     elif job.state == "to continue" and not call("train.py", "--resume", str(job.run)):
         return
-    job.run, job.state = same_run(job.config, Path(job.config.runs_root), results)
+    job.run, job.state = same_run(job.config, runs_root, results, job.data)
     if job.run is None:
         raise InputError(f"train.py left no run of these settings below {job.config.runs_root}")
     for protocol in untested(job.run):
@@ -259,7 +311,12 @@ def do_job(job: Job, device: str | None, results: Path) -> None:
 
 def call_script(script: str, arguments: list[str], environment: dict[str, str]) -> int:
     """Run train.py or eval.py in a process of its own; returns its exit status."""
-    return subprocess.run([sys.executable, REPOSITORY / script, *arguments], env=environment, check=False).returncode
+    with subprocess.Popen([sys.executable, REPOSITORY / script, *arguments], env=environment) as child:
+        CHILDREN.append(child)
+        try:
+            return child.wait()
+        finally:
+            CHILDREN.remove(child)
 
 
 if __name__ == "__main__":

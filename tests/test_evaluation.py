@@ -277,6 +277,12 @@ def test_a_test_keeps_the_rank_of_every_user_up_to_the_largest_cutoff(tmp_path, 
         assert np.isinf(kept[m][~near]).all()
 
 
+def test_ranks_are_kept_to_any_cut_off(tmp_path):
+    ranks = np.array([1.0, 49_999.5, 50_000.0, 50_001.0])
+    save_ranks(tmp_path / "r.npz", {4: ranks}, 50_000, np.zeros(4))
+    assert load_ranks(tmp_path / "r.npz")[0][4].tolist() == [1.0, 49_999.5, 50_000.0, np.inf]
+
+
 @pytest.mark.parametrize("damage", ["absent", "text", "cut short", "pickled"])
 def test_ranks_that_cannot_be_read_are_named(tmp_path, damage):
     path = tmp_path / "test_ranks.npz"

@@ -2,20 +2,25 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval as evaluate
 import train
 from config import Config, InputError, resolve
-from experiments import kept, paper, run
+from datasets.catalog import load_catalog
+from experiments import estimate, kept, paper, run
 from experiments.plan import definitions, read_definition, trained, unusual
 from tests.prepared import write_prepared
+from trainer import trainer as trainer_of_runs
 from trainer.runs import claimed
 
 FLAGS = (
@@ -206,9 +211,40 @@ def test_a_seed_is_given_by_seeds(workplace, capsys):
 
 
 def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(workplace, calls, capsys):
-    run_experiments("depth --seeds 1,2 --dry_run")
-    assert "4 runs: 4 to start; no run to go by for 4" in capsys.readouterr().out
+    jobs = run_experiments("depth --seeds 1,2,1 --dry_run")
+    said = capsys.readouterr()
+    assert "4 runs: 4 to start; 0 min at most for 4 of them, one at a time" in said.out
+    assert said.err.count("measuring a few steps: tiny") == 2  # what two seeds do is the same work
+    assert all(job.seconds > 0 for job in jobs)
     assert not calls and not Path("experiments").exists() and not Path("kept").exists()
+
+
+def test_a_dry_run_knows_no_time_where_the_data_is_not_prepared(workplace, calls, capsys):
+    run_experiments("depth --dry_run --data_root elsewhere")
+    assert "2 runs: 2 to start; not known how long for 2" in capsys.readouterr().out
+
+
+def test_the_measured_time_is_that_of_all_steps_and_of_all_validation(workplace, monkeypatch):
+    write_prepared(workplace / "data", "more", users=200, items=10)
+    flags = resolve_flags() | {"dataset_code": "more", "train_batch_size": 10, "val_batch_size": 5}
+    true = trainer_of_runs.Trainer.validate
+
+    def slow(trainer):
+        time.sleep(0.1 * len(trainer.val_rows) / 200)
+        return true(trainer)
+
+    def step(trainer, batch):
+        time.sleep(0.02)
+        return torch.zeros(())
+
+    monkeypatch.setattr(trainer_of_runs.Trainer, "_update", step)
+    monkeypatch.setattr(trainer_of_runs.Trainer, "validate", slow)
+    seconds = estimate.measured(resolve(flags)[0], load_catalog(workplace / "data", "more"))
+    assert 20 * 0.02 + 0.1 <= seconds < 3 * (20 * 0.02 + 0.1)
+
+
+def test_a_model_that_only_counts_takes_no_time():
+    assert estimate.measured(resolve({"model_code": "itemknn"})[0], None) == 0
 
 
 def test_what_is_missing_is_run_tested_both_ways_and_kept_and_the_rest_is_skipped(workplace, calls, capsys):
@@ -301,7 +337,40 @@ def test_the_time_is_estimated_by_a_run_that_does_the_same_work(workplace, calls
     assert [job.seconds for job in jobs][:2] == [None, None]
     assert jobs[2].seconds == 2 * 3600
     assert 0 < jobs[3].seconds < 60
-    assert "2.0 h at most for 2 of them" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "2.0 h at most for 2 of them" in said.out
+    assert "measuring" not in said.err
+
+
+def test_a_run_on_other_data_is_not_taken_for_this_one(workplace, calls):
+    (job,) = run_experiments("depth --rows '1 block'")
+    write_prepared(workplace / "data", "tiny", users=12, items=10, seed=1)
+    (again,) = run_experiments("depth --rows '1 block' --dry_run")
+    assert again.state == "to start"
+    (again,) = run_experiments("depth --rows '1 block'")
+    assert again.state == "finished" and again.run != job.run
+    assert len(list(Path("kept").iterdir())) == 2
+
+
+def test_sigterm_ends_the_script_that_runs_and_begins_no_other(workplace, monkeypatch, capsys):
+    began = workplace / "began"
+    (workplace / "train.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(began)!r}).open('a').write('one ')\ntime.sleep(60)\n"
+    )
+    monkeypatch.setattr(run, "REPOSITORY", workplace)
+
+    def end():
+        while not began.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end).start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run_experiments("depth")
+    assert began.read_text() == "one "
+    assert f"train.py failed with {-signal.SIGTERM}: tiny" in capsys.readouterr().err
+    assert not run.CHILDREN and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_every_device_has_one_run_at_a_time(workplace, monkeypatch):

@@ -305,3 +305,23 @@ def test_figures_are_drawn_of_what_was_run(tmp_path):
     for path in made:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
+
+
+def test_a_run_whose_cut_offs_lack_10_leaves_its_curve_out(tmp_path):
+    keep_run(tmp_path / "results", "a", LANGUAGE)
+    other = keep_run(tmp_path / "results", "b", LANGUAGE | {"num_epochs": 7})
+    path = other / "test_mrl_metrics.json"
+    without = {m: {k: v for k, v in of.items() if "@10" not in k} for m, of in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(without))
+    assert tmp_path / "sizes-beauty.png" in draw_figures(kept_runs(tmp_path / "results"), tmp_path)
+
+
+def test_the_report_of_other_results_does_not_replace_the_repositorys(tmp_path, capsys):
+    keep_run(tmp_path / "results", "a", LANGUAGE)
+    before = (report.HERE / "RESULTS.md").read_bytes()
+    with pytest.raises(InputError, match=r"would replace the report of .*; give --out and --media"):
+        report.main(["--results", str(tmp_path / "results")])
+    assert (report.HERE / "RESULTS.md").read_bytes() == before
+    out = tmp_path / "RESULTS.md"
+    report.main(["--results", str(tmp_path / "results"), "--out", str(out), "--media", str(tmp_path / "media")])
+    assert out.read_text().startswith("# Results")

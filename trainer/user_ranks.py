@@ -16,7 +16,8 @@ TRAINED = "times_trained"  # the array beside those of the sizes
 def save_ranks(path: Path, ranks: dict[int, np.ndarray], cutoff: int, times_trained: np.ndarray) -> None:
     """Write size -> ranks [U], from 1 and possibly ending in .5, of which those beyond `cutoff` are not told apart; and
     how often each user's item occurs in training [U]."""
-    halves = {str(m): np.where(of_size <= cutoff, 2 * of_size, 0).astype(np.uint16) for m, of_size in ranks.items()}
+    kind = np.min_scalar_type(2 * cutoff)
+    halves = {str(m): np.where(of_size <= cutoff, 2 * of_size, 0).astype(kind) for m, of_size in ranks.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **halves, **{TRAINED: times_trained.astype(np.uint32)})
 

@@ -42,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
+BEYOND = ("logit_scale", "size_weights", "distill")  # what fmrlrec alone has, beyond the paper
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -161,6 +162,17 @@ class Config:
     early_stopping: bool = setting(True, "stop when best_metric has not improved for early_stopping_patience epochs")
     early_stopping_patience: int = setting(10, "epochs without improvement before stopping")
 
+    # --- plus: beyond the paper, all off by default
+    logit_scale: bool = setting(False, "learn for every size how sharp its logits are")
+    size_weights: str = setting(
+        "uniform",
+        "how much the sizes' losses count: all alike, or proportional to 1/√size (sqrt), so that small ones count more",
+        choices=("uniform", "sqrt"),
+    )
+    distill: float = setting(
+        0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"
+    )
+
     # --- evaluation
     val_batch_size: int = setting(256, "users ranked at once in validation; does not change results", runtime=True)
     test_batch_size: int = setting(256, "users ranked at once in the test; does not change results", runtime=True)
@@ -212,6 +224,7 @@ GROUPS = {
     "features": "use_language_encoder",
     "model": "model_code",
     "training": "seed",
+    "plus": "logit_scale",
     "evaluation": "val_batch_size",
     "run": "device",
 }  # group -> its first field
@@ -238,6 +251,8 @@ def _problems(c: Config):
     for name in ("lru_dropout", "lru_attn_dropout"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
+    if not 0 <= c.distill <= 1:
+        yield f"--distill {c.distill} must lie between 0 and 1"
     if not 0 <= c.lru_r_min < c.lru_r_max <= 1:
         yield f"--lru_r_min {c.lru_r_min} --lru_r_max {c.lru_r_max}: need 0 <= r_min < r_max <= 1"
     for name in ("mrl_hidden_sizes", "metric_ks"):
@@ -248,6 +263,9 @@ def _problems(c: Config):
         for name in _IDS_ALONE:
             if getattr(c, name):
                 yield f"--{name}: {c.model_code} knows items by their ids alone; encoders are for --model_code fmrlrec"
+        for name in BEYOND:
+            if getattr(c, name) != getattr(Config, name):
+                yield f"--{name} {getattr(c, name)}: only --model_code fmrlrec has it, not {c.model_code}"
         sizes = shown(c.mrl_hidden_sizes)
         if len(c.mrl_hidden_sizes) > 1:
             yield f'--mrl_hidden_sizes "{sizes}": {c.model_code} has one size; only --model_code fmrlrec is nested'

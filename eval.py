@@ -153,6 +153,7 @@ def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> M
         use_bias=config.lru_use_bias,
         r_min=config.lru_r_min,
         r_max=config.lru_r_max,
+        logit_scale=config.logit_scale,
     )
 
 

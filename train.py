@@ -138,6 +138,8 @@ def make_trainer(
         schedule=config.enable_lr_schedule,
         patience=config.early_stopping_patience if config.early_stopping else None,
         reduction=config.mrl_loss,
+        size_weights=config.size_weights,
+        distill=config.distill,
         val_batch_size=config.val_batch_size,
         metric_ks=config.metric_ks,
         best_metric=config.best_metric,

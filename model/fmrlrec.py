@@ -127,9 +127,11 @@ class FMRLRec(nn.Module):
         use_bias: bool = True,
         r_min: float = 0.0,
         r_max: float = 0.1,
+        logit_scale: bool = False,
     ) -> None:
-        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. Raises ValueError
-        for sizes that do not increase and for features of another number of items."""
+        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. logit_scale: learn
+        how sharp each size's softmax is in training; no ranking depends on it. Raises ValueError for sizes that do not
+        increase and for features of another number of items."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
         self.num_items, self.sizes = num_items, tuple(sizes)
@@ -140,11 +142,13 @@ class FMRLRec(nn.Module):
             "use_bias": use_bias,
             "r_min": r_min,
             "r_max": r_max,
+            "logit_scale": logit_scale,
         }
         self.items = ItemEncoder(num_items, sizes[-1], features)
         self.blocks = nn.ModuleList(
             Block(self.sizes, dropout, attn_dropout, use_bias, (r_min, r_max)) for _ in range(num_blocks)
         )
+        self.log_scale = nn.Parameter(torch.zeros(len(self.sizes))) if logit_scale else None  # of model/objective.py
 
     def item_table(self) -> Tensor:
         """E [N+1, D]; row 0 is the begin-of-sequence token, which is no item."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.fmrl import increments
+from model.objective import Objective, losses_plain, residuals_
 
 CHUNK_BYTES = 2**26  # of the logits that are held at once, for all sizes: 128 positions of 12,101 items and 8 sizes
 LEAST = 16  # positions that are, even if their logits take more: every chunk reads the whole table
@@ -30,13 +31,22 @@ class Factors(NamedTuple):
 
 
 def matryoshka_cross_entropy_plain(
-    z: Tensor, item_table: Tensor, labels: Tensor, sizes: tuple[int, ...], reduction: str = "mean"
+    z: Tensor,
+    item_table: Tensor,
+    labels: Tensor,
+    sizes: tuple[int, ...],
+    reduction: str = "mean",
+    objective: Objective | None = None,
 ) -> Tensor:
     """The plain twin of `matryoshka_cross_entropy`: a cross_entropy per size, with the item table multiplied out."""
     z, wide = z.to(item_table.dtype), torch.promote_types(item_table.dtype, torch.float32)
-    losses = torch.stack(
-        [F.cross_entropy((z[:, :m] @ item_table[:, :m].T).to(wide), labels, ignore_index=0) for m in sizes]
-    )
+    logits = [(z[:, :m] @ item_table[:, :m].T).to(wide) for m in sizes]
+    if objective is None:
+        losses = torch.stack([F.cross_entropy(of_size, labels, ignore_index=0) for of_size in logits])
+    else:
+        s, labelled = torch.ones(len(sizes)) if objective.log_scale is None else objective.log_scale.exp(), labels > 0
+        scaled = [s[j] * of_size[labelled] for j, of_size in enumerate(logits)]
+        losses = losses_plain(scaled, labels[labelled], objective)
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
@@ -47,18 +57,21 @@ def matryoshka_cross_entropy(
     sizes: tuple[int, ...],
     reduction: str = "mean",
     count: Tensor | None = None,
+    objective: Objective | None = None,
 ) -> Tensor:
     """The loss, a scalar: over sizes the mean or the sum (`reduction`), over positions the mean.
 
     z: [T, D]; item_table: [N+1, D], or its factors; row 0 (begin of sequence) takes part in the softmax as in the
     released code; labels: [T], 0 at a position without one; count: the number of labels to average over where others
-    hold a share of them. The gradients are computed on the way, chunk by chunk, so that the logits of a batch are
-    never held. Products are computed in the item table's type, sums and the softmax in float32 at least.
+    hold a share of them; objective: None for the paper's. The gradients are computed on the way, chunk by chunk, so
+    that the logits of a batch are never held. Products are computed in the item table's type, sums and the softmax in
+    float32 at least.
     """
     features, weight = item_table if isinstance(item_table, Factors) else (None, item_table)
     if count is None:
         count = labels.count_nonzero()
-    total = _MatryoshkaCrossEntropy.apply(z, weight, features, labels, sizes)
+    log_scale = None if objective is None else objective.log_scale
+    total = _MatryoshkaCrossEntropy.apply(z, weight, features, labels, sizes, log_scale, objective)
     return total / count / (len(sizes) if reduction == "mean" else 1)
 
 
@@ -66,7 +79,16 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
     """The sum over sizes and positions. The first columns of the item table are multiplied out, the rest are not."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, weight: Tensor, features: Tensor | None, labels: Tensor, sizes: tuple[int, ...]):
+    def forward(
+        ctx,
+        z: Tensor,
+        weight: Tensor,
+        features: Tensor | None,
+        labels: Tensor,
+        sizes: tuple[int, ...],
+        log_scale: Tensor | None,
+        objective: Objective | None,
+    ):
         needs_grad = any(ctx.needs_input_grad)
         narrow = (weight if features is None else features).dtype
         wide = torch.promote_types(narrow, torch.float32)
@@ -82,22 +104,33 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         grad_table = torch.zeros(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
         grad_rest = torch.zeros_like(rest, dtype=wide)
 
+        scale = None if objective is None else objective.scale(loss)
+        grad_log_scale = None if objective is None else torch.zeros_like(scale)
+
         chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize)
-        buffer = held_buffer((len(sizes) + 1, chunks[0].stop, len(table)) if chunks else (0,), wide, z.device)
+        slots = len(sizes) + (1 if objective is None else 2)
+        buffer = held_buffer((slots, chunks[0].stop, len(table)) if chunks else (0,), wide, z.device)
         for rows in chunks:
             z_chunk, label = z_narrow[rows], labels[rows][:, None]  # [C, D], [C, 1]
             minus_one = torch.full_like(label, -1, dtype=wide)
-            logits, *residuals = buffer[:, : len(label)]  # each [C, N+1]; a size's residual: softmax - one-hot
+            held = buffer[:, : len(label)]
+            logits, *residuals = held[: len(sizes) + 1]  # each [C, N+1]; a size's residual: softmax - one-hot
             logits.zero_()
-            for (low, high), residual in zip(increments(sizes), residuals, strict=True):
+            for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
                 if high <= out:
                     add_product(logits, z_chunk[:, low:high], table[:, low:high].T)
                 else:
                     add_product(logits, z_chunk[:, low:high] @ rest[low - out : high - out], features.T)
-                log_p = torch.log_softmax(logits, dim=1, out=residual)
-                loss -= (log_p.gather(1, label) * valid[rows]).sum()
-                if needs_grad:
-                    log_p.exp_().scatter_add_(1, label, minus_one)
+                scaled = logits if objective is None else torch.mul(logits, scale[j], out=held[-1])
+                log_p = torch.log_softmax(scaled, dim=1, out=residual)
+                if objective is None:
+                    loss -= (log_p.gather(1, label) * valid[rows]).sum()
+                    if needs_grad:
+                        log_p.exp_().scatter_add_(1, label, minus_one)
+            if objective is not None:
+                of_chunk, by_log_scale = residuals_(residuals, label, valid[rows], objective, (logits, held[-1]))
+                loss += of_chunk
+                grad_log_scale += by_log_scale
             # A logit of an increment is part of every size from there on: its gradient is the sum of theirs.
             above = None
             for low, high in reversed(increments(sizes)) if needs_grad else ():
@@ -117,13 +150,14 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                 grad_weight = grad_table.T.contiguous()  # [N+1, D]
             else:
                 grad_weight = torch.cat([(grad_table.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
-            ctx.save_for_backward(grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype), grad_log_scale)
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_z, grad_weight = ctx.saved_tensors
-        return grad_z * grad, grad_weight * grad, None, None, None
+        grad_z, grad_weight, grad_log_scale = ctx.saved_tensors
+        by_log_scale = grad_log_scale * grad if ctx.needs_input_grad[5] else None
+        return grad_z * grad, grad_weight * grad, None, None, None, by_log_scale, None
 
 
 def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[int, ...]) -> int:

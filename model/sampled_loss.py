@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.fmrl import increments
 from model.loss import add_product, held_buffer, row_chunks
+from model.objective import ABSENT, Objective, losses_plain, residuals_
 
 
 class NegativeSampler:
@@ -35,11 +36,26 @@ class NegativeSampler:
 
 
 def sampled_matryoshka_cross_entropy_plain(
-    z: Tensor, own: Tensor, drawn: Tensor, labels: Tensor, items: Tensor, log_kq: Tensor, sizes: tuple[int, ...]
+    z: Tensor,
+    own: Tensor,
+    drawn: Tensor,
+    labels: Tensor,
+    items: Tensor,
+    log_kq: Tensor,
+    sizes: tuple[int, ...],
+    objective: Objective | None = None,
 ) -> Tensor:
     """The plain twin of `sampled_matryoshka_cross_entropy`, averaged over sizes: a logsumexp per size."""
     labelled = labels > 0
     hit = labels[:, None] == items
+    if objective is not None:
+        s = torch.ones(len(sizes)) if objective.log_scale is None else objective.log_scale.exp()
+        scaled = []
+        for j, m in enumerate(sizes):
+            label_logit = s[j] * (z[:, :m] * own[:, :m]).sum(dim=1, keepdim=True)
+            logits = (s[j] * z[:, :m] @ drawn[:, :m].T - log_kq).masked_fill(hit, ABSENT)
+            scaled.append(torch.cat([label_logit, logits], dim=1)[labelled])
+        return losses_plain(scaled, torch.zeros_like(labels[labelled]), objective).mean()
     losses = []
     for m in sizes:
         label_logit = (z[:, :m] * own[:, :m]).sum(dim=1, keepdim=True)
@@ -58,15 +74,17 @@ def sampled_matryoshka_cross_entropy(
     sizes: tuple[int, ...],
     reduction: str = "mean",
     count: Tensor | None = None,
+    objective: Objective | None = None,
 ) -> Tensor:
-    """The loss, a scalar; sizes, reduction, count, labels [T] (0: none), memory and types as of
+    """The loss, a scalar; sizes, reduction, count, objective, labels [T] (0: none), memory and types as of
     `matryoshka_cross_entropy`.
 
     z: [T, D]; own: [T, D] the labels' embeddings; drawn: [K, D] those of the items [K] of `NegativeSampler.draw`.
     """
     if count is None:
         count = labels.count_nonzero()
-    total = _SampledCrossEntropy.apply(z, own, drawn, labels, items, log_kq, sizes)
+    log_scale = None if objective is None else objective.log_scale
+    total = _SampledCrossEntropy.apply(z, own, drawn, labels, items, log_kq, sizes, log_scale, objective)
     return total / count / (len(sizes) if reduction == "mean" else 1)
 
 
@@ -74,26 +92,44 @@ class _SampledCrossEntropy(torch.autograd.Function):
     """The sum over sizes and positions. Column 0 of the logits is a position's label, column k its k-th draw."""
 
     @staticmethod
-    def forward(ctx, z, own, drawn, labels, items, log_kq, sizes):
+    def forward(ctx, z, own, drawn, labels, items, log_kq, sizes, log_scale, objective):
         narrow, wide = drawn.dtype, torch.promote_types(drawn.dtype, torch.float32)
         valid = (labels != 0)[:, None]
-        z_wide, own_wide, z_narrow = z.to(wide), own.to(wide), (z * valid).to(narrow)
+        z = z * valid  # a position without a label has logits of 0, and no gradient
+        z_wide, own_wide, z_narrow = z.to(wide), own.to(wide), z.to(narrow)
         loss = torch.zeros((), dtype=wide, device=z.device)
         grad_z, grad_own = torch.empty_like(z, dtype=wide), torch.empty_like(own, dtype=wide)
         grad_drawn = torch.zeros_like(drawn, dtype=wide)
 
+        scale = None if objective is None else objective.scale(loss)
+        grad_log_scale = None if objective is None else torch.zeros_like(scale)
+
         chunks = row_chunks(len(z), len(sizes) * (len(drawn) + 1) * wide.itemsize)
-        buffer = held_buffer((len(sizes) + 1, chunks[0].stop, len(drawn) + 1) if chunks else (0,), wide, z.device)
+        slots = len(sizes) + (1 if objective is None else 3)
+        buffer = held_buffer((slots, chunks[0].stop, len(drawn) + 1) if chunks else (0,), wide, z.device)
         for rows in chunks:
-            logits, *residuals = buffer[:, : len(z[rows])]  # each [C, K+1]; a size's residual: softmax - one-hot
-            logits[:, 0] = 0
-            logits[:, 1:] = torch.where(labels[rows, None] == items, -torch.inf, -log_kq)
-            for (low, high), residual in zip(increments(sizes), residuals, strict=True):
+            held = buffer[:, : len(z[rows])]
+            logits, *residuals = held[: len(sizes) + 1]  # each [C, K+1]; a size's residual: softmax - one-hot
+            offset = logits if objective is None else held[-2]  # of the logits, once they are scaled
+            logits.zero_()
+            offset[:, 0] = 0
+            absent = -torch.inf if objective is None else ABSENT
+            offset[:, 1:] = torch.where(labels[rows, None] == items, absent, -log_kq)
+            for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
                 logits[:, 0] += (z_wide[rows, low:high] * own_wide[rows, low:high]).sum(dim=1)
                 add_product(logits[:, 1:], z_narrow[rows, low:high], drawn[:, low:high].T)
-                log_p = torch.log_softmax(logits, dim=1, out=residual)
-                loss -= (log_p[:, :1] * valid[rows]).sum()
-                log_p.exp_()[:, 0] -= 1
+                scaled = logits if objective is None else torch.addcmul(offset, logits, scale[j], out=held[-1])
+                log_p = torch.log_softmax(scaled, dim=1, out=residual)
+                if objective is None:
+                    loss -= (log_p[:, :1] * valid[rows]).sum()
+                    log_p.exp_()[:, 0] -= 1
+            if objective is not None:
+                column = torch.zeros_like(labels[rows, None])
+                of_chunk, by_log_scale = residuals_(
+                    residuals, column, valid[rows], objective, (logits, held[-1]), offset
+                )
+                loss += of_chunk
+                grad_log_scale += by_log_scale
             # A logit of an increment is part of every size from there on: its gradient is the sum of theirs.
             above = None
             for low, high in reversed(increments(sizes)):
@@ -106,9 +142,11 @@ class _SampledCrossEntropy(torch.autograd.Function):
                 add_product(grad_drawn[:, low:high], of_drawn.T, z_narrow[rows, low:high])
 
         gradients = (grad_z.mul_(valid), z), (grad_own.mul_(valid), own), (grad_drawn, drawn)
-        ctx.save_for_backward(*(gradient.to(of.dtype) for gradient, of in gradients))
+        ctx.save_for_backward(*(gradient.to(of.dtype) for gradient, of in gradients), grad_log_scale)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        return *(gradient * grad for gradient in ctx.saved_tensors), None, None, None, None
+        *gradients, grad_log_scale = ctx.saved_tensors
+        by_log_scale = grad_log_scale * grad if ctx.needs_input_grad[7] else None
+        return *(gradient * grad for gradient in gradients), None, None, None, None, by_log_scale, None

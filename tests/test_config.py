@@ -229,6 +229,10 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--best_metric", ""),
         ("--optimizer", "sgd"),
         ("--mrl_loss", "max"),
+        ("--size_weights", "linear"),
+        ("--distill", "1.1"),
+        ("--distill", "-0.5"),
+        ("--distill", "nan"),
         ("--device", "tpu"),
         ("--model_code", "gru4rec"),
         ("--num_heads", "0"),
@@ -258,6 +262,7 @@ def test_an_empty_list_of_attributes_is_refused_while_texts_are_read(capsys):
         ),
         ("--model_code=lrurec --mrl_hidden_sizes=8,16", '--mrl_hidden_sizes "8,16": lrurec has one size'),
         ("--model_code=popularity --mrl_hidden_sizes=64", "--mrl_hidden_sizes 64: popularity has one number an item"),
+        ("--model_code=sasrec --logit_scale", "--logit_scale True: only --model_code fmrlrec has it, not sasrec"),
         ("--model_code=sasrec --num_heads=3", "--num_heads 3 does not divide --mrl_hidden_sizes 64"),
     ],
 )
@@ -356,6 +361,7 @@ def test_help_groups_the_flags(capsys):
         "features": ("use_language_encoder", "encoder_workers"),
         "model": ("model_code", "lru_r_max"),
         "training": ("seed", "early_stopping_patience"),
+        "plus": ("logit_scale", "distill"),
         "evaluation": ("val_batch_size", "best_metric"),
         "run": ("device", "use_wandb"),
     }

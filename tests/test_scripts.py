@@ -415,6 +415,9 @@ CHANGED = {
     "num_negatives": 13,
     "early_stopping": False,
     "early_stopping_patience": 4,
+    "logit_scale": True,
+    "size_weights": "sqrt",
+    "distill": 0.25,
     "val_batch_size": 3,
     "test_batch_size": 6,
     "metric_ks": (2, 10),
@@ -423,7 +426,7 @@ CHANGED = {
     "run_name": "named",
 }
 TRAINER_SETTINGS = ["num_epochs", "optimizer", "lr", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"]
-TRAINER_SETTINGS += ["precision", "num_negatives", "val_batch_size", "best_metric"]
+TRAINER_SETTINGS += ["precision", "num_negatives", "val_batch_size", "best_metric", "size_weights", "distill"]
 CHANGED_ELSEWHERE = {"device", "use_wandb"}  # tested above
 CHANGED_ELSEWHERE |= {"model_code", "num_heads"}  # tests/test_baseline_runs.py
 
@@ -482,6 +485,7 @@ def consumed(flags, monkeypatch):
         "lru_use_bias": rec[1]["use_bias"],
         "lru_r_min": rec[1]["r_min"],
         "lru_r_max": rec[1]["r_max"],
+        "logit_scale": rec[1]["logit_scale"],
         "seed": (loader[0][2], seeds[0]),
         "train_batch_size": loader[0][1],
         "early_stopping": settings["patience"] is not None,

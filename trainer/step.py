@@ -17,6 +17,7 @@ from model import FMRLRec, matryoshka_cross_entropy
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
 from model.dropout import set_share
+from model.objective import Objective, size_weights
 from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
 
 Trained = FMRLRec | SASRec | LRURec  # what a step trains
@@ -34,12 +35,16 @@ class Step:
         *,
         precision: str,
         reduction: str = "mean",
+        size_weights: str = "uniform",
+        distill: float = 0.0,
         max_grad_norm: float = 0.0,
         sampler: NegativeSampler | None = None,
     ) -> None:
         """precision: of the matrix products, fp32, tf32 or bf16. max_grad_norm: 0 does not clip. sampler: draws the
-        items that stand for the catalogue in the softmax; None: all of them."""
+        items that stand for the catalogue in the softmax; None: all of them. size_weights, distill: as
+        model/objective.py says."""
         self.model, self.optimizer, self.precision, self.reduction = model, optimizer, precision, reduction
+        self.size_weights, self.distill = size_weights, distill
         self.max_grad_norm, self.sampler = max_grad_norm, sampler
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -61,16 +66,25 @@ class Step:
         # Without the cache: it would keep a recording's weights.
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
             z = model.encode(model.items(batch.tokens), batch.position, batch.longest)
-        dtype = torch.bfloat16 if narrow else z.dtype
+        dtype, objective = torch.bfloat16 if narrow else z.dtype, self.objective()
         if not self.sampler:
             table = model.items.factors(dtype)
-            return matryoshka_cross_entropy(z, table, batch.labels, model.sizes, self.reduction, batch.num_labels)
+            return matryoshka_cross_entropy(
+                z, table, batch.labels, model.sizes, self.reduction, batch.num_labels, objective
+            )
         items, log_kq = self.sampler.draw()
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
             own, drawn = model.items(batch.labels), model.items(items).to(dtype)
         return sampled_matryoshka_cross_entropy(
-            z, own, drawn, batch.labels, items, log_kq, model.sizes, self.reduction, batch.num_labels
+            z, own, drawn, batch.labels, items, log_kq, model.sizes, self.reduction, batch.num_labels, objective
         )
+
+    def objective(self) -> Objective | None:
+        """What the loss is asked for; None: what the paper's is."""
+        log_scale = getattr(self.model, "log_scale", None)  # a baseline has none
+        if self.size_weights == "uniform" and not self.distill and log_scale is None:
+            return None
+        return Objective(size_weights(self.size_weights, self.model.sizes), log_scale, self.distill)
 
 
 class GraphedStep:

@@ -62,6 +62,8 @@ class Trainer:
     val_batch_size: int
     metric_ks: tuple[int, ...]
     best_metric: str
+    size_weights: str = "uniform"
+    distill: float = 0.0
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class Trainer:
             self._optimizer,
             precision=self.precision,
             reduction=self.reduction,
+            size_weights=self.size_weights,
+            distill=self.distill,
             max_grad_norm=self.max_grad_norm,
             sampler=NegativeSampler(self.loader.label_counts(self.model.num_items), self.num_negatives)
             if self.num_negatives

@@ -42,7 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
-BEYOND = ("logit_scale", "size_weights", "distill")  # what fmrlrec alone has, beyond the paper
+# What fmrlrec alone has, beyond the paper.
+BEYOND = ("item_embedding", "item_embedding_dropout", "logit_scale", "size_weights", "distill")
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -163,6 +164,10 @@ class Config:
     early_stopping_patience: int = setting(10, "epochs without improvement before stopping")
 
     # --- plus: beyond the paper, all off by default
+    item_embedding: bool = setting(False, "add a learned embedding to the projection of every item, from zero on")
+    item_embedding_dropout: float = setting(
+        0.0, "probability with which an item is without it in a training step, so that content serves new items, too"
+    )
     logit_scale: bool = setting(False, "learn for every size how sharp its logits are")
     size_weights: str = setting(
         "uniform",
@@ -224,7 +229,7 @@ GROUPS = {
     "features": "use_language_encoder",
     "model": "model_code",
     "training": "seed",
-    "plus": "logit_scale",
+    "plus": "item_embedding",
     "evaluation": "val_batch_size",
     "run": "device",
 }  # group -> its first field
@@ -248,7 +253,7 @@ def _problems(c: Config):
     for name in ("lr", "adam_epsilon"):
         if not 0 < getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a number above 0"
-    for name in ("lru_dropout", "lru_attn_dropout"):
+    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
     if not 0 <= c.distill <= 1:
@@ -273,6 +278,10 @@ def _problems(c: Config):
             yield f"--mrl_hidden_sizes {sizes}: {c.model_code} has one number an item; leave the flag out"
         if c.model_code == "sasrec" and c.mrl_hidden_sizes[-1] % c.num_heads:
             yield f"--num_heads {c.num_heads} does not divide --mrl_hidden_sizes {sizes}"
+    if c.item_embedding_dropout and not c.item_embedding:
+        yield f"--item_embedding_dropout {c.item_embedding_dropout} needs --item_embedding"
+    if c.branch == "id" and c.item_embedding:
+        yield "--item_embedding: without an encoder the item table is learned anyway; leave it out, or give an encoder"
     if not c.item_attributes and c.use_language_encoder:
         yield "--item_attributes is empty; name at least one metadata key, such as title"
     metric, _, k = c.best_metric.partition("@")

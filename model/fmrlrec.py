@@ -27,12 +27,25 @@ class ItemEncoder(nn.Module):
     The projection is not masked: its first m output columns are the sub-model's. Token 0, which begins a sequence, has
     zero features, so its embedding is the projection's bias. Features are kept as they come, in any type of float and
     possibly mapped from a file, side by side [N, F_1], [N, F_2], ...; only the rows that are needed are read.
+
+    Beyond the paper, a learned embedding V [N+1, D] may be added to the projection, from zero on. In training the V of
+    an item is then missing in a step with probability `embedding_dropout`, so that content alone has to serve, too.
     """
 
-    def __init__(self, num_items: int, dim: int, features: Tensor | Sequence[Tensor] | None) -> None:
-        """features: [N, F] or several, row i - 1 for item i; None: a learned table."""
+    def __init__(
+        self,
+        num_items: int,
+        dim: int,
+        features: Tensor | Sequence[Tensor] | None,
+        embedding: bool = False,
+        embedding_dropout: float = 0.0,
+    ) -> None:
+        """features: [N, F] or several, row i - 1 for item i; None: a learned table, to which no V is added."""
         super().__init__()
-        self.num_items = num_items
+        self.num_items, self.embedding_dropout = num_items, embedding_dropout
+        if embedding and features is None:
+            raise ValueError("a learned item table has nothing that an embedding could be added to")
+        self.V = nn.Parameter(torch.zeros(num_items + 1, dim)) if embedding else None
         self.parts: list[str] = []
         self._whole: Tensor | None = None
         if features is None:
@@ -56,11 +69,21 @@ class ItemEncoder(nn.Module):
         rows = torch.cat([part[row].to(dtype) for part in self.features], dim=1)
         return rows * (items > 0)[:, None]
 
-    def forward(self, items: Tensor) -> Tensor:
-        """E of these items [n] (0: begin of sequence): [n, D]."""
+    def kept(self) -> Tensor | None:
+        """Draw which tokens have their V in a step of training, [N+1] bool; None: all."""
+        if self.V is None or not self.training or self.embedding_dropout == 0:
+            return None
+        return torch.rand(self.num_items + 1, device=self.V.device) >= self.embedding_dropout
+
+    def forward(self, items: Tensor, kept: Tensor | None = None) -> Tensor:
+        """E of these items [n] (0: begin of sequence): [n, D]. kept: as drawn for the step."""
         if not self.parts:
             return F.embedding(items, self.table)
-        return self.projection(self.rows(items, self.projection.weight.dtype))
+        projected = self.projection(self.rows(items, self.projection.weight.dtype))
+        if self.V is None:
+            return projected
+        V = F.embedding(items, self.V)
+        return projected + (V if kept is None else V * kept[items][:, None])
 
     def everything(self) -> Tensor:
         """E of all tokens, [N+1, D]; their features are never held at once in the projection's type."""
@@ -69,15 +92,17 @@ class ItemEncoder(nn.Module):
         tokens = torch.arange(self.num_items + 1, device=self.projection.weight.device)
         return torch.cat([self(some) for some in tokens.split(ROWS)])
 
-    def factors(self, dtype: torch.dtype) -> Tensor | Factors:
-        """The item table for a loss whose products are computed in `dtype`, as a product where it is one."""
+    def factors(self, dtype: torch.dtype, kept: Tensor | None = None) -> Tensor | Factors:
+        """The item table for a loss whose products are computed in `dtype`, as a product where it is one. kept: as
+        drawn for the step."""
         if not self.parts:
             return self.table.to(dtype)
         device = self.projection.weight.device
         if self._whole is None or self._whole.dtype != dtype or self._whole.device != device:
             tokens = torch.arange(self.num_items + 1, device=device)
             self._whole = torch.cat([self.rows(some, dtype) for some in tokens.split(ROWS)])  # once: they are frozen
-        return Factors(self._whole, self.projection.weight)
+        V = self.V if kept is None else self.V * kept[:, None]
+        return Factors(self._whole, self.projection.weight, V)
 
 
 class FeedForward(nn.Module):
@@ -127,11 +152,14 @@ class FMRLRec(nn.Module):
         use_bias: bool = True,
         r_min: float = 0.0,
         r_max: float = 0.1,
+        item_embedding: bool = False,
+        item_embedding_dropout: float = 0.0,
         logit_scale: bool = False,
     ) -> None:
-        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. logit_scale: learn
-        how sharp each size's softmax is in training; no ranking depends on it. Raises ValueError for sizes that do not
-        increase and for features of another number of items."""
+        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. item_embedding and
+        its dropout: the V of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no ranking
+        depends on it. Raises ValueError for sizes that do not increase, for features of another number of items, and
+        for an item_embedding without features."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
         self.num_items, self.sizes = num_items, tuple(sizes)
@@ -142,9 +170,11 @@ class FMRLRec(nn.Module):
             "use_bias": use_bias,
             "r_min": r_min,
             "r_max": r_max,
+            "item_embedding": item_embedding,
+            "item_embedding_dropout": item_embedding_dropout,
             "logit_scale": logit_scale,
         }
-        self.items = ItemEncoder(num_items, sizes[-1], features)
+        self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout)
         self.blocks = nn.ModuleList(
             Block(self.sizes, dropout, attn_dropout, use_bias, (r_min, r_max)) for _ in range(num_blocks)
         )

@@ -23,11 +23,12 @@ LEAST = 16  # positions that are, even if their logits take more: every chunk re
 
 
 class Factors(NamedTuple):
-    """An item table E = features weightᵀ + bias that is not multiplied out. The bias adds the same to all logits of a
-    position, which no softmax notices, so it is left out."""
+    """An item table E = features weightᵀ + bias, or that and V, which is not multiplied out. The bias adds the same to
+    all logits of a position, which no softmax notices, so it is left out."""
 
     features: Tensor  # [N+1, F], frozen, in the type that products are computed in
     weight: Tensor  # [D, F]
+    embedding: Tensor | None = None  # V [N+1, D]
 
 
 def matryoshka_cross_entropy_plain(
@@ -67,11 +68,11 @@ def matryoshka_cross_entropy(
     that the logits of a batch are never held. Products are computed in the item table's type, sums and the softmax in
     float32 at least.
     """
-    features, weight = item_table if isinstance(item_table, Factors) else (None, item_table)
+    features, weight, V = item_table if isinstance(item_table, Factors) else (None, item_table, None)
     if count is None:
         count = labels.count_nonzero()
     log_scale = None if objective is None else objective.log_scale
-    total = _MatryoshkaCrossEntropy.apply(z, weight, features, labels, sizes, log_scale, objective)
+    total = _MatryoshkaCrossEntropy.apply(z, weight, V, log_scale, features, labels, sizes, objective)
     return total / count / (len(sizes) if reduction == "mean" else 1)
 
 
@@ -83,25 +84,32 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         ctx,
         z: Tensor,
         weight: Tensor,
+        V: Tensor | None,
+        log_scale: Tensor | None,
         features: Tensor | None,
         labels: Tensor,
         sizes: tuple[int, ...],
-        log_scale: Tensor | None,
         objective: Objective | None,
     ):
         needs_grad = any(ctx.needs_input_grad)
         narrow = (weight if features is None else features).dtype
         wide = torch.promote_types(narrow, torch.float32)
-        out = sizes[-1] if features is None else columns_multiplied_out(len(z), features.shape[1], sizes)
+        out = sizes[-1]
+        if features is not None:
+            out = columns_multiplied_out(len(z), features.shape[1], sizes, V is not None)
         table = weight if features is None else features @ weight[:out].to(narrow).T  # [N+1, out]
         rest = weight[:0] if features is None else weight[out:].to(narrow)  # [D - out, F]
+        if V is not None:
+            narrow_V = V.to(narrow)
+            table += narrow_V[:, :out]
         valid = (labels != 0)[:, None]  # [T, 1]
         z_narrow = (z * valid).to(narrow)  # a position without a label has equal logits, and no gradient
 
         loss = torch.zeros((), dtype=wide, device=z.device)
         grad_z = torch.empty_like(z, dtype=wide)
         # Transposed, as its products come: turning a residual costs as much as multiplying it.
-        grad_table = torch.zeros(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
+        columns = out if V is None else sizes[-1]
+        grad_table = torch.zeros(columns, len(table), dtype=wide, device=z.device)  # [columns, N+1]
         grad_rest = torch.zeros_like(rest, dtype=wide)
 
         scale = None if objective is None else objective.scale(loss)
@@ -121,6 +129,8 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                     add_product(logits, z_chunk[:, low:high], table[:, low:high].T)
                 else:
                     add_product(logits, z_chunk[:, low:high] @ rest[low - out : high - out], features.T)
+                    if V is not None:
+                        add_product(logits, z_chunk[:, low:high], narrow_V[:, low:high].T)
                 scaled = logits if objective is None else torch.mul(logits, scale[j], out=held[-1])
                 log_p = torch.log_softmax(scaled, dim=1, out=residual)
                 if objective is None:
@@ -137,37 +147,45 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                 residual = residuals.pop()
                 above = residual if above is None else residual.add_(above)
                 residual, z_part = residual.to(narrow), z_chunk[:, low:high]
+                if low < columns:
+                    add_product(grad_table[low:high], z_part.T, residual)
                 if high <= out:
                     grad_z[rows, low:high] = residual @ table[:, low:high]
-                    add_product(grad_table[low:high], z_part.T, residual)
                 else:
                     grad_left = residual @ features  # [C, F]
                     grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
                     add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
+                    if V is not None:
+                        grad_z[rows, low:high] += residual @ narrow_V[:, low:high]
 
         if needs_grad:
             if features is None:
                 grad_weight = grad_table.T.contiguous()  # [N+1, D]
             else:
-                grad_weight = torch.cat([(grad_table.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
-            ctx.save_for_backward(grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype), grad_log_scale)
+                grad_weight = torch.cat([(grad_table[:out].to(narrow) @ features).to(wide), grad_rest])  # [D, F]
+            grad_V = None if V is None else grad_table.T.contiguous().to(V.dtype)  # [N+1, D]
+            grad_z, grad_weight = grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype)
+            ctx.save_for_backward(grad_z, grad_weight, grad_V, grad_log_scale)
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_z, grad_weight, grad_log_scale = ctx.saved_tensors
-        by_log_scale = grad_log_scale * grad if ctx.needs_input_grad[5] else None
-        return grad_z * grad, grad_weight * grad, None, None, None, by_log_scale, None
+        gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(part * grad if needed else None for part, needed in gradients), None, None, None, None
 
 
-def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[int, ...]) -> int:
+def columns_multiplied_out(
+    num_positions: int, num_features: int, sizes: tuple[int, ...], embedded: bool = False
+) -> int:
     """How many columns of the item table are cheaper multiplied out, by the multiplications per item: 2 F a column for
     it and its weight's gradient, and 3 T for its logits and their gradients; an increment left as a product takes 2 F T
-    whatever its width. One of 0 and `sizes`."""
+    whatever its width, and where there is a V (`embedded`) its logits' 3 T a column all the same. One of 0 and `sizes`.
+    """
 
     def cost(out: int) -> int:
         products = sum(high > out for _, high in increments(sizes))
-        return out * (2 * num_features + 3 * num_positions) + products * 2 * num_features * num_positions
+        columns = sizes[-1] if embedded else out
+        return out * 2 * num_features + columns * 3 * num_positions + products * 2 * num_features * num_positions
 
     return min((0, *sizes), key=cost)
 

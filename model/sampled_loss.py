@@ -84,7 +84,7 @@ def sampled_matryoshka_cross_entropy(
     if count is None:
         count = labels.count_nonzero()
     log_scale = None if objective is None else objective.log_scale
-    total = _SampledCrossEntropy.apply(z, own, drawn, labels, items, log_kq, sizes, log_scale, objective)
+    total = _SampledCrossEntropy.apply(z, own, drawn, log_scale, labels, items, log_kq, sizes, objective)
     return total / count / (len(sizes) if reduction == "mean" else 1)
 
 
@@ -92,7 +92,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
     """The sum over sizes and positions. Column 0 of the logits is a position's label, column k its k-th draw."""
 
     @staticmethod
-    def forward(ctx, z, own, drawn, labels, items, log_kq, sizes, log_scale, objective):
+    def forward(ctx, z, own, drawn, log_scale, labels, items, log_kq, sizes, objective):
         narrow, wide = drawn.dtype, torch.promote_types(drawn.dtype, torch.float32)
         valid = (labels != 0)[:, None]
         z = z * valid  # a position without a label has logits of 0, and no gradient
@@ -147,6 +147,5 @@ class _SampledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        *gradients, grad_log_scale = ctx.saved_tensors
-        by_log_scale = grad_log_scale * grad if ctx.needs_input_grad[7] else None
-        return *(gradient * grad for gradient in gradients), None, None, None, None, by_log_scale, None
+        gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(part * grad if needed else None for part, needed in gradients), None, None, None, None, None

@@ -230,6 +230,7 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--optimizer", "sgd"),
         ("--mrl_loss", "max"),
         ("--size_weights", "linear"),
+        ("--item_embedding_dropout", "1.0"),
         ("--distill", "1.1"),
         ("--distill", "-0.5"),
         ("--distill", "nan"),
@@ -268,6 +269,15 @@ def test_an_empty_list_of_attributes_is_refused_while_texts_are_read(capsys):
 )
 def test_what_a_baseline_cannot_be_is_refused_by_its_name(capsys, argv, message):
     assert message in refusal(capsys, *argv.split())
+
+
+def test_an_embedding_needs_content_to_be_added_to_and_its_dropout_an_embedding(capsys):
+    assert "--item_embedding: without an encoder" in refusal(
+        capsys, "--item_embedding", "--no-use_language_encoder", "--no-use_img_encoder"
+    )
+    message = refusal(capsys, "--item_embedding_dropout=0.2")
+    assert message.endswith("--item_embedding_dropout 0.2 needs --item_embedding")
+    assert parsed("--item_embedding_dropout=0.2", "--item_embedding")[0].item_embedding_dropout == 0.2
 
 
 def test_a_ring_without_width_is_refused_with_both_of_its_radii(capsys):
@@ -361,7 +371,7 @@ def test_help_groups_the_flags(capsys):
         "features": ("use_language_encoder", "encoder_workers"),
         "model": ("model_code", "lru_r_max"),
         "training": ("seed", "early_stopping_patience"),
-        "plus": ("logit_scale", "distill"),
+        "plus": ("item_embedding", "distill"),
         "evaluation": ("val_batch_size", "best_metric"),
         "run": ("device", "use_wandb"),
     }

@@ -415,6 +415,8 @@ CHANGED = {
     "num_negatives": 13,
     "early_stopping": False,
     "early_stopping_patience": 4,
+    "item_embedding": True,
+    "item_embedding_dropout": 0.4,
     "logit_scale": True,
     "size_weights": "sqrt",
     "distill": 0.25,
@@ -485,7 +487,7 @@ def consumed(flags, monkeypatch):
         "lru_use_bias": rec[1]["use_bias"],
         "lru_r_min": rec[1]["r_min"],
         "lru_r_max": rec[1]["r_max"],
-        "logit_scale": rec[1]["logit_scale"],
+        **{name: rec[1][name] for name in ("item_embedding", "item_embedding_dropout", "logit_scale")},
         "seed": (loader[0][2], seeds[0]),
         "train_batch_size": loader[0][1],
         "early_stopping": settings["patience"] is not None,
@@ -511,6 +513,8 @@ def test_a_setting_reaches_what_reads_it(workplace, monkeypatch, name):
     value = CHANGED[name]
     if name == "data_root":
         (workplace / "data").rename(workplace / "elsewhere")
+    if name == "item_embedding_dropout":
+        base |= {"item_embedding": True}
     if name == "dataset_code":
         write_prepared(workplace / "data", "other", users=8, items=12, pictures=True)
     found = consumed(base | {name: value}, monkeypatch)

@@ -63,18 +63,19 @@ class Step:
         """The loss of a batch, or of this rank's share of it."""
         model, narrow = self.model, self.precision == "bf16"
         set_share(model, batch.share)
+        kept = model.items.kept()  # what the items are in this step, read and predicted
         # Without the cache: it would keep a recording's weights.
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
-            z = model.encode(model.items(batch.tokens), batch.position, batch.longest)
+            z = model.encode(model.items(batch.tokens, kept), batch.position, batch.longest)
         dtype, objective = torch.bfloat16 if narrow else z.dtype, self.objective()
         if not self.sampler:
-            table = model.items.factors(dtype)
+            table = model.items.factors(dtype, kept)
             return matryoshka_cross_entropy(
                 z, table, batch.labels, model.sizes, self.reduction, batch.num_labels, objective
             )
         items, log_kq = self.sampler.draw()
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
-            own, drawn = model.items(batch.labels), model.items(items).to(dtype)
+            own, drawn = model.items(batch.labels, kept), model.items(items, kept).to(dtype)
         return sampled_matryoshka_cross_entropy(
             z, own, drawn, batch.labels, items, log_kq, model.sizes, self.reduction, batch.num_labels, objective
         )

@@ -1,0 +1,191 @@
+"""A learned embedding V beside the projection of an item's features: table, loss, dropout of whole items."""
+
+from itertools import accumulate, pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model.loss
+from dataloader import TrainLoader, train_rows
+from datasets.catalog import Sequences
+from model import FMRLRec, count_parameters
+from model import fmrlrec as fmrlrec_module
+from model.loss import Factors, columns_multiplied_out, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
+from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy_plain
+from trainer.step import Step
+from trainer.trainer import build_optimizer
+
+NUM_ITEMS, WIDTHS, SIZES = 23, (5, 3), (2, 4, 8)
+CPU = torch.device("cpu")
+
+
+def make_model(embedding=True, dropout=0.0, seed=0):
+    """A model without dropout in its blocks, whose V, where it has one, is zero as at the start of a training."""
+    torch.manual_seed(seed)
+    features = [torch.randn(NUM_ITEMS, width) for width in WIDTHS]
+    options = {"item_embedding": embedding, "item_embedding_dropout": dropout, "dropout": 0.0, "attn_dropout": 0.0}
+    return FMRLRec(NUM_ITEMS, features, SIZES, r_max=0.9, **options)
+
+
+def with_embeddings(dropout=0.0):
+    """The same, in float64, with a V of random numbers."""
+    found = make_model(dropout=dropout).double()
+    with torch.no_grad():
+        found.items.V.uniform_(-1, 1)
+    return found
+
+
+def batch_of(users=20):
+    random = np.random.default_rng(0)
+    lengths = random.integers(3, 12, size=users)
+    sequences = Sequences(random.integers(1, NUM_ITEMS + 1, size=lengths.sum()), np.cumsum([0, *lengths]))
+    loader = TrainLoader(train_rows(sequences, 20), users, 0, CPU)
+    return next(loader.epoch(1)), loader.label_counts(NUM_ITEMS)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def test_training_starts_from_the_model_of_content_alone():
+    content, model_ = make_model(embedding=False), make_model()
+    assert torch.equal(model_.item_table(), content.item_table())
+    for name, weight in content.state_dict().items():
+        assert torch.equal(model_.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("rows", [7, 2**14])
+def test_an_item_is_its_projection_and_its_embedding(monkeypatch, rows):
+    monkeypatch.setattr(fmrlrec_module, "ROWS", rows)
+    items = with_embeddings().items
+    whole = torch.cat([torch.zeros(1, sum(WIDTHS)).double(), torch.cat(items.features, dim=1)])
+    expected = whole @ items.projection.weight.T + items.projection.bias + items.V
+    torch.testing.assert_close(items.everything(), expected)
+    some = torch.tensor([0, 5, 5, NUM_ITEMS])
+    torch.testing.assert_close(items(some), expected[some])
+
+
+def test_every_item_and_the_begin_of_a_sequence_have_as_many_parameters_more_as_the_largest_size():
+    more = count_parameters(make_model()) - count_parameters(make_model(embedding=False))
+    assert more == (NUM_ITEMS + 1) * SIZES[-1]
+
+
+def test_a_learned_table_takes_no_embedding():
+    with pytest.raises(ValueError, match="a learned item table has nothing that an embedding could be added to"):
+        FMRLRec(NUM_ITEMS, None, SIZES, item_embedding=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+FACTORED = [
+    (5, 40, (2, 4, 16), 9),  # few positions: wide increments stay a product
+    (60, 12, (2, 5), 30),  # many: all are multiplied out
+    (31, 20, (1, 3, 40), 7),
+]  # labelled positions T, items N, sizes, feature width F
+
+
+@pytest.mark.parametrize("held", [9, 1000])
+@pytest.mark.parametrize("shape", FACTORED, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_the_loss_of_a_product_and_embeddings_is_that_of_their_sum(monkeypatch, shape, dtype, tolerance, held):
+    positions, items, sizes, width = shape
+    random = torch.Generator().manual_seed(0)
+    z, features, weight, V = (
+        torch.randn(*of, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
+        for of in ((positions, sizes[-1]), (items + 1, width), (sizes[-1], width), (items + 1, sizes[-1]))
+    )
+    labels = torch.randint(0, items + 1, (positions,), generator=random)
+    monkeypatch.setattr(model.loss, "LEAST", 1)
+    monkeypatch.setattr(model.loss, "CHUNK_BYTES", held * (items + 1) * len(sizes) * z.itemsize)
+    fast = matryoshka_cross_entropy(z, Factors(features.detach(), weight, V), labels, sizes)
+    plain = matryoshka_cross_entropy_plain(z, F.linear(features, weight) + V, labels, sizes)
+    fast, plain = ([value, *torch.autograd.grad(value, (z, weight, V))] for value in (fast, plain))
+    for f, p in zip(fast, plain, strict=True):
+        assert (f - p).abs().max() <= tolerance * p.abs().max()
+
+
+def test_in_bfloat16_it_errs_no_more_than_twice_its_plain_twin():
+    random = torch.Generator().manual_seed(0)
+    z, features, weight, V = (
+        torch.randn(*of, generator=random, dtype=torch.float64).requires_grad_()
+        for of in ((31, 40), (21, 7), (40, 7), (21, 40))
+    )
+    labels, sizes = torch.randint(1, 21, (31,), generator=random), (1, 3, 40)
+    exact = matryoshka_cross_entropy_plain(z, F.linear(features, weight) + V, labels, sizes)
+    exact = torch.autograd.grad(exact, (z, weight, V))
+    z, weight, V = (x.detach().float().requires_grad_() for x in (z, weight, V))
+    features = features.detach().bfloat16()
+    fast = matryoshka_cross_entropy(z, Factors(features, weight, V), labels, sizes)
+    plain = matryoshka_cross_entropy_plain(z, F.linear(features, weight.bfloat16()) + V.bfloat16(), labels, sizes)
+    fast, plain = (torch.autograd.grad(value, (z, weight, V)) for value in (fast, plain))
+    for f, p, e in zip(fast, plain, exact, strict=True):
+        assert f.dtype == torch.float32
+        assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()
+
+
+def multiplications(positions, width, sizes, out):
+    """For an item with a V, where the first `out` columns of its projection are multiplied out."""
+    total = 0
+    for low, high in pairwise((0, *sizes)):
+        total += 3 * positions * (high - low)  # logits, and the gradients of both their sides
+        total += 2 * width * (high - low) if high <= out else 2 * width * positions
+    return total
+
+
+def test_what_is_multiplied_out_is_the_cheapest_by_counting_every_product():
+    random = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        positions, width, *parts = torch.randint(1, 200, (6,), generator=random).tolist()
+        sizes = tuple(accumulate(parts))
+        costs = {out: multiplications(positions, width, sizes, out) for out in (0, *sizes)}
+        assert costs[columns_multiplied_out(positions, width, sizes, embedded=True)] == min(costs.values())
+
+
+# ---------------------------------------------------------------------------------------------------- items without V
+
+
+@pytest.mark.parametrize("negatives", [0, 9])
+def test_a_step_reads_and_predicts_the_items_it_drew_without_their_embeddings(negatives):
+    trained, (batch, counts) = with_embeddings(dropout=0.5).train(), batch_of()
+    sampler = NegativeSampler(counts, negatives) if negatives else None
+    torch.manual_seed(3)
+    loss = Step(trained, None, precision="fp32", sampler=sampler).loss(batch)
+
+    torch.manual_seed(3)
+    kept = torch.rand(NUM_ITEMS + 1) >= 0.5
+    assert 0 < kept.sum() <= NUM_ITEMS
+    items = trained.items
+    table = trained.eval().item_table() - items.V * ~kept[:, None]
+    z = trained.encode(table[batch.tokens], batch.position, batch.longest)
+    if negatives:
+        drawn, log_kq = sampler.draw()
+        expected = sampled_matryoshka_cross_entropy_plain(
+            z, table[batch.labels], table[drawn], batch.labels, drawn, log_kq, SIZES
+        )
+    else:
+        expected = matryoshka_cross_entropy_plain(z, table, batch.labels, SIZES)
+    torch.testing.assert_close(loss, expected)
+    by_V, expected = (torch.autograd.grad(value, items.V)[0] for value in (loss, expected))
+    torch.testing.assert_close(by_V, expected)
+    assert not by_V[~kept].any() and by_V[kept].any(dim=1).all()
+
+
+def test_an_evaluation_has_all_embeddings_and_draws_nothing():
+    evaluated, without_dropout = with_embeddings(dropout=0.5).eval().items, with_embeddings().train().items
+    before = torch.get_rng_state()
+    assert evaluated.kept() is None and without_dropout.kept() is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("negatives", [0, 9])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_train_the_embeddings_in_every_precision(precision, negatives):
+    trained, (batch, counts) = make_model(dropout=0.3).train(), batch_of()
+    optimizer = build_optimizer(trained, "adamw", 1e-2, 1e-2, 1e-9)
+    sampler = NegativeSampler(counts, negatives) if negatives else None
+    step = Step(trained, optimizer, precision=precision, max_grad_norm=5.0, sampler=sampler)
+    losses = [step(batch).item() for _ in range(12)]
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+    assert trained.items.V.dtype == torch.float32
+    assert trained.items.V.isfinite().all() and trained.items.V.abs().amax(dim=1).min() > 0

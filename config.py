@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
-BEYOND = ("item_embedding", "item_embedding_dropout", "logit_scale", "size_weights", "distill")
+BEYOND = ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "size_weights", "distill")
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -164,6 +164,9 @@ class Config:
     early_stopping_patience: int = setting(10, "epochs without improvement before stopping")
 
     # --- plus: beyond the paper, all off by default
+    whiten_features: bool = setting(
+        False, "scale all principal directions of each encoder's features to the same variance"
+    )
     item_embedding: bool = setting(False, "add a learned embedding to the projection of every item, from zero on")
     item_embedding_dropout: float = setting(
         0.0, "probability with which an item is without it in a training step, so that content serves new items, too"
@@ -229,7 +232,7 @@ GROUPS = {
     "features": "use_language_encoder",
     "model": "model_code",
     "training": "seed",
-    "plus": "item_embedding",
+    "plus": "whiten_features",
     "evaluation": "val_batch_size",
     "run": "device",
 }  # group -> its first field
@@ -280,8 +283,9 @@ def _problems(c: Config):
             yield f"--num_heads {c.num_heads} does not divide --mrl_hidden_sizes {sizes}"
     if c.item_embedding_dropout and not c.item_embedding:
         yield f"--item_embedding_dropout {c.item_embedding_dropout} needs --item_embedding"
-    if c.branch == "id" and c.item_embedding:
-        yield "--item_embedding: without an encoder the item table is learned anyway; leave it out, or give an encoder"
+    for name in ("whiten_features", "item_embedding"):
+        if c.branch == "id" and getattr(c, name):
+            yield f"--{name}: without an encoder the item table is learned outright; leave it out (--no-{name})"
     if not c.item_attributes and c.use_language_encoder:
         yield "--item_attributes is empty; name at least one metadata key, such as title"
     metric, _, k = c.best_metric.partition("@")

@@ -118,6 +118,7 @@ def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> M
     from model.baselines.counting import ItemKNN, Popularity
     from model.baselines.lrurec import LRURec
     from model.baselines.sasrec import SASRec
+    from model.whitening import Whitening
 
     if config.model_code == "popularity":
         return Popularity(num_items)
@@ -143,9 +144,11 @@ def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> M
             r_max=config.lru_r_max,
             **dropouts,
         )
+    parts = [torch.from_numpy(part) for part in features]
+    whitening = Whitening(parts) if config.whiten_features else None
     return FMRLRec(
         num_items,
-        [torch.from_numpy(part) for part in features] or None,
+        (whitening.features() if whitening else parts) or None,
         config.mrl_hidden_sizes,
         num_blocks=config.lru_num_blocks,
         dropout=config.lru_dropout,
@@ -156,6 +159,7 @@ def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> M
         item_embedding=config.item_embedding,
         item_embedding_dropout=config.item_embedding_dropout,
         logit_scale=config.logit_scale,
+        whitening=whitening,
     )
 
 

@@ -221,7 +221,8 @@ def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> 
     from datasets.embedding import feature_recipe
     from trainer.runs import commit
 
-    size = model.sizes[-1]
+    size, whitening = model.sizes[-1], model.items.whitening
+    widths = {"whitened": [len(mean) for mean, _ in whitening.transforms()]} if whitening else {}
     metrics = run / "test_mrl_metrics.json"
     return {
         "size": size,
@@ -235,7 +236,8 @@ def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> 
             config.img_encoder if config.use_img_encoder else None,
             config.item_attributes,
             model.items.projection.in_features if model.items.parts else 0,
-        ),
+        )
+        | widths,
         "run": run.resolve().name,
         "commit": commit(),
         "metrics": read_json(metrics, "python eval.py --run ... makes it").get(str(size)) if metrics.exists() else None,

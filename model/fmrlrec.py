@@ -17,6 +17,7 @@ from model.dropout import Dropout
 from model.fmrl import FMRLLayerNorm, FMRLLinear, increments, nested_mask
 from model.loss import Factors
 from model.lru import LRU
+from model.whitening import Whitening
 
 ROWS = 2**14  # items whose features are widened at once
 
@@ -28,8 +29,9 @@ class ItemEncoder(nn.Module):
     zero features, so its embedding is the projection's bias. Features are kept as they come, in any type of float and
     possibly mapped from a file, side by side [N, F_1], [N, F_2], ...; only the rows that are needed are read.
 
-    Beyond the paper, a learned embedding V [N+1, D] may be added to the projection, from zero on. In training the V of
-    an item is then missing in a step with probability `embedding_dropout`, so that content alone has to serve, too.
+    Beyond the paper, the features may be whitened ones, and a learned embedding V [N+1, D] may be added to the
+    projection, from zero on. In training the V of an item is then missing in a step with probability
+    `embedding_dropout`, so that content alone has to serve, too.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class ItemEncoder(nn.Module):
         features: Tensor | Sequence[Tensor] | None,
         embedding: bool = False,
         embedding_dropout: float = 0.0,
+        whitening: Whitening | None = None,
     ) -> None:
-        """features: [N, F] or several, row i - 1 for item i; None: a learned table, to which no V is added."""
+        """features: [N, F] or several, row i - 1 for item i; None: a learned table, to which no V is added. whitening:
+        what made these features of others; it is saved with the weights."""
         super().__init__()
         self.num_items, self.embedding_dropout = num_items, embedding_dropout
         if embedding and features is None:
@@ -48,6 +52,7 @@ class ItemEncoder(nn.Module):
         self.V = nn.Parameter(torch.zeros(num_items + 1, dim)) if embedding else None
         self.parts: list[str] = []
         self._whole: Tensor | None = None
+        self.whitening: Whitening | None = None
         if features is None:
             self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_items + 1, dim), std=0.02, a=-0.04, b=0.04))
             return
@@ -57,6 +62,9 @@ class ItemEncoder(nn.Module):
             self.parts.append(f"features_{len(self.parts)}")
             self.register_buffer(self.parts[-1], part, persistent=False)
         self.projection = nn.Linear(sum(part.shape[1] for part in self.features), dim)
+        self.whitening = whitening
+        if whitening:
+            self.register_load_state_dict_post_hook(_whiten_again)
 
     @property
     def features(self) -> list[Tensor]:
@@ -103,6 +111,13 @@ class ItemEncoder(nn.Module):
             self._whole = torch.cat([self.rows(some, dtype) for some in tokens.split(ROWS)])  # once: they are frozen
         V = self.V if kept is None else self.V * kept[:, None]
         return Factors(self._whole, self.projection.weight, V)
+
+
+def _whiten_again(items: ItemEncoder, *_: object) -> None:
+    """Features as the whitening makes them that was just loaded."""
+    for name, part in zip(items.parts, items.whitening.features(), strict=True):
+        items.get_buffer(name).copy_(part)
+    items._whole = None
 
 
 class FeedForward(nn.Module):
@@ -155,11 +170,12 @@ class FMRLRec(nn.Module):
         item_embedding: bool = False,
         item_embedding_dropout: float = 0.0,
         logit_scale: bool = False,
+        whitening: Whitening | None = None,
     ) -> None:
         """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. item_embedding and
-        its dropout: the V of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no ranking
-        depends on it. Raises ValueError for sizes that do not increase, for features of another number of items, and
-        for an item_embedding without features."""
+        its dropout, whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no
+        ranking depends on it. Raises ValueError for sizes that do not increase, for features of another number of
+        items, and for an item_embedding without features."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
         self.num_items, self.sizes = num_items, tuple(sizes)
@@ -174,7 +190,7 @@ class FMRLRec(nn.Module):
             "item_embedding_dropout": item_embedding_dropout,
             "logit_scale": logit_scale,
         }
-        self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout)
+        self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout, whitening)
         self.blocks = nn.ModuleList(
             Block(self.sizes, dropout, attn_dropout, use_bias, (r_min, r_max)) for _ in range(num_blocks)
         )

@@ -108,9 +108,9 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=z.device)
         grad_z = torch.empty_like(z, dtype=wide)
         # Transposed, as its products come: turning a residual costs as much as multiplying it.
-        columns = out if V is None else sizes[-1]
-        grad_table = torch.zeros(columns, len(table), dtype=wide, device=z.device)  # [columns, N+1]
+        grad_table = torch.zeros(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
         grad_rest = torch.zeros_like(rest, dtype=wide)
+        grad_V = None if V is None else torch.zeros_like(V, dtype=wide)
 
         scale = None if objective is None else objective.scale(loss)
         grad_log_scale = None if objective is None else torch.zeros_like(scale)
@@ -147,23 +147,25 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                 residual = residuals.pop()
                 above = residual if above is None else residual.add_(above)
                 residual, z_part = residual.to(narrow), z_chunk[:, low:high]
-                if low < columns:
-                    add_product(grad_table[low:high], z_part.T, residual)
                 if high <= out:
                     grad_z[rows, low:high] = residual @ table[:, low:high]
+                    add_product(grad_table[low:high], z_part.T, residual)
                 else:
                     grad_left = residual @ features  # [C, F]
                     grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
                     add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
                     if V is not None:
                         grad_z[rows, low:high] += residual @ narrow_V[:, low:high]
+                        add_product(grad_V[:, low:high], residual.T, z_part)
 
         if needs_grad:
             if features is None:
                 grad_weight = grad_table.T.contiguous()  # [N+1, D]
             else:
-                grad_weight = torch.cat([(grad_table[:out].to(narrow) @ features).to(wide), grad_rest])  # [D, F]
-            grad_V = None if V is None else grad_table.T.contiguous().to(V.dtype)  # [N+1, D]
+                grad_weight = torch.cat([(grad_table.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
+            if V is not None:
+                grad_V[:, :out] = grad_table.T
+                grad_V = grad_V.to(V.dtype)
             grad_z, grad_weight = grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype)
             ctx.save_for_backward(grad_z, grad_weight, grad_V, grad_log_scale)
         return loss

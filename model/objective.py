@@ -70,14 +70,14 @@ def residuals_(
     p_largest, residual = spare
     scale = objective.scale(residual)
     loss, by_log_scale = residual.new_zeros(()), torch.zeros_like(scale)
-    torch.exp(log_ps[-1], out=p_largest)
+    torch.exp(log_ps[-1], out=p_largest).mul_(valid)
     for j, (w, x, log_p) in enumerate(zip(objective.weights, objective.taught(), log_ps, strict=True)):
-        torch.exp(log_p, out=residual).scatter_add_(1, label, torch.full_like(label, x - 1, dtype=log_p.dtype))
+        # Where there is no label either, a position's residuals add up to 0: then log p stands for its logits below.
+        torch.exp(log_p, out=residual).scatter_add_(1, label, x * valid.to(log_p.dtype) - 1)
         loss -= w * (1 - x) * (log_p.gather(1, label) * valid).sum()
         if x:
             residual.sub_(p_largest, alpha=x)
-            loss -= w * x * (torch.linalg.vecdot(p_largest, log_p) * valid[:, 0]).sum()
-        # Residuals of a position add up to 0, so log p stands for the scaled logits and the offset.
+            loss -= w * x * p_largest.flatten().dot(log_p.flatten())
         by_log_scale[j] = w * residual.flatten().dot(log_p.flatten())
         if offset is not None:
             by_log_scale[j] -= w * residual.flatten().dot(offset.flatten())

@@ -8,7 +8,8 @@ from model.fmrlrec import FMRLRec
 def slice_model(model: FMRLRec, size: int) -> FMRLRec:
     """The stand-alone model of one trained size: every weight cut to its first `size` rows and columns.
 
-    It shares nothing with `model` but the frozen features, and scores as `model` does on the first `size` dimensions.
+    It shares nothing with `model` but the frozen features and what whitened them, and scores as `model` does on the
+    first `size` dimensions.
     Raises ValueError for a size that was not trained.
     """
     if size not in model.sizes:
@@ -17,7 +18,7 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
     features = model.items.features
     weight = next(model.parameters())
     with weight.device:
-        small = FMRLRec(model.num_items, features or None, sizes, **model.settings)
+        small = FMRLRec(model.num_items, features or None, sizes, whitening=model.items.whitening, **model.settings)
     for parameter in small.parameters():  # not small.to(), which would widen the features: they can be large
         parameter.data = parameter.data.to(weight.dtype)
     large = model.state_dict()

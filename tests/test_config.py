@@ -271,10 +271,13 @@ def test_what_a_baseline_cannot_be_is_refused_by_its_name(capsys, argv, message)
     assert message in refusal(capsys, *argv.split())
 
 
-def test_an_embedding_needs_content_to_be_added_to_and_its_dropout_an_embedding(capsys):
-    assert "--item_embedding: without an encoder" in refusal(
-        capsys, "--item_embedding", "--no-use_language_encoder", "--no-use_img_encoder"
-    )
+@pytest.mark.parametrize("flag", ["--item_embedding", "--whiten_features"])
+def test_what_is_made_of_features_is_refused_without_any(capsys, flag):
+    without = ("--no-use_language_encoder", "--no-use_img_encoder")
+    assert f"{flag}: without an encoder the item table is learned outright" in refusal(capsys, flag, *without)
+
+
+def test_the_dropout_of_embeddings_needs_embeddings(capsys):
     message = refusal(capsys, "--item_embedding_dropout=0.2")
     assert message.endswith("--item_embedding_dropout 0.2 needs --item_embedding")
     assert parsed("--item_embedding_dropout=0.2", "--item_embedding")[0].item_embedding_dropout == 0.2
@@ -371,7 +374,7 @@ def test_help_groups_the_flags(capsys):
         "features": ("use_language_encoder", "encoder_workers"),
         "model": ("model_code", "lru_r_max"),
         "training": ("seed", "early_stopping_patience"),
-        "plus": ("item_embedding", "distill"),
+        "plus": ("whiten_features", "distill"),
         "evaluation": ("val_batch_size", "best_metric"),
         "run": ("device", "use_wandb"),
     }

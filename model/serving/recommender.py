@@ -23,6 +23,7 @@ from model.serving.engines import Engine, Table, open_engine
 from model.serving.folder import CONFIG, GRAPHS, ITEMS, WEIGHTS, Export, pack_items, read_folder, write_folder
 from model.serving.items import make_items
 from model.serving.quantize import dequantize, quantize
+from model.serving.weights import whitened
 
 SCORES = 1 << 21  # user-item scores that are held at once, beside the users' biases of the same size
 TOGETHER = 64  # histories that are encoded at once; more of them fill each other up without being faster
@@ -60,6 +61,7 @@ class Recommender:
         self._folder, self._engine = export.folder, engine
         # The blocks' weights are the engine's now.
         self._projection = tuple(export.weights.get(f"projection.{part}") for part in ("weight", "bias"))
+        self._whitening = {name: value for name, value in export.weights.items() if name.startswith("whitening.")}
         self._table: Table = engine.table(export)
         self._index()
 
@@ -178,7 +180,7 @@ class Recommender:
         if known:
             raise InputError(f"item {known[0]!r} is there already; remove it from the new ones")
         with np.errstate(over="ignore", invalid="ignore"):
-            embeddings = features @ weight + bias
+            embeddings = whitened(features, self._whitening) @ weight + bias
             if self.config["quantize"] == "float16":  # as the others were rounded
                 embeddings = embeddings.astype(np.float16).astype(np.float32)
             elif self.config["quantize"] == "int8":

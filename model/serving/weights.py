@@ -9,12 +9,15 @@ multiplication. m: the size, F: feature width. Matrices are [inputs, outputs], s
     blocks.i.ffn.expand, .expand_bias   [m, 2m]   G and W1 side by side
     blocks.i.ffn.reduce, .reduce_bias   [m, m]    W2
     projection.weight, .bias            [F, m]    features -> item table; absent where the table was learned outright
+    whitening.i.mean, .matrix           [F_i], [F_i, F_i]   of each encoder's features before that, where they are
+                                                  whitened (model/whitening.py)
 
 In eight bits, a block's matrix is int8 and `<name>.scale` has one scale per output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,14 +58,19 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
         if model.items.parts:
             weights["projection.weight"] = _numpy(model.items.projection.weight.T)
             weights["projection.bias"] = _numpy(model.items.projection.bias)
+        for i, (mean, matrix) in enumerate(model.items.whitening.transforms() if model.items.whitening else ()):
+            weights |= {f"whitening.{i}.mean": _numpy(mean), f"whitening.{i}.matrix": _numpy(matrix)}
     if quantized:
         for name in [f"blocks.{i}.{matrix}" for i in range(len(model.blocks)) for matrix in MATRICES]:
             weights[name], weights[f"{name}.scale"] = quantize(weights[name], axis=0)
     return weights
 
 
-def expected_shapes(size: int, num_blocks: int, feature_dim: int, quantized: bool) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight. feature_dim: 0 where the table was learned outright."""
+def expected_shapes(
+    size: int, num_blocks: int, feature_dim: int, quantized: bool, whitened: Sequence[int] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight. feature_dim: 0 where the table was learned outright; whitened: the widths of the
+    features that are whitened."""
     m, shapes = size, {}
     for i in range(num_blocks):
         matrices = {"lru.B": (m, 2 * m), "lru.C": (2 * m, m), "ffn.expand": (m, 2 * m), "ffn.reduce": (m, m)}
@@ -74,7 +82,21 @@ def expected_shapes(size: int, num_blocks: int, feature_dim: int, quantized: boo
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     if feature_dim:
         shapes |= {"projection.weight": (feature_dim, m), "projection.bias": (m,)}
+    for i, width in enumerate(whitened):
+        shapes |= {f"whitening.{i}.mean": (width,), f"whitening.{i}.matrix": (width, width)}
     return shapes
+
+
+def whitened(features: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
+    """Features [n, F] as the projection reads them; the twin of model/whitening.py without torch."""
+    parts, start = [], 0
+    while f"whitening.{len(parts)}.mean" in weights:
+        mean, matrix = (weights[f"whitening.{len(parts)}.{name}"] for name in ("mean", "matrix"))
+        rows = features[:, start : start + len(mean)]
+        y = (rows - mean) @ matrix * rows.any(axis=1, keepdims=True)
+        parts.append(y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), np.finfo(np.float32).tiny))
+        start += len(mean)
+    return np.concatenate(parts, axis=1) if parts else features
 
 
 def float_weight(weights: dict[str, np.ndarray], name: str) -> np.ndarray:

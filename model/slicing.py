@@ -9,8 +9,7 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
     """The stand-alone model of one trained size: every weight cut to its first `size` rows and columns.
 
     It shares nothing with `model` but the frozen features and what whitened them, and scores as `model` does on the
-    first `size` dimensions.
-    Raises ValueError for a size that was not trained.
+    first `size` dimensions. Raises ValueError for a size that was not trained.
     """
     if size not in model.sizes:
         raise ValueError(f"size {size} was not trained; the model has {', '.join(map(str, model.sizes))}")

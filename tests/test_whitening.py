@@ -66,7 +66,7 @@ def test_what_rounding_to_half_precision_adds_is_no_direction():
     ranks = [torch.linalg.matrix_rank(fit_whitening(of_type)[1]).item() for of_type in (features.half(), features)]
     assert ranks == [7, 7]  # the six, and one that the length of 1 adds
     cosine = torch.nn.functional.cosine_similarity(made(features.half().double()), made(features))
-    assert cosine.min() > 0.999
+    assert cosine.min() > 0.995
 
 
 # ----------------------------------------------------------------------------------------------------------- in a model

@@ -2,7 +2,8 @@
 
 Edit a default below, or give a flag of the same name on the command line. What wins:
 
-    a flag that the user gives  >  the model's preset (MODEL_PRESETS)  >  the dataset's (PRESETS)  >  the default
+    a flag that the user gives  >  the preset that --preset names (NAMED_PRESETS)  >  the model's (MODEL_PRESETS)  >
+    the dataset's (PRESETS)  >  the default
 
 The command line is generated from the dataclass: a new field is a new flag.
 """
@@ -53,6 +54,20 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {
     "sasrec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5},
     "lrurec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5, "lru_r_min": 0.8, "lru_r_max": 0.99},
     **{name: {**_IDS_ALONE, "mrl_hidden_sizes": (1,), "num_epochs": 1} for name in COUNTING},
+}
+
+# What --preset names, on every dataset. "paper" leaves all as it is; "plus" is what is recommended for small sizes.
+NAMED_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "plus": {
+        "whiten_features": True,
+        "item_embedding": True,
+        "logit_scale": True,
+        "size_weights": "sqrt",
+        "distill": 0.5,
+        "lru_dropout": 0.4,
+        "lru_attn_dropout": 0.4,
+    },
 }
 
 
@@ -164,6 +179,11 @@ class Config:
     early_stopping_patience: int = setting(10, "epochs without improvement before stopping")
 
     # --- plus: beyond the paper, all off by default
+    preset: str = setting(
+        "paper",
+        "paper: nothing beyond it; plus: the settings that are recommended for small sizes, listed below",
+        choices=tuple(NAMED_PRESETS),
+    )
     whiten_features: bool = setting(
         False, "scale all principal directions of each encoder's features to the same variance"
     )
@@ -232,7 +252,7 @@ GROUPS = {
     "features": "use_language_encoder",
     "model": "model_code",
     "training": "seed",
-    "plus": "whiten_features",
+    "plus": "preset",
     "evaluation": "val_batch_size",
     "run": "device",
 }  # group -> its first field
@@ -271,6 +291,8 @@ def _problems(c: Config):
         for name in _IDS_ALONE:
             if getattr(c, name):
                 yield f"--{name}: {c.model_code} knows items by their ids alone; encoders are for --model_code fmrlrec"
+        if c.preset == "plus":
+            yield f"--preset plus is for --model_code fmrlrec, not for {c.model_code}"
         for name in BEYOND:
             if getattr(c, name) != getattr(Config, name):
                 yield f"--{name} {getattr(c, name)}: only --model_code fmrlrec has it, not {c.model_code}"
@@ -330,10 +352,11 @@ def parse_args(
 
 
 def resolve(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    """Settings from flags, the presets of model and dataset, and the defaults, and where each came from: "flag",
-    "preset" or "default". Raises InputError that names the first value that cannot be used."""
+    """Settings from flags, the presets (named, of model and dataset), and the defaults, and where each came from:
+    "flag", "preset" or "default". Raises InputError that names the first value that cannot be used."""
     of_dataset = PRESETS.get(flags.get("dataset_code", Config.dataset_code), {})
-    preset = of_dataset | MODEL_PRESETS.get(flags.get("model_code", Config.model_code), {})
+    of_model = MODEL_PRESETS.get(flags.get("model_code", Config.model_code), {})
+    preset = of_dataset | of_model | NAMED_PRESETS.get(flags.get("preset", Config.preset), {})
     sources = {
         f.name: "flag" if f.name in flags else "preset" if f.name in preset else "default"
         for f in dataclasses.fields(Config)
@@ -408,8 +431,9 @@ BOOLEANS = "A setting that is true or false is set by --NAME, --no-NAME or --NAM
 
 def _epilog() -> str:
     lines = [BOOLEANS, ""]
-    lines += ["A flag wins over the model's preset, that over the dataset's, and a preset over the default. Presets:"]
-    for name, preset in {**PRESETS, **MODEL_PRESETS}.items():
+    lines += ["A flag wins over --preset, that over the model's preset, that over the dataset's, and a preset over the"]
+    lines += ["default. Presets:"]
+    for name, preset in {**PRESETS, **MODEL_PRESETS, "plus": NAMED_PRESETS["plus"]}.items():
         values = ", ".join(f"{setting} {shown(v)}" for setting, v in preset.items())
         lines += textwrap.wrap(f"{name}: {values}", 108, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import pytest
 from config import (
     METRICS,
     MODEL_PRESETS,
+    NAMED_PRESETS,
     PRESETS,
     Config,
     InputError,
@@ -118,6 +119,26 @@ def test_a_models_preset_wins_over_the_datasets_and_a_flag_over_both():
     config, sources = parsed("--model_code=lrurec", "--dataset_code=clothing", "--lru_r_max=0.9")
     assert (config.lru_r_max, sources["lru_r_max"]) == (0.9, "flag")
     assert parsed("--model_code=sasrec")[0].img_encoder == "pixel"  # the demo's, which sasrec's leaves alone
+
+
+@pytest.mark.parametrize("dataset", [*PRESETS, "my_shop"])
+def test_a_named_preset_wins_over_the_datasets_and_a_flag_over_both(dataset):
+    config, sources = parsed("--preset=plus", f"--dataset_code={dataset}")
+    for name, value in NAMED_PRESETS["plus"].items():
+        assert type(value) is type(FIELDS[name].default), name
+        assert (getattr(config, name), sources[name]) == (value, "preset")
+    config, sources = parsed("--preset=plus", f"--dataset_code={dataset}", "--distill=0.1", "--no-whiten_features")
+    assert (config.distill, sources["distill"], config.whiten_features) == (0.1, "flag", False)
+    assert config.preset == "plus" and sources["preset"] == "flag"
+
+
+@pytest.mark.parametrize("dataset", [*PRESETS, "my_shop"])
+def test_the_papers_preset_is_no_preset(dataset):
+    assert parsed("--preset=paper", f"--dataset_code={dataset}")[0] == parsed(f"--dataset_code={dataset}")[0]
+    config = parsed(f"--dataset_code={dataset}")[0]
+    for name in ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "distill"):
+        assert not getattr(config, name)
+    assert config.size_weights == "uniform"
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of flags
@@ -230,6 +251,7 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--optimizer", "sgd"),
         ("--mrl_loss", "max"),
         ("--size_weights", "linear"),
+        ("--preset", "minus"),
         ("--item_embedding_dropout", "1.0"),
         ("--distill", "1.1"),
         ("--distill", "-0.5"),
@@ -263,6 +285,7 @@ def test_an_empty_list_of_attributes_is_refused_while_texts_are_read(capsys):
         ),
         ("--model_code=lrurec --mrl_hidden_sizes=8,16", '--mrl_hidden_sizes "8,16": lrurec has one size'),
         ("--model_code=popularity --mrl_hidden_sizes=64", "--mrl_hidden_sizes 64: popularity has one number an item"),
+        ("--model_code=lrurec --preset=plus", "--preset plus is for --model_code fmrlrec, not for lrurec"),
         ("--model_code=sasrec --logit_scale", "--logit_scale True: only --model_code fmrlrec has it, not sasrec"),
         ("--model_code=sasrec --num_heads=3", "--num_heads 3 does not divide --mrl_hidden_sizes 64"),
     ],
@@ -374,7 +397,7 @@ def test_help_groups_the_flags(capsys):
         "features": ("use_language_encoder", "encoder_workers"),
         "model": ("model_code", "lru_r_max"),
         "training": ("seed", "early_stopping_patience"),
-        "plus": ("whiten_features", "distill"),
+        "plus": ("preset", "distill"),
         "evaluation": ("val_batch_size", "best_metric"),
         "run": ("device", "use_wandb"),
     }
@@ -387,7 +410,7 @@ def test_help_shows_the_choices(capsys, name):
     assert f"--{name} {{{','.join(FIELDS[name].metadata['choices'])}}}" in help_text(capsys)
 
 
-@pytest.mark.parametrize(("name", "preset"), (PRESETS | MODEL_PRESETS).items())
+@pytest.mark.parametrize(("name", "preset"), (PRESETS | MODEL_PRESETS | {"plus": NAMED_PRESETS["plus"]}).items())
 def test_help_shows_what_a_preset_sets(capsys, name, preset):
     [line] = re.findall(rf"^  {name}: (.*(?:\n    .*)*)", help_text(capsys), flags=re.MULTILINE)
     assert [pair.split()[0] for pair in " ".join(line.split()).split(", ")] == list(preset)
@@ -414,8 +437,14 @@ def test_help_of_a_script_does_not_wait_for_heavy_libraries(script):
 
 
 def test_settings_come_back_from_json_as_they_were():
-    config, _ = parsed("--dataset_code=sports", "--mrl_hidden_sizes=4,8", "--item_attributes=title", "--lr=3e-4")
+    flags = ("--mrl_hidden_sizes=4,8", "--item_attributes=title", "--lr=3e-4", "--preset=plus", "--distill=0.2")
+    config, _ = parsed("--dataset_code=sports", *flags)
     assert from_saved(json.loads(json.dumps(vars(config)))) == config
+
+
+def test_settings_of_before_there_were_options_are_the_papers():
+    old = {name: value for name, value in vars(Config()).items() if name not in ("preset", "distill", "item_embedding")}
+    assert from_saved(old) == Config()
 
 
 def test_unknown_saved_settings_are_refused_by_name():

@@ -415,6 +415,7 @@ CHANGED = {
     "num_negatives": 13,
     "early_stopping": False,
     "early_stopping_patience": 4,
+    "preset": "plus",
     "whiten_features": True,
     "item_embedding": True,
     "item_embedding_dropout": 0.4,
@@ -528,6 +529,9 @@ def test_a_setting_reaches_what_reads_it(workplace, monkeypatch, name):
         assert found[name] == (value, value)
     elif name in ("runs_root", "run_name"):
         assert value in str(found["run"])
+    elif name == "preset":
+        plus = config.NAMED_PRESETS[value]
+        assert {setting: found[setting] for setting in plus} == plus
     else:
         assert found[name] == value
 

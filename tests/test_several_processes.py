@@ -32,6 +32,7 @@ TRAINED = (
 BASELINES = {"sasrec": TRAINED, "lrurec": TRAINED, "itemknn": BASELINE}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 LONELY = "--train_batch_size 1 --num_epochs 1"  # a batch is one user, so one of two processes has none
+PLUS = "--preset plus --item_embedding_dropout 0.3"
 # Every case, one after another in the same two processes; what happened in each is left in rank0.json and rank1.json.
 TWO = """
 import contextlib, hashlib, io, json, shlex, sys
@@ -45,7 +46,7 @@ from trainer import step as step_module
 from trainer import trainer as trainer_module
 from trainer.trainer import Trainer
 
-tiny, lonely, baselines = sys.argv[1:]
+tiny, lonely, plus, baselines = sys.argv[1:]
 seen, fit, keep = {}, Trainer.fit, Trainer._keep
 true_loss, true_save = step_module.matryoshka_cross_entropy, trainer_module.save_state
 
@@ -87,6 +88,7 @@ run("two", f"{tiny} --run_name two")
 run("tested", "--run_name two", eval_script.main)
 run("tested alone", "--run_name two --alone", eval_script.main)
 run("sampled two", f"{tiny} --num_negatives 5 --run_name sampled-two")
+run("plus two", f"{tiny} {plus} --run_name plus-two")
 run("lonely two", f"{tiny} {lonely} --run_name lonely-two")
 for model, flags in json.loads(baselines).items():
     run(f"{model} two", f"--model_code {model} {flags} --run_name {model}-two")
@@ -136,13 +138,14 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         train.main(shlex.split(f"{TINY} --run_name one"))
         train.main(shlex.split(f"{TINY} --num_negatives 5 --run_name sampled-one"))
+        train.main(shlex.split(f"{TINY} {PLUS} --run_name plus-one"))
         train.main(shlex.split(f"{TINY} {LONELY} --run_name lonely-one"))
         for model, flags in BASELINES.items():
             train.main(shlex.split(f"--model_code {model} {flags} --run_name {model}-one"))
         interrupted_after_one_epoch(patch, f"{TINY} --run_name cut-by-one")
         assert not torch.distributed.is_initialized()
         (folder / "two.py").write_text(TWO)
-        done = torchrun(folder / "two.py", shlex.join([TINY, LONELY, json.dumps(BASELINES)]), folder)
+        done = torchrun(folder / "two.py", shlex.join([TINY, LONELY, PLUS, json.dumps(BASELINES)]), folder)
         assert done.returncode == 0, done.stderr[-5000:]
         train.main(["--resume", str(named("cut-by-two", folder))])
     return folder
@@ -179,6 +182,10 @@ def test_two_processes_draw_the_same_items(folder):
     assert_same_training(named("sampled-two", folder), named("sampled-one", folder))
 
 
+def test_two_processes_train_with_all_options_as_one_does(folder):
+    assert_same_training(named("plus-two", folder), named("plus-one", folder))
+
+
 def test_a_batch_of_one_user_trains_as_in_one_process(folder):
     assert_same_training(named("lonely-two", folder), named("lonely-one", folder))
 
@@ -213,7 +220,7 @@ def test_two_processes_test_a_run_as_one_does(folder, monkeypatch, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["two", "sampled two", "lonely two", "resumed by two", "cut by two", "not finite", "full"]
+    "case", ["two", "sampled two", "plus two", "lonely two", "resumed by two", "cut by two", "not finite", "full"]
 )
 def test_both_have_the_same_weights_random_state_and_ending_and_the_first_alone_prints(folder, case):
     first, second = outcome(folder, case)

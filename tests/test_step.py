@@ -28,13 +28,19 @@ def loader(batch_size=8, users=60, seed=0):
     return TrainLoader(train_rows(sequences, 20), batch_size, seed, CPU)
 
 
-def make_step(precision="fp32", negatives=0, features=True, dropout=0.4, max_grad_norm=5.0):
+PLUS = {"item_embedding": True, "item_embedding_dropout": 0.2, "logit_scale": True}  # beyond the paper: of the model
+OBJECTIVE = {"size_weights": "sqrt", "distill": 0.5}  # and of a step
+
+
+def make_step(precision="fp32", negatives=0, features=True, dropout=0.4, max_grad_norm=5.0, plus=False):
     torch.manual_seed(0)
     given = torch.randn(NUM_ITEMS, 9) if features else None
-    model = FMRLRec(NUM_ITEMS, given, SIZES, dropout=dropout, attn_dropout=dropout, r_max=0.9).train()
+    options, objective = (PLUS, OBJECTIVE) if plus else ({}, {})
+    model = FMRLRec(NUM_ITEMS, given, SIZES, dropout=dropout, attn_dropout=dropout, r_max=0.9, **options).train()
     optimizer = build_optimizer(model, "adamw", 1e-2, 1e-2, 1e-9)
     sampler = NegativeSampler(loader().label_counts(NUM_ITEMS), negatives) if negatives else None
-    return Step(model, optimizer, precision=precision, max_grad_norm=max_grad_norm, sampler=sampler)
+    how = {"precision": precision, "max_grad_norm": max_grad_norm, "sampler": sampler}
+    return Step(model, optimizer, **how, **objective)
 
 
 def run(step, batches, seed=1):
@@ -74,8 +80,10 @@ def test_a_loss_keeps_nothing_of_its_step_alive():
 
 
 @pytest.mark.parametrize("negatives", [0, 20])
-@pytest.mark.parametrize("scan", [lru._scan_by_steps, lru._scan_by_doubling])
-def test_a_recording_played_back_trains_as_the_step_does(monkeypatch, scan, negatives):
+@pytest.mark.parametrize(
+    ("scan", "plus"), [(lru._scan_by_steps, False), (lru._scan_by_doubling, False), (lru._scan_by_doubling, True)]
+)
+def test_a_recording_played_back_trains_as_the_step_does(monkeypatch, scan, plus, negatives):
     monkeypatch.setattr(lru, "_scan", scan)
     recorded = []
 
@@ -84,8 +92,8 @@ def test_a_recording_played_back_trains_as_the_step_does(monkeypatch, scan, nega
         return work
 
     batches = [batch for number in range(3) for batch in loader().epoch(number)]
-    plain = run(make_step(negatives=negatives), batches)
-    graphed = run(GraphedStep(make_step(negatives=negatives), record), batches)
+    plain = run(make_step(negatives=negatives, plus=plus), batches)
+    graphed = run(GraphedStep(make_step(negatives=negatives, plus=plus), record), batches)
     assert graphed[0] == plain[0]
     assert all(torch.equal(g, p) for g, p in zip(graphed[1], plain[1], strict=True))
     shapes = {(len(batch.tokens), (batch.longest - 1).bit_length()) for batch in batches}
@@ -188,11 +196,11 @@ def test_the_products_of_the_loss_are_computed_in_the_precision(monkeypatch, pre
 
 
 @pytest.mark.parametrize("negatives", [0, 20])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_nothing_in_a_step_asks_for_a_number_that_a_gpu_would_have_to_finish(monkeypatch, precision, negatives):
+@pytest.mark.parametrize(("precision", "plus"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_nothing_in_a_step_asks_for_a_number_that_a_gpu_would_have_to_finish(monkeypatch, precision, plus, negatives):
     monkeypatch.setattr(lru, "_scan", lru._scan_by_doubling)  # the one of a GPU
     monkeypatch.setattr(loss_module, "_held", {})  # keeps tensors, which here are fake
-    step, (batch, *_) = make_step(precision, negatives), loader().epoch(1)
+    step, (batch, *_) = make_step(precision, negatives, plus=plus), loader().epoch(1)
     step(batch)  # the optimizer's state is made
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # tensors without numbers
 

@@ -110,7 +110,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         # Transposed, as its products come: turning a residual costs as much as multiplying it.
         grad_table = torch.zeros(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
         grad_rest = torch.zeros_like(rest, dtype=wide)
-        grad_V = None if V is None else torch.zeros_like(V, dtype=wide)
+        grad_V = None if V is None else torch.empty_like(V, dtype=wide)
 
         scale = None if objective is None else objective.scale(loss)
         grad_log_scale = None if objective is None else torch.zeros_like(scale)
@@ -156,7 +156,10 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                     add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
                     if V is not None:
                         grad_z[rows, low:high] += residual @ narrow_V[:, low:high]
-                        add_product(grad_V[:, low:high], residual.T, z_part)
+                        if rows.start:
+                            add_product(grad_V[:, low:high], residual.T, z_part)
+                        else:  # nothing there yet: as large as it is, filling it with zeros would cost, too
+                            grad_V[:, low:high] = residual.T @ z_part
 
         if needs_grad:
             if features is None:
@@ -172,8 +175,10 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        return *(part * grad if needed else None for part, needed in gradients), None, None, None, None
+        grad_z, grad_weight, grad_V, grad_log_scale = ctx.saved_tensors
+        by_V = None if grad_V is None else grad_V.mul_(grad)  # in place: it is the largest; torch refuses a second time
+        by_log_scale = grad_log_scale * grad if ctx.needs_input_grad[3] else None
+        return grad_z * grad, grad_weight * grad, by_V, by_log_scale, None, None, None, None
 
 
 def columns_multiplied_out(

@@ -72,7 +72,7 @@ def residuals_(
     loss, by_log_scale = residual.new_zeros(()), torch.zeros_like(scale)
     torch.exp(log_ps[-1], out=p_largest).mul_(valid)
     for j, (w, x, log_p) in enumerate(zip(objective.weights, objective.taught(), log_ps, strict=True)):
-        # Where there is no label either, a position's residuals add up to 0: then log p stands for its logits below.
+        # Residuals of a position add up to 0, without a label too: log p may stand for the scaled logits further down.
         torch.exp(log_p, out=residual).scatter_add_(1, label, x * valid.to(log_p.dtype) - 1)
         loss -= w * (1 - x) * (log_p.gather(1, label) * valid).sum()
         if x:

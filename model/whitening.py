@@ -7,7 +7,7 @@ same variance. Each encoder's features are whitened on their own. A row of zeros
 it stays zero and is left out of μ and Σ. N items, F feature width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def fit_whitening(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (U[:, varies] / variance[varies].sqrt()) @ U[:, varies].T
 
 
-def _described(features: Tensor):
+def _described(features: Tensor) -> Iterator[Tensor]:
     """The rows that are not zero, in float64, a chunk at a time."""
     for rows in features.split(ROWS):
         rows = rows.double()

@@ -157,8 +157,8 @@ class Recommender:
     # ----------------------------------------------------------------------------------------------------- new items
 
     def add_items(self, ids: Sequence[str], features: np.ndarray, titles: Sequence[str] | None = None) -> None:
-        """Make new products recommendable, with features [n, F] as `embed_items` or the training gives them. Add many
-        at once: every call copies the item table.
+        """Make new products recommendable, with features [n, F] as `embed_items` or the cache of features gives them;
+        they are whitened here where the training's were. Add many at once: every call copies the item table.
 
         Raises InputError, with nothing added, for ids that are there already or stand twice, for features of another
         shape, and where features or what the model makes of them are not finite.

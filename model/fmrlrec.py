@@ -83,14 +83,15 @@ class ItemEncoder(nn.Module):
             return None
         return torch.rand(self.num_items + 1, device=self.V.device) >= self.embedding_dropout
 
-    def forward(self, items: Tensor, kept: Tensor | None = None) -> Tensor:
-        """E of these items [n] (0: begin of sequence): [n, D]. kept: as drawn for the step."""
+    def forward(self, items: Tensor, kept: Tensor | None = None, few: bool = False) -> Tensor:
+        """E of these items [n] (0: begin of sequence): [n, D]. kept: as drawn for the step. few: there is
+        another gradient of V, of all items, which takes in that of these."""
         if not self.parts:
             return F.embedding(items, self.table)
         projected = self.projection(self.rows(items, self.projection.weight.dtype))
         if self.V is None:
             return projected
-        V = F.embedding(items, self.V)
+        V = F.embedding(items, self.V, sparse=few and self.V.device.type == "cpu")  # or zeros are made for all others
         return projected + (V if kept is None else V * kept[items][:, None])
 
     def everything(self) -> Tensor:

@@ -66,7 +66,7 @@ class Step:
         kept = model.items.kept()  # what the items are in this step, read and predicted
         # Without the cache: it would keep a recording's weights.
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
-            z = model.encode(model.items(batch.tokens, kept), batch.position, batch.longest)
+            z = model.encode(model.items(batch.tokens, kept, few=not self.sampler), batch.position, batch.longest)
         dtype, objective = torch.bfloat16 if narrow else z.dtype, self.objective()
         if not self.sampler:
             table = model.items.factors(dtype, kept)

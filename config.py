@@ -207,6 +207,11 @@ class Config:
     test_batch_size: int = setting(256, "users ranked at once in the test; does not change results", runtime=True)
     metric_ks: tuple[int, ...] = setting((5, 10, 20, 50), "cut-offs K of Recall@K, NDCG@K and MRR@K", runtime=True)
     best_metric: str = setting("NDCG@10", "validation metric of the largest size that picks the best epoch")
+    test: bool = setting(
+        True,
+        "test every size after the training; without it the test set stays unread, to choose settings",
+        runtime=True,
+    )
 
     # --- run
     device: str = setting(

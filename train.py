@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 progress = trainer.fit()
                 ranks.say(f"best epoch {progress.best_epoch}: val {config.best_metric} {progress.best:.4f}")
             load_weights(model, run / "best.safetensors")
-            results = test_run(config, catalog, model, run, mask_history=False)
+            results = test_run(config, catalog, model, run, mask_history=False) if config.test else {}
     except KeyboardInterrupt:
         if ranks.rank() == 0:
             print(f"\ncontinue with: {ranks.command()} train.py --resume {run}", file=sys.stderr)

@@ -46,6 +46,10 @@ class KeptRun:
         """The digest of the dataset; None of a run from before it was noted."""
         return self.environment.get("data")
 
+    @property
+    def tested(self) -> bool:
+        return (self.folder / TESTED[0]).exists()
+
     @cached_property
     def log(self) -> list[dict[str, Any]]:
         if not (found := read_log(self.folder)):
@@ -58,6 +62,11 @@ class KeptRun:
         if masked and not path.exists():
             return {}
         return {int(size): values for size, values in read_json(path, "keep the run again").items()}
+
+    def validation(self) -> Metrics:
+        """The validation metrics of every size after the best epoch."""
+        (best,) = (record for record in self.log if record["epoch"] == self.log[-1]["best_epoch"])
+        return {int(size): values for size, values in best["val"].items()}
 
     def ranks(self, masked: bool = False) -> tuple[dict[int, np.ndarray], np.ndarray] | None:
         """size -> the rank of every user, and how often each user's item was trained on; None where it was not kept."""
@@ -94,14 +103,16 @@ def untested(run: Path) -> list[list[str]]:
     ]
 
 
-def same_run(config: Config, runs_root: Path, results: Path, data: str | None = None) -> tuple[Path | None, str]:
+def same_run(
+    config: Config, runs_root: Path, results: Path, data: str | None = None, tests: bool = True
+) -> tuple[Path | None, str]:
     """The run, kept or not, that trains what these settings do, and what is to be done with it: "finished", "to keep",
     "to test", "kept in part" (without one of its tests, and the run itself is gone), "to continue"; (None, "to start")
     where there is none. The furthest one, where there are several. data: the digest of the dataset as it is here; a run
-    on another one is none of these."""
+    on another one is none of these. tests: whether it has to be tested."""
     states = ("finished", "to keep", "to test", "kept in part", "to continue")
     found = [
-        (_state(run, results), run)
+        (_state(run, results, tests), run)
         for run, other in readable_runs(runs_root, results)
         if trained(other) == trained(config) and _is_on(run, data)
     ]
@@ -148,10 +159,12 @@ def _is_on(run: Path, data: str | None) -> bool:
     return True
 
 
-def _state(run: Path, results: Path) -> str:
+def _state(run: Path, results: Path, tests: bool) -> str:
     kept = run.parent == results
     if unfinished(run):
         return "" if kept else "to continue"  # kept files alone cannot be trained on
-    if untested(run):
-        return "kept in part" if kept else "to test"
+    if tests and (lacking := untested(run)):
+        if kept:
+            return "kept in part" if [] not in lacking else ""  # and not tested either
+        return "to test"
     return "finished" if kept else "to keep"

@@ -8,6 +8,7 @@ rows                    name -> its own settings; beside them published, a key o
 compare                 pairs of rows that a bootstrap over users compares
 every_size              the report shows all sizes of a row
 by_popularity           the report tells users apart by how often their item was trained on
+validation              settings are chosen by it: its runs leave the test set unread, the report shows their validation
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import COUNTING, Config, InputError, is_runtime, resolve, typed
+from config import BEYOND, COUNTING, Config, InputError, is_runtime, resolve, typed
 
 FOLDER = Path(__file__).parent / "definitions"
 
@@ -45,6 +46,7 @@ class Definition:
     compare: tuple[tuple[str, str], ...] = ()
     every_size: bool = False
     by_popularity: bool = False
+    validation: bool = False
 
     def varied(self) -> set[str]:
         """The settings that make its rows differ. Where it is the model, all: each is trained in a way of its own."""
@@ -54,8 +56,9 @@ class Definition:
         return set(Config.__dataclass_fields__) if "model_code" in varied else varied
 
     def fits(self, row: Row, config: Config) -> bool:
-        """Whether a run with these settings is one of this row's."""
-        return all(getattr(config, name) == value for name, value in row.settings.items())
+        """Whether a run with these settings is one of this row's. What is beyond the paper a row has to name."""
+        settings = {name: getattr(Config, name) for name in BEYOND} | row.settings
+        return all(getattr(config, name) == value for name, value in settings.items())
 
 
 def definitions(folder: Path = FOLDER) -> dict[str, Definition]:
@@ -88,7 +91,7 @@ def _row(name: str, values: dict[str, Any]) -> Row:
 
 def trained(config: Config) -> dict[str, Any]:
     """What decides a run's result: its settings but those that say how to run, and those that it does not read."""
-    unread = {"run_name", *(f.name for f in dataclasses.fields(Config) if is_runtime(f.name))}
+    unread = {"run_name", "preset", *(f.name for f in dataclasses.fields(Config) if is_runtime(f.name))}
     if not config.use_language_encoder:
         unread |= {"language_encoder", "item_attributes"}
     if not config.use_img_encoder:

@@ -19,7 +19,8 @@ from experiments.paper import RESULTS as PUBLISHED
 from experiments.plan import definitions, unusual
 from experiments.tables import settings_text, unlike_paper
 
-HERE = Path(__file__).parent
+OUT = Path(__file__).parent / "RESULTS.md"
+MEDIA = Path(__file__).parent.parent / "media"
 
 INTRODUCTION = """# Results
 
@@ -38,7 +39,7 @@ def report(results: Path) -> str:
     measured = any((run.folder / "deploy.json").exists() for run in runs)
     picture = ["## Accuracy against bytes", "", "![NDCG@10 of every size](../media/accuracy_by_bytes.png)", ""]
     experiments += [*parameters.section(), *(picture if measured else [])]
-    return "\n".join([INTRODUCTION, *experiments, "# Every run", "", *(section(run) for run in runs)])
+    return "\n".join([INTRODUCTION, *experiments, "# Every run", "", *(section(run) for run in runs if run.tested)])
 
 
 def section(run: KeptRun) -> str:
@@ -120,10 +121,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, metavar="RUN", help="a finished run whose small files are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="the kept files")
-    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", metavar="FILE", help="the report")
-    parser.add_argument("--media", type=Path, default=HERE.parent / "media", metavar="FOLDER", help="the pictures")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="the report")
+    parser.add_argument("--media", type=Path, default=MEDIA, metavar="FOLDER", help="the pictures")
     arguments = parser.parse_args(argv)
-    if arguments.results != RESULTS and arguments.out == HERE / "RESULTS.md":
+    if arguments.results != RESULTS and (arguments.out == OUT or arguments.media == MEDIA):
         raise InputError(f"--results {arguments.results} would replace the report of {RESULTS}; give --out and --media")
     if arguments.keep:
         keep(arguments.keep, arguments.results)

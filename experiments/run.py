@@ -46,6 +46,7 @@ class Job:
     config: Config
     data: str | None = None  # the digest of its dataset, where that is prepared
     run: Path | None = None  # its folder, once there is one
+    tests: bool = False  # whether one of those is about the test set
     state: str = ""  # as kept.same_run says it, or what failed
     seconds: float | None = None  # of training still to go, at most; None: not known
 
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> list[Job]:
     """Do what is missing and return all jobs. Exits with 1 where one failed."""
-    settings = [f.name for f in dataclasses.fields(Config) if f.name not in ("seed", "dataset_code")]
+    settings = [f.name for f in dataclasses.fields(Config) if f.name not in ("seed", "dataset_code", "test")]
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], add_arguments, settings)
     jobs = planned(chosen(arguments), flags, seeds_of(arguments.seeds))
     for problem in unusable(Path(jobs[0].config.runs_root), arguments.results):
@@ -160,10 +161,11 @@ def planned(experiments: list[tuple[Definition, list[Row]]], flags: dict[str, An
                     config, _ = resolve(own)
                     name = f"{definition.name}/{row.name}"
                     same = [job for job in jobs if trained(job.config) == trained(config)]
-                    if same:
-                        same[0].names.append(name)
-                    else:
-                        jobs.append(Job([name], own, config))
+                    if not same:
+                        same = [Job([], own, config)]
+                        jobs += same
+                    same[0].names.append(name)
+                    same[0].tests |= not definition.validation
     return jobs
 
 
@@ -183,7 +185,7 @@ def look_up(job: Job, results: Path) -> None:
     """Find the job's run, what is to be done with it, and how long that takes at most by an earlier run."""
     runs_root = Path(job.config.runs_root)
     try:
-        job.run, job.state = same_run(job.config, runs_root, results, job.data)
+        job.run, job.state = same_run(job.config, runs_root, results, job.data, job.tests)
     except InputError as error:
         job.state = f"failed: {error}"
     if job.to_train:
@@ -278,12 +280,13 @@ def free_devices(jobs: list[Job]) -> queue.SimpleQueue[str | None]:
 def do_job(job: Job, device: str | None, results: Path) -> None:
     """Train or go on, test with the history and without, and keep the results."""
     runs_root = Path(job.config.runs_root)
-    job.run, job.state = same_run(job.config, runs_root, results, job.data)  # it may be long since the plan
+    job.run, job.state = same_run(job.config, runs_root, results, job.data, job.tests)  # it may be long since the plan
     if job.state in DONE:
         return
     print(f"\n== {job.label}", flush=True)
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
     runtime = [f"--{name}={shown(value)}" for name, value in job.flags.items() if is_runtime(name)]
+    test = [] if job.tests else ["--no-test"]
 
     def call(script: str, *arguments: str) -> bool:
         status = call_script(script, [*arguments, *runtime], environment)
@@ -295,14 +298,14 @@ def do_job(job: Job, device: str | None, results: Path) -> None:
 
     if job.state == "to start":
         fixed = [f"--{name}={shown(value)}" for name, value in job.flags.items() if not is_runtime(name)]
-        if not call("train.py", *fixed):
+        if not call("train.py", *fixed, *test):
             return
-    elif job.state == "to continue" and not call("train.py", "--resume", str(job.run)):
+    elif job.state == "to continue" and not call("train.py", "--resume", str(job.run), *test):
         return
-    job.run, job.state = same_run(job.config, runs_root, results, job.data)
+    job.run, job.state = same_run(job.config, runs_root, results, job.data, job.tests)
     if job.run is None:
         raise InputError(f"train.py left no run of these settings below {job.config.runs_root}")
-    for protocol in untested(job.run):
+    for protocol in untested(job.run) if job.tests else ():
         if not call("eval.py", "--run", str(job.run), *protocol):
             return
     keep(job.run, results)

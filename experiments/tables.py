@@ -67,6 +67,8 @@ def lines(definition: Definition, dataset: str, runs: Iterable[KeptRun]) -> list
     found: dict[tuple, dict[int, KeptRun]] = {}
     for run in runs:
         for index, row in enumerate(definition.rows):
+            if not (definition.validation or run.tested):
+                continue
             if run.config.dataset_code == dataset and definition.fits(row, run.config):
                 settings = {name: value for name, value in trained(run.config).items() if name != "seed"}
                 found.setdefault((index, run.data, *sorted(settings.items())), {})[run.config.seed] = run
@@ -87,6 +89,9 @@ def comparable(definition: Definition, of_dataset: list[Line]) -> list[list[Line
     shown = []
     for group in groups.values():
         names = {line.row.name for line in group}
+        if definition.validation:
+            shown += [numbered(group)] if len(names) > 1 else []
+            continue
         complete = {name for pair in definition.compare if names >= set(pair) for name in pair}
         waiting = {name for pair in definition.compare for name in pair} - complete
         kept = [line for line in group if line.row.name not in waiting or line.row.published]
@@ -113,7 +118,9 @@ def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
         groups = comparable(definition, lines(definition, dataset, runs))
         for group in groups:
             parts += [f"### {dataset}: {common_settings(definition, group)}", ""]
-            if definition.every_size:
+            if definition.validation:
+                parts += validated(group)
+            elif definition.every_size:
                 parts += every_size(group)
             else:
                 parts += results(group, COLUMNS) + results(group, WITHOUT_HISTORY)
@@ -173,6 +180,22 @@ def against(values: list[float], published: float | None) -> list[str]:
     if published is None:
         return ["", ""]
     return [f"{published:.4f}", f"{statistics.mean(values) / published - 1:+.1%}" if values else ""]
+
+
+def validated(group: list[Line]) -> list[str]:
+    """Validation of every line: NDCG@10 of every size, Recall@10 of the largest, and the time of an epoch."""
+    sizes = sorted({size for line in group for size in line.config.mrl_hidden_sizes})
+    cells = []
+    for line in group:
+        found = [run.validation() for run in line.runs]
+        row = [line.name, str(len(line.runs))]
+        row += [mean_sd([of_sizes[size]["NDCG@10"] for of_sizes in found if size in of_sizes]) for size in sizes]
+        row.append(mean_sd([of_sizes[max(of_sizes)]["Recall@10"] for of_sizes in found]))
+        logs = [run.log[-1] for run in line.runs]
+        row.append(f"{statistics.mean(log['seconds'] / log['epoch'] for log in logs):.0f}")
+        cells.append(row)
+    heads = ["validation NDCG@10 by size", "seeds", *map(str, sizes), "Recall@10, largest", "s an epoch"]
+    return table(heads, cells)
 
 
 def every_size(group: list[Line]) -> list[str]:

@@ -472,5 +472,6 @@ def test_only_settings_that_do_not_change_what_is_trained_are_runtime_settings()
             "val_batch_size",
             "test_batch_size",
             "metric_ks",
+            "test",
         ),  # how it is measured
     }

@@ -18,7 +18,7 @@ import train
 from config import Config, InputError, resolve
 from datasets.catalog import load_catalog
 from experiments import estimate, kept, paper, run
-from experiments.plan import definitions, read_definition, trained, unusual
+from experiments.plan import Definition, Row, definitions, read_definition, trained, unusual
 from tests.prepared import write_prepared
 from trainer import trainer as trainer_of_runs
 from trainer.runs import claimed
@@ -482,3 +482,61 @@ def test_the_scripts_are_called_as_a_user_would(workplace):
     (job,) = run_experiments("depth --rows '1 block'")
     assert job.state == "finished"
     assert kept.kept_runs(Path("kept"))[0].metrics(masked=True)
+
+
+# ------------------------------------------------------------------------------------------------ chosen on validation
+
+
+@pytest.fixture
+def screening(monkeypatch):
+    """An experiment of that name which leaves the test set unread, beside those that there are."""
+    rows = (Row("off", {"whiten_features": False}), Row("on", {"whiten_features": True}))
+    mine = Definition("screening", "S", "s", ("beauty",), rows, validation=True)
+    monkeypatch.setattr(run, "definitions", lambda: definitions() | {"screening": mine})
+    return mine
+
+
+def test_settings_are_chosen_without_a_look_at_the_test_set(workplace, calls, screening):
+    jobs = run_experiments("screening")
+    assert [call[0] for call in calls] == ["train.py"] * 2
+    assert [job.state for job in jobs] == ["finished"] * 2
+    assert not list(workplace.glob("**/test_*"))
+    for job, of_run in zip(jobs, kept.kept_runs(Path("kept")), strict=True):
+        best = json.loads((job.run / "log.jsonl").read_text().splitlines()[-1])
+        assert not of_run.tested
+        assert of_run.validation()[4] == best["val"]["4"] or best["best_epoch"] == 1
+    calls.clear()
+    assert [job.state for job in run_experiments("screening")] == ["finished"] * 2
+    assert not calls
+
+
+def test_a_run_that_was_not_tested_is_tested_once_a_test_is_asked_for(workplace, calls, screening):
+    run_experiments("screening --rows off")
+    calls.clear()
+    (job,) = run_experiments("depth --rows '2 blocks'")  # the same training
+    assert [[call[0], "--mask_history" in call] for call in calls] == [["eval.py", False], ["eval.py", True]]
+    assert kept.kept_runs(Path("kept"))[0].tested
+    for path in Path("kept").glob("*/test_*"):
+        path.unlink()
+    shutil.rmtree("experiments")
+    (job,) = run_experiments("depth --rows '2 blocks' --dry_run")
+    assert (job.run, job.state) == (None, "to start")
+    (job,) = run_experiments("screening --rows off --dry_run")
+    assert job.state == "finished"
+
+
+def test_what_both_kinds_of_experiment_ask_for_is_tested(workplace, calls, screening):
+    jobs = run_experiments("screening,depth --rows 'off;on;2 blocks'")
+    assert [(job.names, job.tests) for job in jobs] == [
+        (["screening/off", "depth/2 blocks"], True),
+        (["screening/on"], False),
+    ]
+    assert [call[0] for call in calls] == ["train.py", "eval.py", "train.py"]
+
+
+def test_a_row_that_names_nothing_beyond_the_paper_has_nothing_of_it():
+    (row,) = (row for row in definitions()["depth"].rows if row.name == "2 blocks")
+    beauty = {"dataset_code": "beauty"}
+    assert definitions()["depth"].fits(row, resolve(beauty)[0])
+    for flags in ({"whiten_features": True}, {"item_embedding": True}, {"distill": 0.1}, {"preset": "plus"}):
+        assert not definitions()["depth"].fits(row, resolve(beauty | flags)[0])

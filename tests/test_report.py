@@ -318,10 +318,32 @@ def test_a_run_whose_cut_offs_lack_10_leaves_its_curve_out(tmp_path):
 
 def test_the_report_of_other_results_does_not_replace_the_repositorys(tmp_path, capsys):
     keep_run(tmp_path / "results", "a", LANGUAGE)
-    before = (report.HERE / "RESULTS.md").read_bytes()
+    before = report.OUT.read_bytes()
     with pytest.raises(InputError, match=r"would replace the report of .*; give --out and --media"):
         report.main(["--results", str(tmp_path / "results")])
-    assert (report.HERE / "RESULTS.md").read_bytes() == before
+    assert report.OUT.read_bytes() == before
     out = tmp_path / "RESULTS.md"
     report.main(["--results", str(tmp_path / "results"), "--out", str(out), "--media", str(tmp_path / "media")])
     assert out.read_text().startswith("# Results")
+
+
+def test_what_settings_are_chosen_by_is_validation_alone(tmp_path):
+    rows = (Row("off", {"whiten_features": False}), Row("on", {"whiten_features": True}))
+    mine = Definition("mine", "T", "t", ("beauty",), rows, validation=True)
+    for name, flags, value in (("a", {}, 0.25), ("b", {"whiten_features": True}, 0.5), ("c", {"lr": 0.5}, 0.75)):
+        folder = keep_run(tmp_path, name, {"mrl_hidden_sizes": (8, 16), **flags})
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for record in log:  # the best epoch is the first of three
+            record["val"] = {str(m): {"NDCG@10": value * m / 16 / record["epoch"], "Recall@10": value} for m in (8, 16)}
+        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+        for path in folder.glob("test_*"):
+            path.unlink()
+    lines = tables.section(mine, kept_runs(tmp_path))
+    assert rows_of(lines) == [
+        ["validation NDCG@10 by size", "seeds", "8", "16", "Recall@10, largest", "s an epoch"],
+        ["---", "---:", "---:", "---:", "---:", "---:"],
+        ["off", "1", "0.1250", "0.2500", "0.2500", "60"],
+        ["on", "1", "0.2500", "0.5000", "0.5000", "60"],
+    ]
+    assert tables.section(dataclasses.replace(mine, validation=False), kept_runs(tmp_path)) == []
+    assert "beauty-c" not in report.report(tmp_path)

@@ -274,6 +274,7 @@ def test_a_run_is_tied_to_the_dataset_it_was_trained_on(workplace):
 def test_an_unfinished_run_is_called_so_resumed_first_and_not_kept_as_a_result(workplace, capsys):
     from experiments import report
 
+    elsewhere = ["--results", str(workplace / "kept"), "--out", str(workplace / "R.md"), "--media", str(workplace)]
     cut = run_train("--num_epochs 9")
     lines = (cut / "log.jsonl").read_text().splitlines()
     (cut / "log.jsonl").write_text("\n".join(lines[:3]) + "\n")
@@ -284,15 +285,24 @@ def test_an_unfinished_run_is_called_so_resumed_first_and_not_kept_as_a_result(w
     run_eval(f"--run {cut}")
     assert f"run {cut}, unfinished: epoch 3 of 9" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"is not finished \(epoch 3 of 9\); train.py --resume"):
-        report.main(["--keep", str(cut), "--results", str(workplace / "kept")])
+        report.main(["--keep", str(cut), *elsewhere])
     assert train.main(["--resume", "latest"]) == cut
     with pytest.raises(InputError, match="is finished"):
         train.main(["--resume", "latest"])
-    report.main(["--keep", str(whole), "--results", str(workplace / "kept"), "--out", str(workplace / "R.md")])
+    report.main(["--keep", str(whole), *elsewhere])
     assert (
         f"| 8 | {json.loads((whole / 'test_metrics.json').read_text())['NDCG@5']:.4f} |"
         in (workplace / "R.md").read_text()
     )
+
+
+def test_without_a_test_the_test_set_stays_unread_until_eval_is_asked_to(workplace):
+    run = run_train("--no-test")
+    assert not list(run.glob("test_*"))
+    with pytest.raises(InputError, match="is finished"):
+        train.main(["--resume", "latest"])
+    run_eval(f"--run {run}")
+    assert (run / "test_mrl_metrics.json").exists()
 
 
 def test_a_run_cut_off_between_training_and_test_is_resumed_to_its_test(workplace, monkeypatch, capsys):
@@ -431,7 +441,7 @@ CHANGED = {
 }
 TRAINER_SETTINGS = ["num_epochs", "optimizer", "lr", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"]
 TRAINER_SETTINGS += ["precision", "num_negatives", "val_batch_size", "best_metric", "size_weights", "distill"]
-CHANGED_ELSEWHERE = {"device", "use_wandb"}  # tested above
+CHANGED_ELSEWHERE = {"device", "use_wandb", "test"}  # tested above
 CHANGED_ELSEWHERE |= {"model_code", "num_heads"}  # tests/test_baseline_runs.py
 
 

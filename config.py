@@ -49,7 +49,7 @@ _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
 # What a baseline needs, on every dataset (model/baselines/). Learning rate and dropout were not searched for: with them
-# 22 epochs of LRURec have a test NDCG@10 of .0427 on Beauty, where Table 2 of the fMRLRec paper has .0438.
+# LRURec's 30 epochs have a test NDCG@10 of .0427 on Beauty, where Table 2 of the fMRLRec paper has .0438.
 MODEL_PRESETS: dict[str, dict[str, Any]] = {
     "sasrec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5},
     "lrurec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5, "lru_r_min": 0.8, "lru_r_max": 0.99},
@@ -137,7 +137,7 @@ class Config:
     mrl_hidden_sizes: tuple[int, ...] = setting(
         (8, 16, 32, 64, 128, 256, 512, 1024), "nested model sizes, increasing; the last one is D; one for a baseline"
     )
-    lru_max_len: int = setting(50, "the last items of a history that are read")
+    lru_max_len: int = setting(50, "how many of a history's last items are read")
     lru_num_blocks: int = setting(2, "blocks of LRU (sasrec: attention) and feed-forward network")
     lru_dropout: float = setting(
         0.5, "dropout in and after the feed-forward network (sasrec and lrurec: of the embeddings, too)"
@@ -223,7 +223,9 @@ class Config:
     runs_root: str = setting(
         "experiments/runs", "run folders are made at <runs_root>/<dataset_code>/<time>-<run_name>", runtime=True
     )
-    run_name: str = setting("", "name of the run's folder after its time; empty: branch or baseline, and D")
+    run_name: str = setting(
+        "", "name of the run's folder after its time; empty: branch or baseline and size, such as both-1024"
+    )
     use_wandb: bool = setting(
         False, "log to Weights & Biases too (offline where no key is set; see WANDB_MODE)", runtime=True
     )
@@ -258,7 +260,7 @@ GROUPS = {
     "features": "use_language_encoder",
     "model": "model_code",
     "training": "seed",
-    "plus": "preset",
+    "beyond the paper": "preset",
     "evaluation": "val_batch_size",
     "run": "device",
 }  # group -> its first field
@@ -339,7 +341,7 @@ def parse_args(
     parser = _Parser(
         usage="%(prog)s [--setting value ...]",
         description=description,
-        epilog=BOOLEANS if settings else _epilog(),
+        epilog=_epilog(),
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
@@ -432,11 +434,8 @@ def _add_flag(group: Any, f: dataclasses.Field) -> None:
         group.add_argument(flag, type=type(default), help=help, **options, **common)
 
 
-BOOLEANS = "A setting that is true or false is set by --NAME, --no-NAME or --NAME=false."
-
-
 def _epilog() -> str:
-    lines = [BOOLEANS, ""]
+    lines = ["A setting that is true or false is set by --NAME, --no-NAME or --NAME=false.", ""]
     lines += ["A flag wins over --preset, that over the model's preset, that over the dataset's, and a preset over the"]
     lines += ["default. Presets:"]
     for name, preset in {**PRESETS, **MODEL_PRESETS, "plus": NAMED_PRESETS["plus"]}.items():

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     Model = Trained | Popularity
 
 
+DESCRIPTION = """Test a trained run at every size, and check that each size's slice is the same model on its own.
+Settings that say what was trained find the newest run that has these values; defaults do not count. Those that say
+how to run (device, data_root, test_batch_size, metric_ks, ...) may differ from the run's."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="FOLDER", help="the run to test; else the newest that fits the given flags")
     parser.add_argument(
@@ -38,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     """Test every size of a run and return size -> metrics."""
-    flags, arguments = parse_args(argv, __doc__.splitlines()[0], add_arguments)
+    settings = [name for name in Config.__dataclass_fields__ if name != "test"]
+    flags, arguments = parse_args(argv, DESCRIPTION, add_arguments, settings)
     from trainer.runs import find_trained, read_config, unfinished
 
     runs_root = Path(flags.get("runs_root", Config.runs_root))

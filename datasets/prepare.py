@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("steps")
     group.add_argument("--only", metavar="STEP,...", help="of data, pictures, features (default: all three)")
     group.add_argument(
-        "--overwrite", action="store_true", help="make the data anew where they were made otherwise (default: refuse)"
+        "--overwrite",
+        action="store_true",
+        help="replace data that were prepared of other files or with other flags (default: refuse)",
     )
     group = parser.add_argument_group("raw files")
     group.add_argument(
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats",
         choices=("keep", "drop"),
         default="keep",
-        help="the later reviews of a user for the same item (default: keep)",
+        help="keep or drop a user's later reviews of the same item (default: keep)",
     )
     group = parser.add_argument_group("pictures")
     group.add_argument(

@@ -69,7 +69,7 @@ def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Pat
             panel.minorticks_off()
             panel.set_ylim(bottom=0)
             panel.set_xlabel("model size (dimensions)")
-            panel.set_title(name, loc="left")
+            panel.set_title(name if paper else f"{name} (not in the paper's figure)", loc="left")
         panels[0].legend(frameon=False, fontsize=8, loc="upper left")
 
 
@@ -85,14 +85,14 @@ def draw_parameters(path: Path) -> None:
     """Figure 4: the share of parameters that one training for all sizes saves."""
     with _figure(path, 1, "Parameters that one training for all sizes saves") as (panel,):
         rows = figure4()
-        names = ("the paper's formula", "files here", "here, without masked zeros")
+        names = ("the paper's formula", "numbers in files here", "without masked zeros")
         for i, (name, colour) in enumerate(zip(names, (PAPER, *COLOURS), strict=False)):
             places = [x + 0.27 * (i - 1) for x in range(len(rows))]
             bars = panel.bar(places, [100 * row[1 + i] for row in rows], width=0.25, color=colour, label=name)
             panel.bar_label(bars, fmt="%.1f", fontsize=7)
         panel.set_xticks(range(len(rows)), [f"128..{row[0]}" if row[0] > 128 else "128" for row in rows])
         panel.set_xlabel("sizes")
-        panel.set_ylabel("% of the one model")
+        panel.set_ylabel("extra numbers of separate models, %")
         panel.legend(frameon=False, fontsize=8)
 
 

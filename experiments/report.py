@@ -119,10 +119,16 @@ def cold_items(run: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Keep a run if asked to, and write RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keep", type=Path, metavar="RUN", help="a finished run whose small files are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="the kept files")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="the report")
-    parser.add_argument("--media", type=Path, default=MEDIA, metavar="FOLDER", help="the pictures")
+    parser.add_argument(
+        "--keep", type=Path, metavar="RUN", help="first copy the small files of this finished run there"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FOLDER", help="the kept files (default: experiments/results)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, metavar="FILE", help="the report (default: experiments/RESULTS.md)"
+    )
+    parser.add_argument("--media", type=Path, default=MEDIA, metavar="FOLDER", help="the pictures (default: media)")
     arguments = parser.parse_args(argv)
     if arguments.results != RESULTS and (arguments.out == OUT or arguments.media == MEDIA):
         raise InputError(f"--results {arguments.results} would replace the report of {RESULTS}; give --out and --media")

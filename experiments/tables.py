@@ -260,12 +260,13 @@ def by_popularity(group: list[Line]) -> list[str]:
     def within(low: int, high: int | None) -> np.ndarray:
         return (times >= low) & (times <= (times.max() if high is None else high))
 
-    heads = ["target's times in training"]
+    heads = ["by how often the target was in training"]
     counts = ["users"]
     for low, high in TRAINED:
-        heads += [f"{low}" if low == high else f"{low}-{high}" if high else f"{low} and more"] * 2
-        counts += [f"{within(low, high).sum():,}", ""]
-    rows = [counts, ["", *["NDCG@10", "Recall@10"] * len(TRAINED)]]
+        times = "never" if high == 0 else f"{low}-{high} times" if high else f"{low} times and more"
+        heads += [f"NDCG@10, {times}", f"Recall@10, {times}"]
+        counts += [f"{within(low, high).sum():,}"] * 2
+    rows = [counts]
     for line, of_users in kept:
         row = [line.name]
         for low, high in TRAINED:
@@ -288,12 +289,13 @@ def provenance(definition: Definition, group: list[Line]) -> list[str]:
         commits = dict.fromkeys(f"`{(environment['commit'] or 'unknown')[:10]}`" for environment in environments)
         parts = [
             f"{', '.join(f'`{run.folder.name}`' for run in line.runs)}",
-            f"{', '.join(str(log['epoch']) for log in logs)} epochs",
+            plural(", ".join(str(log["epoch"]) for log in logs), "epoch"),
             f"best {', '.join(str(log['best_epoch']) for log in logs)}",
-            f"{', '.join(str(round(log['seconds'] / 60)) for log in logs)} minutes",
+            plural(", ".join(str(round(log["seconds"] / 60)) for log in logs), "minute"),
             " and ".join(devices),
             " and ".join(versions),
-            f"commit {' and '.join(commits)}",
+            f"commit {' and '.join(commits)}"
+            f"{' with uncommitted changes' if any(e['uncommitted_changes'] for e in environments) else ''}",
         ]
         if own:
             parts.append(f"with {settings_text(own)}")
@@ -301,6 +303,10 @@ def provenance(definition: Definition, group: list[Line]) -> list[str]:
             parts.append(f"unlike the paper: {unlike}")
         notes.setdefault("; ".join(parts), []).append(line.name)
     return [*(f"- {'; '.join(names)}: {how}." for how, names in notes.items()), ""]
+
+
+def plural(number: str, unit: str) -> str:
+    return f"{number} {unit}{'' if number == '1' else 's'}"
 
 
 def unlike_paper(config: Config, published: str) -> str:

@@ -45,7 +45,7 @@ def draw_architecture(path: Path) -> None:
     box(1, 22, 16, 7, "picture", "white")
     box(22, 33, 16, 7, "text encoder\nbge, frozen", FROZEN)
     box(22, 22, 16, 7, "image encoder\nSigLIP, frozen", FROZEN)
-    box(43, 27.5, 14, 7, "projection\n2F → D", LEARNED)
+    box(43, 27.5, 14, 7, "projection\nF → D", LEARNED)
     box(62, 26, 17, 10, "item table E\n[N+1, D]\nonce a step", LEARNED)
     arrow((17, 36.5), (22, 36.5))
     arrow((17, 25.5), (22, 25.5))
@@ -75,6 +75,8 @@ def draw_architecture(path: Path) -> None:
     ):
         axes.add_patch(Rectangle((x, 43), 2.2, 2.2, fc=colour, ec=INK, lw=0.8))
         axes.text(x + 3.2, 44.1, text, va="center", fontsize=8.5, color=INK)
+    meaning = "N items   F features of an item   D the largest size   z the user   LRU linear recurrent unit"
+    axes.text(109, 44.1, meaning, ha="right", va="center", fontsize=8.5, color=INK)
     _save(figure, path)
 
 

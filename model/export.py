@@ -33,10 +33,15 @@ def arguments_parser() -> argparse.ArgumentParser:
     add_run_arguments(parser)
     parser.add_argument("--size", metavar="N,N|all", help="the trained sizes to export (default: the largest)")
     parser.add_argument(
-        "--max_bytes", metavar="BYTES", help="instead: the best size whose folder has at most these (2MB)"
+        "--max_bytes",
+        metavar="BYTES",
+        help="instead: the size with the best test NDCG@10 whose folder has at most so many (2MB)",
     )
     parser.add_argument(
-        "--max_latency_ms", type=float, metavar="MS", help="and, or instead: that answers one user within this"
+        "--max_latency_ms",
+        type=float,
+        metavar="MS",
+        help="the same among those that answer one user within so many ms, by benchmarks.deploy",
     )
     parser.add_argument("--format", choices=FORMATS, default="torch", help="onnx adds graphs that need no torch to run")
     parser.add_argument(

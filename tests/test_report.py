@@ -255,9 +255,10 @@ def test_users_are_told_apart_by_how_often_their_item_was_trained_on(tmp_path):
     keep_run(tmp_path, "a", {"model_code": "sasrec"}, {64: ranks}, times=times)
     keep_run(tmp_path, "b", {"model_code": "sasrec", "num_negatives": 256}, {64: ranks}, times=times)
     rows = rows_of(tables.section(definitions()["baselines"], kept_runs(tmp_path)))
-    assert ["users", "1", "", "3", "", "2", "", "2", ""] in rows
-    heads = next(row for row in rows if row[0] == "target's times in training")
-    assert heads[1::2] == ["0", "1-5", "6-20", "21 and more"]
+    assert ["users", *"11332222"] in rows
+    heads = next(row for row in rows if row[0] == "by how often the target was in training")
+    assert heads[1::2] == [f"NDCG@10, {times}" for times in ("never", "1-5 times", "6-20 times", "21 times and more")]
+    assert heads[2] == "Recall@10, never"
     found = next(row for row in rows if row[0] == "SASRec" and len(row) == 9)
     ndcg = [[1 / np.log2(r + 1) for r in some] for some in ([1], [2, 3], [4, 5], [6, 7])]
     means = [sum(some) / n for some, n in zip(ndcg, (1, 3, 2, 2), strict=True)]

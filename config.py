@@ -385,7 +385,8 @@ def typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, value in settings.items():
         default = Config.__dataclass_fields__[name].default
-        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+        fits = type(value) is type(default) or (type(default) is float and type(value) is int)
+        if not fits or (isinstance(value, tuple) and any(type(part) is not type(default[0]) for part in value)):
             raise InputError(f"{where} has {name} {value!r}, which is no {type(default).__name__}")
     return settings
 

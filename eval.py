@@ -66,31 +66,34 @@ def load_run(run: str | Path, flags: dict | None = None) -> tuple[Config, Catalo
     """
     from datasets.device import resolve_device
     from trainer.checkpoint import load_weights
-    from trainer.runs import check_data, read_config, with_runtime_flags
+    from trainer.runs import read_config, with_runtime_flags
 
     run = Path(run)
     saved, _ = read_config(run)
     config = with_runtime_flags(saved, flags or {}, run)
     device = resolve_device(config.device)
-    catalog, features = load_data(config, device)
-    check_data(run, catalog.digest())
+    catalog, features = load_data(config, device, run)
     model = build_model(config, catalog.num_items, features).to(device)
     load_weights(model, run / "best.safetensors")
     return config, catalog, model.eval()
 
 
-def load_data(config: Config, device: torch.device) -> tuple[Catalog, list[np.ndarray]]:
+def load_data(config: Config, device: torch.device, run: Path | None = None) -> tuple[Catalog, list[np.ndarray]]:
     """The catalogue and its items' features, [N, F] of each encoder, mapped from their files; the demo is made where it
-    is missing."""
+    is missing. Raises InputError, before anything is encoded, where it is not the catalogue that `run` was trained on.
+    """
     from datasets.catalog import describe, load_catalog
     from datasets.features import feature_files
+    from trainer.runs import check_data
 
-    if config.dataset_code == "demo" and config.data_root == Config.data_root:
+    if config.dataset_code == "demo" and Path(config.data_root).resolve() == Path(Config.data_root).resolve():
         catalog = load_demo()
     else:
         catalog = load_catalog(config.data_root, config.dataset_code)
     for line in (describe(catalog), *catalog.notes):
         ranks.say(line)
+    if run:
+        ranks.on_first(lambda: check_data(run, catalog.digest()))
     features = feature_files(
         catalog,
         language=config.language_encoder if config.use_language_encoder else None,

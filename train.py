@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import COUNTING, Config, parse_args, resolve, run_cli, shown
+from config import COUNTING, Config, is_runtime, parse_args, resolve, run_cli, shown
 from datasets import ranks
 from eval import build_model, load_data, test_run
 
@@ -51,16 +51,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from trainer.checkpoint import load_state, load_weights
     from trainer.counting import count
     from trainer.runlog import RunLog, start_wandb
-    from trainer.runs import check_data, claimed, create_run, read_log
+    from trainer.runs import claimed, create_run, read_log
 
     run = None
     if arguments.resume:
         run, config, sources = ranks.on_first(lambda: find_resumed(arguments.resume, flags))
     device = resolve_device(config.device)
-    catalog, features = load_data(config, device)
+    catalog, features = load_data(config, device, run)
     state = None
     if run:
-        ranks.on_first(lambda: check_data(run, catalog.digest()))
         state = ranks.on_first(lambda: load_state(run / "last.pt"))
     torch.manual_seed(config.seed)
     model = build_model(config, catalog.num_items, features).to(device)
@@ -155,7 +154,7 @@ def find_resumed(resume: str, flags: dict[str, Any]) -> tuple[Path, Config, dict
         runs_root = Path(flags.get("runs_root", Config.runs_root))
         run = find_run(runs_root, flags, lambda run: "" if unfinished(run) else "is finished")
     saved, sources = read_config(run)
-    return run, with_runtime_flags(saved, flags, run), sources
+    return run, with_runtime_flags(saved, flags, run), sources | {name: "flag" for name in flags if is_runtime(name)}
 
 
 def print_settings(config: Config, sources: dict[str, str]) -> None:

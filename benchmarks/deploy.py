@@ -229,9 +229,10 @@ def large_catalogue(export: Path, num_items: int, folder: Path, histories: list[
     files = {name: export / name for name in real.config["files"]}
     files |= {ITEMS: pack_items(real.items.extended(items), table, None)}
     write_folder(folder, real.config | {"num_items": len(table) - 1}, files)
+    count = len(table) - 1
     del table, made_up, items, real
     row = in_a_process_of_its_own(folder, "onnx", histories)
-    return {"items": num_items, **row}
+    return {"items": count, **row}
 
 
 def line(row: dict[str, Any]) -> str:

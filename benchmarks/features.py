@@ -58,7 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         catalog = picture_catalog(Path(folder), arguments.num_pictures)
         compare("pictures", catalog, arguments, Path(folder))
     for count in (400, 1600):
-        command = [sys.executable, "-m", "benchmarks.features", *(argv or sys.argv[1:]), "--memory_of", str(count)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.features",
+            *(sys.argv[1:] if argv is None else argv),
+            "--memory_of",
+            str(count),
+        ]
         peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
         print(f"  {count} pictures, pixel encoder: {float(peak):.0f} MB peak resident memory of all processes")
 

@@ -46,7 +46,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"batch {arguments.batch}; medians of {arguments.runs} paired runs (of {STEPS} steps; one evaluation)")
     show("training step", paired(steps, arguments.runs, arguments.device, STEPS))
     for name in steps:
-        command = [sys.executable, "-m", "benchmarks.speed", *(argv or sys.argv[1:]), "--memory_of", name]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.speed",
+            *(sys.argv[1:] if argv is None else argv),
+            "--memory_of",
+            name,
+        ]
         peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
         print(f"  {name:24} {float(peak):8.2f} GiB peak resident memory")
     seconds = paired(evaluations, arguments.runs, arguments.device)

@@ -96,6 +96,8 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 def _not_there(root: Path, dataset_code: str) -> str:
     near = sorted(p.parent.name for p in root.glob("*/sequential_data.txt")) if root.is_dir() else []
     found = f"prepared there: {', '.join(near)}" if near else "nothing is prepared there"
+    if dataset_code == "demo":
+        return f"the demo is not at {root / dataset_code} ({found}); it is built in: leave --data_root out"
     return (
         f"dataset {dataset_code!r} is not at {root / dataset_code} ({found}). To prepare it: "
         f"{prepare_command(root, dataset_code)}. Or give --data_root the folder that holds it, or --dataset_code demo, "

@@ -14,7 +14,7 @@ import numpy as np
 from config import Config, InputError
 from datasets.files import read_json, replacing
 from experiments.plan import trained
-from trainer.runs import check_data, read_config, read_log, unfinished
+from trainer.runs import check_data, read_config, read_log, unfinished, untrained
 from trainer.user_ranks import load_ranks
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,10 +80,11 @@ def kept_runs(results: Path) -> list[KeptRun]:
     return [KeptRun(folder, read_config(folder)[0]) for folder in folders]
 
 
-def keep(run: Path, results: Path) -> None:
-    """Copy a finished run's small files to <results>/<dataset>-<run>/. Raises InputError for an unfinished one."""
+def keep(run: Path, results: Path, tests: bool = True) -> None:
+    """Copy a finished run's small files to <results>/<dataset>-<run>/. Raises InputError for an unfinished one. tests:
+    whether one that asked for a test must have it."""
     config, _ = read_config(run)
-    if progress := unfinished(run):
+    if progress := unfinished(run) if tests else untrained(run):
         raise InputError(f"{run} is not finished ({progress}); train.py --resume {run} finishes it")
     target = results / f"{config.dataset_code}-{run.name}"
     tests = [name.replace(".", f"{MASKED * masked}.") for name in TESTED for masked in (False, True)]
@@ -129,7 +130,7 @@ def unusable(runs_root: Path, results: Path) -> list[str]:
     for path in _configs(runs_root, results):
         try:
             read_config(path.parent)
-            if path.parent.parent == results and (progress := unfinished(path.parent)):
+            if path.parent.parent == results and (progress := untrained(path.parent)):
                 problems.append(f"{path.parent} lacks files of its run ({progress})")
         except InputError as error:
             problems.append(str(error))
@@ -161,7 +162,7 @@ def _is_on(run: Path, data: str | None) -> bool:
 
 def _state(run: Path, results: Path, tests: bool) -> str:
     kept = run.parent == results
-    if unfinished(run):
+    if unfinished(run) if tests else untrained(run):
         return "" if kept else "to continue"  # kept files alone cannot be trained on
     if tests and (lacking := untested(run)):
         if kept:

@@ -66,7 +66,9 @@ def section(run: KeptRun) -> str:
     lines.append("| ---: |" + " ---: |" * (len(columns) + 2))
     for size, values in run.metrics().items():
         cells = [f"{values[name]:.4f}" if name in values else "" for name in columns]
-        cells += [f"{masked[size][name]:.4f}" if masked else "" for name in ("NDCG@10", "Recall@10")]
+        cells += [
+            f"{masked[size][name]:.4f}" if name in masked.get(size, ()) else "" for name in ("NDCG@10", "Recall@10")
+        ]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     if paper:
         lines.append("| paper, 1024 | " + " | ".join(f"{paper[name]:.4f}" for name in COLUMNS) + " | | | |")

@@ -308,7 +308,7 @@ def do_job(job: Job, device: str | None, results: Path) -> None:
     for protocol in untested(job.run) if job.tests else ():
         if not call("eval.py", "--run", str(job.run), *protocol):
             return
-    keep(job.run, results)
+    keep(job.run, results, job.tests)
     job.state = "finished"
 
 

@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -189,8 +190,10 @@ def validated(group: list[Line]) -> list[str]:
     for line in group:
         found = [run.validation() for run in line.runs]
         row = [line.name, str(len(line.runs))]
-        row += [mean_sd([of_sizes[size]["NDCG@10"] for of_sizes in found if size in of_sizes]) for size in sizes]
-        row.append(mean_sd([of_sizes[max(of_sizes)]["Recall@10"] for of_sizes in found]))
+        row += [
+            mean_sd([of_sizes[size].get("NDCG@10", nan) for of_sizes in found if size in of_sizes]) for size in sizes
+        ]
+        row.append(mean_sd([of_sizes[max(of_sizes)].get("Recall@10", nan) for of_sizes in found]))
         logs = [run.log[-1] for run in line.runs]
         row.append(f"{statistics.mean(log['seconds'] / log['epoch'] for log in logs):.0f}")
         cells.append(row)
@@ -263,8 +266,8 @@ def by_popularity(group: list[Line]) -> list[str]:
     heads = ["by how often the target was in training"]
     counts = ["users"]
     for low, high in TRAINED:
-        times = "never" if high == 0 else f"{low}-{high} times" if high else f"{low} times and more"
-        heads += [f"NDCG@10, {times}", f"Recall@10, {times}"]
+        often = "never" if high == 0 else f"{low}-{high} times" if high else f"{low} times and more"
+        heads += [f"NDCG@10, {often}", f"Recall@10, {often}"]
         counts += [f"{within(low, high).sum():,}"] * 2
     rows = [counts]
     for line, of_users in kept:

@@ -68,13 +68,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def asked_run(arguments: argparse.Namespace) -> Path:
     """The run that the flags ask for. Raises InputError where there is none, and for that of a baseline."""
-    from trainer.runs import find_trained, read_config
+    from trainer.runs import find_trained, read_config, with_runtime_flags
 
     flags = {"dataset_code": arguments.dataset_code} if arguments.dataset_code else {}
     run = find_trained(arguments.run, Path(Config.runs_root), flags | {"model_code": "fmrlrec"})
     trained, _ = read_config(run)
     if trained.model_code != "fmrlrec":
         raise InputError(f"{run} is a run of {trained.model_code}, which is not served; give one of fmrlrec")
+    with_runtime_flags(trained, flags, run)  # raises where the run is of another dataset
     return run
 
 

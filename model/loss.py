@@ -110,7 +110,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         # Transposed, as its products come: turning a residual costs as much as multiplying it.
         grad_table = torch.zeros(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
         grad_rest = torch.zeros_like(rest, dtype=wide)
-        grad_V = None if V is None else torch.empty_like(V, dtype=wide)
+        grad_V = None if V is None else torch.empty_like(V, dtype=wide) if len(z) else torch.zeros_like(V, dtype=wide)
 
         scale = None if objective is None else objective.scale(loss)
         grad_log_scale = None if objective is None else torch.zeros_like(scale)

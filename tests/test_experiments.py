@@ -444,11 +444,11 @@ def test_results_that_cannot_be_written_are_named_before_anything_is_trained(wor
 def test_results_of_one_run_that_cannot_be_kept_do_not_stop_the_rest(workplace, calls, monkeypatch, capsys):
     true, tried = run.keep, []
 
-    def keep(of_run, results):
+    def keep(of_run, results, tests):
         tried.append(of_run)
         if len(tried) == 1:
             raise InputError("cannot write kept")
-        true(of_run, results)
+        true(of_run, results, tests)
 
     monkeypatch.setattr(run, "keep", keep)
     with pytest.raises(SystemExit):
@@ -523,6 +523,18 @@ def test_a_run_that_was_not_tested_is_tested_once_a_test_is_asked_for(workplace,
     assert (job.run, job.state) == (None, "to start")
     (job,) = run_experiments("screening --rows off --dry_run")
     assert job.state == "finished"
+
+
+def test_a_run_begun_with_a_test_in_mind_is_taken_without_it(workplace, calls, screening):
+    (tested,) = run_experiments("depth --rows '2 blocks'")
+    shutil.rmtree("kept")
+    for path in tested.run.glob("test_*"):
+        path.unlink()
+    calls.clear()
+    (job,) = run_experiments("screening --rows off")
+    assert (job.run, job.state) == (tested.run, "finished")
+    assert not calls
+    assert not kept.kept_runs(Path("kept"))[0].tested
 
 
 def test_what_both_kinds_of_experiment_ask_for_is_tested(workplace, calls, screening):

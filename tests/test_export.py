@@ -109,6 +109,8 @@ def test_the_dataset_says_which_run_where_none_is_named(run, tmp_path):
     assert config_of(folder)["run"] == run.name
     with pytest.raises(InputError, match="no run below experiments/runs fits --dataset_code beauty"):
         export.main(["--dataset_code", "beauty"])
+    with pytest.raises(InputError, match="--dataset_code beauty differs from"):
+        export.main(["--dataset_code", "beauty", "--run", str(run)])
 
 
 def test_a_dataset_that_moved_is_found_by_data_root(run, home, tmp_path, monkeypatch):

@@ -176,13 +176,23 @@ def test_a_run_cut_off_by_the_keyboard_resumes_to_the_same_weights(workplace, mo
     assert (cut / "test_mrl_metrics.json").read_bytes() == (whole / "test_mrl_metrics.json").read_bytes()
 
 
-def test_resume_refuses_another_configuration_and_takes_runtime_flags(workplace):
+def test_resume_refuses_another_configuration_and_takes_runtime_flags(workplace, capsys):
     run = run_train()
     with pytest.raises(InputError, match=r"--lr 0.5 differs from .*, which has 0.01; leave the flag out"):
         train.main(["--resume", str(run), "--lr", "0.5"])
     assert train.main(["--resume", str(run), "--test_batch_size", "3"]) == run
+    assert re.search(r"test_batch_size +3 +\(flag\)", capsys.readouterr().out)
     with pytest.raises(InputError, match="does not exist; give a run's folder"):
         train.main(["--resume", "experiments/runs/tiny/nothing"])
+
+
+def test_the_demo_is_found_below_its_own_data_root_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*built in: leave --data_root out"):
+        train.main(["--data_root", "elsewhere"])
+    monkeypatch.setattr(features, "feature_files", lambda *_, **__: [])
+    catalog, _ = eval_script.load_data(config.resolve({"data_root": "./data"})[0], torch.device("cpu"))
+    assert catalog.name == "demo"
 
 
 def test_a_run_cut_off_before_its_first_epoch_ended_resumes_from_the_start(workplace):
@@ -261,10 +271,11 @@ def test_what_is_tested_is_the_best_epoch_not_the_last(workplace, monkeypatch):
     assert {str(m): v for m, v in run_eval(f"--run {run}").items()} != tested
 
 
-def test_a_run_is_tied_to_the_dataset_it_was_trained_on(workplace):
+def test_a_run_is_tied_to_the_dataset_it_was_trained_on_and_nothing_else_is_encoded(workplace, monkeypatch):
     run = run_train()
     before = (run / "test_mrl_metrics.json").read_bytes()
     write_prepared(workplace / "data", "tiny", users=20, items=12, pictures=True, seed=7)
+    monkeypatch.setattr(features, "feature_files", lambda *_, **__: pytest.fail("encoded"))
     for command in (lambda: run_eval(f"--run {run}"), lambda: train.main(["--resume", str(run)])):
         with pytest.raises(InputError, match=r"the dataset is not the one that .* was trained on"):
             command()

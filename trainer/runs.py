@@ -87,13 +87,21 @@ def is_finished(epoch: int, best_epoch: int, num_epochs: int, patience: int | No
 
 def unfinished(run: Path) -> str:
     """What a run still lacks, in words: epochs, or the test at their end if it asked for one; "" for a finished one."""
+    if progress := untrained(run):
+        return progress
+    config, _ = read_config(run)
+    return "trained, not tested" if config.test and not (run / "test_mrl_metrics.json").exists() else ""
+
+
+def untrained(run: Path) -> str:
+    """The epochs that a run still lacks, in words; "" where there are none."""
     config, _ = read_config(run)
     log = read_log(run)
     done, best = (log[-1]["epoch"], log[-1]["best_epoch"]) if log else (0, 0)
     patience = config.early_stopping_patience if config.early_stopping else None
     if not is_finished(done, best, config.num_epochs, patience):
         return f"epoch {done} of {config.num_epochs}"
-    return "trained, not tested" if config.test and not (run / "test_mrl_metrics.json").exists() else ""
+    return ""
 
 
 def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], str]) -> Path:

@@ -26,8 +26,8 @@ def fit_whitening(features: Tensor) -> tuple[Tensor, Tensor]:
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for rows in _described(features):
         covariance.addmm_((rows - mean).T, rows - mean, alpha=1 / count)
-    variance, U = torch.linalg.eigh(covariance)
-    largest = max(variance[-1], LEAST_VARIANCE * mean.dot(mean))  # of features that are all the same: rounding
+    U, variance, _ = torch.linalg.svd(covariance)  # eigh gives up on some with many directions that do not vary
+    largest = max(variance[0], LEAST_VARIANCE * mean.dot(mean))  # of features that are all the same: rounding
     varies = variance > LEAST_VARIANCE * largest
     return mean, (U[:, varies] / variance[varies].sqrt()) @ U[:, varies].T
 

@@ -69,7 +69,8 @@ def test_held_out_items_are_added_to_an_export_and_ranked_among_all(made, tmp_pa
     assert chance["Recall@50"] == 50 / 150
     for result in (never, trained):
         assert 0 <= result["Recall@10"] <= result["Recall@50"] <= result["Recall@100"] <= 1
-    report.main(["--keep", str(run), "--results", str(tmp_path / "kept"), "--out", str(tmp_path / "R.md")])
+    elsewhere = ["--results", str(tmp_path / "kept"), "--out", str(tmp_path / "R.md"), "--media", str(tmp_path)]
+    report.main(["--keep", str(run), *elsewhere])
     assert f"| never trained | {never['count']} | {never['Recall@10']:.4f} |" in (tmp_path / "R.md").read_text()
 
 

@@ -14,19 +14,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from config import COUNTING, Config, is_runtime, parse_args, resolve, run_cli, shown
 from datasets import ranks
-from eval import build_model, load_data, test_run
-
-if TYPE_CHECKING:
-    import torch
-
-    from datasets.catalog import Catalog
-    from trainer.runlog import RunLog
-    from trainer.step import Trained
-    from trainer.trainer import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from trainer.counting import count
     from trainer.runlog import RunLog, start_wandb
     from trainer.runs import claimed, create_run, read_log
+    from trainer.wiring import build_model, build_trainer, load_data, test_run
 
     run = None
     if arguments.resume:
@@ -88,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                     best_metric=config.best_metric,
                 )
             else:
-                trainer = make_trainer(config, catalog, model, run, log, device)
+                trainer = build_trainer(config, catalog, model, run, log, device)
                 if state:
                     trainer.load_state(state)
                 if arguments.resume:
@@ -103,46 +95,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise
     log.finish({f"test/{size}/{name}": value for size, metrics in results.items() for name, value in metrics.items()})
     return run
-
-
-def make_trainer(
-    config: Config, catalog: Catalog, model: Trained, run: Path, log: RunLog, device: torch.device
-) -> Trainer:
-    """What trains a model as the settings say."""
-    from dataloader import TrainLoader, eval_rows, train_rows
-    from trainer.trainer import Trainer
-
-    return Trainer(
-        model=model,
-        loader=TrainLoader(
-            train_rows(catalog.sequences, config.lru_max_len, config.first_item_label),
-            config.train_batch_size,
-            config.seed,
-            device,
-            ranks.rank(),
-            ranks.world_size(),
-        ),
-        val_rows=eval_rows(catalog.sequences, config.lru_max_len, "val"),
-        run=run,
-        log=log,
-        num_epochs=config.num_epochs,
-        precision=config.precision,
-        num_negatives=config.num_negatives,
-        optimizer=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        adam_epsilon=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
-        warmup_steps=config.warmup_steps,
-        schedule=config.enable_lr_schedule,
-        patience=config.early_stopping_patience if config.early_stopping else None,
-        reduction=config.mrl_loss,
-        size_weights=config.size_weights,
-        distill=config.distill,
-        val_batch_size=config.val_batch_size,
-        metric_ks=config.metric_ks,
-        best_metric=config.best_metric,
-    )
 
 
 def find_resumed(resume: str, flags: dict[str, Any]) -> tuple[Path, Config, dict[str, str]]:

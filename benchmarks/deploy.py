@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that deploy.json holds."""
-    from eval import load_run
     from trainer.runs import environment
+    from trainer.wiring import load_run
 
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
     config, catalog, model = load_run(arguments.run, flags)

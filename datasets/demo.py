@@ -14,6 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import InputError
+from datasets import ranks
+from datasets.catalog import Catalog, load_catalog
 from datasets.files import replacing, write_json, write_text
 
 DEMO_ROOT = Path("data")
@@ -64,6 +66,15 @@ def prepare_demo(root: Path = DEMO_ROOT) -> Path:
         raise InputError(f"cannot write the demo below {root}: {error}; run where there is space to write") from None
     write_text(mark, json.dumps(recipe))
     return root
+
+
+def load_demo() -> Catalog:
+    """The built-in catalogue, made at first use."""
+    root = ranks.on_first(prepare_demo)
+    try:
+        return load_catalog(root, "demo")
+    except InputError as error:
+        raise InputError(f"{error}. Remove {root / 'demo'}: it is made again") from None
 
 
 def _write_demo(folder: Path, photos: Path) -> None:

@@ -52,9 +52,8 @@ def measured(config: Config, catalog: Catalog) -> float:
 
     from dataloader import eval_rows
     from datasets.device import resolve_device
-    from eval import build_model
-    from train import make_trainer
     from trainer.runlog import RunLog
+    from trainer.wiring import build_model, build_trainer
 
     users = len(catalog.sequences)
     few = replace(catalog, sequences=_some(catalog.sequences, min(users, STEPS * config.train_batch_size)))
@@ -66,7 +65,7 @@ def measured(config: Config, catalog: Catalog) -> float:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         log = RunLog(Path(folder), [])
         short = replace(config, num_epochs=2, early_stopping=False)
-        trainer = make_trainer(short, few, model, Path(folder), log, device)
+        trainer = build_trainer(short, few, model, Path(folder), log, device)
         rows = eval_rows(catalog.sequences, config.lru_max_len, "val")
         trainer.val_rows = rows.part(0, STEPS * config.val_batch_size)
         trainer.fit()

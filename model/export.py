@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     saved, _ = read_config(arguments.run)
     sizes = chosen_sizes(arguments, saved.mrl_hidden_sizes)
     folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
-    from eval import load_run
     from model.serving.folder import refuse_existing
+    from trainer.wiring import load_run
 
     for folder in folders:
         refuse_existing(folder, arguments.overwrite)

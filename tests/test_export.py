@@ -18,13 +18,13 @@ import train
 from benchmarks import deploy
 from config import InputError
 from datasets.catalog import load_catalog
-from eval import load_run
 from model import export, recommend, slice_model
 from model.serving.folder import read_folder
 from model.serving.quantize import dequantize
 from model.serving.weights import serving_weights
 from tests.prepared import write_metadata, write_prepared
 from trainer.runs import commit
+from trainer.wiring import load_run
 
 REPOSITORY = Path(__file__).parent.parent
 SIZES, ITEMS = (4, 8, 16), 30

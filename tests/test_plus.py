@@ -12,7 +12,6 @@ import eval as eval_script
 import train
 from dataloader import eval_batches, eval_rows
 from datasets.features import feature_files
-from eval import build_model, load_run
 from model import Recommender, export, slice_model
 from model.objective import Objective
 from model.whitening import whiten
@@ -20,6 +19,7 @@ from tests.prepared import write_prepared
 from trainer.checkpoint import load_state
 from trainer.step import Step
 from trainer.trainer import Trainer
+from trainer.wiring import build_model, load_run
 
 SIZES, ITEMS = (2, 4, 8), 40
 PICTURES = (

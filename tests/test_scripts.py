@@ -20,7 +20,7 @@ from config import Config, InputError
 from datasets import encoders, features
 from datasets.catalog import load_catalog
 from tests.prepared import write_prepared
-from trainer import evaluation
+from trainer import evaluation, wiring
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = (
@@ -190,8 +190,8 @@ def test_the_demo_is_found_below_its_own_data_root_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*built in: leave --data_root out"):
         train.main(["--data_root", "elsewhere"])
-    monkeypatch.setattr(features, "feature_files", lambda *_, **__: [])
-    catalog, _ = eval_script.load_data(config.resolve({"data_root": "./data"})[0], torch.device("cpu"))
+    monkeypatch.setattr(wiring, "feature_files", lambda *_, **__: [])
+    catalog, _ = wiring.load_data(config.resolve({"data_root": "./data"})[0], torch.device("cpu"))
     assert catalog.name == "demo"
 
 
@@ -239,7 +239,7 @@ def test_validation_picks_the_epoch_and_the_test_set_is_read_once_at_the_end(wor
     from trainer.trainer import Trainer
 
     parts, true_rows = [], split.eval_rows
-    monkeypatch.setattr("dataloader.eval_rows", lambda s, n, part: parts.append(part) or true_rows(s, n, part))
+    monkeypatch.setattr(wiring, "eval_rows", lambda s, n, part: parts.append(part) or true_rows(s, n, part))
     fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self: (parts.append("fit"), fit(self))[1])
     run_train()
@@ -265,7 +265,7 @@ def test_what_is_tested_is_the_best_epoch_not_the_last(workplace, monkeypatch):
     assert {str(m): v for m, v in run_eval(f"--run {run}").items()} == tested
     from trainer.checkpoint import save_weights
 
-    _, _, model = eval_script.load_run(run)
+    _, _, model = wiring.load_run(run)
     model.load_state_dict(state["model"])
     save_weights(model, run / "best.safetensors", {})
     assert {str(m): v for m, v in run_eval(f"--run {run}").items()} != tested
@@ -275,7 +275,7 @@ def test_a_run_is_tied_to_the_dataset_it_was_trained_on_and_nothing_else_is_enco
     run = run_train()
     before = (run / "test_mrl_metrics.json").read_bytes()
     write_prepared(workplace / "data", "tiny", users=20, items=12, pictures=True, seed=7)
-    monkeypatch.setattr(features, "feature_files", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(wiring, "feature_files", lambda *_, **__: pytest.fail("encoded"))
     for command in (lambda: run_eval(f"--run {run}"), lambda: train.main(["--resume", str(run)])):
         with pytest.raises(InputError, match=r"the dataset is not the one that .* was trained on"):
             command()
@@ -322,7 +322,7 @@ def test_a_run_cut_off_between_training_and_test_is_resumed_to_its_test(workplac
 
     whole = run_train("--run_name whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "test_run", stop)
+        patch.setattr(wiring, "test_run", stop)
         run_train("--run_name cut")
     assert "continue with: python train.py --resume" in capsys.readouterr().err
     cut = train.main(["--resume", "latest"])
@@ -458,32 +458,25 @@ CHANGED_ELSEWHERE |= {"model_code", "num_heads"}  # tests/test_baseline_runs.py
 
 def consumed(flags, monkeypatch):
     """Run train.py and record what the rooms are given, without encoders to load."""
-    import dataloader
-    from trainer import evaluation, trainer
-
     seen = {}
 
-    def spy(owner, name):
-        true = getattr(owner, name)
+    def spy(name):
+        true = getattr(wiring, name)
 
         def recorded(*arguments, **named):
             seen.setdefault(name, []).append((arguments, named))
             return true(*arguments, **named)
 
-        monkeypatch.setattr(owner, name, recorded)
+        monkeypatch.setattr(wiring, name, recorded)
 
     stub = type("Stub", (encoders.LexicalEncoder,), {"dim": 1024})()
     monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: stub)
     monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: encoders.PixelEncoder())
     monkeypatch.setattr(encoders, "hub_commit", lambda name: None)
-    spy(features, "feature_files")
-    spy(trainer, "Trainer")
-    spy(evaluation, "test_every_size")
-    for name in ("train_rows", "eval_rows", "TrainLoader"):
-        spy(dataloader, name)
-    import model
-
-    spy(model, "FMRLRec")
+    for name in (
+        "feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "Trainer", "test_every_size",
+    ):  # fmt: skip
+        spy(name)
     seeds = []
     true_seed = torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or true_seed(seed))

@@ -1,0 +1,170 @@
+"""From settings to what they describe: the data, the model and its trainer; and a trained run again."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from config import Config
+from dataloader import TrainLoader, eval_rows, times_trained, train_rows
+from datasets import ranks
+from datasets.catalog import Catalog, describe, load_catalog
+from datasets.demo import load_demo
+from datasets.device import resolve_device
+from datasets.features import feature_files
+from model import FMRLRec
+from model.baselines.counting import ItemKNN, Popularity
+from model.baselines.lrurec import LRURec
+from model.baselines.sasrec import SASRec
+from model.whitening import Whitening
+from trainer.checkpoint import load_weights
+from trainer.evaluation import test_every_size
+from trainer.runlog import RunLog
+from trainer.runs import check_data, read_config, with_runtime_flags
+from trainer.step import Trained
+from trainer.trainer import Trainer
+
+Model = Trained | Popularity
+
+
+def load_data(config: Config, device: torch.device, run: Path | None = None) -> tuple[Catalog, list[np.ndarray]]:
+    """The catalogue and its items' features, [N, F] of each encoder, mapped from their files; the demo is made where it
+    is missing. Raises InputError, before anything is encoded, where it is not the catalogue that `run` was trained on.
+    """
+    if config.dataset_code == "demo" and Path(config.data_root).resolve() == Path(Config.data_root).resolve():
+        catalog = load_demo()
+    else:
+        catalog = load_catalog(config.data_root, config.dataset_code)
+    for line in (describe(catalog), *catalog.notes):
+        ranks.say(line)
+    if run:
+        ranks.on_first(lambda: check_data(run, catalog.digest()))
+    features = feature_files(
+        catalog,
+        language=config.language_encoder if config.use_language_encoder else None,
+        image=config.img_encoder if config.use_img_encoder else None,
+        attributes=config.item_attributes,
+        device=device,
+        batch_size=config.encoder_batch_size,
+        precision=config.encoder_precision,
+        workers=config.encoder_workers,
+    )
+    return catalog, features
+
+
+def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> Model:
+    """The model that the settings describe, freshly initialised."""
+    if config.model_code == "popularity":
+        return Popularity(num_items)
+    if config.model_code == "itemknn":
+        return ItemKNN(num_items)
+    dropouts = {"dropout": config.lru_dropout, "attn_dropout": config.lru_attn_dropout}
+    if config.model_code == "sasrec":
+        return SASRec(
+            num_items,
+            config.mrl_hidden_sizes[-1],
+            config.lru_max_len,
+            num_blocks=config.lru_num_blocks,
+            num_heads=config.num_heads,
+            **dropouts,
+        )
+    if config.model_code == "lrurec":
+        return LRURec(
+            num_items,
+            config.mrl_hidden_sizes[-1],
+            num_blocks=config.lru_num_blocks,
+            use_bias=config.lru_use_bias,
+            r_min=config.lru_r_min,
+            r_max=config.lru_r_max,
+            **dropouts,
+        )
+    parts = [torch.from_numpy(part) for part in features]
+    whitening = Whitening(parts) if config.whiten_features else None
+    return FMRLRec(
+        num_items,
+        (whitening.features() if whitening else parts) or None,
+        config.mrl_hidden_sizes,
+        num_blocks=config.lru_num_blocks,
+        dropout=config.lru_dropout,
+        attn_dropout=config.lru_attn_dropout,
+        use_bias=config.lru_use_bias,
+        r_min=config.lru_r_min,
+        r_max=config.lru_r_max,
+        item_embedding=config.item_embedding,
+        item_embedding_dropout=config.item_embedding_dropout,
+        logit_scale=config.logit_scale,
+        whitening=whitening,
+    )
+
+
+def build_trainer(
+    config: Config, catalog: Catalog, model: Trained, run: Path, log: RunLog, device: torch.device
+) -> Trainer:
+    """What trains a model as the settings say."""
+    return Trainer(
+        model=model,
+        loader=TrainLoader(
+            train_rows(catalog.sequences, config.lru_max_len, config.first_item_label),
+            config.train_batch_size,
+            config.seed,
+            device,
+            ranks.rank(),
+            ranks.world_size(),
+        ),
+        val_rows=eval_rows(catalog.sequences, config.lru_max_len, "val"),
+        run=run,
+        log=log,
+        num_epochs=config.num_epochs,
+        precision=config.precision,
+        num_negatives=config.num_negatives,
+        optimizer=config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+        warmup_steps=config.warmup_steps,
+        schedule=config.enable_lr_schedule,
+        patience=config.early_stopping_patience if config.early_stopping else None,
+        reduction=config.mrl_loss,
+        size_weights=config.size_weights,
+        distill=config.distill,
+        val_batch_size=config.val_batch_size,
+        metric_ks=config.metric_ks,
+        best_metric=config.best_metric,
+    )
+
+
+def load_run(run: str | Path, flags: dict[str, Any] | None = None) -> tuple[Config, Catalog, Model]:
+    """A trained run: its settings, its catalogue, and its model with the weights of the best epoch.
+
+    flags: settings that say how to run (device, batch sizes, data_root, ...) to use instead of the run's. Raises
+    InputError where the folder is no run, a flag contradicts it, or the dataset is not the one it was trained on.
+    """
+    run = Path(run)
+    saved, _ = read_config(run)
+    config = with_runtime_flags(saved, flags or {}, run)
+    device = resolve_device(config.device)
+    catalog, features = load_data(config, device, run)
+    model = build_model(config, catalog.num_items, features).to(device)
+    load_weights(model, run / "best.safetensors")
+    return config, catalog, model.eval()
+
+
+def test_run(
+    config: Config, catalog: Catalog, model: Model, run: Path, mask_history: bool, alone: bool = False
+) -> dict[int, dict[str, float]]:
+    """Test a model at every size and write what was found into the run's folder."""
+    trained, _ = read_config(run)
+    rows = eval_rows(catalog.sequences, config.lru_max_len, "test")
+    return test_every_size(
+        model,
+        rows,
+        run,
+        batch_size=config.test_batch_size,
+        ks=tuple(sorted({*config.metric_ks, *trained.metric_ks})),  # the run's files never lose a cut-off
+        mask_history=mask_history,
+        times_trained=times_trained(catalog.sequences, catalog.num_items)[rows.targets],
+        title=f"{config.dataset_code}, {config.title}: test",
+        alone=alone,
+    )

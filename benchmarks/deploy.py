@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed import memory
+from benchmarks.measure import memory
 from config import InputError, run_cli, shown
 from datasets.files import sha256, write_json
 from model.export import MEASURED, add_run_arguments, asked_run, export_size, named_sizes

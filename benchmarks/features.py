@@ -189,14 +189,14 @@ def peak_memory(count: int, workers: int) -> float:
     """MB at the peak of this process and the workers that it had, reading and encoding `count` pictures."""
     import resource
 
-    from benchmarks.speed import memory
+    from benchmarks.measure import memory
     from datasets.features import feature_files
 
     with tempfile.TemporaryDirectory() as folder:
         catalog = picture_catalog(Path(folder), count)
         feature_files(catalog, language=None, image="pixel", attributes=(), workers=workers,
                       cache_root=Path(folder) / "cache", say=lambda _: None)  # fmt: skip
-    return memory("VmHWM") + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+    return memory("VmHWM") + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
 
 
 if __name__ == "__main__":

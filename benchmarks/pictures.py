@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.picture_server import Page, Server, cut_short, flat_png, good, in_turn, stalled, status
 from config import InputError, run_cli
-from tests.picture_server import Page, Server, cut_short, flat_png, good, in_turn, stalled, status
 
 KINDS = ("404", "503 then good", "cut short", "not a picture", "100 megapixels", "stalled")
 GOOD = ("good", "503 then good")

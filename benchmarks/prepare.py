@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.speed import memory
+from benchmarks.measure import memory
 from config import run_cli
 
 CHUNK = 20_000  # lines that are made at a time

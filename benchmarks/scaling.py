@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.speed import memory, paired, where
+from benchmarks.measure import memory, paired, where
 from config import run_cli
 
 if TYPE_CHECKING:

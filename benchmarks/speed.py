@@ -7,14 +7,12 @@ python -m benchmarks.speed --help
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from benchmarks.measure import memory, paired, where
 from config import run_cli
 
 SOME = 64  # users whom the baseline evaluates, as many as it does at once
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.memory_of:  # a process of its own: the peak of a process is never given back
         for _ in range(MEMORY_STEPS):
             steps[arguments.memory_of]()
-        print(memory("VmHWM") * 1e3 / 2**20)
+        print(memory("VmHWM") / 1e3)
         return
     print(where(arguments.device))
     print(f"{arguments.items} items, features {arguments.features}, sizes {arguments.sizes}, {arguments.blocks} blocks")
@@ -55,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             name,
         ]
         peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
-        print(f"  {name:24} {float(peak):8.2f} GiB peak resident memory")
+        print(f"  {name:24} {float(peak):8.2f} GB peak resident memory")
     seconds = paired(evaluations, arguments.runs, arguments.device)
     seconds["baseline"] = [value * arguments.users / SOME for value in seconds["baseline"]]
     show(f"evaluation of all sizes, {arguments.users} users (the baseline from {SOME} of them)", seconds)
@@ -117,38 +115,6 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
         step = Step(model, optimizer, precision=precision, max_grad_norm=5.0)
         steps[precision] = lambda step=step: step(next(batches))
     return steps, {"baseline": evaluate_plain, "one pass": evaluate_fast, "every slice alone": evaluate_alone}
-
-
-def where(device: str) -> str:
-    """Versions and device, for a table's head."""
-    import torch
-
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"torch {torch.__version__}, Python {platform.python_version()}, {name}"
-
-
-def memory(kind: str) -> float:
-    """MB of this process: resident now ("VmRSS") or at its peak ("VmHWM"; getrusage would report the parent's where
-    that was larger)."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition(f"{kind}:")[2].split()[0]) / 1e3
-
-
-def paired(cases: dict[str, Callable], runs: int, device: str, times: int = 1) -> dict[str, list[float]]:
-    """Seconds of each case, run in turn `runs` times after a warm-up; a run is the mean of so many `times`."""
-    import torch
-
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(runs + 1):
-        for name, case in cases.items():
-            started = time.perf_counter()
-            for _ in range(times):
-                case()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append((time.perf_counter() - started) / times)
-    return seconds
 
 
 def show(title: str, seconds: dict[str, list[float]]) -> None:

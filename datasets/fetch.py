@@ -23,7 +23,6 @@ def fetch_file(
     *,
     say: Callable[[str], None] = print,
     patience: Patience = PATIENCE,
-    max_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Download `url` to `path`, which is whole or absent; a file that is there is checked and kept. What a kill or a
     drop leaves in `path`.part is gone on with where the server can (Range, If-Range). The bytes are kept as they are
@@ -42,7 +41,7 @@ def fetch_file(
         say(f"fetching {shown(url)} to {path}" + (f", from byte {start:,} on" if start else ""))
         with tqdm(desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
             furthest = [start]
-            fetcher.retry(lambda: _fetch_part(fetcher, url, part, max_bytes, bar, furthest), lambda: furthest[0])
+            fetcher.retry(lambda: _fetch_part(fetcher, url, part, bar, furthest), lambda: furthest[0])
         _record(path, part, url)
         part.replace(path)
         _state(part).unlink(missing_ok=True)
@@ -113,7 +112,7 @@ def _resumable(part: Path, url: str) -> tuple[int, dict[str, Any]]:
     return (size, state) if state.get("size") is None or size <= state["size"] else (0, {})
 
 
-def _fetch_part(fetcher: Fetcher, url: str, part: Path, max_bytes: int, bar: tqdm, furthest: list[int]) -> None:
+def _fetch_part(fetcher: Fetcher, url: str, part: Path, bar: tqdm, furthest: list[int]) -> None:
     """One attempt: from where `part` ends, if the server can, to the end."""
     start, state = _resumable(part, url)
     if start and start == state["size"]:
@@ -136,7 +135,7 @@ def _fetch_part(fetcher: Fetcher, url: str, part: Path, max_bytes: int, bar: tqd
         bar.refresh()
         with part.open("r+b") as file:
             file.seek(start)
-            for chunk in fetcher.body(response, max_bytes - start):
+            for chunk in fetcher.body(response, MAX_FILE_BYTES - start):
                 file.write(chunk)
                 file.flush()
                 bar.update(len(chunk))

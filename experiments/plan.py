@@ -61,9 +61,9 @@ class Definition:
         return all(getattr(config, name) == value for name, value in settings.items())
 
 
-def definitions(folder: Path = FOLDER) -> dict[str, Definition]:
+def definitions() -> dict[str, Definition]:
     """name -> definition. Raises InputError that names the file and what in it cannot be used."""
-    return {path.stem: read_definition(path) for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: read_definition(path) for path in sorted(FOLDER.glob("*.toml"))}
 
 
 def read_definition(path: Path) -> Definition:

@@ -25,14 +25,14 @@ def user_metrics(ranks: np.ndarray, name: str) -> np.ndarray:
     return np.where(ranks <= int(k), value[metric](), 0.0)
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Difference:
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = DRAWS) -> Difference:
     """The mean of a - b over users [U], with users drawn anew `draws` times.
 
     Users of the same difference are alike, so a draw is one of a multinomial over the differences that occur. p is two
     times the smaller share of draws on either side of 0 (a share of 0 counts as one draw).
     """
     values, counts = np.unique(a - b, return_counts=True)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     parts = [min(AT_ONCE, draws - start) for start in range(0, draws, AT_ONCE)]
     drawn = np.concatenate([random.multinomial(len(a), counts / len(a), size=n) @ values for n in parts]) / len(a)
     low, high = np.quantile(drawn, [0.025, 0.975])

@@ -126,12 +126,12 @@ def nested_weight(sizes: tuple[int, ...]) -> Tensor:
 class FMRLLinear(nn.Module):
     """y = (W ⊙ P) x + b, with P the nested mask: [..., D] -> [..., D] (eq. 5)."""
 
-    def __init__(self, sizes: tuple[int, ...], bias: bool = True) -> None:
+    def __init__(self, sizes: tuple[int, ...]) -> None:
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
         self.sizes = sizes
         self.weight = nn.Parameter(nested_weight(sizes))
-        self.bias = nn.Parameter(nested_uniform_(torch.empty(sizes[-1]), sizes)) if bias else None
+        self.bias = nn.Parameter(nested_uniform_(torch.empty(sizes[-1]), sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         return nested_linear(x, self.weight, self.bias, self.sizes)
@@ -141,13 +141,12 @@ class FMRLLayerNorm(nn.Module):
     """One LayerNorm per increment M[j-1]:M[j], so that the first m outputs depend on the first m inputs alone:
     [..., D] -> [..., D]."""
 
-    def __init__(self, sizes: tuple[int, ...], eps: float = 1e-5) -> None:
+    def __init__(self, sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.increments = increments(sizes)
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(sizes[-1]))
         self.bias = nn.Parameter(torch.zeros(sizes[-1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [F.layer_norm(x[..., low:high], (high - low,), eps=self.eps) for low, high in self.increments]
+        parts = [F.layer_norm(x[..., low:high], (high - low,)) for low, high in self.increments]
         return torch.cat(parts, dim=-1) * self.weight + self.bias

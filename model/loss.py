@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.fmrl import increments
 from model.objective import Objective, losses_plain, residuals_
@@ -174,6 +175,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         grad_z, grad_weight, grad_V, grad_log_scale = ctx.saved_tensors
         by_V = None if grad_V is None else grad_V.mul_(grad)  # in place: it is the largest; torch refuses a second time

@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model.fmrl import nested_linear, nested_uniform_, nested_weight
 
@@ -51,6 +52,7 @@ class _LinearRecurrence(torch.autograd.Function):
         return h.real, h.imag
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_re, grad_im):
         h, eigenvalue, position = ctx.saved_tensors
         grad = _scan(torch.complex(grad_re, grad_im), eigenvalue.conj(), position, ctx.longest, backwards=True)

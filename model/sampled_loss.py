@@ -11,6 +11,7 @@ A draw of a position's own label is left out there. T labelled positions, K draw
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.fmrl import increments
 from model.loss import add_product, held_buffer, row_chunks
@@ -146,6 +147,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         return *(part * grad if needed else None for part, needed in gradients), None, None, None, None, None

@@ -69,7 +69,7 @@ def test_the_speed_benchmark_prints_every_case_with_its_ratio(capsys):
     printed = capsys.readouterr().out
     for case in ("baseline", "fp32", "bf16", "one pass", "every slice alone"):
         assert sum(line.strip().startswith(case) and line.endswith(" x") for line in printed.splitlines()) >= 1
-    assert printed.count("GiB peak resident memory") == 3
+    assert printed.count("GB peak resident memory") == 3
 
 
 def test_the_scaling_benchmark_prints_a_row_for_every_number_and_ranks_the_largest_catalogue(capfd):

@@ -13,10 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.picture_server import (
+    cut_short,
+    drip,
+    endless,
+    good,
+    in_turn,
+    ranges,
+    redirect,
+    serving,
+    stalled,
+    status,
+)
 from config import InputError
 from datasets.fetch import check_file, fetch_file
 from datasets.web import Fetcher, FetchError, Patience, _retry_after, redirected
-from tests.picture_server import cut_short, drip, endless, good, in_turn, ranges, redirect, serving, stalled, status
 
 REPOSITORY = Path(__file__).parent.parent
 QUICK = Patience(connect=1, read=0.3, attempt=0.6, tries=3, backoff=0.01, longest=0.3)

@@ -14,13 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from config import InputError
-from datasets import files, picture_fetch, pictures
-from datasets.catalog import load_catalog
-from datasets.picture_fetch import NO_URL, fetch_pictures
-from datasets.pictures import adopt_pictures, prepare_pictures
-from datasets.web import Patience
-from tests.picture_server import (
+from benchmarks.picture_server import (
     cut_short,
     drip,
     flat_png,
@@ -32,6 +26,12 @@ from tests.picture_server import (
     stalled,
     status,
 )
+from config import InputError
+from datasets import files, picture_fetch, pictures
+from datasets.catalog import load_catalog
+from datasets.picture_fetch import NO_URL, fetch_pictures
+from datasets.pictures import adopt_pictures, prepare_pictures
+from datasets.web import Patience
 from tests.prepared import write_item2img, write_prepared
 
 REPOSITORY = Path(__file__).parent.parent

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.picture_server import good, serving
 from config import InputError
 from datasets import prepare as command
 from datasets.catalog import load_catalog
 from datasets.files import read_json
 from datasets.prepare import main
-from tests.picture_server import good, serving
 from tests.prepared import item_features
 from tests.raw import reviews_of, write_raw
 

@@ -44,7 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
-BEYOND = ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "size_weights", "distill")
+BEYOND = ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "size_weights", "distill",
+          "small_dropout")  # fmt: skip
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -198,6 +199,11 @@ class Config:
         "how much the sizes' losses count: all alike, or proportional to 1/√size (sqrt), so that small ones count more",
         choices=("uniform", "sqrt"),
     )
+    small_dropout: float = setting(
+        1.0,
+        "what both dropouts are multiplied by in the first 64 dimensions, which learn too little where others learn "
+        "by heart",
+    )
     distill: float = setting(
         0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"
     )
@@ -287,8 +293,9 @@ def _problems(c: Config):
     for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
-    if not 0 <= c.distill <= 1:
-        yield f"--distill {c.distill} must lie between 0 and 1"
+    for name in ("distill", "small_dropout"):
+        if not 0 <= getattr(c, name) <= 1:
+            yield f"--{name} {getattr(c, name)} must lie between 0 and 1"
     if not 0 <= c.lru_r_min < c.lru_r_max <= 1:
         yield f"--lru_r_min {c.lru_r_min} --lru_r_max {c.lru_r_max}: need 0 <= r_min < r_max <= 1"
     for name in ("mrl_hidden_sizes", "metric_ks"):

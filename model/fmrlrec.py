@@ -124,10 +124,10 @@ def _whiten_again(items: ItemEncoder, *_: object) -> None:
 class FeedForward(nn.Module):
     """FFN(x) = Dropout(W2 (SiLU(G x) ⊙ Dropout(W1 x))): [T, D] -> [T, D]."""
 
-    def __init__(self, sizes: tuple[int, ...], dropout: float) -> None:
+    def __init__(self, sizes: tuple[int, ...], dropout: float, small_dropout: float) -> None:
         super().__init__()
         self.G, self.W1, self.W2 = FMRLLinear(sizes), FMRLLinear(sizes), FMRLLinear(sizes)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(dropout, small_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.W2(F.silu(self.G(x)) * self.dropout(self.W1(x))))
@@ -136,10 +136,13 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + Dropout(LRU(LN(x))), then x + FFN(LN(x)): [T, D] -> [T, D]."""
 
-    def __init__(self, sizes: tuple[int, ...], dropout: float, attn_dropout: float, bias: bool, r: tuple) -> None:
+    def __init__(
+        self, sizes: tuple[int, ...], dropout: float, attn_dropout: float, small_dropout: float, bias: bool, r: tuple
+    ) -> None:
         super().__init__()
-        self.norm1, self.lru, self.attn_dropout = FMRLLayerNorm(sizes), LRU(sizes, bias, *r), Dropout(attn_dropout)
-        self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout)
+        self.norm1, self.lru = FMRLLayerNorm(sizes), LRU(sizes, bias, *r)
+        self.attn_dropout = Dropout(attn_dropout, small_dropout)
+        self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout, small_dropout)
 
     def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """at: [B], the only tokens whose output is wanted; then it is [B, D]."""
@@ -168,14 +171,16 @@ class FMRLRec(nn.Module):
         use_bias: bool = True,
         r_min: float = 0.0,
         r_max: float = 0.1,
+        small_dropout: float = 1.0,
         item_embedding: bool = False,
         item_embedding_dropout: float = 0.0,
         logit_scale: bool = False,
         whitening: Whitening | None = None,
     ) -> None:
-        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. item_embedding and
-        its dropout, whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no
-        ranking depends on it. Raises ValueError for sizes that do not increase, for features of another number of
+        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. small_dropout:
+        what both dropouts are multiplied by in the first dimensions (model/dropout.py). item_embedding, its dropout and
+        whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no ranking
+        depends on it. Raises ValueError for sizes that do not increase, for features of another number of
         items, and for an item_embedding without features."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
@@ -187,13 +192,14 @@ class FMRLRec(nn.Module):
             "use_bias": use_bias,
             "r_min": r_min,
             "r_max": r_max,
+            "small_dropout": small_dropout,
             "item_embedding": item_embedding,
             "item_embedding_dropout": item_embedding_dropout,
             "logit_scale": logit_scale,
         }
         self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout, whitening)
         self.blocks = nn.ModuleList(
-            Block(self.sizes, dropout, attn_dropout, use_bias, (r_min, r_max)) for _ in range(num_blocks)
+            Block(self.sizes, dropout, attn_dropout, small_dropout, use_bias, (r_min, r_max)) for _ in range(num_blocks)
         )
         self.log_scale = nn.Parameter(torch.zeros(len(self.sizes))) if logit_scale else None  # of model/objective.py
 

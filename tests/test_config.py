@@ -138,7 +138,7 @@ def test_the_papers_preset_is_no_preset(dataset):
     config = parsed(f"--dataset_code={dataset}")[0]
     for name in ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "distill"):
         assert not getattr(config, name)
-    assert config.size_weights == "uniform"
+    assert config.size_weights == "uniform" and config.small_dropout == 1
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of flags
@@ -256,6 +256,8 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--distill", "1.1"),
         ("--distill", "-0.5"),
         ("--distill", "nan"),
+        ("--small_dropout", "1.5"),
+        ("--small_dropout", "-1"),
         ("--device", "tpu"),
         ("--model_code", "gru4rec"),
         ("--num_heads", "0"),

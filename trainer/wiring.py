@@ -91,6 +91,7 @@ def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> M
         use_bias=config.lru_use_bias,
         r_min=config.lru_r_min,
         r_max=config.lru_r_max,
+        small_dropout=config.small_dropout,
         item_embedding=config.item_embedding,
         item_embedding_dropout=config.item_embedding_dropout,
         logit_scale=config.logit_scale,

@@ -64,11 +64,13 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "plus": {
         "whiten_features": True,
         "item_embedding": True,
+        "item_embedding_dropout": 0.5,
         "logit_scale": True,
         "size_weights": "sqrt",
         "distill": 0.5,
-        "lru_dropout": 0.4,
-        "lru_attn_dropout": 0.4,
+        "lru_dropout": 0.6,
+        "lru_attn_dropout": 0.6,
+        "small_dropout": 0.5,
     },
 }
 

@@ -11,14 +11,15 @@ from typing import Any
 
 from datasets.files import read_json, replacing
 from experiments.kept import KeptRun
-from experiments.paper import BY_SIZE
+from experiments.paper import BY_SIZE, MASKED, RESULTS
 from experiments.parameters import figure4
 from experiments.plan import definitions
 from experiments.tables import Line, comparable, lines
 from trainer.plots import STYLE
 
 COLOURS = ("#1f6f78", "#d9822b", "#6b4c9a", "#3a7d44", "#a63d40", "#4a6fa5")
-PAPER = "#9aa0a6"
+PAPER, INK = "#9aa0a6", "#3c4043"
+PLUS = ("Recall@10", "NDCG@10" + MASKED)  # what the curves of plus show
 
 
 def draw_figures(runs: list[KeptRun], media: Path) -> list[Path]:
@@ -26,26 +27,39 @@ def draw_figures(runs: list[KeptRun], media: Path) -> list[Path]:
     paths = [media / "parameters_saved.png"]
     draw_parameters(paths[0])
     for dataset in sorted({run.config.dataset_code for run in runs}):
-        if curves := by_size(runs, dataset):
+        if curves := of_definition(runs, dataset, "sizes"):
             paths.append(media / f"sizes-{dataset}.png")
-            draw_sizes(dataset, curves, alone(runs, dataset), paths[-1])
+            draw_sizes(dataset, curves, alone(runs, dataset, "independent"), paths[-1])
+        if curves := of_definition(runs, dataset, "plus"):
+            paths.append(media / f"plus-{dataset}.png")
+            draw_plus(dataset, curves, alone(runs, dataset, "plus_alone"), levels(runs, dataset), paths[-1])
     if any((run.folder / "deploy.json").exists() for run in runs):
         paths.append(media / "accuracy_by_bytes.png")
         draw_bytes(runs, paths[-1])
     return paths
 
 
-def by_size(runs: list[KeptRun], dataset: str) -> list[Line]:
-    """The lines of Figure 3's experiment."""
-    definition = definitions()["sizes"]
+def of_definition(runs: list[KeptRun], dataset: str, name: str) -> list[Line]:
+    """The lines of an experiment that may be shown."""
+    definition = definitions()[name]
     return [line for group in comparable(definition, lines(definition, dataset, runs)) for line in group]
 
 
-def alone(runs: list[KeptRun], dataset: str) -> list[Line]:
-    """The models of one size, where they are compared with a nested one."""
-    definition = definitions()["independent"]
-    groups = comparable(definition, lines(definition, dataset, runs))
-    return [line for group in groups for line in group if len(line.config.mrl_hidden_sizes) == 1]
+def alone(runs: list[KeptRun], dataset: str, name: str) -> list[Line]:
+    """The models of one size, where an experiment compares them with a nested one."""
+    return [line for line in of_definition(runs, dataset, name) if len(line.config.mrl_hidden_sizes) == 1]
+
+
+def levels(runs: list[KeptRun], dataset: str) -> dict[str, dict[str, float]]:
+    """Models of one size that others are held against: name -> metric -> value."""
+    found = {}
+    for line in of_definition(runs, dataset, "baselines"):
+        if line.row.name in ("SASRec", "LRURec"):
+            values = {name: line.values(name) for name in PLUS}
+            found[f"{line.row.name}, {line.size}"] = {n: statistics.mean(of) for n, of in values.items() if of}
+    if published := RESULTS["bsarec"].get(dataset):
+        found["BSARec, published"] = published
+    return found
 
 
 def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Path) -> None:
@@ -71,6 +85,42 @@ def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Pat
             panel.set_xlabel("model size (dimensions)")
             panel.set_title(name if paper else f"{name} (not in the paper's figure)", loc="left")
         panels[0].legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def draw_plus(
+    dataset: str, curves: list[Line], separate: list[Line], levels: dict[str, dict[str, float]], path: Path
+) -> None:
+    """Accuracy against size of faithful and plus models, beside the paper's curve and models of one size."""
+    with _figure(path, 2, f"{dataset}: accuracy against size") as panels:
+        for panel, name in zip(panels, PLUS, strict=True):
+            paper = {size: values[name] for size, values in BY_SIZE.get(dataset, {}).items() if name in values}
+            if paper:
+                panel.plot(*zip(*paper.items(), strict=True), "s--", color=PAPER, markersize=4,
+                           label="paper, text and pictures")  # fmt: skip
+            for line in curves:
+                sizes, colour = line.config.mrl_hidden_sizes, COLOURS[0 if line.config.item_embedding else 1]
+                means = [statistics.mean(line.values(name, size) or [math.nan]) for size in sizes]
+                panel.plot(sizes, means, "o-" if sizes[-1] == widest(curves) else "o:", color=colour, markersize=4,
+                           label=f"{line.row.name}, {sizes[0]}..{sizes[-1]}")  # fmt: skip
+            points = [(line.size, statistics.mean(line.values(name) or [math.nan])) for line in separate]
+            if points:
+                panel.plot(*zip(*points, strict=True), "x", color="black", label="plus, trained alone")
+            for (of, values), style in zip(levels.items(), ("--", "-.", ":"), strict=False):
+                if name in values:
+                    panel.axhline(values[name], color=INK, linewidth=0.9, linestyle=style, label=of)
+            sizes = sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)})
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(sizes, [str(m) for m in sizes])
+            panel.minorticks_off()
+            panel.set_ylim(bottom=0)
+            panel.set_xlabel("model size (dimensions)")
+            panel.set_title(name.replace(MASKED, ", history masked"), loc="left")
+            panel.legend(frameon=False, fontsize=6.5, loc="lower right")
+
+
+def widest(lines: list[Line]) -> int:
+    """The largest size of all."""
+    return max(line.config.mrl_hidden_sizes[-1] for line in lines)
 
 
 def label(line: Line) -> str:

@@ -52,6 +52,8 @@ RESULTS: dict[str, dict[str, dict[str, float]]] = {
         sports=(0.0204, 0.0344, 0.0266, 0.0536),
         toys=(0.0366, 0.0601, 0.0463, 0.0901),
     ),
+    # Shin et al., An Attentive Inductive Bias for Sequential Recommendation beyond the Self-Attention (AAAI 2024)
+    "bsarec": {"beauty": {"NDCG@10 masked": 0.0611, "Recall@10 masked": 0.1008}},
     # SASRec with sampled softmax of 256 negatives, in the eSASRec study (2025)
     "sasrec sampled": {
         "beauty": {"NDCG@10 masked": 0.0531, "Recall@10 masked": 0.0921},

@@ -3,8 +3,8 @@
 title, text             what the report says
 datasets                on which it is run
 settings                every row has them
-rows                    name -> its own settings; beside them published, a key of paper.py, and size, the one whose
-                        metrics are meant (the largest where none is given)
+rows                    name -> its own settings, a preset standing for those it names; beside them published, a key
+                        of paper.py, and size, the one whose metrics are meant (the largest where none is given)
 compare                 pairs of rows that a bootstrap over users compares
 every_size              the report shows all sizes of a row
 by_popularity           the report tells users apart by how often their item was trained on
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import BEYOND, COUNTING, Config, InputError, is_runtime, resolve, typed
+from config import BEYOND, COUNTING, NAMED_PRESETS, Config, InputError, is_runtime, resolve, typed
 
 FOLDER = Path(__file__).parent / "definitions"
 
@@ -86,6 +86,7 @@ def _row(name: str, values: dict[str, Any]) -> Row:
     aside = {key: values.pop(key) for key in ("published", "size") if key in values}
     settings = typed(values, f"row {name!r}")
     resolve(settings)  # raises where a value cannot be used
+    settings = NAMED_PRESETS[settings.pop("preset", "paper")] | settings
     return Row(name, settings, **aside)
 
 

@@ -19,6 +19,7 @@ from experiments.significance import paired_bootstrap, user_metrics
 
 WITHOUT_HISTORY = ("NDCG@10" + MASKED, "Recall@10" + MASKED)
 TRAINED = ((0, 0), (1, 5), (6, 20), (21, None))  # how often a target was in training, from .. to
+PICTURED = ("sizes", "plus")  # the experiments of which experiments/figures.py draws a curve
 OF_SIZES = ("Recall@10", "NDCG@10", "Recall@20", "Recall@50")
 
 
@@ -80,9 +81,11 @@ def lines(definition: Definition, dataset: str, runs: Iterable[KeptRun]) -> list
 def comparable(definition: Definition, of_dataset: list[Line]) -> list[list[Line]]:
     """The lines in groups, each on the same data, that differ in what the experiment varies alone. Left out is what
     compares nothing: a line whose partners were not run, and a group without any pair, unless there is a published
-    value for it."""
+    value for it; and a model of one size, where all sizes are shown."""
     groups: dict[tuple, list[Line]] = {}
     for line in of_dataset:
+        if definition.every_size and len(line.config.mrl_hidden_sizes) == 1:
+            continue
         same = {name: v for name, v in trained(line.config).items() if name not in definition.varied() | {"seed"}}
         groups.setdefault((line.runs[0].data, *sorted(same.items())), []).append(line)
     if definition.every_size:
@@ -129,8 +132,8 @@ def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
             if definition.by_popularity:
                 parts += by_popularity(group)
             parts += provenance(definition, group)
-        if definition.every_size and groups:
-            parts += [f"![Metrics against size](../media/sizes-{dataset}.png)", ""]
+        if definition.name in PICTURED and groups:
+            parts += [f"![Metrics against size](../media/{definition.name}-{dataset}.png)", ""]
     return [f"## {definition.title}", "", definition.text, "", *parts] if parts else []
 
 

@@ -15,7 +15,7 @@ import torch
 
 import eval as evaluate
 import train
-from config import Config, InputError, resolve
+from config import NAMED_PRESETS, Config, InputError, resolve
 from datasets.catalog import load_catalog
 from experiments import estimate, kept, paper, run
 from experiments.plan import Definition, Row, definitions, read_definition, trained, unusual
@@ -122,6 +122,17 @@ def test_what_is_varied_is_what_rows_differ_in(tmp_path):
     definition = read_definition(written(tmp_path, HEAD + rows + "c = { seed = 1, num_epochs = 3 }"))
     assert definition.varied() == {"lru_num_blocks", "num_epochs"}
     assert [row.settings["lr"] for row in definition.rows] == [1e-3] * 3
+
+
+def test_a_preset_in_a_definition_stands_for_the_settings_it_names(tmp_path):
+    text = HEAD + '[rows]\na = { preset = "plus", distill = 0.25 }\nb = { preset = "paper" }\nc = { preset = "plus" }'
+    a, b, c = read_definition(written(tmp_path, text)).rows
+    assert a.settings == NAMED_PRESETS["plus"] | {"distill": 0.25}
+    assert (b.settings, c.settings) == ({}, NAMED_PRESETS["plus"])
+    by_name, by_flags = resolve({"preset": "plus"})[0], resolve(c.settings)[0]
+    definition = read_definition(tmp_path / "mine.toml")
+    assert definition.fits(c, by_name) and definition.fits(c, by_flags)
+    assert not definition.fits(a, by_name) and not definition.fits(b, by_name)
 
 
 def test_models_are_each_trained_in_a_way_of_their_own():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import InputError, resolve
-from experiments import paper, parameters, report, tables
+from experiments import figures, paper, parameters, report, tables
 from experiments.figures import draw_figures
 from experiments.kept import kept_runs
 from experiments.plan import Definition, Row, definitions
@@ -306,6 +306,39 @@ def test_figures_are_drawn_of_what_was_run(tmp_path):
     for path in made:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
+
+
+PLUS = {"train_batch_size": 128, "lr": 2e-3, "precision": "bf16", "num_epochs": 12, "early_stopping_patience": 3}
+
+
+def test_plus_is_drawn_beside_the_faithful_model_and_models_of_one_size(tmp_path, monkeypatch):
+    keep_run(tmp_path / "kept", "faithful", LANGUAGE | PLUS)
+    keep_run(tmp_path / "kept", "plus", LANGUAGE | PLUS | {"preset": "plus"})
+    small = LANGUAGE | PLUS | {"preset": "plus", "num_negatives": 1024}
+    keep_run(tmp_path / "kept", "small", small | {"mrl_hidden_sizes": (8, 16, 32, 64, 128, 256)})
+    keep_run(tmp_path / "kept", "alone", small | {"mrl_hidden_sizes": (64,)})
+    keep_run(tmp_path / "kept", "sasrec", {"model_code": "sasrec"}, seed=5)
+    keep_run(tmp_path / "kept", "lrurec", {"model_code": "lrurec"}, seed=6)
+    drawn = []
+    true_draw = figures.draw_plus
+    monkeypatch.setattr(figures, "draw_plus", lambda *given: (drawn.append(given), true_draw(*given)))
+    made = draw_figures(kept_runs(tmp_path / "kept"), tmp_path / "media")
+    assert [path.name for path in made] == ["parameters_saved.png", "sizes-beauty.png", "plus-beauty.png"]
+    assert made[-1].read_bytes().startswith(b"\x89PNG")
+    ((dataset, curves, separate, levels, _),) = drawn
+    assert dataset == "beauty"
+    assert sorted((line.row.name, line.size) for line in curves) == [
+        ("faithful", 1024),
+        ("plus", 256),
+        ("plus", 1024),
+    ]  # not 64
+    assert [line.size for line in separate] == [64]
+    runs = {run.folder.name: run for run in kept_runs(tmp_path / "kept")}
+    assert levels["SASRec, 64"]["Recall@10"] == runs["beauty-sasrec"].metrics()[64]["Recall@10"]
+    assert levels["LRURec, 64"]["NDCG@10 masked"] == runs["beauty-lrurec"].metrics(masked=True)[64]["NDCG@10"]
+    assert levels["BSARec, published"] == paper.RESULTS["bsarec"]["beauty"]
+    text = "\n".join(tables.section(definitions()["plus"], kept_runs(tmp_path / "kept")))
+    assert "](../media/plus-beauty.png)" in text and "| plus - faithful | NDCG@10 |" in text
 
 
 def test_a_run_whose_cut_offs_lack_10_leaves_its_curve_out(tmp_path):

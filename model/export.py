@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     saved, _ = read_config(arguments.run)
     sizes = chosen_sizes(arguments, saved.mrl_hidden_sizes)
     folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
+    from model import FMRLRec
     from model.serving.folder import refuse_existing
     from trainer.wiring import load_run
 
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
     print(f"run {arguments.run}", flush=True)
     config, catalog, model = load_run(arguments.run, flags)
+    assert isinstance(model, FMRLRec)  # asked_run refused others
     for size, folder in zip(sizes, folders, strict=True):
         export_size(
             model, size, folder, config=config, catalog=catalog, run=arguments.run,

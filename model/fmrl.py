@@ -19,6 +19,7 @@ D: the largest size. Shapes are given for inputs of any leading shape (..., D).
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +76,32 @@ def bands(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(itertools.pairwise((0, *wide)))
 
 
+class Context(Protocol):
+    """What the forward of an autograd function leaves for its backward; torch's own annotations know no None."""
+
+    needs_input_grad: tuple[bool, ...]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+class _NestedContext(Context, Protocol):
+    sizes: tuple[int, ...]
+    wide: torch.dtype
+    biased: bool
+
+
 class _NestedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], dtype: torch.dtype):
+    def forward(
+        ctx: _NestedContext,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sizes: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, D]
         y = [
             F.linear(rows[:, :high], part, None if bias is None else bias[low:high].to(dtype))
@@ -88,7 +112,7 @@ class _NestedLinear(torch.autograd.Function):
         return torch.cat(y, dim=1).reshape(x.shape)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: _NestedContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         wide, dim = ctx.wide, rows.shape[1]
         grad_rows = grad.reshape(-1, dim)

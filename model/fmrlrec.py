@@ -7,7 +7,8 @@
 Histories are packed as in model/lru.py. N items, T tokens, F feature width, D largest size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -110,12 +111,13 @@ class ItemEncoder(nn.Module):
         if self._whole is None or self._whole.dtype != dtype or self._whole.device != device:
             tokens = torch.arange(self.num_items + 1, device=device)
             self._whole = torch.cat([self.rows(some, dtype) for some in tokens.split(ROWS)])  # once: they are frozen
-        V = self.V if kept is None else self.V * kept[:, None]
+        V = self.V if self.V is None or kept is None else self.V * kept[:, None]
         return Factors(self._whole, self.projection.weight, V)
 
 
 def _whiten_again(items: ItemEncoder, *_: object) -> None:
     """Features as the whitening makes them that was just loaded."""
+    assert items.whitening is not None  # or this were not registered
     for name, part in zip(items.parts, items.whitening.features(), strict=True):
         items.get_buffer(name).copy_(part)
     items._whole = None
@@ -157,6 +159,21 @@ class Block(nn.Module):
         return x + self.ffn(self.norm2(x)), h
 
 
+class Settings(TypedDict):
+    """What a model was made with, its items and sizes aside."""
+
+    num_blocks: int
+    dropout: float
+    attn_dropout: float
+    use_bias: bool
+    r_min: float
+    r_max: float
+    small_dropout: float
+    item_embedding: bool
+    item_embedding_dropout: float
+    logit_scale: bool
+
+
 class FMRLRec(nn.Module):
     """The recommender; the first m dimensions of all its weights are the sub-model of size m, for every m in sizes."""
 
@@ -185,7 +202,7 @@ class FMRLRec(nn.Module):
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
         self.num_items, self.sizes = num_items, tuple(sizes)
-        self.settings = {
+        self.settings: Settings = {
             "num_blocks": num_blocks,
             "dropout": dropout,
             "attn_dropout": attn_dropout,
@@ -202,6 +219,12 @@ class FMRLRec(nn.Module):
             Block(self.sizes, dropout, attn_dropout, small_dropout, use_bias, (r_min, r_max)) for _ in range(num_blocks)
         )
         self.log_scale = nn.Parameter(torch.zeros(len(self.sizes))) if logit_scale else None  # of model/objective.py
+
+    def each_block(self) -> Iterator[Block]:
+        """The blocks, first to last, for what a module in general cannot do."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
 
     def item_table(self) -> Tensor:
         """E [N+1, D]; row 0 is the begin-of-sequence token, which is no item."""
@@ -226,13 +249,22 @@ class FMRLRec(nn.Module):
         What `encode` gives for the whole history, at the cost of one token.
         """
         after = []
-        for block, h in zip(self.blocks, hidden.unbind(dim=1), strict=True):
+        for block, h in zip(self.each_block(), hidden.unbind(dim=1), strict=True):
             x, h = block.step(x, h)
             after.append(h)
         return x, torch.stack(after, dim=1)
 
 
-def count_parameters(model: FMRLRec) -> int:
+class Counted(Protocol):
+    """FMRLRec, or a baseline."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def count_parameters(model: Counted) -> int:
     """Trainable parameters, complex ones counted once and masked zeros not counted."""
     kept = int(nested_mask(model.sizes).sum())
     masked = {

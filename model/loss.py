@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.fmrl import increments
+from model.fmrl import Context, increments
 from model.objective import Objective, losses_plain, residuals_
 
 CHUNK_BYTES = 2**26  # of the logits that are held at once, for all sizes: 128 positions of 12,101 items and 8 sizes
@@ -82,7 +82,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Context,
         z: Tensor,
         weight: Tensor,
         V: Tensor | None,
@@ -91,7 +91,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         sizes: tuple[int, ...],
         objective: Objective | None,
-    ):
+    ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
         narrow = (weight if features is None else features).dtype
         wide = torch.promote_types(narrow, torch.float32)
@@ -114,7 +114,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         grad_V = None if V is None else torch.empty_like(V, dtype=wide) if len(z) else torch.zeros_like(V, dtype=wide)
 
         scale = None if objective is None else objective.scale(loss)
-        grad_log_scale = None if objective is None else torch.zeros_like(scale)
+        grad_log_scale = loss.new_zeros(0 if objective is None else len(sizes))
 
         chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize)
         slots = len(sizes) + (1 if objective is None else 2)
@@ -126,13 +126,13 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
             logits, *residuals = held[: len(sizes) + 1]  # each [C, N+1]; a size's residual: softmax - one-hot
             logits.zero_()
             for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
-                if high <= out:
+                if features is None or high <= out:
                     add_product(logits, z_chunk[:, low:high], table[:, low:high].T)
                 else:
                     add_product(logits, z_chunk[:, low:high] @ rest[low - out : high - out], features.T)
                     if V is not None:
                         add_product(logits, z_chunk[:, low:high], narrow_V[:, low:high].T)
-                scaled = logits if objective is None else torch.mul(logits, scale[j], out=held[-1])
+                scaled = logits if scale is None else torch.mul(logits, scale[j], out=held[-1])
                 log_p = torch.log_softmax(scaled, dim=1, out=residual)
                 if objective is None:
                     loss -= (log_p.gather(1, label) * valid[rows]).sum()
@@ -148,14 +148,14 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                 residual = residuals.pop()
                 above = residual if above is None else residual.add_(above)
                 residual, z_part = residual.to(narrow), z_chunk[:, low:high]
-                if high <= out:
+                if features is None or high <= out:
                     grad_z[rows, low:high] = residual @ table[:, low:high]
                     add_product(grad_table[low:high], z_part.T, residual)
                 else:
                     grad_left = residual @ features  # [C, F]
                     grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
                     add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
-                    if V is not None:
+                    if grad_V is not None:
                         grad_z[rows, low:high] += residual @ narrow_V[:, low:high]
                         if rows.start:
                             add_product(grad_V[:, low:high], residual.T, z_part)
@@ -167,7 +167,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                 grad_weight = grad_table.T.contiguous()  # [N+1, D]
             else:
                 grad_weight = torch.cat([(grad_table.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
-            if V is not None:
+            if V is not None and grad_V is not None:
                 grad_V[:, :out] = grad_table.T
                 grad_V = grad_V.to(V.dtype)
             grad_z, grad_weight = grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype)
@@ -176,7 +176,8 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_V: Tensor | None
         grad_z, grad_weight, grad_V, grad_log_scale = ctx.saved_tensors
         by_V = None if grad_V is None else grad_V.mul_(grad)  # in place: it is the largest; torch refuses a second time
         by_log_scale = grad_log_scale * grad if ctx.needs_input_grad[3] else None

@@ -10,12 +10,13 @@ begins. No work is done on padding.
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.fmrl import nested_linear, nested_uniform_, nested_weight
+from model.fmrl import Context, nested_linear, nested_uniform_, nested_weight
 
 
 def ring_init(dim: int, r_min: float, r_max: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,12 +40,24 @@ def linear_recurrence(
     return _LinearRecurrence.apply(u_re, u_im, lambda_re, lambda_im, position, longest)
 
 
+class _RecurrenceContext(Context, Protocol):
+    longest: int
+
+
 class _LinearRecurrence(torch.autograd.Function):
     """The gradient of a recurrence is the recurrence of the gradients, backwards in time with conj(λ); autograd through
     the forward's steps would keep every one of them, at twice the time."""
 
     @staticmethod
-    def forward(ctx, u_re, u_im, lambda_re, lambda_im, position, longest):
+    def forward(
+        ctx: _RecurrenceContext,
+        u_re: Tensor,
+        u_im: Tensor,
+        lambda_re: Tensor,
+        lambda_im: Tensor,
+        position: Tensor,
+        longest: int,
+    ) -> tuple[Tensor, Tensor]:
         eigenvalue = torch.complex(lambda_re, lambda_im)
         h = _scan(torch.complex(u_re, u_im), eigenvalue, position, longest)
         ctx.save_for_backward(h, eigenvalue, position)
@@ -53,7 +66,7 @@ class _LinearRecurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_re, grad_im):
+    def backward(ctx: _RecurrenceContext, grad_re: Tensor, grad_im: Tensor) -> tuple[Tensor | None, ...]:
         h, eigenvalue, position = ctx.saved_tensors
         grad = _scan(torch.complex(grad_re, grad_im), eigenvalue.conj(), position, ctx.longest, backwards=True)
         carried = (position[1:] > 0)[:, None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.fmrl import increments
+from model.fmrl import Context, increments
 from model.loss import add_product, held_buffer, row_chunks
 from model.objective import ABSENT, Objective, losses_plain, residuals_
 
@@ -93,7 +93,18 @@ class _SampledCrossEntropy(torch.autograd.Function):
     """The sum over sizes and positions. Column 0 of the logits is a position's label, column k its k-th draw."""
 
     @staticmethod
-    def forward(ctx, z, own, drawn, log_scale, labels, items, log_kq, sizes, objective):
+    def forward(
+        ctx: Context,
+        z: Tensor,
+        own: Tensor,
+        drawn: Tensor,
+        log_scale: Tensor | None,
+        labels: Tensor,
+        items: Tensor,
+        log_kq: Tensor,
+        sizes: tuple[int, ...],
+        objective: Objective | None,
+    ) -> Tensor:
         narrow, wide = drawn.dtype, torch.promote_types(drawn.dtype, torch.float32)
         valid = (labels != 0)[:, None]
         z = z * valid  # a position without a label has logits of 0, and no gradient
@@ -103,7 +114,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
         grad_drawn = torch.zeros_like(drawn, dtype=wide)
 
         scale = None if objective is None else objective.scale(loss)
-        grad_log_scale = None if objective is None else torch.zeros_like(scale)
+        grad_log_scale = loss.new_zeros(0 if objective is None else len(sizes))
 
         chunks = row_chunks(len(z), len(sizes) * (len(drawn) + 1) * wide.itemsize)
         slots = len(sizes) + (1 if objective is None else 3)
@@ -119,7 +130,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
             for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
                 logits[:, 0] += (z_wide[rows, low:high] * own_wide[rows, low:high]).sum(dim=1)
                 add_product(logits[:, 1:], z_narrow[rows, low:high], drawn[:, low:high].T)
-                scaled = logits if objective is None else torch.addcmul(offset, logits, scale[j], out=held[-1])
+                scaled = logits if scale is None else torch.addcmul(offset, logits, scale[j], out=held[-1])
                 log_p = torch.log_softmax(scaled, dim=1, out=residual)
                 if objective is None:
                     loss -= (log_p[:, :1] * valid[rows]).sum()
@@ -148,6 +159,6 @@ class _SampledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         return *(part * grad if needed else None for part, needed in gradients), None, None, None, None, None

@@ -104,4 +104,5 @@ def small(*shape: int) -> nn.Parameter:
 
 def small_(parameter: nn.Parameter) -> nn.Parameter:
     """Normal with standard deviation .02, cut off at two of it."""
-    return nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+    nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+    return parameter

@@ -150,8 +150,8 @@ class TorchEngine:
         import torch
 
         with torch.inference_mode():
-            z, hidden = self.model.step(*map(torch.from_numpy, (table.values[item], hidden)))
-        return z.numpy(), hidden.numpy()
+            z, after = self.model.step(*map(torch.from_numpy, (table.values[item], hidden)))
+        return z.numpy(), after.numpy()
 
     def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact, by chunks of the catalogue, of which the best k are carried on."""

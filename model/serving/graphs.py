@@ -171,8 +171,8 @@ class _Graph:
         while shift < max_len:
             # Zeros in front, the last steps dropped; with negative pads older onnxruntimes fail on short histories.
             pads = self.constant([0, shift, 0, 0, 0, 0])
-            before = (self.op("Slice", self.op("Pad", part, pads), first, length, axis) for part in (re, im))
-            carried_re, carried_im = self.times(*before, *self.power(name, shift))
+            past_re, past_im = (self.op("Slice", self.op("Pad", part, pads), first, length, axis) for part in (re, im))
+            carried_re, carried_im = self.times(past_re, past_im, *self.power(name, shift))
             re, im = self.op("Add", re, carried_re), self.op("Add", im, carried_im)
             shift *= 2
         return self.op("Concat", re, im, axis=-1)

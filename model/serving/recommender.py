@@ -110,12 +110,12 @@ class Recommender:
         bias, allowed = self._bias(candidates, notes)
         if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or not 1 <= top_k <= allowed:
             raise InputError(f"top_k {top_k!r} must be a whole number from 1 to {allowed}, the items there are to rank")
-        answers: list[Recommendation | None] = [None] * len(requests)
+        answers: dict[int, Recommendation] = {}
         for rows in self._batches(requests):
             batch = [requests[row] for row in rows]
             own = bias if not exclude_history else self._without_history(bias, batch, rows, allowed, top_k)
-            if batch[0].state:
-                scores, items = self._engine.rank(np.stack([r.state.z for r in batch]), self._table, own, top_k)
+            if states := [r.state for r in batch if r.state]:  # of a batch all are, or none is
+                scores, items = self._engine.rank(np.stack([s.z for s in states]), self._table, own, top_k)
             else:
                 scores, items = self._engine.recommend(self._filled([r.items for r in batch]), self._table, own, top_k)
             for row, request, score, item in zip(rows, batch, scores, items, strict=True):
@@ -126,7 +126,7 @@ class Recommender:
                     score.tolist(),
                     [*request.notes, *notes],
                 )
-        return answers  # type: ignore[return-value]
+        return [answers[row] for row in range(len(requests))]
 
     # ------------------------------------------------------------------------------------------------ event by event
 

@@ -25,6 +25,8 @@ import numpy as np
 from model.serving.quantize import dequantize, quantize
 
 if TYPE_CHECKING:
+    import torch
+
     from model import FMRLRec
 
 MATRICES = ("lru.B", "lru.C", "ffn.expand", "ffn.reduce")
@@ -40,7 +42,7 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
     weights: dict[str, np.ndarray] = {}
     with torch.no_grad():
         mask = nested_mask(model.sizes).to(next(model.parameters()))
-        for i, block in enumerate(model.blocks):
+        for i, block in enumerate(model.each_block()):
             lru, ffn, gamma = block.lru, block.ffn, torch.exp(block.lru.gamma_log)
             zeros = torch.zeros_like(gamma)
             parts = {
@@ -71,7 +73,8 @@ def expected_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight. feature_dim: 0 where the table was learned outright; whitened: the widths of the
     features that are whitened."""
-    m, shapes = size, {}
+    m = size
+    shapes: dict[str, tuple[int, ...]] = {}
     for i in range(num_blocks):
         matrices = {"lru.B": (m, 2 * m), "lru.C": (2 * m, m), "ffn.expand": (m, 2 * m), "ffn.reduce": (m, m)}
         block: dict[str, tuple[int, ...]] = dict.fromkeys(VECTORS, (m,))
@@ -89,7 +92,8 @@ def expected_shapes(
 
 def whitened(features: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
     """Features [n, F] as the projection reads them; the twin of model/whitening.py without torch."""
-    parts, start = [], 0
+    parts: list[np.ndarray] = []
+    start = 0
     while f"whitening.{len(parts)}.mean" in weights:
         mean, matrix = (weights[f"whitening.{len(parts)}.{name}"] for name in ("mean", "matrix"))
         rows = features[:, start : start + len(mean)]
@@ -144,5 +148,5 @@ def model_from(weights: dict[str, np.ndarray], sizes: tuple[int, ...], num_block
     return model.eval()
 
 
-def _numpy(tensor) -> np.ndarray:
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().float().cpu().numpy())

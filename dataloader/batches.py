@@ -70,7 +70,7 @@ class TrainLoader:
         order = np.random.default_rng([self.seed, number]).permutation(len(self.offsets) - 1)
         begins, ends = self.offsets[order], self.offsets[order + 1]
         _, index, offsets = ranges(begins, ends)
-        padded, longest, shares, num_labels = [], [], [], []
+        padded, longest, shares, counts = [], [], [], []
         for start in range(0, len(order), self.batch_size):
             batch = offsets[start : start + self.batch_size + 1]
             low, high = share_rows(batch - batch[0], self.world_size)[self.rank : self.rank + 2]
@@ -79,12 +79,12 @@ class TrainLoader:
             padded.append(np.pad(index[first:last], padding, constant_values=len(self.tokens) - 1))
             longest.append(int(np.diff(batch[low : high + 1]).max(initial=1)))
             shares.append((first - begin, bucket(end - begin)))
-            num_labels.append(end - begin)  # every token has one
+            counts.append(end - begin)  # every token has one
         # Once an epoch: a copy would make a GPU wait in every step.
         index = torch.as_tensor(np.concatenate(padded), device=self.device).split([len(part) for part in padded])
-        num_labels = torch.as_tensor(num_labels, device=self.device).unbind()
-        for i, *of_batch in zip(index, longest, shares, num_labels, strict=True):
-            yield Batch(self.tokens[i], self.labels[i], self.position[i], *of_batch)
+        num_labels = torch.as_tensor(counts, device=self.device).unbind()
+        for i, most, share, labelled in zip(index, longest, shares, num_labels, strict=True):
+            yield Batch(self.tokens[i], self.labels[i], self.position[i], most, share, labelled)
 
 
 def share_rows(offsets: np.ndarray, world_size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from array import array
-from collections.abc import Collection
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ def read_reviews(path: Path) -> Reviews:
         wanted = " or ".join(", ".join(k[:3]) for k in REVIEW_KEYS)
         raise InputError(f"{path} holds no reviews: its records have {_names(seen)}, not {wanted}; {MENDS}")
     notes = file.check("reviews with a user, an item and a time")
-    return Reviews(list(users), list(items), *(np.asarray(column) for column in (user, item, time, rating)), notes)
+    columns = np.asarray(user), np.asarray(item), np.asarray(time), np.asarray(rating)
+    return Reviews(list(users), list(items), *columns, notes)
 
 
 def _review(record: dict[str, Any], keys: tuple[str, ...]) -> tuple[str, str, int, float] | None:
@@ -117,7 +118,7 @@ ITEM_KEYS = ("parent_asin", "asin")  # 2023's records are of parents; before the
 ID_IN_LINE = re.compile(r"""asin["']\s*:(?:\s*(["'])([\w-]+)\1)?""")  # an odd id gives an empty one
 
 
-def read_products(path: Path, wanted: Collection[str]) -> tuple[dict[str, str], list[str]]:
+def read_products(path: Path, wanted: Set[str]) -> tuple[dict[str, str], list[str]]:
     """The products with one of the `wanted` ids as `product` gives them, in JSON, by id, and what was left out, with
     counts. The last record of an id counts. Raises InputError where the file is damaged or holds something else."""
     file = RecordFile(path, MENDS)
@@ -129,7 +130,7 @@ def read_products(path: Path, wanted: Collection[str]) -> tuple[dict[str, str], 
         record = parse_record(line)
         asin = next((record[key] for key in ITEM_KEYS if isinstance(record.get(key), str)), None) if record else None
         try:
-            if asin is None or any(keys[0] in record for keys in REVIEW_KEYS):
+            if record is None or asin is None or any(keys[0] in record for keys in REVIEW_KEYS):
                 file.is_bad()
             elif asin in wanted:
                 products[asin] = json.dumps(product(asin, record))
@@ -179,5 +180,8 @@ def picture_urls(record: dict[str, Any]) -> list[str]:
 
 def raw_names(category: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names under which reviews and metadata of a category of 2014 are published, the one to fetch first."""
-    reviews, meta = (f"reviews_{category}_5", f"reviews_{category}"), (f"meta_{category}",)
-    return tuple(tuple(f"{name}.json{gz}" for name in names for gz in (".gz", "")) for names in (reviews, meta))
+
+    def files(*names: str) -> tuple[str, ...]:
+        return tuple(f"{name}.json{gz}" for name in names for gz in (".gz", ""))
+
+    return files(f"reviews_{category}_5", f"reviews_{category}"), files(f"meta_{category}")

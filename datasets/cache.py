@@ -163,4 +163,4 @@ def _json(path: Path) -> Any:
 
 
 def _mark(rows: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(rows)) or 1
+    return zlib.crc32(np.ascontiguousarray(rows).data) or 1

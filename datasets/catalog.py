@@ -68,12 +68,14 @@ class Catalog:
 
 def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
     """Load and check a prepared dataset. Raises InputError that names the file, the line and what mends it."""
-    root, notes = Path(data_root), []
+    root = Path(data_root)
     folder = root / dataset_code
+    notes: list[str] = []
     if not any((folder / name).exists() for name in FILES):
         raise InputError(_not_there(root, dataset_code))
-    if "unfinished" in (read_report(folder) or {}):
-        raise InputError(f"preparing {folder} was cut off; to go on: {read_report(folder)['unfinished']}")
+    report = read_report(folder) or {}
+    if "unfinished" in report:
+        raise InputError(f"preparing {folder} was cut off; to go on: {report['unfinished']}")
     asins, num_users = _load_ids(folder / "datamaps.json")
     sequences = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)
     metadata = _load_metadata(folder / "meta.json.gz", asins, notes)
@@ -120,18 +122,20 @@ def _load_ids(path: Path) -> tuple[list[str], int]:
     item2id = maps.get("item2id") if isinstance(maps, dict) else None
     if not isinstance(item2id, dict) or not item2id:
         raise InputError(f"{path} has no 'item2id' map; {LAYOUT}")
-    asins: list[str | None] = [None] * len(item2id)
+    count = len(item2id)
+    asin_of: dict[int, str] = {}
     for asin, text in item2id.items():
         digits = str(text) if isinstance(text, str | int) else ""
         number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else 0
-        if not 1 <= number <= len(asins) or asins[number - 1] is not None:
+        if not 1 <= number <= count or number in asin_of:
             raise InputError(
-                f"{path}: item {asin!r} has id {text!r}; ids must be 1..{len(asins)}, each once, as item2id has "
-                f"{len(asins)} items"
+                f"{path}: item {asin!r} has id {text!r}; ids must be 1..{count}, each once, as item2id has "
+                f"{count} items"
             )
-        asins[number - 1] = asin
+        asin_of[number] = asin
     user2id = maps.get("user2id", {})
-    return asins, len(user2id) if isinstance(user2id, dict) else 0  # type: ignore[return-value]
+    asins = [asin_of[number] for number in range(1, count + 1)]
+    return asins, len(user2id) if isinstance(user2id, dict) else 0
 
 
 def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]) -> Sequences:
@@ -167,8 +171,8 @@ def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]
     if short:
         notes.append(f"{short} users with fewer than {MIN_ITEMS} items left out")
     offsets = np.cumsum([0] + [len(row) for row in rows])
-    items = np.fromiter((item for row in rows for item in row), dtype=np.int64, count=offsets[-1])
-    return Sequences(items, offsets)
+    flat = np.fromiter((item for row in rows for item in row), dtype=np.int64, count=offsets[-1])
+    return Sequences(flat, offsets)
 
 
 def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[str, Any]]:

@@ -8,7 +8,12 @@ import os
 import socket
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from urllib3.connection import HTTPConnection as Connection
+else:
+    Connection = object  # urllib3 waits until something is fetched
 
 watched = threading.local()  # deadline: of the attempt that this thread makes
 
@@ -17,7 +22,8 @@ class Deadline:
     """The seconds that one attempt has."""
 
     def __init__(self) -> None:
-        self.expired, self._socket, self._lock = False, None, threading.Lock()
+        self.expired, self._lock = False, threading.Lock()
+        self._socket: socket.socket | None = None
         self._timer = threading.Timer(0, self._expire)
 
     def restart(self, seconds: float) -> None:
@@ -51,7 +57,7 @@ class Deadline:
                 self._socket = None
 
 
-class Watched:
+class Watched(Connection):
     """Of a urllib3 connection: its sockets are under the deadline of the attempt that uses them."""
 
     def _new_conn(self) -> socket.socket:

@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,9 @@ from config import InputError
 from datasets import ranks
 from datasets.catalog import Catalog, load_catalog
 from datasets.files import replacing, write_json, write_text
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DEMO_ROOT = Path("data")
 SEED, NUM_ITEMS, NUM_USERS = 2024, 800, 3000
@@ -128,7 +132,8 @@ def _simulate_users(items: dict[str, np.ndarray], rng: np.random.Generator) -> d
         + LIKED_MOTIF * (items["motif"] == motif[:, None])
         + POPULARITY * items["popularity"]
     )  # [U, N]
-    users, taken = np.arange(NUM_USERS), []
+    users = np.arange(NUM_USERS)
+    taken: list[np.ndarray] = []
     for step in range(lengths.max()):
         logits = taste + rng.gumbel(size=taste.shape)
         if step:
@@ -139,10 +144,10 @@ def _simulate_users(items: dict[str, np.ndarray], rng: np.random.Generator) -> d
         taste[users, chosen] = -np.inf
         taken.append(chosen)
     histories = np.stack(taken, axis=1) + 1
-    return {u + 1: histories[u, : lengths[u]].tolist() for u in users}
+    return {u + 1: histories[u, : lengths[u]].tolist() for u in range(NUM_USERS)}
 
 
-def _metadata(asin: str, items: dict[str, np.ndarray], i: int) -> dict:
+def _metadata(asin: str, items: dict[str, np.ndarray], i: int) -> dict[str, Any]:
     paths = [(department, product) for department, products in DEPARTMENTS.items() for product in products]
     department, product = paths[items["type"][i]]
     brand, grade = BRANDS[items["brand"][i]], list(GRADES)[items["grade"][i]]
@@ -155,7 +160,7 @@ def _metadata(asin: str, items: dict[str, np.ndarray], i: int) -> dict:
     }
 
 
-def _draw_picture(colour: int, motif: int, rng: np.random.Generator):
+def _draw_picture(colour: int, motif: int, rng: np.random.Generator) -> "Image.Image":
     """A 96 x 96 product picture: the motif in its colour on a pale ground, never quite the same twice."""
     from PIL import Image, ImageDraw
 

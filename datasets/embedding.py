@@ -4,7 +4,7 @@ F: feature width, n: texts, pictures or products, B: those of a batch.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ NO_PICTURE = "no picture listed"
 AHEAD = 2  # batches that a worker process has ready; all that memory depends on, however many pictures there are
 
 
-def text_batches(texts: list[Any], batch_size: int) -> list[np.ndarray]:
+def text_batches(texts: Sequence[Any], batch_size: int) -> list[np.ndarray]:
     """The rows of each batch of tokenized texts, longest first: of like length, so that little padding is read."""
     longest_first = np.argsort([-len(text) for text in texts], kind="stable")
     return np.split(longest_first, range(batch_size, len(texts), batch_size))
@@ -96,8 +96,8 @@ def _ahead(read: Callable, batches: Iterable[list[Any]], workers: int, pin_memor
         return
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(
-        _Itself(),
+    loader: DataLoader[Any] = DataLoader(
+        _Itself(),  # type: ignore[arg-type]  # whatever has a __getitem__ is a data set to it
         sampler=batches,
         batch_size=None,
         collate_fn=read,
@@ -125,7 +125,7 @@ class _Itself:
         return batch
 
 
-def encode_all(encoder: Encoder, read: Callable, items: list[Any], rows: list[np.ndarray]) -> np.ndarray:
+def encode_all(encoder: Encoder, read: Callable, items: Sequence[Any], rows: list[np.ndarray]) -> np.ndarray:
     """[n, F] in memory, of texts or pictures in batches of these rows."""
     features = np.zeros((len(items), encoder.dim), dtype=np.float32)
     batches = ([items[row] for row in batch] for batch in rows)

@@ -18,10 +18,10 @@ import socket
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -42,11 +42,11 @@ class Encoder:
         """What `prepare` made of a batch -> [B, F] float32, rows of length 1."""
         return prepared
 
-    def encode(self, batch: Iterable[Any]) -> np.ndarray:
+    def encode(self, batch: Sequence[Any]) -> np.ndarray:
         """Texts or pictures -> [B, F] float32, rows of length 1."""
         return self.forward(self.prepare(self.tokenize(batch)))
 
-    def tokenize(self, batch: Iterable[Any]) -> Iterable[Any]:
+    def tokenize(self, batch: Sequence[Any]) -> Sequence[Any]:
         """Texts as `prepare` takes them, each as long as there is to read; pictures as they are."""
         return batch
 
@@ -59,12 +59,15 @@ def normalised(vectors: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------- without download
 
+LEXICAL: dict[str, Any] = {"encoder": "lexical", "version": 1}
+PIXEL: dict[str, Any] = {"encoder": "pixel", "version": 1}
+
 
 class LexicalEncoder(Encoder):
     """Hashed bag of words, word pairs and character trigrams, each term weighted 1 + log(count)."""
 
     dim = 1024
-    fingerprint: ClassVar = {"encoder": "lexical", "version": 1}
+    fingerprint = LEXICAL
 
     def prepare(self, batch: Iterable[str]) -> np.ndarray:
         batch = list(batch)
@@ -89,7 +92,7 @@ class PixelEncoder(Encoder):
 
     side, cells = 32, 4
     dim = 16 * 4 + 4 * 4 * 3 + 4 * 4 * 8
-    fingerprint: ClassVar = {"encoder": "pixel", "version": 1}
+    fingerprint = PIXEL
 
     def prepare(self, batch: Iterable[Any]) -> np.ndarray:
         return normalised(np.stack([self._describe(picture) for picture in batch]))
@@ -195,7 +198,7 @@ class TransformersEncoder(Encoder):
                 states = states[:, 0]
         return normalised(states.cpu().numpy())
 
-    def tokenize(self, batch: Iterable[str]) -> list[np.ndarray]:
+    def tokenize(self, batch: Sequence[str]) -> list[np.ndarray]:
         texts, read = list(batch), {"truncation": True, "max_length": self.max_length, "return_attention_mask": False}
         chunks = (self.tokenizer(texts[at : at + 1000], **read)["input_ids"] for at in range(0, len(texts), 1000))
         return [np.array(tokens, dtype=np.int32) for chunk in chunks for tokens in chunk]

@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def feature_files(
     workers: int = 0,
     cache_root: Path = CACHE_ROOT,
     say: Callable[[str], None] = print,
-) -> list[np.ndarray]:
+) -> list[np.memmap]:
     """Features [N, F] of the text and of the picture of items 1..N, each mapped from its file, which is made where
     there is none: float16, or float32 where an earlier version made it; what is written to one stays in memory. Under
     torchrun all ranks call this, each makes a share, and all return the same.
@@ -60,7 +60,8 @@ def feature_files(
     workers: processes at most that read ahead of the encoder; 0 for none.
     Raises InputError where an encoder cannot be had, the dataset has no pictures, or the disk is full.
     """
-    if image and not any(catalog.pictures or []):
+    pictures = catalog.pictures or []
+    if image and not any(pictures):
         raise InputError(_no_pictures(catalog, "item2img.json lists none" if catalog.pictures else "no item2img.json"))
     ranks.start()
     if ranks.rank():
@@ -70,7 +71,7 @@ def feature_files(
     if language:
         parts.append(_language_features(catalog, language, attributes, how))
     if image:
-        parts.append(_image_features(catalog, image, how))
+        parts.append(_image_features(catalog, pictures, image, how))
     return parts
 
 
@@ -86,7 +87,7 @@ class _How:
     say: Callable[[str], None]
 
 
-def _language_features(catalog: Catalog, name: str, attributes: tuple[str, ...], how: _How) -> np.ndarray:
+def _language_features(catalog: Catalog, name: str, attributes: tuple[str, ...], how: _How) -> np.memmap:
     texts = [item_text(record, attributes) for record in catalog.metadata]
     if all(text == NO_TEXT for text in texts):
         known = sorted({key for record in catalog.metadata for key in record})
@@ -109,8 +110,7 @@ def _language_features(catalog: Catalog, name: str, attributes: tuple[str, ...],
     return np.load(found.path, mmap_mode="c")
 
 
-def _image_features(catalog: Catalog, name: str, how: _How) -> np.ndarray:
-    pictures = catalog.pictures
+def _image_features(catalog: Catalog, pictures: list[Path | None], name: str, how: _How) -> np.memmap:
     key = {
         "kind": "image",
         **encoders.image_fingerprint(name),
@@ -129,14 +129,14 @@ def _image_features(catalog: Catalog, name: str, how: _How) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _File:
-    """A cached array: where it is, what it depends on, and what its sidecar says once it is made."""
+    """A cached array: where it is, what it depends on, and what its sidecar says, nothing until it is made."""
 
     path: Path
     key: dict[str, Any]
-    header: dict[str, Any] | None = None
+    header: dict[str, Any] = field(default_factory=dict)
 
 
-def _cached(catalog: Catalog, name: str, key: dict[str, Any], items: list[Any], how: _How) -> _File:
+def _cached(catalog: Catalog, name: str, key: dict[str, Any], items: Sequence[Any], how: _How) -> _File:
     """The features of these texts or pictures, on disk; encoded where they are not there yet."""
     from filelock import FileLock
 
@@ -193,7 +193,7 @@ def _find(candidates: list[_File], commit: str | None, say: Callable[[str], None
     return file
 
 
-def _make(file: _File, catalog: Catalog, name: str, items: list[Any], how: _How) -> _File:
+def _make(file: _File, catalog: Catalog, name: str, items: Sequence[Any], how: _How) -> _File:
     """Encode what is not encoded yet, this rank its share, and let rank 0 finish the file."""
     path, key, is_text = file.path, file.key, file.key["kind"] == "language"
     precision = key.get("precision", "fp32")
@@ -228,7 +228,7 @@ def _make(file: _File, catalog: Catalog, name: str, items: list[Any], how: _How)
         ranks.barrier()
 
         def finish() -> dict[str, Any]:
-            broken = {} if is_text else _unreadable(catalog, cache.partial(path))
+            broken = {} if is_text else _unreadable(catalog.asins, items, cache.partial(path))
             if len(broken) == len(items):
                 cache.drop(path)
                 raise InputError(_no_pictures(catalog, next(iter(broken.values()))))
@@ -249,13 +249,13 @@ def _no_pictures(catalog: Catalog, why: str) -> str:
     )
 
 
-def _unreadable(catalog: Catalog, features: np.ndarray) -> dict[str, str]:
+def _unreadable(asins: list[str], pictures: Sequence[Path | None], features: np.ndarray) -> dict[str, str]:
     """ASIN -> why its picture is not used, of all that have a zero vector. Asked again at the end, rather than noted
     on the way, it outlasts a kill."""
     reasons = {}
     for start in range(0, len(features), 4096):
-        for row in start + np.flatnonzero(~features[start : start + 4096].any(axis=1)):
-            reasons[catalog.asins[row]] = open_picture(catalog.pictures[row])[1] or "it could not be read at first"
+        for row in (start + np.flatnonzero(~features[start : start + 4096].any(axis=1))).tolist():
+            reasons[asins[row]] = open_picture(pictures[row])[1] or "it could not be read at first"
     return reasons
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,7 @@ def read_text(path: Path, mends: str) -> str:
         raise InputError(f"{path} does not exist; {mends}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); {mends}") from None
-    except (EOFError, OSError, gzip.zlib.error) as error:  # gzip raises EOFError where a file was cut short
+    except (EOFError, OSError, zlib.error) as error:  # gzip raises EOFError where a file was cut short
         raise InputError(f"{path} cannot be read ({error}); {mends}") from None
     if not text.strip():
         raise InputError(f"{path} is empty; {mends}")

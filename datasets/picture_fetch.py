@@ -154,6 +154,7 @@ def _checked_suffix(data: bytes, max_pixels: int, large: threading.Lock) -> str:
                 raise FetchError(f"{picture.width} x {picture.height} pixels, more than {max_pixels:,}")
             with large if pixels > LARGE else nullcontext():
                 picture.load()
+            assert picture.format is not None  # of what was opened
             return SUFFIXES[picture.format]
     except FetchError:
         raise

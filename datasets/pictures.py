@@ -96,7 +96,7 @@ def adopt_pictures(asins: list[str], photos: Path, pickled: Path | None = None) 
         name = name or files.get(asin) or files.get(file_stem(asin))
         if name and _is_picture(photos, name):
             manifest[asin] = {"file": name}
-        elif asin in paths:
+        elif pickled and asin in paths:
             manifest[asin] = {"missing": f"{pickled.name} names {shown(paths[asin])}, which is not in {photos.name}/"}
         else:
             manifest[asin] = {"missing": f"{NO_URL}, and no file of this name in {photos.name}/"}
@@ -177,7 +177,7 @@ def _read_pickle(path: Path) -> dict[str, str]:
     try:
         texts: list[str] = []  # the last two: what a call by name names
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            memo = opcode.name.endswith("PUT") and argument > count
+            memo = opcode.name.endswith("PUT") and isinstance(argument, int) and argument > count
             if opcode.name not in OPCODES or memo:
                 what = ", ".join(stack.name for stack in opcode.stack_after) or opcode.name
                 if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST"):

@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from config import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # the others wait while one finishes its share; torchrun ends them where one fails
 
 
@@ -66,7 +67,7 @@ def share(count: int) -> tuple[int, int]:
     return rank() * count // world_size(), (rank() + 1) * count // world_size()
 
 
-def on_first(work: Callable[[], Any]) -> Any:
+def on_first(work: Callable[[], T]) -> T:
     """What `work()` returns on rank 0, which alone calls it, on every rank; an InputError of it is raised on each."""
     if world_size() == 1:
         return work()
@@ -74,7 +75,7 @@ def on_first(work: Callable[[], Any]) -> Any:
     import torch.distributed as dist
 
     start()
-    answer = [None, None]  # what work() gave, its InputError
+    answer: list[Any] = [None, None]  # what work() gave, its InputError
     if rank() == 0:
         try:
             answer[0] = work()

@@ -48,7 +48,8 @@ class RecordFile:
                             yield text
         except FileNotFoundError:
             raise InputError(f"{self.path} does not exist; {self.mends}") from None
-        except (EOFError, OSError, isal_zlib.error) as error:  # igzip raises EOFError where a file was cut short
+        # igzip raises EOFError where a file was cut short
+        except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]  # typed as an instance, is a class
             raise InputError(f"{self.path} cannot be read beyond line {self.number} ({error}); {self.mends}") from None
 
     def _decode(self, line: bytes) -> str:

@@ -18,7 +18,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -274,7 +274,7 @@ GROUPS = {
 }  # group -> its first field
 
 
-def _problems(c: Config):
+def _problems(c: Config) -> Iterator[str]:
     """Yield a sentence for every setting whose value cannot be used."""
     if not c.dataset_code or c.dataset_code in (".", "..") or any(s in c.dataset_code for s in "/\\\0"):
         yield f"--dataset_code {c.dataset_code!r} is not a folder name; give a name such as beauty"
@@ -356,14 +356,14 @@ def parse_args(
     )
     if add_arguments:
         add_arguments(parser)
-    group = parser
+    group: argparse.ArgumentParser | argparse._ArgumentGroup = parser
     for f in dataclasses.fields(Config):
         for title, first in GROUPS.items():
             if f.name == first:
                 group = parser.add_argument_group(title)
         if not settings or f.name in settings:
             _add_flag(group, f)
-    namespace = parser.parse_args(argv)
+    namespace = parser.read(argv)
     flags = {f.name: vars(namespace).pop(f.name) for f in dataclasses.fields(Config) if f.name in namespace}
     return flags, namespace
 
@@ -393,7 +393,7 @@ def typed(values: dict[str, Any], where: str) -> dict[str, Any]:
         raise InputError(f"{where} has unknown settings {sorted(unknown)}: it was made by another version")
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name, value in settings.items():
-        default = Config.__dataclass_fields__[name].default
+        default = getattr(Config, name)
         fits = type(value) is type(default) or (type(default) is float and type(value) is int)
         if not fits or (isinstance(value, tuple) and any(type(part) is not type(default[0]) for part in value)):
             raise InputError(f"{where} has {name} {value!r}, which is no {type(default).__name__}")
@@ -481,8 +481,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """Names the nearest known flag when one is unknown."""
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args, namespace)
+    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(argv)
         if unknown:
             word = unknown[0].split("=")[0]
             near = difflib.get_close_matches(word, list(self._option_string_actions), n=1, cutoff=0.7)

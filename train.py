@@ -13,10 +13,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import COUNTING, Config, is_runtime, parse_args, resolve, run_cli, shown
+from config import Config, is_runtime, parse_args, resolve, run_cli, shown
 from datasets import ranks
 
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from dataloader import eval_rows
     from datasets.device import device_name, resolve_device
     from model import count_parameters
+    from model.baselines.counting import Popularity
     from trainer.checkpoint import load_state, load_weights
     from trainer.counting import count
     from trainer.runlog import RunLog, start_wandb
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     catalog, features = load_data(config, device, run)
     state = None
     if run:
-        state = ranks.on_first(lambda: load_state(run / "last.pt"))
+        state = ranks.on_first(partial(load_state, run / "last.pt"))
     torch.manual_seed(config.seed)
     model = build_model(config, catalog.num_items, features).to(device)
     if run is None:
@@ -63,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     done = state["progress"]["epoch"] if state else 0
     log = RunLog(
         run,
-        [record for record in ranks.on_first(lambda: read_log(run)) if record["epoch"] <= done],
+        [record for record in ranks.on_first(partial(read_log, run)) if record["epoch"] <= done],
         start_wandb(run, vars(config)) if config.use_wandb and ranks.rank() == 0 else None,
     )
     try:
         with claimed(run) if ranks.rank() == 0 else nullcontext():
-            if config.model_code in COUNTING:
+            if isinstance(model, Popularity):  # it only counts
                 count(
                     model,
                     catalog.sequences,

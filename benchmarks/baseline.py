@@ -13,6 +13,8 @@ from torch import Tensor
 
 from model import FMRLRec
 from model.fmrl import nested_linear_plain, nested_mask
+from model.fmrlrec import FeedForward
+from model.lru import LRU
 
 
 class Baseline(torch.nn.Module):
@@ -26,13 +28,14 @@ class Baseline(torch.nn.Module):
         """(z [B, L, D], item table [N+1, D]) of left-padded tokens [B, L]."""
         table = self.model.item_table()
         x, valid = table[tokens], tokens > 0
-        for block in self.model.blocks:
+        for block in self.model.each_block():
             x = x + block.attn_dropout(self._lru(block.lru, block.norm1(x), valid))
             x = x + self._feed_forward(block.ffn, block.norm2(x))
         return x, table
 
     @staticmethod
-    def _lru(lru, x: Tensor, valid: Tensor) -> Tensor:
+    def _lru(lru: LRU, x: Tensor, valid: Tensor) -> Tensor:
+        assert lru.B_bias_re is not None and lru.B_bias_im is not None and lru.C_bias is not None  # as the paper's
         eigenvalue = torch.complex(*lru.eigenvalues())
         mask = nested_mask(lru.sizes).to(x.device)
         B = torch.complex(lru.B_re * mask, lru.B_im * mask)
@@ -48,7 +51,7 @@ class Baseline(torch.nn.Module):
         return F.linear(h, C).real + lru.C_bias
 
     @staticmethod
-    def _feed_forward(ffn, x: Tensor) -> Tensor:
+    def _feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
         G, W1, W2 = (
             functools.partial(nested_linear_plain, weight=w.weight, bias=w.bias, sizes=w.sizes)
             for w in (ffn.G, ffn.W1, ffn.W2)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that deploy.json holds."""
+    from model import FMRLRec
     from trainer.runs import environment
     from trainer.wiring import load_run
 
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
     config, catalog, model = load_run(arguments.run, flags)
+    assert isinstance(model, FMRLRec)  # asked_run refused others
     sizes = named_sizes(arguments.size, config.mrl_hidden_sizes)
     if catalog.num_items < TOP_K:
         raise InputError(f"{config.dataset_code} has {catalog.num_items} items, fewer than the {TOP_K} to recommend")
@@ -114,7 +117,7 @@ def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def in_a_process_of_its_own(export: Path, engine: str, histories: list[list[str]]) -> dict[str, float]:
+def in_a_process_of_its_own(export: Path, engine: str, histories: list[list[str]]) -> dict[str, float | None]:
     """`measure` in a fresh Python on one core."""
     command = [sys.executable, "-m", "benchmarks.deploy", "--measure", str(export), engine]
     environment = (
@@ -128,7 +131,7 @@ def in_a_process_of_its_own(export: Path, engine: str, histories: list[list[str]
     return json.loads(done.stdout)
 
 
-def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, float]:
+def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, float | None]:
     """Load time, resident memory and latencies of an export in this process, on one core."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -141,13 +144,13 @@ def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, 
     recommender.recommend([histories[0]], top_k=TOP_K)
     loaded = time.perf_counter() - started
     torch_imported = "torch" in sys.modules
-    single = timed([lambda history=history: recommender.recommend([history], top_k=TOP_K) for history in histories])
+    single = timed([partial(recommender.recommend, [history], top_k=TOP_K) for history in histories])
     resident, state = memory("VmRSS"), recommender.start(histories[0])
 
     def event(item: str) -> None:
         recommender.recommend([recommender.step(state, item)], top_k=TOP_K)
 
-    steps = timed([lambda history=history: event(history[-1]) for history in histories])
+    steps = timed([partial(event, history[-1]) for history in histories])
     batch = (histories * (256 // len(histories) + 1))[:256]
     together = timed([lambda: recommender.recommend(batch, top_k=TOP_K)] * BATCHES)
     peak, added = memory("VmHWM"), None

@@ -78,12 +78,13 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
 
     is_text = what == "texts"
     name = arguments.language_encoder if is_text else random_weights(arguments.img_model, folder)
-    texts, items = [record.get("text") for record in catalog.metadata], catalog.pictures
+    texts = [record.get("text") for record in catalog.metadata]
+    items: Sequence[Any] = catalog.pictures or []
     print(f"{len(texts)} {what}, {Path(name).name if is_text else arguments.img_model}")
     made: dict[str, np.ndarray] = {}
     load = encoders.language_encoder if is_text else encoders.image_encoder
     fingerprint = encoders.image_fingerprint(name)
-    encoders.image_fingerprint = lambda _: fingerprint  # so that no weights are hashed or loaded while the clock runs
+    encoders.image_fingerprint = lambda name: fingerprint  # no weights are hashed or loaded while the clock runs
     for precision in arguments.precisions.split(","):
         encoder = load(name, arguments.device, precision)
         if is_text:
@@ -157,15 +158,17 @@ def picture_catalog(folder: Path, count: int) -> Catalog:
     import numpy as np
     from PIL import Image
 
-    rng, pictures = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    pictures: list[Path | None] = []
     for number in range(count):
         coarse = Image.fromarray(rng.integers(256, size=(60, 60, 3), dtype=np.uint8))
-        pictures.append(folder / f"{number}.jpg")
-        coarse.resize((500, 500), Image.Resampling.BICUBIC).save(pictures[-1], quality=90)
+        path = folder / f"{number}.jpg"
+        pictures.append(path)
+        coarse.resize((500, 500), Image.Resampling.BICUBIC).save(path, quality=90)
     return made_up([{}] * count, pictures, folder)
 
 
-def made_up(metadata: list[dict], pictures: list[Path] | None, photos: Path) -> Catalog:
+def made_up(metadata: list[dict], pictures: list[Path | None] | None, photos: Path) -> Catalog:
     import numpy as np
 
     from datasets.catalog import Catalog, Sequences

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
@@ -21,7 +21,7 @@ def memory(kind: str) -> float:
     return int(status.partition(f"{kind}:")[2].split()[0]) * 1024 / 1e6  # it says kB and means 1,024 bytes
 
 
-def paired(cases: dict[str, Callable], runs: int, device: str, times: int = 1) -> dict[str, list[float]]:
+def paired(cases: Mapping[str, Callable], runs: int, device: str, times: int = 1) -> dict[str, list[float]]:
     """Seconds of each case, run in turn `runs` times after a warm-up; a run is the mean of so many `times`."""
     import torch
 

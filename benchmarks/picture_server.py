@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-Page = Callable[[BaseHTTPRequestHandler], None]
+Page = Callable[["_Handler"], None]
 
 
 class Server(ThreadingHTTPServer):
@@ -20,14 +20,16 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, pages: dict[str, Page], latency: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.pages, self.latency, self.requests, self.ended = pages, latency, [], threading.Event()
+        self.pages, self.latency, self.ended = pages, latency, threading.Event()
+        self.requests: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
-    def handle_error(self, *_) -> None:
+    def handle_error(self, *_: object) -> None:
         """A client that goes is what many tests are about."""
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: Server
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -36,7 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.latency)
         self.server.pages.get(self.path, status(404))(self)
 
-    def log_message(self, *_) -> None:
+    def log_message(self, *_: object) -> None:
         pass
 
 
@@ -63,7 +65,7 @@ def good(data: bytes, **headers: str) -> Page:
 
 
 def status(code: int, data: bytes = b"", **headers: str) -> Page:
-    def page(handler: BaseHTTPRequestHandler) -> None:
+    def page(handler: _Handler) -> None:
         _head(handler, code, {"Content-Length": str(len(data))} | headers)
         handler.wfile.write(data)
 
@@ -78,7 +80,7 @@ def in_turn(*pages: Page) -> Page:
     """The first page to the first request, and so on; the last to all later ones."""
     left = list(pages)
 
-    def page(handler: BaseHTTPRequestHandler) -> None:
+    def page(handler: _Handler) -> None:
         (left.pop(0) if len(left) > 1 else left[0])(handler)
 
     return page
@@ -87,7 +89,7 @@ def in_turn(*pages: Page) -> Page:
 def cut_short(data: bytes, sent: int) -> Page:
     """`sent` bytes of the data, though the header promises all."""
 
-    def page(handler: BaseHTTPRequestHandler) -> None:
+    def page(handler: _Handler) -> None:
         _head(handler, 200, {"Content-Length": str(len(data))})
         handler.wfile.write(data[:sent])
         handler.close_connection = True
@@ -98,7 +100,7 @@ def cut_short(data: bytes, sent: int) -> Page:
 def stalled(data: bytes = b"") -> Page:
     """The header and `data`, then nothing."""
 
-    def page(handler: BaseHTTPRequestHandler) -> None:
+    def page(handler: _Handler) -> None:
         _head(handler, 200, {"Content-Length": str(len(data) + 1)})
         handler.wfile.write(data)
         handler.server.ended.wait()
@@ -110,7 +112,7 @@ def stalled(data: bytes = b"") -> Page:
 def drip(start: bytes, byte: bytes, seconds: float) -> Page:
     """`start`, then the byte again and again: of a header, a chunk's size or a body, as `start` leads to."""
 
-    def page(handler: BaseHTTPRequestHandler) -> None:
+    def page(handler: _Handler) -> None:
         handler.close_connection = True
         handler.wfile.write(start)
         while not handler.server.ended.wait(seconds):
@@ -122,7 +124,7 @@ def drip(start: bytes, byte: bytes, seconds: float) -> Page:
 def endless(chunk: bytes, code: int = 200, **headers: str) -> Page:
     """The chunk again and again, without a Content-Length."""
 
-    def page(handler: BaseHTTPRequestHandler) -> None:
+    def page(handler: _Handler) -> None:
         handler.close_connection = True
         _head(handler, code, {"Transfer-Encoding": "chunked"} | headers)
         while not handler.server.ended.is_set():
@@ -136,7 +138,7 @@ def ranges(data: bytes, etag: str | None = '"1"', drops: tuple[int, ...] = (), h
     honour=False: as a server that knows no ranges."""
     left = list(drops)
 
-    def page(handler: BaseHTTPRequestHandler) -> None:
+    def page(handler: _Handler) -> None:
         start, asked = 0, handler.headers.get("Range")
         if honour and asked and (etag is None or handler.headers.get("If-Range") == etag):
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
@@ -152,7 +154,7 @@ def ranges(data: bytes, etag: str | None = '"1"', drops: tuple[int, ...] = (), h
     return page
 
 
-def _head(handler: BaseHTTPRequestHandler, code: int, headers: dict[str, str]) -> None:
+def _head(handler: _Handler, code: int, headers: dict[str, str]) -> None:
     handler.send_response(code)
     for name, value in headers.items():
         handler.send_header(name.replace("_", "-"), value)

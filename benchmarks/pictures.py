@@ -125,6 +125,7 @@ def fetched(share: float, arguments: argparse.Namespace) -> tuple[float, Counter
         tempfile.TemporaryDirectory() as root,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
     ):
+        assert server.stdout is not None  # it is a pipe
         try:
             url = server.stdout.readline().strip()
             asins = [f"B{i:09d}" for i in range(arguments.pictures)]

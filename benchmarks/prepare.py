@@ -11,6 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
           f"{np.median(peaks) / 1e3:.1f} |")  # fmt: skip
 
 
-def measure(raw: Path, folder: Path, send) -> None:
+def measure(raw: Path, folder: Path, send: Connection) -> None:
     """Prepare the data, and send seconds and the peak resident MB."""
     from datasets.prepare import main as prepare
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +83,7 @@ def by_batch(arguments: argparse.Namespace) -> None:
     report({f"{n}": step_of(arguments, 12_101, batch=n) for n in numbers(arguments.batches)}, arguments, "all")
 
 
-def report(steps: dict[str, Callable[[], None]], arguments: argparse.Namespace, how: str) -> None:
+def report(steps: Mapping[str, Callable[[], object]], arguments: argparse.Namespace, how: str) -> None:
     """A row for each step: its median, and the median of its paired ratios to the first."""
     peaks = {}
     for name, step in steps.items():
@@ -101,7 +101,7 @@ def report(steps: dict[str, Callable[[], None]], arguments: argparse.Namespace, 
 
 def step_of(
     arguments: argparse.Namespace, items: int, *, batch: int = 32, length: int = 0, negatives: int = 0
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """One training step on made-up users of Beauty's lengths, or of one length."""
     import numpy as np
     import torch

@@ -60,7 +60,8 @@ def hold_out(catalog: Catalog, share: float, seed: int, data_root: Path) -> dict
     held = np.zeros(catalog.num_items + 1, dtype=bool)
     held[1 + np.random.default_rng(seed).permutation(catalog.num_items)[: round(share * catalog.num_items)]] = True
     number = np.where(held, 0, np.cumsum(~held) - 1)  # of every item that stays, from 1 on; token 0 stays 0
-    lines, users = [], []
+    lines: list[str] = []
+    users = []
     for row in range(len(catalog.sequences)):
         items = catalog.sequences.of(row)
         kept = items[~held[items]]

@@ -53,6 +53,7 @@ def measured(config: Config, catalog: Catalog) -> float:
     from dataloader import eval_rows
     from datasets.device import resolve_device
     from trainer.runlog import RunLog
+    from trainer.step import Trained
     from trainer.wiring import build_model, build_trainer
 
     users = len(catalog.sequences)
@@ -62,6 +63,7 @@ def measured(config: Config, catalog: Catalog) -> float:
     device = resolve_device(config.device)
     torch.manual_seed(0)
     model = build_model(config, catalog.num_items, [part.astype(np.float16) for part in features]).to(device)
+    assert isinstance(model, Trained)  # of those that count there is nothing to measure
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         log = RunLog(Path(folder), [])
         short = replace(config, num_epochs=2, early_stopping=False)

@@ -78,8 +78,8 @@ def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Pat
                 points = [(line.size, statistics.mean(line.values(name) or [math.nan])) for line in separate]
                 panel.plot(*zip(*points, strict=True), "x", color="black", label="trained alone")
             panel.set_xscale("log", base=2)
-            sizes = sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)})
-            panel.set_xticks(sizes, [str(m) for m in sizes])
+            ticks = sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)})
+            panel.set_xticks(ticks, [str(m) for m in ticks])
             panel.minorticks_off()
             panel.set_ylim(bottom=0)
             panel.set_xlabel("model size (dimensions)")
@@ -108,9 +108,9 @@ def draw_plus(
             for (of, values), style in zip(levels.items(), ("--", "-.", ":"), strict=False):
                 if name in values:
                     panel.axhline(values[name], color=INK, linewidth=0.9, linestyle=style, label=of)
-            sizes = sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)})
+            ticks = sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)})
             panel.set_xscale("log", base=2)
-            panel.set_xticks(sizes, [str(m) for m in sizes])
+            panel.set_xticks(ticks, [str(m) for m in ticks])
             panel.minorticks_off()
             panel.set_ylim(bottom=0)
             panel.set_xlabel("model size (dimensions)")

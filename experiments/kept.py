@@ -87,9 +87,9 @@ def keep(run: Path, results: Path, tests: bool = True) -> None:
     if progress := unfinished(run) if tests else untrained(run):
         raise InputError(f"{run} is not finished ({progress}); train.py --resume {run} finishes it")
     target = results / f"{config.dataset_code}-{run.name}"
-    tests = [name.replace(".", f"{MASKED * masked}.") for name in TESTED for masked in (False, True)]
+    of_tests = [name.replace(".", f"{MASKED * masked}.") for name in TESTED for masked in (False, True)]
     # config.json comes last: with it the folder is a kept run.
-    for name in ("env.json", "log.jsonl", "test_metrics.json", *tests, *ALSO, "config.json"):
+    for name in ("env.json", "log.jsonl", "test_metrics.json", *of_tests, *ALSO, "config.json"):
         if (run / name).exists():
             with replacing(target / name) as temporary:
                 shutil.copyfile(run / name, temporary)

@@ -237,7 +237,7 @@ def work(jobs: list[Job], results: Path) -> None:
     """Do all jobs that are not finished, one at a time on every device. One that fails is marked, the rest go on."""
     devices, stopped = free_devices(jobs), threading.Event()
 
-    def stop(*_) -> None:  # a terminal hands Ctrl-C to the scripts too; SIGTERM comes here alone
+    def stop(*_: object) -> None:  # a terminal hands Ctrl-C to the scripts too; SIGTERM comes here alone
         stopped.set()
         for child in CHILDREN:
             child.terminate()

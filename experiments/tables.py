@@ -257,11 +257,16 @@ def difference(a: Line, b: Line, name: str) -> list[str]:
 
 def by_popularity(group: list[Line]) -> list[str]:
     """NDCG@10 and Recall@10 of users, told apart by how often the item that they had next was in training."""
-    kept = [(line, [line.of_users(name) for name in ("NDCG@10", "Recall@10")]) for line in group]
-    kept = [(line, found) for line, found in kept if all(values is not None for values in found)]
+    kept = []
+    for line in group:
+        ndcg, recall = line.of_users("NDCG@10"), line.of_users("Recall@10")
+        if ndcg is not None and recall is not None:
+            kept.append((line, (ndcg, recall)))
     if not kept:
         return []
-    _, times = kept[0][0].runs[0].ranks()
+    ranks = kept[0][0].runs[0].ranks()
+    assert ranks is not None  # of_users read them
+    _, times = ranks
 
     def within(low: int, high: int | None) -> np.ndarray:
         return (times >= low) & (times <= (times.max() if high is None else high))

@@ -38,8 +38,11 @@ def draw_architecture(path: Path) -> None:
     def arrow(*points: tuple[float, float]) -> None:
         for start, end in itertools.pairwise(points[:-1]):
             axes.plot(*zip(start, end, strict=True), color=INK, lw=1.1, solid_capstyle="round")
-        style = {"arrowstyle": "-|>", "mutation_scale": 11, "lw": 1.1, "color": INK, "shrinkA": 0, "shrinkB": 0}
-        axes.add_patch(FancyArrowPatch(points[-2], points[-1], **style))
+        axes.add_patch(
+            FancyArrowPatch(
+                points[-2], points[-1], arrowstyle="-|>", mutation_scale=11, lw=1.1, color=INK, shrinkA=0, shrinkB=0
+            )
+        )
 
     box(1, 33, 16, 7, "text\ntitle, price, brand, …", "white")
     box(1, 22, 16, 7, "picture", "white")

@@ -140,8 +140,10 @@ def rank_targets_alone(
     model: FMRLRec, rows: EvalRows, *, sizes: tuple[int, ...], batch_size: int, mask_history: bool = False
 ) -> dict[int, Tensor]:
     """The plain twin of `rank_targets`: slice a stand-alone model of every size and let each rank, at its own cost."""
-    how = {"batch_size": batch_size, "mask_history": mask_history}
-    return {m: rank_targets(slice_model(model, m), rows, sizes=(m,), **how)[m] for m in sizes}
+    return {
+        m: rank_targets(slice_model(model, m), rows, sizes=(m,), batch_size=batch_size, mask_history=mask_history)[m]
+        for m in sizes
+    }
 
 
 @torch.inference_mode()
@@ -175,8 +177,11 @@ def test_every_size(
     [U], how often each user's target occurs in training. Raises RuntimeError, when all is written, if a slice does not
     score as the model's prefix does.
     """
-    rank = rank_targets_alone if alone else rank_targets
-    found = rank(model, rows, sizes=model.sizes, batch_size=batch_size, mask_history=mask_history)
+    if alone:
+        assert isinstance(model, FMRLRec)  # eval.py refuses a baseline
+        found = rank_targets_alone(model, rows, sizes=model.sizes, batch_size=batch_size, mask_history=mask_history)
+    else:
+        found = rank_targets(model, rows, sizes=model.sizes, batch_size=batch_size, mask_history=mask_history)
     results = {m: ranking_metrics(of_size, ks) for m, of_size in found.items()}
     if ranks.rank() == 0:
         suffix = "_history_masked" if mask_history else ""

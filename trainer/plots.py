@@ -1,12 +1,17 @@
 """Pictures of a run."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets.files import replacing
 
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.color": "#e6e6e6", "axes.axisbelow": True}  # fmt: skip
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+STYLE: dict[RcKeyType, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                               "grid.color": "#e6e6e6", "axes.axisbelow": True}  # fmt: skip
 
 
 def plot_metric_by_size(results: dict[int, dict[str, float]], ks: tuple[int, ...], title: str, path: Path) -> None:

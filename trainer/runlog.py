@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,9 @@ def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    options = {
-        "project": "fmrlrec",
-        "name": run.name,
-        "id": run.name,
-        "dir": run,
-        "config": settings,
-        "resume": "allow",
-    }
+    begin = partial(wandb.init, project="fmrlrec", name=run.name, id=run.name, dir=run, config=settings, resume="allow")
     try:
-        return wandb.init(mode=mode, **options)
+        return begin(mode=mode)  # type: ignore[arg-type]  # whatever the user gave: wandb says what it takes
     except wandb.Error as error:
         print(f"Weights & Biases cannot be reached ({error}); logging offline below {run / 'wandb'}", flush=True)
-        return wandb.init(mode="offline", **options)
+        return begin(mode="offline")

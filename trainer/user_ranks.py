@@ -19,7 +19,8 @@ def save_ranks(path: Path, ranks: dict[int, np.ndarray], cutoff: int, times_trai
     kind = np.min_scalar_type(2 * cutoff)
     halves = {str(m): np.where(of_size <= cutoff, 2 * of_size, 0).astype(kind) for m, of_size in ranks.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **halves, **{TRAINED: times_trained.astype(np.uint32)})
+        arrays = {**halves, TRAINED: times_trained.astype(np.uint32)}
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # none of the names is allow_pickle
 
 
 def load_ranks(path: Path) -> tuple[dict[int, np.ndarray], np.ndarray]:

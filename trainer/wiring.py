@@ -1,5 +1,6 @@
 """From settings to what they describe: the data, the model and its trainer; and a trained run again."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from trainer.trainer import Trainer
 Model = Trained | Popularity
 
 
-def load_data(config: Config, device: torch.device, run: Path | None = None) -> tuple[Catalog, list[np.ndarray]]:
+def load_data(config: Config, device: torch.device, run: Path | None = None) -> tuple[Catalog, list[np.memmap]]:
     """The catalogue and its items' features, [N, F] of each encoder, mapped from their files; the demo is made where it
     is missing. Raises InputError, before anything is encoded, where it is not the catalogue that `run` was trained on.
     """
@@ -53,7 +54,7 @@ def load_data(config: Config, device: torch.device, run: Path | None = None) -> 
     return catalog, features
 
 
-def build_model(config: Config, num_items: int, features: list[np.ndarray]) -> Model:
+def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) -> Model:
     """The model that the settings describe, freshly initialised."""
     if config.model_code == "popularity":
         return Popularity(num_items)

@@ -44,8 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
-BEYOND = ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "size_weights", "distill",
-          "small_dropout")  # fmt: skip
+BEYOND = ("whiten_features", "item_embedding", "item_embedding_width", "item_embedding_dropout", "logit_scale",
+          "size_weights", "distill", "small_dropout")  # fmt: skip
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -64,6 +64,7 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "plus": {
         "whiten_features": True,
         "item_embedding": True,
+        "item_embedding_width": 256,
         "item_embedding_dropout": 0.5,
         "logit_scale": True,
         "size_weights": "sqrt",
@@ -192,6 +193,10 @@ class Config:
         False, "scale all principal directions of each encoder's features to the same variance"
     )
     item_embedding: bool = setting(False, "add a learned embedding to the projection of every item, from zero on")
+    item_embedding_width: int = setting(
+        0,
+        "how many of the first dimensions have one: the sizes of mrl_hidden_sizes up to this, but at least one; 0: all",
+    )
     item_embedding_dropout: float = setting(
         0.0, "probability with which an item is without it in a training step, so that content serves new items, too"
     )
@@ -256,6 +261,11 @@ class Config:
         return f"items by {words[self.branch]}"
 
     @property
+    def embedded(self) -> int:
+        """How many of the first dimensions have an item embedding."""
+        return size_within(self.mrl_hidden_sizes, self.item_embedding_width) if self.item_embedding else 0
+
+    @property
     def branch(self) -> str:
         """What items are described by: language, image, both, or id (a learned item table)."""
         return {(True, True): "both", (True, False): "language", (False, True): "image", (False, False): "id"}[
@@ -274,6 +284,11 @@ GROUPS = {
 }  # group -> its first field
 
 
+def size_within(sizes: tuple[int, ...], width: int) -> int:
+    """The largest size within `width`, or the smallest where none is; width 0: the largest of all."""
+    return max((m for m in sizes if m <= width or not width), default=sizes[0])
+
+
 def _problems(c: Config) -> Iterator[str]:
     """Yield a sentence for every setting whose value cannot be used."""
     if not c.dataset_code or c.dataset_code in (".", "..") or any(s in c.dataset_code for s in "/\\\0"):
@@ -284,7 +299,8 @@ def _problems(c: Config) -> Iterator[str]:
                  "num_epochs", "early_stopping_patience", "encoder_batch_size"):  # fmt: skip
         if getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 1"
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed", "num_negatives", "encoder_workers"):
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed", "num_negatives", "encoder_workers",
+                 "item_embedding_width"):  # fmt: skip
         if not 0 <= getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a number of at least 0"
     if c.seed >= 2**64:
@@ -320,8 +336,9 @@ def _problems(c: Config) -> Iterator[str]:
             yield f"--mrl_hidden_sizes {sizes}: {c.model_code} has one number an item; leave the flag out"
         if c.model_code == "sasrec" and c.mrl_hidden_sizes[-1] % c.num_heads:
             yield f"--num_heads {c.num_heads} does not divide --mrl_hidden_sizes {sizes}"
-    if c.item_embedding_dropout and not c.item_embedding:
-        yield f"--item_embedding_dropout {c.item_embedding_dropout} needs --item_embedding"
+    for name in ("item_embedding_width", "item_embedding_dropout"):
+        if getattr(c, name) and not c.item_embedding:
+            yield f"--{name} {getattr(c, name)} needs --item_embedding"
     for name in ("whiten_features", "item_embedding"):
         if c.branch == "id" and getattr(c, name):
             yield f"--{name}: without an encoder the item table is learned outright; leave it out (--no-{name})"

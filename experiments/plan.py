@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import BEYOND, COUNTING, NAMED_PRESETS, Config, InputError, is_runtime, resolve, typed
+from config import BEYOND, COUNTING, NAMED_PRESETS, Config, InputError, is_runtime, resolve, size_within, typed
 
 FOLDER = Path(__file__).parent / "definitions"
 
@@ -58,7 +58,10 @@ class Definition:
     def fits(self, row: Row, config: Config) -> bool:
         """Whether a run with these settings is one of this row's. What is beyond the paper a row has to name."""
         settings = {name: getattr(Config, name) for name in BEYOND} | row.settings
-        return all(getattr(config, name) == value for name, value in settings.items())
+        sizes, width = config.mrl_hidden_sizes, settings.pop("item_embedding_width")
+        return size_within(sizes, width) == size_within(sizes, config.item_embedding_width) and all(
+            getattr(config, name) == value for name, value in settings.items()
+        )
 
 
 def definitions() -> dict[str, Definition]:
@@ -107,7 +110,8 @@ def trained(config: Config) -> dict[str, Any]:
         unread |= {"lru_use_bias", "lru_r_min", "lru_r_max"}
     if config.model_code in COUNTING:
         unread |= set(vars(config)) - {"dataset_code", "model_code"}
-    return {name: value for name, value in vars(config).items() if name not in unread}
+    values = vars(config) | {"item_embedding_width": config.embedded}  # what it comes to with these sizes
+    return {name: value for name, value in values.items() if name not in unread}
 
 
 def unusual(config: Config, aside: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:

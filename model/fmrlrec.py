@@ -30,8 +30,8 @@ class ItemEncoder(nn.Module):
     zero features, so its embedding is the projection's bias. Features are kept as they come, in any type of float and
     possibly mapped from a file, side by side [N, F_1], [N, F_2], ...; only the rows that are needed are read.
 
-    Beyond the paper, the features may be whitened ones, and a learned embedding V [N+1, D] may be added to the
-    projection, from zero on. In training the V of an item is then missing in a step with probability
+    Beyond the paper, the features may be whitened ones, and a learned embedding V [N+1, K] may be added to the first K
+    columns of the projection, from zero on. In training the V of an item is then missing in a step with probability
     `embedding_dropout`, so that content alone has to serve, too.
     """
 
@@ -40,17 +40,17 @@ class ItemEncoder(nn.Module):
         num_items: int,
         dim: int,
         features: Tensor | Sequence[Tensor] | None,
-        embedding: bool = False,
+        embedding: int = 0,
         embedding_dropout: float = 0.0,
         whitening: Whitening | None = None,
     ) -> None:
-        """features: [N, F] or several, row i - 1 for item i; None: a learned table, to which no V is added. whitening:
-        what made these features of others; it is saved with the weights."""
+        """features: [N, F] or several, row i - 1 for item i; None: a learned table, to which no V is added. embedding:
+        K, 0 for no V. whitening: what made these features of others; it is saved with the weights."""
         super().__init__()
         self.num_items, self.embedding_dropout = num_items, embedding_dropout
         if embedding and features is None:
             raise ValueError("a learned item table has nothing that an embedding could be added to")
-        self.V = nn.Parameter(torch.zeros(num_items + 1, dim)) if embedding else None
+        self.V = nn.Parameter(torch.zeros(num_items + 1, embedding)) if embedding else None
         self.parts: list[str] = []
         self._whole: Tensor | None = None
         self.whitening: Whitening | None = None
@@ -93,7 +93,8 @@ class ItemEncoder(nn.Module):
         if self.V is None:
             return projected
         V = F.embedding(items, self.V, sparse=few and self.V.device.type == "cpu")  # or zeros are made for all others
-        return projected + (V if kept is None else V * kept[items][:, None])
+        V = V if kept is None else V * kept[items][:, None]
+        return projected + F.pad(V, (0, projected.shape[1] - V.shape[1]))
 
     def everything(self) -> Tensor:
         """E of all tokens, [N+1, D]; their features are never held at once in the projection's type."""
@@ -169,7 +170,7 @@ class Settings(TypedDict):
     r_min: float
     r_max: float
     small_dropout: float
-    item_embedding: bool
+    item_embedding: int
     item_embedding_dropout: float
     logit_scale: bool
 
@@ -189,18 +190,21 @@ class FMRLRec(nn.Module):
         r_min: float = 0.0,
         r_max: float = 0.1,
         small_dropout: float = 1.0,
-        item_embedding: bool = False,
+        item_embedding: int = 0,
         item_embedding_dropout: float = 0.0,
         logit_scale: bool = False,
         whitening: Whitening | None = None,
     ) -> None:
         """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. small_dropout:
-        what both dropouts are multiplied by in the first dimensions (model/dropout.py). item_embedding, its dropout and
-        whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no ranking
-        depends on it. Raises ValueError for sizes that do not increase, for features of another number of
-        items, and for an item_embedding without features."""
+        what both dropouts are multiplied by in the first dimensions (model/dropout.py). item_embedding: how many of the
+        first dimensions have a V, one of sizes; 0: none. Its dropout and whitening: as of ItemEncoder. logit_scale:
+        learn how sharp each size's softmax is in training; no ranking depends on it. Raises ValueError for sizes that
+        do not increase, for features of another number of items, and for an item_embedding without features or of a
+        width that is no size."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
+        if item_embedding and item_embedding not in sizes:
+            raise ValueError(f"an item embedding of {item_embedding} dimensions is none of the sizes {tuple(sizes)}")
         self.num_items, self.sizes = num_items, tuple(sizes)
         self.settings: Settings = {
             "num_blocks": num_blocks,

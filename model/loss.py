@@ -29,7 +29,7 @@ class Factors(NamedTuple):
 
     features: Tensor  # [N+1, F], frozen, in the type that products are computed in
     weight: Tensor  # [D, F]
-    embedding: Tensor | None = None  # V [N+1, D]
+    embedding: Tensor | None = None  # V [N+1, K] of the first K dimensions, K a size
 
 
 def matryoshka_cross_entropy_plain(
@@ -95,14 +95,14 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         narrow = (weight if features is None else features).dtype
         wide = torch.promote_types(narrow, torch.float32)
-        out = sizes[-1]
+        out, embedded = sizes[-1], 0 if V is None else V.shape[1]
         if features is not None:
-            out = columns_multiplied_out(len(z), features.shape[1], sizes, V is not None)
+            out = columns_multiplied_out(len(z), features.shape[1], sizes, embedded)
         table = weight if features is None else features @ weight[:out].to(narrow).T  # [N+1, out]
         rest = weight[:0] if features is None else weight[out:].to(narrow)  # [D - out, F]
         if V is not None:
             narrow_V = V.to(narrow)
-            table += narrow_V[:, :out]
+            table[:, :embedded] += narrow_V[:, :out]
         valid = (labels != 0)[:, None]  # [T, 1]
         z_narrow = (z * valid).to(narrow)  # a position without a label has equal logits, and no gradient
 
@@ -130,7 +130,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                     add_product(logits, z_chunk[:, low:high], table[:, low:high].T)
                 else:
                     add_product(logits, z_chunk[:, low:high] @ rest[low - out : high - out], features.T)
-                    if V is not None:
+                    if high <= embedded:
                         add_product(logits, z_chunk[:, low:high], narrow_V[:, low:high].T)
                 scaled = logits if scale is None else torch.mul(logits, scale[j], out=held[-1])
                 log_p = torch.log_softmax(scaled, dim=1, out=residual)
@@ -155,7 +155,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                     grad_left = residual @ features  # [C, F]
                     grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
                     add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
-                    if grad_V is not None:
+                    if grad_V is not None and high <= embedded:
                         grad_z[rows, low:high] += residual @ narrow_V[:, low:high]
                         if rows.start:
                             add_product(grad_V[:, low:high], residual.T, z_part)
@@ -168,7 +168,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
             else:
                 grad_weight = torch.cat([(grad_table.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
             if V is not None and grad_V is not None:
-                grad_V[:, :out] = grad_table.T
+                grad_V[:, :out] = grad_table[:embedded].T
                 grad_V = grad_V.to(V.dtype)
             grad_z, grad_weight = grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype)
             ctx.save_for_backward(grad_z, grad_weight, grad_V, grad_log_scale)
@@ -184,17 +184,16 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         return grad_z * grad, grad_weight * grad, by_V, by_log_scale, None, None, None, None
 
 
-def columns_multiplied_out(
-    num_positions: int, num_features: int, sizes: tuple[int, ...], embedded: bool = False
-) -> int:
+def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[int, ...], embedded: int = 0) -> int:
     """How many columns of the item table are cheaper multiplied out, by the multiplications per item: 2 F a column for
     it and its weight's gradient, and 3 T for its logits and their gradients; an increment left as a product takes 2 F T
-    whatever its width, and where there is a V (`embedded`) its logits' 3 T a column all the same. One of 0 and `sizes`.
+    whatever its width, and in the first `embedded`, which have a V, its logits' 3 T a column all the same. One of 0 and
+    `sizes`.
     """
 
     def cost(out: int) -> int:
         products = sum(high > out for _, high in increments(sizes))
-        columns = sizes[-1] if embedded else out
+        columns = max(out, embedded)
         return out * 2 * num_features + columns * 3 * num_positions + products * 2 * num_features * num_positions
 
     return min((0, *sizes), key=cost)

@@ -15,9 +15,10 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
         raise ValueError(f"size {size} was not trained; the model has {', '.join(map(str, model.sizes))}")
     sizes = tuple(m for m in model.sizes if m <= size)
     features = model.items.features
+    settings = model.settings | {"item_embedding": min(model.settings["item_embedding"], size)}
     weight = next(model.parameters())
     with weight.device:
-        small = FMRLRec(model.num_items, features or None, sizes, whitening=model.items.whitening, **model.settings)
+        small = FMRLRec(model.num_items, features or None, sizes, whitening=model.items.whitening, **settings)
     for parameter in small.parameters():  # not small.to(), which would widen the features: they can be large
         parameter.data = parameter.data.to(weight.dtype)
     large = model.state_dict()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import model.loss
 from dataloader import TrainLoader, train_rows
 from datasets.catalog import Sequences
-from model import FMRLRec, count_parameters
+from model import FMRLRec, count_parameters, slice_model
 from model import fmrlrec as fmrlrec_module
 from model.loss import Factors, columns_multiplied_out, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
 from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy_plain
@@ -21,7 +21,7 @@ NUM_ITEMS, WIDTHS, SIZES = 23, (5, 3), (2, 4, 8)
 CPU = torch.device("cpu")
 
 
-def make_model(embedding=True, dropout=0.0, seed=0):
+def make_model(embedding=SIZES[-1], dropout=0.0, seed=0):
     """A model without dropout in its blocks, whose V, where it has one, is zero as at the start of a training."""
     torch.manual_seed(seed)
     features = [torch.randn(NUM_ITEMS, width) for width in WIDTHS]
@@ -29,9 +29,9 @@ def make_model(embedding=True, dropout=0.0, seed=0):
     return FMRLRec(NUM_ITEMS, features, SIZES, r_max=0.9, **options)
 
 
-def with_embeddings(dropout=0.0):
+def with_embeddings(dropout=0.0, embedding=SIZES[-1]):
     """The same, in float64, with a V of random numbers."""
-    found = make_model(dropout=dropout).double()
+    found = make_model(embedding, dropout).double()
     with torch.no_grad():
         found.items.V.uniform_(-1, 1)
     return found
@@ -49,31 +49,48 @@ def batch_of(users=20):
 
 
 def test_training_starts_from_the_model_of_content_alone():
-    content, model_ = make_model(embedding=False), make_model()
+    content, model_ = make_model(embedding=0), make_model()
     assert torch.equal(model_.item_table(), content.item_table())
     for name, weight in content.state_dict().items():
         assert torch.equal(model_.state_dict()[name], weight)
 
 
+@pytest.mark.parametrize("embedding", SIZES)
 @pytest.mark.parametrize("rows", [7, 2**14])
-def test_an_item_is_its_projection_and_its_embedding(monkeypatch, rows):
+def test_an_item_is_its_projection_and_in_the_first_dimensions_its_embedding(monkeypatch, rows, embedding):
     monkeypatch.setattr(fmrlrec_module, "ROWS", rows)
-    items = with_embeddings().items
+    items = with_embeddings(embedding=embedding).items
     whole = torch.cat([torch.zeros(1, sum(WIDTHS)).double(), torch.cat(items.features, dim=1)])
-    expected = whole @ items.projection.weight.T + items.projection.bias + items.V
+    expected = whole @ items.projection.weight.T + items.projection.bias
+    expected[:, :embedding] += items.V
     torch.testing.assert_close(items.everything(), expected)
     some = torch.tensor([0, 5, 5, NUM_ITEMS])
     torch.testing.assert_close(items(some), expected[some])
 
 
-def test_every_item_and_the_begin_of_a_sequence_have_as_many_parameters_more_as_the_largest_size():
-    more = count_parameters(make_model()) - count_parameters(make_model(embedding=False))
-    assert more == (NUM_ITEMS + 1) * SIZES[-1]
+@pytest.mark.parametrize("embedding", SIZES)
+def test_every_item_and_the_begin_of_a_sequence_have_as_many_parameters_more_as_it_has_dimensions(embedding):
+    more = count_parameters(make_model(embedding)) - count_parameters(make_model(embedding=0))
+    assert more == (NUM_ITEMS + 1) * embedding
+
+
+@pytest.mark.parametrize("embedding", SIZES)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_slice_keeps_the_embeddings_first_dimensions(embedding, size):
+    model_ = with_embeddings(embedding=embedding)
+    small = slice_model(model_, size)
+    assert torch.equal(small.items.V, model_.items.V[:, :size])
+    torch.testing.assert_close(small.item_table(), model_.item_table()[:, :size])
+
+
+def test_an_embedding_ends_where_a_size_does():
+    with pytest.raises(ValueError, match=r"of 3 dimensions is none of the sizes \(2, 4, 8\)"):
+        make_model(embedding=3)
 
 
 def test_a_learned_table_takes_no_embedding():
     with pytest.raises(ValueError, match="a learned item table has nothing that an embedding could be added to"):
-        FMRLRec(NUM_ITEMS, None, SIZES, item_embedding=True)
+        FMRLRec(NUM_ITEMS, None, SIZES, item_embedding=SIZES[-1])
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -85,21 +102,26 @@ FACTORED = [
 ]  # labelled positions T, items N, sizes, feature width F
 
 
+@pytest.mark.parametrize("embedded", [0, 1, -1])  # V ends at which of the sizes
 @pytest.mark.parametrize("held", [9, 1000])
 @pytest.mark.parametrize("shape", FACTORED, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-def test_the_loss_of_a_product_and_embeddings_is_that_of_their_sum(monkeypatch, shape, dtype, tolerance, held):
+def test_the_loss_of_a_product_and_embeddings_is_that_of_their_sum(
+    monkeypatch, shape, dtype, tolerance, held, embedded
+):
     positions, items, sizes, width = shape
+    dimensions = sizes[embedded]
     random = torch.Generator().manual_seed(0)
     z, features, weight, V = (
         torch.randn(*of, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
-        for of in ((positions, sizes[-1]), (items + 1, width), (sizes[-1], width), (items + 1, sizes[-1]))
+        for of in ((positions, sizes[-1]), (items + 1, width), (sizes[-1], width), (items + 1, dimensions))
     )
     labels = torch.randint(0, items + 1, (positions,), generator=random)
     monkeypatch.setattr(model.loss, "LEAST", 1)
     monkeypatch.setattr(model.loss, "CHUNK_BYTES", held * (items + 1) * len(sizes) * z.itemsize)
     fast = matryoshka_cross_entropy(z, Factors(features.detach(), weight, V), labels, sizes)
-    plain = matryoshka_cross_entropy_plain(z, F.linear(features, weight) + V, labels, sizes)
+    table = F.linear(features, weight) + F.pad(V, (0, sizes[-1] - dimensions))
+    plain = matryoshka_cross_entropy_plain(z, table, labels, sizes)
     fast, plain = ([value, *torch.autograd.grad(value, (z, weight, V))] for value in (fast, plain))
     for f, p in zip(fast, plain, strict=True):
         assert (f - p).abs().max() <= tolerance * p.abs().max()
@@ -124,11 +146,13 @@ def test_in_bfloat16_it_errs_no_more_than_twice_its_plain_twin():
         assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()
 
 
-def multiplications(positions, width, sizes, out):
-    """For an item with a V, where the first `out` columns of its projection are multiplied out."""
+def multiplications(positions, width, sizes, out, embedded):
+    """For an item with a V in the first `embedded` dimensions, where the first `out` columns of its projection are
+    multiplied out."""
     total = 0
     for low, high in pairwise((0, *sizes)):
-        total += 3 * positions * (high - low)  # logits, and the gradients of both their sides
+        if high <= max(out, embedded):
+            total += 3 * positions * (high - low)  # logits, and the gradients of both their sides
         total += 2 * width * (high - low) if high <= out else 2 * width * positions
     return total
 
@@ -138,16 +162,18 @@ def test_what_is_multiplied_out_is_the_cheapest_by_counting_every_product():
     for _ in range(300):
         positions, width, *parts = torch.randint(1, 200, (6,), generator=random).tolist()
         sizes = tuple(accumulate(parts))
-        costs = {out: multiplications(positions, width, sizes, out) for out in (0, *sizes)}
-        assert costs[columns_multiplied_out(positions, width, sizes, embedded=True)] == min(costs.values())
+        for embedded in (0, *sizes):
+            costs = {out: multiplications(positions, width, sizes, out, embedded) for out in (0, *sizes)}
+            assert costs[columns_multiplied_out(positions, width, sizes, embedded)] == min(costs.values())
 
 
 # ---------------------------------------------------------------------------------------------------- items without V
 
 
+@pytest.mark.parametrize("embedding", [4, 8])
 @pytest.mark.parametrize("negatives", [0, 9])
-def test_a_step_reads_and_predicts_the_items_it_drew_without_their_embeddings(negatives):
-    trained, (batch, counts) = with_embeddings(dropout=0.5).train(), batch_of()
+def test_a_step_reads_and_predicts_the_items_it_drew_without_their_embeddings(negatives, embedding):
+    trained, (batch, counts) = with_embeddings(0.5, embedding).train(), batch_of()
     sampler = NegativeSampler(counts, negatives) if negatives else None
     torch.manual_seed(3)
     loss = Step(trained, None, precision="fp32", sampler=sampler).loss(batch)
@@ -156,7 +182,7 @@ def test_a_step_reads_and_predicts_the_items_it_drew_without_their_embeddings(ne
     kept = torch.rand(NUM_ITEMS + 1) >= 0.5
     assert 0 < kept.sum() <= NUM_ITEMS
     items = trained.items
-    table = trained.eval().item_table() - items.V * ~kept[:, None]
+    table = trained.eval().item_table() - F.pad(items.V * ~kept[:, None], (0, SIZES[-1] - embedding))
     z = trained.encode(table[batch.tokens], batch.position, batch.longest)
     if negatives:
         drawn, log_kq = sampler.draw()
@@ -178,10 +204,11 @@ def test_an_evaluation_has_all_embeddings_and_draws_nothing():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("embedding", [4, 8])
 @pytest.mark.parametrize("negatives", [0, 9])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_steps_train_the_embeddings_in_every_precision(precision, negatives):
-    trained, (batch, counts) = make_model(dropout=0.3).train(), batch_of()
+def test_steps_train_the_embeddings_in_every_precision(precision, negatives, embedding):
+    trained, (batch, counts) = make_model(embedding, dropout=0.3).train(), batch_of()
     optimizer = build_optimizer(trained, "adamw", 1e-2, 1e-2, 1e-9)
     sampler = NegativeSampler(counts, negatives) if negatives else None
     step = Step(trained, optimizer, precision=precision, max_grad_norm=5.0, sampler=sampler)

@@ -188,7 +188,12 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights_bit_by_bit(monkeypat
 def test_without_options_nothing_is_drawn_held_or_asked_for_beside_the_papers(loaded):
     config, catalog, _ = loaded
     plain = dataclasses.replace(
-        config, whiten_features=False, item_embedding=False, item_embedding_dropout=0.0, logit_scale=False
+        config,
+        whiten_features=False,
+        item_embedding=False,
+        item_embedding_width=0,
+        item_embedding_dropout=0.0,
+        logit_scale=False,
     )
     features = features_of(config, catalog)
     model = build_model(plain, catalog.num_items, features).train()

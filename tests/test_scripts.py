@@ -439,6 +439,7 @@ CHANGED = {
     "preset": "plus",
     "whiten_features": True,
     "item_embedding": True,
+    "item_embedding_width": 2,
     "item_embedding_dropout": 0.4,
     "logit_scale": True,
     "size_weights": "sqrt",
@@ -505,7 +506,9 @@ def consumed(flags, monkeypatch):
         "lru_r_min": rec[1]["r_min"],
         "lru_r_max": rec[1]["r_max"],
         "whiten_features": rec[1]["whitening"] is not None,
-        **{name: rec[1][name] for name in ("item_embedding", "item_embedding_dropout", "logit_scale", "small_dropout")},
+        "item_embedding": rec[1]["item_embedding"] > 0,
+        "item_embedding_width": rec[1]["item_embedding"],
+        **{name: rec[1][name] for name in ("item_embedding_dropout", "logit_scale", "small_dropout")},
         "seed": (loader[0][2], seeds[0]),
         "train_batch_size": loader[0][1],
         "early_stopping": settings["patience"] is not None,
@@ -531,7 +534,7 @@ def test_a_setting_reaches_what_reads_it(workplace, monkeypatch, name):
     value = CHANGED[name]
     if name == "data_root":
         (workplace / "data").rename(workplace / "elsewhere")
-    if name == "item_embedding_dropout":
+    if name in ("item_embedding_width", "item_embedding_dropout"):
         base |= {"item_embedding": True}
     if name == "dataset_code":
         write_prepared(workplace / "data", "other", users=8, items=12, pictures=True)

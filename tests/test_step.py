@@ -28,7 +28,11 @@ def loader(batch_size=8, users=60, seed=0):
     return TrainLoader(train_rows(sequences, 20), batch_size, seed, CPU)
 
 
-PLUS = {"item_embedding": True, "item_embedding_dropout": 0.2, "logit_scale": True}  # beyond the paper: of the model
+PLUS = {
+    "item_embedding": SIZES[-1],
+    "item_embedding_dropout": 0.2,
+    "logit_scale": True,
+}  # beyond the paper: of the model
 OBJECTIVE = {"size_weights": "sqrt", "distill": 0.5}  # and of a step
 
 

@@ -93,7 +93,7 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
         r_min=config.lru_r_min,
         r_max=config.lru_r_max,
         small_dropout=config.small_dropout,
-        item_embedding=config.item_embedding,
+        item_embedding=config.embedded,
         item_embedding_dropout=config.item_embedding_dropout,
         logit_scale=config.logit_scale,
         whitening=whitening,

@@ -15,7 +15,8 @@ from model.serving import engines
 from model.serving.engines import OnnxEngine, Table, TorchEngine, open_engine
 from model.serving.folder import GRAPHS, WEIGHTS, read_folder
 from model.serving.quantize import dequantize, quantize
-from tests.exported import NEAR_1, random_model, write_export
+from tests.exported import write_export
+from tests.made_up import NEAR_1, random_model
 
 NUM_ITEMS = 30
 ENGINES = ("torch", "onnx")

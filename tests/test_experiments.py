@@ -30,13 +30,6 @@ FLAGS = (
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    write_prepared(tmp_path / "data", "tiny", users=12, items=10)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def calls(monkeypatch):
     """Scripts are called in this process; their command lines are noted."""
     noted = []
@@ -355,7 +348,7 @@ def test_the_time_is_estimated_by_a_run_that_does_the_same_work(workplace, calls
 
 def test_a_run_on_other_data_is_not_taken_for_this_one(workplace, calls):
     (job,) = run_experiments("depth --rows '1 block'")
-    write_prepared(workplace / "data", "tiny", users=12, items=10, seed=1)
+    write_prepared(workplace / "data", "tiny", users=20, items=12, pictures=True, seed=1)
     (again,) = run_experiments("depth --rows '1 block' --dry_run")
     assert again.state == "to start"
     (again,) = run_experiments("depth --rows '1 block'")

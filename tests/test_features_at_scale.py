@@ -23,8 +23,6 @@ from datasets.features import feature_files
 from datasets.text import item_text
 from tests.prepared import item_features, write_prepared, write_tiny_bert
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which the tests do
-
 REPOSITORY = Path(__file__).parent.parent
 MEAN = {"pooling_mode_mean_tokens": True}
 BATCHES = 10  # of the 20 items below, two each

@@ -48,7 +48,7 @@ def shell(command, cwd):
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory):
+def clone(tmp_path_factory):
     """A folder that looks like a fresh clone, in which the demo was trained by the README's command."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("train.py", "eval.py"):
@@ -74,46 +74,46 @@ def write_raw_files(folder):
             draw_picture(photos / f"B{i}.png", (40 * i, 90, 90))
 
 
-def newest_metrics(workplace, dataset="demo", name="test_mrl_metrics.json"):
-    newest = max((workplace / "experiments/runs" / dataset).iterdir())
+def newest_metrics(clone, dataset="demo", name="test_mrl_metrics.json"):
+    newest = max((clone / "experiments/runs" / dataset).iterdir())
     return {int(size): metrics for size, metrics in json.loads((newest / name).read_text()).items()}
 
 
 @pytest.fixture(scope="session")
-def demo_metrics(workplace):
-    return newest_metrics(workplace)
+def demo_metrics(clone):
+    return newest_metrics(clone)
 
 
-def test_the_first_command_prints_every_sizes_metrics_and_draws_the_curve(workplace, demo_metrics):
-    printed = (workplace / "first_output.txt").read_text()
+def test_the_first_command_prints_every_sizes_metrics_and_draws_the_curve(clone, demo_metrics):
+    printed = (clone / "first_output.txt").read_text()
     for size, metrics in demo_metrics.items():
         assert re.search(rf"^ +{size} .*{metrics['NDCG@10']:.4f}", printed, re.MULTILINE)
-    (run,) = (workplace / "experiments/runs/demo").iterdir()
+    (run,) = (clone / "experiments/runs/demo").iterdir()
     assert (run / "test_mrl_metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="session")
-def export(workplace):
+def export(clone):
     """The README's export, made of the first run."""
     (command,) = [
         command for command in commands() if command.startswith("python -m model.export") and "--size 64" in command
     ]
-    shell(command, workplace)
-    return workplace / "exports/demo-64"
+    shell(command, clone)
+    return clone / "exports/demo-64"
 
 
-def test_the_readmes_python_serves_the_export(workplace, export):
+def test_the_readmes_python_serves_the_export(clone, export):
     (program,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    (workplace / "serve.py").write_text(f"{program}\nimport sys\nprint(len(recommender), 'torch' in sys.modules)\n")
-    lines = shell("python serve.py", workplace).splitlines()
+    (clone / "serve.py").write_text(f"{program}\nimport sys\nprint(len(recommender), 'torch' in sys.modules)\n")
+    lines = shell("python serve.py", clone).splitlines()
     assert len(lines) == 3  # two answers, and what was added
     assert lines[0].count("'") + lines[0].count('"') >= 6  # three titles
     assert lines[-1] == "801 False"  # the demo's encoders need no torch either
 
 
-def popularity_ndcg(workplace):
+def popularity_ndcg(clone):
     """NDCG@10 of ranking every user's test item by how often items were in training."""
-    catalog = load_catalog(workplace / "data", "demo")
+    catalog = load_catalog(clone / "data", "demo")
     rows = eval_rows(catalog.sequences, 50, "test")
     trained = np.concatenate([catalog.sequences.of(u)[:-2] for u in range(len(catalog.sequences))])
     counts = np.bincount(trained, minlength=catalog.num_items + 1).astype(np.float32)
@@ -122,8 +122,8 @@ def popularity_ndcg(workplace):
     return ranking_metrics(target_ranks(scores, torch.from_numpy(rows.targets)), (10,))["NDCG@10"]
 
 
-def test_the_demos_largest_model_beats_popularity_threefold(workplace, demo_metrics):
-    assert demo_metrics[256]["NDCG@10"] > 3 * popularity_ndcg(workplace)
+def test_the_demos_largest_model_beats_popularity_threefold(clone, demo_metrics):
+    assert demo_metrics[256]["NDCG@10"] > 3 * popularity_ndcg(clone)
 
 
 def test_on_the_demo_larger_sizes_beat_smaller_ones(demo_metrics):
@@ -131,15 +131,15 @@ def test_on_the_demo_larger_sizes_beat_smaller_ones(demo_metrics):
     assert values == sorted(values) and values[-1] > 1.2 * values[0]
 
 
-def test_on_the_demo_text_and_pictures_beat_text_beats_pictures_beats_popularity(workplace, demo_metrics):
-    ndcg = {"both": demo_metrics[256]["NDCG@10"], "popularity": popularity_ndcg(workplace)}
+def test_on_the_demo_text_and_pictures_beat_text_beats_pictures_beats_popularity(clone, demo_metrics):
+    ndcg = {"both": demo_metrics[256]["NDCG@10"], "popularity": popularity_ndcg(clone)}
     for branch, flag in (("text", "--no-use_img_encoder"), ("pictures", "--no-use_language_encoder")):
-        shell(f"python train.py {flag} --mrl_hidden_sizes 64,256 --lru_num_blocks 1 --num_epochs 8", workplace)
-        ndcg[branch] = newest_metrics(workplace)[256]["NDCG@10"]
+        shell(f"python train.py {flag} --mrl_hidden_sizes 64,256 --lru_num_blocks 1 --num_epochs 8", clone)
+        ndcg[branch] = newest_metrics(clone)[256]["NDCG@10"]
     assert ndcg["both"] > 1.05 * ndcg["text"] > 1.05**2 * ndcg["pictures"] > 1.05**3 * ndcg["popularity"]
 
 
-def test_every_other_command_of_the_readme_runs(workplace, export):
+def test_every_other_command_of_the_readme_runs(clone, export):
     elsewhere = {  # what .ci/run and other tests run
         "pip install -r requirements.txt && python train.py",
         "pip install -r requirements-dev.txt && python -m pytest",
@@ -167,7 +167,7 @@ def test_every_other_command_of_the_readme_runs(workplace, export):
             continue
         trained = "--help" not in command and "--resume" not in command
         start = max((start for start in shorter if command.startswith(start)), key=len, default="")
-        shell(command + shorter.get(start, "") * trained, workplace)
+        shell(command + shorter.get(start, "") * trained, clone)
         run += 1
     assert run >= 5
 

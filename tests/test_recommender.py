@@ -1,7 +1,6 @@
 """What a shop that serves an export asks of it: recommendations, users event by event, and new products."""
 
 import dataclasses
-import os
 import shutil
 import subprocess
 import sys
@@ -18,10 +17,9 @@ from datasets.encoders import LexicalEncoder
 from datasets.text import NO_TEXT
 from model import Recommender
 from model.serving import engines, recommender
-from tests.exported import NEAR_1, random_model, write_export
+from tests.exported import write_export
+from tests.made_up import NEAR_1, random_model
 from tests.prepared import draw_picture, item_features, put_in_hub_cache, write_prepared, write_tiny_bert
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which embedding does
 
 REPOSITORY = Path(__file__).parent.parent
 ENGINES, KINDS = ("torch", "onnx"), ("none", "float16", "int8")
@@ -1002,13 +1000,9 @@ def test_a_picture_encoder_that_is_not_the_one_of_the_training_is_refused(shop, 
         r.embed_items(shop.records, img_encoder="ViT-B-32/openai")
 
 
-def test_an_encoder_of_the_hub_is_read_at_the_commit_of_training(shop, engine, tmp_path, monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+def test_an_encoder_of_the_hub_is_read_at_the_commit_of_training(shop, engine, tmp_path, hub):
     pooling = {"pooling_mode_mean_tokens": True}
-    put_in_hub_cache(tmp_path / "hub", "org/tiny", "a" * 40, write_tiny_bert(tmp_path / "one", pooling, seed=1))
+    put_in_hub_cache(hub, "org/tiny", "a" * 40, write_tiny_bert(tmp_path / "one", pooling, seed=1))
     features = item_features(
         shop.catalog, language="org/tiny", image=None, attributes=("title",), cache_root=tmp_path, say=lambda _: None
     )
@@ -1018,7 +1012,7 @@ def test_an_encoder_of_the_hub_is_read_at_the_commit_of_training(shop, engine, t
     )
     r = Recommender.from_pretrained(folder, engine)
     np.testing.assert_allclose(r.embed_items(shop.records), features, rtol=HALF, atol=1e-6)
-    put_in_hub_cache(tmp_path / "hub", "org/tiny", "b" * 40, write_tiny_bert(tmp_path / "two", pooling, seed=2))
+    put_in_hub_cache(hub, "org/tiny", "b" * 40, write_tiny_bert(tmp_path / "two", pooling, seed=2))
     np.testing.assert_allclose(r.embed_items(shop.records), features, rtol=HALF, atol=1e-6)
 
 

@@ -29,14 +29,6 @@ TINY = (
 )
 
 
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """An empty folder to run in, with data/tiny prepared."""
-    monkeypatch.chdir(tmp_path)
-    write_prepared(tmp_path / "data", "tiny", users=20, items=12, pictures=True)
-    return tmp_path
-
-
 def run_train(flags=""):
     return train.main(shlex.split(f"{TINY} {flags}"))
 

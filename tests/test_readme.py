@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,13 @@ import torch
 
 from dataloader import eval_rows
 from datasets.catalog import load_catalog
-from experiments import report
 from tests.prepared import draw_picture, write_prepared
 from tests.raw import reviews_of, write_raw
 from trainer.metrics import ranking_metrics, target_ranks
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+REPORT = "python -m experiments.report"
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONPATH": str(REPOSITORY),  # for python -m: the rooms of the clone
@@ -34,17 +35,28 @@ def commands():
     return [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
 
 
-def shell(command, cwd):
+def shell(command, cwd, **environment):
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=cwd,
-        env=ENVIRONMENT | {"HOME": str(cwd)},
+        env=ENVIRONMENT | {"HOME": str(cwd)} | environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
+
+
+def side_by_side(lanes, cwd):
+    """Run lists of commands, each list in its order, two lists at a time on a core each."""
+
+    def run(lane):
+        for command in lane:
+            shell(command, cwd, OMP_NUM_THREADS="1")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, lanes))
 
 
 @pytest.fixture(scope="session")
@@ -74,14 +86,15 @@ def write_raw_files(folder):
             draw_picture(photos / f"B{i}.png", (40 * i, 90, 90))
 
 
-def newest_metrics(clone, dataset="demo", name="test_mrl_metrics.json"):
-    newest = max((clone / "experiments/runs" / dataset).iterdir())
-    return {int(size): metrics for size, metrics in json.loads((newest / name).read_text()).items()}
+def metrics_below(runs):
+    """size -> metrics of the one run there."""
+    (file,) = runs.glob("*/test_mrl_metrics.json")
+    return {int(size): metrics for size, metrics in json.loads(file.read_text()).items()}
 
 
 @pytest.fixture(scope="session")
 def demo_metrics(clone):
-    return newest_metrics(clone)
+    return metrics_below(clone / "experiments/runs/demo")
 
 
 def test_the_first_command_prints_every_sizes_metrics_and_draws_the_curve(clone, demo_metrics):
@@ -132,10 +145,11 @@ def test_on_the_demo_larger_sizes_beat_smaller_ones(demo_metrics):
 
 
 def test_on_the_demo_text_and_pictures_beat_text_beats_pictures_beats_popularity(clone, demo_metrics):
-    ndcg = {"both": demo_metrics[256]["NDCG@10"], "popularity": popularity_ndcg(clone)}
-    for branch, flag in (("text", "--no-use_img_encoder"), ("pictures", "--no-use_language_encoder")):
-        shell(f"python train.py {flag} --mrl_hidden_sizes 64,256 --lru_num_blocks 1 --num_epochs 8", clone)
-        ndcg[branch] = newest_metrics(clone)[256]["NDCG@10"]
+    flags = {"text": "--no-use_img_encoder", "pictures": "--no-use_language_encoder"}
+    shorter = "--mrl_hidden_sizes 64 --lru_num_blocks 1 --num_epochs 8"
+    side_by_side([[f"python train.py {flags[name]} {shorter} --runs_root {name}"] for name in flags], clone)
+    ndcg = {name: metrics_below(clone / name / "demo")[64]["NDCG@10"] for name in flags}
+    ndcg |= {"both": demo_metrics[64]["NDCG@10"], "popularity": popularity_ndcg(clone)}
     assert ndcg["both"] > 1.05 * ndcg["text"] > 1.05**2 * ndcg["pictures"] > 1.05**3 * ndcg["popularity"]
 
 
@@ -151,29 +165,37 @@ def test_every_other_command_of_the_readme_runs(clone, export):
         "python -m datasets.prepare": " --language_encoder lexical --img_encoder pixel",
         "torchrun": " --language_encoder lexical --img_encoder pixel --encoder_batch_size 2",
         "python -m experiments.run": " --dry_run",
-        "python -m experiments.report": " --out RESULTS.md --media media",
-        "python -m benchmarks.deploy": " --users 50 --requests 5 --catalogue 2000",
+        "python -m experiments.run table3": " --dry_run --data_root elsewhere",
+        "python -m benchmarks.deploy": " --size 64 --users 50 --requests 5 --catalogue 2000",
     }
     ci = (REPOSITORY / ".ci/run").read_text()
     for command in elsewhere:
         for part in command.split(" && "):
             assert part.replace("pip install", "pip install -q") in ci
-    run = 0
+    trainings, others, on_data = [], [], []
     for command in commands():
-        if command in elsewhere or command.startswith("CUDA_VISIBLE_DEVICES"):  # tests/test_scripts.py
+        if command in (*elsewhere, REPORT) or command.startswith("CUDA_VISIBLE_DEVICES"):  # tests/test_scripts.py
             continue
         assert shlex.split(command)[0] in ("python", "torchrun"), command
         if export.name in command and command.startswith("python -m model.export"):
             continue
         trained = "--help" not in command and "--resume" not in command
         start = max((start for start in shorter if command.startswith(start)), key=len, default="")
-        shell(command + shorter.get(start, "") * trained, clone)
-        run += 1
-    assert run >= 5
+        command += shorter.get(start, "") * trained
+        if "train.py" in command:
+            trainings.append([command])
+        elif "datasets.prepare" in command or "experiments." in command:
+            on_data.append(command)
+        else:
+            others.append(command)
+    assert len(trainings) >= 5 and len(others) >= 5 and len(on_data) >= 5
+    side_by_side([on_data, others], clone)  # others first: they read the newest run, which is that of the first command
+    side_by_side(trainings, clone)
 
 
 def test_the_results_shown_are_rows_of_the_report_which_is_made_from_the_kept_files(tmp_path):
-    report.main(["--out", str(tmp_path / "RESULTS.md"), "--media", str(tmp_path / "media")])
+    assert REPORT in commands()
+    shell(f"{REPORT} --out RESULTS.md --media media", tmp_path)
     for picture in (tmp_path / "media").iterdir():
         assert (REPOSITORY / "media" / picture.name).exists(), picture.name
     made = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")

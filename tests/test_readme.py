@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from config import Config
 from dataloader import eval_rows
+from datasets import encoders, features
 from datasets.catalog import load_catalog
 from tests.prepared import draw_picture, write_prepared
 from tests.raw import reviews_of, write_raw
@@ -174,7 +176,7 @@ def test_every_other_command_of_the_readme_runs(clone, export):
             assert part.replace("pip install", "pip install -q") in ci
     trainings, others, on_data = [], [], []
     for command in commands():
-        if command in (*elsewhere, REPORT) or command.startswith("CUDA_VISIBLE_DEVICES"):  # tests/test_scripts.py
+        if command in (*elsewhere, REPORT) or command.startswith("CUDA_VISIBLE_DEVICES"):
             continue
         assert shlex.split(command)[0] in ("python", "torchrun"), command
         if export.name in command and command.startswith("python -m model.export"):
@@ -191,6 +193,45 @@ def test_every_other_command_of_the_readme_runs(clone, export):
     assert len(trainings) >= 5 and len(others) >= 5 and len(on_data) >= 5
     side_by_side([on_data, others], clone)  # others first: they read the newest run, which is that of the first command
     side_by_side(trainings, clone)
+
+
+def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
+    """With its data in place: a tiny Beauty, and features of its encoders that were cached where they could be had."""
+    train_command, eval_command = [command for command in commands() if command.startswith("CUDA_VISIBLE_DEVICES")]
+    assert train_command == (
+        "CUDA_VISIBLE_DEVICES=0 python train.py --dataset_code=beauty --lru_dropout=0.6 --lru_attn_dropout=0.6 "
+        '--lru_r_min=0.0 --lru_r_max=0.1 --mrl_hidden_sizes="8,16,32,64,128,256,512,1024"'
+    )
+    assert eval_command == (
+        "CUDA_VISIBLE_DEVICES=0 python eval.py --dataset_code=beauty --lru_dropout=0.6 --lru_attn_dropout=0.6 "
+        "--lru_r_min=0.0 --lru_r_max=0.1"
+    )
+    for name in ("train.py", "eval.py"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    write_prepared(tmp_path / "data", "beauty", users=4, items=8, pictures=True)
+    catalog = load_catalog(tmp_path / "data", "beauty")
+
+    class Cached(encoders.Encoder):
+        dim, fingerprint = 1024, {}
+
+        def prepare(self, batch):
+            return encoders.normalised(np.random.default_rng(0).normal(size=(len(list(batch)), 1024)))
+
+    monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: Cached())
+    monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: Cached())
+    defaults = Config()
+    features.feature_files(
+        catalog,
+        language=defaults.language_encoder,
+        image=defaults.img_encoder,
+        attributes=defaults.item_attributes,
+        cache_root=tmp_path / "data" / "features",
+    )
+    for command in (train_command, eval_command):
+        shell(command, tmp_path)
+    (run,) = (tmp_path / "experiments/runs/beauty").iterdir()
+    metrics = json.loads((run / "test_mrl_metrics.json").read_text())
+    assert list(metrics) == ["8", "16", "32", "64", "128", "256", "512", "1024"]
 
 
 def test_the_results_shown_are_rows_of_the_report_which_is_made_from_the_kept_files(tmp_path):

@@ -14,6 +14,7 @@ import config
 import eval as eval_script
 import train
 from config import InputError
+from datasets import demo
 from tests.prepared import write_prepared
 from trainer import evaluation, wiring
 
@@ -98,8 +99,8 @@ def test_every_slice_tested_alone_has_the_metrics_of_the_one_pass(workplace, mon
 @pytest.mark.parametrize("branch", ["", "--no-use_language_encoder"], ids=["text", "id"])
 def test_a_run_trains_on_a_sample_of_the_items(workplace, branch):
     run = run_train(
-        f"{branch} --num_negatives 5 --num_epochs 40 --train_batch_size 4 --lru_dropout 0 --lru_attn_dropout 0 "
-        "--no-early_stopping"
+        f"{branch} --num_negatives 5 --num_epochs 15 --train_batch_size 4 --lru_dropout 0 --lru_attn_dropout 0 "
+        "--lr 0.03 --no-early_stopping"
     )
     assert json.loads((run / "config.json").read_text())["settings"]["num_negatives"] == 5
     losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
@@ -178,6 +179,8 @@ def test_the_demo_is_found_below_its_own_data_root_alone(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*built in: leave --data_root out"):
         train.main(["--data_root", "elsewhere"])
     monkeypatch.setattr(wiring, "feature_files", lambda *_, **__: [])
+    monkeypatch.setattr(demo, "NUM_ITEMS", 40)
+    monkeypatch.setattr(demo, "NUM_USERS", 30)
     catalog, _ = wiring.load_data(config.resolve({"data_root": "./data"})[0], torch.device("cpu"))
     assert catalog.name == "demo"
 

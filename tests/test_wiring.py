@@ -34,7 +34,7 @@ CHANGED = {
     "lru_r_max": 0.77,
     "seed": 9,
     "train_batch_size": 4,
-    "num_epochs": 3,
+    "num_epochs": 2,
     "precision": "bf16",
     "optimizer": "adam",
     "lr": 0.005,
@@ -46,7 +46,7 @@ CHANGED = {
     "mrl_loss": "sum",
     "num_negatives": 13,
     "early_stopping": False,
-    "early_stopping_patience": 4,
+    "early_stopping_patience": 11,
     "preset": "plus",
     "whiten_features": True,
     "item_embedding": True,
@@ -55,7 +55,7 @@ CHANGED = {
     "size_weights": "sqrt",
     "distill": 0.25,
     "small_dropout": 0.75,
-    "val_batch_size": 3,
+    "val_batch_size": 8,
     "test_batch_size": 6,
     "metric_ks": (2, 10),
     "best_metric": "MRR@10",
@@ -64,8 +64,14 @@ CHANGED = {
 }
 TRAINER_SETTINGS = ["num_epochs", "optimizer", "lr", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"]
 TRAINER_SETTINGS += ["precision", "num_negatives", "val_batch_size", "best_metric", "size_weights", "distill"]
-CHANGED_ELSEWHERE = {"device", "use_wandb", "test"}  # tested above
+CHANGED_ELSEWHERE = {"device", "use_wandb", "test"}  # tests/test_scripts.py
 CHANGED_ELSEWHERE |= {"model_code", "num_heads"}  # tests/test_baseline_runs.py
+# Changed in one run: what one of them is cannot be taken for what another is. The others are yes or no, or leave
+# nothing of another.
+TOGETHER = {name: value for name, value in CHANGED.items() if not isinstance(value, bool)}
+for name in ("dataset_code", "data_root", "preset"):
+    del TOGETHER[name]
+BASE = {"dataset_code": "tiny", "mrl_hidden_sizes": (2, 4), "num_epochs": 1, "lru_num_blocks": 1, "device": "cpu"}
 
 
 def consumed(flags, monkeypatch):
@@ -136,25 +142,44 @@ def test_the_table_of_changed_settings_is_complete():
     assert all(getattr(defaults, name) != value for name, value in CHANGED.items())
 
 
-@pytest.mark.parametrize("name", CHANGED)
-def test_a_setting_reaches_what_reads_it(workplace, monkeypatch, name):
-    base = {"dataset_code": "tiny", "mrl_hidden_sizes": (2, 4), "num_epochs": 1, "lru_num_blocks": 1, "device": "cpu"}
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What a run in which all of TOGETHER were changed consumed."""
+    folder = tmp_path_factory.mktemp("together")
+    write_prepared(folder / "data", "tiny", users=20, items=12, pictures=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return consumed(BASE | {"item_embedding": True} | TOGETHER, patch)
+
+
+def test_settings_that_are_changed_together_are_told_apart():
+    values = [str(value) for value in TOGETHER.values()]
+    assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_setting_reaches_what_reads_it(together, name):
+    value, found = TOGETHER[name], together["run" if name in ("runs_root", "run_name") else name]
+    if name == "lru_max_len":
+        assert found == {value}
+    elif name in ("seed", "metric_ks"):
+        assert found == (value, value)
+    elif name in ("runs_root", "run_name"):
+        assert value in str(found)
+    else:
+        assert found == value
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGED if name not in TOGETHER])
+def test_a_setting_alone_reaches_what_reads_it(workplace, monkeypatch, name):
     value = CHANGED[name]
     if name == "data_root":
         (workplace / "data").rename(workplace / "elsewhere")
-    if name == "item_embedding_dropout":
-        base |= {"item_embedding": True}
     if name == "dataset_code":
         write_prepared(workplace / "data", "other", users=8, items=12, pictures=True)
-    found = consumed(base | {name: value}, monkeypatch)
+    found = consumed(BASE | {name: value}, monkeypatch)
     if name == "data_root":
         assert found["dataset_code"] == "tiny"
-    elif name == "lru_max_len":
-        assert found[name] == {value}
-    elif name in ("seed", "metric_ks"):
-        assert found[name] == (value, value)
-    elif name in ("runs_root", "run_name"):
-        assert value in str(found["run"])
     elif name == "preset":
         plus = config.NAMED_PRESETS[value]
         assert {setting: found[setting] for setting in plus} == plus

@@ -168,7 +168,7 @@ def test_every_other_command_of_the_readme_runs(clone, export):
         "torchrun": " --language_encoder lexical --img_encoder pixel --encoder_batch_size 2",
         "python -m experiments.run": " --dry_run",
         "python -m experiments.run table3": " --dry_run --data_root elsewhere",
-        "python -m benchmarks.deploy": " --size 64 --users 50 --requests 5 --catalogue 2000",
+        "python -m benchmarks.deploy": " --size 32 --users 50 --requests 5 --catalogue 2000",
     }
     ci = (REPOSITORY / ".ci/run").read_text()
     for command in elsewhere:

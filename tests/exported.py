@@ -6,7 +6,8 @@ from config import Config
 from datasets.catalog import Catalog
 from model import FMRLRec
 from model.export import export_size
-from tests.made_up import made_up_catalog
+from model.serving.folder import Export, read_folder
+from tests.made_up import NEAR_1, made_up_catalog, random_model
 
 
 def write_export(
@@ -42,3 +43,12 @@ def write_export(
         overwrite=overwrite,
     )
     return folder
+
+
+def one_of_each_kind(folder: Path) -> dict[str, Export]:
+    """An export of one model in each kind of numbers: {"none": ..., "float16": ..., "int8": ...}."""
+    model = random_model((8, 16, 32), num_blocks=2, num_items=30, ring=NEAR_1)
+    return {
+        kind: read_folder(write_export(folder / kind, model, max_len=20, quantize=kind))
+        for kind in ("none", "float16", "int8")
+    }

@@ -1,43 +1,13 @@
-"""Small exports for tests: a random model of a made-up catalogue, written as model/export.py writes a trained one."""
+"""Small exports for tests, written as model/export.py writes a trained model."""
 
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from config import Config
-from datasets.catalog import Catalog, Sequences
+from datasets.catalog import Catalog
 from model import FMRLRec
 from model.export import export_size
-
-NEAR_1 = (0.9, 0.999)  # a ring of eigenvalues that forget slowly: every step of a history counts
-
-
-def random_model(
-    sizes: tuple[int, ...],
-    num_blocks: int = 2,
-    *,
-    num_items: int = 30,
-    features: np.ndarray | None = None,
-    use_bias: bool = True,
-    ring: tuple[float, float] = (0.3, 0.9),
-    seed: int = 0,
-) -> FMRLRec:
-    """A model without zeros or ones among its weights, not even where the mask hides them; eigenvalues on the ring."""
-    torch.manual_seed(seed)
-    features = None if features is None else torch.as_tensor(features)
-    model = FMRLRec(num_items, features, sizes, num_blocks, 0.5, 0.5, use_bias, *ring)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith(("nu_log", "theta_log")):
-                parameter.uniform_(-0.4, 0.4)
-    return model.eval()
-
-
-def made_up_catalog(num_items: int) -> Catalog:
-    """Items A1, A2, ... whose titles are Item 1, Item 2, ..."""
-    ids, records = [f"A{i}" for i in range(1, num_items + 1)], [{"title": f"Item {i}"} for i in range(1, num_items + 1)]
-    return Catalog("made-up", Sequences(np.array([1]), np.array([0, 1])), ids, records, None, Path("photos"), [])
+from model.serving.folder import Export, read_folder
+from tests.made_up import NEAR_1, made_up_catalog, random_model
 
 
 def write_export(
@@ -73,3 +43,12 @@ def write_export(
         overwrite=overwrite,
     )
     return folder
+
+
+def one_of_each_kind(folder: Path) -> dict[str, Export]:
+    """An export of one model in each kind of numbers: {"none": ..., "float16": ..., "int8": ...}."""
+    model = random_model((8, 16, 32), num_blocks=2, num_items=30, ring=NEAR_1)
+    return {
+        kind: read_folder(write_export(folder / kind, model, max_len=20, quantize=kind))
+        for kind in ("none", "float16", "int8")
+    }

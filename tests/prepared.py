@@ -1,4 +1,4 @@
-"""Small inputs on disk for tests: a prepared dataset, and a text encoder of a few hundred weights."""
+"""What tests have on disk: a prepared dataset, and a text encoder of a few hundred weights."""
 
 import gzip
 import json
@@ -14,6 +14,11 @@ from datasets.features import feature_files
 WORDS = ("red", "warm", "light", "tent", "lamp", "stove", "knife", "kettle", "gloves", "bottle")
 BRANDS = ("Alder", "Birch &amp; Co.", "Corvid")
 COLOURS = ((200, 40, 40), (40, 160, 60), (50, 80, 190), (230, 200, 60), (120, 60, 160))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def item_features(catalog: Catalog, **arguments: Any) -> np.ndarray | None:

@@ -18,7 +18,6 @@ from model import export
 from model.baselines.counting import ItemKNN, Popularity
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
-from tests.prepared import write_prepared
 from trainer import wiring
 from trainer.checkpoint import load_state
 from trainer.runs import read_config, read_log, unfinished
@@ -27,14 +26,6 @@ from trainer.trainer import Trainer
 TINY = "--dataset_code tiny --device cpu --lr 0.01 --warmup_steps 1 --train_batch_size 8 --lru_num_blocks 1"
 TRAINED = {"sasrec": SASRec, "lrurec": LRURec}
 COUNTED = {"popularity": Popularity, "itemknn": ItemKNN}
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """An empty folder to run in, with data/tiny prepared; its items have neither texts nor pictures that are read."""
-    monkeypatch.chdir(tmp_path)
-    write_prepared(tmp_path / "data", "tiny", users=20, items=12)
-    return tmp_path
 
 
 def run_train(model, flags=""):

@@ -1,10 +1,14 @@
 """The benchmarks measure the same method two ways."""
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 
 from benchmarks import pictures, prepare, scaling, speed
@@ -15,7 +19,23 @@ from model import FMRLRec, matryoshka_cross_entropy
 from tests.prepared import write_prepared, write_tiny_bert
 from trainer.metrics import target_ranks
 
+REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+
+
+def in_one_process(benchmark: ModuleType, monkeypatch) -> None:
+    """Make a benchmark call its main where it would start itself as a process: that process would import torch anew."""
+
+    def run(command, capture_output=False, **_):
+        assert command[:3] == [sys.executable, "-m", benchmark.__name__]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            benchmark.main(command[3:])
+        if not capture_output:
+            print(printed.getvalue())
+        return SimpleNamespace(stdout=printed.getvalue())
+
+    monkeypatch.setattr(benchmark, "subprocess", SimpleNamespace(run=run))
 
 
 def test_the_baseline_has_the_loss_gradients_and_ranks_of_the_model(tmp_path):
@@ -48,34 +68,28 @@ def test_the_baseline_has_the_loss_gradients_and_ranks_of_the_model(tmp_path):
             assert torch.equal(target_ranks(scores, batch.targets), found.double())
 
 
-def test_the_speed_benchmark_prints_every_case_with_its_ratio(capsys):
-    small = [
-        "--users",
-        "300",
-        "--items",
-        "50",
-        "--features",
-        "8",
-        "--sizes",
-        "2,4",
-        "--blocks",
-        "1",
-        "--batch",
-        "8",
-        "--runs",
-        "1",
-    ]
-    speed.main(small)
+@pytest.mark.parametrize("benchmark", [pictures, prepare, scaling, speed], ids=lambda module: module.__name__)
+def test_a_benchmark_is_a_command(benchmark):
+    command = [sys.executable, "-m", benchmark.__name__, "--help"]
+    assert "usage" in subprocess.check_output(command, cwd=REPOSITORY, text=True, timeout=60)
+
+
+def test_the_speed_benchmark_prints_every_case_with_its_ratio(monkeypatch, capsys):
+    in_one_process(speed, monkeypatch)
+    small = "--users 300 --items 50 --features 8 --sizes 2,4 --blocks 1 --batch 8 --runs 1"
+    speed.main(small.split())
     printed = capsys.readouterr().out
     for case in ("baseline", "fp32", "bf16", "one pass", "every slice alone"):
         assert sum(line.strip().startswith(case) and line.endswith(" x") for line in printed.splitlines()) >= 1
     assert printed.count("GB peak resident memory") == 3
 
 
-def test_the_scaling_benchmark_prints_a_row_for_every_number_and_ranks_the_largest_catalogue(capfd):
+def test_the_scaling_benchmark_prints_a_row_for_every_number_and_ranks_the_largest_catalogue(monkeypatch, capsys):
+    in_one_process(scaling, monkeypatch)
+    monkeypatch.setattr(scaling, "SIZES", (4, 8))
     small = "--items 30,60 --lengths 3,5 --batches 1,2 --features 4 --negatives 7 --runs 1"
     scaling.main(small.split())
-    printed = capfd.readouterr().out
+    printed = capsys.readouterr().out
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in printed.splitlines() if line.startswith("|")]
     rows = [row for row in cells if row[0].isdigit()]
     by_items = [["30", "7 drawn"], ["60", "7 drawn"], ["30", "all"], ["60", "all"]]
@@ -107,7 +121,7 @@ def test_the_features_benchmark_prints_rates_ratios_and_cosines(tmp_path):
     bert = write_tiny_bert(tmp_path / "bert")
     command = [sys.executable, "-m", "benchmarks.features", "--texts", metadata, "--language_encoder", bert]
     command += ["--img_model", "none", "--runs", "1"]
-    printed = subprocess.check_output(command, cwd=Path(__file__).parent.parent, text=True, timeout=120)
+    printed = subprocess.check_output(command, cwd=REPOSITORY, text=True, timeout=120)
     rates = r"^  {}  bare forward +[\d.]+/s   whole path +[\d.]+/s   [\d.]+%$"
     assert all(re.search(rates.format(precision), printed, flags=re.MULTILINE) for precision in ("fp32", "bf16"))
     assert "cosine of fp32 and bf16: least 0.9" in printed

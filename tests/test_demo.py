@@ -15,7 +15,7 @@ from config import InputError
 from datasets import demo
 from datasets.catalog import Catalog, load_catalog
 from datasets.text import item_text
-from tests.prepared import write_prepared
+from tests.prepared import contents, write_prepared
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -38,10 +38,6 @@ def small(monkeypatch) -> None:
     """A demo of 40 items and 30 users, for tests that make it more than once."""
     monkeypatch.setattr(demo, "NUM_ITEMS", 40)
     monkeypatch.setattr(demo, "NUM_USERS", 30)
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 # ------------------------------------------------------------------------------------------------------------- the shop

@@ -17,8 +17,6 @@ from datasets import encoders
 from datasets.encoders import image_encoder, image_fingerprint, language_encoder, language_fingerprint
 from tests.prepared import put_in_hub_cache, write_tiny_bert
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which the tests do
-
 REPOSITORY = Path(__file__).parent.parent
 MEAN = {"word_embedding_dimension": 16, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
 FIRST = {"word_embedding_dimension": 16, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
@@ -324,16 +322,6 @@ def test_an_encoder_whose_unused_pooler_has_no_weights_is_fine(first_bert, tmp_p
 
 
 # ------------------------------------------------------------------------------ Hugging Face texts from the hub's cache
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """An empty cache of the Hugging Face hub, without network."""
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
 
 
 @pytest.mark.parametrize("name", ["org/tiny", "org/tiny@main", f"org/tiny@{'a' * 40}"])

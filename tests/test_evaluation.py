@@ -12,8 +12,8 @@ import torch
 from config import InputError
 from dataloader import eval_batches, eval_rows
 from datasets import ranks
-from datasets.catalog import Sequences
 from model import FMRLRec, slice_model
+from tests.made_up import as_sequences, with_random_weights
 from trainer import evaluation
 from trainer.evaluation import candidates, check_slice, evaluate, rank_targets, rank_targets_alone
 from trainer.metrics import target_ranks
@@ -26,12 +26,7 @@ CPU = torch.device("cpu")
 def random_model(branch="both", seed=0):
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
-    model = FMRLRec(NUM_ITEMS, features, SIZES, r_min=0.3, r_max=0.9)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith(("nu_log", "theta_log")):
-                parameter.uniform_(-0.5, 0.5)
-    return model
+    return with_random_weights(FMRLRec(NUM_ITEMS, features, SIZES, r_min=0.3, r_max=0.9), 0.5)
 
 
 def random_sequences(seed=0, num_users=25):
@@ -41,8 +36,7 @@ def random_sequences(seed=0, num_users=25):
 
 
 def rows_of(sequences, part="test", max_len=MAX_LEN):
-    offsets = np.cumsum([0, *map(len, sequences)])
-    return eval_rows(Sequences(np.concatenate(sequences).astype(np.int64), offsets), max_len, part)
+    return eval_rows(as_sequences(sequences), max_len, part)
 
 
 def metrics_of(model, rows, batch_size=4, mask_history=False):

@@ -18,6 +18,7 @@ from model.serving import folder as export
 from model.serving.folder import pack_items, pack_weights, read_folder, write_folder
 from model.serving.items import Items, make_items
 from model.serving.weights import expected_shapes
+from tests.prepared import contents
 
 REPOSITORY = Path(__file__).parent.parent
 SIZES, FEATURES, IDS = (2, 5), 3, ["A1", "B2", "C3"]
@@ -66,10 +67,6 @@ def altered_config(folder, **changes):
     config = {name: value for name, value in config.items() if name != "sha256" and value is not ...}
     config["sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(config), encoding="utf-8")
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def names(folder):

@@ -9,7 +9,7 @@ import torch
 from model import slice_model
 from model.serving.quantize import dequantize, quantize
 from model.serving.weights import expected_shapes, float_weight, model_from, serving_weights
-from tests.exported import random_model
+from tests.made_up import random_model
 
 # ------------------------------------------------------------------------------------------------------- eight bits
 

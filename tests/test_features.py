@@ -28,8 +28,6 @@ from tests.prepared import (
     write_tiny_bert,
 )
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which the tests do
-
 REPOSITORY = Path(__file__).parent.parent
 ATTRIBUTES = ("title", "brand")
 PICTURES = {"language": None, "image": "pixel"}  # arguments of item_features for pictures alone
@@ -80,16 +78,6 @@ class Shop:
 @pytest.fixture
 def shop(tmp_path) -> Shop:
     return Shop(tmp_path / "cache")
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """An empty cache of the Hugging Face hub, without network."""
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
 
 
 def sidecar_of(path: Path) -> dict:

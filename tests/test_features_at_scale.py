@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +24,10 @@ from datasets.features import feature_files
 from datasets.text import item_text
 from tests.prepared import item_features, write_prepared, write_tiny_bert
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which the tests do
-
 REPOSITORY = Path(__file__).parent.parent
 MEAN = {"pooling_mode_mean_tokens": True}
 BATCHES = 10  # of the 20 items below, two each
+BEGUN = 6  # of them, before a kill
 RUN = """
 import sys
 from pathlib import Path
@@ -62,14 +62,40 @@ print(f"features {[part.shape for part in parts]}\\n", end="", flush=True)  # in
 """
 
 
-@pytest.fixture
-def data_root(tmp_path) -> Path:
+def write_data(root: Path) -> Path:
     """Twenty items, two of whose pictures cannot be read."""
-    folder = write_prepared(tmp_path / "data", items=20, pictures=True)
+    folder = write_prepared(root / "data", items=20, pictures=True)
     photos = sorted((folder.parent / "photos/tiny").iterdir())
     photos[0].write_text("<html>404</html>")
     photos[19].unlink()
     return folder.parent
+
+
+@pytest.fixture
+def data_root(tmp_path) -> Path:
+    return write_data(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def begun_once(tmp_path_factory) -> Path:
+    """The cache of texts of which a process encoded six batches before it was killed."""
+    root = tmp_path_factory.mktemp("begun")
+    assert run(write_data(root), root / "cache", "lexical", until=BEGUN).returncode == -signal.SIGKILL
+    return root / "cache"
+
+
+@pytest.fixture
+def begun(begun_once, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(begun_once, tmp_path / "begun"))
+
+
+@pytest.fixture
+def whole(data_root, tmp_path) -> dict[str, bytes]:
+    """The arrays of an undisturbed process, this one."""
+    arguments = {"language": "lexical", "image": None, "attributes": ("title", "brand"), "say": lambda line: None}
+    item_features(catalog_of(data_root), **arguments, batch_size=2, cache_root=tmp_path / "whole")
+    return arrays(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -134,9 +160,8 @@ def test_why_pictures_are_broken_outlasts_a_kill(data_root, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["batch size", "rows", "mark", "plan", "cut"])
-def test_a_partial_file_is_believed_only_where_it_is_of_these_batches(data_root, tmp_path, monkeypatch, change):
-    run(data_root, tmp_path / "cache", "lexical", until=6)
-    [partial], [done] = tmp_path.glob("cache/tiny/*.partial.npy"), tmp_path.glob("cache/tiny/*.done.npy")
+def test_a_partial_file_is_believed_only_where_it_is_of_these_batches(data_root, begun, tmp_path, monkeypatch, change):
+    [partial], [done] = begun.glob("tiny/*.partial.npy"), begun.glob("tiny/*.done.npy")
     if change == "rows":  # of an unfinished batch, and as a power loss may leave them of a finished one
         np.lib.format.open_memmap(partial, "r+")[:] *= 0
     elif change == "mark":
@@ -149,7 +174,7 @@ def test_a_partial_file_is_believed_only_where_it_is_of_these_batches(data_root,
     monkeypatch.setattr(LexicalEncoder, "forward", lambda self, read: batches.append(read) or forward(self, read))
     arguments = {"language": "lexical", "image": None, "attributes": ("title", "brand"), "say": lambda line: None}
     size = 3 if change == "batch size" else 2
-    rows = item_features(catalog_of(data_root), **arguments, batch_size=size, cache_root=tmp_path / "cache")
+    rows = item_features(catalog_of(data_root), **arguments, batch_size=size, cache_root=begun)
     assert len(batches) == {"batch size": 7, "mark": 5}.get(change, 10)
     np.testing.assert_array_equal(rows, item_features(catalog_of(data_root), **arguments, cache_root=tmp_path / "new"))
 
@@ -230,29 +255,25 @@ def test_half_precision_turns_no_unit_vector_beyond_a_cosine_of_9999999(width):
 
 
 def test_two_ranks_make_the_bytes_that_one_process_makes_each_a_share(data_root, bert, tmp_path):
-    for language in ("lexical", bert):
-        one = run(data_root, tmp_path / "one", language, "pixel")
-        two = run(data_root, tmp_path / "two", language, "pixel", ranks=2)
-        assert two.returncode == one.returncode == 0, two.stderr
-        assert two.stdout.count("features [(20, ") == 2
-        assert two.stdout.count("2 of 20 items have no readable picture") == 1  # said by the first rank alone
+    one = run(data_root, tmp_path / "one", bert, "pixel")
+    two = run(data_root, tmp_path / "two", bert, "pixel", ranks=2)
+    assert two.returncode == one.returncode == 0, two.stderr
+    assert two.stdout.count("features [(20, ") == 2
+    assert two.stdout.count("2 of 20 items have no readable picture") == 1  # said by the first rank alone
     assert arrays(tmp_path / "two") == arrays(tmp_path / "one")
-    assert len(arrays(tmp_path / "one")) == 3
+    assert len(arrays(tmp_path / "one")) == 2
 
 
-def test_what_one_process_began_two_ranks_finish(data_root, tmp_path):
-    run(data_root, tmp_path / "one", "lexical")
-    run(data_root, tmp_path / "cut", "lexical", until=3)
-    two = run(data_root, tmp_path / "cut", "lexical", ranks=2)
-    assert encoded(two) == BATCHES - 3
-    assert arrays(tmp_path / "cut") == arrays(tmp_path / "one")
+def test_what_one_process_began_two_ranks_finish(data_root, begun, whole):
+    two = run(data_root, begun, "lexical", ranks=2)
+    assert encoded(two) == BATCHES - BEGUN
+    assert arrays(begun) == whole
 
 
-def test_what_two_ranks_began_one_process_finishes(data_root, tmp_path):
-    run(data_root, tmp_path / "one", "lexical")
+def test_what_two_ranks_began_one_process_finishes(data_root, whole, tmp_path):
     assert run(data_root, tmp_path / "cut", "lexical", until=3, ranks=2).returncode != 0
     assert 4 <= encoded(run(data_root, tmp_path / "cut", "lexical")) < BATCHES  # torchrun ends the other rank too
-    assert arrays(tmp_path / "cut") == arrays(tmp_path / "one")
+    assert arrays(tmp_path / "cut") == whole
 
 
 def test_what_is_wrong_is_said_on_every_rank_rather_than_waited_for(data_root, tmp_path):

@@ -21,7 +21,6 @@ from benchmarks.picture_server import (
     in_turn,
     ranges,
     redirect,
-    serving,
     stalled,
     status,
 )
@@ -31,14 +30,6 @@ from datasets.web import Fetcher, FetchError, Patience, _retry_after, redirected
 
 REPOSITORY = Path(__file__).parent.parent
 QUICK = Patience(connect=1, read=0.3, attempt=0.6, tries=3, backoff=0.01, longest=0.3)
-
-
-@pytest.fixture
-def web(monkeypatch):
-    """A server whose pages a test sets."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving({}) as server:
-        yield server
 
 
 def get(web, page, max_bytes: int = 10**6) -> bytes:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
-from datasets.catalog import Sequences
 from model import FMRLRec, matryoshka_cross_entropy
+from tests.made_up import as_sequences, with_random_weights
 
 MAX_LEN = 50
 SIZES = (3, 5, 12)
@@ -116,21 +116,12 @@ def random_sequences(seed=0):
     return [random.integers(1, NUM_ITEMS + 1, size=n + 2).tolist() for n in (9, 50, 1, 51, 49, 2, 78, 52)]
 
 
-def as_sequences(lists):
-    offsets = np.cumsum([0, *map(len, lists)])
-    return Sequences(np.concatenate(lists).astype(np.int64), offsets)
-
-
 def random_model(branch, num_blocks=2, use_bias=True, p=0.0, dtype=torch.float64, seed=0):
     """(model without zeros or ones among its weights, its features); the recurrence remembers for long."""
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, TEXT_WIDTH + IMAGE_WIDTH, dtype=dtype) if branch == "both" else None
     model = FMRLRec(NUM_ITEMS, features, SIZES, num_blocks, p, p, use_bias, r_min=0.5, r_max=0.98).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith(("nu_log", "theta_log")):
-                parameter.uniform_(-0.7, 0.7)
-    return model, features
+    return with_random_weights(model, 0.7), features
 
 
 def weights_of(model):

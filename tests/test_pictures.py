@@ -22,7 +22,6 @@ from benchmarks.picture_server import (
     in_turn,
     picture,
     redirect,
-    serving,
     stalled,
     status,
 )
@@ -37,14 +36,6 @@ from tests.prepared import write_item2img, write_prepared
 REPOSITORY = Path(__file__).parent.parent
 QUICK = Patience(connect=1, read=0.3, attempt=0.6, tries=2, backoff=0.01, longest=0.1)
 JPEG, PNG = picture("JPEG"), picture("PNG")
-
-
-@pytest.fixture
-def web(monkeypatch):
-    """A server whose pages a test sets."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving({}) as server:
-        yield server
 
 
 @pytest.fixture

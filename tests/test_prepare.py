@@ -17,7 +17,7 @@ from datasets import prepare as command
 from datasets.catalog import load_catalog
 from datasets.files import read_json
 from datasets.prepare import main
-from tests.prepared import item_features
+from tests.prepared import contents, item_features
 from tests.raw import reviews_of, write_raw
 
 REPO = Path(__file__).parent.parent
@@ -48,10 +48,6 @@ def refusal(raw: Path, *flags: str, dataset: str = "beauty") -> str:
     with pytest.raises(InputError) as raised:
         prepare(raw, *flags, dataset=dataset)
     return str(raised.value)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 # ------------------------------------------------------------------------------------------------------- what is made

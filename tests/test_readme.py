@@ -6,21 +6,24 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from config import Config
 from dataloader import eval_rows
+from datasets import encoders, features
 from datasets.catalog import load_catalog
-from experiments import report
 from tests.prepared import draw_picture, write_prepared
 from tests.raw import reviews_of, write_raw
 from trainer.metrics import ranking_metrics, target_ranks
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+REPORT = "python -m experiments.report"
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONPATH": str(REPOSITORY),  # for python -m: the rooms of the clone
@@ -34,11 +37,11 @@ def commands():
     return [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
 
 
-def shell(command, cwd):
+def shell(command, cwd, **environment):
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=cwd,
-        env=ENVIRONMENT | {"HOME": str(cwd)},
+        env=ENVIRONMENT | {"HOME": str(cwd)} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -47,8 +50,19 @@ def shell(command, cwd):
     return done.stdout
 
 
+def side_by_side(lanes, cwd):
+    """Run lists of commands, each list in its order, two lists at a time on a core each."""
+
+    def run(lane):
+        for command in lane:
+            shell(command, cwd, OMP_NUM_THREADS="1")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, lanes))
+
+
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory):
+def clone(tmp_path_factory):
     """A folder that looks like a fresh clone, in which the demo was trained by the README's command."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("train.py", "eval.py"):
@@ -74,46 +88,47 @@ def write_raw_files(folder):
             draw_picture(photos / f"B{i}.png", (40 * i, 90, 90))
 
 
-def newest_metrics(workplace, dataset="demo", name="test_mrl_metrics.json"):
-    newest = max((workplace / "experiments/runs" / dataset).iterdir())
-    return {int(size): metrics for size, metrics in json.loads((newest / name).read_text()).items()}
+def metrics_below(runs):
+    """size -> metrics of the one run there."""
+    (file,) = runs.glob("*/test_mrl_metrics.json")
+    return {int(size): metrics for size, metrics in json.loads(file.read_text()).items()}
 
 
 @pytest.fixture(scope="session")
-def demo_metrics(workplace):
-    return newest_metrics(workplace)
+def demo_metrics(clone):
+    return metrics_below(clone / "experiments/runs/demo")
 
 
-def test_the_first_command_prints_every_sizes_metrics_and_draws_the_curve(workplace, demo_metrics):
-    printed = (workplace / "first_output.txt").read_text()
+def test_the_first_command_prints_every_sizes_metrics_and_draws_the_curve(clone, demo_metrics):
+    printed = (clone / "first_output.txt").read_text()
     for size, metrics in demo_metrics.items():
         assert re.search(rf"^ +{size} .*{metrics['NDCG@10']:.4f}", printed, re.MULTILINE)
-    (run,) = (workplace / "experiments/runs/demo").iterdir()
+    (run,) = (clone / "experiments/runs/demo").iterdir()
     assert (run / "test_mrl_metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="session")
-def export(workplace):
+def export(clone):
     """The README's export, made of the first run."""
     (command,) = [
         command for command in commands() if command.startswith("python -m model.export") and "--size 64" in command
     ]
-    shell(command, workplace)
-    return workplace / "exports/demo-64"
+    shell(command, clone)
+    return clone / "exports/demo-64"
 
 
-def test_the_readmes_python_serves_the_export(workplace, export):
+def test_the_readmes_python_serves_the_export(clone, export):
     (program,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    (workplace / "serve.py").write_text(f"{program}\nimport sys\nprint(len(recommender), 'torch' in sys.modules)\n")
-    lines = shell("python serve.py", workplace).splitlines()
+    (clone / "serve.py").write_text(f"{program}\nimport sys\nprint(len(recommender), 'torch' in sys.modules)\n")
+    lines = shell("python serve.py", clone).splitlines()
     assert len(lines) == 3  # two answers, and what was added
     assert lines[0].count("'") + lines[0].count('"') >= 6  # three titles
     assert lines[-1] == "801 False"  # the demo's encoders need no torch either
 
 
-def popularity_ndcg(workplace):
+def popularity_ndcg(clone):
     """NDCG@10 of ranking every user's test item by how often items were in training."""
-    catalog = load_catalog(workplace / "data", "demo")
+    catalog = load_catalog(clone / "data", "demo")
     rows = eval_rows(catalog.sequences, 50, "test")
     trained = np.concatenate([catalog.sequences.of(u)[:-2] for u in range(len(catalog.sequences))])
     counts = np.bincount(trained, minlength=catalog.num_items + 1).astype(np.float32)
@@ -122,8 +137,8 @@ def popularity_ndcg(workplace):
     return ranking_metrics(target_ranks(scores, torch.from_numpy(rows.targets)), (10,))["NDCG@10"]
 
 
-def test_the_demos_largest_model_beats_popularity_threefold(workplace, demo_metrics):
-    assert demo_metrics[256]["NDCG@10"] > 3 * popularity_ndcg(workplace)
+def test_the_demos_largest_model_beats_popularity_threefold(clone, demo_metrics):
+    assert demo_metrics[256]["NDCG@10"] > 3 * popularity_ndcg(clone)
 
 
 def test_on_the_demo_larger_sizes_beat_smaller_ones(demo_metrics):
@@ -131,15 +146,16 @@ def test_on_the_demo_larger_sizes_beat_smaller_ones(demo_metrics):
     assert values == sorted(values) and values[-1] > 1.2 * values[0]
 
 
-def test_on_the_demo_text_and_pictures_beat_text_beats_pictures_beats_popularity(workplace, demo_metrics):
-    ndcg = {"both": demo_metrics[256]["NDCG@10"], "popularity": popularity_ndcg(workplace)}
-    for branch, flag in (("text", "--no-use_img_encoder"), ("pictures", "--no-use_language_encoder")):
-        shell(f"python train.py {flag} --mrl_hidden_sizes 64,256 --lru_num_blocks 1 --num_epochs 8", workplace)
-        ndcg[branch] = newest_metrics(workplace)[256]["NDCG@10"]
+def test_on_the_demo_text_and_pictures_beat_text_beats_pictures_beats_popularity(clone, demo_metrics):
+    flags = {"text": "--no-use_img_encoder", "pictures": "--no-use_language_encoder"}
+    shorter = "--mrl_hidden_sizes 64 --lru_num_blocks 1 --num_epochs 8"
+    side_by_side([[f"python train.py {flags[name]} {shorter} --runs_root {name}"] for name in flags], clone)
+    ndcg = {name: metrics_below(clone / name / "demo")[64]["NDCG@10"] for name in flags}
+    ndcg |= {"both": demo_metrics[64]["NDCG@10"], "popularity": popularity_ndcg(clone)}
     assert ndcg["both"] > 1.05 * ndcg["text"] > 1.05**2 * ndcg["pictures"] > 1.05**3 * ndcg["popularity"]
 
 
-def test_every_other_command_of_the_readme_runs(workplace, export):
+def test_every_other_command_of_the_readme_runs(clone, export):
     elsewhere = {  # what .ci/run and other tests run
         "pip install -r requirements.txt && python train.py",
         "pip install -r requirements-dev.txt && python -m pytest",
@@ -151,29 +167,76 @@ def test_every_other_command_of_the_readme_runs(workplace, export):
         "python -m datasets.prepare": " --language_encoder lexical --img_encoder pixel",
         "torchrun": " --language_encoder lexical --img_encoder pixel --encoder_batch_size 2",
         "python -m experiments.run": " --dry_run",
-        "python -m experiments.report": " --out RESULTS.md --media media",
-        "python -m benchmarks.deploy": " --users 50 --requests 5 --catalogue 2000",
+        "python -m experiments.run table3": " --dry_run --data_root elsewhere",
+        "python -m benchmarks.deploy": " --size 32 --users 50 --requests 5 --catalogue 2000",
     }
     ci = (REPOSITORY / ".ci/run").read_text()
     for command in elsewhere:
         for part in command.split(" && "):
             assert part.replace("pip install", "pip install -q") in ci
-    run = 0
+    trainings, others, on_data = [], [], []
     for command in commands():
-        if command in elsewhere or command.startswith("CUDA_VISIBLE_DEVICES"):  # tests/test_scripts.py
+        if command in (*elsewhere, REPORT) or command.startswith("CUDA_VISIBLE_DEVICES"):
             continue
         assert shlex.split(command)[0] in ("python", "torchrun"), command
         if export.name in command and command.startswith("python -m model.export"):
             continue
         trained = "--help" not in command and "--resume" not in command
         start = max((start for start in shorter if command.startswith(start)), key=len, default="")
-        shell(command + shorter.get(start, "") * trained, workplace)
-        run += 1
-    assert run >= 5
+        command += shorter.get(start, "") * trained
+        if "train.py" in command:
+            trainings.append([command])
+        elif "datasets.prepare" in command or "experiments." in command:
+            on_data.append(command)
+        else:
+            others.append(command)
+    assert len(trainings) >= 5 and len(others) >= 5 and len(on_data) >= 5
+    side_by_side([on_data, others], clone)  # others first: they read the newest run, which is that of the first command
+    side_by_side(trainings, clone)
+
+
+def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
+    """With its data in place: a tiny Beauty, and features of its encoders that were cached where they could be had."""
+    train_command, eval_command = [command for command in commands() if command.startswith("CUDA_VISIBLE_DEVICES")]
+    assert train_command == (
+        "CUDA_VISIBLE_DEVICES=0 python train.py --dataset_code=beauty --lru_dropout=0.6 --lru_attn_dropout=0.6 "
+        '--lru_r_min=0.0 --lru_r_max=0.1 --mrl_hidden_sizes="8,16,32,64,128,256,512,1024"'
+    )
+    assert eval_command == (
+        "CUDA_VISIBLE_DEVICES=0 python eval.py --dataset_code=beauty --lru_dropout=0.6 --lru_attn_dropout=0.6 "
+        "--lru_r_min=0.0 --lru_r_max=0.1"
+    )
+    for name in ("train.py", "eval.py"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    write_prepared(tmp_path / "data", "beauty", users=4, items=8, pictures=True)
+    catalog = load_catalog(tmp_path / "data", "beauty")
+
+    class Cached(encoders.Encoder):
+        dim, fingerprint = 1024, {}
+
+        def prepare(self, batch):
+            return encoders.normalised(np.random.default_rng(0).normal(size=(len(list(batch)), 1024)))
+
+    monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: Cached())
+    monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: Cached())
+    defaults = Config()
+    features.feature_files(
+        catalog,
+        language=defaults.language_encoder,
+        image=defaults.img_encoder,
+        attributes=defaults.item_attributes,
+        cache_root=tmp_path / "data" / "features",
+    )
+    for command in (train_command, eval_command):
+        shell(command, tmp_path)
+    (run,) = (tmp_path / "experiments/runs/beauty").iterdir()
+    metrics = json.loads((run / "test_mrl_metrics.json").read_text())
+    assert list(metrics) == ["8", "16", "32", "64", "128", "256", "512", "1024"]
 
 
 def test_the_results_shown_are_rows_of_the_report_which_is_made_from_the_kept_files(tmp_path):
-    report.main(["--out", str(tmp_path / "RESULTS.md"), "--media", str(tmp_path / "media")])
+    assert REPORT in commands()
+    shell(f"{REPORT} --out RESULTS.md --media media", tmp_path)
     for picture in (tmp_path / "media").iterdir():
         assert (REPOSITORY / "media" / picture.name).exists(), picture.name
     made = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")

@@ -1,24 +1,20 @@
 """train.py and eval.py as a user runs them, on a tiny prepared dataset."""
 
-import dataclasses
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import config
 import eval as eval_script
 import train
-from config import Config, InputError
-from datasets import encoders, features
-from datasets.catalog import load_catalog
+from config import InputError
+from datasets import demo
 from tests.prepared import write_prepared
 from trainer import evaluation, wiring
 
@@ -27,14 +23,6 @@ TINY = (
     "--dataset_code tiny --language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 2,4,8 --num_epochs 2 "
     "--lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu"
 )
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """An empty folder to run in, with data/tiny prepared."""
-    monkeypatch.chdir(tmp_path)
-    write_prepared(tmp_path / "data", "tiny", users=20, items=12, pictures=True)
-    return tmp_path
 
 
 def run_train(flags=""):
@@ -111,8 +99,8 @@ def test_every_slice_tested_alone_has_the_metrics_of_the_one_pass(workplace, mon
 @pytest.mark.parametrize("branch", ["", "--no-use_language_encoder"], ids=["text", "id"])
 def test_a_run_trains_on_a_sample_of_the_items(workplace, branch):
     run = run_train(
-        f"{branch} --num_negatives 5 --num_epochs 40 --train_batch_size 4 --lru_dropout 0 --lru_attn_dropout 0 "
-        "--no-early_stopping"
+        f"{branch} --num_negatives 5 --num_epochs 15 --train_batch_size 4 --lru_dropout 0 --lru_attn_dropout 0 "
+        "--lr 0.03 --no-early_stopping"
     )
     assert json.loads((run / "config.json").read_text())["settings"]["num_negatives"] == 5
     losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
@@ -191,6 +179,8 @@ def test_the_demo_is_found_below_its_own_data_root_alone(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*built in: leave --data_root out"):
         train.main(["--data_root", "elsewhere"])
     monkeypatch.setattr(wiring, "feature_files", lambda *_, **__: [])
+    monkeypatch.setattr(demo, "NUM_ITEMS", 40)
+    monkeypatch.setattr(demo, "NUM_USERS", 30)
     catalog, _ = wiring.load_data(config.resolve({"data_root": "./data"})[0], torch.device("cpu"))
     assert catalog.name == "demo"
 
@@ -397,209 +387,3 @@ def test_an_input_error_is_one_line_without_traceback(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: dataset 'nowhere' is not at data/nowhere") and "Traceback" not in done.stderr
-
-
-# ----------------------------------------------------------------------------------------- every setting has a reader
-
-CHANGED = {
-    "dataset_code": "other",
-    "data_root": "elsewhere",
-    "use_language_encoder": False,
-    "language_encoder": "some-encoder",
-    "item_attributes": ("brand",),
-    "use_img_encoder": False,
-    "img_encoder": "some/encoder",
-    "encoder_precision": "fp32",
-    "encoder_batch_size": 5,
-    "encoder_workers": 1,
-    "mrl_hidden_sizes": (4, 8),
-    "lru_max_len": 7,
-    "first_item_label": False,
-    "lru_num_blocks": 3,
-    "lru_dropout": 0.11,
-    "lru_attn_dropout": 0.22,
-    "lru_use_bias": False,
-    "lru_r_min": 0.03,
-    "lru_r_max": 0.77,
-    "seed": 9,
-    "train_batch_size": 4,
-    "num_epochs": 3,
-    "precision": "bf16",
-    "optimizer": "adam",
-    "lr": 0.005,
-    "weight_decay": 0.3,
-    "adam_epsilon": 1e-6,
-    "max_grad_norm": 1.5,
-    "enable_lr_schedule": False,
-    "warmup_steps": 17,
-    "mrl_loss": "sum",
-    "num_negatives": 13,
-    "early_stopping": False,
-    "early_stopping_patience": 4,
-    "preset": "plus",
-    "whiten_features": True,
-    "item_embedding": True,
-    "item_embedding_width": 2,
-    "item_embedding_dropout": 0.4,
-    "logit_scale": True,
-    "size_weights": "sqrt",
-    "distill": 0.25,
-    "small_dropout": 0.75,
-    "val_batch_size": 3,
-    "test_batch_size": 6,
-    "metric_ks": (2, 10),
-    "best_metric": "MRR@10",
-    "runs_root": "my/runs",
-    "run_name": "named",
-}
-TRAINER_SETTINGS = ["num_epochs", "optimizer", "lr", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"]
-TRAINER_SETTINGS += ["precision", "num_negatives", "val_batch_size", "best_metric", "size_weights", "distill"]
-CHANGED_ELSEWHERE = {"device", "use_wandb", "test"}  # tested above
-CHANGED_ELSEWHERE |= {"model_code", "num_heads"}  # tests/test_baseline_runs.py
-
-
-def consumed(flags, monkeypatch):
-    """Run train.py and record what the rooms are given, without encoders to load."""
-    seen = {}
-
-    def spy(name):
-        true = getattr(wiring, name)
-
-        def recorded(*arguments, **named):
-            seen.setdefault(name, []).append((arguments, named))
-            return true(*arguments, **named)
-
-        monkeypatch.setattr(wiring, name, recorded)
-
-    stub = type("Stub", (encoders.LexicalEncoder,), {"dim": 1024})()
-    monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: stub)
-    monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: encoders.PixelEncoder())
-    monkeypatch.setattr(encoders, "hub_commit", lambda name: None)
-    for name in (
-        "feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "Trainer", "test_every_size",
-    ):  # fmt: skip
-        spy(name)
-    seeds = []
-    true_seed = torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or true_seed(seed))
-    run = train.main([f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in flags.items()])
-    settings = seen["Trainer"][0][1]
-    given = seen["feature_files"][0]
-    rec, loader, test = seen["FMRLRec"][0], seen["TrainLoader"][0], seen["test_every_size"][0]
-    return {
-        "dataset_code": given[0][0].name,
-        "use_language_encoder": given[1]["language"] is not None,
-        "language_encoder": given[1]["language"],
-        "item_attributes": given[1]["attributes"],
-        "use_img_encoder": given[1]["image"] is not None,
-        "img_encoder": given[1]["image"],
-        "encoder_precision": given[1]["precision"],
-        "encoder_batch_size": given[1]["batch_size"],
-        "encoder_workers": given[1]["workers"],
-        "mrl_hidden_sizes": rec[0][2],
-        "first_item_label": seen["train_rows"][0][0][2],
-        "lru_max_len": {c[0][1] for name in ("train_rows", "eval_rows") for c in seen[name]},
-        "lru_num_blocks": rec[1]["num_blocks"],
-        "lru_dropout": rec[1]["dropout"],
-        "lru_attn_dropout": rec[1]["attn_dropout"],
-        "lru_use_bias": rec[1]["use_bias"],
-        "lru_r_min": rec[1]["r_min"],
-        "lru_r_max": rec[1]["r_max"],
-        "whiten_features": rec[1]["whitening"] is not None,
-        "item_embedding": rec[1]["item_embedding"] > 0,
-        "item_embedding_width": rec[1]["item_embedding"],
-        **{name: rec[1][name] for name in ("item_embedding_dropout", "logit_scale", "small_dropout")},
-        "seed": (loader[0][2], seeds[0]),
-        "train_batch_size": loader[0][1],
-        "early_stopping": settings["patience"] is not None,
-        "early_stopping_patience": settings["patience"],
-        "enable_lr_schedule": settings["schedule"],
-        "mrl_loss": settings["reduction"],
-        "test_batch_size": test[1]["batch_size"],
-        "metric_ks": (settings["metric_ks"], test[1]["ks"]),
-        "run": run,
-        **{name: settings[name] for name in TRAINER_SETTINGS},
-    }
-
-
-def test_the_table_of_changed_settings_is_complete():
-    assert set(CHANGED) | CHANGED_ELSEWHERE == {f.name for f in dataclasses.fields(Config)}
-    defaults = Config()
-    assert all(getattr(defaults, name) != value for name, value in CHANGED.items())
-
-
-@pytest.mark.parametrize("name", CHANGED)
-def test_a_setting_reaches_what_reads_it(workplace, monkeypatch, name):
-    base = {"dataset_code": "tiny", "mrl_hidden_sizes": (2, 4), "num_epochs": 1, "lru_num_blocks": 1, "device": "cpu"}
-    value = CHANGED[name]
-    if name == "data_root":
-        (workplace / "data").rename(workplace / "elsewhere")
-    if name in ("item_embedding_width", "item_embedding_dropout"):
-        base |= {"item_embedding": True}
-    if name == "dataset_code":
-        write_prepared(workplace / "data", "other", users=8, items=12, pictures=True)
-    found = consumed(base | {name: value}, monkeypatch)
-    if name == "data_root":
-        assert found["dataset_code"] == "tiny"
-    elif name == "lru_max_len":
-        assert found[name] == {value}
-    elif name in ("seed", "metric_ks"):
-        assert found[name] == (value, value)
-    elif name in ("runs_root", "run_name"):
-        assert value in str(found["run"])
-    elif name == "preset":
-        plus = config.NAMED_PRESETS[value]
-        assert {setting: found[setting] for setting in plus} == plus
-    else:
-        assert found[name] == value
-
-
-# ------------------------------------------------------------------------------------------- the paper's two commands
-
-
-def paper_commands():
-    readme = (REPOSITORY / "README.md").read_text()
-    return re.findall(r"^CUDA_VISIBLE_DEVICES=0 python .*$", readme, re.MULTILINE)
-
-
-def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
-    """With its data in place: a tiny Beauty, and features of its encoders that were cached where they could be had."""
-    train_command, eval_command = paper_commands()
-    assert train_command == (
-        "CUDA_VISIBLE_DEVICES=0 python train.py --dataset_code=beauty --lru_dropout=0.6 --lru_attn_dropout=0.6 "
-        '--lru_r_min=0.0 --lru_r_max=0.1 --mrl_hidden_sizes="8,16,32,64,128,256,512,1024"'
-    )
-    assert eval_command == (
-        "CUDA_VISIBLE_DEVICES=0 python eval.py --dataset_code=beauty --lru_dropout=0.6 --lru_attn_dropout=0.6 "
-        "--lru_r_min=0.0 --lru_r_max=0.1"
-    )
-    for name in ("train.py", "eval.py"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    write_prepared(tmp_path / "data", "beauty", users=4, items=8, pictures=True)
-    catalog = load_catalog(tmp_path / "data", "beauty")
-
-    class Cached(encoders.Encoder):
-        dim, fingerprint = 1024, {}
-
-        def prepare(self, batch):
-            return encoders.normalised(np.random.default_rng(0).normal(size=(len(list(batch)), 1024)))
-
-    monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: Cached())
-    monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: Cached())
-    defaults = config.Config()
-    features.feature_files(
-        catalog,
-        language=defaults.language_encoder,
-        image=defaults.img_encoder,
-        attributes=defaults.item_attributes,
-        cache_root=tmp_path / "data" / "features",
-    )
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    for command in (train_command, eval_command):
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    (run,) = (tmp_path / "experiments/runs/beauty").iterdir()
-    metrics = json.loads((run / "test_mrl_metrics.json").read_text())
-    assert list(metrics) == ["8", "16", "32", "64", "128", "256", "512", "1024"]

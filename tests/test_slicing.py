@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataloader import eval_batches, eval_rows
-from datasets.catalog import Sequences
 from model import FMRLRec, count_parameters, slice_model
+from tests.made_up import as_sequences, with_random_weights
 from trainer.evaluation import evaluate
 
 NUM_ITEMS, MAX_LEN, KS = 40, 10, (1, 5, 10)
@@ -21,19 +21,13 @@ def random_model(sizes, branch="both", use_bias=True, seed=0):
     """A model without zeros or ones among its weights, not even where the mask hides them."""
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
-    model = FMRLRec(NUM_ITEMS, features, sizes, 2, 0.5, 0.5, use_bias, r_min=0.3, r_max=0.9)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith(("nu_log", "theta_log")):
-                parameter.uniform_(-0.4, 0.4)
-    return model.eval()
+    return with_random_weights(FMRLRec(NUM_ITEMS, features, sizes, 2, 0.5, 0.5, use_bias, r_min=0.3, r_max=0.9)).eval()
 
 
 def random_rows(num_users=15):
     random = np.random.default_rng(0)
-    lengths = random.integers(3, 25, size=num_users)
-    items = random.integers(1, NUM_ITEMS + 1, size=lengths.sum())
-    return eval_rows(Sequences(items, np.concatenate([[0], np.cumsum(lengths)])), MAX_LEN, "test")
+    histories = [random.integers(1, NUM_ITEMS + 1, size=length) for length in random.integers(3, 25, size=num_users)]
+    return eval_rows(as_sequences(histories), MAX_LEN, "test")
 
 
 def prefix_scores(model, size):

@@ -9,7 +9,7 @@ import torch
 from config import InputError
 from dataloader import TrainLoader, eval_batches, eval_rows, times_trained, train_rows
 from dataloader.batches import bucket, share_rows
-from datasets.catalog import Sequences
+from tests.made_up import as_sequences
 
 CPU = torch.device("cpu")
 MAX_LENS = [1, 2, 7, 50, 200]
@@ -20,11 +20,6 @@ def random_sequences(seed=0):
     random = np.random.default_rng(seed)
     lengths = [*range(3, 121, 3), 4, 50, 52, 53, 55]
     return [random.integers(1, 1000, size=n).tolist() for n in random.permutation(lengths)]
-
-
-def as_sequences(lists):
-    offsets = np.cumsum([0, *map(len, lists)])
-    return Sequences(np.concatenate(lists).astype(np.int64), offsets)
 
 
 def plain_train_row(v, max_len):

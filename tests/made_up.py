@@ -1,0 +1,48 @@
+"""Models of random weights and catalogues without files, for tests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets.catalog import Catalog, Sequences
+from model import FMRLRec
+
+NEAR_1 = (0.9, 0.999)  # a ring of eigenvalues that forget slowly: every step of a history counts
+
+
+def with_random_weights(model: FMRLRec, largest: float = 0.4) -> FMRLRec:
+    """The model without zeros or ones among its weights, not even where the mask hides them; its eigenvalues stay."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("nu_log", "theta_log")):
+                parameter.uniform_(-largest, largest)
+    return model
+
+
+def random_model(
+    sizes: tuple[int, ...],
+    num_blocks: int = 2,
+    *,
+    num_items: int = 30,
+    features: np.ndarray | None = None,
+    use_bias: bool = True,
+    ring: tuple[float, float] = (0.3, 0.9),
+    seed: int = 0,
+) -> FMRLRec:
+    """A model of random weights, eigenvalues on the ring."""
+    torch.manual_seed(seed)
+    features = None if features is None else torch.as_tensor(features)
+    return with_random_weights(FMRLRec(num_items, features, sizes, num_blocks, 0.5, 0.5, use_bias, *ring)).eval()
+
+
+def as_sequences(histories: Sequence[Sequence[int]]) -> Sequences:
+    """Histories, one of each user."""
+    return Sequences(np.concatenate(histories).astype(np.int64), np.cumsum([0, *map(len, histories)]))
+
+
+def made_up_catalog(num_items: int) -> Catalog:
+    """Items A1, A2, ... whose titles are Item 1, Item 2, ..."""
+    ids, records = [f"A{i}" for i in range(1, num_items + 1)], [{"title": f"Item {i}"} for i in range(1, num_items + 1)]
+    return Catalog("made-up", as_sequences([[1]]), ids, records, None, Path("photos"), [])

@@ -1,0 +1,231 @@
+"""Products are embedded as the training embedded them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config import InputError
+from datasets.encoders import LexicalEncoder
+from datasets.text import NO_TEXT
+from model import Recommender
+from tests.exported import write_export
+from tests.made_up import random_model
+from tests.prepared import draw_picture, item_features, put_in_hub_cache, write_tiny_bert
+from tests.recommender.shop import ATTRIBUTES, HALF, IDS, N, assert_same_answer, everything, write_id_branch
+
+
+class Frame:
+    """As a pandas data frame: a record of every row, NaN where a cell is empty."""
+
+    def __init__(self, records: list[dict]) -> None:
+        self.rows = records
+
+    def to_dict(self, orient: str) -> list[dict]:
+        assert orient == "records"
+        columns = dict.fromkeys(name for record in self.rows for name in record)
+        return [{name: record.get(name, float("nan")) for name in columns} for record in self.rows]
+
+
+def test_products_are_embedded_as_the_training_embedded_them(shop, r):
+    np.testing.assert_array_equal(r.embed_items(shop.records).astype(np.float16), shop.features)
+
+
+def test_a_data_frame_is_read_row_by_row(shop, r):
+    np.testing.assert_array_equal(r.embed_items(Frame(shop.records)).astype(np.float16), shop.features)
+
+
+def test_a_product_that_is_embedded_and_added_scores_as_the_one_it_is(shop, engine):
+    r = shop.first(engine, "none", 16)
+    r.add_items(IDS[16:], r.embed_items(shop.records[16:]))
+    assert_same_answer(everything(r, [3, 18]), everything(shop.open(engine), [3, 18]), HALF)
+
+
+def test_a_product_is_described_by_what_it_has(shop, r):
+    title_alone = {"title": shop.records[1]["title"], "picture": Path(shop.records[1]["picture"]), "colour": "red"}
+    text, picture = np.split(r.embed_items([title_alone]), [1024], axis=1)
+    np.testing.assert_array_equal(picture[0].astype(np.float16), shop.features[1, 1024:])
+    assert 0.1 < text[0] @ shop.features[1, :1024] < 0.95
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), "", np.nan], ids=repr)
+def test_a_product_without_picture_has_zeros_for_it_as_in_training(shop, r, nothing):
+    records = [shop.records[0], shop.records[1] | {"picture": nothing}]
+    embedded = r.embed_items(records)
+    np.testing.assert_array_equal(embedded[0].astype(np.float16), shop.features[0])
+    np.testing.assert_array_equal(embedded[1, :1024].astype(np.float16), shop.features[1, :1024])
+    assert not embedded[1, 1024:].any()
+
+
+def test_a_product_with_a_picture_alone_has_the_text_of_an_unknown_item_as_in_training(shop, r):
+    [embedded] = r.embed_items([{"picture": shop.records[4]["picture"]}])
+    np.testing.assert_array_equal(embedded[1024:].astype(np.float16), shop.features[4, 1024:])
+    np.testing.assert_array_equal(embedded[:1024], LexicalEncoder().encode([NO_TEXT])[0])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"title": " "},
+        {"title": None, "price": float("nan")},
+        {"colour": "red"},
+        {"title": None, "picture": float("nan")},  # as a data frame has it
+    ],
+)
+def test_a_product_without_text_is_refused_with_what_a_text_is_made_of(shop, r, record):
+    with pytest.raises(InputError, match="record 2 has no text; give it one of title, price, brand, categories"):
+        r.embed_items([shop.records[0], record])
+
+
+def test_a_picture_that_cannot_be_read_is_refused_with_the_reason(shop, r, tmp_path):
+    (tmp_path / "broken.png").write_text("<html>404</html>")
+    draw_picture(tmp_path / "good.png", (9, 9, 9))
+    for name in ("broken.png", "missing.png"):
+        records = [{"title": "a", "picture": tmp_path / "good.png"}, {"title": "b", "picture": str(tmp_path / name)}]
+        with pytest.raises(
+            InputError, match=rf"the picture of record 2 cannot be read \({name}: .*give another, or none"
+        ):
+            r.embed_items(records)
+
+
+@pytest.mark.parametrize("records", [["a lamp"], [{"title": "a"}, None], {"title": "a"}], ids=repr)
+def test_what_is_no_list_of_records_is_refused(r, records):
+    with pytest.raises(InputError, match=r"record [12] is .*; give a dict with title, brand"):
+        r.embed_items(records)
+    with pytest.raises(InputError, match=r"record 2 is None; give"):
+        r.embed_items([{"title": "a"}, None])
+
+
+@pytest.mark.parametrize("records", ["a lamp", None, 3], ids=repr)
+def test_what_is_no_list_of_products_is_refused(r, records):
+    with pytest.raises(InputError, match="products must be a list such as"):
+        r.embed_items(records)
+
+
+def test_without_the_packages_of_the_training_embedding_is_refused_with_what_to_install(r, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets.embedding", None)
+    with pytest.raises(InputError, match=r"embedding needs what training needs .*pip install -r requirements.txt"):
+        r.embed_items([{"title": "a"}])
+
+
+def test_no_products_have_no_features_but_their_width(r):
+    assert r.embed_items([]).shape == (0, 1264)
+
+
+def test_a_model_that_reads_pictures_alone_needs_no_text(shop, engine, tmp_path):
+    model = random_model((4,), num_items=N, features=shop.features[:, 1024:])
+    folder = write_export(tmp_path / "pictures", model, shop.catalog, use_language_encoder=False, use_img_encoder=True)
+    embedded = Recommender.from_pretrained(folder, engine).embed_items([{"picture": shop.records[0]["picture"]}])
+    np.testing.assert_array_equal(embedded.astype(np.float16), shop.features[:1, 1024:])
+
+
+def test_a_model_that_reads_texts_alone_leaves_pictures_closed(shop, engine, tmp_path):
+    model = random_model((4,), num_items=N, features=shop.features[:, :1024])
+    r = Recommender.from_pretrained(write_export(tmp_path / "texts", model, shop.catalog), engine)
+    embedded = r.embed_items([shop.records[0] | {"picture": "no such.png"}])
+    np.testing.assert_array_equal(embedded.astype(np.float16), shop.features[:1, :1024])
+    with pytest.raises(InputError, match="record 1 has no text"):
+        r.embed_items([{"picture": shop.records[0]["picture"]}])
+
+
+def test_a_text_is_made_of_the_attributes_that_the_model_was_trained_on(shop, engine, tmp_path):
+    model = random_model((4,), num_items=N, features=shop.features[:, :1024])
+    folder = write_export(tmp_path / "brands", model, shop.catalog, item_attributes=("brand", "title"))
+    embed = Recommender.from_pretrained(folder, engine).embed_items
+    plain = embed([{"brand": "Alder", "title": "Red lamp"}])
+    np.testing.assert_array_equal(plain, LexicalEncoder().encode(["Brand: Alder Title: Red lamp"]))
+    np.testing.assert_array_equal(embed([{"title": "Red lamp", "price": 1, "brand": "Alder"}]), plain)
+    with pytest.raises(InputError, match="has no text; give it one of brand, title"):
+        embed([{"price": 1}])
+
+
+def test_a_model_that_read_no_features_embeds_nothing(engine, tmp_path):
+    r = Recommender.from_pretrained(write_id_branch(tmp_path / "learned"), engine)
+    with pytest.raises(InputError, match="this model read no features, so there is nothing to embed"):
+        r.embed_items([{"title": "a"}])
+
+
+@pytest.fixture(scope="module")
+def with_bert(shop, tmp_path_factory):
+    """(folder, an export of a model whose texts a small BERT in this folder read, its features of the products)."""
+    root = tmp_path_factory.mktemp("bert")
+    bert = write_tiny_bert(root / "bert", {"pooling_mode_mean_tokens": True})
+    features = item_features(
+        shop.catalog, language=str(bert), image=None, attributes=ATTRIBUTES, cache_root=root, say=lambda _: None
+    )
+    model = random_model((4,), num_items=N, features=features)
+    return root, write_export(root / "export", model, shop.catalog, language_encoder=str(bert)), features
+
+
+def test_the_encoder_of_the_training_is_found_where_it_lay(shop, with_bert):
+    _, export, features = with_bert
+    np.testing.assert_allclose(
+        Recommender.from_pretrained(export).embed_items(shop.records), features, rtol=HALF, atol=1e-6
+    )
+
+
+def test_an_encoder_that_moved_is_taken_where_it_lies_now(shop, with_bert, tmp_path):
+    root, export, features = with_bert
+    moved = (root / "bert").rename(tmp_path / "elsewhere")
+    r = Recommender.from_pretrained(export)
+    try:
+        with pytest.raises(InputError):
+            r.embed_items(shop.records)
+        embedded = r.embed_items(shop.records, language_encoder=str(moved))
+    finally:
+        moved.rename(root / "bert")
+    np.testing.assert_allclose(embedded, features, rtol=HALF, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", ["lexical", "another bert", "another pooling"])
+def test_an_encoder_that_is_not_the_one_of_the_training_is_refused(shop, with_bert, tmp_path, other):
+    root, export, _ = with_bert
+    pooling = {"pooling_mode_cls_token" if other == "another pooling" else "pooling_mode_mean_tokens": True}
+    seed = 1 if other == "another bert" else 0
+    name = other if other == "lexical" else str(write_tiny_bert(tmp_path / "bert", pooling, seed))
+    with pytest.raises(InputError) as raised:
+        Recommender.from_pretrained(export).embed_items(shop.records, language_encoder=name)
+    message = str(raised.value)
+    assert message.startswith(f"the encoder {name!r} is not {str(root / 'bert')!r}, which the model was trained on")
+    assert message.endswith("give the path of that one as language_encoder")
+
+
+def test_a_picture_encoder_that_is_not_the_one_of_the_training_is_refused(shop, r):
+    with pytest.raises(InputError, match=r"the encoder 'ViT-B-32/openai' is not 'pixel'.* as img_encoder"):
+        r.embed_items(shop.records, img_encoder="ViT-B-32/openai")
+
+
+def test_an_encoder_of_the_hub_is_read_at_the_commit_of_training(shop, engine, tmp_path, hub):
+    pooling = {"pooling_mode_mean_tokens": True}
+    put_in_hub_cache(hub, "org/tiny", "a" * 40, write_tiny_bert(tmp_path / "one", pooling, seed=1))
+    features = item_features(
+        shop.catalog, language="org/tiny", image=None, attributes=("title",), cache_root=tmp_path, say=lambda _: None
+    )
+    model = random_model((4,), num_items=N, features=features)
+    folder = write_export(
+        tmp_path / "export", model, shop.catalog, language_encoder="org/tiny", item_attributes=("title",)
+    )
+    r = Recommender.from_pretrained(folder, engine)
+    np.testing.assert_allclose(r.embed_items(shop.records), features, rtol=HALF, atol=1e-6)
+    put_in_hub_cache(hub, "org/tiny", "b" * 40, write_tiny_bert(tmp_path / "two", pooling, seed=2))
+    np.testing.assert_allclose(r.embed_items(shop.records), features, rtol=HALF, atol=1e-6)
+
+
+def test_an_encoder_whose_folder_is_gone_is_named(shop, engine, tmp_path):
+    bert = write_tiny_bert(tmp_path / "bert", {"pooling_mode_mean_tokens": True})
+    features = item_features(
+        shop.catalog, language=str(bert), image=None, attributes=("title",), cache_root=tmp_path, say=lambda _: None
+    )
+    model = random_model((4,), num_items=N, features=features)
+    settings = {"language_encoder": str(bert), "item_attributes": ("title",)}
+    folder = write_export(tmp_path / "export", model, shop.catalog, **settings)
+    bert.rename(tmp_path / "moved")
+    r = Recommender.from_pretrained(folder, engine)
+    with pytest.raises(
+        InputError, match="bert' is not there any more; give the folder it is in now as language_encoder"
+    ):
+        r.embed_items(shop.records)
+    moved = r.embed_items(shop.records, language_encoder=str(tmp_path / "moved"))
+    np.testing.assert_allclose(moved, features, rtol=HALF, atol=1e-6)

@@ -1,0 +1,114 @@
+"""New products are added without training."""
+
+import numpy as np
+import pytest
+
+from config import InputError
+from model import Recommender
+from tests.recommender.shop import IDS, N, assert_same_answer, everything, write_id_branch
+
+
+def test_items_that_are_added_can_be_recommended_and_be_in_histories_at_once(shop, engine):
+    r = shop.first(engine, "none", 16)
+    state = r.start([2])
+    r.add_items(["NEW-1", "new 2"], shop.features[16:18], ["First", "Second"])
+    assert len(r) == 18
+    answer = everything(r, ["NEW-1", 18])
+    assert sorted(answer.numbers) == list(range(1, 19))
+    titles = dict(zip(answer.ids, answer.titles, strict=True))
+    assert (titles["NEW-1"], titles["new 2"], titles[IDS[4]]) == ("First", "Second", shop.records[4]["title"])
+    assert r.step(state, "new 2").items == (2, 18)
+    assert everything(r, [], candidates=["NEW-1"], top_k=1).ids == ["NEW-1"]
+
+
+@pytest.mark.parametrize("pieces", [[4], [1, 3], [1, 1, 1, 1]], ids=str)
+def test_adding_items_is_exporting_a_catalogue_that_has_them(shop, engine, kind, pieces):
+    r, whole = shop.first(engine, kind, N - 4), shop.open(engine, kind)
+    start = N - 4
+    for piece in pieces:
+        end = start + piece
+        r.add_items(IDS[start:end], shop.features[start:end], [x["title"] for x in shop.records[start:end]])
+        start = end
+    np.testing.assert_allclose(r._table.rows(), whole._table.rows(), rtol=1e-5 if kind == "none" else 0, atol=1e-6)
+    histories = [[3, 17, 3, 20, 1], [18], []]
+    for ask in (lambda r: histories, lambda r: [r.start(history) for history in histories]):
+        answers = [x.recommend(ask(x), top_k=N, exclude_history=False) for x in (r, whole)]
+        for grown, expected in zip(*answers, strict=True):
+            assert_same_answer(grown, expected, 1e-5)
+            assert (grown.ids, grown.titles) == (expected.ids, expected.titles)
+
+
+def test_an_item_that_is_added_to_a_float16_export_is_rounded_as_the_others_are(shop, engine):
+    r, exact = (shop.first(engine, kind, 16) for kind in ("float16", "none"))
+    for x in (r, exact):
+        x.add_items(["NEW"], shop.features[16:17])
+    rows = [x._table.rows()[-1] for x in (r, exact)]
+    np.testing.assert_array_equal(rows[0], rows[1].astype(np.float16))
+    assert (rows[0] != rows[1]).any()
+
+
+def test_items_without_titles_have_empty_ones(shop, engine):
+    r = shop.first(engine, "none", 16)
+    r.add_items(["NEW"], shop.features[16:17])
+    assert everything(r, [], candidates=["NEW", 1], top_k=2).titles.count("") == 1
+
+
+def test_no_items_can_be_added_too(shop, engine):
+    r = shop.first(engine, "none", 16)
+    before = everything(r, [3])
+    r.add_items([], r.embed_items([]))
+    assert everything(r, [3]) == before
+
+
+NEW = ["NEW-1", "NEW-2"]
+MATRIX = np.ones((2, 1264), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("ids", "features", "titles", "message"),
+    [
+        (["NEW", "NEW"], MATRIX, None, "item id 'NEW' stands twice; ids must be unique"),
+        (["NEW", IDS[4]], MATRIX, None, f"item '{IDS[4]}' is there already; remove it from the new ones"),
+        (NEW, MATRIX[:, 1:], None, r"features of shape \[2, 1263\] for 2 items: must be \[2, 1264\]"),
+        (NEW, MATRIX[:1], None, r"features of shape \[1, 1264\] for 2 items: must be \[2, 1264\]"),
+        (NEW, MATRIX[0], None, r"features of shape \[1264\] for 2 items"),
+        (NEW, MATRIX * [[1], [np.nan]], None, "the features of item 'NEW-2' are not finite, or far too large"),
+        (NEW, MATRIX * [[np.inf], [1]], None, "the features of item 'NEW-1' are not finite, or far too large"),
+        (NEW, MATRIX, ["one"], "1 titles for 2 items; give one a piece"),
+        (["NEW", ""], MATRIX, None, "item id '' must be a text of 1 to 256 bytes"),
+        (["NEW", "a\0"], MATRIX, None, "must be a text of 1 to 256 bytes in UTF-8 without NUL"),
+        (["NEW", "ü" * 129], MATRIX, None, "must be a text of 1 to 256 bytes"),
+        (["NEW", "a\udce9"], MATRIX, None, "must be a text of 1 to 256 bytes in UTF-8"),
+        (["NEW", 7], MATRIX, None, "item id 7 must be a text"),
+        (NEW, MATRIX, ["one", None], "the title of item 'NEW-2' is None; give a text"),
+        (NEW, MATRIX, "ab", "titles must be a list such as"),
+        (NEW, [["a"] * 1264] * 2, None, "features must be an array of numbers"),
+        (NEW, [[1.0], [1.0, 2.0]], None, "features must be an array of numbers"),
+        ("XY", MATRIX, None, r"ids must be a list such as \['id', 'id'\], not 'XY'"),
+    ],
+)
+def test_items_that_cannot_be_added_are_refused_and_nothing_is_changed(shop, r, ids, features, titles, message):
+    before, state = everything(r, [3, 17]), r.start([3])
+    with pytest.raises(InputError, match=message):
+        r.add_items(ids, features, titles)
+    assert len(r) == N
+    assert everything(r, [3, 17]) == before
+    assert r.recommend([["NEW"]], top_k=1)[0].notes[0].startswith("unknown: 'NEW' (of 20 items)")
+    r.add_items(["NEW"], shop.features[:1])  # nothing of it stayed behind
+    assert r.step(state, "NEW").items == (3, N + 1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("kind", "large"), [("none", 3e38), ("float16", 1e6), ("int8", 3e38)])
+def test_features_whose_embedding_overflows_are_refused(shop, engine, kind, large):
+    r = shop.open(engine, kind)
+    with pytest.raises(InputError, match="the features of item 'NEW' are not finite, or far too large"):
+        r.add_items(["NEW"], np.full((1, 1264), large, dtype=np.float32))
+    assert len(r) == N
+
+
+def test_items_cannot_be_added_to_a_table_that_was_learned_without_features(engine, tmp_path):
+    r = Recommender.from_pretrained(write_id_branch(tmp_path / "learned"), engine)
+    with pytest.raises(InputError, match="learned without features, so items cannot be added"):
+        r.add_items(["NEW"], np.ones((1, 12), dtype=np.float32))
+    assert len(r.recommend([[3]], top_k=3)[0].ids) == 3

@@ -1,0 +1,112 @@
+"""Definitions of experiments, and which runs are the same."""
+
+import dataclasses
+
+import pytest
+
+from config import NAMED_PRESETS, Config, InputError, resolve
+from experiments import paper
+from experiments.plan import definitions, read_definition, trained, unusual
+
+
+def test_every_definition_can_be_read_and_names_what_there_is():
+    found = definitions()
+    assert {"table2", "table3", "sizes", "independent", "depth", "loss", "first_label", "released"} <= set(found)
+    for definition in found.values():
+        assert set(definition.datasets) <= {"beauty", "clothing", "sports", "toys"}
+        for row in definition.rows:
+            assert row.published in ("", *paper.RESULTS)
+            sizes = resolve(row.settings | {"dataset_code": "beauty"})[0].mrl_hidden_sizes
+            assert row.size is None or row.size in sizes
+
+
+def test_table3_trains_each_branch_at_the_papers_settings():
+    rows = {row.name: resolve(row.settings | {"dataset_code": "beauty"})[0] for row in definitions()["table3"].rows}
+    assert [config.branch for config in rows.values()] == ["both", "language", "image", "id"]
+    usual, _ = resolve({"dataset_code": "beauty"})
+    assert rows["language and image"] == usual
+
+
+def written(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+HEAD = 'title = "T"\ntext = "t"\ndatasets = ["beauty"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (HEAD + "[rows]\na = { lru_blocks = 2 }", r"unknown settings \['lru_blocks'\]"),
+        (HEAD + '[rows]\na = { lru_num_blocks = "2" }', "lru_num_blocks '2', which is no int"),
+        (HEAD + "[rows]\na = { lru_num_blocks = 0 }", "--lru_num_blocks 0 must be at least 1"),
+        (HEAD + 'compare = [["a", "c"]]\n[rows]\na = { }', r"compares \['c'\], which are none of its rows"),
+        (HEAD + "colour = 1\n[rows]\na = { }", "colour"),
+        (HEAD, "rows"),
+        ("title = ", "is no experiment"),
+    ],
+)
+def test_a_definition_that_cannot_be_used_is_named_with_its_file(tmp_path, text, problem):
+    with pytest.raises(InputError, match=rf"mine\.toml.*{problem}"):
+        read_definition(written(tmp_path, text))
+
+
+def test_what_is_varied_is_what_rows_differ_in(tmp_path):
+    rows = "[settings]\nlr = 1e-3\n[rows]\na = { seed = 1, lru_num_blocks = 1 }\nb = { seed = 1, lru_num_blocks = 2 }\n"
+    definition = read_definition(written(tmp_path, HEAD + rows + "c = { seed = 1, num_epochs = 3 }"))
+    assert definition.varied() == {"lru_num_blocks", "num_epochs"}
+    assert [row.settings["lr"] for row in definition.rows] == [1e-3] * 3
+
+
+def test_a_preset_in_a_definition_stands_for_the_settings_it_names(tmp_path):
+    text = HEAD + '[rows]\na = { preset = "plus", distill = 0.25 }\nb = { preset = "paper" }\nc = { preset = "plus" }'
+    a, b, c = read_definition(written(tmp_path, text)).rows
+    assert a.settings == NAMED_PRESETS["plus"] | {"distill": 0.25}
+    assert (b.settings, c.settings) == ({}, NAMED_PRESETS["plus"])
+    by_name, by_flags = resolve({"preset": "plus"})[0], resolve(c.settings)[0]
+    definition = read_definition(tmp_path / "mine.toml")
+    assert definition.fits(c, by_name) and definition.fits(c, by_flags)
+    assert not definition.fits(a, by_name) and not definition.fits(b, by_name)
+
+
+def test_models_are_each_trained_in_a_way_of_their_own():
+    assert definitions()["baselines"].varied() == set(Config.__dataclass_fields__)
+
+
+def test_a_row_that_names_nothing_beyond_the_paper_has_nothing_of_it():
+    (row,) = (row for row in definitions()["depth"].rows if row.name == "2 blocks")
+    beauty = {"dataset_code": "beauty"}
+    assert definitions()["depth"].fits(row, resolve(beauty)[0])
+    for flags in ({"whiten_features": True}, {"item_embedding": True}, {"distill": 0.1}, {"preset": "plus"}):
+        assert not definitions()["depth"].fits(row, resolve(beauty | flags)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- same runs
+
+
+def test_what_a_run_does_not_read_does_not_tell_it_apart():
+    text = resolve({"use_img_encoder": False})[0]
+    for name, value in {"img_encoder": "other", "device": "cpu", "val_batch_size": 3, "run_name": "x"}.items():
+        assert trained(dataclasses.replace(text, **{name: value})) == trained(text)
+    ids = dataclasses.replace(text, use_language_encoder=False)
+    for name, value in {"language_encoder": "x", "item_attributes": ("brand",), "encoder_precision": "fp32"}.items():
+        assert trained(dataclasses.replace(ids, **{name: value})) == trained(ids)
+        assert trained(dataclasses.replace(text, **{name: value})) != trained(text)
+    assert trained(dataclasses.replace(text, seed=1)) != trained(text)
+    for model, unread in {
+        "fmrlrec": ["num_heads"],
+        "sasrec": ["lru_r_max", "lru_use_bias"],
+        "lrurec": ["num_heads"],
+    }.items():
+        own, _ = resolve({"model_code": model})
+        for name in {"num_heads", "lru_r_max", "lru_use_bias"}:
+            value = {"num_heads": 2, "lru_r_max": 0.995, "lru_use_bias": False}[name]
+            same = trained(dataclasses.replace(own, **{name: value})) == trained(own)
+            assert same == (name in unread), (model, name)
+
+
+def test_the_unusual_is_what_is_neither_default_nor_preset():
+    beauty, _ = resolve({"dataset_code": "beauty", "lr": 0.5, "lru_dropout": 0.6, "seed": 7})
+    assert unusual(beauty, {"seed"}) == {"lr": 0.5}

@@ -1,0 +1,190 @@
+"""Every setting reaches what reads it: the data, the model, the trainer and the test."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import config
+import train
+from config import Config
+from datasets import encoders
+from tests.prepared import write_prepared
+from trainer import wiring
+
+CHANGED = {
+    "dataset_code": "other",
+    "data_root": "elsewhere",
+    "use_language_encoder": False,
+    "language_encoder": "some-encoder",
+    "item_attributes": ("brand",),
+    "use_img_encoder": False,
+    "img_encoder": "some/encoder",
+    "encoder_precision": "fp32",
+    "encoder_batch_size": 5,
+    "encoder_workers": 1,
+    "mrl_hidden_sizes": (4, 8),
+    "lru_max_len": 7,
+    "first_item_label": False,
+    "lru_num_blocks": 3,
+    "lru_dropout": 0.11,
+    "lru_attn_dropout": 0.22,
+    "lru_use_bias": False,
+    "lru_r_min": 0.03,
+    "lru_r_max": 0.77,
+    "seed": 9,
+    "train_batch_size": 12,
+    "num_epochs": 2,
+    "precision": "bf16",
+    "optimizer": "adam",
+    "lr": 0.005,
+    "weight_decay": 0.3,
+    "adam_epsilon": 1e-6,
+    "max_grad_norm": 1.5,
+    "enable_lr_schedule": False,
+    "warmup_steps": 17,
+    "mrl_loss": "sum",
+    "num_negatives": 13,
+    "early_stopping": False,
+    "early_stopping_patience": 11,
+    "preset": "plus",
+    "whiten_features": True,
+    "item_embedding": True,
+    "item_embedding_width": 4,
+    "item_embedding_dropout": 0.4,
+    "logit_scale": True,
+    "size_weights": "sqrt",
+    "distill": 0.25,
+    "small_dropout": 0.75,
+    "val_batch_size": 8,
+    "test_batch_size": 6,
+    "metric_ks": (2, 10),
+    "best_metric": "MRR@10",
+    "runs_root": "my/runs",
+    "run_name": "named",
+}
+TRAINER_SETTINGS = ["num_epochs", "optimizer", "lr", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"]
+TRAINER_SETTINGS += ["precision", "num_negatives", "val_batch_size", "best_metric", "size_weights", "distill"]
+CHANGED_ELSEWHERE = {"device", "use_wandb", "test"}  # tests/test_scripts.py
+CHANGED_ELSEWHERE |= {"model_code", "num_heads"}  # tests/test_baseline_runs.py
+# Changed in one run: what one of them is cannot be taken for what another is. The others are yes or no, or leave
+# nothing of another.
+TOGETHER = {name: value for name, value in CHANGED.items() if not isinstance(value, bool)}
+for name in ("dataset_code", "data_root", "preset"):
+    del TOGETHER[name]
+BASE = {"dataset_code": "tiny", "mrl_hidden_sizes": (2, 4), "num_epochs": 1, "lru_num_blocks": 1, "device": "cpu"}
+
+
+def consumed(flags, monkeypatch):
+    """Run train.py and record what the rooms are given, without encoders to load."""
+    seen = {}
+
+    def spy(name):
+        true = getattr(wiring, name)
+
+        def recorded(*arguments, **named):
+            seen.setdefault(name, []).append((arguments, named))
+            return true(*arguments, **named)
+
+        monkeypatch.setattr(wiring, name, recorded)
+
+    stub = type("Stub", (encoders.LexicalEncoder,), {"dim": 1024})()
+    monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: stub)
+    monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: encoders.PixelEncoder())
+    monkeypatch.setattr(encoders, "hub_commit", lambda name: None)
+    for name in (
+        "feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "Trainer", "test_every_size",
+    ):  # fmt: skip
+        spy(name)
+    seeds = []
+    true_seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or true_seed(seed))
+    run = train.main([f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in flags.items()])
+    settings = seen["Trainer"][0][1]
+    given = seen["feature_files"][0]
+    rec, loader, test = seen["FMRLRec"][0], seen["TrainLoader"][0], seen["test_every_size"][0]
+    return {
+        "dataset_code": given[0][0].name,
+        "use_language_encoder": given[1]["language"] is not None,
+        "language_encoder": given[1]["language"],
+        "item_attributes": given[1]["attributes"],
+        "use_img_encoder": given[1]["image"] is not None,
+        "img_encoder": given[1]["image"],
+        "encoder_precision": given[1]["precision"],
+        "encoder_batch_size": given[1]["batch_size"],
+        "encoder_workers": given[1]["workers"],
+        "mrl_hidden_sizes": rec[0][2],
+        "first_item_label": seen["train_rows"][0][0][2],
+        "lru_max_len": {c[0][1] for name in ("train_rows", "eval_rows") for c in seen[name]},
+        "lru_num_blocks": rec[1]["num_blocks"],
+        "lru_dropout": rec[1]["dropout"],
+        "lru_attn_dropout": rec[1]["attn_dropout"],
+        "lru_use_bias": rec[1]["use_bias"],
+        "lru_r_min": rec[1]["r_min"],
+        "lru_r_max": rec[1]["r_max"],
+        "whiten_features": rec[1]["whitening"] is not None,
+        "item_embedding": rec[1]["item_embedding"] > 0,
+        "item_embedding_width": rec[1]["item_embedding"],
+        **{name: rec[1][name] for name in ("item_embedding_dropout", "logit_scale", "small_dropout")},
+        "seed": (loader[0][2], seeds[0]),
+        "train_batch_size": loader[0][1],
+        "early_stopping": settings["patience"] is not None,
+        "early_stopping_patience": settings["patience"],
+        "enable_lr_schedule": settings["schedule"],
+        "mrl_loss": settings["reduction"],
+        "test_batch_size": test[1]["batch_size"],
+        "metric_ks": (settings["metric_ks"], test[1]["ks"]),
+        "run": run,
+        **{name: settings[name] for name in TRAINER_SETTINGS},
+    }
+
+
+def test_the_table_of_changed_settings_is_complete():
+    assert set(CHANGED) | CHANGED_ELSEWHERE == {f.name for f in dataclasses.fields(Config)}
+    defaults = Config()
+    assert all(getattr(defaults, name) != value for name, value in CHANGED.items())
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What a run in which all of TOGETHER were changed consumed."""
+    folder = tmp_path_factory.mktemp("together")
+    write_prepared(folder / "data", "tiny", users=20, items=12, pictures=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return consumed(BASE | {"item_embedding": True} | TOGETHER, patch)
+
+
+def test_settings_that_are_changed_together_are_told_apart():
+    values = [str(value) for value in TOGETHER.values()]
+    assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_setting_reaches_what_reads_it(together, name):
+    value, found = TOGETHER[name], together["run" if name in ("runs_root", "run_name") else name]
+    if name == "lru_max_len":
+        assert found == {value}
+    elif name in ("seed", "metric_ks"):
+        assert found == (value, value)
+    elif name in ("runs_root", "run_name"):
+        assert value in str(found)
+    else:
+        assert found == value
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGED if name not in TOGETHER])
+def test_a_setting_alone_reaches_what_reads_it(workplace, monkeypatch, name):
+    value = CHANGED[name]
+    if name == "data_root":
+        (workplace / "data").rename(workplace / "elsewhere")
+    if name == "dataset_code":
+        write_prepared(workplace / "data", "other", users=8, items=12, pictures=True)
+    found = consumed(BASE | {name: value}, monkeypatch)
+    if name == "data_root":
+        assert found["dataset_code"] == "tiny"
+    elif name == "preset":
+        plus = config.NAMED_PRESETS[value] | {"item_embedding_width": BASE["mrl_hidden_sizes"][-1]}
+        assert {setting: found[setting] for setting in plus} == plus
+    else:
+        assert found[name] == value

@@ -103,6 +103,17 @@ class ItemEncoder(nn.Module):
         tokens = torch.arange(self.num_items + 1, device=self.projection.weight.device)
         return torch.cat([self(some) for some in tokens.split(ROWS)])
 
+    @torch.no_grad()
+    def new_item_scale(self) -> float:
+        """What the row of an item that has no V is multiplied by, to be as long as the rows of trained items are on
+        average: shorter rows have smaller scores, whatever the history asks for. 1 where no item has a V."""
+        if self.V is None:
+            return 1.0
+        table = self.everything()[1:]
+        content = table.clone()
+        content[:, : self.V.shape[1]] -= self.V[1:]
+        return (table.norm(dim=1).mean() / content.norm(dim=1).mean().clamp_min(1e-12)).item()
+
     def factors(self, dtype: torch.dtype, kept: Tensor | None = None) -> Tensor | Factors:
         """The item table for a loss whose products are computed in `dtype`, as a product where it is one. kept: as
         drawn for the step."""

@@ -8,7 +8,7 @@ multiplication. m: the size, F: feature width. Matrices are [inputs, outputs], s
     blocks.i.norm2.weight, .bias        [m]
     blocks.i.ffn.expand, .expand_bias   [m, 2m]   G and W1 side by side
     blocks.i.ffn.reduce, .reduce_bias   [m, m]    W2
-    projection.weight, .bias            [F, m]    features -> item table; absent where the table was learned outright
+    projection.weight, .bias            [F, m]    features -> a new item; absent where the table was learned outright
     whitening.i.mean, .matrix           [F_i], [F_i, F_i]   of each encoder's features before that, where they are
                                                   whitened (model/whitening.py)
 
@@ -58,8 +58,9 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
             }
             weights |= {f"blocks.{i}.{name}": _numpy(value) for name, value in parts.items()}
         if model.items.parts:
-            weights["projection.weight"] = _numpy(model.items.projection.weight.T)
-            weights["projection.bias"] = _numpy(model.items.projection.bias)
+            scale = model.items.new_item_scale()  # no other items are projected where it is served
+            weights["projection.weight"] = _numpy(scale * model.items.projection.weight.T)
+            weights["projection.bias"] = _numpy(scale * model.items.projection.bias)
         for i, (mean, matrix) in enumerate(model.items.whitening.transforms() if model.items.whitening else ()):
             weights |= {f"whitening.{i}.mean": _numpy(mean), f"whitening.{i}.matrix": _numpy(matrix)}
     if quantized:

@@ -53,6 +53,8 @@ class Definition:
         named = {name for row in self.rows for name in row.settings}
         values = {name: [row.settings.get(name) for row in self.rows] for name in named}
         varied = {name for name in named if any(value != values[name][0] for value in values[name])}
+        if varied & {"item_embedding", "mrl_hidden_sizes"}:
+            varied.add("item_embedding_width")  # what it comes to depends on them
         return set(Config.__dataclass_fields__) if "model_code" in varied else varied
 
     def fits(self, row: Row, config: Config) -> bool:

@@ -88,11 +88,13 @@ def comparable(definition: Definition, of_dataset: list[Line]) -> list[list[Line
             continue
         same = {name: v for name, v in trained(line.config).items() if name not in definition.varied() | {"seed"}}
         groups.setdefault((line.runs[0].data, *sorted(same.items())), []).append(line)
-    if definition.every_size:
-        return list(groups.values())
     shown = []
     for group in groups.values():
         names = {line.row.name for line in group}
+        if definition.every_size:
+            pairs = any(names >= set(pair) for pair in definition.compare)
+            shown += [group] if pairs or not definition.compare else []
+            continue
         if definition.validation:
             shown += [numbered(group)] if len(names) > 1 else []
             continue

@@ -327,11 +327,7 @@ def test_plus_is_drawn_beside_the_faithful_model_and_models_of_one_size(tmp_path
     assert made[-1].read_bytes().startswith(b"\x89PNG")
     ((dataset, curves, separate, levels, _),) = drawn
     assert dataset == "beauty"
-    assert sorted((line.row.name, line.size) for line in curves) == [
-        ("faithful", 1024),
-        ("plus", 256),
-        ("plus", 1024),
-    ]  # not 64
+    assert sorted((line.row.name, line.size) for line in curves) == [("faithful", 1024), ("plus", 1024)]
     assert [line.size for line in separate] == [64]
     runs = {run.folder.name: run for run in kept_runs(tmp_path / "kept")}
     assert levels["SASRec, 64"]["Recall@10"] == runs["beauty-sasrec"].metrics()[64]["Recall@10"]

@@ -195,7 +195,8 @@ class Config:
     item_embedding: bool = setting(False, "add a learned embedding to the projection of every item, from zero on")
     item_embedding_width: int = setting(
         0,
-        "how many of the first dimensions have one: the sizes of mrl_hidden_sizes up to this, but at least one; 0: all",
+        "how many of the first dimensions have an item embedding: the sizes of mrl_hidden_sizes up to this, but at "
+        "least one of them; 0: all",
     )
     item_embedding_dropout: float = setting(
         0.0, "probability with which an item is without it in a training step, so that content serves new items, too"

@@ -109,8 +109,7 @@ def step_of(
     from dataloader import TrainLoader, train_rows
     from datasets.catalog import Sequences
     from model.sampled_loss import NegativeSampler
-    from trainer.step import Step
-    from trainer.trainer import build_optimizer
+    from trainer.step import Step, build_optimizer
 
     rng, users, device = np.random.default_rng(0), 30 * batch, torch.device(arguments.device)
     lengths = np.full(users, length + 2) if length else (4 + rng.geometric(0.2, size=users)).clip(max=200)

@@ -70,8 +70,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     from datasets.catalog import Sequences
     from model import FMRLRec
     from trainer.evaluation import rank_targets, rank_targets_alone
-    from trainer.step import Step
-    from trainer.trainer import build_optimizer
+    from trainer.step import Step, build_optimizer
 
     rng, device = np.random.default_rng(0), torch.device(arguments.device)
     torch.manual_seed(0)

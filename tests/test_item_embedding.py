@@ -14,8 +14,7 @@ from model import FMRLRec, count_parameters, slice_model
 from model import fmrlrec as fmrlrec_module
 from model.loss import Factors, columns_multiplied_out, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
 from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy_plain
-from trainer.step import Step
-from trainer.trainer import build_optimizer
+from trainer.step import Step, build_optimizer
 
 NUM_ITEMS, WIDTHS, SIZES = 23, (5, 3), (2, 4, 8)
 CPU = torch.device("cpu")

@@ -15,8 +15,7 @@ from model import FMRLRec, lru
 from model import loss as loss_module
 from model.sampled_loss import NegativeSampler
 from trainer import step as step_module
-from trainer.step import GraphedStep, Step, cuda_graphs
-from trainer.trainer import build_optimizer
+from trainer.step import GraphedStep, Step, build_optimizer, cuda_graphs
 
 NUM_ITEMS, SIZES, CPU = 50, (4, 8, 16), torch.device("cpu")
 

@@ -21,13 +21,17 @@ from trainer import step as step_module
 from trainer.checkpoint import load_state, load_weights, save_weights
 from trainer.runlog import RunLog
 from trainer.runs import is_finished, read_log
-from trainer.trainer import Trainer, build_optimizer
+from trainer.step import Step, build_optimizer
+from trainer.trainer import Trainer
 
 SIZES = (2, 4, 8)
 CPU = torch.device("cpu")
 
 
-def make_trainer(tmp_path, run="run", **changes):
+HOW = ("precision", "reduction", "max_grad_norm")  # what a step is told; all else is the trainer's
+
+
+def make_trainer(tmp_path, run="run", optimizer="adamw", **changes):
     """A trainer on a tiny prepared dataset, with dropout, so that random states matter."""
     root = tmp_path / "data"
     if not root.exists():
@@ -39,28 +43,23 @@ def make_trainer(tmp_path, run="run", **changes):
     folder.mkdir(exist_ok=True)
     settings = {
         "num_epochs": 3,
-        "precision": "fp32",
-        "num_negatives": 0,
-        "optimizer": "adamw",
         "lr": 1e-2,
-        "weight_decay": 1e-2,
-        "adam_epsilon": 1e-9,
-        "max_grad_norm": 5.0,
         "warmup_steps": 2,
         "schedule": True,
         "patience": None,
-        "reduction": "mean",
         "val_batch_size": 8,
         "metric_ks": (5, 10),
         "best_metric": "NDCG@10",
-    }
+    } | changes
+    model = FMRLRec(12, features, SIZES, num_blocks=1)
+    how = {"precision": "fp32", "max_grad_norm": 5.0} | {name: settings.pop(name) for name in HOW if name in settings}
     return Trainer(
-        model=FMRLRec(12, features, SIZES, num_blocks=1),
+        step=Step(model, build_optimizer(model, optimizer, settings["lr"], 1e-2, 1e-9), **how),
         loader=TrainLoader(train_rows(sequences, 10), 6, seed=3, device=CPU),
         val_rows=eval_rows(sequences, 10, "val"),
         run=folder,
         log=RunLog(folder, read_log(folder)),
-        **(settings | changes),
+        **settings,
     )
 
 
@@ -92,7 +91,7 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path, monkeypatch):
         def measure(clip=clip, model=trainer.model):
             norms[clip] = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
 
-        monkeypatch.setattr(trainer._optimizer, "step", measure)
+        monkeypatch.setattr(trainer.step.optimizer, "step", measure)
         trainer._update(next(trainer.loader.epoch(1)))
         assert all(p.grad is None for p in trainer.model.parameters())  # the next forward pass needs the memory
     assert norms[0.0] > 1e-2
@@ -214,7 +213,7 @@ def test_every_step_uses_its_learning_rate(tmp_path):
     trainer = make_trainer(tmp_path, warmup_steps=10)
     for step, batch in enumerate(trainer.loader.epoch(1)):
         trainer._update(batch)
-        assert {group["lr"] for group in trainer._optimizer.param_groups} == {trainer.lr_at(step)}
+        assert {group["lr"] for group in trainer.step.optimizer.param_groups} == {trainer.lr_at(step)}
     assert trainer.lr_at(0) < trainer.lr_at(3)
 
 
@@ -336,29 +335,29 @@ def test_a_state_of_another_device_keeps_this_devices_learning_rate_and_way_of_s
         group |= {"lr": torch.tensor(0.5), "capturable": True}
     second = make_trainer(tmp_path, "second")
     second.load_state(state)
-    for group in second._optimizer.param_groups:
+    for group in second.step.optimizer.param_groups:
         assert (type(group["lr"]), group["capturable"]) == (float, False)
-    step = next(iter(second._optimizer.state.values()))["step"]
+    step = next(iter(second.step.optimizer.state.values()))["step"]
     assert step == 1 and step.device == CPU
     second._update(next(second.loader.epoch(1)))  # capturable, this would be refused
 
     third, lr = make_trainer(tmp_path, "third"), torch.tensor(0.25)  # a recording reads this very tensor
-    for group in third._optimizer.param_groups:
+    for group in third.step.optimizer.param_groups:
         group |= {"lr": lr, "capturable": True}
     third.load_state(first.state())
-    assert all(group["lr"] is lr and group["capturable"] for group in third._optimizer.param_groups)
+    assert all(group["lr"] is lr and group["capturable"] for group in third.step.optimizer.param_groups)
 
 
 def test_a_learning_rate_that_is_a_tensor_is_set_in_its_place(tmp_path):
     trainer, plain = make_trainer(tmp_path, warmup_steps=10), make_trainer(tmp_path, "plain", warmup_steps=10)
     lr = torch.tensor(0.0)
-    for group in trainer._optimizer.param_groups:
+    for group in trainer.step.optimizer.param_groups:
         group["lr"] = lr
     for step, batch in enumerate(trainer.loader.epoch(1)):
         for each in (trainer, plain):
             torch.manual_seed(step)
             each._update(batch)
-        assert all(group["lr"] is lr for group in trainer._optimizer.param_groups)
+        assert all(group["lr"] is lr for group in trainer.step.optimizer.param_groups)
         assert lr.item() == pytest.approx(trainer.lr_at(step))
     for tensor, number in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(tensor, number)

@@ -63,8 +63,11 @@ CHANGED = {
     "runs_root": "my/runs",
     "run_name": "named",
 }
-TRAINER_SETTINGS = ["num_epochs", "optimizer", "lr", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"]
-TRAINER_SETTINGS += ["precision", "num_negatives", "val_batch_size", "best_metric", "size_weights", "distill"]
+TRAINER_SETTINGS = ["num_epochs", "lr", "warmup_steps", "val_batch_size", "best_metric"]
+SPIED = ["feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "build_optimizer", "NegativeSampler"]
+SPIED += ["Step", "Trainer", "test_every_size"]
+STEP_SETTINGS = ["precision", "max_grad_norm", "size_weights", "distill"]
+OPTIMIZER_SETTINGS = ["optimizer", "lr", "weight_decay", "adam_epsilon"]  # in the order of build_optimizer
 CHANGED_ELSEWHERE = {"device", "use_wandb", "test"}  # tests/test_scripts.py
 CHANGED_ELSEWHERE |= {"model_code", "num_heads"}  # tests/test_baseline_runs.py
 # Changed in one run: what one of them is cannot be taken for what another is. The others are yes or no, or leave
@@ -92,15 +95,15 @@ def consumed(flags, monkeypatch):
     monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: stub)
     monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: encoders.PixelEncoder())
     monkeypatch.setattr(encoders, "hub_commit", lambda name: None)
-    for name in (
-        "feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "Trainer", "test_every_size",
-    ):  # fmt: skip
+    for name in SPIED:
         spy(name)
     seeds = []
     true_seed = torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or true_seed(seed))
     run = train.main([f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in flags.items()])
-    settings = seen["Trainer"][0][1]
+    settings, step = seen["Trainer"][0][1], seen["Step"][0][1]
+    optimizer = dict(zip(OPTIMIZER_SETTINGS, seen["build_optimizer"][0][0][1:], strict=True))
+    assert optimizer["lr"] == settings["lr"]
     given = seen["feature_files"][0]
     rec, loader, test = seen["FMRLRec"][0], seen["TrainLoader"][0], seen["test_every_size"][0]
     return {
@@ -131,11 +134,14 @@ def consumed(flags, monkeypatch):
         "early_stopping": settings["patience"] is not None,
         "early_stopping_patience": settings["patience"],
         "enable_lr_schedule": settings["schedule"],
-        "mrl_loss": settings["reduction"],
+        "mrl_loss": step["reduction"],
+        "num_negatives": seen["NegativeSampler"][0][0][1] if "NegativeSampler" in seen else 0,
         "test_batch_size": test[1]["batch_size"],
         "metric_ks": (settings["metric_ks"], test[1]["ks"]),
         "run": run,
+        **optimizer,
         **{name: settings[name] for name in TRAINER_SETTINGS},
+        **{name: step[name] for name in STEP_SETTINGS},
     }
 
 

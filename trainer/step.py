@@ -88,6 +88,17 @@ class Step:
         return Objective(size_weights(self.size_weights, self.model.sizes), log_scale, self.distill)
 
 
+def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, eps: float) -> torch.optim.Optimizer:
+    """AdamW or Adam that decays everything but the biases (LayerNorm weights and ν, θ, γ too, as the released code). On
+    a GPU the learning rate is a tensor, for a step that is recorded."""
+    biases = [p for n, p in model.named_parameters() if "bias" in n]
+    others = [p for n, p in model.named_parameters() if "bias" not in n]
+    groups = [{"params": others, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    on_gpu = others[0].device.type == "cuda"
+    options = {"lr": torch.tensor(lr, device=others[0].device), "capturable": True} if on_gpu else {"lr": lr}
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, eps=eps, fused=True, **options)
+
+
 class GraphedStep:
     """A `Step` on one GPU that is recorded and played back. Its plain twin is the step itself.
 
@@ -98,6 +109,7 @@ class GraphedStep:
     def __init__(self, step: Step, record: Recorder | None = None) -> None:
         """record: makes of a function one that does the same again; by default a CUDA graph."""
         self.step, self.record = step, record or cuda_graphs()
+        self.model, self.optimizer = step.model, step.optimizer
         self._seen: set[tuple[int, int]] = set()
         self._recorded: dict[tuple[int, int], tuple[Batch, Callable[[], Tensor]]] = {}
 

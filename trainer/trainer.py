@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from config import InputError
 from dataloader import Batch, EvalRows, TrainLoader
 from datasets import ranks
-from model.sampled_loss import NegativeSampler
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
 from trainer.runlog import RunLog
@@ -40,48 +39,26 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """Trains a model and keeps its run folder. `fit` runs until num_epochs or until validation stops improving."""
+    """Repeats a step and keeps the run folder. `fit` runs until num_epochs or until validation stops improving."""
 
-    model: Trained
+    step: Step | GraphedStep
     loader: TrainLoader
     val_rows: EvalRows
     run: Path
     log: RunLog
     num_epochs: int
-    precision: str
-    num_negatives: int  # 0: the whole catalogue
-    optimizer: str
     lr: float
-    weight_decay: float
-    adam_epsilon: float
-    max_grad_norm: float
     warmup_steps: int
     schedule: bool
     patience: int | None  # None: no early stopping
-    reduction: str
     val_batch_size: int
     metric_ks: tuple[int, ...]
     best_metric: str
-    size_weights: str = "uniform"
-    distill: float = 0.0
     progress: Progress = field(default_factory=Progress)
 
-    def __post_init__(self) -> None:
-        self._optimizer = build_optimizer(self.model, self.optimizer, self.lr, self.weight_decay, self.adam_epsilon)
-        step = Step(
-            self.model,
-            self._optimizer,
-            precision=self.precision,
-            reduction=self.reduction,
-            size_weights=self.size_weights,
-            distill=self.distill,
-            max_grad_norm=self.max_grad_norm,
-            sampler=NegativeSampler(self.loader.label_counts(self.model.num_items), self.num_negatives)
-            if self.num_negatives
-            else None,
-        )
-        alone_on_a_gpu = self.loader.device.type == "cuda" and ranks.world_size() == 1
-        self._step = GraphedStep(step) if alone_on_a_gpu else step
+    @property
+    def model(self) -> Trained:
+        return self.step.model
 
     def fit(self) -> Progress:
         """Train to the end. Raises InputError if loss or weights are not finite; the last good checkpoint stays."""
@@ -127,13 +104,13 @@ class Trainer:
 
     def _update(self, batch: Batch) -> Tensor:
         lr = self.lr_at(self.progress.step)
-        for group in self._optimizer.param_groups:
+        for group in self.step.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
         self.progress.step += 1
-        return self._step(batch)
+        return self.step(batch)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then a half cosine to 0 at the end of num_epochs."""
@@ -205,7 +182,7 @@ class Trainer:
         device = self.loader.device
         return {
             "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
             "progress": vars(self.progress).copy(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -217,22 +194,11 @@ class Trainer:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             raise InputError(f"{self.run / 'last.pt'} does not fit the model of config.json: {error}") from None
-        own = [{name: group[name] for name in ("lr", "capturable")} for group in self._optimizer.param_groups]
-        self._optimizer.load_state_dict(state["optimizer"])
-        for group, of_device in zip(self._optimizer.param_groups, own, strict=True):
+        own = [{name: group[name] for name in ("lr", "capturable")} for group in self.step.optimizer.param_groups]
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        for group, of_device in zip(self.step.optimizer.param_groups, own, strict=True):
             group |= of_device  # not what another device wrote
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"])
         if self.loader.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.loader.device)
-
-
-def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, eps: float) -> torch.optim.Optimizer:
-    """AdamW or Adam that decays everything but the biases (LayerNorm weights and ν, θ, γ too, as the released code). On
-    a GPU the learning rate is a tensor, for a step that is recorded."""
-    biases = [p for n, p in model.named_parameters() if "bias" in n]
-    others = [p for n, p in model.named_parameters() if "bias" not in n]
-    groups = [{"params": others, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
-    on_gpu = others[0].device.type == "cuda"
-    options = {"lr": torch.tensor(lr, device=others[0].device), "capturable": True} if on_gpu else {"lr": lr}
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name](groups, eps=eps, fused=True, **options)

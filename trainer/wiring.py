@@ -18,12 +18,13 @@ from model import FMRLRec
 from model.baselines.counting import ItemKNN, Popularity
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
+from model.sampled_loss import NegativeSampler
 from model.whitening import Whitening
 from trainer.checkpoint import load_weights
 from trainer.evaluation import test_every_size
 from trainer.runlog import RunLog
 from trainer.runs import check_data, read_config, with_runtime_flags
-from trainer.step import Trained
+from trainer.step import GraphedStep, Step, Trained, build_optimizer
 from trainer.trainer import Trainer
 
 Model = Trained | Popularity
@@ -100,37 +101,47 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
     )
 
 
+def build_step(config: Config, model: Trained, loader: TrainLoader) -> Step | GraphedStep:
+    """A training step of the model with the optimizer, loss and precision that the settings name."""
+    step = Step(
+        model,
+        build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.adam_epsilon),
+        precision=config.precision,
+        reduction=config.mrl_loss,
+        size_weights=config.size_weights,
+        distill=config.distill,
+        max_grad_norm=config.max_grad_norm,
+        sampler=NegativeSampler(loader.label_counts(model.num_items), config.num_negatives)
+        if config.num_negatives
+        else None,
+    )
+    alone_on_a_gpu = loader.device.type == "cuda" and ranks.world_size() == 1
+    return GraphedStep(step) if alone_on_a_gpu else step
+
+
 def build_trainer(
     config: Config, catalog: Catalog, model: Trained, run: Path, log: RunLog, device: torch.device
 ) -> Trainer:
     """What trains a model as the settings say."""
+    loader = TrainLoader(
+        train_rows(catalog.sequences, config.lru_max_len, config.first_item_label),
+        config.train_batch_size,
+        config.seed,
+        device,
+        ranks.rank(),
+        ranks.world_size(),
+    )
     return Trainer(
-        model=model,
-        loader=TrainLoader(
-            train_rows(catalog.sequences, config.lru_max_len, config.first_item_label),
-            config.train_batch_size,
-            config.seed,
-            device,
-            ranks.rank(),
-            ranks.world_size(),
-        ),
+        step=build_step(config, model, loader),
+        loader=loader,
         val_rows=eval_rows(catalog.sequences, config.lru_max_len, "val"),
         run=run,
         log=log,
         num_epochs=config.num_epochs,
-        precision=config.precision,
-        num_negatives=config.num_negatives,
-        optimizer=config.optimizer,
         lr=config.lr,
-        weight_decay=config.weight_decay,
-        adam_epsilon=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
         warmup_steps=config.warmup_steps,
         schedule=config.enable_lr_schedule,
         patience=config.early_stopping_patience if config.early_stopping else None,
-        reduction=config.mrl_loss,
-        size_weights=config.size_weights,
-        distill=config.distill,
         val_batch_size=config.val_batch_size,
         metric_ks=config.metric_ks,
         best_metric=config.best_metric,

@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
 BEYOND = ("whiten_features", "item_embedding", "item_embedding_width", "item_embedding_dropout", "logit_scale",
-          "size_weights", "distill", "small_dropout")  # fmt: skip
+          "size_weights", "distill", "input_norm", "input_dropout", "small_dropout")  # fmt: skip
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -71,6 +71,8 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
         "distill": 0.5,
         "lru_dropout": 0.6,
         "lru_attn_dropout": 0.6,
+        "input_norm": True,
+        "input_dropout": 0.5,
         "small_dropout": 0.5,
     },
 }
@@ -207,9 +209,13 @@ class Config:
         "how much the sizes' losses count: all alike, or proportional to 1/√size (sqrt), so that small ones count more",
         choices=("uniform", "sqrt"),
     )
+    input_norm: bool = setting(
+        False, "a LayerNorm of what a history's items are read as, so that the last of them is not simply found again"
+    )
+    input_dropout: float = setting(0.0, "dropout before it")
     small_dropout: float = setting(
         1.0,
-        "what both dropouts are multiplied by in the first 64 dimensions, which learn too little where others learn "
+        "what all dropouts are multiplied by in the first 64 dimensions, which learn too little where others learn "
         "by heart",
     )
     distill: float = setting(
@@ -309,7 +315,7 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("lr", "adam_epsilon"):
         if not 0 < getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a number above 0"
-    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout"):
+    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "input_dropout"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
     for name in ("distill", "small_dropout"):
@@ -340,6 +346,8 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("item_embedding_width", "item_embedding_dropout"):
         if getattr(c, name) and not c.item_embedding:
             yield f"--{name} {getattr(c, name)} needs --item_embedding"
+    if c.input_dropout and not c.input_norm:
+        yield f"--input_dropout {c.input_dropout} needs --input_norm"
     for name in ("whiten_features", "item_embedding"):
         if c.branch == "id" and getattr(c, name):
             yield f"--{name}: without an encoder the item table is learned outright; leave it out (--no-{name})"

@@ -2,6 +2,7 @@
 
     item i:  features [F] ---Linear---> E_i [D]                    (item table E, [N+1, D]; row 0: begin of sequence)
     history: E_{i1} E_{i2} ... ---[x + Dropout(LRU(LN(x))); x + FFN(LN(x))] x blocks---> z [D]
+             (beyond the paper, with an input norm: LN(Dropout(E_{i1})) LN(Dropout(E_{i2})) ... are read)
     score of item i with the sub-model of size m:  z[:m] · E[i, :m]
 
 Histories are packed as in model/lru.py. N items, T tokens, F feature width, D largest size.
@@ -180,6 +181,8 @@ class Settings(TypedDict):
     use_bias: bool
     r_min: float
     r_max: float
+    input_norm: bool
+    input_dropout: float
     small_dropout: float
     item_embedding: int
     item_embedding_dropout: float
@@ -200,14 +203,17 @@ class FMRLRec(nn.Module):
         use_bias: bool = True,
         r_min: float = 0.0,
         r_max: float = 0.1,
+        input_norm: bool = False,
+        input_dropout: float = 0.0,
         small_dropout: float = 1.0,
         item_embedding: int = 0,
         item_embedding_dropout: float = 0.0,
         logit_scale: bool = False,
         whitening: Whitening | None = None,
     ) -> None:
-        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. small_dropout:
-        what both dropouts are multiplied by in the first dimensions (model/dropout.py). item_embedding: how many of the
+        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. input_norm: a
+        LayerNorm of what a history's items are read as, after input_dropout. small_dropout: what all these dropouts are
+        multiplied by in the first dimensions (model/dropout.py). item_embedding: how many of the
         first dimensions have a V, one of sizes; 0: none. Its dropout and whitening: as of ItemEncoder. logit_scale:
         learn how sharp each size's softmax is in training; no ranking depends on it. Raises ValueError for sizes that
         do not increase, for features of another number of items, and for an item_embedding without features or of a
@@ -224,12 +230,16 @@ class FMRLRec(nn.Module):
             "use_bias": use_bias,
             "r_min": r_min,
             "r_max": r_max,
+            "input_norm": input_norm,
+            "input_dropout": input_dropout,
             "small_dropout": small_dropout,
             "item_embedding": item_embedding,
             "item_embedding_dropout": item_embedding_dropout,
             "logit_scale": logit_scale,
         }
         self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout, whitening)
+        self.input_dropout = Dropout(input_dropout, small_dropout)
+        self.norm = FMRLLayerNorm(self.sizes) if input_norm else None
         self.blocks = nn.ModuleList(
             Block(self.sizes, dropout, attn_dropout, small_dropout, use_bias, (r_min, r_max)) for _ in range(num_blocks)
         )
@@ -252,10 +262,15 @@ class FMRLRec(nn.Module):
         longest: the most tokens of one history; at: [B], the only tokens to answer for: then z is [B, D], and the last
         block computes little of the others.
         """
-        x = x.to(next(self.parameters()).dtype)  # wider than the table under autocast
+        x = self.read(x.to(next(self.parameters()).dtype))  # wider than the table under autocast
         for block in self.blocks[:-1]:
             x = block(x, position, longest)
         return self.blocks[-1](x, position, longest, at)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Items' embeddings as the first block reads them: [T, D] -> [T, D]."""
+        x = self.input_dropout(x)
+        return x if self.norm is None else self.norm(x)
 
     def step(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One more item of every history, for serving: (z [B, D], hidden).
@@ -263,7 +278,7 @@ class FMRLRec(nn.Module):
         x: [B, D], the items' embeddings; hidden: [B, num_blocks, 2, D], the states before, zeros for an empty history.
         What `encode` gives for the whole history, at the cost of one token.
         """
-        after = []
+        x, after = self.read(x), []
         for block, h in zip(self.each_block(), hidden.unbind(dim=1), strict=True):
             x, h = block.step(x, h)
             after.append(h)

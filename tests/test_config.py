@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from config import (
+    BEYOND,
     METRICS,
     MODEL_PRESETS,
     NAMED_PRESETS,
@@ -136,9 +137,8 @@ def test_a_named_preset_wins_over_the_datasets_and_a_flag_over_both(dataset):
 def test_the_papers_preset_is_no_preset(dataset):
     assert parsed("--preset=paper", f"--dataset_code={dataset}")[0] == parsed(f"--dataset_code={dataset}")[0]
     config = parsed(f"--dataset_code={dataset}")[0]
-    for name in ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "distill"):
-        assert not getattr(config, name)
-    assert config.size_weights == "uniform" and config.small_dropout == 1
+    for name in BEYOND:
+        assert getattr(config, name) == {"size_weights": "uniform", "small_dropout": 1}.get(name, 0), name
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of flags
@@ -258,6 +258,7 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--distill", "nan"),
         ("--small_dropout", "1.5"),
         ("--small_dropout", "-1"),
+        ("--input_dropout", "1"),
         ("--device", "tpu"),
         ("--model_code", "gru4rec"),
         ("--num_heads", "0"),
@@ -312,6 +313,11 @@ def test_a_ring_without_width_is_refused_with_both_of_its_radii(capsys):
     message = refusal(capsys, "--lru_r_min=0.3", "--lru_r_max=0.2")
     assert "--lru_r_min 0.3" in message
     assert "--lru_r_max 0.2" in message
+
+
+def test_the_dropout_before_the_input_norm_needs_the_norm(capsys):
+    assert refusal(capsys, "--input_dropout=0.2").endswith("--input_dropout 0.2 needs --input_norm")
+    assert parsed("--input_dropout=0.2", "--input_norm")[0].input_dropout == 0.2
 
 
 @pytest.mark.parametrize("metric", METRICS)

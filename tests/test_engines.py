@@ -35,9 +35,10 @@ SHAPES = [
 
 
 def model_of(shape, **options):
-    """A model that forgets slowly; every third one's LRU has no bias."""
+    """A model that forgets slowly; some LRUs have no bias, some models an input norm."""
     sizes, num_blocks, max_len = shape
-    return random_model(sizes, num_blocks, use_bias=max_len != 2, ring=NEAR_1, seed=sum(sizes), **options)
+    kind = {"use_bias": max_len != 2, "input_norm": max_len in (2, 50)}
+    return random_model(sizes, num_blocks, **kind, ring=NEAR_1, seed=sum(sizes), **options)
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]},{shape[2]}".replace(" ", ""))

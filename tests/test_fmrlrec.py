@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model import FMRLRec, slice_model
 from model import fmrlrec as fmrlrec_module
@@ -103,6 +104,31 @@ def test_frozen_features_are_no_weights_and_are_not_saved():
     assert encoder.projection.weight.shape == (DIM, sum(WIDTHS))
 
 
+def test_an_input_norm_reads_items_after_dropout_each_size_by_itself():
+    sizes = (2, 4, DIM)
+    model = FMRLRec(NUM_ITEMS, None, sizes, input_norm=True, input_dropout=0.4, small_dropout=0.5)
+    x = torch.randn(3, DIM) * 5 + 2
+    torch.manual_seed(0)
+    dropped = x * (torch.rand(3, DIM) >= 0.2) / 0.8  # all of them first dimensions
+    expected = torch.cat([F.layer_norm(part, part.shape[1:]) for part in dropped.split([2, 2, DIM - 4], dim=1)], dim=1)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model.train().read(x), expected)
+    read = []
+    model.blocks[0].register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
+    model.eval().encode(x, torch.arange(3), 3)
+    torch.testing.assert_close(read, [model.norm(x)])
+
+
+@pytest.mark.parametrize("input_norm", [True, False])
+def test_a_step_reads_items_as_whole_histories_do(input_norm):
+    torch.manual_seed(0)
+    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), r_min=0.3, r_max=0.9, input_norm=input_norm).double().eval()
+    x, hidden = torch.randn(6, DIM, dtype=torch.float64), torch.zeros(1, 2, 2, DIM, dtype=torch.float64)
+    for expected, item in zip(model.encode(x, torch.arange(6), 6), x, strict=True):
+        z, hidden = model.step(item[None], hidden)
+        torch.testing.assert_close(z[0], expected)
+
+
 @pytest.mark.parametrize("num_blocks", [1, 2, 3])
 @pytest.mark.parametrize("at", [[2, 3, 9], [9], [0, 9, 3, 3]], ids=str)
 def test_answers_for_some_tokens_are_those_among_all_with_their_gradients(at, num_blocks):
@@ -160,7 +186,8 @@ def test_the_same_dropout_everywhere_is_the_papers_bit_by_bit():
 
 @pytest.mark.parametrize("small", [0.0, 0.5])
 def test_every_dropout_of_a_model_has_its_share_in_the_first_dimensions(small):
-    model = FMRLRec(NUM_ITEMS, None, (2, 4), dropout=0.4, attn_dropout=0.3, small_dropout=small)
+    dropouts = {"dropout": 0.4, "attn_dropout": 0.3, "input_dropout": 0.2, "small_dropout": small}
+    model = FMRLRec(NUM_ITEMS, None, (2, 4), input_norm=True, **dropouts)
     found = {(layer.p, layer.small) for layer in model.modules() if isinstance(layer, Dropout)}
-    assert found == {(0.4, small), (0.3, small)}
+    assert found == {(0.4, small), (0.3, small), (0.2, small)}
     assert slice_model(model, 2).settings == model.settings

@@ -17,11 +17,12 @@ SIZE_LISTS = [tuple(sorted(random.Random(seed).sample(range(1, 48), k=seed + 2))
 CPU = torch.device("cpu")
 
 
-def random_model(sizes, branch="both", use_bias=True, seed=0):
+def random_model(sizes, branch="both", use_bias=True, seed=0, **options):
     """A model without zeros or ones among its weights, not even where the mask hides them."""
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
-    return with_random_weights(FMRLRec(NUM_ITEMS, features, sizes, 2, 0.5, 0.5, use_bias, r_min=0.3, r_max=0.9)).eval()
+    model = FMRLRec(NUM_ITEMS, features, sizes, 2, 0.5, 0.5, use_bias, r_min=0.3, r_max=0.9, **options)
+    return with_random_weights(model).eval()
 
 
 def random_rows(num_users=15):
@@ -45,9 +46,10 @@ def assert_scores_equal(small, large, size):
 
 @pytest.mark.parametrize("branch", ["both", "id"])
 @pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("input_norm", [True, False])
 @pytest.mark.parametrize("sizes", SIZE_LISTS, ids=str)
-def test_a_slice_scores_as_the_full_models_prefix(sizes, use_bias, branch):
-    model = random_model(sizes, branch, use_bias)
+def test_a_slice_scores_as_the_full_models_prefix(sizes, input_norm, use_bias, branch):
+    model = random_model(sizes, branch, use_bias, input_norm=input_norm)
     for size in sizes:
         assert_scores_equal(slice_model(model, size), model, size)
 

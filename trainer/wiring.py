@@ -93,6 +93,8 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
         use_bias=config.lru_use_bias,
         r_min=config.lru_r_min,
         r_max=config.lru_r_max,
+        input_norm=config.input_norm,
+        input_dropout=config.input_dropout,
         small_dropout=config.small_dropout,
         item_embedding=config.embedded,
         item_embedding_dropout=config.item_embedding_dropout,

@@ -238,7 +238,14 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
     weights = load_file(path)
     int8 = config["quantize"] == "int8"
     features = config["features"]
-    shapes = expected_shapes(config["size"], config["num_blocks"], features["dim"], int8, features.get("whitened", ()))
+    shapes = expected_shapes(
+        config["size"],
+        config["num_blocks"],
+        features["dim"],
+        int8,
+        features.get("whitened", ()),
+        config.get("input_norm", False),
+    )
     for name in sorted(shapes.keys() | weights.keys()):
         found = f"{weights[name].dtype} {list(weights[name].shape)}" if name in weights else "nothing"
         dtype = "int8" if f"{name}.scale" in shapes else "float32"

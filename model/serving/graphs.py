@@ -103,8 +103,12 @@ class _Graph:
     # -------------------------------------------------------------------------------------------------- the model
 
     def embed(self, items: str) -> str:
+        """Items as the first block reads them: [B L, m] in float32."""
+        x = self.rows(self.op("Reshape", items, self.constant([-1])))
+        return self.norm(x, "norm") if "norm.weight" in self.weights else x
+
+    def rows(self, flat: str) -> str:
         """Rows of the item table: [B L, m] in float32."""
-        flat = self.op("Reshape", items, self.constant([-1]))
         if not self.int8:
             return self.op("Gather", "table", flat, axis=0)
         columns = self.op("Transpose", self.op("Gather", "table", flat, axis=1), perm=[1, 0])

@@ -1,6 +1,7 @@
 """A model's weights as they are served, and back: no masks, no complex numbers, nothing to compute before the first
 multiplication. m: the size, F: feature width. Matrices are [inputs, outputs], so that a layer is x W + b.
 
+    norm.weight, .bias                  [m]       of what is read, as in model/fmrl.py; absent without an input norm
     blocks.i.norm1.weight, .bias        [m]       as in model/fmrl.py
     blocks.i.lru.nu_log, .theta_log     [m]       λ = exp(-exp(ν) + i exp(θ))
     blocks.i.lru.B, .B_bias             [m, 2m]   real and imaginary part of γ (B x + b), side by side
@@ -57,6 +58,8 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
                 "ffn.reduce_bias": ffn.W2.bias,
             }
             weights |= {f"blocks.{i}.{name}": _numpy(value) for name, value in parts.items()}
+        if model.norm is not None:
+            weights |= {f"norm.{name}": _numpy(value) for name, value in model.norm.named_parameters()}
         if model.items.parts:
             scale = model.items.new_item_scale()  # no other items are projected where it is served
             weights["projection.weight"] = _numpy(scale * model.items.projection.weight.T)
@@ -70,12 +73,17 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
 
 
 def expected_shapes(
-    size: int, num_blocks: int, feature_dim: int, quantized: bool, whitened: Sequence[int] = ()
+    size: int,
+    num_blocks: int,
+    feature_dim: int,
+    quantized: bool,
+    whitened: Sequence[int] = (),
+    input_norm: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight. feature_dim: 0 where the table was learned outright; whitened: the widths of the
     features that are whitened."""
     m = size
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (m,), "norm.bias": (m,)} if input_norm else {}
     for i in range(num_blocks):
         matrices = {"lru.B": (m, 2 * m), "lru.C": (2 * m, m), "ffn.expand": (m, 2 * m), "ffn.reduce": (m, m)}
         block: dict[str, tuple[int, ...]] = dict.fromkeys(VECTORS, (m,))
@@ -118,12 +126,14 @@ def model_from(weights: dict[str, np.ndarray], sizes: tuple[int, ...], num_block
 
     m = sizes[-1]
     with torch.random.fork_rng(devices=[]):  # its weights are replaced: no draws of the caller's are used up
-        model = FMRLRec(0, None, sizes, num_blocks, dropout=0.0, attn_dropout=0.0)
+        model = FMRLRec(0, None, sizes, num_blocks, dropout=0.0, attn_dropout=0.0, input_norm="norm.weight" in weights)
 
     def weight(i: int, name: str) -> torch.Tensor:
         return torch.from_numpy(float_weight(weights, f"blocks.{i}.{name}"))
 
     with torch.no_grad():
+        if model.norm is not None:
+            model.norm.load_state_dict({name: torch.from_numpy(weights[f"norm.{name}"]) for name in ("weight", "bias")})
         for i, block in enumerate(model.blocks):
             B, B_bias, C = weight(i, "lru.B").T, weight(i, "lru.B_bias"), weight(i, "lru.C").T
             expand, expand_bias = weight(i, "ffn.expand").T, weight(i, "ffn.expand_bias")

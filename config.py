@@ -511,7 +511,9 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(argv)
         if unknown:
             word = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(word, list(self._option_string_actions), n=1, cutoff=0.7)
+            flags = list(self._option_string_actions)
+            near = [flag for flag in flags if word.startswith(f"{flag}_")]  # --lr_rate
+            near = near or difflib.get_close_matches(word, flags, n=1, cutoff=0.7)
             hint = f"did you mean {near[0]}?" if near else "--help lists them all"
             self.error(f"unknown flag {word}; {hint}")
         return parsed

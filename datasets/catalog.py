@@ -9,6 +9,7 @@
 U users, N items, n interactions.
 """
 
+import difflib
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
@@ -96,12 +97,14 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 
 
 def _not_there(root: Path, dataset_code: str) -> str:
-    near = sorted(p.parent.name for p in root.glob("*/sequential_data.txt")) if root.is_dir() else []
-    found = f"prepared there: {', '.join(near)}" if near else "nothing is prepared there"
+    there = sorted(p.parent.name for p in root.glob("*/sequential_data.txt")) if root.is_dir() else []
+    found = f"prepared there: {', '.join(there)}" if there else "nothing is prepared there"
+    near = difflib.get_close_matches(dataset_code, {*there, *PAPER_SETS, "demo"} - {dataset_code}, n=1)
     if dataset_code == "demo":
         return f"the demo is not at {root / dataset_code} ({found}); it is built in: leave --data_root out"
     return (
-        f"dataset {dataset_code!r} is not at {root / dataset_code} ({found}). To prepare it: "
+        f"dataset {dataset_code!r} is not at {root / dataset_code} ({found})"
+        f"{f'; did you mean {near[0]}?' if near else '.'} To prepare it: "
         f"{prepare_command(root, dataset_code)}. Or give --data_root the folder that holds it, or --dataset_code demo, "
         f"which needs no download"
     )

@@ -339,6 +339,7 @@ def test_no_dropout_is_a_good_dropout(flag):
         (["--seed=1", "--lerning_rate=1"], "unknown flag --lerning_rate"),
         (["--no-use_img_encodr"], "unknown flag --no-use_img_encodr; did you mean --no-use_img_encoder?"),
         (["--lru_drop=0.3"], "unknown flag --lru_drop; did you mean --lru_dropout?"),  # abbreviations may change sense
+        (["--lr_rate=1"], "unknown flag --lr_rate; did you mean --lr?"),
         (["--zzz"], "unknown flag --zzz; --help lists them all"),
         (["beauty"], "unknown flag beauty"),
     ],

@@ -219,7 +219,9 @@ def test_a_gpu_that_is_not_there_is_refused(workplace, monkeypatch):
 
 
 def test_bad_data_is_refused_before_a_run_is_made(workplace):
-    with pytest.raises(InputError, match=r"dataset 'tny' is not at data/tny \(prepared there: tiny\)"):
+    with pytest.raises(
+        InputError, match=r"dataset 'tny' is not at data/tny \(prepared there: tiny\); did you mean tiny\? To prepare"
+    ):
         run_train("--dataset_code tny")
     assert not Path("experiments").exists()
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets.files import read_json, replacing
+from experiments.definition import definitions
 from experiments.kept import KeptRun
 from experiments.paper import BY_SIZE, MASKED, RESULTS
 from experiments.parameters import figure4
-from experiments.plan import definitions
 from experiments.tables import Line, comparable, lines
 from trainer.plots import STYLE
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from config import Config, InputError
 from datasets.files import read_json, replacing
-from experiments.plan import trained
+from experiments.definition import trained
 from trainer.runs import check_data, read_config, read_log, unfinished, untrained
 from trainer.user_ranks import load_ranks
 

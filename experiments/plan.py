@@ -1,123 +1,153 @@
-"""What the experiments are: definitions/*.toml, and which settings two runs may differ in and still be the same.
-
-title, text             what the report says
-datasets                on which it is run
-settings                every row has them
-rows                    name -> its own settings, a preset standing for those it names; beside them published, a key
-                        of paper.py, and size, the one whose metrics are meant (the largest where none is given)
-compare                 pairs of rows that a bootstrap over users compares
-every_size              the report shows all sizes of a row
-by_popularity           the report tells users apart by how often their item was trained on
-validation              settings are chosen by it: its runs leave the test set unread, the report shows their validation
-"""
+"""What an experiment's runs are, what there is of them already, and about how long the rest takes."""
 
 from __future__ import annotations
 
-import dataclasses
-import tomllib
+import argparse
+import sys
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import BEYOND, COUNTING, NAMED_PRESETS, Config, InputError, is_runtime, resolve, size_within, typed
-
-FOLDER = Path(__file__).parent / "definitions"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of an experiment's table."""
-
-    name: str
-    settings: dict[str, Any]
-    published: str = ""
-    size: int | None = None
+from config import Config, InputError, resolve, shown
+from datasets.catalog import Catalog, load_catalog
+from experiments import estimate
+from experiments.definition import Definition, Row, definitions, trained
+from experiments.kept import same_run
+from trainer.runs import read_log
 
 
-@dataclass(frozen=True)
-class Definition:
-    """An experiment."""
+@dataclass
+class Job:
+    """A training with its test, and what there is of it."""
 
-    name: str
-    title: str
-    text: str
-    datasets: tuple[str, ...]
-    rows: tuple[Row, ...]
-    compare: tuple[tuple[str, str], ...] = ()
-    every_size: bool = False
-    by_popularity: bool = False
-    validation: bool = False
+    names: list[str]  # experiment/row of those that it is for
+    flags: dict[str, Any]
+    config: Config
+    data: str | None = None  # the digest of its dataset, where that is prepared
+    run: Path | None = None  # its folder, once there is one
+    tests: bool = False  # whether one of those is about the test set
+    state: str = ""  # as kept.same_run says it, or what failed
+    seconds: float | None = None  # of training still to go, at most; None: not known
 
-    def varied(self) -> set[str]:
-        """The settings that make its rows differ. Where it is the model, all: each is trained in a way of its own."""
-        named = {name for row in self.rows for name in row.settings}
-        values = {name: [row.settings.get(name) for row in self.rows] for name in named}
-        varied = {name for name in named if any(value != values[name][0] for value in values[name])}
-        if varied & {"item_embedding", "mrl_hidden_sizes"}:
-            varied.add("item_embedding_width")  # what it comes to depends on them
-        return set(Config.__dataclass_fields__) if "model_code" in varied else varied
+    @property
+    def label(self) -> str:
+        return f"{self.config.dataset_code}, seed {self.config.seed}: {', '.join(self.names)}"
 
-    def fits(self, row: Row, config: Config) -> bool:
-        """Whether a run with these settings is one of this row's. What is beyond the paper a row has to name."""
-        settings = {name: getattr(Config, name) for name in BEYOND} | row.settings
-        sizes, width = config.mrl_hidden_sizes, settings.pop("item_embedding_width")
-        return size_within(sizes, width) == size_within(sizes, config.item_embedding_width) and all(
-            getattr(config, name) == value for name, value in settings.items()
-        )
+    @property
+    def to_train(self) -> bool:
+        return self.state in ("to start", "to continue")
+
+    def set_time(self, per_epoch: float | None) -> None:
+        """Set how long the epochs that are left take."""
+        if per_epoch is not None:
+            done = read_log(self.run)[-1:] if self.run else []
+            self.seconds = per_epoch * (self.config.num_epochs - (done[0]["epoch"] if done else 0))
 
 
-def definitions() -> dict[str, Definition]:
-    """name -> definition. Raises InputError that names the file and what in it cannot be used."""
-    return {path.stem: read_definition(path) for path in sorted(FOLDER.glob("*.toml"))}
+def chosen(arguments: argparse.Namespace) -> list[tuple[Definition, list[Row]]]:
+    """The experiments and rows that were asked for. Raises InputError that names an unknown one."""
+    known = definitions()
+    names = list(known)
+    if arguments.experiments != "all":
+        names = [name.strip() for name in arguments.experiments.split(",")]
+    for name in names:
+        if name not in known:
+            raise InputError(f"there is no experiment {name!r}; there are {', '.join(known)}, and all")
+    picked = [(known[name], list(known[name].rows)) for name in names]
+    if arguments.rows:
+        rows = [name.strip() for name in arguments.rows.split(";")]
+        there = {row.name for _, of_experiment in picked for row in of_experiment}
+        if missing := [name for name in rows if name not in there]:
+            raise InputError(f"there is no row {missing[0]!r} in {arguments.experiments}; there are {'; '.join(there)}")
+        picked = [(definition, [row for row in all_rows if row.name in rows]) for definition, all_rows in picked]
+    return picked
 
 
-def read_definition(path: Path) -> Definition:
-    """The definition in one file."""
+def seeds_of(text: str) -> list[int]:
+    """The seeds of "42,43". Raises InputError for what is no whole number."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-        settings = found.pop("settings", {})
-        rows = tuple(_row(name, settings | row) for name, row in found.pop("rows").items())
-        found |= {"datasets": tuple(found["datasets"]), "compare": tuple(map(tuple, found.get("compare", ())))}
-        definition = Definition(name=path.stem, rows=rows, **found)
-    except (InputError, tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no experiment: {error}") from None
-    unknown = {name for pair in definition.compare for name in pair} - {row.name for row in rows}
-    if unknown:
-        raise InputError(f"{path} compares {sorted(unknown)}, which are none of its rows")
-    return definition
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise InputError(f"--seeds {text!r} must be whole numbers with commas, such as 42,43,44") from None
 
 
-def _row(name: str, values: dict[str, Any]) -> Row:
-    aside = {key: values.pop(key) for key in ("published", "size") if key in values}
-    settings = typed(values, f"row {name!r}")
-    resolve(settings)  # raises where a value cannot be used
-    settings = NAMED_PRESETS[settings.pop("preset", "paper")] | settings
-    return Row(name, settings, **aside)
+def planned(experiments: list[tuple[Definition, list[Row]]], flags: dict[str, Any], seeds: list[int]) -> list[Job]:
+    """A job for every seed, dataset and row; rows that ask for the same training share one."""
+    jobs: list[Job] = []
+    asked = list(dict.fromkeys(flags["dataset_code"].split(","))) if "dataset_code" in flags else None
+    for definition, rows in experiments:
+        for seed in seeds:
+            for dataset in asked or definition.datasets:
+                for row in rows:
+                    if clash := [name for name in row.settings if name in flags and flags[name] != row.settings[name]]:
+                        raise InputError(
+                            f"--{clash[0]} {shown(flags[clash[0]])} is not free in {definition.name}: its row "
+                            f"{row.name!r} has {shown(row.settings[clash[0]])}"
+                        )
+                    own = {**flags, **row.settings, "dataset_code": dataset, "seed": seed}
+                    config, _ = resolve(own)
+                    name = f"{definition.name}/{row.name}"
+                    same = [job for job in jobs if trained(job.config) == trained(config)]
+                    if not same:
+                        same = [Job([], own, config)]
+                        jobs += same
+                    same[0].names.append(name)
+                    same[0].tests |= not definition.validation
+    return jobs
 
 
-def trained(config: Config) -> dict[str, Any]:
-    """What decides a run's result: its settings but those that say how to run, and those that it does not read."""
-    unread = {"run_name", "preset", *(f.name for f in dataclasses.fields(Config) if is_runtime(f.name))}
-    if not config.use_language_encoder:
-        unread |= {"language_encoder", "item_attributes"}
-    if not config.use_img_encoder:
-        unread |= {"img_encoder"}
-    if not (config.use_language_encoder or config.use_img_encoder):
-        unread |= {"encoder_precision"}
-    if not config.early_stopping:
-        unread |= {"early_stopping_patience"}
-    if config.model_code != "sasrec":
-        unread |= {"num_heads"}
-    if config.model_code == "sasrec":
-        unread |= {"lru_use_bias", "lru_r_min", "lru_r_max"}
-    if config.model_code in COUNTING:
-        unread |= set(vars(config)) - {"dataset_code", "model_code"}
-    values = vars(config) | {"item_embedding_width": config.embedded}  # what it comes to with these sizes
-    return {name: value for name, value in values.items() if name not in unread}
+def prepared(jobs: list[Job]) -> dict[str, Catalog]:
+    """The datasets of the jobs that are prepared, by name; every job is told which data it is on."""
+    catalogs: dict[str, Catalog] = {}
+    for name, root in dict.fromkeys((job.config.dataset_code, job.config.data_root) for job in jobs):
+        with suppress(InputError):  # train.py says it, where it comes to that
+            catalogs[name] = load_catalog(root, name)
+    for job in jobs:
+        if job.config.dataset_code in catalogs:
+            job.data = catalogs[job.config.dataset_code].digest()
+    return catalogs
 
 
-def unusual(config: Config, aside: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The settings that decide a run's result and are not the defaults and presets of its dataset and model."""
-    usual, _ = resolve({"dataset_code": config.dataset_code, "model_code": config.model_code})
-    of_run = trained(config)
-    return {name: v for name, v in of_run.items() if v != getattr(usual, name) and name not in aside}
+def look_up(job: Job, results: Path) -> None:
+    """Find the job's run, what is to be done with it, and how long that takes at most by an earlier run."""
+    runs_root = Path(job.config.runs_root)
+    try:
+        job.run, job.state = same_run(job.config, runs_root, results, job.data, job.tests)
+    except InputError as error:
+        job.state = f"failed: {error}"
+    if job.to_train:
+        job.set_time(estimate.earlier(job.config, runs_root, results))
+
+
+def measure(jobs: list[Job], catalogs: dict[str, Catalog]) -> None:
+    """Time a few steps for the jobs that no earlier run is like, once for all that do the same work."""
+    per_epoch: dict[tuple, float] = {}
+    for job in jobs:
+        if job.to_train and job.seconds is None and job.config.dataset_code in catalogs:
+            work = estimate.work(job.config)
+            if work not in per_epoch:
+                print(f"measuring a few steps: {job.label}", file=sys.stderr, flush=True)
+                per_epoch[work] = estimate.measured(job.config, catalogs[job.config.dataset_code])
+            job.set_time(per_epoch[work])
+
+
+def summary(jobs: list[Job]) -> str:
+    """How many jobs there are in which state, and how long what is left takes."""
+    states = Counter(job.state for job in jobs)
+    text = f"{len(jobs)} runs: {', '.join(f'{count} {state}' for state, count in states.items())}"
+    training = [job for job in jobs if job.to_train]
+    known = [job.seconds for job in training if job.seconds is not None]
+    if known:
+        text += f"; {duration(sum(known))} at most for {len(known)} of them, one at a time"
+    if len(known) < len(training):
+        text += f"; not known how long for {len(training) - len(known)}"
+    return text
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words."""
+    if seconds is None:
+        return ""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

@@ -12,11 +12,11 @@ from benchmarks.deploy import card_table
 from config import InputError, run_cli
 from datasets.files import read_json, write_text
 from experiments import parameters, tables
+from experiments.definition import definitions, unusual
 from experiments.figures import draw_figures
 from experiments.kept import RESULTS, KeptRun, keep, kept_runs
 from experiments.paper import COLUMNS
 from experiments.paper import RESULTS as PUBLISHED
-from experiments.plan import definitions, unusual
 from experiments.tables import settings_text, unlike_paper
 
 OUT = Path(__file__).parent / "RESULTS.md"

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from config import Config, shown
+from experiments.definition import Definition, Row, trained, unusual
 from experiments.kept import KeptRun
 from experiments.paper import BY_SIZE, COLUMNS, ENCODERS, MASKED, RESULTS
-from experiments.plan import Definition, Row, trained, unusual
 from experiments.significance import paired_bootstrap, user_metrics
 
 WITHOUT_HISTORY = ("NDCG@10" + MASKED, "Recall@10" + MASKED)

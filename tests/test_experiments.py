@@ -17,8 +17,8 @@ import eval as evaluate
 import train
 from config import InputError, resolve
 from datasets.catalog import load_catalog
-from experiments import estimate, kept, run
-from experiments.plan import Definition, Row, definitions, trained
+from experiments import estimate, kept, plan, run
+from experiments.definition import Definition, Row, definitions, trained
 from tests.prepared import write_prepared
 from trainer import trainer as trainer_of_runs
 from trainer.runs import claimed
@@ -395,7 +395,7 @@ def screening(monkeypatch):
     """An experiment of that name which leaves the test set unread, beside those that there are."""
     rows = (Row("off", {"whiten_features": False}), Row("on", {"whiten_features": True}))
     mine = Definition("screening", "S", "s", ("beauty",), rows, validation=True)
-    monkeypatch.setattr(run, "definitions", lambda: definitions() | {"screening": mine})
+    monkeypatch.setattr(plan, "definitions", lambda: definitions() | {"screening": mine})
     return mine
 
 

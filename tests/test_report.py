@@ -10,9 +10,9 @@ import torch
 
 from config import InputError, resolve
 from experiments import figures, paper, parameters, report, tables
+from experiments.definition import Definition, Row, definitions
 from experiments.figures import draw_figures
 from experiments.kept import kept_runs
-from experiments.plan import Definition, Row, definitions
 from experiments.significance import paired_bootstrap, user_metrics
 from model import FMRLRec, count_parameters
 from trainer.metrics import ranking_metrics

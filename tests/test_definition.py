@@ -6,7 +6,7 @@ import pytest
 
 from config import NAMED_PRESETS, Config, InputError, resolve
 from experiments import paper
-from experiments.plan import definitions, read_definition, trained, unusual
+from experiments.definition import definitions, read_definition, trained, unusual
 
 
 def test_every_definition_can_be_read_and_names_what_there_is():

@@ -1,0 +1,123 @@
+"""What the experiments are: definitions/*.toml, and which settings two runs may differ in and still be the same.
+
+title, text             what the report says
+datasets                on which it is run
+settings                every row has them
+rows                    name -> its own settings, a preset standing for those it names; beside them published, a key
+                        of paper.py, and size, the one whose metrics are meant (the largest where none is given)
+compare                 pairs of rows that a bootstrap over users compares
+every_size              the report shows all sizes of a row
+by_popularity           the report tells users apart by how often their item was trained on
+validation              settings are chosen by it: its runs leave the test set unread, the report shows their validation
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import BEYOND, COUNTING, NAMED_PRESETS, Config, InputError, is_runtime, resolve, size_within, typed
+
+FOLDER = Path(__file__).parent / "definitions"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of an experiment's table."""
+
+    name: str
+    settings: dict[str, Any]
+    published: str = ""
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Definition:
+    """An experiment."""
+
+    name: str
+    title: str
+    text: str
+    datasets: tuple[str, ...]
+    rows: tuple[Row, ...]
+    compare: tuple[tuple[str, str], ...] = ()
+    every_size: bool = False
+    by_popularity: bool = False
+    validation: bool = False
+
+    def varied(self) -> set[str]:
+        """The settings that make its rows differ. Where it is the model, all: each is trained in a way of its own."""
+        named = {name for row in self.rows for name in row.settings}
+        values = {name: [row.settings.get(name) for row in self.rows] for name in named}
+        varied = {name for name in named if any(value != values[name][0] for value in values[name])}
+        if varied & {"item_embedding", "mrl_hidden_sizes"}:
+            varied.add("item_embedding_width")  # what it comes to depends on them
+        return set(Config.__dataclass_fields__) if "model_code" in varied else varied
+
+    def fits(self, row: Row, config: Config) -> bool:
+        """Whether a run with these settings is one of this row's. What is beyond the paper a row has to name."""
+        settings = {name: getattr(Config, name) for name in BEYOND} | row.settings
+        sizes, width = config.mrl_hidden_sizes, settings.pop("item_embedding_width")
+        return size_within(sizes, width) == size_within(sizes, config.item_embedding_width) and all(
+            getattr(config, name) == value for name, value in settings.items()
+        )
+
+
+def definitions() -> dict[str, Definition]:
+    """name -> definition. Raises InputError that names the file and what in it cannot be used."""
+    return {path.stem: read_definition(path) for path in sorted(FOLDER.glob("*.toml"))}
+
+
+def read_definition(path: Path) -> Definition:
+    """The definition in one file."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = found.pop("settings", {})
+        rows = tuple(_row(name, settings | row) for name, row in found.pop("rows").items())
+        found |= {"datasets": tuple(found["datasets"]), "compare": tuple(map(tuple, found.get("compare", ())))}
+        definition = Definition(name=path.stem, rows=rows, **found)
+    except (InputError, tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no experiment: {error}") from None
+    unknown = {name for pair in definition.compare for name in pair} - {row.name for row in rows}
+    if unknown:
+        raise InputError(f"{path} compares {sorted(unknown)}, which are none of its rows")
+    return definition
+
+
+def _row(name: str, values: dict[str, Any]) -> Row:
+    aside = {key: values.pop(key) for key in ("published", "size") if key in values}
+    settings = typed(values, f"row {name!r}")
+    resolve(settings)  # raises where a value cannot be used
+    settings = NAMED_PRESETS[settings.pop("preset", "paper")] | settings
+    return Row(name, settings, **aside)
+
+
+def trained(config: Config) -> dict[str, Any]:
+    """What decides a run's result: its settings but those that say how to run, and those that it does not read."""
+    unread = {"run_name", "preset", *(f.name for f in dataclasses.fields(Config) if is_runtime(f.name))}
+    if not config.use_language_encoder:
+        unread |= {"language_encoder", "item_attributes"}
+    if not config.use_img_encoder:
+        unread |= {"img_encoder"}
+    if not (config.use_language_encoder or config.use_img_encoder):
+        unread |= {"encoder_precision"}
+    if not config.early_stopping:
+        unread |= {"early_stopping_patience"}
+    if config.model_code != "sasrec":
+        unread |= {"num_heads"}
+    if config.model_code == "sasrec":
+        unread |= {"lru_use_bias", "lru_r_min", "lru_r_max"}
+    if config.model_code in COUNTING:
+        unread |= set(vars(config)) - {"dataset_code", "model_code"}
+    values = vars(config) | {"item_embedding_width": config.embedded}  # what it comes to with these sizes
+    return {name: value for name, value in values.items() if name not in unread}
+
+
+def unusual(config: Config, aside: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The settings that decide a run's result and are not the defaults and presets of its dataset and model."""
+    usual, _ = resolve({"dataset_code": config.dataset_code, "model_code": config.model_code})
+    of_run = trained(config)
+    return {name: v for name, v in of_run.items() if v != getattr(usual, name) and name not in aside}

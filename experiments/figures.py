@@ -12,9 +12,9 @@ from typing import Any
 from datasets.files import read_json, replacing
 from experiments.definition import definitions
 from experiments.kept import KeptRun
+from experiments.lines import Line, comparable, lines
 from experiments.paper import BY_SIZE, MASKED, RESULTS
 from experiments.parameters import figure4
-from experiments.tables import Line, comparable, lines
 from trainer.plots import STYLE
 
 COLOURS = ("#1f6f78", "#d9822b", "#6b4c9a", "#3a7d44", "#a63d40", "#4a6fa5")

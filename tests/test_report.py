@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import InputError, resolve
-from experiments import figures, paper, parameters, report, tables
+from experiments import figures, lines, paper, parameters, report, tables
 from experiments.definition import Definition, Row, definitions
 from experiments.figures import draw_figures
 from experiments.kept import kept_runs
@@ -183,9 +183,9 @@ def test_seeds_on_other_data_are_no_seeds_of_the_same_row(tmp_path):
     keep_run(
         tmp_path, "two", {}, {m: np.ones(USERS - 1) for m in resolve({})[0].mrl_hidden_sizes}, seed=2, data="other"
     )
-    found = tables.lines(definitions()["table2"], "beauty", kept_runs(tmp_path))
+    found = lines.lines(definitions()["table2"], "beauty", kept_runs(tmp_path))
     assert [len(line.runs) for line in found] == [1, 1]
-    assert len(tables.comparable(definitions()["table2"], found)) == 2
+    assert len(lines.comparable(definitions()["table2"], found)) == 2
 
 
 def test_a_row_says_which_seeds_it_has_no_value_of_and_names_every_commit(tmp_path):

@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
 BEYOND = ("whiten_features", "item_embedding", "item_embedding_width", "item_embedding_dropout", "logit_scale",
-          "size_weights", "distill", "input_norm", "input_dropout", "small_dropout")  # fmt: skip
+          "size_weights", "distill", "post_norm", "input_dropout", "small_dropout")  # fmt: skip
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -71,7 +71,7 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
         "distill": 0.5,
         "lru_dropout": 0.6,
         "lru_attn_dropout": 0.6,
-        "input_norm": True,
+        "post_norm": True,
         "input_dropout": 0.5,
         "small_dropout": 0.5,
     },
@@ -209,10 +209,12 @@ class Config:
         "how much the sizes' losses count: all alike, or proportional to 1/√size (sqrt), so that small ones count more",
         choices=("uniform", "sqrt"),
     )
-    input_norm: bool = setting(
-        False, "a LayerNorm of what a history's items are read as, so that the last of them is not simply found again"
+    post_norm: bool = setting(
+        False,
+        "a LayerNorm of what is read, and after LRU and feed-forward network, in place of one before them: what is "
+        "asked for then is less the last item itself",
     )
-    input_dropout: float = setting(0.0, "dropout before it")
+    input_dropout: float = setting(0.0, "dropout of the items that are read")
     small_dropout: float = setting(
         1.0,
         "what all dropouts are multiplied by in the first 64 dimensions, which learn too little where others learn "
@@ -346,8 +348,6 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("item_embedding_width", "item_embedding_dropout"):
         if getattr(c, name) and not c.item_embedding:
             yield f"--{name} {getattr(c, name)} needs --item_embedding"
-    if c.input_dropout and not c.input_norm:
-        yield f"--input_dropout {c.input_dropout} needs --input_norm"
     for name in ("whiten_features", "item_embedding"):
         if c.branch == "id" and getattr(c, name):
             yield f"--{name}: without an encoder the item table is learned outright; leave it out (--no-{name})"

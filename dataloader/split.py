@@ -17,7 +17,8 @@ class TrainRows:
     """One row a user: row u is tokens[offsets[u]:offsets[u + 1]], and at each token the item that came next.
 
     A row whose training items all fit into L begins with token 0, begin of sequence, whose label is the first item,
-    unless first items are to be no labels. That token's state is not carried on, so both it and the item after it have position 0.
+    unless first items are to be no labels. That token's state is not carried on, so both it and the item after it have
+    position 0.
     """
 
     tokens: np.ndarray  # [n] int64

@@ -2,7 +2,7 @@
 
     item i:  features [F] ---Linear---> E_i [D]                    (item table E, [N+1, D]; row 0: begin of sequence)
     history: E_{i1} E_{i2} ... ---[x + Dropout(LRU(LN(x))); x + FFN(LN(x))] x blocks---> z [D]
-             (beyond the paper, with an input norm: LN(Dropout(E_{i1})) LN(Dropout(E_{i2})) ... are read)
+             (beyond the paper, with post-norm: LN(Dropout(E_{i1})) ... ---[LN(x + Dropout(LRU(x))); LN(x + FFN(x))])
     score of item i with the sub-model of size m:  z[:m] · E[i, :m]
 
 Histories are packed as in model/lru.py. N items, T tokens, F feature width, D largest size.
@@ -149,27 +149,41 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + Dropout(LRU(LN(x))), then x + FFN(LN(x)): [T, D] -> [T, D]."""
+    """x + Dropout(LRU(LN(x))), then x + FFN(LN(x)): [T, D] -> [T, D]. With post-norm, LN(x + Dropout(LRU(x))), then
+    LN(x + FFN(x))."""
 
     def __init__(
-        self, sizes: tuple[int, ...], dropout: float, attn_dropout: float, small_dropout: float, bias: bool, r: tuple
+        self,
+        sizes: tuple[int, ...],
+        dropout: float,
+        attn_dropout: float,
+        small_dropout: float,
+        bias: bool,
+        r: tuple[float, float],
+        post_norm: bool,
     ) -> None:
         super().__init__()
+        self.post_norm = post_norm
         self.norm1, self.lru = FMRLLayerNorm(sizes), LRU(sizes, bias, *r)
         self.attn_dropout = Dropout(attn_dropout, small_dropout)
         self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout, small_dropout)
 
     def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """at: [B], the only tokens whose output is wanted; then it is [B, D]."""
-        y = self.lru(self.norm1(x), position, longest, at)
-        x = (x if at is None else x[at]) + self.attn_dropout(y)
-        return x + self.ffn(self.norm2(x))
+        y = self.lru(x if self.post_norm else self.norm1(x), position, longest, at)
+        return self.after_lru((x if at is None else x[at]) + self.attn_dropout(y))
 
     def step(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """One more token of every history, without dropout: x [B, D], h [B, 2, D] -> the same after it."""
-        y, h = self.lru.step(self.norm1(x), h)
-        x = x + y
-        return x + self.ffn(self.norm2(x)), h
+        y, h = self.lru.step(x if self.post_norm else self.norm1(x), h)
+        return self.after_lru(x + y), h
+
+    def after_lru(self, x: Tensor) -> Tensor:
+        """The rest of the block: [T, D] -> [T, D]."""
+        if not self.post_norm:
+            return x + self.ffn(self.norm2(x))
+        x = self.norm1(x)
+        return self.norm2(x + self.ffn(x))
 
 
 class Settings(TypedDict):
@@ -181,7 +195,7 @@ class Settings(TypedDict):
     use_bias: bool
     r_min: float
     r_max: float
-    input_norm: bool
+    post_norm: bool
     input_dropout: float
     small_dropout: float
     item_embedding: int
@@ -203,7 +217,7 @@ class FMRLRec(nn.Module):
         use_bias: bool = True,
         r_min: float = 0.0,
         r_max: float = 0.1,
-        input_norm: bool = False,
+        post_norm: bool = False,
         input_dropout: float = 0.0,
         small_dropout: float = 1.0,
         item_embedding: int = 0,
@@ -211,13 +225,13 @@ class FMRLRec(nn.Module):
         logit_scale: bool = False,
         whitening: Whitening | None = None,
     ) -> None:
-        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. input_norm: a
-        LayerNorm of what a history's items are read as, after input_dropout. small_dropout: what all these dropouts are
-        multiplied by in the first dimensions (model/dropout.py). item_embedding: how many of the
-        first dimensions have a V, one of sizes; 0: none. Its dropout and whitening: as of ItemEncoder. logit_scale:
-        learn how sharp each size's softmax is in training; no ranking depends on it. Raises ValueError for sizes that
-        do not increase, for features of another number of items, and for an item_embedding without features or of a
-        width that is no size."""
+        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. post_norm: a
+        LayerNorm after every sum, and of what is read, in place of one before LRU and feed-forward network.
+        input_dropout: of what is read. small_dropout: what all these dropouts are multiplied by in the first dimensions
+        (model/dropout.py). item_embedding: how many of the first dimensions have a V, one of sizes; 0: none. Its
+        dropout and whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no
+        ranking depends on it. Raises ValueError for sizes that do not increase, for features of another number of
+        items, and for an item_embedding without features or of a width that is no size."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
         if item_embedding and item_embedding not in sizes:
@@ -230,7 +244,7 @@ class FMRLRec(nn.Module):
             "use_bias": use_bias,
             "r_min": r_min,
             "r_max": r_max,
-            "input_norm": input_norm,
+            "post_norm": post_norm,
             "input_dropout": input_dropout,
             "small_dropout": small_dropout,
             "item_embedding": item_embedding,
@@ -239,9 +253,10 @@ class FMRLRec(nn.Module):
         }
         self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout, whitening)
         self.input_dropout = Dropout(input_dropout, small_dropout)
-        self.norm = FMRLLayerNorm(self.sizes) if input_norm else None
+        self.norm = FMRLLayerNorm(self.sizes) if post_norm else None
         self.blocks = nn.ModuleList(
-            Block(self.sizes, dropout, attn_dropout, small_dropout, use_bias, (r_min, r_max)) for _ in range(num_blocks)
+            Block(self.sizes, dropout, attn_dropout, small_dropout, use_bias, (r_min, r_max), post_norm)
+            for _ in range(num_blocks)
         )
         self.log_scale = nn.Parameter(torch.zeros(len(self.sizes))) if logit_scale else None  # of model/objective.py
 

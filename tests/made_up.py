@@ -30,12 +30,12 @@ def random_model(
     use_bias: bool = True,
     ring: tuple[float, float] = (0.3, 0.9),
     seed: int = 0,
-    input_norm: bool = False,
+    post_norm: bool = False,
 ) -> FMRLRec:
     """A model of random weights, eigenvalues on the ring."""
     torch.manual_seed(seed)
     features = None if features is None else torch.as_tensor(features)
-    model = FMRLRec(num_items, features, sizes, num_blocks, 0.5, 0.5, use_bias, *ring, input_norm=input_norm)
+    model = FMRLRec(num_items, features, sizes, num_blocks, 0.5, 0.5, use_bias, *ring, post_norm=post_norm)
     return with_random_weights(model).eval()
 
 

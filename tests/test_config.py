@@ -315,11 +315,6 @@ def test_a_ring_without_width_is_refused_with_both_of_its_radii(capsys):
     assert "--lru_r_max 0.2" in message
 
 
-def test_the_dropout_before_the_input_norm_needs_the_norm(capsys):
-    assert refusal(capsys, "--input_dropout=0.2").endswith("--input_dropout 0.2 needs --input_norm")
-    assert parsed("--input_dropout=0.2", "--input_norm")[0].input_dropout == 0.2
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_best_epoch_may_be_picked_by_any_metric_at_any_cut_off(metric):
     assert parsed(f"--best_metric={metric}@7", "--metric_ks=3,7")[0].best_metric == f"{metric}@7"

@@ -35,9 +35,9 @@ SHAPES = [
 
 
 def model_of(shape, **options):
-    """A model that forgets slowly; some LRUs have no bias, some models an input norm."""
+    """A model that forgets slowly; some LRUs have no bias, some models have post-norm."""
     sizes, num_blocks, max_len = shape
-    kind = {"use_bias": max_len != 2, "input_norm": max_len in (2, 50)}
+    kind = {"use_bias": max_len != 2, "post_norm": max_len in (2, 50)}
     return random_model(sizes, num_blocks, **kind, ring=NEAR_1, seed=sum(sizes), **options)
 
 
@@ -98,15 +98,15 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_steps_over_a_history_end_where_encoding_the_whole_of_it_does(shape):
-    model, length, users = model_of(shape), max(shape[2], 3), 4
+    model, length, users = model_of(shape).double(), max(shape[2], 3), 4
     items = torch.from_numpy(histories_of([length] * users, length))
     table = model.item_table()
     position = torch.arange(length).repeat(users)
     expected = model.encode(table[items.flatten()], position, length).view(users, length, -1)
-    hidden = torch.zeros(users, shape[1], 2, shape[0][-1])
+    hidden = torch.zeros(users, shape[1], 2, shape[0][-1], dtype=torch.float64)
     for t in range(length):
         z, hidden = model.step(table[items[:, t]], hidden)
-        assert_close(z.detach(), expected[:, t].detach())
+        assert_close(z.detach(), expected[:, t].detach(), tolerance=1e-10)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -130,7 +130,7 @@ def test_config_says_what_the_export_is_and_where_it_comes_from(run, tmp_path):
         "sizes": [4, 8],
         "num_blocks": 1,
         "max_len": 6,
-        "input_norm": False,
+        "post_norm": False,
         "num_items": ITEMS,
         "quantize": "float16",
         "dataset": {"code": "tiny", "digest": catalog.digest()},

@@ -53,11 +53,9 @@ NUM_ITEMS = 30
 LISTS = [tuple(sorted(random.Random(seed).sample(range(1, 40), k=seed + 1))) for seed in range(4)]
 
 
-def model_of(sizes, blocks=2, use_bias=True, features=9, input_norm=False):
+def model_of(sizes, blocks=2, use_bias=True, features=9, post_norm=False):
     described = np.random.default_rng(1).normal(size=(NUM_ITEMS, features)).astype(np.float32) if features else None
-    return random_model(
-        sizes, blocks, num_items=NUM_ITEMS, features=described, use_bias=use_bias, input_norm=input_norm
-    )
+    return random_model(sizes, blocks, num_items=NUM_ITEMS, features=described, use_bias=use_bias, post_norm=post_norm)
 
 
 def histories():
@@ -80,7 +78,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("sizes", LISTS, ids=str)
 @torch.inference_mode()
 def test_a_model_made_of_served_weights_asks_for_what_the_model_asks_for(sizes, blocks, use_bias, features):
-    model = model_of(sizes, blocks, use_bias, features, input_norm=blocks == 2)
+    model = model_of(sizes, blocks, use_bias, features, post_norm=blocks == 2)
     for size in sizes:
         small = slice_model(model, size)
         served = model_from(serving_weights(small, quantized=False), small.sizes, blocks)
@@ -100,28 +98,33 @@ def layer_norm(x, sizes, weight, bias):
 
 def by_the_book(weights, table, sizes, blocks, history):
     """z of one history, as the head of model/serving/weights.py describes the weights: no mask, no γ, no model."""
-    hidden, m = np.zeros((blocks, sizes[-1]), dtype=complex), sizes[-1]
+
+    def norm(x, name, here):
+        return layer_norm(x, sizes, weights[f"{name}.weight"], weights[f"{name}.bias"]) if here else x
+
+    hidden, m, post = np.zeros((blocks, sizes[-1]), dtype=complex), sizes[-1], "norm.weight" in weights
     for x in table[history]:
-        if "norm.weight" in weights:
-            x = layer_norm(x, sizes, weights["norm.weight"], weights["norm.bias"])
+        x = norm(x, "norm", post)
         for i in range(blocks):
-            w = {name.removeprefix(f"blocks.{i}."): value for name, value in weights.items()}
-            u = layer_norm(x, sizes, w["norm1.weight"], w["norm1.bias"]) @ w["lru.B"] + w["lru.B_bias"]
+            w, block = {name.removeprefix(f"blocks.{i}."): value for name, value in weights.items()}, f"blocks.{i}"
+            u = norm(x, f"{block}.norm1", not post) @ w["lru.B"] + w["lru.B_bias"]
             eigenvalue = np.exp(-np.exp(w["lru.nu_log"]) + 1j * np.exp(w["lru.theta_log"]))
             hidden[i] = u[:m] + 1j * u[m:] + eigenvalue * hidden[i]
             x = x + np.concatenate([hidden[i].real, hidden[i].imag]) @ w["lru.C"] + w["lru.C_bias"]
-            expanded = layer_norm(x, sizes, w["norm2.weight"], w["norm2.bias"]) @ w["ffn.expand"] + w["ffn.expand_bias"]
+            x = norm(x, f"{block}.norm1", post)
+            expanded = norm(x, f"{block}.norm2", not post) @ w["ffn.expand"] + w["ffn.expand_bias"]
             gate, value = expanded[:m], expanded[m:]
             x = x + (gate / (1 + np.exp(-gate)) * value) @ w["ffn.reduce"] + w["ffn.reduce_bias"]
+            x = norm(x, f"{block}.norm2", post)
     return x
 
 
-@pytest.mark.parametrize("input_norm", [True, False])
+@pytest.mark.parametrize("post_norm", [True, False])
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("sizes", [(7,), (3, 8), (2, 5, 11)], ids=str)
 @torch.inference_mode()
-def test_the_weights_are_what_their_description_says(sizes, use_bias, input_norm):
-    model = model_of(sizes, 2, use_bias, input_norm=input_norm)
+def test_the_weights_are_what_their_description_says(sizes, use_bias, post_norm):
+    model = model_of(sizes, 2, use_bias, post_norm=post_norm)
     table, weights = model.item_table(), serving_weights(model, quantized=False)
     tokens, position, longest = histories()
     z = model.encode(table[tokens], position, longest).numpy()
@@ -138,9 +141,9 @@ def test_the_weights_are_what_their_description_says(sizes, use_bias, input_norm
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("sizes", LISTS[:3], ids=str)
 def test_the_weights_have_the_shapes_that_are_expected_of_them(sizes, quantized, use_bias, features):
-    weights = serving_weights(model_of(sizes, 3, use_bias, features, input_norm=use_bias), quantized)
+    weights = serving_weights(model_of(sizes, 3, use_bias, features, post_norm=use_bias), quantized)
     shapes = {name: weight.shape for name, weight in weights.items()}
-    assert shapes == expected_shapes(sizes[-1], 3, features, quantized, input_norm=use_bias)
+    assert shapes == expected_shapes(sizes[-1], 3, features, quantized, post_norm=use_bias)
     assert all(weight.flags.c_contiguous for weight in weights.values())
 
 

@@ -104,9 +104,9 @@ def test_frozen_features_are_no_weights_and_are_not_saved():
     assert encoder.projection.weight.shape == (DIM, sum(WIDTHS))
 
 
-def test_an_input_norm_reads_items_after_dropout_each_size_by_itself():
+def test_with_post_norm_items_are_read_after_dropout_and_a_norm_of_each_size():
     sizes = (2, 4, DIM)
-    model = FMRLRec(NUM_ITEMS, None, sizes, input_norm=True, input_dropout=0.4, small_dropout=0.5)
+    model = FMRLRec(NUM_ITEMS, None, sizes, post_norm=True, input_dropout=0.4, small_dropout=0.5)
     x = torch.randn(3, DIM) * 5 + 2
     torch.manual_seed(0)
     dropped = x * (torch.rand(3, DIM) >= 0.2) / 0.8  # all of them first dimensions
@@ -119,10 +119,10 @@ def test_an_input_norm_reads_items_after_dropout_each_size_by_itself():
     torch.testing.assert_close(read, [model.norm(x)])
 
 
-@pytest.mark.parametrize("input_norm", [True, False])
-def test_a_step_reads_items_as_whole_histories_do(input_norm):
+@pytest.mark.parametrize("post_norm", [True, False])
+def test_a_step_reads_items_as_whole_histories_do(post_norm):
     torch.manual_seed(0)
-    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), r_min=0.3, r_max=0.9, input_norm=input_norm).double().eval()
+    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), r_min=0.3, r_max=0.9, post_norm=post_norm).double().eval()
     x, hidden = torch.randn(6, DIM, dtype=torch.float64), torch.zeros(1, 2, 2, DIM, dtype=torch.float64)
     for expected, item in zip(model.encode(x, torch.arange(6), 6), x, strict=True):
         z, hidden = model.step(item[None], hidden)
@@ -187,7 +187,7 @@ def test_the_same_dropout_everywhere_is_the_papers_bit_by_bit():
 @pytest.mark.parametrize("small", [0.0, 0.5])
 def test_every_dropout_of_a_model_has_its_share_in_the_first_dimensions(small):
     dropouts = {"dropout": 0.4, "attn_dropout": 0.3, "input_dropout": 0.2, "small_dropout": small}
-    model = FMRLRec(NUM_ITEMS, None, (2, 4), input_norm=True, **dropouts)
+    model = FMRLRec(NUM_ITEMS, None, (2, 4), post_norm=True, **dropouts)
     found = {(layer.p, layer.small) for layer in model.modules() if isinstance(layer, Dropout)}
     assert found == {(0.4, small), (0.3, small), (0.2, small)}
     assert slice_model(model, 2).settings == model.settings

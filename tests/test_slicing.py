@@ -46,10 +46,10 @@ def assert_scores_equal(small, large, size):
 
 @pytest.mark.parametrize("branch", ["both", "id"])
 @pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("input_norm", [True, False])
+@pytest.mark.parametrize("post_norm", [True, False])
 @pytest.mark.parametrize("sizes", SIZE_LISTS, ids=str)
-def test_a_slice_scores_as_the_full_models_prefix(sizes, input_norm, use_bias, branch):
-    model = random_model(sizes, branch, use_bias, input_norm=input_norm)
+def test_a_slice_scores_as_the_full_models_prefix(sizes, post_norm, use_bias, branch):
+    model = random_model(sizes, branch, use_bias, post_norm=post_norm)
     for size in sizes:
         assert_scores_equal(slice_model(model, size), model, size)
 

@@ -55,7 +55,7 @@ CHANGED = {
     "logit_scale": True,
     "size_weights": "sqrt",
     "distill": 0.25,
-    "input_norm": True,
+    "post_norm": True,
     "input_dropout": 0.15,
     "small_dropout": 0.75,
     "val_batch_size": 8,
@@ -66,7 +66,7 @@ CHANGED = {
     "run_name": "named",
 }
 TRAINER_SETTINGS = ["num_epochs", "lr", "warmup_steps", "val_batch_size", "best_metric"]
-MODEL_SETTINGS = ["item_embedding_dropout", "logit_scale", "input_norm", "input_dropout", "small_dropout"]
+MODEL_SETTINGS = ["item_embedding_dropout", "logit_scale", "post_norm", "input_dropout", "small_dropout"]
 SPIED = ["feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "build_optimizer", "NegativeSampler"]
 SPIED += ["Step", "Trainer", "test_every_size"]
 STEP_SETTINGS = ["precision", "max_grad_norm", "size_weights", "distill"]
@@ -161,7 +161,7 @@ def together(tmp_path_factory):
     write_prepared(folder / "data", "tiny", users=20, items=12, pictures=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return consumed(BASE | {"item_embedding": True, "input_norm": True} | TOGETHER, patch)
+        return consumed(BASE | {"item_embedding": True, "post_norm": True} | TOGETHER, patch)
 
 
 def test_settings_that_are_changed_together_are_told_apart():

@@ -93,7 +93,7 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
         use_bias=config.lru_use_bias,
         r_min=config.lru_r_min,
         r_max=config.lru_r_max,
-        input_norm=config.input_norm,
+        post_norm=config.post_norm,
         input_dropout=config.input_dropout,
         small_dropout=config.small_dropout,
         item_embedding=config.embedded,

@@ -244,7 +244,7 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
         features["dim"],
         int8,
         features.get("whitened", ()),
-        config.get("input_norm", False),
+        config.get("post_norm", False),
     )
     for name in sorted(shapes.keys() | weights.keys()):
         found = f"{weights[name].dtype} {list(weights[name].shape)}" if name in weights else "nothing"

@@ -54,6 +54,7 @@ class _Graph:
         self, weights: dict[str, np.ndarray], offsets: dict[str, tuple[int, int]], sizes: tuple[int, ...]
     ) -> None:
         self.weights, self.offsets, self.sizes, self.m = weights, offsets, sizes, sizes[-1]
+        self.post_norm = "norm.weight" in weights
         self.int8 = any(value.dtype == np.int8 for value in weights.values())
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
@@ -66,7 +67,7 @@ class _Graph:
         keep = self.carried()
         for i in range(num_blocks):
             name = f"blocks.{i}"
-            u = self.linear(self.norm(x, f"{name}.norm1"), f"{name}.lru.B")  # [B L, 2m]
+            u = self.linear(x if self.post_norm else self.norm(x, f"{name}.norm1"), f"{name}.lru.B")  # [B L, 2m]
             u = self.op("Mul", self.op("Reshape", u, batch_first), keep)  # [B, L, 2m]
             if i + 1 < num_blocks:
                 h = self.op("Reshape", self.scan(u, name, max_len), self.constant([-1, 2 * self.m]))
@@ -82,7 +83,7 @@ class _Graph:
             name, m = f"blocks.{i}", self.m
             before = self.op("Gather", "hidden", self.constant(i), axis=1)  # [B, 2, m]
             h_re, h_im = (self.op("Gather", before, self.constant(part), axis=1) for part in (0, 1))
-            u = self.linear(self.norm(x, f"{name}.norm1"), f"{name}.lru.B")
+            u = self.linear(x if self.post_norm else self.norm(x, f"{name}.norm1"), f"{name}.lru.B")
             re, im = self.times(h_re, h_im, *self.power(name, 1))
             h = self.op("Add", u, self.op("Concat", re, im, axis=-1))  # [B, 2m]
             after.append(self.op("Reshape", h, self.constant([-1, 1, 2, m])))
@@ -105,7 +106,7 @@ class _Graph:
     def embed(self, items: str) -> str:
         """Items as the first block reads them: [B L, m] in float32."""
         x = self.rows(self.op("Reshape", items, self.constant([-1])))
-        return self.norm(x, "norm") if "norm.weight" in self.weights else x
+        return self.norm(x, "norm") if self.post_norm else x
 
     def rows(self, flat: str) -> str:
         """Rows of the item table: [B L, m] in float32."""
@@ -150,12 +151,19 @@ class _Graph:
         return self.op("Cast", product, to=TensorProto.FLOAT), scale
 
     def rest_of_block(self, x: str, h: str, name: str) -> str:
-        """x + Re(C h + c), then x + FFN(LN(x)): [rows, m], [rows, 2m] -> [rows, m]."""
+        """What follows the recurrence, as Block.after_lru: [rows, m], [rows, 2m] -> [rows, m]."""
         x = self.op("Add", x, self.linear(h, f"{name}.lru.C"))
-        expanded = self.linear(self.norm(x, f"{name}.norm2"), f"{name}.ffn.expand")
+        if not self.post_norm:
+            return self.op("Add", x, self.feed_forward(self.norm(x, f"{name}.norm2"), name))
+        x = self.norm(x, f"{name}.norm1")
+        return self.norm(self.op("Add", x, self.feed_forward(x, name)), f"{name}.norm2")
+
+    def feed_forward(self, x: str, name: str) -> str:
+        """FFN(x): [rows, m] -> [rows, m]."""
+        expanded = self.linear(x, f"{name}.ffn.expand")
         gate, value = self.op("Split", expanded, self.constant([self.m, self.m]), axis=-1, outputs=2)
         silu = self.op("Mul", gate, self.op("Sigmoid", gate))
-        return self.op("Add", x, self.linear(self.op("Mul", silu, value), f"{name}.ffn.reduce"))
+        return self.linear(self.op("Mul", silu, value), f"{name}.ffn.reduce")
 
     # --------------------------------------------------------------------------------------------- the recurrence
 

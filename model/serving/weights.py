@@ -1,7 +1,7 @@
 """A model's weights as they are served, and back: no masks, no complex numbers, nothing to compute before the first
 multiplication. m: the size, F: feature width. Matrices are [inputs, outputs], so that a layer is x W + b.
 
-    norm.weight, .bias                  [m]       of what is read, as in model/fmrl.py; absent without an input norm
+    norm.weight, .bias                  [m]       of what is read, with post-norm (of a block, norm1 and norm2 then are)
     blocks.i.norm1.weight, .bias        [m]       as in model/fmrl.py
     blocks.i.lru.nu_log, .theta_log     [m]       λ = exp(-exp(ν) + i exp(θ))
     blocks.i.lru.B, .B_bias             [m, 2m]   real and imaginary part of γ (B x + b), side by side
@@ -78,12 +78,12 @@ def expected_shapes(
     feature_dim: int,
     quantized: bool,
     whitened: Sequence[int] = (),
-    input_norm: bool = False,
+    post_norm: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight. feature_dim: 0 where the table was learned outright; whitened: the widths of the
     features that are whitened."""
     m = size
-    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (m,), "norm.bias": (m,)} if input_norm else {}
+    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (m,), "norm.bias": (m,)} if post_norm else {}
     for i in range(num_blocks):
         matrices = {"lru.B": (m, 2 * m), "lru.C": (2 * m, m), "ffn.expand": (m, 2 * m), "ffn.reduce": (m, m)}
         block: dict[str, tuple[int, ...]] = dict.fromkeys(VECTORS, (m,))
@@ -126,7 +126,7 @@ def model_from(weights: dict[str, np.ndarray], sizes: tuple[int, ...], num_block
 
     m = sizes[-1]
     with torch.random.fork_rng(devices=[]):  # its weights are replaced: no draws of the caller's are used up
-        model = FMRLRec(0, None, sizes, num_blocks, dropout=0.0, attn_dropout=0.0, input_norm="norm.weight" in weights)
+        model = FMRLRec(0, None, sizes, num_blocks, dropout=0.0, attn_dropout=0.0, post_norm="norm.weight" in weights)
 
     def weight(i: int, name: str) -> torch.Tensor:
         return torch.from_numpy(float_weight(weights, f"blocks.{i}.{name}"))

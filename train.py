@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     torch.manual_seed(config.seed)
     model = build_model(config, catalog.num_items, features).to(device)
     if run is None:
-        run = ranks.on_first(lambda: create_run(config, sources, device_name(device), catalog.digest()))
+        files = [Path(str(part.filename)).name for part in features]
+        run = ranks.on_first(lambda: create_run(config, sources, device_name(device), catalog.digest(), files))
     print_settings(config, sources)
     ranks.say(f"{count_parameters(model):,} trainable parameters on {device_name(device)}; run folder {run}")
 

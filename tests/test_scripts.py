@@ -51,6 +51,8 @@ def test_train_leaves_a_run_folder_with_everything(workplace, capsys):
     assert saved["settings"]["mrl_hidden_sizes"] == [2, 4, 8]
     assert saved["sources"]["lr"] == "flag" and saved["sources"]["seed"] == "default"
     environment = json.loads((run / "env.json").read_text())
+    assert environment["features"]
+    assert all(Path("data/features/tiny", name).is_file() for name in environment["features"])
     assert environment["versions"]["torch"] == torch.__version__.split("+")[0] or environment["versions"]["torch"]
     metrics = json.loads((run / "test_mrl_metrics.json").read_text())
     assert list(metrics) == ["2", "4", "8"]

@@ -1,7 +1,7 @@
 """A run is a folder, <runs_root>/<dataset_code>/<time>-<run_name>/, with
 
 config.json              the settings and where each came from
-env.json                 versions, device, commit, command line
+env.json                 versions, device, commit, command line, and which data and features
 log.jsonl                a line an epoch
 best.safetensors         the weights of the best epoch by validation
 last.pt                  what --resume needs (a model that only counts has none: it counts again)
@@ -29,8 +29,9 @@ from datasets.files import read_json, write_json
 REPOSITORY = Path(__file__).parent.parent
 
 
-def create_run(config: Config, sources: dict[str, str], device: str, data: str) -> Path:
-    """Make a new run's folder with its config.json and env.json. `data`: the dataset's digest."""
+def create_run(config: Config, sources: dict[str, str], device: str, data: str, features: list[str]) -> Path:
+    """Make a new run's folder with its config.json and env.json. data: the dataset's digest; features: the names of the
+    files that are read."""
     name = config.run_name or f"{config.label}-{config.mrl_hidden_sizes[-1]}"
     parent = Path(config.runs_root) / config.dataset_code
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
@@ -45,7 +46,7 @@ def create_run(config: Config, sources: dict[str, str], device: str, data: str) 
                 f"cannot make the run's folder {run}: {error.strerror}; give another --runs_root"
             ) from None
         break
-    write_json(run / "env.json", environment(device) | {"data": data})
+    write_json(run / "env.json", environment(device) | {"data": data, "features": features})
     write_json(run / "config.json", {"settings": vars(config), "sources": sources})
     return run
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets.files import read_json, replacing
+from datasets.files import replacing
 from experiments.definition import definitions
 from experiments.kept import KeptRun
 from experiments.lines import Line, comparable, lines
@@ -33,9 +33,6 @@ def draw_figures(runs: list[KeptRun], media: Path) -> list[Path]:
         if curves := of_definition(runs, dataset, "plus"):
             paths.append(media / f"plus-{dataset}.png")
             draw_plus(dataset, curves, alone(runs, dataset, "plus_alone"), levels(runs, dataset), paths[-1])
-    if any((run.folder / "deploy.json").exists() for run in runs):
-        paths.append(media / "accuracy_by_bytes.png")
-        draw_bytes(runs, paths[-1])
     return paths
 
 
@@ -144,31 +141,6 @@ def draw_parameters(path: Path) -> None:
         panel.set_xlabel("sizes")
         panel.set_ylabel("extra numbers of separate models, %")
         panel.legend(frameon=False, fontsize=8)
-
-
-def draw_bytes(runs: list[KeptRun], path: Path) -> None:
-    """NDCG@10 of every size of the runs whose cost to serve was measured, against its bytes on disk."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    with _figure(path, 1, "Accuracy against bytes: every size, stored in half precision") as (panel,):
-        measured = [run for run in runs if (run.folder / "deploy.json").exists()]
-        for run, colour in zip(measured, COLOURS * len(measured), strict=False):
-            rows = read_json(run.folder / "deploy.json", "keep the run again")["rows"]
-            rows = [row for row in rows if (row["engine"], row["quantize"]) == ("torch", "float16")]
-            sizes = run.config.mrl_hidden_sizes
-            panel.plot([row["bytes"] / 1e6 for row in rows], [row["NDCG@10"] for row in rows], "o-", color=colour,
-                       markersize=4, label=f"{run.config.dataset_code}, sizes {sizes[0]}..{sizes[-1]}")  # fmt: skip
-            for row in rows:
-                panel.annotate(str(row["size"]), (row["bytes"] / 1e6, row["NDCG@10"]), (-4, 5), fontsize=8, ha="right",
-                               textcoords="offset points", color=colour)  # fmt: skip
-        panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel("MB on disk: weights and item table")
-        panel.set_title("NDCG@10", loc="left")
-        panel.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 @contextmanager

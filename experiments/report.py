@@ -36,10 +36,8 @@ def report(results: Path) -> str:
     if not runs:
         raise InputError(f"there is no kept run below {results}; --keep FOLDER keeps one")
     experiments = [line for definition in definitions().values() for line in tables.section(definition, runs)]
-    measured = any((run.folder / "deploy.json").exists() for run in runs)
-    picture = ["## Accuracy against bytes", "", "![NDCG@10 of every size](../media/accuracy_by_bytes.png)", ""]
-    experiments += [*parameters.section(), *(picture if measured else [])]
-    return "\n".join([INTRODUCTION, *experiments, "# Every run", "", *(section(run) for run in runs if run.tested)])
+    every_run = [section(run) for run in runs if run.tested]
+    return "\n".join([INTRODUCTION, *experiments, *parameters.section(), "# Every run", "", *every_run])
 
 
 def section(run: KeptRun) -> str:

@@ -73,7 +73,7 @@ def plot_deployment(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_ylim(bottom=0)
             panel.set_xlabel(unit)
-        panels[0].set_title("NDCG@10", loc="left")
+        panels[0].set_title("NDCG@10 of every size (numbers: dimensions)", loc="left")
         panels[1].legend(frameon=False, fontsize=8, loc="lower right")
         figure.suptitle(title, fontsize=11)
         with replacing(path) as temporary:

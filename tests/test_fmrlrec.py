@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from model import FMRLRec, slice_model
-from model import fmrlrec as fmrlrec_module
+from model import items as items_module
 from model.dropout import SMALL, Dropout, set_share
-from model.fmrlrec import ItemEncoder
+from model.items import ItemEncoder
 from model.loss import Factors
 
 NUM_ITEMS, WIDTHS, DIM = 23, (5, 3), 8
@@ -38,7 +38,7 @@ READS = [lambda e: e.everything(), lambda e: e(torch.tensor([0, 5, 5, NUM_ITEMS,
 def test_two_parts_are_their_concatenation(monkeypatch, read, rows):
     features = parts(torch.float32, torch.float32)
     expected = table_and_gradients(encoder_of(torch.cat(features, dim=1)), read)
-    monkeypatch.setattr(fmrlrec_module, "ROWS", rows)
+    monkeypatch.setattr(items_module, "ROWS", rows)
     torch.testing.assert_close(table_and_gradients(encoder_of(features), read), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_token_0_has_no_features_and_item_i_has_row_i_less_1():
 
 @pytest.mark.parametrize("rows", [1, 7, 2**14])
 def test_factors_multiply_out_to_the_table_without_its_bias(monkeypatch, rows):
-    monkeypatch.setattr(fmrlrec_module, "ROWS", rows)
+    monkeypatch.setattr(items_module, "ROWS", rows)
     encoder = encoder_of(parts(torch.float16, torch.float16))
     factors = encoder.factors(torch.float32)
     assert isinstance(factors, Factors) and factors.weight is encoder.projection.weight

@@ -11,7 +11,7 @@ import model.loss
 from dataloader import TrainLoader, train_rows
 from datasets.catalog import Sequences
 from model import FMRLRec, count_parameters, slice_model
-from model import fmrlrec as fmrlrec_module
+from model import items as items_module
 from model.loss import Factors, columns_multiplied_out, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
 from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy_plain
 from trainer.step import Step, build_optimizer
@@ -57,7 +57,7 @@ def test_training_starts_from_the_model_of_content_alone():
 @pytest.mark.parametrize("embedding", SIZES)
 @pytest.mark.parametrize("rows", [7, 2**14])
 def test_an_item_is_its_projection_and_in_the_first_dimensions_its_embedding(monkeypatch, rows, embedding):
-    monkeypatch.setattr(fmrlrec_module, "ROWS", rows)
+    monkeypatch.setattr(items_module, "ROWS", rows)
     items = with_embeddings(embedding=embedding).items
     whole = torch.cat([torch.zeros(1, sum(WIDTHS)).double(), torch.cat(items.features, dim=1)])
     expected = whole @ items.projection.weight.T + items.projection.bias

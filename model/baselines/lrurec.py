@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.dropout import Dropout
-from model.fmrlrec import ItemEncoder
+from model.items import ItemEncoder
 from model.lru import linear_recurrence, ring_init
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.dropout import Dropout
-from model.fmrlrec import ItemEncoder
+from model.items import ItemEncoder
 
 ROWS = 256  # queries of one attention
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from PIL import Image, ImageDraw
 from config import InputError
 from datasets import encoders
 from datasets.encoders import image_encoder, image_fingerprint, language_encoder, language_fingerprint
+from datasets.encoders import text as text_encoder
+from datasets.encoders.base import offline_without_network
 from tests.prepared import put_in_hub_cache, write_tiny_bert
 
 REPOSITORY = Path(__file__).parent.parent
@@ -541,12 +544,12 @@ def test_a_hub_whose_name_does_not_resolve_is_not_asked_unless_a_proxy_may_resol
         raise OSError("name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(encoders.socket, "getaddrinfo", unresolved)
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     if proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy)
-    encoders._offline_without_network()
+    offline_without_network()
     assert constants.HF_HUB_OFFLINE is offline
 
 
@@ -554,7 +557,7 @@ def test_a_local_folder_does_not_ask_whether_there_is_a_network(tmp_path, monkey
     def asked(*_):
         raise AssertionError("the network was asked for")
 
-    monkeypatch.setattr(encoders, "_offline_without_network", asked)
+    monkeypatch.setattr(text_encoder, "offline_without_network", asked)
     assert language_encoder(str(write_tiny_bert(tmp_path / "model", MEAN)), "cpu").dim == 16
     with pytest.raises(AssertionError, match="the network was asked for"):
         language_encoder("organisation/model", "cpu")

@@ -193,7 +193,7 @@ def test_a_setting_alone_reaches_what_reads_it(workplace, monkeypatch, name):
     if name == "data_root":
         assert found["dataset_code"] == "tiny"
     elif name == "preset":
-        plus = config.NAMED_PRESETS[value] | {"item_embedding_width": BASE["mrl_hidden_sizes"][-1]}
+        plus = config.NAMED_PRESETS[value] | {"item_embedding_width": BASE["mrl_hidden_sizes"][-1], "num_epochs": 1}
         assert {setting: found[setting] for setting in plus} == plus
     else:
         assert found[name] == value

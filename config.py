@@ -76,6 +76,7 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
         "logit_scale": True,
         "size_weights": "sqrt",
         "distill": 0.7,
+        "val_mask_history": True,
         "train_batch_size": 128,
         "num_epochs": 18,
         "lr": 1e-3,
@@ -233,6 +234,9 @@ class Config:
     val_batch_size: int = setting(256, "users ranked at once in validation; does not change results", runtime=True)
     test_batch_size: int = setting(256, "users ranked at once in the test; does not change results", runtime=True)
     metric_ks: tuple[int, ...] = setting((5, 10, 20, 50), "cut-offs K of Recall@K, NDCG@K and MRR@K", runtime=True)
+    val_mask_history: bool = setting(
+        False, "validate without the items of a user's history among the candidates, as eval.py --mask_history tests"
+    )
     best_metric: str = setting("NDCG@10", "validation metric of the largest size that picks the best epoch")
     test: bool = setting(
         True,

@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                     batch_size=config.val_batch_size,
                     ks=config.metric_ks,
                     best_metric=config.best_metric,
+                    mask_history=config.val_mask_history,
                 )
             else:
                 trainer = build_trainer(config, catalog, model, run, log, device)

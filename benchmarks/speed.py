@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.measure import memory, paired, where
-from config import run_cli
+from config import resolve, run_cli
 
 SOME = 64  # users whom the baseline evaluates, as many as it does at once
 STEPS = 5  # of a kind in a row, as in training: the first pays for the memory that another kind gave back
+PLUS = "bf16-plus"  # with --preset plus
 MEMORY_STEPS = 10  # after which the peak is read
 
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="users in a step (default: 32)")
     parser.add_argument("--runs", type=int, default=5, help="paired runs of each (default: 5)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
-    parser.add_argument("--memory_of", choices=("baseline", "fp32", "bf16"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory_of", choices=("baseline", "fp32", "bf16", PLUS), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     steps, evaluations = build(arguments)
     if arguments.memory_of:  # a process of its own: the peak of a process is never given back
@@ -71,6 +72,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     from model import FMRLRec
     from trainer.evaluation import rank_targets, rank_targets_alone
     from trainer.step import Step, build_optimizer
+    from trainer.wiring import build_model, build_step
 
     rng, device = np.random.default_rng(0), torch.device(arguments.device)
     torch.manual_seed(0)
@@ -113,6 +115,13 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     for precision in ("fp32", "bf16"):
         step = Step(model, optimizer, precision=precision, max_grad_norm=5.0)
         steps[precision] = lambda step=step: step(next(batches))
+    if arguments.memory_of in (None, PLUS):
+        flags = {"mrl_hidden_sizes": sizes, "lru_num_blocks": arguments.blocks, "precision": "bf16", "preset": "plus"}
+        config, _ = resolve({"dataset_code": "beauty", **flags})
+        plus = build_model(config, arguments.items, [features.numpy()]).to(device)
+        assert isinstance(plus, FMRLRec)
+        step_of_plus = build_step(config, plus, loader)
+        steps[PLUS] = lambda: step_of_plus(next(batches))
     return steps, {"baseline": evaluate_plain, "one pass": evaluate_fast, "every slice alone": evaluate_alone}
 
 

@@ -19,6 +19,7 @@ from model.fmrl import nested_mask
 from tests.prepared import write_prepared
 from trainer import step as step_module
 from trainer.checkpoint import load_state, load_weights, save_weights
+from trainer.evaluation import evaluate
 from trainer.runlog import RunLog
 from trainer.runs import is_finished, read_log
 from trainer.step import Step, build_optimizer
@@ -361,3 +362,16 @@ def test_a_learning_rate_that_is_a_tensor_is_set_in_its_place(tmp_path):
         assert lr.item() == pytest.approx(trainer.lr_at(step))
     for tensor, number in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(tensor, number)
+
+
+def test_validation_may_leave_out_the_history_and_then_picks_the_best_epoch_by_that(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, mask_history=True)
+    trainer.fit()
+    masked, kept = (
+        evaluate(trainer.model, trainer.val_rows, sizes=SIZES, batch_size=8, ks=(5, 10), mask_history=masked)
+        for masked in (True, False)
+    )
+    assert masked != kept
+    assert trainer.validate() == masked
+    assert read_log(trainer.run)[-1]["val"]["8"] == masked[8]
+    assert "val NDCG@10 without history" in capsys.readouterr().out

@@ -24,6 +24,7 @@ def count(
     batch_size: int,
     ks: tuple[int, ...],
     best_metric: str,
+    mask_history: bool,
 ) -> None:
     """Count what users had in training, validate, and write the run's weights and the line of its epoch."""
     started = time.perf_counter()
@@ -31,7 +32,7 @@ def count(
     model.count(*(torch.as_tensor(part, device=device) for part in train_items(sequences)))
     counted = time.perf_counter()
     ks = tuple(sorted({*ks, int(best_metric.partition("@")[2])}))
-    metrics = evaluate(model, val_rows, sizes=model.sizes, batch_size=batch_size, ks=ks)
+    metrics = evaluate(model, val_rows, sizes=model.sizes, batch_size=batch_size, ks=ks, mask_history=mask_history)
     record = {
         "epoch": 1,
         "step": 0,

@@ -54,6 +54,7 @@ class Trainer:
     val_batch_size: int
     metric_ks: tuple[int, ...]
     best_metric: str
+    mask_history: bool = False  # in validation
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -80,7 +81,14 @@ class Trainer:
     def validate(self) -> dict[int, dict[str, float]]:
         """Validation metrics of every size."""
         ks = tuple(sorted({*self.metric_ks, int(self.best_metric.partition("@")[2])}))
-        return evaluate(self.model, self.val_rows, sizes=self.model.sizes, batch_size=self.val_batch_size, ks=ks)
+        return evaluate(
+            self.model,
+            self.val_rows,
+            sizes=self.model.sizes,
+            batch_size=self.val_batch_size,
+            ks=ks,
+            mask_history=self.mask_history,
+        )
 
     def _train_epoch(self) -> float:
         """One pass over the users. Returns the mean loss of its steps."""
@@ -172,7 +180,7 @@ class Trainer:
         eta = per_epoch * (self.num_epochs - progress.epoch)
         return (
             f"epoch {progress.epoch:3d}/{self.num_epochs}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"val {self.best_metric} {value:.4f}{' *' if progress.best_epoch == progress.epoch else '  '}  "
+            f"val {self.best_metric}{' without history' if self.mask_history else ''} {value:.4f}{' *' if progress.best_epoch == progress.epoch else '  '}  "
             f"{len(self.loader) / max(record['train_seconds'], 1e-9):.1f} steps/s  {per_epoch:.1f} s/epoch  "
             f"at most {eta / 60:.1f} min left"
         )

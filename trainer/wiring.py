@@ -147,6 +147,7 @@ def build_trainer(
         val_batch_size=config.val_batch_size,
         metric_ks=config.metric_ks,
         best_metric=config.best_metric,
+        mask_history=config.val_mask_history,
     )
 
 

@@ -79,9 +79,9 @@ def test_the_speed_benchmark_prints_every_case_with_its_ratio(monkeypatch, capsy
     small = "--users 300 --items 50 --features 8 --sizes 2,4 --blocks 1 --batch 8 --runs 1"
     speed.main(small.split())
     printed = capsys.readouterr().out
-    for case in ("baseline", "fp32", "bf16", "one pass", "every slice alone"):
+    for case in ("baseline", "fp32", "bf16 ", "bf16-plus", "one pass", "every slice alone"):
         assert sum(line.strip().startswith(case) and line.endswith(" x") for line in printed.splitlines()) >= 1
-    assert printed.count("GB peak resident memory") == 3
+    assert printed.count("GB peak resident memory") == 4
 
 
 def test_the_scaling_benchmark_prints_a_row_for_every_number_and_ranks_the_largest_catalogue(monkeypatch, capsys):

@@ -176,13 +176,14 @@ class Trainer:
 
     def _line(self, record: dict[str, Any]) -> str:
         progress, value = self.progress, record["val"][str(self.model.sizes[-1])][self.best_metric]
+        best = " *" if progress.best_epoch == progress.epoch else "  "
+        metric = f"{self.best_metric}{' without history' if self.mask_history else ''}"
         per_epoch = progress.seconds / progress.epoch
         eta = per_epoch * (self.num_epochs - progress.epoch)
         return (
             f"epoch {progress.epoch:3d}/{self.num_epochs}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"val {self.best_metric}{' without history' if self.mask_history else ''} {value:.4f}{' *' if progress.best_epoch == progress.epoch else '  '}  "
-            f"{len(self.loader) / max(record['train_seconds'], 1e-9):.1f} steps/s  {per_epoch:.1f} s/epoch  "
-            f"at most {eta / 60:.1f} min left"
+            f"val {metric} {value:.4f}{best}  {len(self.loader) / max(record['train_seconds'], 1e-9):.1f} steps/s  "
+            f"{per_epoch:.1f} s/epoch  at most {eta / 60:.1f} min left"
         )
 
     def state(self) -> dict[str, Any]:

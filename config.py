@@ -223,7 +223,7 @@ class Config:
     input_dropout: float = setting(0.0, "dropout of the items that are read")
     small_dropout: float = setting(
         1.0,
-        "what all dropouts are multiplied by in the first 64 dimensions, which learn too little where others learn "
+        "what lru_dropout and lru_attn_dropout are multiplied by in the first 64 dimensions, which learn too little where others learn "
         "by heart",
     )
     distill: float = setting(

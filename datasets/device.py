@@ -29,5 +29,6 @@ def resolve_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """The device in words, for a run's env.json."""
     on_gpu, processes = device.type == "cuda", ranks.world_size()
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     return name if processes == 1 else f"{processes} processes, each on {name}"

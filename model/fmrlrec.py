@@ -113,8 +113,8 @@ class FMRLRec(nn.Module):
     ) -> None:
         """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. post_norm: a
         LayerNorm after every sum, and of what is read, in place of one before LRU and feed-forward network.
-        input_dropout: of what is read. small_dropout: what all these dropouts are multiplied by in the first dimensions
-        (model/dropout.py). item_embedding: how many of the first dimensions have a V, one of sizes; 0: none. Its
+        input_dropout: of what is read. small_dropout: what the other two dropouts are multiplied by in the first
+        dimensions (model/dropout.py). item_embedding: how many of the first dimensions have a V, one of sizes; 0: none. Its
         dropout and whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no
         ranking depends on it. Raises ValueError for sizes that do not increase, for features of another number of
         items, and for an item_embedding without features or of a width that is no size."""
@@ -138,7 +138,7 @@ class FMRLRec(nn.Module):
             "logit_scale": logit_scale,
         }
         self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout, whitening)
-        self.input_dropout = Dropout(input_dropout, small_dropout)
+        self.input_dropout = Dropout(input_dropout)
         self.norm = FMRLLayerNorm(self.sizes) if post_norm else None
         self.blocks = nn.ModuleList(
             Block(self.sizes, dropout, attn_dropout, small_dropout, use_bias, (r_min, r_max), post_norm)

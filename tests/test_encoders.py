@@ -502,7 +502,7 @@ def test_transformers_and_open_clip_work_where_this_datasets_hides_hugging_faces
     name, weights = clip
     arguments = (mean_bert, weights.with_name(f"{name}.json"), f"{name}/{weights}")
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     vector, shape = done.stdout.splitlines()
     expected = language_encoder(str(mean_bert), "cpu").encode(["red tent"])

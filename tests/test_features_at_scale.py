@@ -115,7 +115,7 @@ def run(data_root: Path, cache_root: Path, language="", image="", until=1000, ra
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

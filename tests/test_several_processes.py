@@ -113,7 +113,7 @@ def torchrun(script: Path, arguments: str, folder: Path) -> subprocess.Completed
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

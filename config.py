@@ -223,8 +223,8 @@ class Config:
     input_dropout: float = setting(0.0, "dropout of the items that are read")
     small_dropout: float = setting(
         1.0,
-        "what lru_dropout and lru_attn_dropout are multiplied by in the first 64 dimensions, which learn too little where others learn "
-        "by heart",
+        "what lru_dropout and lru_attn_dropout are multiplied by in the first 64 dimensions, which learn too little "
+        "where others learn by heart",
     )
     distill: float = setting(
         0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"

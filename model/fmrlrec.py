@@ -114,9 +114,9 @@ class FMRLRec(nn.Module):
         """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. post_norm: a
         LayerNorm after every sum, and of what is read, in place of one before LRU and feed-forward network.
         input_dropout: of what is read. small_dropout: what the other two dropouts are multiplied by in the first
-        dimensions (model/dropout.py). item_embedding: how many of the first dimensions have a V, one of sizes; 0: none. Its
-        dropout and whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no
-        ranking depends on it. Raises ValueError for sizes that do not increase, for features of another number of
+        dimensions (model/dropout.py). item_embedding: how many of the first dimensions have a V, one of sizes; 0: none.
+        Its dropout and whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training;
+        no ranking depends on it. Raises ValueError for sizes that do not increase, for features of another number of
         items, and for an item_embedding without features or of a width that is no size."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested

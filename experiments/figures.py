@@ -95,7 +95,8 @@ def draw_plus(
                 panel.plot(*zip(*paper.items(), strict=True), "s--", color=PAPER, markersize=4,
                            label="paper, text and pictures")  # fmt: skip
             for line in curves:
-                sizes, colour = line.config.mrl_hidden_sizes, COLOURS[0 if line.config.item_embedding else 1]
+                sizes = line.config.mrl_hidden_sizes
+                colour = COLOURS[0 if line.config.post_norm else 2 if line.config.item_embedding else 1]
                 means = [statistics.mean(line.values(name, size) or [math.nan]) for size in sizes]
                 panel.plot(sizes, means, "o-" if sizes[-1] == widest(curves) else "o:", color=colour, markersize=4,
                            label=f"{line.row.name}, {sizes[0]}..{sizes[-1]}")  # fmt: skip

@@ -308,13 +308,15 @@ def test_figures_are_drawn_of_what_was_run(tmp_path):
         assert path.stat().st_size > 10_000
 
 
-PLUS = {"train_batch_size": 128, "lr": 2e-3, "precision": "bf16", "num_epochs": 12, "early_stopping_patience": 3}
+SHORT = {"train_batch_size": 128, "lr": 2e-3, "precision": "bf16", "num_epochs": 12, "early_stopping_patience": 3}
+PLUS = {"precision": "bf16", "preset": "plus"}
 
 
 def test_plus_is_drawn_beside_the_faithful_model_and_models_of_one_size(tmp_path, monkeypatch):
-    keep_run(tmp_path / "kept", "faithful", LANGUAGE | PLUS)
-    keep_run(tmp_path / "kept", "plus", LANGUAGE | PLUS | {"preset": "plus"})
-    small = LANGUAGE | PLUS | {"preset": "plus", "num_negatives": 1024}
+    dropouts = {"lru_dropout": 0.6, "lru_attn_dropout": 0.6}
+    keep_run(tmp_path / "kept", "faithful", LANGUAGE | SHORT | dropouts)
+    keep_run(tmp_path / "kept", "plus", LANGUAGE | PLUS)
+    small = LANGUAGE | PLUS | {"num_negatives": 1024}
     keep_run(tmp_path / "kept", "small", small | {"mrl_hidden_sizes": (8, 16, 32, 64, 128, 256)})
     keep_run(tmp_path / "kept", "alone", small | {"mrl_hidden_sizes": (64,)})
     keep_run(tmp_path / "kept", "sasrec", {"model_code": "sasrec"}, seed=5)

@@ -217,8 +217,8 @@ class Config:
     )
     post_norm: bool = setting(
         False,
-        "a LayerNorm of what is read, and after LRU and feed-forward network, in place of one before them: what is "
-        "asked for then is less the last item itself",
+        "a LayerNorm of what is read, and after every LRU and feed-forward network, in place of one before them, as in "
+        "LRURec",
     )
     input_dropout: float = setting(0.0, "dropout of the items that are read")
     small_dropout: float = setting(

@@ -158,3 +158,10 @@ def test_a_baseline_is_not_served_and_has_no_slices_and_what_asks_for_them_says_
         cold_items.main(["test", str(run)])
     with pytest.raises(InputError, match=r"--alone tests slices of fmrlrec; .* is of popularity: leave --alone out"):
         eval_script.main(["--run", str(run), "--alone"])
+
+
+@pytest.mark.parametrize("model", COUNTED)
+def test_what_only_counts_is_validated_without_the_history_where_that_is_asked_for(workplace, model):
+    kept, masked = (read_log(run_train(model, flags))[0]["val"] for flags in ("", "--val_mask_history"))
+    assert masked["1"]["Recall@50"] >= kept["1"]["Recall@50"]
+    assert masked["1"]["NDCG@10"] > kept["1"]["NDCG@10"]

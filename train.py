@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 if arguments.resume:
                     ranks.say(f"continuing after epoch {done}" if state else "no epoch was finished: from the start")
                 progress = trainer.fit()
-                ranks.say(f"best epoch {progress.best_epoch}: val {config.best_metric} {progress.best:.4f}")
+                ranks.say(f"best epoch {progress.best_epoch}: val {trainer.criterion} {progress.best:.4f}")
             load_weights(model, run / "best.safetensors")
             results = test_run(config, catalog, model, run, mask_history=False) if config.test else {}
     except KeyboardInterrupt:

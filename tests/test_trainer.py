@@ -158,22 +158,23 @@ def test_a_loss_that_is_not_finite_stops_training_names_the_step_and_keeps_the_l
     load_weights(trainer.model, trainer.run / "best.safetensors")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, optimizer):
-    whole = make_trainer(tmp_path, "whole", num_epochs=6, optimizer=optimizer)
+@pytest.mark.parametrize("how", [{"optimizer": "adamw"}, {"optimizer": "adam"}, {"ema_decay": 0.9}])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, how):
+    whole = make_trainer(tmp_path, "whole", num_epochs=6, **how)
     whole.fit()
 
-    first = make_trainer(tmp_path, "cut", num_epochs=6, optimizer=optimizer)
+    first = make_trainer(tmp_path, "cut", num_epochs=6, **how)
     first.finished = lambda: first.progress.epoch >= 2  # cut off after two epochs
     first.fit()
     torch.rand(7)  # whatever else draws random numbers before the run goes on
-    second = make_trainer(tmp_path, "cut", num_epochs=6, optimizer=optimizer)
+    second = make_trainer(tmp_path, "cut", num_epochs=6, **how)
     second.load_state(load_state(second.run / "last.pt"))
     assert second.progress.epoch == 2
     second.fit()
 
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name
+        assert torch.equal(whole.kept.state_dict()[name], second.kept.state_dict()[name]), name
     whole_log, cut_log = read_log(whole.run), read_log(second.run)
     assert [(r["epoch"], r["loss"], r["val"]) for r in whole_log] == [
         (r["epoch"], r["loss"], r["val"]) for r in cut_log
@@ -375,3 +376,37 @@ def test_validation_may_leave_out_the_history_and_then_picks_the_best_epoch_by_t
     assert trainer.validate() == masked
     assert read_log(trainer.run)[-1]["val"]["8"] == masked[8]
     assert "val NDCG@10 without history" in capsys.readouterr().out
+
+
+def test_the_average_of_the_weights_is_validated_and_kept_and_does_not_change_the_training(tmp_path):
+    plain = make_trainer(tmp_path, "plain", num_epochs=1)
+    plain.fit()
+    trainer = make_trainer(tmp_path, num_epochs=1, ema_decay=0.3)
+    expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    step, decays = trainer.step.optimizer.step, []
+
+    def stepped():
+        step()
+        t = len(decays) + 1
+        decays.append(min(0.3, (1 + t) / (10 + t)))
+        for name, value in trainer.model.state_dict().items():
+            expected[name] = decays[-1] * expected[name] + (1 - decays[-1]) * value
+
+    trainer.step.optimizer.step = stepped
+    trainer.fit()
+    assert decays[0] < decays[1] < 0.3 == decays[-1]  # the first steps forget faster
+    for name, value in trainer.kept.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+        assert torch.equal(trainer.model.state_dict()[name], plain.model.state_dict()[name]), name
+    assert trainer.validate() == evaluate(trainer.kept, trainer.val_rows, sizes=SIZES, batch_size=8, ks=(5, 10))
+    assert trainer.validate() != plain.validate()
+    loaded = make_trainer(tmp_path).model
+    load_weights(loaded, trainer.run / "best.safetensors")
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in trainer.kept.state_dict().items())
+    assert plain.kept is plain.model
+
+
+def test_the_average_shares_the_frozen_features_with_the_model(tmp_path):
+    trainer = make_trainer(tmp_path, ema_decay=0.9)
+    shared = [part.data_ptr() for part in trainer.model.items.features]
+    assert shared == [part.data_ptr() for part in trainer.kept.items.features]

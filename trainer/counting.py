@@ -11,6 +11,7 @@ from datasets.catalog import Sequences
 from model.baselines.counting import Popularity
 from trainer.checkpoint import save_weights
 from trainer.evaluation import evaluate
+from trainer.metrics import criterion
 from trainer.runlog import RunLog
 
 
@@ -44,7 +45,7 @@ def count(
 
     def write() -> None:
         save_weights(model, run / "best.safetensors", {"epoch": "1"})
-        value = metrics[model.sizes[-1]][best_metric]
-        log.epoch(record, f"counted in {record['train_seconds']:.1f} s: val {best_metric} {value:.4f}")
+        value = f"val {criterion(best_metric, mask_history)} {metrics[model.sizes[-1]][best_metric]:.4f}"
+        log.epoch(record, f"counted in {record['train_seconds']:.1f} s: {value}")
 
     ranks.on_first(write)

@@ -41,3 +41,8 @@ def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
         metrics[f"NDCG@{k}"] = (hit / torch.log2(ranks + 1)).mean().item()
         metrics[f"MRR@{k}"] = (hit / ranks).mean().item()
     return metrics
+
+
+def criterion(metric: str, mask_history: bool) -> str:
+    """What picks the best epoch, in words."""
+    return f"{metric} without history" if mask_history else metric

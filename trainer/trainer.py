@@ -17,8 +17,10 @@ from tqdm import tqdm
 from config import InputError
 from dataloader import Batch, EvalRows, TrainLoader
 from datasets import ranks
+from trainer.averaging import WeightAverage
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
+from trainer.metrics import criterion
 from trainer.runlog import RunLog
 from trainer.runs import is_finished
 from trainer.step import GraphedStep, Step, Trained
@@ -55,11 +57,26 @@ class Trainer:
     metric_ks: tuple[int, ...]
     best_metric: str
     mask_history: bool = False  # in validation
+    ema_decay: float = 0.0  # of the weights; 0: no average
     progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.average = WeightAverage(self.model, self.ema_decay) if self.ema_decay else None
 
     @property
     def model(self) -> Trained:
+        """What is trained."""
         return self.step.model
+
+    @property
+    def kept(self) -> Trained:
+        """What is validated, and kept where it is the best: the average of the weights, where there is one."""
+        return self.average.model if self.average else self.model
+
+    @property
+    def criterion(self) -> str:
+        """What picks the best epoch, in words."""
+        return criterion(self.best_metric, self.mask_history)
 
     def fit(self) -> Progress:
         """Train to the end. Raises InputError if loss or weights are not finite; the last good checkpoint stays."""
@@ -82,7 +99,7 @@ class Trainer:
         """Validation metrics of every size."""
         ks = tuple(sorted({*self.metric_ks, int(self.best_metric.partition("@")[2])}))
         return evaluate(
-            self.model,
+            self.kept,
             self.val_rows,
             sizes=self.model.sizes,
             batch_size=self.val_batch_size,
@@ -118,7 +135,10 @@ class Trainer:
             else:
                 group["lr"] = lr
         self.progress.step += 1
-        return self.step(batch)
+        loss = self.step(batch)
+        if self.average:
+            self.average.update(self.model, self.progress.step)
+        return loss
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then a half cosine to 0 at the end of num_epochs."""
@@ -160,7 +180,7 @@ class Trainer:
     def _write(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
         progress = self.progress
         if progress.best_epoch == progress.epoch:
-            save_weights(self.model, self.run / "best.safetensors", {"epoch": str(progress.epoch)})
+            save_weights(self.kept, self.run / "best.safetensors", {"epoch": str(progress.epoch)})
         record = {
             "epoch": progress.epoch,
             "step": progress.step,
@@ -177,13 +197,13 @@ class Trainer:
     def _line(self, record: dict[str, Any]) -> str:
         progress, value = self.progress, record["val"][str(self.model.sizes[-1])][self.best_metric]
         best = " *" if progress.best_epoch == progress.epoch else "  "
-        metric = f"{self.best_metric}{' without history' if self.mask_history else ''}"
         per_epoch = progress.seconds / progress.epoch
+        rate = len(self.loader) / max(record["train_seconds"], 1e-9)
         eta = per_epoch * (self.num_epochs - progress.epoch)
         return (
             f"epoch {progress.epoch:3d}/{self.num_epochs}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"val {metric} {value:.4f}{best}  {len(self.loader) / max(record['train_seconds'], 1e-9):.1f} steps/s  "
-            f"{per_epoch:.1f} s/epoch  at most {eta / 60:.1f} min left"
+            f"val {self.criterion} {value:.4f}{best}  {rate:.1f} steps/s  {per_epoch:.1f} s/epoch  "
+            f"at most {eta / 60:.1f} min left"
         )
 
     def state(self) -> dict[str, Any]:
@@ -191,6 +211,7 @@ class Trainer:
         device = self.loader.device
         return {
             "model": self.model.state_dict(),
+            "average": self.average.model.state_dict() if self.average else None,
             "optimizer": self.step.optimizer.state_dict(),
             "progress": vars(self.progress).copy(),
             "rng": torch.get_rng_state(),
@@ -201,6 +222,8 @@ class Trainer:
         """Continue from a `state`. Raises InputError for that of another model."""
         try:
             self.model.load_state_dict(state["model"])
+            if self.average:
+                self.average.model.load_state_dict(state["average"])
         except RuntimeError as error:
             raise InputError(f"{self.run / 'last.pt'} does not fit the model of config.json: {error}") from None
         own = [{name: group[name] for name in ("lr", "capturable")} for group in self.step.optimizer.param_groups]

@@ -125,6 +125,7 @@ class Trainer:
             if len(losses) == CHECK_EVERY or i == len(self.loader):
                 total += self._check(losses)
                 losses = []
+                batches.set_postfix(loss=f"{total / i:.4f}")
         return total / len(self.loader)
 
     def _update(self, batch: Batch) -> Tensor:

@@ -64,7 +64,7 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "plus": {
         "whiten_features": True,
         "item_embedding": True,
-        "item_embedding_width": 256,
+        "item_embedding_width": 128,
         "item_embedding_dropout": 0.2,
         "post_norm": True,
         "input_dropout": 0.5,
@@ -79,7 +79,7 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.998,
         "val_mask_history": True,
         "train_batch_size": 128,
-        "num_epochs": 18,
+        "num_epochs": 14,
         "lr": 1e-3,
     },
 }
@@ -232,8 +232,8 @@ class Config:
     )
     ema_decay: float = setting(
         0.0,
-        "validate, test and keep an exponential moving average of the weights, of which every step leaves this share "
-        "in place; 0: the weights themselves",
+        "validate, test and keep an exponential moving average of the weights, over about 1/(1 - x) steps; 0: the "
+        "weights themselves",
     )
 
     # --- evaluation

@@ -381,22 +381,19 @@ def test_validation_may_leave_out_the_history_and_then_picks_the_best_epoch_by_t
 def test_the_average_of_the_weights_is_validated_and_kept_and_does_not_change_the_training(tmp_path):
     plain = make_trainer(tmp_path, "plain", num_epochs=1)
     plain.fit()
-    trainer = make_trainer(tmp_path, num_epochs=1, ema_decay=0.3)
-    expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    step, decays = trainer.step.optimizer.step, []
+    trainer = make_trainer(tmp_path, num_epochs=1, ema_decay=0.7)
+    step, weights = trainer.step.optimizer.step, []
 
     def stepped():
         step()
-        t = len(decays) + 1
-        decays.append(min(0.3, (1 + t) / (10 + t)))
-        for name, value in trainer.model.state_dict().items():
-            expected[name] = decays[-1] * expected[name] + (1 - decays[-1]) * value
+        weights.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
 
     trainer.step.optimizer.step = stepped
     trainer.fit()
-    assert decays[0] < decays[1] < 0.3 == decays[-1]  # the first steps forget faster
+    counts = [0.7 ** (len(weights) - t) for t in range(1, len(weights) + 1)]
     for name, value in trainer.kept.state_dict().items():
-        torch.testing.assert_close(value, expected[name], msg=name)
+        average = sum(count * of_step[name] for count, of_step in zip(counts, weights, strict=True)) / sum(counts)
+        torch.testing.assert_close(value, average, msg=name)
         assert torch.equal(trainer.model.state_dict()[name], plain.model.state_dict()[name]), name
     assert trainer.validate() == evaluate(trainer.kept, trainer.val_rows, sizes=SIZES, batch_size=8, ks=(5, 10))
     assert trainer.validate() != plain.validate()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from config import InputError
 
 MAX_ID = 256  # bytes
+
+ItemId = str | int  # an item's id as the dataset has it, or its number from 1 on
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,36 @@ class Items:
     def title(self, item: int) -> str:
         start = self.title_ends[item - 2] if item > 1 else 0
         return self.titles[start : self.title_ends[item - 1]].tobytes().decode()
+
+    def number(self, item: ItemId) -> int:
+        """The number of an item given by id or number, 0 where it is unknown. Raises InputError for what is neither."""
+        if isinstance(item, str):
+            return self._find(item)
+        if isinstance(item, bool) or not isinstance(item, int | np.integer):
+            raise InputError(f"item {item!r:.80} must be an id (a text) or a number from 1 to {len(self)}")
+        return int(item) if 1 <= item <= len(self) else 0
+
+    def known(self, items: Iterable[ItemId]) -> tuple[list[int], list[ItemId]]:
+        """(numbers of the known ones, the unknown ones)."""
+        numbers = [(item, self.number(item)) for item in items]
+        return [number for _, number in numbers if number], [item for item, number in numbers if not number]
+
+    def unknown(self, items: list[ItemId]) -> str:
+        """What is said of unknown items."""
+        named = ", ".join(f"{item!r:.80}" for item in items[:5]) + (", ..." if len(items) > 5 else "")
+        return f"unknown: {named} (of {len(self):,} items)"
+
+    def _find(self, item: str) -> int:
+        key = item.encode("utf-8", "surrogatepass")
+        if not key or b"\0" in key or len(key) > self.ids.itemsize:
+            return 0
+        at = np.searchsorted(self.ids, key, sorter=self._order)
+        found = at < len(self) and self.ids[self._order[at]] == key
+        return int(self._order[at]) + 1 if found else 0
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(self.ids)
 
     def extended(self, more: Items) -> Items:
         """These items and then `more`."""

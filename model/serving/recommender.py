@@ -21,14 +21,12 @@ import numpy as np
 from config import InputError
 from model.serving.engines import Engine, Table, open_engine
 from model.serving.folder import CONFIG, GRAPHS, ITEMS, WEIGHTS, Export, pack_items, read_folder, write_folder
-from model.serving.items import make_items
+from model.serving.items import ItemId, make_items
 from model.serving.quantize import dequantize, quantize
 from model.serving.weights import whitened
 
 SCORES = 1 << 21  # user-item scores that are held at once, beside the users' biases of the same size
 TOGETHER = 64  # histories that are encoded at once; more of them fill each other up without being faster
-
-ItemId = str | int  # an item's id as the dataset has it, or its number from 1 on
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,6 @@ class Recommender:
         self._projection = tuple(export.weights.get(f"projection.{part}") for part in ("weight", "bias"))
         self._whitening = {name: value for name, value in export.weights.items() if name.startswith("whitening.")}
         self._table: Table = engine.table(export)
-        self._index()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, engine: str | None = None, threads: int = 0) -> Recommender:
@@ -88,7 +85,7 @@ class Recommender:
 
     def __contains__(self, item: ItemId) -> bool:
         """Whether an item id, or an item's number, is known."""
-        return self._number(item) > 0
+        return self.items.number(item) > 0
 
     # ---------------------------------------------------------------------------------------------------- recommend
 
@@ -148,9 +145,9 @@ class Recommender:
         """The state after one more item, at the cost of one step whatever came before. Raises InputError for an unknown
         id."""
         self._check_state(state)
-        number = self._number(item)
+        number = self.items.number(item)
         if not number:
-            raise InputError(f"{self._unknown([item])}; the state stays as it is")
+            raise InputError(f"{self.items.unknown([item])}; the state stays as it is")
         z, hidden = self._engine.step(np.array([number]), state.hidden[None], self._table)
         return State(hidden[0], z[0], (*state.items, number))
 
@@ -176,7 +173,7 @@ class Recommender:
             raise InputError(
                 f"features of shape {list(features.shape)} for {len(ids)} items: must be {[len(ids), len(weight)]}"
             )
-        known = [item for item in ids if self._find(item)]
+        known = [item for item in ids if self.items.number(item)]
         if known:
             raise InputError(f"item {known[0]!r} is there already; remove it from the new ones")
         with np.errstate(over="ignore", invalid="ignore"):
@@ -189,7 +186,6 @@ class Recommender:
         if bad.any():
             raise InputError(f"the features of item {ids[int(bad.argmax())]!r} are not finite, or far too large")
         self._table, self.items = self._table.extended(embeddings), self.items.extended(more)
-        self._index()
 
     def embed_items(
         self, frame: Any, language_encoder: str | None = None, img_encoder: str | None = None
@@ -225,37 +221,6 @@ class Recommender:
         files[ITEMS] = pack_items(self.items, table, self._table.scale)
         write_folder(Path(folder), self.config | {"num_items": len(self)}, files, overwrite)
 
-    # ---------------------------------------------------------------------------------------------------------- ids
-
-    def _index(self) -> None:
-        self._order = np.argsort(self.items.ids)
-
-    def _find(self, item: str) -> int:
-        """The number of an item id, 0 where there is none."""
-        key = item.encode("utf-8", "surrogatepass")
-        if not key or b"\0" in key or len(key) > self.items.ids.itemsize:
-            return 0
-        at = np.searchsorted(self.items.ids, key, sorter=self._order)
-        found = at < len(self) and self.items.ids[self._order[at]] == key
-        return int(self._order[at]) + 1 if found else 0
-
-    def _number(self, item: ItemId) -> int:
-        """The number of an item given by id or number, 0 where it is unknown."""
-        if isinstance(item, str):
-            return self._find(item)
-        if isinstance(item, bool) or not isinstance(item, int | np.integer):
-            raise InputError(f"item {item!r:.80} must be an id (a text) or a number from 1 to {len(self)}")
-        return int(item) if 1 <= item <= len(self) else 0
-
-    def _unknown(self, items: list) -> str:
-        named = ", ".join(f"{item!r:.80}" for item in items[:5]) + (", ..." if len(items) > 5 else "")
-        return f"unknown: {named} (of {len(self):,} items)"
-
-    def _known(self, items: Iterable[ItemId]) -> tuple[list[int], list[ItemId]]:
-        """(numbers of the known ones, the unknown ones)."""
-        numbers = [(item, self._number(item)) for item in items]
-        return [number for _, number in numbers if number], [item for item, number in numbers if not number]
-
     # ------------------------------------------------------------------------------------------------------ batches
 
     def _request(self, history: Sequence[ItemId] | State) -> _Request:
@@ -265,9 +230,9 @@ class Recommender:
             if len(history.items) > longest:
                 notes.append(f"the state remembers {len(history.items)} items, training had at most {longest}")
             return _Request(history, history.items, notes)
-        items, unknown = self._known(_listed(history, "each of the histories", "['id', 'id']"))
+        items, unknown = self.items.known(_listed(history, "each of the histories", "['id', 'id']"))
         if unknown:
-            notes.append(f"{self._unknown(unknown)}; skipped")
+            notes.append(f"{self.items.unknown(unknown)}; skipped")
         if unknown and not items:
             notes.append("nothing of the history is known: this is the answer for an empty one")
         if len(items) > longest:
@@ -284,9 +249,9 @@ class Recommender:
         bias = np.zeros((1, len(self) + 1), dtype=np.float32)
         allowed = len(self)
         if candidates is not None:
-            numbers, unknown = self._known(_listed(candidates, "candidates", "['id', 'id']"))
+            numbers, unknown = self.items.known(_listed(candidates, "candidates", "['id', 'id']"))
             if unknown:
-                notes.append(f"candidates {self._unknown(unknown)}; skipped")
+                notes.append(f"candidates {self.items.unknown(unknown)}; skipped")
             if not numbers:
                 raise InputError("no candidate is known, so there is nothing to rank; give ids of this catalogue")
             bias[:] = -np.inf

@@ -29,12 +29,14 @@ def test_adding_items_is_exporting_a_catalogue_that_has_them(shop, engine, kind,
         end = start + piece
         r.add_items(IDS[start:end], shop.features[start:end], [x["title"] for x in shop.records[start:end]])
         start = end
-    np.testing.assert_allclose(r._table.rows(), whole._table.rows(), rtol=1e-5 if kind == "none" else 0, atol=1e-6)
+    # What lies on the border of two float16 values is rounded to either, as the products' order has it.
+    tolerance = {"none": 1e-5, "float16": 2**-10, "int8": 0}[kind]
+    np.testing.assert_allclose(r._table.rows(), whole._table.rows(), rtol=tolerance, atol=1e-6)
     histories = [[3, 17, 3, 20, 1], [18], []]
     for ask in (lambda r: histories, lambda r: [r.start(history) for history in histories]):
         answers = [x.recommend(ask(x), top_k=N, exclude_history=False) for x in (r, whole)]
         for grown, expected in zip(*answers, strict=True):
-            assert_same_answer(grown, expected, 1e-5)
+            assert_same_answer(grown, expected, max(tolerance, 1e-5))
             assert (grown.ids, grown.titles) == (expected.ids, expected.titles)
 
 

@@ -112,6 +112,13 @@ def test_lrurec_is_what_its_docstring_says():
     torch.testing.assert_close(model.encode(x, position, longest), h)
 
 
+def test_lrurecs_layers_are_as_wide_as_published():
+    """A state of twice, and a hidden layer of four times the dimensions."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in LRURec(NUM_ITEMS, DIM).blocks[1].named_parameters()}
+    assert shapes["lru.nu_log"] == (2 * DIM,) and shapes["lru.B_re"] == (2 * DIM, DIM)
+    assert shapes["lru.C_im"] == (DIM, 2 * DIM) and shapes["W1.weight"] == (4 * DIM, DIM)
+
+
 def test_heads_must_share_the_dimensions_out():
     with pytest.raises(ValueError, match="8 dimensions cannot be shared out among 3 heads"):
         SASRec(NUM_ITEMS, DIM, MAX_LEN, num_heads=3)

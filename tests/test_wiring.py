@@ -1,6 +1,7 @@
 """Every setting reaches what reads it: the data, the model, the trainer and the test."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ import config
 import train
 from config import Config
 from datasets import encoders
+from model import FMRLRec
+from model.baselines.lrurec import LRURec
+from model.baselines.sasrec import SASRec
 from tests.prepared import write_prepared
 from trainer import wiring
 
@@ -155,6 +159,15 @@ def test_the_table_of_changed_settings_is_complete():
     assert set(CHANGED) | CHANGED_ELSEWHERE == {f.name for f in dataclasses.fields(Config)}
     defaults = Config()
     assert all(getattr(defaults, name) != value for name, value in CHANGED.items())
+
+
+@pytest.mark.parametrize("model", [FMRLRec, SASRec, LRURec])
+def test_what_a_model_takes_for_granted_is_what_config_says(model):
+    settings, _ = config.resolve({"model_code": model.__name__.lower(), "dataset_code": "my_shop"})
+    for name, parameter in inspect.signature(model).parameters.items():
+        setting = next((n for n in (f"lru_{name}", name) if hasattr(settings, n)), None)
+        if parameter.default is not parameter.empty and setting:
+            assert parameter.default == getattr(settings, setting), setting
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from trainer.checkpoint import load_state, load_weights
     from trainer.counting import count
     from trainer.runlog import RunLog, start_wandb
-    from trainer.runs import claimed, create_run, read_log
+    from trainer.runs import STATE, WEIGHTS, claimed, create_run, read_log
     from trainer.wiring import build_model, build_trainer, load_data, test_run
 
     run = None
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     catalog, features = load_data(config, device, run)
     state = None
     if run:
-        state = ranks.on_first(partial(load_state, run / "last.pt"))
+        state = ranks.on_first(partial(load_state, run / STATE))
     torch.manual_seed(config.seed)
     model = build_model(config, catalog.num_items, features).to(device)
     if run is None:
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                     ranks.say(f"continuing after epoch {done}" if state else "no epoch was finished: from the start")
                 progress = trainer.fit()
                 ranks.say(f"best epoch {progress.best_epoch}: val {trainer.criterion} {progress.best:.4f}")
-            load_weights(model, run / "best.safetensors")
+            load_weights(model, run / WEIGHTS)
             results = test_run(config, catalog, model, run, mask_history=False) if config.test else {}
     except KeyboardInterrupt:
         if ranks.rank() == 0:

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that deploy.json holds."""
     from model import FMRLRec
-    from trainer.runs import environment
+    from trainer.runs import WEIGHTS, environment
     from trainer.wiring import load_run
 
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
@@ -107,7 +107,7 @@ def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "dataset": config.dataset_code,
         "run": arguments.run.resolve().name,
-        "weights": sha256(arguments.run / "best.safetensors"),
+        "weights": sha256(arguments.run / WEIGHTS),
         "users": len(users),
         "items": catalog.num_items,
         "sizes": shown(tuple(sizes)),

@@ -87,7 +87,8 @@ def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Pat
 def draw_plus(
     dataset: str, curves: list[Line], separate: list[Line], levels: dict[str, dict[str, float]], path: Path
 ) -> None:
-    """Accuracy against size of faithful and plus models, beside the paper's curve and models of one size."""
+    """Accuracy against size of faithful and plus models, dotted where the softmax was sampled, beside the paper's curve
+    and models of one size."""
     with _figure(path, 2, f"{dataset}: accuracy against size") as panels:
         for panel, name in zip(panels, PLUS, strict=True):
             paper = {size: values[name] for size, values in BY_SIZE.get(dataset, {}).items() if name in values}
@@ -98,7 +99,7 @@ def draw_plus(
                 sizes = line.config.mrl_hidden_sizes
                 colour = COLOURS[0 if line.config.post_norm else 2 if line.config.item_embedding else 1]
                 means = [statistics.mean(line.values(name, size) or [math.nan]) for size in sizes]
-                panel.plot(sizes, means, "o-" if sizes[-1] == widest(curves) else "o:", color=colour, markersize=4,
+                panel.plot(sizes, means, "o:" if line.config.num_negatives else "o-", color=colour, markersize=4,
                            label=f"{line.row.name}, {sizes[0]}..{sizes[-1]}")  # fmt: skip
             points = [(line.size, statistics.mean(line.values(name) or [math.nan])) for line in separate]
             if points:
@@ -114,11 +115,6 @@ def draw_plus(
             panel.set_xlabel("model size (dimensions)")
             panel.set_title(name.replace(MASKED, ", history masked"), loc="left")
             panel.legend(frameon=False, fontsize=6.5, loc="lower right")
-
-
-def widest(lines: list[Line]) -> int:
-    """The largest size of all."""
-    return max(line.config.mrl_hidden_sizes[-1] for line in lines)
 
 
 def label(line: Line) -> str:

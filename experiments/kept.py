@@ -14,14 +14,26 @@ import numpy as np
 from config import Config, InputError
 from datasets.files import read_json, replacing
 from experiments.definition import trained
-from trainer.runs import check_data, read_config, read_log, unfinished, untrained
+from trainer.runs import (
+    CONFIG,
+    ENVIRONMENT,
+    EVERY_SIZE,
+    LARGEST,
+    LOG,
+    USER_RANKS,
+    check_data,
+    of_test,
+    read_config,
+    read_log,
+    unfinished,
+    untrained,
+)
 from trainer.user_ranks import load_ranks
 
 RESULTS = Path(__file__).parent / "results"
-MASKED = "_history_masked"
-TESTED = ("test_mrl_metrics.json", "test_ranks.npz")  # what a test writes, and with MASKED the one without the history
+TESTED = (EVERY_SIZE, USER_RANKS)  # what is read of a test, with the history kept or masked
 ALSO = ("deploy.json", "deploy.png", "cold_items.json")  # where they were made
-ENVIRONMENT = ("command", "commit", "uncommitted_changes", "device", "versions")  # what the report says of a run
+FACTS = ("command", "commit", "uncommitted_changes", "device", "versions")  # of env.json, in the report
 
 Metrics = dict[int, dict[str, float]]  # size -> name -> value
 
@@ -35,9 +47,9 @@ class KeptRun:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        path = self.folder / "env.json"
+        path = self.folder / ENVIRONMENT
         found = read_json(path, "keep the run again")
-        if missing := [name for name in ENVIRONMENT if name not in found]:
+        if missing := [name for name in FACTS if name not in found]:
             raise InputError(f"{path} lacks {missing[0]!r}; keep the run again")
         return found
 
@@ -53,12 +65,12 @@ class KeptRun:
     @cached_property
     def log(self) -> list[dict[str, Any]]:
         if not (found := read_log(self.folder)):
-            raise InputError(f"{self.folder / 'log.jsonl'} is missing or empty; keep the run again")
+            raise InputError(f"{self.folder / LOG} is missing or empty; keep the run again")
         return found
 
     def metrics(self, masked: bool = False) -> Metrics:
         """The test metrics of every size; empty where that test was not made."""
-        path = self.folder / f"test_mrl_metrics{MASKED * masked}.json"
+        path = self.folder / of_test(EVERY_SIZE, masked)
         if masked and not path.exists():
             return {}
         return {int(size): values for size, values in read_json(path, "keep the run again").items()}
@@ -70,13 +82,13 @@ class KeptRun:
 
     def ranks(self, masked: bool = False) -> tuple[dict[int, np.ndarray], np.ndarray] | None:
         """size -> the rank of every user, and how often each user's item was trained on; None where it was not kept."""
-        path = self.folder / f"test_ranks{MASKED * masked}.npz"
+        path = self.folder / of_test(USER_RANKS, masked)
         return load_ranks(path) if path.exists() else None
 
 
 def kept_runs(results: Path) -> list[KeptRun]:
     """All kept runs, by name."""
-    folders = sorted(path.parent for path in results.glob("*/config.json"))
+    folders = sorted(path.parent for path in results.glob(f"*/{CONFIG}"))
     return [KeptRun(folder, read_config(folder)[0]) for folder in folders]
 
 
@@ -87,9 +99,9 @@ def keep(run: Path, results: Path, tests: bool = True) -> None:
     if progress := unfinished(run) if tests else untrained(run):
         raise InputError(f"{run} is not finished ({progress}); train.py --resume {run} finishes it")
     target = results / f"{config.dataset_code}-{run.name}"
-    of_tests = [name.replace(".", f"{MASKED * masked}.") for name in TESTED for masked in (False, True)]
-    # config.json comes last: with it the folder is a kept run.
-    for name in ("env.json", "log.jsonl", "test_metrics.json", *of_tests, *ALSO, "config.json"):
+    of_tests = [of_test(name, masked) for name in TESTED for masked in (False, True)]
+    # CONFIG comes last: with it the folder is a kept run.
+    for name in (ENVIRONMENT, LOG, LARGEST, *of_tests, *ALSO, CONFIG):
         if (run / name).exists():
             with replacing(target / name) as temporary:
                 shutil.copyfile(run / name, temporary)
@@ -100,7 +112,7 @@ def untested(run: Path) -> list[list[str]]:
     return [
         ["--mask_history"] if masked else []
         for masked in (False, True)
-        if not all((run / name.replace(".", f"{MASKED * masked}.")).exists() for name in TESTED)
+        if not all((run / of_test(name, masked)).exists() for name in TESTED)
     ]
 
 
@@ -147,7 +159,7 @@ def readable_runs(runs_root: Path, results: Path) -> Iterator[tuple[Path, Config
 
 
 def _configs(runs_root: Path, results: Path) -> list[Path]:
-    return [*sorted(results.glob("*/config.json")), *sorted(runs_root.glob("*/*/config.json"))]
+    return [*sorted(results.glob(f"*/{CONFIG}")), *sorted(runs_root.glob(f"*/*/{CONFIG}"))]
 
 
 def _is_on(run: Path, data: str | None) -> bool:

@@ -19,6 +19,7 @@ from config import run_cli
 from datasets.files import read_json, replacing
 from model.fmrl import increments, nested_mask
 from trainer.plots import plot_metric_by_size
+from trainer.runs import EVERY_SIZE
 
 MEDIA = Path(__file__).parent
 FROZEN, LEARNED, NESTED, INK = "#e3e6ea", "#fbe3c0", "#cfe6e0", "#27313b"
@@ -117,7 +118,7 @@ def draw_nesting(path: Path, sizes: tuple[int, ...] = (8, 16, 32, 64)) -> None:
 
 def draw_demo(run: Path, path: Path) -> None:
     """Metric against size of a demo run, from its files."""
-    metrics = read_json(run / "test_mrl_metrics.json", "give the folder of a finished run")
+    metrics = read_json(run / EVERY_SIZE, "give the folder of a finished run")
     results = {int(size): values for size, values in metrics.items()}
     ks = tuple(sorted({int(name.partition("@")[2]) for values in results.values() for name in values}))
     plot_metric_by_size(results, ks, "demo catalogue, text and pictures: one training, every size", path)

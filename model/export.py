@@ -137,10 +137,12 @@ def named_sizes(text: str, trained: tuple[int, ...]) -> list[int]:
 
 def best_size(arguments: argparse.Namespace) -> int:
     """The size of highest NDCG@10 within the limits, by what benchmarks/deploy.py measured of the run."""
+    from trainer.runs import WEIGHTS
+
     path, measure = arguments.run / MEASURED, f"measure it: python -m benchmarks.deploy --run {arguments.run}"
     measured = read_json(path, measure)
     try:
-        if measured["weights"] != sha256(arguments.run / "best.safetensors"):
+        if measured["weights"] != sha256(arguments.run / WEIGHTS):
             raise InputError(f"{path} is of other weights than the run has now; {measure}")
         columns = ("engine", "quantize", "size", "bytes", "p50_ms", "NDCG@10")
         rows = [tuple(row[column] for column in columns) for row in measured["rows"]]
@@ -227,11 +229,11 @@ def export_size(
 def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:
     """What config.json says of a sliced model, its files aside."""
     from datasets.embedding import feature_recipe
-    from trainer.runs import commit
+    from trainer.runs import EVERY_SIZE, commit
 
     size, whitening = model.sizes[-1], model.items.whitening
     widths = {"whitened": [len(mean) for mean, _ in whitening.transforms()]} if whitening else {}
-    metrics = run / "test_mrl_metrics.json"
+    metrics = run / EVERY_SIZE
     return {
         "size": size,
         "sizes": list(model.sizes),

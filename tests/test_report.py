@@ -313,30 +313,32 @@ PLUS = {"precision": "bf16", "preset": "plus"}
 
 
 def test_plus_is_drawn_beside_the_faithful_model_and_models_of_one_size(tmp_path, monkeypatch):
-    dropouts = {"lru_dropout": 0.6, "lru_attn_dropout": 0.6}
-    keep_run(tmp_path / "kept", "faithful", LANGUAGE | SHORT | dropouts)
-    keep_run(tmp_path / "kept", "plus", LANGUAGE | PLUS)
-    small = LANGUAGE | PLUS | {"num_negatives": 1024}
-    keep_run(tmp_path / "kept", "small", small | {"mrl_hidden_sizes": (8, 16, 32, 64, 128, 256)})
-    keep_run(tmp_path / "kept", "alone", small | {"mrl_hidden_sizes": (64,)})
+    small = LANGUAGE | {"mrl_hidden_sizes": (8, 16, 32, 64, 128, 256)}
+    sampled = {"num_negatives": 1024, "lru_dropout": 0.6, "lru_attn_dropout": 0.6}
+    keep_run(tmp_path / "kept", "faithful", small | SHORT | sampled)
+    keep_run(tmp_path / "kept", "plus", small | PLUS)
+    keep_run(tmp_path / "kept", "alone", small | PLUS | {"mrl_hidden_sizes": (64,)})
     keep_run(tmp_path / "kept", "sasrec", {"model_code": "sasrec"}, seed=5)
     keep_run(tmp_path / "kept", "lrurec", {"model_code": "lrurec"}, seed=6)
     drawn = []
     true_draw = figures.draw_plus
     monkeypatch.setattr(figures, "draw_plus", lambda *given: (drawn.append(given), true_draw(*given)))
     made = draw_figures(kept_runs(tmp_path / "kept"), tmp_path / "media")
-    assert [path.name for path in made] == ["parameters_saved.png", "sizes-beauty.png", "plus-beauty.png"]
+    assert [path.name for path in made] == ["parameters_saved.png", "plus-beauty.png"]
     assert made[-1].read_bytes().startswith(b"\x89PNG")
     ((dataset, curves, separate, levels, _),) = drawn
     assert dataset == "beauty"
-    assert sorted((line.row.name, line.size) for line in curves) == [("faithful", 1024), ("plus", 1024)]
+    assert sorted((line.row.name, line.size) for line in curves) == [
+        ("faithful, sampled softmax", 256),
+        ("plus", 256),
+    ]
     assert [line.size for line in separate] == [64]
     runs = {run.folder.name: run for run in kept_runs(tmp_path / "kept")}
     assert levels["SASRec, 64"]["Recall@10"] == runs["beauty-sasrec"].metrics()[64]["Recall@10"]
     assert levels["LRURec, 64"]["NDCG@10 masked"] == runs["beauty-lrurec"].metrics(masked=True)[64]["NDCG@10"]
     assert levels["BSARec, published"] == paper.RESULTS["bsarec"]["beauty"]
     text = "\n".join(tables.section(definitions()["plus"], kept_runs(tmp_path / "kept")))
-    assert "](../media/plus-beauty.png)" in text and "| plus - faithful | NDCG@10 |" in text
+    assert "](../media/plus-beauty.png)" in text and "| plus - faithful, sampled softmax | NDCG@10 |" in text
 
 
 def test_a_run_whose_cut_offs_lack_10_leaves_its_curve_out(tmp_path):

@@ -13,6 +13,7 @@ from trainer.checkpoint import save_weights
 from trainer.evaluation import evaluate
 from trainer.metrics import criterion
 from trainer.runlog import RunLog
+from trainer.runs import WEIGHTS
 
 
 def count(
@@ -44,7 +45,7 @@ def count(
     }
 
     def write() -> None:
-        save_weights(model, run / "best.safetensors", {"epoch": "1"})
+        save_weights(model, run / WEIGHTS, {"epoch": "1"})
         value = f"val {criterion(best_metric, mask_history)} {metrics[model.sizes[-1]][best_metric]:.4f}"
         log.epoch(record, f"counted in {record['train_seconds']:.1f} s: {value}")
 

@@ -15,6 +15,7 @@ from model.baselines.counting import Popularity
 from model.fmrl import increments
 from trainer.metrics import count_ahead, ranking_metrics, target_ranks
 from trainer.plots import plot_metric_by_size
+from trainer.runs import EVERY_SIZE, LARGEST, USER_RANKS, of_test
 from trainer.step import Trained
 from trainer.user_ranks import save_ranks
 
@@ -184,10 +185,9 @@ def test_every_size(
         found = rank_targets(model, rows, sizes=model.sizes, batch_size=batch_size, mask_history=mask_history)
     results = {m: ranking_metrics(of_size, ks) for m, of_size in found.items()}
     if ranks.rank() == 0:
-        suffix = "_history_masked" if mask_history else ""
         of_users = {m: of_size.numpy() for m, of_size in found.items()}
-        save_ranks(run / f"test_ranks{suffix}.npz", of_users, max(ks), times_trained)
-        _report(results, run, ks, title, suffix)
+        save_ranks(run / of_test(USER_RANKS, mask_history), of_users, max(ks), times_trained)
+        _report(results, run, ks, title, mask_history)
     if isinstance(model, FMRLRec):  # a baseline has nothing to slice
         batch = next(eval_batches(rows, batch_size, next(model.parameters()).device))
         for m in model.sizes:
@@ -195,13 +195,16 @@ def test_every_size(
     return results
 
 
-def _report(results: dict[int, dict[str, float]], run: Path, ks: tuple[int, ...], title: str, suffix: str) -> None:
+def _report(
+    results: dict[int, dict[str, float]], run: Path, ks: tuple[int, ...], title: str, mask_history: bool
+) -> None:
     names = [f"{metric}@{k}" for k in ks[:2] for metric in ("Recall", "NDCG", "MRR")]
     print("  size  " + "  ".join(f"{name:>9}" for name in names))
     for size, metrics in results.items():
         print(f"{size:6d}  " + "  ".join(f"{metrics[name]:9.4f}" for name in names))
-    write_json(run / f"test_metrics{suffix}.json", results[max(results)])
-    write_json(run / f"test_mrl_metrics{suffix}.json", {str(m): metrics for m, metrics in results.items()})
-    picture = run / f"test_mrl_metrics{suffix}.png"
-    plot_metric_by_size(results, ks, title + (", history masked" if suffix else ""), picture)
-    print(f"written: {run / f'test_mrl_metrics{suffix}.json'} and {picture.name}", flush=True)
+    write_json(run / of_test(LARGEST, mask_history), results[max(results)])
+    path = run / of_test(EVERY_SIZE, mask_history)
+    write_json(path, {str(m): metrics for m, metrics in results.items()})
+    picture = path.with_suffix(".png")
+    plot_metric_by_size(results, ks, title + (", history masked" if mask_history else ""), picture)
+    print(f"written: {path} and {picture.name}", flush=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets.files import write_text
+from trainer.runs import LOG
 
 
 class RunLog:
     """Writes log.jsonl whole at every epoch, so that a resumed run has each epoch once."""
 
     def __init__(self, run: Path, records: list[dict[str, Any]], wandb_run: Any | None = None) -> None:
-        self.path, self.records, self.wandb_run = run / "log.jsonl", records, wandb_run
+        self.path, self.records, self.wandb_run = run / LOG, records, wandb_run
 
     def epoch(self, record: dict[str, Any], line: str) -> None:
         """Keep an epoch's record and print its line."""

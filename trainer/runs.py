@@ -27,6 +27,15 @@ from config import Config, InputError, from_saved, is_runtime, shown
 from datasets.files import read_json, write_json
 
 REPOSITORY = Path(__file__).parent.parent
+CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
+WEIGHTS, STATE = "best.safetensors", "last.pt"
+LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz"
+
+
+def of_test(name: str, mask_history: bool) -> str:
+    """What the file LARGEST, EVERY_SIZE or USER_RANKS is called in a test with the history masked or kept."""
+    stem, _, ending = name.partition(".")
+    return f"{stem}_history_masked.{ending}" if mask_history else name
 
 
 def create_run(config: Config, sources: dict[str, str], device: str, data: str, features: list[str]) -> Path:
@@ -46,22 +55,22 @@ def create_run(config: Config, sources: dict[str, str], device: str, data: str, 
                 f"cannot make the run's folder {run}: {error.strerror}; give another --runs_root"
             ) from None
         break
-    write_json(run / "env.json", environment(device) | {"data": data, "features": features})
-    write_json(run / "config.json", {"settings": vars(config), "sources": sources})
+    write_json(run / ENVIRONMENT, environment(device) | {"data": data, "features": features})
+    write_json(run / CONFIG, {"settings": vars(config), "sources": sources})
     return run
 
 
 def read_config(run: Path) -> tuple[Config, dict[str, str]]:
     """A run's settings, and where each came from. Raises InputError where the folder is no run."""
-    saved = read_json(run / "config.json", "give a run's folder, as train.py prints it")
+    saved = read_json(run / CONFIG, "give a run's folder, as train.py prints it")
     if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
-        raise InputError(f"{run / 'config.json'} is not a run's configuration")
+        raise InputError(f"{run / CONFIG} is not a run's configuration")
     return from_saved(saved["settings"]), saved.get("sources", {})
 
 
 def check_data(run: Path, data: str) -> None:
     """Raise InputError if a run was trained on a dataset of another digest."""
-    environment = read_json(run / "env.json", "give a run's folder, as train.py prints it")
+    environment = read_json(run / ENVIRONMENT, "give a run's folder, as train.py prints it")
     if environment.get("data", data) != data:
         raise InputError(f"the dataset is not the one that {run} was trained on; give its --data_root, or train anew")
 
@@ -69,7 +78,7 @@ def check_data(run: Path, data: str) -> None:
 @contextmanager
 def claimed(run: Path) -> Iterator[None]:
     """Keep other processes from training the run meanwhile. Raises InputError where one does already."""
-    with (run / "config.json").open("rb+") as file:
+    with (run / CONFIG).open("rb+") as file:
         try:
             import fcntl
 
@@ -91,7 +100,7 @@ def unfinished(run: Path) -> str:
     if progress := untrained(run):
         return progress
     config, _ = read_config(run)
-    return "trained, not tested" if config.test and not (run / "test_mrl_metrics.json").exists() else ""
+    return "trained, not tested" if config.test and not (run / EVERY_SIZE).exists() else ""
 
 
 def untrained(run: Path) -> str:
@@ -112,7 +121,7 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
     """
     wanted = {name: value for name, value in flags.items() if not is_runtime(name)}
     near = []
-    paths = list(runs_root.glob("*/*/config.json"))
+    paths = list(runs_root.glob(f"*/*/{CONFIG}"))
     # By the time in the name; runs begun in the same second by when they were made.
     for path in sorted(paths, key=lambda p: (p.parent.name[:15], p.stat().st_mtime_ns), reverse=True):
         run = path.parent
@@ -137,7 +146,7 @@ def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any])
     """`run`, or without one the newest run that fits the flags and has weights; raises InputError as `find_run`."""
 
     def problem(run: Path) -> str:
-        return "" if (run / "best.safetensors").exists() else "has no best.safetensors yet"
+        return "" if (run / WEIGHTS).exists() else f"has no {WEIGHTS} yet"
 
     return Path(run) if run else find_run(runs_root, flags, problem)
 
@@ -192,7 +201,7 @@ def _git(*arguments: str) -> str | None:
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's log.jsonl."""
-    path = run / "log.jsonl"
+    path = run / LOG
     if not path.exists():
         return []
     try:

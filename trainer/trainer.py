@@ -22,7 +22,7 @@ from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
 from trainer.metrics import criterion
 from trainer.runlog import RunLog
-from trainer.runs import is_finished
+from trainer.runs import STATE, WEIGHTS, is_finished
 from trainer.step import GraphedStep, Step, Trained
 
 CHECK_EVERY = 50  # steps between looks at whether the losses are finite: a look makes a GPU wait
@@ -181,7 +181,7 @@ class Trainer:
     def _write(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
         progress = self.progress
         if progress.best_epoch == progress.epoch:
-            save_weights(self.kept, self.run / "best.safetensors", {"epoch": str(progress.epoch)})
+            save_weights(self.kept, self.run / WEIGHTS, {"epoch": str(progress.epoch)})
         record = {
             "epoch": progress.epoch,
             "step": progress.step,
@@ -193,7 +193,7 @@ class Trainer:
             "val": {str(m): metrics[m] for m in metrics},
         }
         self.log.epoch(record, self._line(record))
-        save_state(self.run / "last.pt", self.state())
+        save_state(self.run / STATE, self.state())
 
     def _line(self, record: dict[str, Any]) -> str:
         progress, value = self.progress, record["val"][str(self.model.sizes[-1])][self.best_metric]
@@ -226,7 +226,7 @@ class Trainer:
             if self.average:
                 self.average.model.load_state_dict(state["average"])
         except RuntimeError as error:
-            raise InputError(f"{self.run / 'last.pt'} does not fit the model of config.json: {error}") from None
+            raise InputError(f"{self.run / STATE} does not fit the model of config.json: {error}") from None
         own = [{name: group[name] for name in ("lr", "capturable")} for group in self.step.optimizer.param_groups]
         self.step.optimizer.load_state_dict(state["optimizer"])
         for group, of_device in zip(self.step.optimizer.param_groups, own, strict=True):

@@ -23,7 +23,7 @@ from model.whitening import Whitening
 from trainer.checkpoint import load_weights
 from trainer.evaluation import test_every_size
 from trainer.runlog import RunLog
-from trainer.runs import check_data, read_config, with_runtime_flags
+from trainer.runs import WEIGHTS, check_data, read_config, with_runtime_flags
 from trainer.step import GraphedStep, Step, Trained, build_optimizer
 from trainer.trainer import Trainer
 
@@ -164,7 +164,7 @@ def load_run(run: str | Path, flags: dict[str, Any] | None = None) -> tuple[Conf
     device = resolve_device(config.device)
     catalog, features = load_data(config, device, run)
     model = build_model(config, catalog.num_items, features).to(device)
-    load_weights(model, run / "best.safetensors")
+    load_weights(model, run / WEIGHTS)
     return config, catalog, model.eval()
 
 

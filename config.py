@@ -326,12 +326,12 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed", "num_negatives", "encoder_workers",
                  "item_embedding_width"):  # fmt: skip
         if not 0 <= getattr(c, name) < float("inf"):
-            yield f"--{name} {getattr(c, name)} must be a number of at least 0"
+            yield f"--{name} {getattr(c, name)} must be a finite number of at least 0"
     if c.seed >= 2**64:
         yield f"--seed {c.seed} must be below 2**64"
     for name in ("lr", "adam_epsilon"):
         if not 0 < getattr(c, name) < float("inf"):
-            yield f"--{name} {getattr(c, name)} must be a number above 0"
+            yield f"--{name} {getattr(c, name)} must be a finite number above 0"
     for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "input_dropout", "ema_decay"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
@@ -362,7 +362,7 @@ def _problems(c: Config) -> Iterator[str]:
             yield f"--num_heads {c.num_heads} does not divide --mrl_hidden_sizes {sizes}"
     for name in ("item_embedding_width", "item_embedding_dropout"):
         if getattr(c, name) and not c.item_embedding:
-            yield f"--{name} {getattr(c, name)} needs --item_embedding"
+            yield f"--{name} {getattr(c, name)} needs --item_embedding; without one give --{name} 0"
     for name in ("whiten_features", "item_embedding"):
         if c.branch == "id" and getattr(c, name):
             yield f"--{name}: without an encoder the item table is learned outright; leave it out (--no-{name})"

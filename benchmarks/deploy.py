@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.measure import memory
 from config import InputError, run_cli, shown
 from datasets.files import sha256, write_json
-from model.export import MEASURED, add_run_arguments, asked_run, export_size, named_sizes
+from model.export import add_run_arguments, asked_run, export_size, named_sizes
 
 # (engine, how numbers are stored); the first is what the others are compared with
 VARIANTS = (("torch", "none"), ("torch", "float16"), ("onnx", "float16"), ("onnx", "int8"))
@@ -51,13 +51,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name, least in {"users": 1, "requests": 2, "catalogue": TOP_K}.items():
         if (value := getattr(arguments, name)) is not None and value < least:
             raise InputError(f"--{name} {value} must be {least} or more")
+    from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE
+
     arguments.run = asked_run(arguments)
     card = measured_card(arguments)
-    write_json(arguments.run / MEASURED, card)
+    write_json(arguments.run / DEPLOYMENT, card)
     from trainer.plots import plot_deployment
 
-    plot_deployment(card["rows"], f"{card['dataset']}: one user on one core", arguments.run / "deploy.png")
-    print("\n" + "\n".join(card_table(card)) + f"\n\nwritten: {arguments.run / 'deploy.json'} and deploy.png")
+    plot_deployment(card["rows"], f"{card['dataset']}: one user on one core", arguments.run / DEPLOYMENT_PICTURE)
+    print("\n" + "\n".join(card_table(card)) + f"\n\nwritten: {arguments.run / DEPLOYMENT} and {DEPLOYMENT_PICTURE}")
     return card
 
 

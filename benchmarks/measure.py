@@ -10,7 +10,9 @@ def where(device: str) -> str:
     """Versions and device, for a table's head."""
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    from datasets.device import device_name
+
+    name = device_name(torch.device(device))
     return f"torch {torch.__version__}, Python {platform.python_version()}, {name}"
 
 

@@ -3,7 +3,7 @@
 python -m experiments.cold_items make --dataset_code beauty      # data/beauty-cold: a twentieth of the items held out
 python train.py --dataset_code beauty-cold ...
 python -m model.export --run experiments/runs/beauty-cold/... --out exports/beauty-cold
-python -m experiments.cold_items test exports/beauty-cold --out experiments/results/...
+python -m experiments.cold_items test exports/beauty-cold --out experiments/runs/beauty-cold/.../cold_items.json
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def hold_out(catalog: Catalog, share: float, seed: int, data_root: Path) -> dict
     item is one of them, with what they had before."""
     held = np.zeros(catalog.num_items + 1, dtype=bool)
     held[1 + np.random.default_rng(seed).permutation(catalog.num_items)[: round(share * catalog.num_items)]] = True
+    if not held.any():
+        raise InputError(f"--share {share} of {catalog.num_items:,} items is none; give more")
     number = np.where(held, 0, np.cumsum(~held) - 1)  # of every item that stays, from 1 on; token 0 stays 0
     lines: list[str] = []
     users = []

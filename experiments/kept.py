@@ -15,7 +15,10 @@ from config import Config, InputError
 from datasets.files import read_json, replacing
 from experiments.definition import trained
 from trainer.runs import (
+    COLD_ITEMS,
     CONFIG,
+    DEPLOYMENT,
+    DEPLOYMENT_PICTURE,
     ENVIRONMENT,
     EVERY_SIZE,
     LARGEST,
@@ -32,7 +35,7 @@ from trainer.user_ranks import load_ranks
 
 RESULTS = Path(__file__).parent / "results"
 TESTED = (EVERY_SIZE, USER_RANKS)  # what is read of a test, with the history kept or masked
-ALSO = ("deploy.json", "deploy.png", "cold_items.json")  # where they were made
+ALSO = (DEPLOYMENT, DEPLOYMENT_PICTURE, COLD_ITEMS)  # where they were made
 FACTS = ("command", "commit", "uncommitted_changes", "device", "versions")  # of env.json, in the report
 
 Metrics = dict[int, dict[str, float]]  # size -> name -> value

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import Config, InputError, resolve, shown
+from config import BEYOND, Config, InputError, resolve, shown
 from datasets.catalog import Catalog, load_catalog
 from experiments import estimate
 from experiments.definition import Definition, Row, definitions, trained
@@ -88,6 +88,12 @@ def planned(experiments: list[tuple[Definition, list[Row]]], flags: dict[str, An
                         )
                     own = {**flags, **row.settings, "dataset_code": dataset, "seed": seed}
                     config, _ = resolve(own)
+                    beyond = [name for name in ("preset", *BEYOND) if name in flags]
+                    if beyond and not definition.fits(row, config):  # its run would be shown in no table
+                        raise InputError(
+                            f"--{beyond[0]} {shown(flags[beyond[0]])} is not free in {definition.name}: its row "
+                            f"{row.name!r} has nothing beyond the paper but what the definition names"
+                        )
                     name = f"{definition.name}/{row.name}"
                     same = [job for job in jobs if trained(job.config) == trained(config)]
                     if not same:

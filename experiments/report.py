@@ -18,6 +18,7 @@ from experiments.kept import RESULTS, KeptRun, keep, kept_runs
 from experiments.paper import COLUMNS
 from experiments.paper import RESULTS as PUBLISHED
 from experiments.tables import settings_text, unlike_paper
+from trainer.runs import COLD_ITEMS, DEPLOYMENT, DEPLOYMENT_PICTURE
 
 OUT = Path(__file__).parent / "RESULTS.md"
 MEDIA = Path(__file__).parent.parent / "media"
@@ -70,16 +71,16 @@ def section(run: KeptRun) -> str:
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     if paper:
         lines.append("| paper, 1024 | " + " | ".join(f"{paper[name]:.4f}" for name in COLUMNS) + " | | | |")
-    if (run.folder / "deploy.json").exists():
+    if (run.folder / DEPLOYMENT).exists():
         lines += deployment(run.folder)
-    if (run.folder / "cold_items.json").exists():
+    if (run.folder / COLD_ITEMS).exists():
         lines += cold_items(run.folder)
     return "\n".join([*lines, ""])
 
 
 def deployment(run: Path) -> list[str]:
     """What serving every size costs, as benchmarks/deploy.py measured it."""
-    card = read_json(run / "deploy.json", "keep the run again")
+    card = read_json(run / DEPLOYMENT, "keep the run again")
     environment, versions = card["environment"], card["environment"]["versions"]
     lines = [
         "",
@@ -93,14 +94,14 @@ def deployment(run: Path) -> list[str]:
         "",
         *card_table(card),
     ]
-    if (run / "deploy.png").exists():
-        lines += ["", f"![NDCG@10 against bytes and time](results/{run.name}/deploy.png)"]
+    if (run / DEPLOYMENT_PICTURE).exists():
+        lines += ["", f"![NDCG@10 against bytes and time](results/{run.name}/{DEPLOYMENT_PICTURE})"]
     return lines
 
 
 def cold_items(run: Path) -> list[str]:
     """How well items are found that were added after training, as experiments/cold_items.py measured it."""
-    found = read_json(run / "cold_items.json", "keep the run again")
+    found = read_json(run / COLD_ITEMS, "keep the run again")
     names = [name for name in found["users"]["chance"] if name != "count"]
     lines = [
         "",

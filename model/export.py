@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from model import FMRLRec
 
 FORMATS = ("torch", "onnx")
-MEASURED = "deploy.json"  # in the run's folder, made by benchmarks/deploy.py
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -137,9 +136,9 @@ def named_sizes(text: str, trained: tuple[int, ...]) -> list[int]:
 
 def best_size(arguments: argparse.Namespace) -> int:
     """The size of highest NDCG@10 within the limits, by what benchmarks/deploy.py measured of the run."""
-    from trainer.runs import WEIGHTS
+    from trainer.runs import DEPLOYMENT, WEIGHTS
 
-    path, measure = arguments.run / MEASURED, f"measure it: python -m benchmarks.deploy --run {arguments.run}"
+    path, measure = arguments.run / DEPLOYMENT, f"measure it: python -m benchmarks.deploy --run {arguments.run}"
     measured = read_json(path, measure)
     try:
         if measured["weights"] != sha256(arguments.run / WEIGHTS):

@@ -186,7 +186,7 @@ class FMRLRec(nn.Module):
         return x, torch.stack(after, dim=1)
 
 
-class Counted(Protocol):
+class HasParameters(Protocol):
     """FMRLRec, or a baseline."""
 
     @property
@@ -195,7 +195,7 @@ class Counted(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-def count_parameters(model: Counted) -> int:
+def count_parameters(model: HasParameters) -> int:
     """Trainable parameters, complex ones counted once and masked zeros not counted."""
     kept = int(nested_mask(model.sizes).sum())
     masked = {

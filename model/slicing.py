@@ -6,7 +6,7 @@ from model.fmrlrec import FMRLRec
 
 
 def slice_model(model: FMRLRec, size: int) -> FMRLRec:
-    """The stand-alone model of one trained size: every weight cut to its first `size` rows and columns.
+    """The stand-alone model of one trained size: of every weight what the first `size` dimensions use.
 
     It shares nothing with `model` but the frozen features and what whitened them, and scores as `model` does on the
     first `size` dimensions. Raises ValueError for a size that was not trained.

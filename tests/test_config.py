@@ -305,7 +305,9 @@ def test_what_is_made_of_features_is_refused_without_any(capsys, flag):
 
 def test_the_dropout_of_embeddings_needs_embeddings(capsys):
     message = refusal(capsys, "--item_embedding_dropout=0.2")
-    assert message.endswith("--item_embedding_dropout 0.2 needs --item_embedding")
+    assert message.endswith(
+        "--item_embedding_dropout 0.2 needs --item_embedding; without one give --item_embedding_dropout 0"
+    )
     assert parsed("--item_embedding_dropout=0.2", "--item_embedding")[0].item_embedding_dropout == 0.2
 
 

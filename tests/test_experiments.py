@@ -100,6 +100,11 @@ def test_a_dataset_may_be_several_or_one_that_the_definition_does_not_name():
         ("depth --rows=3", "there is no row '3' in depth; there are .*1 block"),
         ("depth --seeds 4,x", "--seeds '4,x' must be whole numbers"),
         ("depth --lru_num_blocks 4", "--lru_num_blocks 4 is not free in depth: its row '1 block' has 1"),
+        (
+            "depth --ema_decay .9",
+            "--ema_decay 0.9 is not free in depth: its row '1 block' has nothing beyond the paper",
+        ),
+        ("depth --preset plus", "--preset plus is not free in depth"),
     ],
 )
 def test_what_cannot_be_run_is_named(workplace, arguments, problem):

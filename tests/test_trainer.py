@@ -16,8 +16,10 @@ from dataloader import TrainLoader, eval_rows, train_rows
 from datasets.catalog import load_catalog
 from model import FMRLRec
 from model.fmrl import nested_mask
+from model.whitening import Whitening
 from tests.prepared import write_prepared
 from trainer import step as step_module
+from trainer.averaging import WeightAverage
 from trainer.checkpoint import load_state, load_weights, save_weights
 from trainer.evaluation import evaluate
 from trainer.runlog import RunLog
@@ -403,7 +405,10 @@ def test_the_average_of_the_weights_is_validated_and_kept_and_does_not_change_th
     assert plain.kept is plain.model
 
 
-def test_the_average_shares_the_frozen_features_with_the_model(tmp_path):
-    trainer = make_trainer(tmp_path, ema_decay=0.9)
-    shared = [part.data_ptr() for part in trainer.model.items.features]
-    assert shared == [part.data_ptr() for part in trainer.kept.items.features]
+def test_the_average_shares_the_frozen_features_and_their_whitening_with_the_model():
+    whitening = Whitening([torch.randn(12, 6)])
+    model = FMRLRec(12, whitening.features(), SIZES, num_blocks=1, whitening=whitening)
+    average = WeightAverage(model, 0.9).model
+    assert average.items.whitening is whitening
+    assert [part.data_ptr() for part in average.items.features] == [part.data_ptr() for part in model.items.features]
+    assert not {id(parameter) for parameter in average.parameters()} & {id(p) for p in model.parameters()}

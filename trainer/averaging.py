@@ -14,8 +14,9 @@ class WeightAverage:
 
     def __init__(self, model: Trained, decay: float) -> None:
         """decay: d, above 0 and below 1."""
-        shared = {id(buffer): buffer for buffer in model.buffers()}  # features above all, which no step changes
-        self.model, self.decay = copy.deepcopy(model, shared).requires_grad_(False), decay
+        frozen = (*model.buffers(), getattr(model.items, "whitening", None))  # features above all
+        self.model = copy.deepcopy(model, {id(part): part for part in frozen}).requires_grad_(False)
+        self.decay = decay
 
     @torch.no_grad()
     def update(self, model: Trained, step: int) -> None:

@@ -11,7 +11,7 @@ from datasets.catalog import Sequences
 from model.baselines.counting import Popularity
 from trainer.checkpoint import save_weights
 from trainer.evaluation import evaluate
-from trainer.metrics import criterion
+from trainer.metrics import criterion, cut_offs
 from trainer.runlog import RunLog
 from trainer.runs import WEIGHTS
 
@@ -33,7 +33,7 @@ def count(
     device = model.counts.device
     model.count(*(torch.as_tensor(part, device=device) for part in train_items(sequences)))
     counted = time.perf_counter()
-    ks = tuple(sorted({*ks, int(best_metric.partition("@")[2])}))
+    ks = cut_offs(ks, best_metric)
     metrics = evaluate(model, val_rows, sizes=model.sizes, batch_size=batch_size, ks=ks, mask_history=mask_history)
     record = {
         "epoch": 1,

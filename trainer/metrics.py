@@ -43,6 +43,11 @@ def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
     return metrics
 
 
+def cut_offs(ks: tuple[int, ...], metric: str) -> tuple[int, ...]:
+    """These cut-offs, and that of a metric such as NDCG@10."""
+    return tuple(sorted({*ks, int(metric.partition("@")[2])}))
+
+
 def criterion(metric: str, mask_history: bool) -> str:
     """What picks the best epoch, in words."""
     return f"{metric} without history" if mask_history else metric

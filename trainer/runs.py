@@ -10,6 +10,8 @@ test_mrl_metrics.json    every size
 test_ranks.npz           every user's rank at every size, for paired comparisons (trainer/user_ranks.py)
 …_history_masked.*       the same where the history is no candidate: eval.py --mask_history
 *.png                    metric against size
+deploy.json, deploy.png  what serving every size costs: benchmarks/deploy.py
+cold_items.json          how well items that no training saw are found: experiments/cold_items.py
 """
 
 import json
@@ -30,6 +32,8 @@ REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
 WEIGHTS, STATE = "best.safetensors", "last.pt"
 LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz"
+DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
+COLD_ITEMS = "cold_items.json"
 
 
 def of_test(name: str, mask_history: bool) -> str:
@@ -65,14 +69,20 @@ def read_config(run: Path) -> tuple[Config, dict[str, str]]:
     saved = read_json(run / CONFIG, "give a run's folder, as train.py prints it")
     if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
         raise InputError(f"{run / CONFIG} is not a run's configuration")
-    return from_saved(saved["settings"]), saved.get("sources", {})
+    try:
+        return from_saved(saved["settings"]), saved.get("sources", {})
+    except InputError as error:
+        raise InputError(f"{run}: {error}; {ENVIRONMENT} names the commit that reads it, or train anew") from None
 
 
 def check_data(run: Path, data: str) -> None:
     """Raise InputError if a run was trained on a dataset of another digest."""
     environment = read_json(run / ENVIRONMENT, "give a run's folder, as train.py prints it")
     if environment.get("data", data) != data:
-        raise InputError(f"the dataset is not the one that {run} was trained on; give its --data_root, or train anew")
+        raise InputError(
+            f"the dataset (digest {data}) is not the one that {run} was trained on ({environment['data']}); give its "
+            f"--data_root, or train anew"
+        )
 
 
 @contextmanager

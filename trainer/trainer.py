@@ -20,7 +20,7 @@ from datasets import ranks
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
-from trainer.metrics import criterion
+from trainer.metrics import criterion, cut_offs
 from trainer.runlog import RunLog
 from trainer.runs import STATE, WEIGHTS, is_finished
 from trainer.step import GraphedStep, Step, Trained
@@ -97,13 +97,12 @@ class Trainer:
 
     def validate(self) -> dict[int, dict[str, float]]:
         """Validation metrics of every size."""
-        ks = tuple(sorted({*self.metric_ks, int(self.best_metric.partition("@")[2])}))
         return evaluate(
             self.kept,
             self.val_rows,
             sizes=self.model.sizes,
             batch_size=self.val_batch_size,
-            ks=ks,
+            ks=cut_offs(self.metric_ks, self.best_metric),
             mask_history=self.mask_history,
         )
 

@@ -114,7 +114,12 @@ def draw_plus(
             panel.set_ylim(bottom=0)
             panel.set_xlabel("model size (dimensions)")
             panel.set_title(name.replace(MASKED, ", history masked"), loc="left")
-            panel.legend(frameon=False, fontsize=6.5, loc="lower right")
+        named: dict[str, Any] = {}  # of both panels, once
+        for panel in panels:
+            handles, labels = panel.get_legend_handles_labels()
+            named |= dict(zip(labels, handles, strict=True))
+        figure = panels[0].figure
+        figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
 
 
 def label(line: Line) -> str:

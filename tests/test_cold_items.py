@@ -90,7 +90,7 @@ def test_recall_counts_a_target_by_its_place_in_the_answer():
     assert found == {"count": 4, "Recall@10": 0.25, "Recall@50": 0.75, "Recall@100": 0.75}
 
 
-@pytest.mark.parametrize("share", ["0", "1", "-0.1", "nan"])
-def test_a_share_that_is_none_is_refused(made, share):
+@pytest.mark.parametrize("share", ["0", "1", "-0.1", "nan", "0.001"])
+def test_a_share_that_is_none_or_of_no_item_is_refused(made, share):
     with pytest.raises(InputError, match="--share"):
         cold_items.main(["make", "--dataset_code", "whole", "--from_root", str(made[0]), "--share", share])

@@ -422,6 +422,33 @@ def resolve(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     return Config(**{**preset, **flags}), sources
 
 
+def preset_spelled_out(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags with what --preset stands for in its place; "paper" stands for nothing beyond it."""
+    if "preset" not in flags:
+        return flags
+    named = NAMED_PRESETS[flags["preset"]] or {name: getattr(Config, name) for name in BEYOND}
+    return named | {name: value for name, value in flags.items() if name != "preset"}
+
+
+def unread(c: Config) -> set[str]:
+    """The settings that decide nothing of what is trained, as the others are."""
+    if c.model_code in COUNTING:
+        return {f.name for f in dataclasses.fields(c) if not is_runtime(f.name)} - {"dataset_code", "model_code"}
+    names = {
+        "language_encoder": c.use_language_encoder,
+        "item_attributes": c.use_language_encoder,
+        "img_encoder": c.use_img_encoder,
+        "encoder_precision": c.use_language_encoder or c.use_img_encoder,
+        "early_stopping_patience": c.early_stopping,
+        "warmup_steps": c.enable_lr_schedule,
+        "num_heads": c.model_code == "sasrec",
+        "lru_use_bias": c.model_code != "sasrec",
+        "lru_r_min": c.model_code != "sasrec",
+        "lru_r_max": c.model_code != "sasrec",
+    }
+    return {name for name, is_read in names.items() if not is_read}
+
+
 def from_saved(values: dict[str, Any]) -> Config:
     """Settings as a run's config.json holds them."""
     return Config(**typed(values, "config.json"))

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import Config, is_runtime, parse_args, resolve, run_cli, shown
+from config import Config, is_runtime, parse_args, resolve, run_cli, shown, unread
 from datasets import ranks
 
 
@@ -52,9 +52,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         run, config, sources = ranks.on_first(lambda: find_resumed(arguments.resume, flags))
     device = resolve_device(config.device)
     catalog, features = load_data(config, device, run)
-    state = None
-    if run:
-        state = ranks.on_first(partial(load_state, run / STATE))
     torch.manual_seed(config.seed)
     model = build_model(config, catalog.num_items, features).to(device)
     if run is None:
@@ -63,14 +60,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     print_settings(config, sources)
     ranks.say(f"{count_parameters(model):,} trainable parameters on {device_name(device)}; run folder {run}")
 
-    done = state["progress"]["epoch"] if state else 0
-    log = RunLog(
-        run,
-        [record for record in ranks.on_first(partial(read_log, run)) if record["epoch"] <= done],
-        start_wandb(run, vars(config)) if config.use_wandb and ranks.rank() == 0 else None,
-    )
     try:
         with claimed(run) if ranks.rank() == 0 else nullcontext():
+            state = ranks.on_first(partial(load_state, run / STATE)) if arguments.resume else None
+            done = state["progress"]["epoch"] if state else 0
+            log = RunLog(
+                run,
+                [record for record in ranks.on_first(partial(read_log, run)) if record["epoch"] <= done],
+                start_wandb(run, vars(config)) if config.use_wandb and ranks.rank() == 0 else None,
+            )
             if isinstance(model, Popularity):  # it only counts
                 count(
                     model,
@@ -114,9 +112,12 @@ def find_resumed(resume: str, flags: dict[str, Any]) -> tuple[Path, Config, dict
 
 
 def print_settings(config: Config, sources: dict[str, str]) -> None:
-    """The settings, those that are no defaults with where they come from."""
+    """The settings, those that are no defaults with where they come from, and whether a flag is of no effect."""
+    idle = unread(config)
     for name, value in vars(config).items():
         source = sources.get(name, "default")
+        if source == "flag" and name in idle:
+            source = "flag; with the other settings it has no effect"
         ranks.say(f"  {name:24} {shown(value)}{'' if source == 'default' else f'   ({source})'}")
 
 

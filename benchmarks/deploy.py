@@ -51,14 +51,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name, least in {"users": 1, "requests": 2, "catalogue": TOP_K}.items():
         if (value := getattr(arguments, name)) is not None and value < least:
             raise InputError(f"--{name} {value} must be {least} or more")
+    from experiments.deployment import card_table, plot_card
     from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE
 
     arguments.run = asked_run(arguments)
     card = measured_card(arguments)
     write_json(arguments.run / DEPLOYMENT, card)
-    from trainer.plots import plot_deployment
-
-    plot_deployment(card["rows"], f"{card['dataset']}: one user on one core", arguments.run / DEPLOYMENT_PICTURE)
+    plot_card(card, arguments.run / DEPLOYMENT_PICTURE)
     print("\n" + "\n".join(card_table(card)) + f"\n\nwritten: {arguments.run / DEPLOYMENT} and {DEPLOYMENT_PICTURE}")
     return card
 
@@ -247,36 +246,6 @@ def line(row: dict[str, Any]) -> str:
         f"load {row['load_s']:.2f} s  p50 {row['p50_ms']:.2f} ms  NDCG@10 {row['NDCG@10']:.4f}  "
         f"same top 10 {row['same_top10']:.2%}"
     )
-
-
-def card_table(card: dict[str, Any]) -> list[str]:
-    """The card as a Markdown table, and what is beside it."""
-    heads = ("size", "engine", "stored as", "MB on disk", "MB in memory", "load s", "p50 ms", "p95 ms", "event p50 ms",
-             "256 users p50 ms", "256 users p95 ms", "Recall@10", "NDCG@10", "NDCG@10 lost", "same top 10",
-             "same as torch")  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "| ---: | --- | --- |" + " ---: |" * (len(heads) - 3)]
-    plain: dict[int, float] = {}
-    for row in card["rows"]:
-        whole = plain.setdefault(row["size"], row["NDCG@10"])
-        cells = [str(row["size"]), row["engine"], "float32" if row["quantize"] == "none" else row["quantize"]]
-        cells += [f"{row['bytes'] / 1e6:.2f}", f"{row['resident_mb']:.0f}", f"{row['load_s']:.2f}"]
-        cells += [f"{row[name]:.2f}" for name in ("p50_ms", "p95_ms", "step_p50_ms")]
-        cells += [f"{row[name]:.0f}" for name in ("batch256_p50_ms", "batch256_p95_ms")]
-        cells += [f"{row[name]:.4f}" for name in ("Recall@10", "NDCG@10")]
-        cells += [f"{1 - row['NDCG@10'] / whole:.2%}" if whole else "", f"{row['same_top10']:.2%}"]
-        cells += [f"{row['same_top10_as_torch']:.2%}" if "same_top10_as_torch" in row else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    if large := card["large_catalogue"]:
-        lines += [
-            "",
-            f"Size {large['size']} (onnx, float16) before {large['items']:,} items, most of them made up: top 10 in "
-            f"{large['p50_ms']:.1f} ms (p95 {large['p95_ms']:.1f}), {large['resident_mb']:.0f} MB in memory "
-            f"({large['peak_mb']:.0f} at its peak, of 256 users), loaded in {large['load_s']:.2f} s.",
-        ]
-    added = [row["add_10000_s"] for row in card["rows"] if row["add_10000_s"] is not None]
-    if added:
-        lines += ["", f"10,000 items more: added in {min(added):.2f} to {max(added):.2f} s, depending on the size."]
-    return lines
 
 
 def cpu_name() -> str:

@@ -13,13 +13,12 @@ validation              settings are chosen by it: its runs leave the test set u
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import BEYOND, COUNTING, NAMED_PRESETS, Config, InputError, is_runtime, resolve, size_within, typed
+from config import BEYOND, NAMED_PRESETS, Config, InputError, is_runtime, resolve, size_within, typed, unread
 
 FOLDER = Path(__file__).parent / "definitions"
 
@@ -97,23 +96,9 @@ def _row(name: str, values: dict[str, Any]) -> Row:
 
 def trained(config: Config) -> dict[str, Any]:
     """What decides a run's result: its settings but those that say how to run, and those that it does not read."""
-    unread = {"run_name", "preset", *(f.name for f in dataclasses.fields(Config) if is_runtime(f.name))}
-    if not config.use_language_encoder:
-        unread |= {"language_encoder", "item_attributes"}
-    if not config.use_img_encoder:
-        unread |= {"img_encoder"}
-    if not (config.use_language_encoder or config.use_img_encoder):
-        unread |= {"encoder_precision"}
-    if not config.early_stopping:
-        unread |= {"early_stopping_patience"}
-    if config.model_code != "sasrec":
-        unread |= {"num_heads"}
-    if config.model_code == "sasrec":
-        unread |= {"lru_use_bias", "lru_r_min", "lru_r_max"}
-    if config.model_code in COUNTING:
-        unread |= set(vars(config)) - {"dataset_code", "model_code"}
     values = vars(config) | {"item_embedding_width": config.embedded}  # what it comes to with these sizes
-    return {name: value for name, value in values.items() if name not in unread}
+    aside = {"run_name", "preset", *unread(config)}
+    return {name: value for name, value in values.items() if name not in aside and not is_runtime(name)}
 
 
 def unusual(config: Config, aside: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:

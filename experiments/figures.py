@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets.files import replacing
 from experiments.definition import definitions
 from experiments.kept import KeptRun
 from experiments.lines import Line, comparable, lines
 from experiments.paper import BY_SIZE, MASKED, RESULTS
 from experiments.parameters import figure4
-from trainer.plots import STYLE
+from trainer.plots import by_size, picture
 
 COLOURS = ("#1f6f78", "#d9822b", "#6b4c9a", "#3a7d44", "#a63d40", "#4a6fa5")
 PAPER, INK = "#9aa0a6", "#3c4043"
@@ -61,25 +58,11 @@ def levels(runs: list[KeptRun], dataset: str) -> dict[str, dict[str, float]]:
 
 def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Path) -> None:
     """Recall@10 and NDCG@10 against size: the paper's curve, every nested training, and models trained alone."""
-    with _figure(path, 2, f"{dataset}: one training, every size") as panels:
+    with picture(path, 2, f"{dataset}: one training, every size") as panels:
         for panel, name in zip(panels, ("Recall@10", "NDCG@10"), strict=True):
-            paper = {size: values[name] for size, values in BY_SIZE.get(dataset, {}).items() if name in values}
-            if paper:
-                panel.plot(*zip(*paper.items(), strict=True), "s--", color=PAPER, markersize=4,
-                           label="paper, text and pictures")  # fmt: skip
             for line, colour in zip(curves, COLOURS * len(curves), strict=False):
-                sizes = line.config.mrl_hidden_sizes
-                means = [statistics.mean(line.values(name, size) or [math.nan]) for size in sizes]
-                panel.plot(sizes, means, "o-", color=colour, markersize=4, label=label(line))
-            if separate:
-                points = [(line.size, statistics.mean(line.values(name) or [math.nan])) for line in separate]
-                panel.plot(*zip(*points, strict=True), "x", color="black", label="trained alone")
-            panel.set_xscale("log", base=2)
-            ticks = sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)})
-            panel.set_xticks(ticks, [str(m) for m in ticks])
-            panel.minorticks_off()
-            panel.set_ylim(bottom=0)
-            panel.set_xlabel("model size (dimensions)")
+                draw_line(panel, line, name, "o-", colour, label(line))
+            paper = draw_beside(panel, dataset, name, curves, separate, "trained alone")
             panel.set_title(name if paper else f"{name} (not in the paper's figure)", loc="left")
         panels[0].legend(frameon=False, fontsize=8, loc="upper left")
 
@@ -89,30 +72,17 @@ def draw_plus(
 ) -> None:
     """Accuracy against size of faithful and plus models, dotted where the softmax was sampled, beside the paper's curve
     and models of one size."""
-    with _figure(path, 2, f"{dataset}: accuracy against size") as panels:
+    with picture(path, 2, f"{dataset}: accuracy against size") as panels:
         for panel, name in zip(panels, PLUS, strict=True):
-            paper = {size: values[name] for size, values in BY_SIZE.get(dataset, {}).items() if name in values}
-            if paper:
-                panel.plot(*zip(*paper.items(), strict=True), "s--", color=PAPER, markersize=4,
-                           label="paper, text and pictures")  # fmt: skip
             for line in curves:
                 sizes = line.config.mrl_hidden_sizes
                 colour = COLOURS[0 if line.config.post_norm else 2 if line.config.item_embedding else 1]
-                means = [statistics.mean(line.values(name, size) or [math.nan]) for size in sizes]
-                panel.plot(sizes, means, "o:" if line.config.num_negatives else "o-", color=colour, markersize=4,
-                           label=f"{line.row.name}, {sizes[0]}..{sizes[-1]}")  # fmt: skip
-            points = [(line.size, statistics.mean(line.values(name) or [math.nan])) for line in separate]
-            if points:
-                panel.plot(*zip(*points, strict=True), "x", color="black", label="plus, trained alone")
+                style = "o:" if line.config.num_negatives else "o-"
+                draw_line(panel, line, name, style, colour, f"{line.row.name}, {sizes[0]}..{sizes[-1]}")
+            draw_beside(panel, dataset, name, curves, separate, "plus, trained alone")
             for (of, values), style in zip(levels.items(), ("--", "-.", ":"), strict=False):
                 if name in values:
                     panel.axhline(values[name], color=INK, linewidth=0.9, linestyle=style, label=of)
-            ticks = sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)})
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(ticks, [str(m) for m in ticks])
-            panel.minorticks_off()
-            panel.set_ylim(bottom=0)
-            panel.set_xlabel("model size (dimensions)")
             panel.set_title(name.replace(MASKED, ", history masked"), loc="left")
         named: dict[str, Any] = {}  # of both panels, once
         for panel in panels:
@@ -120,6 +90,28 @@ def draw_plus(
             named |= dict(zip(labels, handles, strict=True))
         figure = panels[0].figure
         figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+
+
+def draw_line(panel: Any, line: Line, name: str, style: str, colour: str, label: str) -> None:
+    """A test metric against size, a mean over seeds."""
+    sizes = line.config.mrl_hidden_sizes
+    means = [statistics.mean(line.values(name, size) or [math.nan]) for size in sizes]
+    panel.plot(sizes, means, style, color=colour, markersize=4, label=label)
+
+
+def draw_beside(
+    panel: Any, dataset: str, name: str, curves: list[Line], separate: list[Line], label: str
+) -> dict[int, float]:
+    """The paper's curve, which is returned, and models trained alone; and the axes of all."""
+    paper = {size: values[name] for size, values in BY_SIZE.get(dataset, {}).items() if name in values}
+    if paper:
+        points = zip(*paper.items(), strict=True)
+        panel.plot(*points, "s--", color=PAPER, markersize=4, label="paper, text and pictures")
+    if separate:
+        means = [statistics.mean(line.values(name) or [math.nan]) for line in separate]
+        panel.plot([line.size for line in separate], means, "x", color="black", label=label)
+    by_size(panel, sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)}))
+    return paper
 
 
 def label(line: Line) -> str:
@@ -132,7 +124,7 @@ def label(line: Line) -> str:
 
 def draw_parameters(path: Path) -> None:
     """Figure 4: the share of parameters that one training for all sizes saves."""
-    with _figure(path, 1, "Parameters that one training for all sizes saves") as (panel,):
+    with picture(path, 1, "Parameters that one training for all sizes saves") as [panel]:
         rows = figure4()
         names = ("the paper's formula", "numbers in files here", "without masked zeros")
         for i, (name, colour) in enumerate(zip(names, (PAPER, *COLOURS), strict=False)):
@@ -143,22 +135,3 @@ def draw_parameters(path: Path) -> None:
         panel.set_xlabel("sizes")
         panel.set_ylabel("extra numbers of separate models, %")
         panel.legend(frameon=False, fontsize=8)
-
-
-@contextmanager
-def _figure(path: Path, panels: int, title: str) -> Iterator[Any]:
-    """Panels side by side, written as PNG at the end."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, panels, figsize=(9 if panels > 1 else 6.5, 3.8), layout="constrained", squeeze=False
-        )
-        yield axes[0]
-        figure.suptitle(title, fontsize=11)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
-        plt.close(figure)

@@ -8,11 +8,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.deploy import card_table
 from config import InputError, run_cli
 from datasets.files import read_json, write_text
 from experiments import parameters, tables
 from experiments.definition import definitions, unusual
+from experiments.deployment import card_table
 from experiments.figures import draw_figures
 from experiments.kept import RESULTS, KeptRun, keep, kept_runs
 from experiments.paper import COLUMNS

@@ -380,8 +380,11 @@ def test_what_another_runner_has_finished_meanwhile_is_not_run_again(workplace, 
 
 def test_a_run_is_not_trained_by_two_at_once(workplace, calls):
     (job,) = run_experiments("depth --rows '1 block'")
+    state = (job.run / "last.pt").read_bytes()
+    (job.run / "last.pt").write_bytes(b"being written")
     with claimed(job.run), pytest.raises(InputError, match="another process trains"):
         train.main(["--resume", str(job.run)])
+    (job.run / "last.pt").write_bytes(state)
     train.main(["--resume", str(job.run)])
 
 

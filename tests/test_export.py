@@ -18,6 +18,7 @@ import train
 from benchmarks import deploy
 from config import InputError
 from datasets.catalog import load_catalog
+from experiments.deployment import card_table
 from model import export, recommend, slice_model
 from model.serving.folder import read_folder
 from model.serving.quantize import dequantize
@@ -535,7 +536,7 @@ def test_the_export_that_a_measured_card_picks_is_as_large_as_the_card_says(meas
 def test_a_card_of_users_who_are_all_missed_is_printed(measured):
     card = json.loads((measured / "deploy.json").read_text())
     card["rows"] = [row | {"NDCG@10": 0.0} for row in card["rows"]]
-    assert sum(line.startswith(("| 4 ", "| 16 ")) for line in deploy.card_table(card)) == 8
+    assert sum(line.startswith(("| 4 ", "| 16 ")) for line in card_table(card)) == 8
 
 
 def test_the_large_catalogue_begins_with_the_real_items(learned, tmp_path):

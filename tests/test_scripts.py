@@ -301,6 +301,26 @@ def test_an_unfinished_run_is_called_so_resumed_first_and_not_kept_as_a_result(w
     )
 
 
+def test_a_preset_finds_runs_that_have_its_settings_whatever_named_them(workplace, capsys):
+    plus = run_train(
+        " ".join(f"--{name}={config.shown(value)}" for name, value in config.NAMED_PRESETS["plus"].items())
+    )
+    newer = run_train()
+    capsys.readouterr()
+    for preset, run in (("plus", plus), ("paper", newer)):
+        run_eval(f"--preset {preset}")
+        run_eval(f"--preset {preset} --run {run}")
+        assert capsys.readouterr().out.count(f"run {run}\n") == 2
+    with pytest.raises(InputError, match=r"fits --seed 7 --preset plus\. (.|\n)*post_norm False"):
+        run_eval("--preset plus --seed 7")
+
+
+def test_a_flag_that_has_no_effect_beside_the_others_is_called_so(workplace, capsys):
+    run_train("--num_heads 2 --img_encoder pixel --lru_dropout 0.1")
+    lines = [line.split(None, 2) for line in capsys.readouterr().out.splitlines() if "(flag" in line]
+    assert {name for name, _, source in lines if "no effect" in source} == {"num_heads", "img_encoder"}
+
+
 def test_without_a_test_the_test_set_stays_unread_until_eval_is_asked_to(workplace):
     run = run_train("--no-test")
     assert not list(run.glob("test_*"))

@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from config import Config, InputError, from_saved, is_runtime, shown
+from config import Config, InputError, from_saved, is_runtime, preset_spelled_out, shown
 from datasets.files import read_json, write_json
 
 REPOSITORY = Path(__file__).parent.parent
@@ -129,7 +129,7 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
 
     Raises InputError that shows the newest runs and why each is not it.
     """
-    wanted = {name: value for name, value in flags.items() if not is_runtime(name)}
+    wanted = {name: value for name, value in preset_spelled_out(flags).items() if not is_runtime(name)}
     near = []
     paths = list(runs_root.glob(f"*/*/{CONFIG}"))
     # By the time in the name; runs begun in the same second by when they were made.
@@ -145,7 +145,7 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
         if not reason:
             return run
         near.append(f"  {run}: {reason}")
-    asked = " ".join(f"--{k} {shown(v)}" for k, v in wanted.items()) or "any flags"
+    asked = " ".join(f"--{k} {shown(v)}" for k, v in flags.items() if not is_runtime(k)) or "any flags"
     if not near:
         raise InputError(f"there is no run below {runs_root.resolve()}; train one: python train.py")
     listed = "\n".join(near[:5])
@@ -163,7 +163,7 @@ def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any])
 
 def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
     """A run's settings with the runtime flags given now. Raises InputError if another flag differs from the run."""
-    for name, value in flags.items():
+    for name, value in preset_spelled_out(flags).items():
         if not is_runtime(name) and getattr(config, name) != value:
             raise InputError(
                 f"--{name} {shown(value)} differs from {run}, which has {shown(getattr(config, name))}; "

@@ -69,6 +69,16 @@ def open_picture(path: Path | None) -> tuple[Any | None, str]:
         return None, f"{path.name}: {error}"
 
 
+def unreadable(asins: list[str], pictures: Sequence[Path | None], features: np.ndarray) -> dict[str, str]:
+    """ASIN -> why its picture is not used, of all that have a zero vector. Asked again at the end, rather than noted
+    on the way, it outlasts a kill."""
+    reasons = {}
+    for start in range(0, len(features), 4096):
+        for row in (start + np.flatnonzero(~features[start : start + 4096].any(axis=1))).tolist():
+            reasons[asins[row]] = open_picture(pictures[row])[1] or "it could not be read at first"
+    return reasons
+
+
 def encode_batches(
     encoder: Encoder, read: Callable, batches: Iterable[list[Any]], *, workers: int = 0
 ) -> Iterator[np.ndarray]:

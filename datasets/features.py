@@ -23,12 +23,12 @@ from datasets import cache, encoders, ranks
 from datasets.catalog import Catalog, prepare_command
 from datasets.embedding import (
     encode_batches,
-    open_picture,
     picture_batches,
     progress,
     read_pictures,
     read_texts,
     text_batches,
+    unreadable,
 )
 from datasets.files import cannot_write
 from datasets.text import NO_TEXT, item_text
@@ -228,7 +228,7 @@ def _make(file: _File, catalog: Catalog, name: str, items: Sequence[Any], how: _
         ranks.barrier()
 
         def finish() -> dict[str, Any]:
-            broken = {} if is_text else _unreadable(catalog.asins, items, cache.partial(path))
+            broken = {} if is_text else unreadable(catalog.asins, items, cache.partial(path))
             if len(broken) == len(items):
                 cache.drop(path)
                 raise InputError(_no_pictures(catalog, next(iter(broken.values()))))
@@ -247,16 +247,6 @@ def _no_pictures(catalog: Catalog, why: str) -> str:
         f"{catalog.name} has no picture that can be read ({why}); --no-use_img_encoder goes without, and {command} "
         f"fetches those that the metadata has addresses of"
     )
-
-
-def _unreadable(asins: list[str], pictures: Sequence[Path | None], features: np.ndarray) -> dict[str, str]:
-    """ASIN -> why its picture is not used, of all that have a zero vector. Asked again at the end, rather than noted
-    on the way, it outlasts a kill."""
-    reasons = {}
-    for start in range(0, len(features), 4096):
-        for row in (start + np.flatnonzero(~features[start : start + 4096].any(axis=1))).tolist():
-            reasons[asins[row]] = open_picture(pictures[row])[1] or "it could not be read at first"
-    return reasons
 
 
 def _worth(workers: int, batches: int) -> int:

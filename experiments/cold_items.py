@@ -117,8 +117,9 @@ def reach(export: str, data_root: Path) -> dict[str, Any]:
 
 def recalls(recommender: Any, pairs: list[tuple[list, str | int]]) -> dict[str, float]:
     """Recall@K of (history, target) pairs, ranked among all items, history kept."""
-    answers = recommender.recommend([history for history, _ in pairs], top_k=max(KS), exclude_history=False)
-    hits = np.zeros((len(pairs), max(KS)), dtype=bool)
+    top_k = min(max(KS), len(recommender))
+    answers = recommender.recommend([history for history, _ in pairs], top_k=top_k, exclude_history=False)
+    hits = np.zeros((len(pairs), top_k), dtype=bool)
     for row, (answer, (_, target)) in enumerate(zip(answers, pairs, strict=True)):
         hits[row] = np.array(answer.ids if isinstance(target, str) else answer.numbers) == target
     return {"count": len(pairs)} | {f"Recall@{k}": float(hits[:, :k].any(axis=1).mean()) for k in KS}

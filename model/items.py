@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.loss import Factors
-from model.whitening import Whitening
-
-ROWS = 2**14  # items whose features are widened at once
+from model.whitening import ROWS, Whitening
 
 
 class ItemEncoder(nn.Module):

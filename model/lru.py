@@ -29,6 +29,12 @@ def ring_init(dim: int, r_min: float, r_max: float) -> tuple[Tensor, Tensor, Ten
     return nu_log.float(), theta_log.float(), torch.log(torch.sqrt(1 - modulus**2)).float()
 
 
+def on_ring(nu_log: Tensor, theta_log: Tensor) -> tuple[Tensor, Tensor]:
+    """λ = exp(-exp(ν) + i exp(θ)): (Re λ, Im λ), each [dim]."""
+    modulus, angle = torch.exp(-torch.exp(nu_log)), torch.exp(theta_log)
+    return modulus * torch.cos(angle), modulus * torch.sin(angle)
+
+
 def linear_recurrence(
     u_re: Tensor, u_im: Tensor, lambda_re: Tensor, lambda_im: Tensor, position: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:
@@ -147,8 +153,7 @@ class LRU(nn.Module):
 
     def eigenvalues(self) -> tuple[Tensor, Tensor]:
         """(Re λ, Im λ), each [D]."""
-        modulus, angle = torch.exp(-torch.exp(self.nu_log)), torch.exp(self.theta_log)
-        return modulus * torch.cos(angle), modulus * torch.sin(angle)
+        return on_ring(self.nu_log, self.theta_log)
 
     def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """x [T, D], position [T]; longest: the most tokens of one history. Returns y [T, D], or [B, D] of the tokens

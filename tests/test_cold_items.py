@@ -74,19 +74,23 @@ def test_held_out_items_are_added_to_an_export_and_ranked_among_all(made, tmp_pa
     assert f"| never trained | {never['count']} | {never['Recall@10']:.4f} |" in (tmp_path / "R.md").read_text()
 
 
-def test_recall_counts_a_target_by_its_place_in_the_answer():
+@pytest.mark.parametrize(("items", "asked"), [(5000, 100), (60, 60)])
+def test_recall_counts_a_target_by_its_place_in_the_answer(items, asked):
     class Answers:
+        def __len__(self):
+            return items
+
         def recommend(self, histories, top_k, exclude_history):
-            assert top_k == 100 and not exclude_history
+            assert top_k == asked and not exclude_history
             return [Answer(place) for (place,) in histories]
 
     class Answer:
         def __init__(self, place):
-            self.numbers = np.arange(100) + 1000
+            self.numbers = np.arange(asked) + 1000
             self.numbers[place] = 7
             self.ids = [str(number) for number in self.numbers]
 
-    found = cold_items.recalls(Answers(), [([9], 7), ([10], "7"), ([49], 7), ([99], 8)])
+    found = cold_items.recalls(Answers(), [([9], 7), ([10], "7"), ([49], 7), ([asked - 1], 8)])
     assert found == {"count": 4, "Recall@10": 0.25, "Recall@50": 0.75, "Recall@100": 0.75}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import METRICS
 from dataloader import EvalBatch, EvalRows, eval_batches
 from datasets import ranks
 from datasets.files import write_json
@@ -198,7 +199,7 @@ def test_every_size(
 def _report(
     results: dict[int, dict[str, float]], run: Path, ks: tuple[int, ...], title: str, mask_history: bool
 ) -> None:
-    names = [f"{metric}@{k}" for k in ks[:2] for metric in ("Recall", "NDCG", "MRR")]
+    names = [f"{metric}@{k}" for k in ks[:2] for metric in METRICS]
     print("  size  " + "  ".join(f"{name:>9}" for name in names))
     for size, metrics in results.items():
         print(f"{size:6d}  " + "  ".join(f"{metrics[name]:9.4f}" for name in names))

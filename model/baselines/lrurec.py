@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.dropout import Dropout
 from model.items import ItemEncoder
-from model.lru import linear_recurrence, ring_init
+from model.lru import linear_recurrence, on_ring, ring_init
 
 
 class DenseLRU(nn.Module):
@@ -35,11 +35,10 @@ class DenseLRU(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """at: [B], the only tokens whose output is wanted; then it is [B, D]."""
-        modulus, angle, gamma = torch.exp(-torch.exp(self.nu_log)), torch.exp(self.theta_log), torch.exp(self.gamma_log)
+        gamma = torch.exp(self.gamma_log)
         u_re = F.linear(x, self.B_re, self.B_bias_re) * gamma  # [T, S], in γ's type: the state is never narrowed
         u_im = F.linear(x, self.B_im, self.B_bias_im) * gamma
-        eigenvalue = modulus * torch.cos(angle), modulus * torch.sin(angle)
-        h_re, h_im = linear_recurrence(u_re, u_im, *eigenvalue, position, longest)
+        h_re, h_im = linear_recurrence(u_re, u_im, *on_ring(self.nu_log, self.theta_log), position, longest)
         if at is not None:
             h_re, h_im = h_re[at], h_im[at]
         return F.linear(h_re, self.C_re, self.C_bias) - F.linear(h_im, self.C_im)

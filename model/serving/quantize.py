@@ -15,3 +15,10 @@ def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 def dequantize(q: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
     """The float32 values that `quantize` stands for."""
     return q.astype(np.float32) * np.expand_dims(scale, axis)
+
+
+def rounded(rows: np.ndarray, stored_as: str) -> np.ndarray:
+    """Rows of an item table as they come back from an export that stores them so, one of TABLES."""
+    if stored_as == "float16":
+        return rows.astype(np.float16).astype(np.float32)
+    return dequantize(*quantize(rows, axis=1), axis=1) if stored_as == "int8" else rows

@@ -22,7 +22,7 @@ from config import InputError
 from model.serving.engines import Engine, Table, open_engine
 from model.serving.folder import CONFIG, GRAPHS, ITEMS, WEIGHTS, Export, pack_items, read_folder, write_folder
 from model.serving.items import ItemId, make_items
-from model.serving.quantize import dequantize, quantize
+from model.serving.quantize import rounded
 from model.serving.weights import whitened
 
 SCORES = 1 << 21  # user-item scores that are held at once, beside the users' biases of the same size
@@ -177,11 +177,7 @@ class Recommender:
         if known:
             raise InputError(f"item {known[0]!r} is there already; remove it from the new ones")
         with np.errstate(over="ignore", invalid="ignore"):
-            embeddings = whitened(features, self._whitening) @ weight + bias
-            if self.config["quantize"] == "float16":  # as the others were rounded
-                embeddings = embeddings.astype(np.float16).astype(np.float32)
-            elif self.config["quantize"] == "int8":
-                embeddings = dequantize(*quantize(embeddings, axis=1), axis=1)
+            embeddings = rounded(whitened(features, self._whitening) @ weight + bias, self.config["quantize"])
         bad = ~(np.isfinite(features).all(axis=1) & np.isfinite(embeddings).all(axis=1))
         if bad.any():
             raise InputError(f"the features of item {ids[int(bad.argmax())]!r} are not finite, or far too large")

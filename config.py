@@ -44,8 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
-BEYOND = ("whiten_features", "item_embedding", "item_embedding_width", "item_embedding_dropout", "logit_scale",
-          "size_weights", "distill", "post_norm", "input_dropout", "small_dropout", "ema_decay")  # fmt: skip
+BEYOND = ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "size_weights", "distill",
+          "post_norm", "input_dropout", "small_dropout", "ema_decay")  # fmt: skip
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -63,8 +63,7 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "plus": {
         "whiten_features": True,
-        "item_embedding": True,
-        "item_embedding_width": 128,
+        "item_embedding": 128,
         "item_embedding_dropout": 0.2,
         "post_norm": True,
         "input_dropout": 0.5,
@@ -201,11 +200,10 @@ class Config:
     whiten_features: bool = setting(
         False, "scale all principal directions of each encoder's features to the same variance"
     )
-    item_embedding: bool = setting(False, "add a learned embedding to the projection of every item, from zero on")
-    item_embedding_width: int = setting(
+    item_embedding: int = setting(
         0,
-        "how many of the first dimensions have an item embedding: the sizes of mrl_hidden_sizes up to this, but at "
-        "least one of them; 0: all",
+        "how many of the first dimensions have a learned embedding added to every item's projection, from zero on: the "
+        "sizes of mrl_hidden_sizes up to this, but at least one of them; 0: none",
     )
     item_embedding_dropout: float = setting(
         0.0, "probability with which an item is without it in a training step, so that content serves new items, too"
@@ -287,7 +285,7 @@ class Config:
     @property
     def embedded(self) -> int:
         """How many of the first dimensions have an item embedding."""
-        return size_within(self.mrl_hidden_sizes, self.item_embedding_width) if self.item_embedding else 0
+        return size_within(self.mrl_hidden_sizes, self.item_embedding)
 
     @property
     def branch(self) -> str:
@@ -309,8 +307,8 @@ GROUPS = {
 
 
 def size_within(sizes: tuple[int, ...], width: int) -> int:
-    """The largest size within `width`, or the smallest where none is; width 0: the largest of all."""
-    return max((m for m in sizes if m <= width or not width), default=sizes[0])
+    """The largest size within `width`, or the smallest where none is; width 0: 0."""
+    return max((m for m in sizes if m <= width), default=sizes[0]) if width else 0
 
 
 def _problems(c: Config) -> Iterator[str]:
@@ -324,7 +322,7 @@ def _problems(c: Config) -> Iterator[str]:
         if getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 1"
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed", "num_negatives", "encoder_workers",
-                 "item_embedding_width"):  # fmt: skip
+                 "item_embedding"):  # fmt: skip
         if not 0 <= getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a finite number of at least 0"
     if c.seed >= 2**64:
@@ -360,12 +358,11 @@ def _problems(c: Config) -> Iterator[str]:
             yield f"--mrl_hidden_sizes {sizes}: {c.model_code} has one number an item; leave the flag out"
         if c.model_code == "sasrec" and c.mrl_hidden_sizes[-1] % c.num_heads:
             yield f"--num_heads {c.num_heads} does not divide --mrl_hidden_sizes {sizes}"
-    for name in ("item_embedding_width", "item_embedding_dropout"):
-        if getattr(c, name) and not c.item_embedding:
-            yield f"--{name} {getattr(c, name)} needs --item_embedding; without one give --{name} 0"
-    for name in ("whiten_features", "item_embedding"):
+    if c.item_embedding_dropout and not c.item_embedding:
+        yield f"--item_embedding_dropout {c.item_embedding_dropout} needs --item_embedding; without one leave it at 0"
+    for name, off in (("whiten_features", "--no-whiten_features"), ("item_embedding", "--item_embedding 0")):
         if c.branch == "id" and getattr(c, name):
-            yield f"--{name}: without an encoder the item table is learned outright; leave it out (--no-{name})"
+            yield f"--{name}: without an encoder the item table is learned outright; leave it out ({off})"
     if not c.item_attributes and c.use_language_encoder:
         yield "--item_attributes is empty; name at least one metadata key, such as title"
     metric, _, k = c.best_metric.partition("@")
@@ -433,7 +430,8 @@ def preset_spelled_out(flags: dict[str, Any]) -> dict[str, Any]:
 def unread(c: Config) -> set[str]:
     """The settings that decide nothing of what is trained, as the others are."""
     if c.model_code in COUNTING:
-        return {f.name for f in dataclasses.fields(c) if not is_runtime(f.name)} - {"dataset_code", "model_code"}
+        read = {"dataset_code", "model_code", "run_name", "best_metric", "val_mask_history"}
+        return {f.name for f in dataclasses.fields(c) if not is_runtime(f.name)} - read
     names = {
         "language_encoder": c.use_language_encoder,
         "item_attributes": c.use_language_encoder,
@@ -451,6 +449,10 @@ def unread(c: Config) -> set[str]:
 
 def from_saved(values: dict[str, Any]) -> Config:
     """Settings as a run's config.json holds them."""
+    if isinstance(on := values.get("item_embedding"), bool):  # of before, with a width beside it: 0 for all dimensions
+        width = values.get("item_embedding_width") or values["mrl_hidden_sizes"][-1]
+        values = {name: value for name, value in values.items() if name != "item_embedding_width"}
+        values["item_embedding"] = width if on else 0
     return Config(**typed(values, "config.json"))
 
 

@@ -31,9 +31,8 @@ class Dropout(nn.Module):
         p = self.p if self.small == 1 else self.probabilities(x.shape[-1], x.device)
         # Not F.dropout, whose masks take three times as long on a CPU.
         kept = torch.rand(total, *x.shape[1:], device=x.device)[first : first + len(x)] >= p
-        kept = F.pad(
-            kept, (0,) * (2 * x.ndim - 1) + (len(x) - len(kept),)
-        )  # a share's padding may reach beyond the batch
+        # A share's padding may reach beyond the batch.
+        kept = F.pad(kept, (0,) * (2 * x.ndim - 1) + (len(x) - len(kept),))
         return x * kept / (1 - p)
 
     def probabilities(self, dim: int, device: torch.device | None = None) -> Tensor:

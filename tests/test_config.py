@@ -253,12 +253,14 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--size_weights", "linear"),
         ("--preset", "minus"),
         ("--item_embedding_dropout", "1.0"),
+        ("--item_embedding", "-1"),
+        ("--input_dropout", "1"),
+        ("--small_dropout", "1.5"),
+        ("--small_dropout", "-1"),
+        ("--ema_decay", "1"),
         ("--distill", "1.1"),
         ("--distill", "-0.5"),
         ("--distill", "nan"),
-        ("--small_dropout", "1.5"),
-        ("--small_dropout", "-1"),
-        ("--input_dropout", "1"),
         ("--device", "tpu"),
         ("--model_code", "gru4rec"),
         ("--num_heads", "0"),
@@ -297,18 +299,18 @@ def test_what_a_baseline_cannot_be_is_refused_by_its_name(capsys, argv, message)
     assert message in refusal(capsys, *argv.split())
 
 
-@pytest.mark.parametrize("flag", ["--item_embedding", "--whiten_features"])
+@pytest.mark.parametrize("flag", ["--item_embedding=4", "--whiten_features"])
 def test_what_is_made_of_features_is_refused_without_any(capsys, flag):
     without = ("--no-use_language_encoder", "--no-use_img_encoder")
-    assert f"{flag}: without an encoder the item table is learned outright" in refusal(capsys, flag, *without)
+    assert f"{flag.split('=')[0]}: without an encoder the item table is learned outright" in refusal(
+        capsys, flag, *without
+    )
 
 
 def test_the_dropout_of_embeddings_needs_embeddings(capsys):
     message = refusal(capsys, "--item_embedding_dropout=0.2")
-    assert message.endswith(
-        "--item_embedding_dropout 0.2 needs --item_embedding; without one give --item_embedding_dropout 0"
-    )
-    assert parsed("--item_embedding_dropout=0.2", "--item_embedding")[0].item_embedding_dropout == 0.2
+    assert message.endswith("--item_embedding_dropout 0.2 needs --item_embedding; without one leave it at 0")
+    assert parsed("--item_embedding_dropout=0.2", "--item_embedding=8")[0].item_embedding_dropout == 0.2
 
 
 def test_a_ring_without_width_is_refused_with_both_of_its_radii(capsys):
@@ -451,6 +453,13 @@ def test_settings_come_back_from_json_as_they_were():
 def test_settings_of_before_there_were_options_are_the_papers():
     old = {name: value for name, value in vars(Config()).items() if name not in ("preset", "distill", "item_embedding")}
     assert from_saved(old) == Config()
+
+
+@pytest.mark.parametrize(("on", "width", "now"), [(True, 64, 64), (True, 0, 256), (True, None, 256), (False, 0, 0)])
+def test_an_item_embedding_of_when_it_had_two_settings_is_read(on, width, now):
+    old = vars(parsed("--mrl_hidden_sizes=16,64,256")[0]) | {"item_embedding": on}
+    old |= {} if width is None else {"item_embedding_width": width}
+    assert from_saved(old).item_embedding == now
 
 
 def test_unknown_saved_settings_are_refused_by_name():

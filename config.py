@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
 BEYOND = ("whiten_features", "item_embedding", "item_embedding_width", "item_embedding_dropout", "logit_scale",
-          "size_weights", "distill", "post_norm", "input_dropout", "small_dropout", "ema_decay")  # fmt: skip
+          "size_weights", "distill", "post_norm", "small_dropout", "ema_decay")  # fmt: skip
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -67,7 +67,6 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
         "item_embedding_width": 128,
         "item_embedding_dropout": 0.2,
         "post_norm": True,
-        "input_dropout": 0.5,
         "lru_dropout": 0.5,
         "lru_attn_dropout": 0.5,
         "lru_r_min": 0.8,
@@ -221,7 +220,6 @@ class Config:
         "a LayerNorm of what is read, and after every LRU and feed-forward network, in place of one before them, as in "
         "LRURec",
     )
-    input_dropout: float = setting(0.0, "dropout of the items that are read")
     small_dropout: float = setting(
         1.0,
         "what lru_dropout and lru_attn_dropout are multiplied by in the first 64 dimensions, which learn too little "
@@ -332,7 +330,7 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("lr", "adam_epsilon"):
         if not 0 < getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a finite number above 0"
-    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "input_dropout", "ema_decay"):
+    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "ema_decay"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
     for name in ("distill", "small_dropout"):

@@ -258,7 +258,6 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--distill", "nan"),
         ("--small_dropout", "1.5"),
         ("--small_dropout", "-1"),
-        ("--input_dropout", "1"),
         ("--device", "tpu"),
         ("--model_code", "gru4rec"),
         ("--num_heads", "0"),

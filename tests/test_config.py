@@ -138,7 +138,7 @@ def test_the_papers_preset_is_no_preset(dataset):
     assert parsed("--preset=paper", f"--dataset_code={dataset}")[0] == parsed(f"--dataset_code={dataset}")[0]
     config = parsed(f"--dataset_code={dataset}")[0]
     for name in BEYOND:
-        assert getattr(config, name) == {"size_weights": "uniform", "small_dropout": 1}.get(name, 0), name
+        assert getattr(config, name) == {"size_weights": "uniform"}.get(name, 0), name
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of flags
@@ -256,8 +256,6 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--distill", "1.1"),
         ("--distill", "-0.5"),
         ("--distill", "nan"),
-        ("--small_dropout", "1.5"),
-        ("--small_dropout", "-1"),
         ("--device", "tpu"),
         ("--model_code", "gru4rec"),
         ("--num_heads", "0"),

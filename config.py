@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
 BEYOND = ("whiten_features", "item_embedding", "item_embedding_width", "item_embedding_dropout", "logit_scale",
-          "size_weights", "distill", "post_norm", "ema_decay")  # fmt: skip
+          "size_weights", "distill", "post_norm")  # fmt: skip
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -74,7 +74,6 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
         "logit_scale": True,
         "size_weights": "sqrt",
         "distill": 0.7,
-        "ema_decay": 0.998,
         "val_mask_history": True,
         "train_batch_size": 128,
         "num_epochs": 10,
@@ -223,12 +222,6 @@ class Config:
         0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"
     )
 
-    ema_decay: float = setting(
-        0.0,
-        "validate, test and keep an exponential moving average of the weights, over about 1/(1 - x) steps; 0: the "
-        "weights themselves",
-    )
-
     # --- evaluation
     val_batch_size: int = setting(256, "users ranked at once in validation; does not change results", runtime=True)
     test_batch_size: int = setting(256, "users ranked at once in the test; does not change results", runtime=True)
@@ -325,7 +318,7 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("lr", "adam_epsilon"):
         if not 0 < getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a finite number above 0"
-    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "ema_decay"):
+    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
     if not 0 <= c.distill <= 1:

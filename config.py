@@ -44,10 +44,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
-BEYOND = ("whiten_features", "item_embedding", "item_embedding_width", "item_embedding_dropout", "logit_scale",
-          "size_weights", "distill", "post_norm", "input_dropout", "small_dropout", "ema_decay")  # fmt: skip
+BEYOND = ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale",
+          "size_weights", "distill", "post_norm", "input_dropout")  # fmt: skip
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
+
+# Settings of earlier versions, and the value of each that changed nothing.
+RETIRED = {"small_dropout": 1.0, "ema_decay": 0.0}
 
 # What a baseline needs, on every dataset (model/baselines/). Learning rate and dropout were not searched for: with them
 # LRURec's 30 epochs have a test NDCG@10 of .0427 on Beauty, where Table 2 of the fMRLRec paper has .0438.
@@ -63,23 +66,20 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "plus": {
         "whiten_features": True,
-        "item_embedding": True,
-        "item_embedding_width": 128,
+        "item_embedding": 64,
         "item_embedding_dropout": 0.2,
         "post_norm": True,
-        "input_dropout": 0.5,
+        "input_dropout": 0.2,
         "lru_dropout": 0.5,
         "lru_attn_dropout": 0.5,
         "lru_r_min": 0.8,
         "lru_r_max": 0.99,
-        "small_dropout": 0.6,
         "logit_scale": True,
         "size_weights": "sqrt",
         "distill": 0.7,
-        "ema_decay": 0.998,
         "val_mask_history": True,
         "train_batch_size": 128,
-        "num_epochs": 14,
+        "num_epochs": 10,
         "lr": 1e-3,
     },
 }
@@ -201,11 +201,10 @@ class Config:
     whiten_features: bool = setting(
         False, "scale all principal directions of each encoder's features to the same variance"
     )
-    item_embedding: bool = setting(False, "add a learned embedding to the projection of every item, from zero on")
-    item_embedding_width: int = setting(
+    item_embedding: int = setting(
         0,
-        "how many of the first dimensions have an item embedding: the sizes of mrl_hidden_sizes up to this, but at "
-        "least one of them; 0: all",
+        "how many of the first dimensions have a learned embedding added to every item's projection, from zero on: the "
+        "sizes of mrl_hidden_sizes up to this, but at least one of them; 0: none",
     )
     item_embedding_dropout: float = setting(
         0.0, "probability with which an item is without it in a training step, so that content serves new items, too"
@@ -222,18 +221,8 @@ class Config:
         "LRURec",
     )
     input_dropout: float = setting(0.0, "dropout of the items that are read")
-    small_dropout: float = setting(
-        1.0,
-        "what lru_dropout and lru_attn_dropout are multiplied by in the first 64 dimensions, which learn too little "
-        "where others learn by heart",
-    )
     distill: float = setting(
         0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"
-    )
-    ema_decay: float = setting(
-        0.0,
-        "validate, test and keep an exponential moving average of the weights, over about 1/(1 - x) steps; 0: the "
-        "weights themselves",
     )
 
     # --- evaluation
@@ -287,7 +276,7 @@ class Config:
     @property
     def embedded(self) -> int:
         """How many of the first dimensions have an item embedding."""
-        return size_within(self.mrl_hidden_sizes, self.item_embedding_width) if self.item_embedding else 0
+        return size_within(self.mrl_hidden_sizes, self.item_embedding)
 
     @property
     def branch(self) -> str:
@@ -309,8 +298,8 @@ GROUPS = {
 
 
 def size_within(sizes: tuple[int, ...], width: int) -> int:
-    """The largest size within `width`, or the smallest where none is; width 0: the largest of all."""
-    return max((m for m in sizes if m <= width or not width), default=sizes[0])
+    """The largest size within `width`, or the smallest where none is; width 0: 0."""
+    return max((m for m in sizes if m <= width), default=sizes[0]) if width else 0
 
 
 def _problems(c: Config) -> Iterator[str]:
@@ -324,7 +313,7 @@ def _problems(c: Config) -> Iterator[str]:
         if getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 1"
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed", "num_negatives", "encoder_workers",
-                 "item_embedding_width"):  # fmt: skip
+                 "item_embedding"):  # fmt: skip
         if not 0 <= getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a finite number of at least 0"
     if c.seed >= 2**64:
@@ -332,12 +321,11 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("lr", "adam_epsilon"):
         if not 0 < getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a finite number above 0"
-    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "input_dropout", "ema_decay"):
+    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "input_dropout"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
-    for name in ("distill", "small_dropout"):
-        if not 0 <= getattr(c, name) <= 1:
-            yield f"--{name} {getattr(c, name)} must lie between 0 and 1"
+    if not 0 <= c.distill <= 1:
+        yield f"--distill {c.distill} must lie between 0 and 1"
     if not 0 <= c.lru_r_min < c.lru_r_max <= 1:
         yield f"--lru_r_min {c.lru_r_min} --lru_r_max {c.lru_r_max}: need 0 <= r_min < r_max <= 1"
     for name in ("mrl_hidden_sizes", "metric_ks"):
@@ -360,12 +348,11 @@ def _problems(c: Config) -> Iterator[str]:
             yield f"--mrl_hidden_sizes {sizes}: {c.model_code} has one number an item; leave the flag out"
         if c.model_code == "sasrec" and c.mrl_hidden_sizes[-1] % c.num_heads:
             yield f"--num_heads {c.num_heads} does not divide --mrl_hidden_sizes {sizes}"
-    for name in ("item_embedding_width", "item_embedding_dropout"):
-        if getattr(c, name) and not c.item_embedding:
-            yield f"--{name} {getattr(c, name)} needs --item_embedding; without one give --{name} 0"
-    for name in ("whiten_features", "item_embedding"):
+    if c.item_embedding_dropout and not c.item_embedding:
+        yield f"--item_embedding_dropout {c.item_embedding_dropout} needs --item_embedding; without one leave it at 0"
+    for name, off in (("whiten_features", "--no-whiten_features"), ("item_embedding", "--item_embedding 0")):
         if c.branch == "id" and getattr(c, name):
-            yield f"--{name}: without an encoder the item table is learned outright; leave it out (--no-{name})"
+            yield f"--{name}: without an encoder the item table is learned outright; leave it out ({off})"
     if not c.item_attributes and c.use_language_encoder:
         yield "--item_attributes is empty; name at least one metadata key, such as title"
     metric, _, k = c.best_metric.partition("@")
@@ -433,8 +420,13 @@ def preset_spelled_out(flags: dict[str, Any]) -> dict[str, Any]:
 def unread(c: Config) -> set[str]:
     """The settings that decide nothing of what is trained, as the others are."""
     if c.model_code in COUNTING:
-        return {f.name for f in dataclasses.fields(c) if not is_runtime(f.name)} - {"dataset_code", "model_code"}
+        read = {"dataset_code", "model_code", "run_name", "best_metric", "val_mask_history"}
+        return {f.name for f in dataclasses.fields(c) if not is_runtime(f.name)} - read
+    nested = len(c.mrl_hidden_sizes) > 1
     names = {
+        "mrl_loss": nested,
+        "size_weights": nested,
+        "distill": nested,
         "language_encoder": c.use_language_encoder,
         "item_attributes": c.use_language_encoder,
         "img_encoder": c.use_img_encoder,
@@ -450,7 +442,11 @@ def unread(c: Config) -> set[str]:
 
 
 def from_saved(values: dict[str, Any]) -> Config:
-    """Settings as a run's config.json holds them."""
+    """Settings as a run's config.json holds them, of an earlier version too where it names nothing that is gone."""
+    values = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
+    if isinstance(on := values.get("item_embedding"), bool):  # and its width beside it, 0 for all dimensions
+        width = values.pop("item_embedding_width", 0) or values["mrl_hidden_sizes"][-1]
+        values["item_embedding"] = width if on else 0
     return Config(**typed(values, "config.json"))
 
 

@@ -52,17 +52,15 @@ class Definition:
         named = {name for row in self.rows for name in row.settings}
         values = {name: [row.settings.get(name) for row in self.rows] for name in named}
         varied = {name for name in named if any(value != values[name][0] for value in values[name])}
-        if varied & {"item_embedding", "mrl_hidden_sizes"}:
-            varied.add("item_embedding_width")  # what it comes to depends on them
+        if "mrl_hidden_sizes" in varied:
+            varied.add("item_embedding")  # what it comes to depends on them
         return set(Config.__dataclass_fields__) if "model_code" in varied else varied
 
     def fits(self, row: Row, config: Config) -> bool:
         """Whether a run with these settings is one of this row's. What is beyond the paper a row has to name."""
         settings = {name: getattr(Config, name) for name in BEYOND} | row.settings
-        sizes, width = config.mrl_hidden_sizes, settings.pop("item_embedding_width")
-        return size_within(sizes, width) == size_within(sizes, config.item_embedding_width) and all(
-            getattr(config, name) == value for name, value in settings.items()
-        )
+        embedded = size_within(config.mrl_hidden_sizes, settings.pop("item_embedding"))
+        return embedded == config.embedded and all(getattr(config, name) == v for name, v in settings.items())
 
 
 def definitions() -> dict[str, Definition]:
@@ -94,9 +92,9 @@ def _row(name: str, values: dict[str, Any]) -> Row:
     return Row(name, settings, **aside)
 
 
-def trained(config: Config) -> dict[str, Any]:
+def identity(config: Config) -> dict[str, Any]:
     """What decides a run's result: its settings but those that say how to run, and those that it does not read."""
-    values = vars(config) | {"item_embedding_width": config.embedded}  # what it comes to with these sizes
+    values = vars(config) | {"item_embedding": config.embedded}  # what it comes to with these sizes
     aside = {"run_name", "preset", *unread(config)}
     return {name: value for name, value in values.items() if name not in aside and not is_runtime(name)}
 
@@ -104,5 +102,5 @@ def trained(config: Config) -> dict[str, Any]:
 def unusual(config: Config, aside: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:
     """The settings that decide a run's result and are not the defaults and presets of its dataset and model."""
     usual, _ = resolve({"dataset_code": config.dataset_code, "model_code": config.model_code})
-    of_run = trained(config)
+    of_run = identity(config)
     return {name: v for name, v in of_run.items() if v != getattr(usual, name) and name not in aside}

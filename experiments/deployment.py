@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainer.plots import picture, shades
+from trainer.plots import figure, shades
 
 
 def card_table(card: dict[str, Any]) -> list[str]:
@@ -44,7 +44,7 @@ def plot_card(card: dict[str, Any], path: Path) -> None:
 
     rows = card["rows"]
     variants = list(dict.fromkeys((row["engine"], row["quantize"]) for row in rows))
-    with picture(path, 2, f"{card['dataset']}: one user on one core") as panels:
+    with figure(path, 2, f"{card['dataset']}: one user on one core") as panels:
         panels[1].sharey(panels[0])
         panels[1].tick_params(labelleft=False)
         for panel, unit, value in (

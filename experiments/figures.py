@@ -10,9 +10,9 @@ from typing import Any
 from experiments.definition import definitions
 from experiments.kept import KeptRun
 from experiments.lines import Line, comparable, lines
-from experiments.paper import BY_SIZE, MASKED, RESULTS
+from experiments.paper import BY_SIZE, MASKED, PUBLISHED
 from experiments.parameters import figure4
-from trainer.plots import by_size, picture
+from trainer.plots import figure, size_axes
 
 COLOURS = ("#1f6f78", "#d9822b", "#6b4c9a", "#3a7d44", "#a63d40", "#4a6fa5")
 PAPER, INK = "#9aa0a6", "#3c4043"
@@ -51,14 +51,14 @@ def levels(runs: list[KeptRun], dataset: str) -> dict[str, dict[str, float]]:
         if line.row.name in ("SASRec", "LRURec"):
             values = {name: line.values(name) for name in PLUS}
             found[f"{line.row.name}, {line.size}"] = {n: statistics.mean(of) for n, of in values.items() if of}
-    if published := RESULTS["bsarec"].get(dataset):
+    if published := PUBLISHED["bsarec"].get(dataset):
         found["BSARec, published"] = published
     return found
 
 
 def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Path) -> None:
     """Recall@10 and NDCG@10 against size: the paper's curve, every nested training, and models trained alone."""
-    with picture(path, 2, f"{dataset}: one training, every size") as panels:
+    with figure(path, 2, f"{dataset}: one training, every size") as panels:
         for panel, name in zip(panels, ("Recall@10", "NDCG@10"), strict=True):
             for line, colour in zip(curves, COLOURS * len(curves), strict=False):
                 draw_line(panel, line, name, "o-", colour, label(line))
@@ -72,11 +72,10 @@ def draw_plus(
 ) -> None:
     """Accuracy against size of faithful and plus models, dotted where the softmax was sampled, beside the paper's curve
     and models of one size."""
-    with picture(path, 2, f"{dataset}: accuracy against size") as panels:
+    with figure(path, 2, f"{dataset}: accuracy against size") as panels:
         for panel, name in zip(panels, PLUS, strict=True):
-            for line in curves:
+            for line, colour in zip(curves, COLOURS * len(curves), strict=False):
                 sizes = line.config.mrl_hidden_sizes
-                colour = COLOURS[0 if line.config.post_norm else 2 if line.config.item_embedding else 1]
                 style = "o:" if line.config.num_negatives else "o-"
                 draw_line(panel, line, name, style, colour, f"{line.row.name}, {sizes[0]}..{sizes[-1]}")
             draw_beside(panel, dataset, name, curves, separate, "plus, trained alone")
@@ -88,8 +87,9 @@ def draw_plus(
         for panel in panels:
             handles, labels = panel.get_legend_handles_labels()
             named |= dict(zip(labels, handles, strict=True))
-        figure = panels[0].figure
-        figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+        panels[0].figure.legend(
+            named.values(), named.keys(), frameon=False, fontsize=8, ncols=4, loc="outside lower center"
+        )
 
 
 def draw_line(panel: Any, line: Line, name: str, style: str, colour: str, label: str) -> None:
@@ -110,7 +110,7 @@ def draw_beside(
     if separate:
         means = [statistics.mean(line.values(name) or [math.nan]) for line in separate]
         panel.plot([line.size for line in separate], means, "x", color="black", label=label)
-    by_size(panel, sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)}))
+    size_axes(panel, sorted({*paper, *(m for line in curves for m in line.config.mrl_hidden_sizes)}))
     return paper
 
 
@@ -124,7 +124,7 @@ def label(line: Line) -> str:
 
 def draw_parameters(path: Path) -> None:
     """Figure 4: the share of parameters that one training for all sizes saves."""
-    with picture(path, 1, "Parameters that one training for all sizes saves") as [panel]:
+    with figure(path, 1, "Parameters that one training for all sizes saves") as [panel]:
         rows = figure4()
         names = ("the paper's formula", "numbers in files here", "without masked zeros")
         for i, (name, colour) in enumerate(zip(names, (PAPER, *COLOURS), strict=False)):

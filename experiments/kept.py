@@ -13,7 +13,7 @@ import numpy as np
 
 from config import Config, InputError
 from datasets.files import read_json, replacing
-from experiments.definition import trained
+from experiments.definition import identity
 from trainer.runs import (
     COLD_ITEMS,
     CONFIG,
@@ -130,7 +130,7 @@ def same_run(
     found = [
         (_state(run, results, tests), run)
         for run, other in readable_runs(runs_root, results)
-        if trained(other) == trained(config) and _is_on(run, data)
+        if identity(other) == identity(config) and _is_on(run, data)
     ]
     found = [pair for pair in found if pair[0]]
     if not found:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from config import Config
-from experiments.definition import Definition, Row, trained
+from experiments.definition import Definition, Row, identity
 from experiments.kept import KeptRun
-from experiments.paper import MASKED, RESULTS
+from experiments.paper import MASKED, PUBLISHED
 from experiments.significance import user_metrics
 
 
@@ -41,7 +41,7 @@ class Line:
         return [metrics[name.removesuffix(MASKED)] for metrics in of_runs if name.removesuffix(MASKED) in metrics]
 
     def published(self, name: str) -> float | None:
-        return RESULTS.get(self.row.published, {}).get(self.config.dataset_code, {}).get(name)
+        return PUBLISHED.get(self.row.published, {}).get(self.config.dataset_code, {}).get(name)
 
     def of_users(self, name: str) -> np.ndarray | None:
         """A test metric of every user, a mean over seeds: [U]; None where ranks were not kept, or not as far as
@@ -64,7 +64,7 @@ def lines(definition: Definition, dataset: str, runs: Iterable[KeptRun]) -> list
             if not (definition.validation or run.tested):
                 continue
             if run.config.dataset_code == dataset and definition.fits(row, run.config):
-                settings = {name: value for name, value in trained(run.config).items() if name != "seed"}
+                settings = {name: value for name, value in identity(run.config).items() if name != "seed"}
                 found.setdefault((index, run.data, *sorted(settings.items())), {})[run.config.seed] = run
     ordered = sorted(found.items(), key=lambda pair: pair[0][0])
     return [Line(definition.rows[key[0]], tuple(dict(sorted(of_seeds.items())).values())) for key, of_seeds in ordered]
@@ -78,7 +78,7 @@ def comparable(definition: Definition, of_dataset: list[Line]) -> list[list[Line
     for line in of_dataset:
         if definition.every_size and len(line.config.mrl_hidden_sizes) == 1:
             continue
-        same = {name: v for name, v in trained(line.config).items() if name not in definition.varied() | {"seed"}}
+        same = {name: v for name, v in identity(line.config).items() if name not in definition.varied() | {"seed"}}
         groups.setdefault((line.runs[0].data, *sorted(same.items())), []).append(line)
     shown = []
     for group in groups.values():

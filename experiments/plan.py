@@ -13,7 +13,7 @@ from typing import Any
 from config import BEYOND, Config, InputError, resolve, shown
 from datasets.catalog import Catalog, load_catalog
 from experiments import estimate
-from experiments.definition import Definition, Row, definitions, trained
+from experiments.definition import Definition, Row, definitions, identity
 from experiments.kept import same_run
 from trainer.runs import read_log
 
@@ -95,7 +95,7 @@ def planned(experiments: list[tuple[Definition, list[Row]]], flags: dict[str, An
                             f"{row.name!r} has nothing beyond the paper but what the definition names"
                         )
                     name = f"{definition.name}/{row.name}"
-                    same = [job for job in jobs if trained(job.config) == trained(config)]
+                    same = [job for job in jobs if identity(job.config) == identity(config)]
                     if not same:
                         same = [Job([], own, config)]
                         jobs += same

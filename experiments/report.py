@@ -15,8 +15,7 @@ from experiments.definition import definitions, unusual
 from experiments.deployment import card_table
 from experiments.figures import draw_figures
 from experiments.kept import RESULTS, KeptRun, keep, kept_runs
-from experiments.paper import COLUMNS
-from experiments.paper import RESULTS as PUBLISHED
+from experiments.paper import COLUMNS, PUBLISHED
 from experiments.tables import settings_text, unlike_paper
 from trainer.runs import COLD_ITEMS, DEPLOYMENT, DEPLOYMENT_PICTURE
 

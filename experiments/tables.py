@@ -227,7 +227,7 @@ def plural(number: str, unit: str) -> str:
 
 
 def unlike_paper(config: Config, published: str) -> str:
-    """What a run could not use that the paper did, in its row `published` of paper.RESULTS."""
+    """What a run could not use that the paper did, in its row `published` of paper.PUBLISHED."""
     parts = []
     if published == "both" and config.branch != "both":
         parts.append(f"{config.title} alone")

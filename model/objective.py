@@ -35,7 +35,7 @@ class Objective(NamedTuple):
         return [self.distill] * (len(self.weights) - 1) + [0.0]
 
 
-def size_weights(kind: str, sizes: Sequence[int]) -> tuple[float, ...]:
+def weights_of(kind: str, sizes: Sequence[int]) -> tuple[float, ...]:
     """w: "uniform", or "sqrt": proportional to 1/√m, so that small sizes count more. Their mean is 1."""
     w = [1.0 if kind == "uniform" else m**-0.5 for m in sizes]
     return tuple(value * len(w) / sum(w) for value in w)

@@ -138,7 +138,7 @@ def test_the_papers_preset_is_no_preset(dataset):
     assert parsed("--preset=paper", f"--dataset_code={dataset}")[0] == parsed(f"--dataset_code={dataset}")[0]
     config = parsed(f"--dataset_code={dataset}")[0]
     for name in BEYOND:
-        assert getattr(config, name) == {"size_weights": "uniform", "small_dropout": 1}.get(name, 0), name
+        assert getattr(config, name) == {"size_weights": "uniform"}.get(name, 0), name
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of flags
@@ -253,12 +253,11 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--size_weights", "linear"),
         ("--preset", "minus"),
         ("--item_embedding_dropout", "1.0"),
+        ("--item_embedding", "-1"),
+        ("--input_dropout", "1"),
         ("--distill", "1.1"),
         ("--distill", "-0.5"),
         ("--distill", "nan"),
-        ("--small_dropout", "1.5"),
-        ("--small_dropout", "-1"),
-        ("--input_dropout", "1"),
         ("--device", "tpu"),
         ("--model_code", "gru4rec"),
         ("--num_heads", "0"),
@@ -297,18 +296,18 @@ def test_what_a_baseline_cannot_be_is_refused_by_its_name(capsys, argv, message)
     assert message in refusal(capsys, *argv.split())
 
 
-@pytest.mark.parametrize("flag", ["--item_embedding", "--whiten_features"])
+@pytest.mark.parametrize("flag", ["--item_embedding=4", "--whiten_features"])
 def test_what_is_made_of_features_is_refused_without_any(capsys, flag):
     without = ("--no-use_language_encoder", "--no-use_img_encoder")
-    assert f"{flag}: without an encoder the item table is learned outright" in refusal(capsys, flag, *without)
+    assert f"{flag.split('=')[0]}: without an encoder the item table is learned outright" in refusal(
+        capsys, flag, *without
+    )
 
 
 def test_the_dropout_of_embeddings_needs_embeddings(capsys):
     message = refusal(capsys, "--item_embedding_dropout=0.2")
-    assert message.endswith(
-        "--item_embedding_dropout 0.2 needs --item_embedding; without one give --item_embedding_dropout 0"
-    )
-    assert parsed("--item_embedding_dropout=0.2", "--item_embedding")[0].item_embedding_dropout == 0.2
+    assert message.endswith("--item_embedding_dropout 0.2 needs --item_embedding; without one leave it at 0")
+    assert parsed("--item_embedding_dropout=0.2", "--item_embedding=8")[0].item_embedding_dropout == 0.2
 
 
 def test_a_ring_without_width_is_refused_with_both_of_its_radii(capsys):
@@ -451,6 +450,16 @@ def test_settings_come_back_from_json_as_they_were():
 def test_settings_of_before_there_were_options_are_the_papers():
     old = {name: value for name, value in vars(Config()).items() if name not in ("preset", "distill", "item_embedding")}
     assert from_saved(old) == Config()
+
+
+def test_settings_that_are_gone_are_read_where_they_changed_nothing():
+    now, _ = parsed("--item_embedding=64", "--mrl_hidden_sizes=16,64,256")
+    gone = {"small_dropout": 1.0, "ema_decay": 0.0, "item_embedding": True, "item_embedding_width": 64}
+    assert from_saved(vars(now) | gone) == now
+    assert from_saved(vars(now) | gone | {"item_embedding_width": 0}).item_embedding == 256
+    assert from_saved(vars(now) | gone | {"item_embedding": False, "item_embedding_width": 0}).item_embedding == 0
+    with pytest.raises(InputError, match=r"small_dropout.*another version"):
+        from_saved(vars(now) | {"small_dropout": 0.5})
 
 
 def test_unknown_saved_settings_are_refused_by_name():

@@ -6,7 +6,7 @@ import pytest
 
 from config import NAMED_PRESETS, Config, InputError, resolve
 from experiments import paper
-from experiments.definition import definitions, read_definition, trained, unusual
+from experiments.definition import definitions, identity, read_definition, unusual
 
 
 def test_every_definition_can_be_read_and_names_what_there_is():
@@ -15,7 +15,7 @@ def test_every_definition_can_be_read_and_names_what_there_is():
     for definition in found.values():
         assert set(definition.datasets) <= {"beauty", "clothing", "sports", "toys"}
         for row in definition.rows:
-            assert row.published in ("", *paper.RESULTS)
+            assert row.published in ("", *paper.PUBLISHED)
             sizes = resolve(row.settings | {"dataset_code": "beauty"})[0].mrl_hidden_sizes
             assert row.size is None or row.size in sizes
 
@@ -79,7 +79,7 @@ def test_a_row_that_names_nothing_beyond_the_paper_has_nothing_of_it():
     (row,) = (row for row in definitions()["depth"].rows if row.name == "2 blocks")
     beauty = {"dataset_code": "beauty"}
     assert definitions()["depth"].fits(row, resolve(beauty)[0])
-    for flags in ({"whiten_features": True}, {"item_embedding": True}, {"distill": 0.1}, {"preset": "plus"}):
+    for flags in ({"whiten_features": True}, {"item_embedding": 64}, {"distill": 0.1}, {"preset": "plus"}):
         assert not definitions()["depth"].fits(row, resolve(beauty | flags)[0])
 
 
@@ -89,12 +89,12 @@ def test_a_row_that_names_nothing_beyond_the_paper_has_nothing_of_it():
 def test_what_a_run_does_not_read_does_not_tell_it_apart():
     text = resolve({"use_img_encoder": False})[0]
     for name, value in {"img_encoder": "other", "device": "cpu", "val_batch_size": 3, "run_name": "x"}.items():
-        assert trained(dataclasses.replace(text, **{name: value})) == trained(text)
+        assert identity(dataclasses.replace(text, **{name: value})) == identity(text)
     ids = dataclasses.replace(text, use_language_encoder=False)
     for name, value in {"language_encoder": "x", "item_attributes": ("brand",), "encoder_precision": "fp32"}.items():
-        assert trained(dataclasses.replace(ids, **{name: value})) == trained(ids)
-        assert trained(dataclasses.replace(text, **{name: value})) != trained(text)
-    assert trained(dataclasses.replace(text, seed=1)) != trained(text)
+        assert identity(dataclasses.replace(ids, **{name: value})) == identity(ids)
+        assert identity(dataclasses.replace(text, **{name: value})) != identity(text)
+    assert identity(dataclasses.replace(text, seed=1)) != identity(text)
     for model, unread in {
         "fmrlrec": ["num_heads"],
         "sasrec": ["lru_r_max", "lru_use_bias"],
@@ -103,7 +103,7 @@ def test_what_a_run_does_not_read_does_not_tell_it_apart():
         own, _ = resolve({"model_code": model})
         for name in {"num_heads", "lru_r_max", "lru_use_bias"}:
             value = {"num_heads": 2, "lru_r_max": 0.995, "lru_use_bias": False}[name]
-            same = trained(dataclasses.replace(own, **{name: value})) == trained(own)
+            same = identity(dataclasses.replace(own, **{name: value})) == identity(own)
             assert same == (name in unread), (model, name)
 
 

@@ -18,7 +18,7 @@ import train
 from config import InputError, resolve
 from datasets.catalog import load_catalog
 from experiments import estimate, kept, plan, run
-from experiments.definition import Definition, Row, definitions, trained
+from experiments.definition import Definition, Row, definitions, identity
 from tests.prepared import write_prepared
 from trainer import trainer as trainer_of_runs
 from trainer.runs import claimed
@@ -70,7 +70,7 @@ def planned(experiments, flags=None, seeds=(42,)):
 
 def test_there_is_a_job_for_every_seed_dataset_and_row():
     jobs = planned(["table3"], seeds=[1, 2])
-    assert len({str(trained(job.config)) for job in jobs}) == len(jobs) == 2 * 4 * 4
+    assert len({str(identity(job.config)) for job in jobs}) == len(jobs) == 2 * 4 * 4
 
 
 def test_rows_that_ask_for_the_same_training_share_a_job():
@@ -101,8 +101,8 @@ def test_a_dataset_may_be_several_or_one_that_the_definition_does_not_name():
         ("depth --seeds 4,x", "--seeds '4,x' must be whole numbers"),
         ("depth --lru_num_blocks 4", "--lru_num_blocks 4 is not free in depth: its row '1 block' has 1"),
         (
-            "depth --ema_decay .9",
-            "--ema_decay 0.9 is not free in depth: its row '1 block' has nothing beyond the paper",
+            "depth --distill .9",
+            "--distill 0.9 is not free in depth: its row '1 block' has nothing beyond the paper",
         ),
         ("depth --preset plus", "--preset plus is not free in depth"),
     ],
@@ -272,7 +272,7 @@ def test_sigterm_ends_the_script_that_runs_and_begins_no_other(workplace, monkey
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=end).start()
+    threading.Thread(target=end, daemon=True).start()
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit):
         run_experiments("depth")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import model.loss
 from model.loss import Factors, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
-from model.objective import Objective, losses_plain, size_weights
+from model.objective import Objective, losses_plain, weights_of
 from model.sampled_loss import (
     NegativeSampler,
     sampled_matryoshka_cross_entropy,
@@ -20,7 +20,7 @@ LOSSES = ["exact", "sampled"]
 def objective_of(weights="sqrt", scaled=True, distill=0.3):
     """An objective whose scales are all different."""
     log_scale = torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64, requires_grad=True) if scaled else None
-    return Objective(size_weights(weights, SIZES), log_scale, distill)
+    return Objective(weights_of(weights, SIZES), log_scale, distill)
 
 
 ALL = {
@@ -83,7 +83,7 @@ def test_value_and_gradients_are_those_of_the_plain_twin(monkeypatch, kind, obje
 @pytest.mark.parametrize("kind", LOSSES)
 def test_weights_and_scales_of_one_without_distillation_are_the_papers_loss(kind):
     z, table, labels = random_case()
-    same = Objective(size_weights("uniform", SIZES), torch.zeros(3, dtype=torch.float64), 0.0)
+    same = Objective(weights_of("uniform", SIZES), torch.zeros(3, dtype=torch.float64), 0.0)
     fast, plain = losses_of(kind, z, table, labels)
     expected = with_gradients(fast(None), z, table)
     for found in (fast(same), plain(same)):
@@ -123,8 +123,8 @@ def test_an_item_table_left_as_a_product_gives_what_it_gives_multiplied_out():
 
 
 def test_weights_fall_with_the_root_of_the_size_and_are_1_on_average():
-    assert size_weights("uniform", (8, 16, 1024)) == (1.0, 1.0, 1.0)
-    weights = size_weights("sqrt", (4, 16, 64))
+    assert weights_of("uniform", (8, 16, 1024)) == (1.0, 1.0, 1.0)
+    weights = weights_of("sqrt", (4, 16, 64))
     assert weights == pytest.approx((12 / 7, 6 / 7, 3 / 7))
 
 

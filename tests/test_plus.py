@@ -198,8 +198,7 @@ def test_without_options_nothing_is_drawn_held_or_asked_for_beside_the_papers(lo
     plain = dataclasses.replace(
         config,
         whiten_features=False,
-        item_embedding=False,
-        item_embedding_width=0,
+        item_embedding=0,
         item_embedding_dropout=0.0,
         logit_scale=False,
     )

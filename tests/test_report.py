@@ -336,7 +336,7 @@ def test_plus_is_drawn_beside_the_faithful_model_and_models_of_one_size(tmp_path
     runs = {run.folder.name: run for run in kept_runs(tmp_path / "kept")}
     assert levels["SASRec, 64"]["Recall@10"] == runs["beauty-sasrec"].metrics()[64]["Recall@10"]
     assert levels["LRURec, 64"]["NDCG@10 masked"] == runs["beauty-lrurec"].metrics(masked=True)[64]["NDCG@10"]
-    assert levels["BSARec, published"] == paper.RESULTS["bsarec"]["beauty"]
+    assert levels["BSARec, published"] == paper.PUBLISHED["bsarec"]["beauty"]
     text = "\n".join(tables.section(definitions()["plus"], kept_runs(tmp_path / "kept")))
     assert "](../media/plus-beauty.png)" in text and "| plus - faithful, sampled softmax | NDCG@10 |" in text
 

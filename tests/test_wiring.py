@@ -53,16 +53,13 @@ CHANGED = {
     "early_stopping_patience": 11,
     "preset": "plus",
     "whiten_features": True,
-    "item_embedding": True,
-    "item_embedding_width": 4,
+    "item_embedding": 4,
     "item_embedding_dropout": 0.4,
     "logit_scale": True,
     "size_weights": "sqrt",
     "distill": 0.25,
     "post_norm": True,
     "input_dropout": 0.15,
-    "small_dropout": 0.75,
-    "ema_decay": 0.85,
     "val_batch_size": 8,
     "test_batch_size": 6,
     "metric_ks": (2, 10),
@@ -71,8 +68,8 @@ CHANGED = {
     "runs_root": "my/runs",
     "run_name": "named",
 }
-TRAINER_SETTINGS = ["num_epochs", "lr", "warmup_steps", "val_batch_size", "best_metric", "ema_decay"]
-MODEL_SETTINGS = ["item_embedding_dropout", "logit_scale", "post_norm", "input_dropout", "small_dropout"]
+TRAINER_SETTINGS = ["num_epochs", "lr", "warmup_steps", "val_batch_size", "best_metric"]
+MODEL_SETTINGS = ["item_embedding_dropout", "logit_scale", "post_norm", "input_dropout"]
 SPIED = ["feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "build_optimizer", "NegativeSampler"]
 SPIED += ["Step", "Trainer", "test_every_size"]
 STEP_SETTINGS = ["precision", "max_grad_norm", "size_weights", "distill"]
@@ -135,8 +132,7 @@ def consumed(flags, monkeypatch):
         "lru_r_min": rec[1]["r_min"],
         "lru_r_max": rec[1]["r_max"],
         "whiten_features": rec[1]["whitening"] is not None,
-        "item_embedding": rec[1]["item_embedding"] > 0,
-        "item_embedding_width": rec[1]["item_embedding"],
+        "item_embedding": rec[1]["item_embedding"],
         **{name: rec[1][name] for name in MODEL_SETTINGS},
         "seed": (loader[0][2], seeds[0]),
         "train_batch_size": loader[0][1],
@@ -177,7 +173,7 @@ def together(tmp_path_factory):
     write_prepared(folder / "data", "tiny", users=20, items=12, pictures=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return consumed(BASE | {"item_embedding": True, "post_norm": True} | TOGETHER, patch)
+        return consumed(BASE | {"item_embedding": 4, "post_norm": True} | TOGETHER, patch)
 
 
 def test_settings_that_are_changed_together_are_told_apart():
@@ -209,7 +205,7 @@ def test_a_setting_alone_reaches_what_reads_it(workplace, monkeypatch, name):
     if name == "data_root":
         assert found["dataset_code"] == "tiny"
     elif name == "preset":
-        plus = config.NAMED_PRESETS[value] | {"item_embedding_width": BASE["mrl_hidden_sizes"][-1], "num_epochs": 1}
+        plus = config.NAMED_PRESETS[value] | {"item_embedding": BASE["mrl_hidden_sizes"][-1], "num_epochs": 1}
         assert {setting: found[setting] for setting in plus} == plus
     else:
         assert found[name] == value

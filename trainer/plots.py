@@ -1,4 +1,4 @@
-"""Pictures: how every one looks, and that of a run."""
+"""Figures: how every one looks, and that of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STYLE: dict[RcKeyType, Any] = {"font.size": 10, "axes.spines.top": False, "axes.
 
 
 @contextmanager
-def picture(path: Path, panels: int, title: str) -> Iterator[list[Any]]:
+def figure(path: Path, panels: int, title: str) -> Iterator[list[Any]]:
     """Panels side by side to draw in, written as PNG at the end."""
     import matplotlib
 
@@ -25,19 +25,19 @@ def picture(path: Path, panels: int, title: str) -> Iterator[list[Any]]:
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
+        drawn, axes = plt.subplots(
             1, panels, figsize=(9 if panels > 1 else 6.5, 3.8), layout="constrained", squeeze=False
         )
         try:
             yield list(axes[0])
-            figure.suptitle(title, fontsize=11)
+            drawn.suptitle(title, fontsize=11)
             with replacing(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=150)
+                drawn.savefig(temporary, format="png", dpi=150)
         finally:
-            plt.close(figure)
+            plt.close(drawn)
 
 
-def by_size(panel: Any, sizes: list[int]) -> None:
+def size_axes(panel: Any, sizes: list[int]) -> None:
     """Make a panel's x axis that of model sizes, and its y axis begin at 0."""
     panel.set_xscale("log", base=2)
     panel.set_xticks(sizes, [str(m) for m in sizes])
@@ -46,21 +46,21 @@ def by_size(panel: Any, sizes: list[int]) -> None:
     panel.set_xlabel("model size (dimensions)")
 
 
-def shades(count: int, lightest: float = 0.85) -> Any:
+def shades(count: int) -> Any:
     """Colours in an order, light to dark: [count, 4]."""
     import matplotlib.pyplot as plt
 
-    return plt.get_cmap("viridis")([lightest * (1 - i / max(1, count - 1)) for i in range(count)])
+    return plt.get_cmap("viridis")([0.85 * (1 - i / max(1, count - 1)) for i in range(count)])
 
 
 def plot_metric_by_size(results: dict[int, dict[str, float]], ks: tuple[int, ...], title: str, path: Path) -> None:
     """Recall and NDCG against model size, a line per K, written as PNG."""
     sizes = list(results)
-    with picture(path, 2, title) as panels:
+    with figure(path, 2, title) as panels:
         for panel, metric in zip(panels, ("Recall", "NDCG"), strict=True):
             for k, colour in zip(ks, shades(len(ks)), strict=True):
                 values = [results[m][f"{metric}@{k}"] for m in sizes]
                 panel.plot(sizes, values, marker="o", markersize=4, color=colour)
                 panel.annotate(f"@{k}", (sizes[-1], values[-1]), (7, -3), textcoords="offset points", color=colour)
-            by_size(panel, sizes)
+            size_axes(panel, sizes)
             panel.set_title(f"{metric}@K", loc="left")

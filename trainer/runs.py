@@ -165,8 +165,9 @@ def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Conf
     """A run's settings with the runtime flags given now. Raises InputError if another flag differs from the run."""
     for name, value in preset_spelled_out(flags).items():
         if not is_runtime(name) and getattr(config, name) != value:
+            given = name if name in flags else "preset"
             raise InputError(
-                f"--{name} {shown(value)} differs from {run}, which has {shown(getattr(config, name))}; "
+                f"--{given} {shown(flags[given])} differs from {run}, which has {name} {shown(getattr(config, name))}; "
                 f"leave the flag out to use the run as it is"
             )
     return from_saved(vars(config) | {k: v for k, v in flags.items() if is_runtime(k)})

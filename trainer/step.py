@@ -17,7 +17,7 @@ from model import FMRLRec, matryoshka_cross_entropy
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
 from model.dropout import set_share
-from model.objective import Objective, size_weights
+from model.objective import Objective, weights_of
 from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
 
 Trained = FMRLRec | SASRec | LRURec  # what a step trains
@@ -44,7 +44,7 @@ class Step:
         items that stand for the catalogue in the softmax; None: all of them. size_weights, distill: as
         model/objective.py says."""
         self.model, self.optimizer, self.precision, self.reduction = model, optimizer, precision, reduction
-        self.size_weights, self.distill = size_weights, distill
+        self.weights, self.distill = weights_of(size_weights, model.sizes), distill
         self.max_grad_norm, self.sampler = max_grad_norm, sampler
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -83,9 +83,9 @@ class Step:
     def objective(self) -> Objective | None:
         """What the loss is asked for; None: what the paper's is."""
         log_scale = getattr(self.model, "log_scale", None)  # a baseline has none
-        if self.size_weights == "uniform" and not self.distill and log_scale is None:
+        if set(self.weights) == {1.0} and not self.distill and log_scale is None:
             return None
-        return Objective(size_weights(self.size_weights, self.model.sizes), log_scale, self.distill)
+        return Objective(self.weights, log_scale, self.distill)
 
 
 def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, eps: float) -> torch.optim.Optimizer:

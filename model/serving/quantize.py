@@ -1,4 +1,4 @@
-"""Weights and item tables in eight bits: w ≈ q · scale, one scale per output or item."""
+"""Weights and item tables in fewer bits; in eight: w ≈ q · scale, one scale per output or item."""
 
 import numpy as np
 

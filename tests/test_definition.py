@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from config import NAMED_PRESETS, Config, InputError, resolve
+from config import NAMED_PRESETS, Config, InputError, resolve, unread
 from experiments import paper
 from experiments.definition import definitions, identity, read_definition, unusual
 
@@ -95,7 +95,7 @@ def test_what_a_run_does_not_read_does_not_tell_it_apart():
         assert identity(dataclasses.replace(ids, **{name: value})) == identity(ids)
         assert identity(dataclasses.replace(text, **{name: value})) != identity(text)
     assert identity(dataclasses.replace(text, seed=1)) != identity(text)
-    for model, unread in {
+    for model, idle in {
         "fmrlrec": ["num_heads"],
         "sasrec": ["lru_r_max", "lru_use_bias"],
         "lrurec": ["num_heads"],
@@ -104,7 +104,14 @@ def test_what_a_run_does_not_read_does_not_tell_it_apart():
         for name in {"num_heads", "lru_r_max", "lru_use_bias"}:
             value = {"num_heads": 2, "lru_r_max": 0.995, "lru_use_bias": False}[name]
             same = identity(dataclasses.replace(own, **{name: value})) == identity(own)
-            assert same == (name in unread), (model, name)
+            assert same == (name in idle), (model, name)
+
+
+def test_a_model_of_one_size_reads_nothing_of_what_sizes_share_and_one_that_counts_reads_how_it_is_validated():
+    alone, _ = resolve({"mrl_hidden_sizes": (64,)})
+    assert unread(alone) >= {"mrl_loss", "size_weights", "distill"} and "lr" not in unread(alone)
+    counting, _ = resolve({"model_code": "popularity"})
+    assert "lr" in unread(counting) and not unread(counting) & {"run_name", "best_metric", "val_mask_history"}
 
 
 def test_the_unusual_is_what_is_neither_default_nor_preset():

@@ -134,7 +134,7 @@ def test_eval_without_any_run_says_to_train_one(workplace):
 
 def test_eval_takes_the_configuration_from_the_run(workplace):
     run = run_train()
-    with pytest.raises(InputError, match=r"--mrl_hidden_sizes 2,4 differs from .*, which has 2,4,8"):
+    with pytest.raises(InputError, match=r"--mrl_hidden_sizes 2,4 differs from .*, which has mrl_hidden_sizes 2,4,8"):
         run_eval(f"--run {run} --mrl_hidden_sizes 2,4")
     assert set(run_eval(f"--run {run} --metric_ks 3,10")[8]) == {
         f"{name}@{k}"
@@ -168,7 +168,7 @@ def test_a_run_cut_off_by_the_keyboard_resumes_to_the_same_weights(workplace, mo
 
 def test_resume_refuses_another_configuration_and_takes_runtime_flags(workplace, capsys):
     run = run_train()
-    with pytest.raises(InputError, match=r"--lr 0.5 differs from .*, which has 0.01; leave the flag out"):
+    with pytest.raises(InputError, match=r"--lr 0.5 differs from .*, which has lr 0.01; leave the flag out"):
         train.main(["--resume", str(run), "--lr", "0.5"])
     assert train.main(["--resume", str(run), "--test_batch_size", "3"]) == run
     assert re.search(r"test_batch_size +3 +\(flag\)", capsys.readouterr().out)
@@ -311,6 +311,8 @@ def test_a_preset_finds_runs_that_have_its_settings_whatever_named_them(workplac
         run_eval(f"--preset {preset}")
         run_eval(f"--preset {preset} --run {run}")
         assert capsys.readouterr().out.count(f"run {run}\n") == 2
+    with pytest.raises(InputError, match="--preset plus differs from .*, which has whiten_features False"):
+        run_eval(f"--preset plus --run {newer}")
     with pytest.raises(InputError, match=r"fits --seed 7 --preset plus\. (.|\n)*post_norm False"):
         run_eval("--preset plus --seed 7")
 

@@ -1,8 +1,14 @@
-"""Dropout over packed tokens, of which several processes may each hold a share. T tokens, D dimensions."""
+"""Dropout over packed tokens, of which several processes may each hold a share. T tokens, D dimensions.
+
+Beyond the paper, the first dimensions may have less of it than the rest: a small size learns too little where the large
+ones, which it is part of, learn too much by heart.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+SMALL = 64  # how many dimensions are the first ones
 
 
 class Dropout(nn.Module):
@@ -12,24 +18,29 @@ class Dropout(nn.Module):
     gives the same training on any number of processes.
     """
 
-    def __init__(self, p: float) -> None:
-        """p: with which a value is 0."""
+    def __init__(self, p: float, small: float = 1.0) -> None:
+        """p: with which a value is 0. small: what p is multiplied by in the first SMALL dimensions."""
         super().__init__()
-        self.p = p
+        self.p, self.small = p, small
         self.share: tuple[int, int] | None = None  # (first token, tokens of the whole batch); None: x is the batch
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
         first, total = self.share or (0, len(x))
+        p = self.p if self.small == 1 else self.probabilities(x.shape[-1], x.device)
         # Not F.dropout, whose masks take three times as long on a CPU.
-        kept = torch.rand(total, *x.shape[1:], device=x.device)[first : first + len(x)] >= self.p
+        kept = torch.rand(total, *x.shape[1:], device=x.device)[first : first + len(x)] >= p
         # A share's padding may reach beyond the batch.
         kept = F.pad(kept, (0,) * (2 * x.ndim - 1) + (len(x) - len(kept),))
-        return x * kept / (1 - self.p)
+        return x * kept / (1 - p)
+
+    def probabilities(self, dim: int, device: torch.device | None = None) -> Tensor:
+        """p of every dimension: [D]."""
+        return self.p * torch.where(torch.arange(dim, device=device) < SMALL, self.small, 1.0)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return f"p={self.p}, small={self.small}"
 
 
 def set_share(model: nn.Module, share: tuple[int, int] | None) -> None:

@@ -2,7 +2,7 @@
 
     item i:  features [F] ---Linear---> E_i [D]                    (item table E, [N+1, D]; row 0: begin of sequence)
     history: E_{i1} E_{i2} ... ---[x + Dropout(LRU(LN(x))); x + FFN(LN(x))] x blocks---> z [D]
-             (beyond the paper, with post-norm: LN(Dropout(E_{i1})) ... ---[LN(x + Dropout(LRU(x))); LN(x + FFN(x))])
+             (beyond the paper, with post-norm: LN(E_{i1}) ... ---[LN(x + Dropout(LRU(x))); LN(x + FFN(x))])
     score of item i with the sub-model of size m:  z[:m] · E[i, :m]
 
 Histories are packed as in model/lru.py. N items, T tokens, F feature width, D largest size.
@@ -25,10 +25,10 @@ from model.whitening import Whitening
 class FeedForward(nn.Module):
     """FFN(x) = Dropout(W2 (SiLU(G x) ⊙ Dropout(W1 x))): [T, D] -> [T, D]."""
 
-    def __init__(self, sizes: tuple[int, ...], dropout: float) -> None:
+    def __init__(self, sizes: tuple[int, ...], dropout: float, small_dropout: float) -> None:
         super().__init__()
         self.G, self.W1, self.W2 = FMRLLinear(sizes), FMRLLinear(sizes), FMRLLinear(sizes)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(dropout, small_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.W2(F.silu(self.G(x)) * self.dropout(self.W1(x))))
@@ -43,6 +43,7 @@ class Block(nn.Module):
         sizes: tuple[int, ...],
         dropout: float,
         attn_dropout: float,
+        small_dropout: float,
         bias: bool,
         r: tuple[float, float],
         post_norm: bool,
@@ -50,8 +51,8 @@ class Block(nn.Module):
         super().__init__()
         self.post_norm = post_norm
         self.norm1, self.lru = FMRLLayerNorm(sizes), LRU(sizes, bias, *r)
-        self.attn_dropout = Dropout(attn_dropout)
-        self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout)
+        self.attn_dropout = Dropout(attn_dropout, small_dropout)
+        self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout, small_dropout)
 
     def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """at: [B], the only tokens whose output is wanted; then it is [B, D]."""
@@ -81,7 +82,7 @@ class Settings(TypedDict):
     r_min: float
     r_max: float
     post_norm: bool
-    input_dropout: float
+    small_dropout: float
     item_embedding: int
     item_embedding_dropout: float
     logit_scale: bool
@@ -102,7 +103,7 @@ class FMRLRec(nn.Module):
         r_min: float = 0.0,
         r_max: float = 0.1,
         post_norm: bool = False,
-        input_dropout: float = 0.0,
+        small_dropout: float = 1.0,
         item_embedding: int = 0,
         item_embedding_dropout: float = 0.0,
         logit_scale: bool = False,
@@ -110,10 +111,11 @@ class FMRLRec(nn.Module):
     ) -> None:
         """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. post_norm: a
         LayerNorm after every sum, and of what is read, in place of one before LRU and feed-forward network.
-        input_dropout: of what is read. item_embedding: how many of the first dimensions have a V, one of sizes; 0:
-        none. Its dropout and whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in
-        training; no ranking depends on it. Raises ValueError for sizes that do not increase, for features of another
-        number of items, and for an item_embedding without features or of a width that is no size."""
+        small_dropout: what the dropouts are multiplied by in the first dimensions (model/dropout.py). item_embedding:
+        how many of the first dimensions have a V, one of sizes; 0: none. Its dropout and whitening: as of ItemEncoder.
+        logit_scale: learn how sharp each size's softmax is in training; no ranking depends on it. Raises ValueError for
+        sizes that do not increase, for features of another number of items, and for an item_embedding without features
+        or of a width that is no size."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
         if item_embedding and item_embedding not in sizes:
@@ -127,16 +129,16 @@ class FMRLRec(nn.Module):
             "r_min": r_min,
             "r_max": r_max,
             "post_norm": post_norm,
-            "input_dropout": input_dropout,
+            "small_dropout": small_dropout,
             "item_embedding": item_embedding,
             "item_embedding_dropout": item_embedding_dropout,
             "logit_scale": logit_scale,
         }
         self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout, whitening)
-        self.input_dropout = Dropout(input_dropout)
         self.norm = FMRLLayerNorm(self.sizes) if post_norm else None
         self.blocks = nn.ModuleList(
-            Block(self.sizes, dropout, attn_dropout, use_bias, (r_min, r_max), post_norm) for _ in range(num_blocks)
+            Block(self.sizes, dropout, attn_dropout, small_dropout, use_bias, (r_min, r_max), post_norm)
+            for _ in range(num_blocks)
         )
         self.log_scale = nn.Parameter(torch.zeros(len(self.sizes))) if logit_scale else None  # of model/objective.py
 
@@ -164,7 +166,6 @@ class FMRLRec(nn.Module):
 
     def read(self, x: Tensor) -> Tensor:
         """Items' embeddings as the first block reads them: [T, D] -> [T, D]."""
-        x = self.input_dropout(x)
         return x if self.norm is None else self.norm(x)
 
     def step(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

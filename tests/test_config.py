@@ -138,7 +138,7 @@ def test_the_papers_preset_is_no_preset(dataset):
     assert parsed("--preset=paper", f"--dataset_code={dataset}")[0] == parsed(f"--dataset_code={dataset}")[0]
     config = parsed(f"--dataset_code={dataset}")[0]
     for name in BEYOND:
-        assert getattr(config, name) == {"size_weights": "uniform"}.get(name, 0), name
+        assert getattr(config, name) == {"size_weights": "uniform", "small_dropout": 1}.get(name, 0), name
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of flags
@@ -254,7 +254,9 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--preset", "minus"),
         ("--item_embedding_dropout", "1.0"),
         ("--item_embedding", "-1"),
-        ("--input_dropout", "1"),
+        ("--small_dropout", "1.5"),
+        ("--small_dropout", "-1"),
+        ("--ema_decay", "1"),
         ("--distill", "1.1"),
         ("--distill", "-0.5"),
         ("--distill", "nan"),
@@ -454,12 +456,12 @@ def test_settings_of_before_there_were_options_are_the_papers():
 
 def test_settings_that_are_gone_are_read_where_they_changed_nothing():
     now, _ = parsed("--item_embedding=64", "--mrl_hidden_sizes=16,64,256")
-    gone = {"small_dropout": 1.0, "ema_decay": 0.0, "item_embedding": True, "item_embedding_width": 64}
+    gone = {"input_dropout": 0.0, "item_embedding": True, "item_embedding_width": 64}
     assert from_saved(vars(now) | gone) == now
     assert from_saved(vars(now) | gone | {"item_embedding_width": 0}).item_embedding == 256
     assert from_saved(vars(now) | gone | {"item_embedding": False, "item_embedding_width": 0}).item_embedding == 0
-    with pytest.raises(InputError, match=r"small_dropout.*another version"):
-        from_saved(vars(now) | {"small_dropout": 0.5})
+    with pytest.raises(InputError, match=r"input_dropout.*another version"):
+        from_saved(vars(now) | {"input_dropout": 0.5})
 
 
 def test_unknown_saved_settings_are_refused_by_name():

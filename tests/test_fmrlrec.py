@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from model import FMRLRec, slice_model
 from model import items as items_module
-from model.dropout import Dropout, set_share
+from model.dropout import SMALL, Dropout, set_share
 from model.items import ItemEncoder
 from model.loss import Factors
 
@@ -104,13 +104,10 @@ def test_frozen_features_are_no_weights_and_are_not_saved():
     assert encoder.projection.weight.shape == (DIM, sum(WIDTHS))
 
 
-def test_with_post_norm_items_are_read_after_dropout_and_a_norm_of_each_size():
-    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), post_norm=True, input_dropout=0.4)
+def test_with_post_norm_items_are_read_after_a_norm_of_each_size():
+    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), post_norm=True)
     x = torch.randn(3, DIM) * 5 + 2
-    torch.manual_seed(0)
-    dropped = x * (torch.rand(3, DIM) >= 0.4) / 0.6
-    expected = torch.cat([F.layer_norm(part, part.shape[1:]) for part in dropped.split([2, 2, DIM - 4], dim=1)], dim=1)
-    torch.manual_seed(0)
+    expected = torch.cat([F.layer_norm(part, part.shape[1:]) for part in x.split([2, 2, DIM - 4], dim=1)], dim=1)
     torch.testing.assert_close(model.train().read(x), expected)
     read = []
     model.blocks[0].register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
@@ -162,7 +159,31 @@ def test_shares_of_a_batch_drop_out_what_the_batch_does_and_padding_may_reach_be
     assert torch.equal(dropout.eval()(x), x)
 
 
-def test_the_dropouts_of_a_model_are_those_it_was_asked_for_and_a_slice_has_them_too():
-    model = FMRLRec(NUM_ITEMS, None, (2, 4), dropout=0.4, attn_dropout=0.3, input_dropout=0.2)
-    assert {layer.p for layer in model.modules() if isinstance(layer, Dropout)} == {0.4, 0.3, 0.2}
+def test_the_first_dimensions_may_have_less_dropout_than_the_rest():
+    dropout, x = Dropout(0.6, small=0.5), torch.ones(4000, SMALL + 16)
+    torch.manual_seed(0)
+    kept = dropout(x)
+    zeros = (kept == 0).float().mean(dim=0)
+    assert zeros[:SMALL].sub(0.3).abs().max() < 0.04 and zeros[SMALL:].sub(0.6).abs().max() < 0.04
+    for part, p in ((kept[:, :SMALL], 0.3), (kept[:, SMALL:], 0.6)):
+        torch.testing.assert_close(part[part > 0], torch.full_like(part[part > 0], 1 / (1 - p)))
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_the_same_dropout_everywhere_is_the_papers_bit_by_bit():
+    x, found = torch.randn(50, SMALL + 16), []
+    for dropout in (Dropout(0.6), Dropout(0.6, small=1.0)):
+        torch.manual_seed(1)
+        found.append(dropout(x))
+    torch.manual_seed(1)
+    assert torch.equal(found[0], x * (torch.rand(x.shape) >= 0.6) / (1 - 0.6))
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("small", [0.0, 0.5])
+def test_every_dropout_of_a_model_has_its_share_in_the_first_dimensions(small):
+    dropouts = {"dropout": 0.4, "attn_dropout": 0.3, "small_dropout": small}
+    model = FMRLRec(NUM_ITEMS, None, (2, 4), post_norm=True, **dropouts)
+    found = {(layer.p, layer.small) for layer in model.modules() if isinstance(layer, Dropout)}
+    assert found == {(0.4, small), (0.3, small)}
     assert slice_model(model, 2).settings == model.settings

@@ -311,7 +311,7 @@ def test_a_preset_finds_runs_that_have_its_settings_whatever_named_them(workplac
         run_eval(f"--preset {preset}")
         run_eval(f"--preset {preset} --run {run}")
         assert capsys.readouterr().out.count(f"run {run}\n") == 2
-    with pytest.raises(InputError, match="--preset plus differs from .*, which has whiten_features False"):
+    with pytest.raises(InputError, match=r"--preset plus differs from .*, which has whiten_features False"):
         run_eval(f"--preset plus --run {newer}")
     with pytest.raises(InputError, match=r"fits --seed 7 --preset plus\. (.|\n)*post_norm False"):
         run_eval("--preset plus --seed 7")

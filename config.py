@@ -44,13 +44,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
-BEYOND = ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale",
-          "size_weights", "distill", "post_norm", "small_dropout", "ema_decay")  # fmt: skip
+BEYOND = ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "size_weights", "distill",
+          "post_norm", "input_dropout", "small_dropout", "ema_decay")  # fmt: skip
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
-
-# Settings of earlier versions, and the value of each that changed nothing.
-RETIRED = {"input_dropout": 0.0}
 
 # What a baseline needs, on every dataset (model/baselines/). Learning rate and dropout were not searched for: with them
 # LRURec's 30 epochs have a test NDCG@10 of .0427 on Beauty, where Table 2 of the fMRLRec paper has .0438.
@@ -66,9 +63,10 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "plus": {
         "whiten_features": True,
-        "item_embedding": 64,
+        "item_embedding": 128,
         "item_embedding_dropout": 0.2,
         "post_norm": True,
+        "input_dropout": 0.5,
         "lru_dropout": 0.5,
         "lru_attn_dropout": 0.5,
         "lru_r_min": 0.8,
@@ -79,7 +77,6 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
         "distill": 0.7,
         "ema_decay": 0.998,
         "val_mask_history": True,
-        "num_negatives": 1024,
         "train_batch_size": 128,
         "num_epochs": 14,
         "lr": 1e-3,
@@ -222,6 +219,7 @@ class Config:
         "a LayerNorm of what is read, and after every LRU and feed-forward network, in place of one before them, as in "
         "LRURec",
     )
+    input_dropout: float = setting(0.0, "dropout of the items that are read")
     small_dropout: float = setting(
         1.0,
         "what lru_dropout and lru_attn_dropout are multiplied by in the first 64 dimensions, which learn too little "
@@ -332,7 +330,7 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("lr", "adam_epsilon"):
         if not 0 < getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a finite number above 0"
-    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "ema_decay"):
+    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "input_dropout", "ema_decay"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
     for name in ("distill", "small_dropout"):
@@ -454,10 +452,10 @@ def unread(c: Config) -> set[str]:
 
 
 def from_saved(values: dict[str, Any]) -> Config:
-    """Settings as a run's config.json holds them, of an earlier version too where it names nothing that is gone."""
-    values = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
-    if isinstance(on := values.get("item_embedding"), bool):  # and its width beside it, 0 for all dimensions
-        width = values.pop("item_embedding_width", 0) or values["mrl_hidden_sizes"][-1]
+    """Settings as a run's config.json holds them."""
+    if isinstance(on := values.get("item_embedding"), bool):  # of before, with a width beside it: 0 for all dimensions
+        width = values.get("item_embedding_width") or values["mrl_hidden_sizes"][-1]
+        values = {name: value for name, value in values.items() if name != "item_embedding_width"}
         values["item_embedding"] = width if on else 0
     return Config(**typed(values, "config.json"))
 

@@ -2,7 +2,7 @@
 
     item i:  features [F] ---Linear---> E_i [D]                    (item table E, [N+1, D]; row 0: begin of sequence)
     history: E_{i1} E_{i2} ... ---[x + Dropout(LRU(LN(x))); x + FFN(LN(x))] x blocks---> z [D]
-             (beyond the paper, with post-norm: LN(E_{i1}) ... ---[LN(x + Dropout(LRU(x))); LN(x + FFN(x))])
+             (beyond the paper, with post-norm: LN(Dropout(E_{i1})) ... ---[LN(x + Dropout(LRU(x))); LN(x + FFN(x))])
     score of item i with the sub-model of size m:  z[:m] · E[i, :m]
 
 Histories are packed as in model/lru.py. N items, T tokens, F feature width, D largest size.
@@ -82,6 +82,7 @@ class Settings(TypedDict):
     r_min: float
     r_max: float
     post_norm: bool
+    input_dropout: float
     small_dropout: float
     item_embedding: int
     item_embedding_dropout: float
@@ -103,6 +104,7 @@ class FMRLRec(nn.Module):
         r_min: float = 0.0,
         r_max: float = 0.1,
         post_norm: bool = False,
+        input_dropout: float = 0.0,
         small_dropout: float = 1.0,
         item_embedding: int = 0,
         item_embedding_dropout: float = 0.0,
@@ -111,11 +113,11 @@ class FMRLRec(nn.Module):
     ) -> None:
         """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. post_norm: a
         LayerNorm after every sum, and of what is read, in place of one before LRU and feed-forward network.
-        small_dropout: what the dropouts are multiplied by in the first dimensions (model/dropout.py). item_embedding:
-        how many of the first dimensions have a V, one of sizes; 0: none. Its dropout and whitening: as of ItemEncoder.
-        logit_scale: learn how sharp each size's softmax is in training; no ranking depends on it. Raises ValueError for
-        sizes that do not increase, for features of another number of items, and for an item_embedding without features
-        or of a width that is no size."""
+        input_dropout: of what is read. small_dropout: what the other two dropouts are multiplied by in the first
+        dimensions (model/dropout.py). item_embedding: how many of the first dimensions have a V, one of sizes; 0: none.
+        Its dropout and whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training;
+        no ranking depends on it. Raises ValueError for sizes that do not increase, for features of another number of
+        items, and for an item_embedding without features or of a width that is no size."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
         if item_embedding and item_embedding not in sizes:
@@ -129,12 +131,14 @@ class FMRLRec(nn.Module):
             "r_min": r_min,
             "r_max": r_max,
             "post_norm": post_norm,
+            "input_dropout": input_dropout,
             "small_dropout": small_dropout,
             "item_embedding": item_embedding,
             "item_embedding_dropout": item_embedding_dropout,
             "logit_scale": logit_scale,
         }
         self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout, whitening)
+        self.input_dropout = Dropout(input_dropout)
         self.norm = FMRLLayerNorm(self.sizes) if post_norm else None
         self.blocks = nn.ModuleList(
             Block(self.sizes, dropout, attn_dropout, small_dropout, use_bias, (r_min, r_max), post_norm)
@@ -166,6 +170,7 @@ class FMRLRec(nn.Module):
 
     def read(self, x: Tensor) -> Tensor:
         """Items' embeddings as the first block reads them: [T, D] -> [T, D]."""
+        x = self.input_dropout(x)
         return x if self.norm is None else self.norm(x)
 
     def step(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -254,6 +254,7 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--preset", "minus"),
         ("--item_embedding_dropout", "1.0"),
         ("--item_embedding", "-1"),
+        ("--input_dropout", "1"),
         ("--small_dropout", "1.5"),
         ("--small_dropout", "-1"),
         ("--ema_decay", "1"),
@@ -454,14 +455,11 @@ def test_settings_of_before_there_were_options_are_the_papers():
     assert from_saved(old) == Config()
 
 
-def test_settings_that_are_gone_are_read_where_they_changed_nothing():
-    now, _ = parsed("--item_embedding=64", "--mrl_hidden_sizes=16,64,256")
-    gone = {"input_dropout": 0.0, "item_embedding": True, "item_embedding_width": 64}
-    assert from_saved(vars(now) | gone) == now
-    assert from_saved(vars(now) | gone | {"item_embedding_width": 0}).item_embedding == 256
-    assert from_saved(vars(now) | gone | {"item_embedding": False, "item_embedding_width": 0}).item_embedding == 0
-    with pytest.raises(InputError, match=r"input_dropout.*another version"):
-        from_saved(vars(now) | {"input_dropout": 0.5})
+@pytest.mark.parametrize(("on", "width", "now"), [(True, 64, 64), (True, 0, 256), (True, None, 256), (False, 0, 0)])
+def test_an_item_embedding_of_when_it_had_two_settings_is_read(on, width, now):
+    old = vars(parsed("--mrl_hidden_sizes=16,64,256")[0]) | {"item_embedding": on}
+    old |= {} if width is None else {"item_embedding_width": width}
+    assert from_saved(old).item_embedding == now
 
 
 def test_unknown_saved_settings_are_refused_by_name():

@@ -104,10 +104,14 @@ def test_frozen_features_are_no_weights_and_are_not_saved():
     assert encoder.projection.weight.shape == (DIM, sum(WIDTHS))
 
 
-def test_with_post_norm_items_are_read_after_a_norm_of_each_size():
-    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), post_norm=True)
+def test_with_post_norm_items_are_read_after_dropout_and_a_norm_of_each_size():
+    sizes = (2, 4, DIM)
+    model = FMRLRec(NUM_ITEMS, None, sizes, post_norm=True, input_dropout=0.4, small_dropout=0.5)
     x = torch.randn(3, DIM) * 5 + 2
-    expected = torch.cat([F.layer_norm(part, part.shape[1:]) for part in x.split([2, 2, DIM - 4], dim=1)], dim=1)
+    torch.manual_seed(0)
+    dropped = x * (torch.rand(3, DIM) >= 0.4) / 0.6
+    expected = torch.cat([F.layer_norm(part, part.shape[1:]) for part in dropped.split([2, 2, DIM - 4], dim=1)], dim=1)
+    torch.manual_seed(0)
     torch.testing.assert_close(model.train().read(x), expected)
     read = []
     model.blocks[0].register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
@@ -182,8 +186,8 @@ def test_the_same_dropout_everywhere_is_the_papers_bit_by_bit():
 
 @pytest.mark.parametrize("small", [0.0, 0.5])
 def test_every_dropout_of_a_model_has_its_share_in_the_first_dimensions(small):
-    dropouts = {"dropout": 0.4, "attn_dropout": 0.3, "small_dropout": small}
+    dropouts = {"dropout": 0.4, "attn_dropout": 0.3, "input_dropout": 0.2, "small_dropout": small}
     model = FMRLRec(NUM_ITEMS, None, (2, 4), post_norm=True, **dropouts)
     found = {(layer.p, layer.small) for layer in model.modules() if isinstance(layer, Dropout)}
-    assert found == {(0.4, small), (0.3, small)}
+    assert found == {(0.4, small), (0.3, small), (0.2, 1.0)}
     assert slice_model(model, 2).settings == model.settings

@@ -377,7 +377,7 @@ def test_validation_may_leave_out_the_history_and_then_picks_the_best_epoch_by_t
     assert masked != kept
     assert trainer.validate() == masked
     assert read_log(trainer.run)[-1]["val"]["8"] == masked[8]
-    assert "val NDCG@10, history masked," in capsys.readouterr().out
+    assert "val NDCG@10 (history masked)" in capsys.readouterr().out
 
 
 def test_the_average_of_the_weights_is_validated_and_kept_and_does_not_change_the_training(tmp_path):

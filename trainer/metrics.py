@@ -50,4 +50,4 @@ def cut_offs(ks: tuple[int, ...], metric: str) -> tuple[int, ...]:
 
 def criterion(metric: str, mask_history: bool) -> str:
     """What picks the best epoch, in words."""
-    return f"{metric}, history masked," if mask_history else metric
+    return f"{metric} (history masked)" if mask_history else metric

@@ -432,11 +432,7 @@ def unread(c: Config) -> set[str]:
     if c.model_code in COUNTING:
         read = {"dataset_code", "model_code", "run_name", "best_metric", "val_mask_history"}
         return {f.name for f in dataclasses.fields(c) if not is_runtime(f.name)} - read
-    nested = len(c.mrl_hidden_sizes) > 1
     names = {
-        "mrl_loss": nested,
-        "size_weights": nested,
-        "distill": nested,
         "language_encoder": c.use_language_encoder,
         "item_attributes": c.use_language_encoder,
         "img_encoder": c.use_img_encoder,

@@ -107,9 +107,7 @@ def test_what_a_run_does_not_read_does_not_tell_it_apart():
             assert same == (name in idle), (model, name)
 
 
-def test_a_model_of_one_size_reads_nothing_of_what_sizes_share_and_one_that_counts_reads_how_it_is_validated():
-    alone, _ = resolve({"mrl_hidden_sizes": (64,)})
-    assert unread(alone) >= {"mrl_loss", "size_weights", "distill"} and "lr" not in unread(alone)
+def test_a_model_that_counts_reads_how_it_is_validated_and_nothing_of_training():
     counting, _ = resolve({"model_code": "popularity"})
     assert "lr" in unread(counting) and not unread(counting) & {"run_name", "best_metric", "val_mask_history"}
 

@@ -14,7 +14,7 @@ from experiments.paper import BY_SIZE, MASKED, PUBLISHED
 from experiments.parameters import figure4
 from trainer.plots import figure, size_axes
 
-COLOURS = ("#1f6f78", "#d9822b", "#6b4c9a", "#3a7d44", "#a63d40", "#4a6fa5")
+COLOURS = ("#1f6f78", "#d9822b", "#6b4c9a", "#3a7d44", "#a63d40", "#4a6fa5", "#8a6d3b", "#c2579a", "#7fb13d")
 PAPER, INK = "#9aa0a6", "#3c4043"
 PLUS = ("Recall@10", "NDCG@10" + MASKED)  # what the curves of plus show
 
@@ -72,12 +72,15 @@ def draw_plus(
 ) -> None:
     """Accuracy against size of faithful and plus models, dotted where the softmax was sampled, beside the paper's curve
     and models of one size."""
+    several = len({line.config.language_encoder for line in curves}) > 1
     with figure(path, 2, f"{dataset}: accuracy against size") as panels:
         for panel, name in zip(panels, PLUS, strict=True):
             for line, colour in zip(curves, COLOURS * len(curves), strict=False):
                 sizes = line.config.mrl_hidden_sizes
                 style = "o:" if line.config.num_negatives else "o-"
-                draw_line(panel, line, name, style, colour, f"{line.row.name}, {sizes[0]}..{sizes[-1]}")
+                label = f"{line.row.name}, {sizes[0]}..{sizes[-1]}"
+                label += f" ({Path(line.config.language_encoder).name})" if several else ""
+                draw_line(panel, line, name, style, colour, label)
             draw_beside(panel, dataset, name, curves, separate, "plus, trained alone")
             for (of, values), style in zip(levels.items(), ("--", "-.", ":"), strict=False):
                 if name in values:
@@ -88,7 +91,7 @@ def draw_plus(
             handles, labels = panel.get_legend_handles_labels()
             named |= dict(zip(labels, handles, strict=True))
         panels[0].figure.legend(
-            named.values(), named.keys(), frameon=False, fontsize=8, ncols=4, loc="outside lower center"
+            named.values(), named.keys(), frameon=False, fontsize=8, ncols=3, loc="outside lower center"
         )
 
 

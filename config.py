@@ -222,8 +222,7 @@ class Config:
     input_dropout: float = setting(0.0, "dropout of the items that are read")
     small_dropout: float = setting(
         1.0,
-        "what lru_dropout and lru_attn_dropout are multiplied by in the first 64 dimensions, which learn too little "
-        "where others learn by heart",
+        "what lru_dropout and lru_attn_dropout are multiplied by in the first 64 dimensions",
     )
     distill: float = setting(
         0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"
@@ -450,9 +449,9 @@ def unread(c: Config) -> set[str]:
 def from_saved(values: dict[str, Any]) -> Config:
     """Settings as a run's config.json holds them."""
     if isinstance(on := values.get("item_embedding"), bool):  # of before, with a width beside it: 0 for all dimensions
-        width = values.get("item_embedding_width") or values["mrl_hidden_sizes"][-1]
+        width, sizes = values.get("item_embedding_width"), values.get("mrl_hidden_sizes", Config.mrl_hidden_sizes)
         values = {name: value for name, value in values.items() if name != "item_embedding_width"}
-        values["item_embedding"] = width if on else 0
+        values["item_embedding"] = (width or sizes[-1]) if on else 0
     return Config(**typed(values, "config.json"))
 
 

@@ -1,7 +1,6 @@
 """Dropout over packed tokens, of which several processes may each hold a share. T tokens, D dimensions.
 
-Beyond the paper, the first dimensions may have less of it than the rest: a small size learns too little where the large
-ones, which it is part of, learn too much by heart.
+Beyond the paper, the first dimensions, those of the small sizes, may have less of it than the rest.
 """
 
 import torch

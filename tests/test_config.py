@@ -460,6 +460,7 @@ def test_an_item_embedding_of_when_it_had_two_settings_is_read(on, width, now):
     old = vars(parsed("--mrl_hidden_sizes=16,64,256")[0]) | {"item_embedding": on}
     old |= {} if width is None else {"item_embedding_width": width}
     assert from_saved(old).item_embedding == now
+    assert from_saved({"item_embedding": False}) == Config()
 
 
 def test_unknown_saved_settings_are_refused_by_name():

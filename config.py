@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
 BEYOND = ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "size_weights", "distill",
-          "post_norm", "input_dropout", "small_dropout", "ema_decay")  # fmt: skip
+          "post_norm", "input_dropout", "dropout_from", "ema_decay")  # fmt: skip
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -63,22 +63,23 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "plus": {
         "whiten_features": True,
-        "item_embedding": 128,
+        "item_embedding": 256,
         "item_embedding_dropout": 0.2,
         "post_norm": True,
         "input_dropout": 0.5,
         "lru_dropout": 0.5,
         "lru_attn_dropout": 0.5,
+        "dropout_from": 64,
         "lru_r_min": 0.8,
         "lru_r_max": 0.99,
-        "small_dropout": 0.6,
         "logit_scale": True,
         "size_weights": "sqrt",
         "distill": 0.7,
         "ema_decay": 0.998,
         "val_mask_history": True,
+        "num_negatives": 1024,
         "train_batch_size": 128,
-        "num_epochs": 14,
+        "num_epochs": 10,
         "lr": 1e-3,
     },
 }
@@ -220,9 +221,10 @@ class Config:
         "LRURec",
     )
     input_dropout: float = setting(0.0, "dropout of the items that are read")
-    small_dropout: float = setting(
-        1.0,
-        "what lru_dropout and lru_attn_dropout are multiplied by in the first 64 dimensions",
+    dropout_from: int = setting(
+        0,
+        "how many of the first dimensions input_dropout, lru_dropout and lru_attn_dropout spare: small sizes do "
+        "not overfit",
     )
     distill: float = setting(
         0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"
@@ -321,7 +323,7 @@ def _problems(c: Config) -> Iterator[str]:
         if getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 1"
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed", "num_negatives", "encoder_workers",
-                 "item_embedding"):  # fmt: skip
+                 "item_embedding", "dropout_from"):  # fmt: skip
         if not 0 <= getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a finite number of at least 0"
     if c.seed >= 2**64:
@@ -332,9 +334,8 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "input_dropout", "ema_decay"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
-    for name in ("distill", "small_dropout"):
-        if not 0 <= getattr(c, name) <= 1:
-            yield f"--{name} {getattr(c, name)} must lie between 0 and 1"
+    if not 0 <= c.distill <= 1:
+        yield f"--distill {c.distill} must lie between 0 and 1"
     if not 0 <= c.lru_r_min < c.lru_r_max <= 1:
         yield f"--lru_r_min {c.lru_r_min} --lru_r_max {c.lru_r_max}: need 0 <= r_min < r_max <= 1"
     for name in ("mrl_hidden_sizes", "metric_ks"):
@@ -447,11 +448,11 @@ def unread(c: Config) -> set[str]:
 
 
 def from_saved(values: dict[str, Any]) -> Config:
-    """Settings as a run's config.json holds them."""
-    if isinstance(on := values.get("item_embedding"), bool):  # of before, with a width beside it: 0 for all dimensions
-        width, sizes = values.get("item_embedding_width"), values.get("mrl_hidden_sizes", Config.mrl_hidden_sizes)
-        values = {name: value for name, value in values.items() if name != "item_embedding_width"}
-        values["item_embedding"] = (width or sizes[-1]) if on else 0
+    """Settings as a run's config.json holds them, those of before too, where they were off."""
+    off = {"small_dropout": 1.0, "item_embedding_width": 0}
+    values = {name: value for name, value in values.items() if name not in off or value != off[name]}
+    if values.get("item_embedding") is False:
+        values["item_embedding"] = 0
     return Config(**typed(values, "config.json"))
 
 

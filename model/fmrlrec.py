@@ -25,10 +25,10 @@ from model.whitening import Whitening
 class FeedForward(nn.Module):
     """FFN(x) = Dropout(W2 (SiLU(G x) ⊙ Dropout(W1 x))): [T, D] -> [T, D]."""
 
-    def __init__(self, sizes: tuple[int, ...], dropout: float, small_dropout: float) -> None:
+    def __init__(self, sizes: tuple[int, ...], dropout: float, dropout_from: int) -> None:
         super().__init__()
         self.G, self.W1, self.W2 = FMRLLinear(sizes), FMRLLinear(sizes), FMRLLinear(sizes)
-        self.dropout = Dropout(dropout, small_dropout)
+        self.dropout = Dropout(dropout, dropout_from)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.W2(F.silu(self.G(x)) * self.dropout(self.W1(x))))
@@ -43,7 +43,7 @@ class Block(nn.Module):
         sizes: tuple[int, ...],
         dropout: float,
         attn_dropout: float,
-        small_dropout: float,
+        dropout_from: int,
         bias: bool,
         r: tuple[float, float],
         post_norm: bool,
@@ -51,8 +51,8 @@ class Block(nn.Module):
         super().__init__()
         self.post_norm = post_norm
         self.norm1, self.lru = FMRLLayerNorm(sizes), LRU(sizes, bias, *r)
-        self.attn_dropout = Dropout(attn_dropout, small_dropout)
-        self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout, small_dropout)
+        self.attn_dropout = Dropout(attn_dropout, dropout_from)
+        self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout, dropout_from)
 
     def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """at: [B], the only tokens whose output is wanted; then it is [B, D]."""
@@ -83,7 +83,7 @@ class Settings(TypedDict):
     r_max: float
     post_norm: bool
     input_dropout: float
-    small_dropout: float
+    dropout_from: int
     item_embedding: int
     item_embedding_dropout: float
     logit_scale: bool
@@ -105,7 +105,7 @@ class FMRLRec(nn.Module):
         r_max: float = 0.1,
         post_norm: bool = False,
         input_dropout: float = 0.0,
-        small_dropout: float = 1.0,
+        dropout_from: int = 0,
         item_embedding: int = 0,
         item_embedding_dropout: float = 0.0,
         logit_scale: bool = False,
@@ -113,11 +113,11 @@ class FMRLRec(nn.Module):
     ) -> None:
         """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. post_norm: a
         LayerNorm after every sum, and of what is read, in place of one before LRU and feed-forward network.
-        input_dropout: of what is read. small_dropout: what the other two dropouts are multiplied by in the first
-        dimensions (model/dropout.py). item_embedding: how many of the first dimensions have a V, one of sizes; 0: none.
-        Its dropout and whitening: as of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training;
-        no ranking depends on it. Raises ValueError for sizes that do not increase, for features of another number of
-        items, and for an item_embedding without features or of a width that is no size."""
+        input_dropout: of what is read. dropout_from: how many of the first dimensions no dropout falls on.
+        item_embedding: how many of the first dimensions have a V, one of sizes; 0: none. Its dropout and whitening: as
+        of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no ranking depends on it.
+        Raises ValueError for sizes that do not increase, for features of another number of items, and for an
+        item_embedding without features or of a width that is no size."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
         if item_embedding and item_embedding not in sizes:
@@ -132,16 +132,16 @@ class FMRLRec(nn.Module):
             "r_max": r_max,
             "post_norm": post_norm,
             "input_dropout": input_dropout,
-            "small_dropout": small_dropout,
+            "dropout_from": dropout_from,
             "item_embedding": item_embedding,
             "item_embedding_dropout": item_embedding_dropout,
             "logit_scale": logit_scale,
         }
         self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout, whitening)
-        self.input_dropout = Dropout(input_dropout)
+        self.input_dropout = Dropout(input_dropout, dropout_from)
         self.norm = FMRLLayerNorm(self.sizes) if post_norm else None
         self.blocks = nn.ModuleList(
-            Block(self.sizes, dropout, attn_dropout, small_dropout, use_bias, (r_min, r_max), post_norm)
+            Block(self.sizes, dropout, attn_dropout, dropout_from, use_bias, (r_min, r_max), post_norm)
             for _ in range(num_blocks)
         )
         self.log_scale = nn.Parameter(torch.zeros(len(self.sizes))) if logit_scale else None  # of model/objective.py

@@ -138,7 +138,7 @@ def test_the_papers_preset_is_no_preset(dataset):
     assert parsed("--preset=paper", f"--dataset_code={dataset}")[0] == parsed(f"--dataset_code={dataset}")[0]
     config = parsed(f"--dataset_code={dataset}")[0]
     for name in BEYOND:
-        assert getattr(config, name) == {"size_weights": "uniform", "small_dropout": 1}.get(name, 0), name
+        assert getattr(config, name) == {"size_weights": "uniform"}.get(name, 0), name
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of flags
@@ -255,8 +255,8 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--item_embedding_dropout", "1.0"),
         ("--item_embedding", "-1"),
         ("--input_dropout", "1"),
-        ("--small_dropout", "1.5"),
-        ("--small_dropout", "-1"),
+        ("--distill", "1.5"),
+        ("--dropout_from", "-1"),
         ("--ema_decay", "1"),
         ("--distill", "1.1"),
         ("--distill", "-0.5"),
@@ -455,12 +455,12 @@ def test_settings_of_before_there_were_options_are_the_papers():
     assert from_saved(old) == Config()
 
 
-@pytest.mark.parametrize(("on", "width", "now"), [(True, 64, 64), (True, 0, 256), (True, None, 256), (False, 0, 0)])
-def test_an_item_embedding_of_when_it_had_two_settings_is_read(on, width, now):
-    old = vars(parsed("--mrl_hidden_sizes=16,64,256")[0]) | {"item_embedding": on}
-    old |= {} if width is None else {"item_embedding_width": width}
-    assert from_saved(old).item_embedding == now
-    assert from_saved({"item_embedding": False}) == Config()
+def test_settings_of_before_are_read_where_they_were_off():
+    off = {"item_embedding": False, "item_embedding_width": 0, "small_dropout": 1.0}
+    assert from_saved(vars(Config()) | off) == Config()
+    for on in ({"small_dropout": 0.6}, {"item_embedding_width": 64}, {"item_embedding": True}):
+        with pytest.raises(InputError, match=next(iter(on))):
+            from_saved(off | on)
 
 
 def test_unknown_saved_settings_are_refused_by_name():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from model import FMRLRec, slice_model
 from model import items as items_module
-from model.dropout import SMALL, Dropout, set_share
+from model.dropout import Dropout, set_share
 from model.items import ItemEncoder
 from model.loss import Factors
 
@@ -106,10 +106,10 @@ def test_frozen_features_are_no_weights_and_are_not_saved():
 
 def test_with_post_norm_items_are_read_after_dropout_and_a_norm_of_each_size():
     sizes = (2, 4, DIM)
-    model = FMRLRec(NUM_ITEMS, None, sizes, post_norm=True, input_dropout=0.4, small_dropout=0.5)
+    model = FMRLRec(NUM_ITEMS, None, sizes, post_norm=True, input_dropout=0.4, dropout_from=1)
     x = torch.randn(3, DIM) * 5 + 2
     torch.manual_seed(0)
-    dropped = x * (torch.rand(3, DIM) >= 0.4) / 0.6
+    dropped = torch.cat([x[:, :1], x[:, 1:] * (torch.rand(3, DIM - 1) >= 0.4) / 0.6], dim=1)
     expected = torch.cat([F.layer_norm(part, part.shape[1:]) for part in dropped.split([2, 2, DIM - 4], dim=1)], dim=1)
     torch.manual_seed(0)
     torch.testing.assert_close(model.train().read(x), expected)
@@ -163,31 +163,35 @@ def test_shares_of_a_batch_drop_out_what_the_batch_does_and_padding_may_reach_be
     assert torch.equal(dropout.eval()(x), x)
 
 
-def test_the_first_dimensions_may_have_less_dropout_than_the_rest():
-    dropout, x = Dropout(0.6, small=0.5), torch.ones(4000, SMALL + 16)
+def test_dropout_may_spare_the_first_dimensions():
+    dropout, x = Dropout(0.6, start=5), torch.rand(4000, 12) + 1
     torch.manual_seed(0)
-    kept = dropout(x)
-    zeros = (kept == 0).float().mean(dim=0)
-    assert zeros[:SMALL].sub(0.3).abs().max() < 0.04 and zeros[SMALL:].sub(0.6).abs().max() < 0.04
-    for part, p in ((kept[:, :SMALL], 0.3), (kept[:, SMALL:], 0.6)):
-        torch.testing.assert_close(part[part > 0], torch.full_like(part[part > 0], 1 / (1 - p)))
+    spared, rest = dropout(x).split([5, 7], dim=1)
+    assert torch.equal(spared, x[:, :5])
+    torch.manual_seed(0)
+    assert torch.equal(rest, Dropout(0.6)(x[:, 5:]))
+    assert (rest == 0).float().mean(dim=0).sub(0.6).abs().max() < 0.04
     assert torch.equal(dropout.eval()(x), x)
 
 
-def test_the_same_dropout_everywhere_is_the_papers_bit_by_bit():
-    x, found = torch.randn(50, SMALL + 16), []
-    for dropout in (Dropout(0.6), Dropout(0.6, small=1.0)):
-        torch.manual_seed(1)
-        found.append(dropout(x))
+@pytest.mark.parametrize("start", [12, 13])
+def test_dropout_that_spares_all_dimensions_is_none(start):
+    x = torch.ones(40, 12)
+    assert torch.equal(Dropout(0.6, start=start)(x), x)
+
+
+def test_dropout_that_spares_nothing_is_the_papers_bit_by_bit():
+    x = torch.randn(50, 12)
     torch.manual_seed(1)
-    assert torch.equal(found[0], x * (torch.rand(x.shape) >= 0.6) / (1 - 0.6))
-    assert torch.equal(found[0], found[1])
+    found = Dropout(0.6)(x)
+    torch.manual_seed(1)
+    assert torch.equal(found, x * (torch.rand(x.shape) >= 0.6) / (1 - 0.6))
 
 
-@pytest.mark.parametrize("small", [0.0, 0.5])
-def test_every_dropout_of_a_model_has_its_share_in_the_first_dimensions(small):
-    dropouts = {"dropout": 0.4, "attn_dropout": 0.3, "input_dropout": 0.2, "small_dropout": small}
+@pytest.mark.parametrize("start", [0, 2])
+def test_every_dropout_of_a_model_spares_the_first_dimensions(start):
+    dropouts = {"dropout": 0.4, "attn_dropout": 0.3, "input_dropout": 0.2, "dropout_from": start}
     model = FMRLRec(NUM_ITEMS, None, (2, 4), post_norm=True, **dropouts)
-    found = {(layer.p, layer.small) for layer in model.modules() if isinstance(layer, Dropout)}
-    assert found == {(0.4, small), (0.3, small), (0.2, 1.0)}
+    found = {(layer.p, layer.start) for layer in model.modules() if isinstance(layer, Dropout)}
+    assert found == {(0.4, start), (0.3, start), (0.2, start)}
     assert slice_model(model, 2).settings == model.settings

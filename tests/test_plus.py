@@ -23,7 +23,7 @@ from trainer.wiring import build_model, load_run
 
 SIZES, ITEMS = (2, 4, 8), 40
 PICTURES = (
-    "--dataset_code tiny --preset plus --item_embedding_dropout 0.2 --no-use_language_encoder --img_encoder pixel "
+    "--dataset_code tiny --preset plus --dropout_from 2 --no-use_language_encoder --img_encoder pixel "
     "--mrl_hidden_sizes 2,4,8 --num_epochs 3 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --lru_max_len 6 --device cpu"
 )
 BOTH = PICTURES.replace("--no-use_language_encoder", "--language_encoder lexical")

@@ -60,7 +60,7 @@ CHANGED = {
     "distill": 0.25,
     "post_norm": True,
     "input_dropout": 0.15,
-    "small_dropout": 0.75,
+    "dropout_from": 10,
     "ema_decay": 0.85,
     "val_batch_size": 8,
     "test_batch_size": 6,
@@ -71,7 +71,7 @@ CHANGED = {
     "run_name": "named",
 }
 TRAINER_SETTINGS = ["num_epochs", "lr", "warmup_steps", "val_batch_size", "best_metric", "ema_decay"]
-MODEL_SETTINGS = ["item_embedding_dropout", "logit_scale", "post_norm", "input_dropout", "small_dropout"]
+MODEL_SETTINGS = ["item_embedding_dropout", "logit_scale", "post_norm", "input_dropout", "dropout_from"]
 SPIED = ["feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "build_optimizer", "NegativeSampler"]
 SPIED += ["Step", "Trainer", "test_every_size"]
 STEP_SETTINGS = ["precision", "max_grad_norm", "size_weights", "distill"]

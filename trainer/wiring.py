@@ -95,7 +95,7 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
         r_max=config.lru_r_max,
         post_norm=config.post_norm,
         input_dropout=config.input_dropout,
-        small_dropout=config.small_dropout,
+        dropout_from=config.dropout_from,
         item_embedding=config.embedded,
         item_embedding_dropout=config.item_embedding_dropout,
         logit_scale=config.logit_scale,

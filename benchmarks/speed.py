@@ -17,7 +17,7 @@ from config import resolve, run_cli
 
 SOME = 64  # users whom the baseline evaluates, as many as it does at once
 STEPS = 5  # of a kind in a row, as in training: the first pays for the memory that another kind gave back
-PLUS = "bf16-plus"  # with --preset plus
+PLUS = "bf16-plus"  # with --preset plus, but the exact softmax
 MEMORY_STEPS = 10  # after which the peak is read
 
 
@@ -118,6 +118,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
         steps[precision] = lambda step=step: step(next(batches))
     if arguments.memory_of in (None, PLUS):
         flags = {"mrl_hidden_sizes": sizes, "lru_num_blocks": arguments.blocks, "precision": "bf16", "preset": "plus"}
+        flags["num_negatives"] = 0  # all items, as the other steps score
         config, _ = resolve({"dataset_code": "beauty", **flags})
         plus = build_model(config, arguments.items, [features.numpy()]).to(device)
         assert isinstance(plus, FMRLRec)

@@ -6,7 +6,8 @@ settings                every row has them
 rows                    name -> its own settings, a preset standing for those it names; beside them published, a key
                         of paper.py, and size, the one whose metrics are meant (the largest where none is given)
 compare                 pairs of rows that a bootstrap over users compares
-every_size              the report shows all sizes of a row
+every_size              the report shows all sizes of a row, one below the other, beside the paper's curve
+by_size                 the report shows all sizes of a row side by side, with the history masked
 by_popularity           the report tells users apart by how often their item was trained on
 validation              settings are chosen by it: its runs leave the test set unread, the report shows their validation
 """
@@ -44,6 +45,7 @@ class Definition:
     rows: tuple[Row, ...]
     compare: tuple[tuple[str, str], ...] = ()
     every_size: bool = False
+    by_size: bool = False
     by_popularity: bool = False
     validation: bool = False
 

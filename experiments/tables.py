@@ -28,8 +28,8 @@ def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
         groups = comparable(definition, lines(definition, dataset, runs))
         for group in groups:
             parts += [f"### {dataset}: {common_settings(definition, group)}", ""]
-            if definition.validation:
-                parts += validated(group)
+            if definition.validation or definition.by_size:
+                parts += by_size(group, definition.validation)
             elif definition.every_size:
                 parts += every_size(group)
             else:
@@ -92,21 +92,27 @@ def against(values: list[float], published: float | None) -> list[str]:
     return [f"{published:.4f}", f"{statistics.mean(values) / published - 1:+.1%}" if values else ""]
 
 
-def validated(group: list[Line]) -> list[str]:
-    """Validation of every line: NDCG@10 of every size, Recall@10 of the largest, and the time of an epoch."""
+def by_size(group: list[Line], validation: bool) -> list[str]:
+    """NDCG@10 of every size, Recall@10 of the largest, and the time of an epoch: in validation, or in the test with the
+    history masked."""
+
+    def values(line: Line, name: str, size: int) -> list[float]:
+        if not validation:
+            return line.values(name + MASKED, size)
+        found = [run.validation() for run in line.runs]
+        return [of_sizes[size].get(name, nan) for of_sizes in found if size in of_sizes]
+
     sizes = sorted({size for line in group for size in line.config.mrl_hidden_sizes})
     cells = []
     for line in group:
-        found = [run.validation() for run in line.runs]
         row = [line.name, str(len(line.runs))]
-        row += [
-            mean_sd([of_sizes[size].get("NDCG@10", nan) for of_sizes in found if size in of_sizes]) for size in sizes
-        ]
-        row.append(mean_sd([of_sizes[max(of_sizes)].get("Recall@10", nan) for of_sizes in found]))
+        row += [mean_sd(values(line, "NDCG@10", size)) for size in sizes]
+        row.append(mean_sd(values(line, "Recall@10", line.config.mrl_hidden_sizes[-1])))
         logs = [run.log[-1] for run in line.runs]
         row.append(f"{statistics.mean(log['seconds'] / log['epoch'] for log in logs):.0f}")
         cells.append(row)
-    heads = ["validation NDCG@10 by size", "seeds", *map(str, sizes), "Recall@10, largest", "s an epoch"]
+    of = "validation NDCG@10 by size" if validation else "NDCG@10 by size, history masked"
+    heads = [of, "seeds", *map(str, sizes), "Recall@10, largest", "s an epoch"]
     return table(heads, cells)
 
 

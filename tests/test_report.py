@@ -341,6 +341,21 @@ def test_plus_is_drawn_beside_the_faithful_model_and_models_of_one_size(tmp_path
     assert "](../media/plus-beauty.png)" in text and "| plus - faithful, sampled softmax | NDCG@10 |" in text
 
 
+def test_sizes_side_by_side_are_those_of_the_test_with_the_history_masked(tmp_path):
+    rows = (Row("off", {"whiten_features": False}), Row("on", {"whiten_features": True}))
+    mine = Definition("mine", "T", "t", ("beauty",), rows, compare=(("on", "off"),), by_size=True)
+    for name, flags in (("a", {}), ("b", {"whiten_features": True})):
+        keep_run(tmp_path, name, {"mrl_hidden_sizes": (8, 16), **flags})
+    runs = kept_runs(tmp_path)
+    table = rows_of(tables.section(mine, runs))
+    assert table[0][:4] == ["NDCG@10 by size, history masked", "seeds", "8", "16"]
+    for row, run in zip(table[2:4], runs, strict=True):
+        of_sizes = run.metrics(masked=True)
+        expected = [of_sizes[8]["NDCG@10"], of_sizes[16]["NDCG@10"], of_sizes[16]["Recall@10"]]
+        assert row[2:5] == [f"{value:.4f}" for value in expected]
+    assert [row[0] for row in table[2:4]] == ["off", "on"]
+
+
 def test_a_run_whose_cut_offs_lack_10_leaves_its_curve_out(tmp_path):
     keep_run(tmp_path / "results", "a", LANGUAGE)
     other = keep_run(tmp_path / "results", "b", LANGUAGE | {"num_epochs": 7})

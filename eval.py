@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import Config, InputError, parse_args, run_cli
-from datasets import ranks
+from datasets import processes
 
 DESCRIPTION = """Test a trained run at every size, and check that each size's slice is the same model on its own.
 Settings that say what was trained find the newest run that has these values; defaults do not count. Those that say
@@ -38,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     from trainer.wiring import load_run, test_run
 
     runs_root = Path(flags.get("runs_root", Config.runs_root))
-    run = ranks.on_first(lambda: find_trained(arguments.run, runs_root, flags))
-    trained, _ = ranks.on_first(lambda: read_config(run))
+    run = processes.on_first(lambda: find_trained(arguments.run, runs_root, flags))
+    trained, _ = processes.on_first(lambda: read_config(run))
     if arguments.alone and trained.model_code != "fmrlrec":
         raise InputError(f"--alone tests slices of fmrlrec; {run} is of {trained.model_code}: leave --alone out")
     config, catalog, model = load_run(run, flags)
     progress = unfinished(run)
-    ranks.say(f"run {run}{f', unfinished: {progress}' if progress else ''}")
+    processes.say(f"run {run}{f', unfinished: {progress}' if progress else ''}")
     return test_run(config, catalog, model, run, mask_history=arguments.mask_history, alone=arguments.alone)
 
 

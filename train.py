@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, is_runtime, parse_args, resolve, run_cli, shown, unread
-from datasets import ranks
+from datasets import processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,25 +49,25 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     run = None
     if arguments.resume:
-        run, config, sources = ranks.on_first(lambda: find_resumed(arguments.resume, flags))
+        run, config, sources = processes.on_first(lambda: find_resumed(arguments.resume, flags))
     device = resolve_device(config.device)
     catalog, features = load_data(config, device, run)
     torch.manual_seed(config.seed)
     model = build_model(config, catalog.num_items, features).to(device)
     if run is None:
         files = [Path(str(part.filename)).name for part in features]
-        run = ranks.on_first(lambda: create_run(config, sources, device_name(device), catalog.digest(), files))
+        run = processes.on_first(lambda: create_run(config, sources, device_name(device), catalog.digest(), files))
     print_settings(config, sources)
-    ranks.say(f"{count_parameters(model):,} trainable parameters on {device_name(device)}; run folder {run}")
+    processes.say(f"{count_parameters(model):,} trainable parameters on {device_name(device)}; run folder {run}")
 
     try:
-        with claimed(run) if ranks.rank() == 0 else nullcontext():
-            state = ranks.on_first(partial(load_state, run / STATE)) if arguments.resume else None
+        with claimed(run) if processes.rank() == 0 else nullcontext():
+            state = processes.on_first(partial(load_state, run / STATE)) if arguments.resume else None
             done = state["progress"]["epoch"] if state else 0
             log = RunLog(
                 run,
-                [record for record in ranks.on_first(partial(read_log, run)) if record["epoch"] <= done],
-                start_wandb(run, vars(config)) if config.use_wandb and ranks.rank() == 0 else None,
+                [record for record in processes.on_first(partial(read_log, run)) if record["epoch"] <= done],
+                start_wandb(run, vars(config)) if config.use_wandb and processes.rank() == 0 else None,
             )
             if isinstance(model, Popularity):  # it only counts
                 count(
@@ -86,14 +86,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 if state:
                     trainer.load_state(state)
                 if arguments.resume:
-                    ranks.say(f"continuing after epoch {done}" if state else "no epoch was finished: from the start")
+                    processes.say(
+                        f"continuing after epoch {done}" if state else "no epoch was finished: from the start"
+                    )
                 progress = trainer.fit()
-                ranks.say(f"best epoch {progress.best_epoch}: val {trainer.criterion} {progress.best:.4f}")
+                processes.say(f"best epoch {progress.best_epoch}: val {trainer.criterion} {progress.best:.4f}")
             load_weights(model, run / WEIGHTS)
             results = test_run(config, catalog, model, run, mask_history=False) if config.test else {}
     except KeyboardInterrupt:
-        if ranks.rank() == 0:
-            print(f"\ncontinue with: {ranks.command()} train.py --resume {run}", file=sys.stderr)
+        if processes.rank() == 0:
+            print(f"\ncontinue with: {processes.command()} train.py --resume {run}", file=sys.stderr)
         raise
     log.finish({f"test/{size}/{name}": value for size, metrics in results.items() for name, value in metrics.items()})
     return run
@@ -118,7 +120,7 @@ def print_settings(config: Config, sources: dict[str, str]) -> None:
         source = sources.get(name, "default")
         if source == "flag" and name in idle:
             source = "flag; with the other settings it has no effect"
-        ranks.say(f"  {name:24} {shown(value)}{'' if source == 'default' else f'   ({source})'}")
+        processes.say(f"  {name:24} {shown(value)}{'' if source == 'default' else f'   ({source})'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import InputError
-from datasets import ranks
+from datasets import processes
 from datasets.catalog import Catalog, load_catalog
 from datasets.files import replacing, write_json, write_text
 
@@ -74,7 +74,7 @@ def prepare_demo(root: Path = DEMO_ROOT) -> Path:
 
 def load_demo() -> Catalog:
     """The built-in catalogue, made at first use."""
-    root = ranks.on_first(prepare_demo)
+    root = processes.on_first(prepare_demo)
     try:
         return load_catalog(root, "demo")
     except InputError as error:

@@ -3,7 +3,7 @@
 import torch
 
 from config import InputError
-from datasets import ranks
+from datasets import processes
 
 
 def resolve_device(name: str) -> torch.device:
@@ -14,21 +14,21 @@ def resolve_device(name: str) -> torch.device:
         raise InputError("--device cuda: torch finds no GPU here; give --device cpu, or auto")
     if name == "cpu" or not available:
         return torch.device("cpu")
-    if ranks.world_size() == 1:
+    if processes.world_size() == 1:
         return torch.device("cuda")
     gpus = torch.cuda.device_count()
-    if ranks.local_rank() >= gpus:
+    if processes.local_rank() >= gpus:
         raise InputError(
             f"torchrun started more processes than there are GPUs: give it --nproc_per_node={gpus}, or --device cpu"
         )
-    device = torch.device("cuda", ranks.local_rank())
+    device = torch.device("cuda", processes.local_rank())
     torch.cuda.set_device(device)  # nothing of this process goes to the first GPU
     return device
 
 
 def device_name(device: torch.device) -> str:
     """The device in words, for a run's env.json."""
-    on_gpu, processes = device.type == "cuda", ranks.world_size()
+    on_gpu, count = device.type == "cuda", processes.world_size()
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    return name if processes == 1 else f"{processes} processes, each on {name}"
+    return name if count == 1 else f"{count} processes, each on {name}"

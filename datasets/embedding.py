@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import InputError
-from datasets import encoders, ranks
+from datasets import encoders, processes
 from datasets.encoders import Encoder
 from datasets.text import NO_TEXT, item_text
 
@@ -146,7 +146,7 @@ def encode_all(encoder: Encoder, read: Callable, items: Sequence[Any], rows: lis
 
 def progress(batches: Iterable[Any], count: int) -> Iterable[Any]:
     """The batches, with a bar on rank 0 of how many were taken."""
-    return tqdm(batches, "encoding", count, unit="batch", disable=True if ranks.rank() else None)
+    return tqdm(batches, "encoding", count, unit="batch", disable=True if processes.rank() else None)
 
 
 # ------------------------------------------------------------------------------------------------------- new products

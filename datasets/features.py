@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from config import InputError
-from datasets import cache, encoders, ranks
+from datasets import cache, encoders, processes
 from datasets.catalog import Catalog, prepare_command
 from datasets.embedding import (
     encode_batches,
@@ -63,8 +63,8 @@ def feature_files(
     pictures = catalog.pictures or []
     if image and not any(pictures):
         raise InputError(_no_pictures(catalog, "item2img.json lists none" if catalog.pictures else "no item2img.json"))
-    ranks.start()
-    if ranks.rank():
+    processes.start()
+    if processes.rank():
         say = _silent
     how = _How(device, batch_size, precision, workers, cache_root, say)
     parts = []
@@ -143,7 +143,7 @@ def _cached(catalog: Catalog, name: str, key: dict[str, Any], items: Sequence[An
     def find(say: Callable[[str], None] = _silent) -> _File:
         return _find(_candidates(catalog, name, key, how), _commit(name, key), say)
 
-    found = ranks.on_first(find)
+    found = processes.on_first(find)
     if found.header:
         return found
     lock = FileLock(_cache_path(how.cache_root, catalog.name, name, key).with_suffix(".lock"))
@@ -153,7 +153,7 @@ def _cached(catalog: Catalog, name: str, key: dict[str, Any], items: Sequence[An
         return find(how.say)  # again: another process may have made it meanwhile
 
     try:
-        found = ranks.on_first(find_alone)
+        found = processes.on_first(find_alone)
         return found if found.header else _make(found, catalog, name, items, how)
     finally:
         lock.release()
@@ -210,10 +210,10 @@ def _make(file: _File, catalog: Catalog, name: str, items: Sequence[Any], how: _
     header = {"key": key, "commit": _commit(name, key) or ""}
     order = hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
     plan = {**header, "shape": list(shape), "batch_size": how.batch_size, "order": order}
-    todo = ranks.on_first(lambda: cache.begin(path, plan, shape, rows))
+    todo = processes.on_first(lambda: cache.begin(path, plan, shape, rows))
     if len(todo) < len(rows):
         how.say(f"{len(rows) - len(todo)} of {len(rows)} batches were encoded before: going on")
-    share = todo[ranks.rank() :: ranks.world_size()]
+    share = todo[processes.rank() :: processes.world_size()]
     batches = ([items[row] for row in rows[number]] for number in share)
     encoded = encode_batches(
         encoder,
@@ -225,7 +225,7 @@ def _make(file: _File, catalog: Catalog, name: str, items: Sequence[Any], how: _
         writer = cache.Writer(path)
         for number, features in zip(share, encoded, strict=True):
             writer.write(number, rows[number], features)
-        ranks.barrier()
+        processes.barrier()
 
         def finish() -> dict[str, Any]:
             broken = {} if is_text else unreadable(catalog.asins, items, cache.partial(path))
@@ -234,9 +234,9 @@ def _make(file: _File, catalog: Catalog, name: str, items: Sequence[Any], how: _
                 raise InputError(_no_pictures(catalog, next(iter(broken.values()))))
             return cache.finish(path, header | {"broken": broken}, rows)
 
-        return replace(file, header=ranks.on_first(finish))
+        return replace(file, header=processes.on_first(finish))
     except BaseException:
-        if ranks.world_size() == 1:
+        if processes.world_size() == 1:
             cache.drop_if_empty(path)
         raise
 
@@ -252,7 +252,7 @@ def _no_pictures(catalog: Catalog, why: str) -> str:
 def _worth(workers: int, batches: int) -> int:
     """How many workers a share of so many batches is worth, on the cores that this rank has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks.world_size() > 1 else 1
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes.world_size() > 1 else 1
     return max(0, min(workers, cores // ranks_here - 1, batches // BATCHES_A_WORKER))
 
 

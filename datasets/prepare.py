@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from config import Config, InputError, parse_args, resolve, run_cli
-from datasets import ranks
+from datasets import processes
 from datasets.amazon import BASE_URL, PAPER_SETS, picture_urls
 from datasets.catalog import FILES, REPORT, load_catalog, prepare_command, read_report
 from datasets.files import cannot_write, write_json, write_text
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         load_catalog(config.data_root, config.dataset_code)  # says what is missing before anything is made
     elif not (config.dataset_code in PAPER_SETS or (arguments.reviews and arguments.meta) or folder.exists()):
         raise InputError(not_known(config.dataset_code))
-    first = ranks.rank() == 0  # the others of torchrun share in the encoding
+    first = processes.rank() == 0  # the others of torchrun share in the encoding
     changes = first and steps != ("features",)
     with only_one(folder) if changes else nullcontext():
         if "data" in steps and first:
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             fetch_all_pictures(config, arguments, folder)
         if first:
             report(config, folder, needed=changes)
-        ranks.barrier()
+        processes.barrier()
         if "features" in steps:
             encode(config)
     return folder
@@ -222,7 +222,7 @@ def encode(config: Config) -> None:
         precision=config.encoder_precision,
         workers=config.encoder_workers,
     )
-    for part in parts if ranks.rank() == 0 else ():
+    for part in parts if processes.rank() == 0 else ():
         print(f"features of {part.shape[0]:,} items, {part.shape[1]} wide: {part.filename}", flush=True)
 
 

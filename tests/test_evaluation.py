@@ -11,7 +11,7 @@ import torch
 
 from config import InputError
 from dataloader import eval_batches, eval_rows
-from datasets import ranks
+from datasets import processes
 from model import FMRLRec, slice_model
 from tests.made_up import as_sequences, with_random_weights
 from trainer import evaluation
@@ -297,12 +297,12 @@ def test_ranks_that_cannot_be_read_are_named(tmp_path, damage):
 def test_ranks_share_the_users_out_and_some_may_have_none(monkeypatch, world_size):
     model, rows = random_model(), rows_of(random_sequences())  # 25 users
     expected, found = metrics_of(model, rows), []
-    monkeypatch.setattr(ranks, "world_size", lambda: world_size)
-    monkeypatch.setattr(ranks, "add_up", lambda part: found.append(part.clone()) or part)
+    monkeypatch.setattr(processes, "world_size", lambda: world_size)
+    monkeypatch.setattr(processes, "add_up", lambda part: found.append(part.clone()) or part)
     for rank in range(world_size):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         metrics_of(model, rows)
     total = torch.stack(found)
     assert ((total > 0).sum(dim=0) == 1).all()  # each user by one rank
-    monkeypatch.setattr(ranks, "add_up", lambda part: total.sum(dim=0))
+    monkeypatch.setattr(processes, "add_up", lambda part: total.sum(dim=0))
     assert metrics_of(model, rows) == expected

@@ -42,7 +42,7 @@ import torch
 import eval as eval_script
 import train
 from config import InputError
-from datasets import ranks
+from datasets import processes
 from trainer import step as step_module
 from trainer import trainer as trainer_module
 from trainer.trainer import Trainer
@@ -68,11 +68,11 @@ def interrupted(self, *arguments):
     raise KeyboardInterrupt
 
 def full(path, state):
-    raise InputError(f"rank {ranks.rank()}: no space")
+    raise InputError(f"rank {processes.rank()}: no space")
 
 def broken(*arguments):
     calls.append(1)
-    return true_loss(*arguments) * (float("nan") if len(calls) == 3 and ranks.rank() == 1 else 1)
+    return true_loss(*arguments) * (float("nan") if len(calls) == 3 and processes.rank() == 1 else 1)
 
 def run(name, arguments, main=train.main):
     printed = io.StringIO()
@@ -102,7 +102,7 @@ run("not finite", f"{tiny} --run_name not-finite")
 step_module.matryoshka_cross_entropy = true_loss
 trainer_module.save_state = full
 run("full", f"{tiny} --run_name full")
-Path(f"rank{ranks.rank()}.json").write_text(json.dumps(results))
+Path(f"rank{processes.rank()}.json").write_text(json.dumps(results))
 """
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from config import METRICS
 from dataloader import EvalBatch, EvalRows, eval_batches
-from datasets import ranks
+from datasets import processes
 from datasets.files import write_json
 from model import FMRLRec, slice_model
 from model.baselines.counting import Popularity
@@ -52,7 +52,7 @@ def rank_targets(
     """
     training = model.training
     model.eval()
-    start, stop = ranks.share(len(rows))
+    start, stop = processes.share(len(rows))
     device = next(itertools.chain(model.parameters(), model.buffers())).device
     batches = list(eval_batches(rows.part(start, stop), batch_size, device))
     found = torch.zeros(len(sizes), len(rows), dtype=torch.float64)
@@ -63,7 +63,7 @@ def rank_targets(
         z = [_last(model, batch, table) for batch in batches]
         found[:, start:stop] = _ranks(model, batches, z, table, sizes, mask_history)
     model.train(training)
-    return dict(zip(sizes, ranks.add_up(found), strict=True))
+    return dict(zip(sizes, processes.add_up(found), strict=True))
 
 
 def _last(model: Trained, batch: EvalBatch, table: Tensor | None) -> Tensor:
@@ -185,7 +185,7 @@ def test_every_size(
     else:
         found = rank_targets(model, rows, sizes=model.sizes, batch_size=batch_size, mask_history=mask_history)
     results = {m: ranking_metrics(of_size, ks) for m, of_size in found.items()}
-    if ranks.rank() == 0:
+    if processes.rank() == 0:
         of_users = {m: of_size.numpy() for m, of_size in found.items()}
         save_ranks(run / of_test(USER_RANKS, mask_history), of_users, max(ks), times_trained)
         _report(results, run, ks, title, mask_history)

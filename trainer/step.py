@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dataloader import Batch
-from datasets import ranks
+from datasets import processes
 from model import FMRLRec, matryoshka_cross_entropy
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
@@ -163,6 +163,6 @@ def _products_in(precision: str) -> Iterator[None]:
 
 def add_up_gradients(model: nn.Module) -> None:
     """Give every rank the gradients of the whole batch, of which it has those of its share: one sum of all of them."""
-    if ranks.world_size() > 1:
+    if processes.world_size() > 1:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        nn.utils.vector_to_parameters(ranks.add_up(nn.utils.parameters_to_vector(gradients)), gradients)
+        nn.utils.vector_to_parameters(processes.add_up(nn.utils.parameters_to_vector(gradients)), gradients)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import InputError
 from dataloader import Batch, EvalRows, TrainLoader
-from datasets import ranks
+from datasets import processes
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
@@ -117,7 +117,7 @@ class Trainer:
             len(self.loader),
             leave=False,
             unit="step",
-            disable=True if ranks.rank() else None,
+            disable=True if processes.rank() else None,
         )
         for i, batch in enumerate(batches, start=1):
             losses.append(self._update(batch))
@@ -151,7 +151,7 @@ class Trainer:
 
     def _check(self, losses: list[Tensor]) -> float:
         """The sum of the losses. Raises InputError that names the step where one is not finite."""
-        values = ranks.add_up(torch.stack(losses)).tolist()
+        values = processes.add_up(torch.stack(losses)).tolist()
         for i, value in enumerate(values):
             if not math.isfinite(value):
                 self._give_up(f"the loss is {value}", self.progress.step - len(values) + i + 1)
@@ -175,7 +175,7 @@ class Trainer:
         progress, value = self.progress, metrics[self.model.sizes[-1]][self.best_metric]
         if value > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
-        ranks.on_first(lambda: self._write(loss, metrics, train_seconds))
+        processes.on_first(lambda: self._write(loss, metrics, train_seconds))
 
     def _write(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
         progress = self.progress

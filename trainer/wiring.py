@@ -9,7 +9,7 @@ import torch
 
 from config import Config
 from dataloader import TrainLoader, eval_rows, times_trained, train_rows
-from datasets import ranks
+from datasets import processes
 from datasets.catalog import Catalog, describe, load_catalog
 from datasets.demo import load_demo
 from datasets.device import resolve_device
@@ -39,9 +39,9 @@ def load_data(config: Config, device: torch.device, run: Path | None = None) -> 
     else:
         catalog = load_catalog(config.data_root, config.dataset_code)
     for line in (describe(catalog), *catalog.notes):
-        ranks.say(line)
+        processes.say(line)
     if run:
-        ranks.on_first(lambda: check_data(run, catalog.digest()))
+        processes.on_first(lambda: check_data(run, catalog.digest()))
     features = feature_files(
         catalog,
         language=config.language_encoder if config.use_language_encoder else None,
@@ -117,7 +117,7 @@ def build_step(config: Config, model: Trained, loader: TrainLoader) -> Step | Gr
         if config.num_negatives
         else None,
     )
-    alone_on_a_gpu = loader.device.type == "cuda" and ranks.world_size() == 1
+    alone_on_a_gpu = loader.device.type == "cuda" and processes.world_size() == 1
     return GraphedStep(step) if alone_on_a_gpu else step
 
 
@@ -130,8 +130,8 @@ def build_trainer(
         config.train_batch_size,
         config.seed,
         device,
-        ranks.rank(),
-        ranks.world_size(),
+        processes.rank(),
+        processes.world_size(),
     )
     return Trainer(
         step=build_step(config, model, loader),

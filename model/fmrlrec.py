@@ -9,7 +9,8 @@ Histories are packed as in model/lru.py. N items, T tokens, F feature width, D l
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypedDict
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,32 @@ from model.lru import LRU
 from model.whitening import Whitening
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a model is made with, its items and sizes aside."""
+
+    num_blocks: int = 2
+    dropout: float = 0.5
+    attn_dropout: float = 0.5  # after the LRU
+    use_bias: bool = True  # of the LRU's B and C
+    r_min: float = 0.0  # of the ring that the LRU starts on
+    r_max: float = 0.1
+    # Beyond the paper.
+    post_norm: bool = False  # a LayerNorm after every sum, and of what is read, in place of one before LRU and FFN
+    input_dropout: float = 0.0  # of what is read
+    dropout_from: int = 0  # how many of the first dimensions no dropout falls on
+    item_embedding: int = 0  # how many of the first dimensions have a V, one of the sizes; 0: none
+    item_embedding_dropout: float = 0.0
+    logit_scale: bool = False  # learn how sharp each size's softmax is in training; no ranking depends on it
+
+
 class FeedForward(nn.Module):
     """FFN(x) = Dropout(W2 (SiLU(G x) ⊙ Dropout(W1 x))): [T, D] -> [T, D]."""
 
-    def __init__(self, sizes: tuple[int, ...], dropout: float, dropout_from: int) -> None:
+    def __init__(self, sizes: tuple[int, ...], settings: Settings) -> None:
         super().__init__()
         self.G, self.W1, self.W2 = FMRLLinear(sizes), FMRLLinear(sizes), FMRLLinear(sizes)
-        self.dropout = Dropout(dropout, dropout_from)
+        self.dropout = Dropout(settings.dropout, settings.dropout_from)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.W2(F.silu(self.G(x)) * self.dropout(self.W1(x))))
@@ -38,21 +58,13 @@ class Block(nn.Module):
     """x + Dropout(LRU(LN(x))), then x + FFN(LN(x)): [T, D] -> [T, D]. With post-norm, LN(x + Dropout(LRU(x))), then
     LN(x + FFN(x))."""
 
-    def __init__(
-        self,
-        sizes: tuple[int, ...],
-        dropout: float,
-        attn_dropout: float,
-        dropout_from: int,
-        bias: bool,
-        r: tuple[float, float],
-        post_norm: bool,
-    ) -> None:
+    def __init__(self, sizes: tuple[int, ...], settings: Settings) -> None:
         super().__init__()
-        self.post_norm = post_norm
-        self.norm1, self.lru = FMRLLayerNorm(sizes), LRU(sizes, bias, *r)
-        self.attn_dropout = Dropout(attn_dropout, dropout_from)
-        self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, dropout, dropout_from)
+        self.post_norm = settings.post_norm
+        self.norm1 = FMRLLayerNorm(sizes)
+        self.lru = LRU(sizes, settings.use_bias, settings.r_min, settings.r_max)
+        self.attn_dropout = Dropout(settings.attn_dropout, settings.dropout_from)
+        self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, settings)
 
     def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """at: [B], the only tokens whose output is wanted; then it is [B, D]."""
@@ -72,23 +84,6 @@ class Block(nn.Module):
         return self.norm2(x + self.ffn(x))
 
 
-class Settings(TypedDict):
-    """What a model was made with, its items and sizes aside."""
-
-    num_blocks: int
-    dropout: float
-    attn_dropout: float
-    use_bias: bool
-    r_min: float
-    r_max: float
-    post_norm: bool
-    input_dropout: float
-    dropout_from: int
-    item_embedding: int
-    item_embedding_dropout: float
-    logit_scale: bool
-
-
 class FMRLRec(nn.Module):
     """The recommender; the first m dimensions of all its weights are the sub-model of size m, for every m in sizes."""
 
@@ -97,54 +92,24 @@ class FMRLRec(nn.Module):
         num_items: int,
         features: Tensor | Sequence[Tensor] | None,
         sizes: tuple[int, ...],
-        num_blocks: int = 2,
-        dropout: float = 0.5,
-        attn_dropout: float = 0.5,
-        use_bias: bool = True,
-        r_min: float = 0.0,
-        r_max: float = 0.1,
-        post_norm: bool = False,
-        input_dropout: float = 0.0,
-        dropout_from: int = 0,
-        item_embedding: int = 0,
-        item_embedding_dropout: float = 0.0,
-        logit_scale: bool = False,
+        settings: Settings = Settings(),
         whitening: Whitening | None = None,
     ) -> None:
-        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. post_norm: a
-        LayerNorm after every sum, and of what is read, in place of one before LRU and feed-forward network.
-        input_dropout: of what is read. dropout_from: how many of the first dimensions no dropout falls on.
-        item_embedding: how many of the first dimensions have a V, one of sizes; 0: none. Its dropout and whitening: as
-        of ItemEncoder. logit_scale: learn how sharp each size's softmax is in training; no ranking depends on it.
-        Raises ValueError for sizes that do not increase, for features of another number of items, and for an
-        item_embedding without features or of a width that is no size."""
+        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. whitening: as of
+        ItemEncoder. Raises ValueError for sizes that do not increase, for features of another number of items, and for
+        an item_embedding without features or of a width that is no size."""
         super().__init__()
         increments(sizes)  # raises where sizes cannot be nested
-        if item_embedding and item_embedding not in sizes:
-            raise ValueError(f"an item embedding of {item_embedding} dimensions is none of the sizes {tuple(sizes)}")
-        self.num_items, self.sizes = num_items, tuple(sizes)
-        self.settings: Settings = {
-            "num_blocks": num_blocks,
-            "dropout": dropout,
-            "attn_dropout": attn_dropout,
-            "use_bias": use_bias,
-            "r_min": r_min,
-            "r_max": r_max,
-            "post_norm": post_norm,
-            "input_dropout": input_dropout,
-            "dropout_from": dropout_from,
-            "item_embedding": item_embedding,
-            "item_embedding_dropout": item_embedding_dropout,
-            "logit_scale": logit_scale,
-        }
-        self.items = ItemEncoder(num_items, sizes[-1], features, item_embedding, item_embedding_dropout, whitening)
-        self.input_dropout = Dropout(input_dropout, dropout_from)
-        self.norm = FMRLLayerNorm(self.sizes) if post_norm else None
-        self.blocks = nn.ModuleList(
-            Block(self.sizes, dropout, attn_dropout, dropout_from, use_bias, (r_min, r_max), post_norm)
-            for _ in range(num_blocks)
-        )
-        self.log_scale = nn.Parameter(torch.zeros(len(self.sizes))) if logit_scale else None  # of model/objective.py
+        embedding = settings.item_embedding
+        if embedding and embedding not in sizes:
+            raise ValueError(f"an item embedding of {embedding} dimensions is none of the sizes {tuple(sizes)}")
+        self.num_items, self.sizes, self.settings = num_items, tuple(sizes), settings
+        self.items = ItemEncoder(num_items, sizes[-1], features, embedding, settings.item_embedding_dropout, whitening)
+        self.input_dropout = Dropout(settings.input_dropout, settings.dropout_from)
+        self.norm = FMRLLayerNorm(self.sizes) if settings.post_norm else None
+        self.blocks = nn.ModuleList(Block(self.sizes, settings) for _ in range(settings.num_blocks))
+        # log s of model/objective.py
+        self.log_scale = nn.Parameter(torch.zeros(len(self.sizes))) if settings.logit_scale else None
 
     def each_block(self) -> Iterator[Block]:
         """The blocks, first to last, for what a module in general cannot do."""

@@ -1,5 +1,7 @@
 """Train once, deploy at any size: the first m dimensions of a trained model as a model of its own."""
 
+from dataclasses import replace
+
 import torch
 
 from model.fmrlrec import FMRLRec
@@ -15,10 +17,10 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
         raise ValueError(f"size {size} was not trained; the model has {', '.join(map(str, model.sizes))}")
     sizes = tuple(m for m in model.sizes if m <= size)
     features = model.items.features
-    settings = model.settings | {"item_embedding": min(model.settings["item_embedding"], size)}
+    settings = replace(model.settings, item_embedding=min(model.settings.item_embedding, size))
     weight = next(model.parameters())
     with weight.device:
-        small = FMRLRec(model.num_items, features or None, sizes, whitening=model.items.whitening, **settings)
+        small = FMRLRec(model.num_items, features or None, sizes, settings, model.items.whitening)
     for parameter in small.parameters():  # not small.to(), which would widen the features: they can be large
         parameter.data = parameter.data.to(weight.dtype)
     large = model.state_dict()

@@ -10,7 +10,7 @@ import config
 import train
 from config import Config
 from datasets import encoders
-from model import FMRLRec
+from model import Settings
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
 from tests.prepared import write_prepared
@@ -127,15 +127,15 @@ def consumed(flags, monkeypatch):
         "mrl_hidden_sizes": rec[0][2],
         "first_item_label": seen["train_rows"][0][0][2],
         "lru_max_len": {c[0][1] for name in ("train_rows", "eval_rows") for c in seen[name]},
-        "lru_num_blocks": rec[1]["num_blocks"],
-        "lru_dropout": rec[1]["dropout"],
-        "lru_attn_dropout": rec[1]["attn_dropout"],
-        "lru_use_bias": rec[1]["use_bias"],
-        "lru_r_min": rec[1]["r_min"],
-        "lru_r_max": rec[1]["r_max"],
-        "whiten_features": rec[1]["whitening"] is not None,
-        "item_embedding": rec[1]["item_embedding"],
-        **{name: rec[1][name] for name in MODEL_SETTINGS},
+        "lru_num_blocks": rec[0][3].num_blocks,
+        "lru_dropout": rec[0][3].dropout,
+        "lru_attn_dropout": rec[0][3].attn_dropout,
+        "lru_use_bias": rec[0][3].use_bias,
+        "lru_r_min": rec[0][3].r_min,
+        "lru_r_max": rec[0][3].r_max,
+        "whiten_features": rec[0][4] is not None,
+        "item_embedding": rec[0][3].item_embedding,
+        **{name: getattr(rec[0][3], name) for name in MODEL_SETTINGS},
         "seed": (loader[0][2], seeds[0]),
         "train_batch_size": loader[0][1],
         "early_stopping": settings["patience"] is not None,
@@ -159,9 +159,10 @@ def test_the_table_of_changed_settings_is_complete():
     assert all(getattr(defaults, name) != value for name, value in CHANGED.items())
 
 
-@pytest.mark.parametrize("model", [FMRLRec, SASRec, LRURec])
+@pytest.mark.parametrize("model", [Settings, SASRec, LRURec])
 def test_what_a_model_takes_for_granted_is_what_config_says(model):
-    settings, _ = config.resolve({"model_code": model.__name__.lower(), "dataset_code": "my_shop"})
+    name = "fmrlrec" if model is Settings else model.__name__.lower()
+    settings, _ = config.resolve({"model_code": name, "dataset_code": "my_shop"})
     for name, parameter in inspect.signature(model).parameters.items():
         setting = next((n for n in (f"lru_{name}", name) if hasattr(settings, n)), None)
         if parameter.default is not parameter.empty and setting:

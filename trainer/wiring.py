@@ -14,7 +14,7 @@ from datasets.catalog import Catalog, describe, load_catalog
 from datasets.demo import load_demo
 from datasets.device import resolve_device
 from datasets.features import feature_files
-from model import FMRLRec
+from model import FMRLRec, Settings
 from model.baselines.counting import ItemKNN, Popularity
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
@@ -87,19 +87,21 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
         num_items,
         (whitening.features() if whitening else parts) or None,
         config.mrl_hidden_sizes,
-        num_blocks=config.lru_num_blocks,
-        dropout=config.lru_dropout,
-        attn_dropout=config.lru_attn_dropout,
-        use_bias=config.lru_use_bias,
-        r_min=config.lru_r_min,
-        r_max=config.lru_r_max,
-        post_norm=config.post_norm,
-        input_dropout=config.input_dropout,
-        dropout_from=config.dropout_from,
-        item_embedding=config.embedded,
-        item_embedding_dropout=config.item_embedding_dropout,
-        logit_scale=config.logit_scale,
-        whitening=whitening,
+        Settings(
+            num_blocks=config.lru_num_blocks,
+            dropout=config.lru_dropout,
+            attn_dropout=config.lru_attn_dropout,
+            use_bias=config.lru_use_bias,
+            r_min=config.lru_r_min,
+            r_max=config.lru_r_max,
+            post_norm=config.post_norm,
+            input_dropout=config.input_dropout,
+            dropout_from=config.dropout_from,
+            item_embedding=config.embedded,
+            item_embedding_dropout=config.item_embedding_dropout,
+            logit_scale=config.logit_scale,
+        ),
+        whitening,
     )
 
 

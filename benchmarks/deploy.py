@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     card = measured_card(arguments)
     write_json(arguments.run / DEPLOYMENT, card)
     plot_card(card, arguments.run / DEPLOYMENT_PICTURE)
-    print("\n" + "\n".join(card_table(card)) + f"\n\nwritten: {arguments.run / DEPLOYMENT} and {DEPLOYMENT_PICTURE}")
+    print("\n" + "\n".join(card_table(card)) + f"\nwritten: {arguments.run / DEPLOYMENT} and {DEPLOYMENT_PICTURE}")
     return card
 
 

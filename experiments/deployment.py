@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments.tables import table
 from trainer.plots import figure, shades
 
 
@@ -13,7 +14,7 @@ def card_table(card: dict[str, Any]) -> list[str]:
     heads = ("size", "engine", "stored as", "MB on disk", "MB in memory", "load s", "p50 ms", "p95 ms", "event p50 ms",
              "256 users p50 ms", "256 users p95 ms", "Recall@10", "NDCG@10", "NDCG@10 lost", "same top 10",
              "same as torch")  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "| ---: | --- | --- |" + " ---: |" * (len(heads) - 3)]
+    rows = []
     plain: dict[int, float] = {}
     for row in card["rows"]:
         whole = plain.setdefault(row["size"], row["NDCG@10"])
@@ -24,17 +25,18 @@ def card_table(card: dict[str, Any]) -> list[str]:
         cells += [f"{row[name]:.4f}" for name in ("Recall@10", "NDCG@10")]
         cells += [f"{1 - row['NDCG@10'] / whole:.2%}" if whole else "", f"{row['same_top10']:.2%}"]
         cells += [f"{row['same_top10_as_torch']:.2%}" if "same_top10_as_torch" in row else ""]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines = table(heads, rows, text=(1, 2))
     if large := card["large_catalogue"]:
         lines += [
-            "",
             f"Size {large['size']} (onnx, float16) before {large['items']:,} items, most of them made up: top 10 in "
             f"{large['p50_ms']:.1f} ms (p95 {large['p95_ms']:.1f}), {large['resident_mb']:.0f} MB in memory "
             f"({large['peak_mb']:.0f} at its peak, of 256 users), loaded in {large['load_s']:.2f} s.",
+            "",
         ]
     added = [row["add_10000_s"] for row in card["rows"] if row["add_10000_s"] is not None]
     if added:
-        lines += ["", f"10,000 items more: added in {min(added):.2f} to {max(added):.2f} s, depending on the size."]
+        lines += [f"10,000 items more: added in {min(added):.2f} to {max(added):.2f} s, depending on the size.", ""]
     return lines
 
 

@@ -16,7 +16,7 @@ from experiments.deployment import card_table
 from experiments.figures import draw_figures
 from experiments.kept import RESULTS, KeptRun, keep, kept_runs
 from experiments.paper import COLUMNS, PUBLISHED
-from experiments.tables import settings_text, unlike_paper
+from experiments.tables import settings_text, table, unlike_paper
 from trainer.runs import COLD_ITEMS, DEPLOYMENT, DEPLOYMENT_PICTURE
 
 OUT = Path(__file__).parent / "RESULTS.md"
@@ -60,21 +60,22 @@ def section(run: KeptRun) -> str:
     if paper and (unlike := unlike_paper(config, config.branch)):
         lines.append(f"- Unlike the paper: {unlike}.")
     columns = (*COLUMNS, "MRR@10")
-    lines += ["", "| size | " + " | ".join(columns) + " | NDCG@10, history masked | Recall@10, history masked |"]
-    lines.append("| ---: |" + " ---: |" * (len(columns) + 2))
+    rows = []
     for size, values in run.metrics().items():
         cells = [f"{values[name]:.4f}" if name in values else "" for name in columns]
         cells += [
             f"{masked[size][name]:.4f}" if name in masked.get(size, ()) else "" for name in ("NDCG@10", "Recall@10")
         ]
-        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+        rows.append([str(size), *cells])
     if paper:
-        lines.append("| paper, 1024 | " + " | ".join(f"{paper[name]:.4f}" for name in COLUMNS) + " | | | |")
+        rows.append(["paper, 1024", *(f"{paper[name]:.4f}" for name in COLUMNS), "", "", ""])
+    heads = ["size", *columns, "NDCG@10, history masked", "Recall@10, history masked"]
+    lines += ["", *table(heads, rows, text=())]
     if (run.folder / DEPLOYMENT).exists():
         lines += deployment(run.folder)
     if (run.folder / COLD_ITEMS).exists():
         lines += cold_items(run.folder)
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def deployment(run: Path) -> list[str]:
@@ -82,7 +83,6 @@ def deployment(run: Path) -> list[str]:
     card = read_json(run / DEPLOYMENT, "keep the run again")
     environment, versions = card["environment"], card["environment"]["versions"]
     lines = [
-        "",
         f"### What serving it costs: {card['dataset']}",
         "",
         f"- `{' '.join(['python', '-m', 'benchmarks.deploy', *environment['command'][1:]])}`; {environment['device']}; "
@@ -94,7 +94,7 @@ def deployment(run: Path) -> list[str]:
         *card_table(card),
     ]
     if (run / DEPLOYMENT_PICTURE).exists():
-        lines += ["", f"![NDCG@10 against bytes and time](results/{run.name}/{DEPLOYMENT_PICTURE})"]
+        lines += [f"![NDCG@10 against bytes and time](results/{run.name}/{DEPLOYMENT_PICTURE})", ""]
     return lines
 
 
@@ -102,18 +102,16 @@ def cold_items(run: Path) -> list[str]:
     """How well items are found that were added after training, as experiments/cold_items.py measured it."""
     found = read_json(run / COLD_ITEMS, "keep the run again")
     names = [name for name in found["users"]["chance"] if name != "count"]
-    lines = [
-        "",
+    rows = [
+        [users, f"{result['count']:,}", *(f"{result[name]:.4f}" for name in names)]
+        for users, result in found["users"].items()
+    ]
+    return [
         f"{found['held_out']:,} items were held out of training and added to the export of size {found['size']} by "
         f"their features alone; every user's last item is ranked among all {found['items']:,}:",
         "",
-        "| last item | users | " + " | ".join(names) + " |",
-        "| --- | ---: |" + " ---: |" * len(names),
+        *table(["last item", "users", *names], rows),
     ]
-    for users, result in found["users"].items():
-        cells = (users, f"{result['count']:,}", *(f"{result[name]:.4f}" for name in names))
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable, Sequence
 from math import nan
 from typing import Any
 
@@ -55,10 +56,10 @@ def settings_text(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {shown(value)}" for name, value in settings.items())
 
 
-def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown; the first column is text, the others numbers."""
-    ruler = "| --- |" + " ---: |" * (len(heads) - 1)
-    return [f"| {' | '.join(heads)} |", ruler, *(f"| {' | '.join(row)} |" for row in rows), ""]
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], text: tuple[int, ...] = (0,)) -> list[str]:
+    """Markdown; the columns `text` are text, the others numbers."""
+    ruler = ["---" if i in text else "---:" for i in range(len(heads))]
+    return [*(f"| {' | '.join(row)} |" for row in (heads, ruler, *rows)), ""]
 
 
 def results(group: list[Line], names: tuple[str, ...]) -> list[str]:

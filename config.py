@@ -187,7 +187,9 @@ class Config:
         True, "a user's first item is predicted too, from token 0, where the training items fit into lru_max_len"
     )
     num_negatives: int = setting(
-        0, "items drawn in a step to stand for the catalogue in the softmax (sampled softmax); 0: all items, exactly"
+        0,
+        "items drawn in a step to stand for the catalogue in the softmax (sampled softmax); 0, or no fewer than there "
+        "are: all items, exactly",
     )
     early_stopping: bool = setting(True, "stop when best_metric has not improved for early_stopping_patience epochs")
     early_stopping_patience: int = setting(10, "epochs without improvement before stopping")

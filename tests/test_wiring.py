@@ -9,10 +9,12 @@ import torch
 import config
 import train
 from config import Config
+from dataloader import TrainLoader, train_rows
 from datasets import encoders
-from model import Settings
+from model import FMRLRec, Settings
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
+from tests.made_up import as_sequences
 from tests.prepared import write_prepared
 from trainer import wiring
 
@@ -173,7 +175,7 @@ def test_what_a_model_takes_for_granted_is_what_config_says(model):
 def together(tmp_path_factory):
     """What a run in which all of TOGETHER were changed consumed."""
     folder = tmp_path_factory.mktemp("together")
-    write_prepared(folder / "data", "tiny", users=20, items=12, pictures=True)
+    write_prepared(folder / "data", "tiny", users=20, items=20, pictures=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return consumed(BASE | {"item_embedding": 4, "post_norm": True} | TOGETHER, patch)
@@ -203,7 +205,7 @@ def test_a_setting_alone_reaches_what_reads_it(workplace, monkeypatch, name):
     if name == "data_root":
         (workplace / "data").rename(workplace / "elsewhere")
     if name == "dataset_code":
-        write_prepared(workplace / "data", "other", users=8, items=12, pictures=True)
+        write_prepared(workplace / "data", "other", users=8, items=20, pictures=True)
     found = consumed(BASE | {name: value}, monkeypatch)
     if name == "data_root":
         assert found["dataset_code"] == "tiny"
@@ -212,3 +214,12 @@ def test_a_setting_alone_reaches_what_reads_it(workplace, monkeypatch, name):
         assert {setting: found[setting] for setting in plus} == plus
     else:
         assert found[name] == value
+
+
+@pytest.mark.parametrize(("negatives", "sampled"), [(0, False), (19, True), (20, False), (4096, False)])
+def test_as_many_negatives_as_items_are_all_items(negatives, sampled):
+    config_, _ = config.resolve({"dataset_code": "tiny", "num_negatives": negatives, "device": "cpu"})
+    model = FMRLRec(20, None, (2, 4), Settings(num_blocks=1))
+    loader = TrainLoader(train_rows(as_sequences([[1, 2, 3, 4], [5, 6, 7]]), 5), 2, 0, torch.device("cpu"))
+    step = wiring.build_step(config_, model, loader)
+    assert (step.sampler is not None) == sampled

@@ -107,6 +107,7 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
 
 def build_step(config: Config, model: Trained, loader: TrainLoader) -> Step | GraphedStep:
     """A training step of the model with the optimizer, loss and precision that the settings name."""
+    sampled = 0 < config.num_negatives < model.num_items  # as many draws as items would cost more, and be less exact
     step = Step(
         model,
         build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.adam_epsilon),
@@ -115,9 +116,7 @@ def build_step(config: Config, model: Trained, loader: TrainLoader) -> Step | Gr
         size_weights=config.size_weights,
         distill=config.distill,
         max_grad_norm=config.max_grad_norm,
-        sampler=NegativeSampler(loader.label_counts(model.num_items), config.num_negatives)
-        if config.num_negatives
-        else None,
+        sampler=NegativeSampler(loader.label_counts(model.num_items), config.num_negatives) if sampled else None,
     )
     alone_on_a_gpu = loader.device.type == "cuda" and processes.world_size() == 1
     return GraphedStep(step) if alone_on_a_gpu else step

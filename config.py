@@ -57,8 +57,8 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {
     **{name: {**_IDS_ALONE, "mrl_hidden_sizes": (1,), "num_epochs": 1} for name in COUNTING},
 }
 
-# What --preset names, on every dataset. "paper" leaves all as it is; "plus" makes small sizes better. It was chosen by
-# validation on Beauty, the number of negatives on Sports too, from text alone.
+# What --preset names, on every dataset. "paper" leaves all as it is; "plus" makes all sizes better, small ones most.
+# It was chosen by validation on Beauty, the number of negatives on Sports too, from text alone.
 NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "plus": {
@@ -197,7 +197,7 @@ class Config:
     # --- plus: beyond the paper, all off by default
     preset: str = setting(
         "paper",
-        "paper: nothing beyond it; plus: settings that make small sizes better, listed below",
+        "paper: nothing beyond it; plus: settings that make all sizes better, the small ones most, listed below",
         choices=tuple(NAMED_PRESETS),
     )
     whiten_features: bool = setting(
@@ -225,8 +225,8 @@ class Config:
     input_dropout: float = setting(0.0, "dropout of the items that are read")
     dropout_from: int = setting(
         0,
-        "how many of the first dimensions input_dropout, lru_dropout and lru_attn_dropout spare: small sizes do "
-        "not overfit",
+        "how many of the first dimensions, those of the small sizes, input_dropout, lru_dropout and lru_attn_dropout "
+        "spare",
     )
     distill: float = setting(
         0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"
@@ -450,7 +450,7 @@ def unread(c: Config) -> set[str]:
 
 
 def from_saved(values: dict[str, Any]) -> Config:
-    """Settings as a run's config.json holds them, those of before too, where they were off."""
+    """Settings as a run's config.json holds them. Options that are gone are passed over where they were off."""
     off = {"small_dropout": 1.0, "item_embedding_width": 0}
     values = {name: value for name, value in values.items() if name not in off or value != off[name]}
     if values.get("item_embedding") is False:

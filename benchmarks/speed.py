@@ -69,7 +69,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     from benchmarks.baseline import Baseline, padded
     from dataloader import TrainLoader, eval_rows, train_rows
     from datasets.catalog import Sequences
-    from model import FMRLRec, Settings
+    from model import FMRLRec, ModelSettings
     from trainer.averaging import WeightAverage
     from trainer.evaluation import rank_targets, rank_targets_alone
     from trainer.step import Step, build_optimizer
@@ -83,7 +83,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     sizes = tuple(map(int, arguments.sizes.split(",")))
     # As they are kept: of length 1, in half precision.
     features = torch.nn.functional.normalize(torch.randn(arguments.items, arguments.features)).half()
-    model = FMRLRec(arguments.items, features, sizes, Settings(arguments.blocks)).to(device)
+    model = FMRLRec(arguments.items, features, sizes, ModelSettings(arguments.blocks)).to(device)
     optimizer = build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9)
     baseline, plain_optimizer = Baseline(model), torch.optim.AdamW(model.parameters(), fused=False)
     loader = TrainLoader(train_rows(sequences, 50), arguments.batch, 0, device)

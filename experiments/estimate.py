@@ -18,12 +18,13 @@ from trainer.runs import read_log
 
 STEPS = 4  # of training and of validation, in a measurement
 FEATURES = 1024  # columns of made-up features for text and for pictures, the width of the paper's text encoder
-WORK = ("dataset_code", "model_code", "mrl_hidden_sizes", "lru_num_blocks", "train_batch_size", "precision", "branch")
+WORK = ("dataset_code", "model_code", "mrl_hidden_sizes", "lru_num_blocks", "train_batch_size", "num_negatives",
+        "precision", "branch")  # fmt: skip
 
 
 def work(config: Config) -> tuple[Any, ...]:
     """What the time of an epoch depends on most."""
-    return (*(getattr(config, name) for name in WORK), bool(config.num_negatives))
+    return tuple(getattr(config, name) for name in WORK)
 
 
 def earlier(config: Config, runs_root: Path, results: Path) -> float | None:
@@ -53,7 +54,7 @@ def measured(config: Config, catalog: Catalog) -> float:
     from dataloader import eval_rows
     from datasets.device import resolve_device
     from trainer.runlog import RunLog
-    from trainer.step import Trained
+    from trainer.step import Trainable
     from trainer.wiring import build_model, build_trainer
 
     users = len(catalog.sequences)
@@ -64,7 +65,7 @@ def measured(config: Config, catalog: Catalog) -> float:
     device = resolve_device(config.device)
     torch.manual_seed(0)
     model = build_model(config, catalog.num_items, features).to(device)
-    assert isinstance(model, Trained)  # of those that count there is nothing to measure
+    assert isinstance(model, Trainable)  # of those that count there is nothing to measure
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         log = RunLog(Path(folder), [])
         short = replace(config, num_epochs=2, early_stopping=False)

@@ -112,8 +112,10 @@ def by_size(group: list[Line], validation: bool) -> list[str]:
         logs = [run.log[-1] for run in line.runs]
         row.append(f"{statistics.mean(log['seconds'] / log['epoch'] for log in logs):.0f}")
         cells.append(row)
-    of = "validation NDCG@10 by size" if validation else "NDCG@10 by size, history masked"
-    heads = [of, "seeds", *map(str, sizes), "Recall@10, largest", "s an epoch"]
+    of, largest = "validation NDCG@10 by size", "Recall@10, largest"
+    if not validation:
+        of, largest = "NDCG@10 by size, history masked", f"{largest}, history masked"
+    heads = [of, "seeds", *map(str, sizes), largest, "s an epoch"]
     return table(heads, cells)
 
 

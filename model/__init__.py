@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.fmrlrec import FMRLRec, Settings, count_parameters
+    from model.fmrlrec import FMRLRec, ModelSettings, count_parameters
     from model.loss import matryoshka_cross_entropy
     from model.serving.recommender import Recommender
     from model.slicing import slice_model
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 _HOME = {
     "FMRLRec": "model.fmrlrec",
     "Recommender": "model.serving.recommender",
-    "Settings": "model.fmrlrec",
+    "ModelSettings": "model.fmrlrec",
     "count_parameters": "model.fmrlrec",
     "matryoshka_cross_entropy": "model.loss",
     "slice_model": "model.slicing",
 }
 
-__all__ = ["FMRLRec", "Recommender", "Settings", "count_parameters", "matryoshka_cross_entropy", "slice_model"]
+__all__ = ["FMRLRec", "ModelSettings", "Recommender", "count_parameters", "matryoshka_cross_entropy", "slice_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,8 @@
 
     item i:  features [F] ---Linear---> E_i [D]                    (item table E, [N+1, D]; row 0: begin of sequence)
     history: E_{i1} E_{i2} ... ---[x + Dropout(LRU(LN(x))); x + FFN(LN(x))] x blocks---> z [D]
-             (beyond the paper, with post-norm: LN(Dropout(E_{i1})) ... ---[LN(x + Dropout(LRU(x))); LN(x + FFN(x))])
+             (beyond the paper: Dropout(E_{i1}) ...; and with post-norm:
+             LN(Dropout(E_{i1})) ... ---[LN(x + Dropout(LRU(x))); LN(x + FFN(x))] x blocks---> z [D])
     score of item i with the sub-model of size m:  z[:m] · E[i, :m]
 
 Histories are packed as in model/lru.py. N items, T tokens, F feature width, D largest size.
@@ -24,7 +25,7 @@ from model.whitening import Whitening
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModelSettings:
     """What a model is made with, its items and sizes aside."""
 
     num_blocks: int = 2
@@ -45,7 +46,7 @@ class Settings:
 class FeedForward(nn.Module):
     """FFN(x) = Dropout(W2 (SiLU(G x) ⊙ Dropout(W1 x))): [T, D] -> [T, D]."""
 
-    def __init__(self, sizes: tuple[int, ...], settings: Settings) -> None:
+    def __init__(self, sizes: tuple[int, ...], settings: ModelSettings) -> None:
         super().__init__()
         self.G, self.W1, self.W2 = FMRLLinear(sizes), FMRLLinear(sizes), FMRLLinear(sizes)
         self.dropout = Dropout(settings.dropout, settings.dropout_from)
@@ -58,7 +59,7 @@ class Block(nn.Module):
     """x + Dropout(LRU(LN(x))), then x + FFN(LN(x)): [T, D] -> [T, D]. With post-norm, LN(x + Dropout(LRU(x))), then
     LN(x + FFN(x))."""
 
-    def __init__(self, sizes: tuple[int, ...], settings: Settings) -> None:
+    def __init__(self, sizes: tuple[int, ...], settings: ModelSettings) -> None:
         super().__init__()
         self.post_norm = settings.post_norm
         self.norm1 = FMRLLayerNorm(sizes)
@@ -92,7 +93,7 @@ class FMRLRec(nn.Module):
         num_items: int,
         features: Tensor | Sequence[Tensor] | None,
         sizes: tuple[int, ...],
-        settings: Settings = Settings(),
+        settings: ModelSettings = ModelSettings(),
         whitening: Whitening | None = None,
     ) -> None:
         """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. whitening: as of

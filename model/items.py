@@ -70,21 +70,22 @@ class ItemEncoder(nn.Module):
         rows = torch.cat([part[row].to(dtype) for part in self.features], dim=1)
         return rows * (items > 0)[:, None]
 
-    def kept(self) -> Tensor | None:
+    def draw_kept(self) -> Tensor | None:
         """Draw which tokens have their V in a step of training, [N+1] bool; None: all."""
         if self.V is None or not self.training or self.embedding_dropout == 0:
             return None
         return torch.rand(self.num_items + 1, device=self.V.device) >= self.embedding_dropout
 
-    def forward(self, items: Tensor, kept: Tensor | None = None, few: bool = False) -> Tensor:
-        """E of these items [n] (0: begin of sequence): [n, D]. kept: as drawn for the step. few: there is
-        another gradient of V, of all items, which takes in that of these."""
+    def forward(self, items: Tensor, kept: Tensor | None = None, sparse_gradient: bool = False) -> Tensor:
+        """E of these items [n] (0: begin of sequence): [n, D]. kept: as drawn for the step.
+        sparse_gradient: of V, on a CPU, where another one, of all items, takes it in."""
         if not self.parts:
             return F.embedding(items, self.table)
         projected = self.projection(self.rows(items, self.projection.weight.dtype))
         if self.V is None:
             return projected
-        V = F.embedding(items, self.V, sparse=few and self.V.device.type == "cpu")  # or zeros are made for all others
+        sparse = sparse_gradient and self.V.device.type == "cpu"  # or zeros are made for all others
+        V = F.embedding(items, self.V, sparse=sparse)
         V = V if kept is None else V * kept[items][:, None]
         return projected + F.pad(V, (0, projected.shape[1] - V.shape[1]))
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from datasets.catalog import Catalog, Sequences
-from model import FMRLRec, Settings
+from model import FMRLRec, ModelSettings
 
 NEAR_1 = (0.9, 0.999)  # a ring of eigenvalues that forget slowly: every step of a history counts
 
@@ -35,7 +35,9 @@ def random_model(
     """A model of random weights, eigenvalues on the ring."""
     torch.manual_seed(seed)
     features = None if features is None else torch.as_tensor(features)
-    model = FMRLRec(num_items, features, sizes, Settings(num_blocks, 0.5, 0.5, use_bias, *ring, post_norm=post_norm))
+    model = FMRLRec(
+        num_items, features, sizes, ModelSettings(num_blocks, 0.5, 0.5, use_bias, *ring, post_norm=post_norm)
+    )
     return with_random_weights(model).eval()
 
 

@@ -255,7 +255,6 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--item_embedding_dropout", "1.0"),
         ("--item_embedding", "-1"),
         ("--input_dropout", "1"),
-        ("--distill", "1.5"),
         ("--dropout_from", "-1"),
         ("--ema_decay", "1"),
         ("--distill", "1.1"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import FMRLRec, Settings, count_parameters
+from model import FMRLRec, ModelSettings, count_parameters
 from model.fmrl import (
     FMRLLayerNorm,
     FMRLLinear,
@@ -154,12 +154,12 @@ def test_sizes_that_are_no_increasing_whole_numbers_are_refused(build, sizes):
 
 @pytest.mark.parametrize(("num_blocks", "expected"), [(1, 5_605_824), (2, 9_113_472)])
 def test_the_paper_model_has_as_many_parameters_as_the_released_one(num_blocks, expected):
-    model = FMRLRec(num_items=3, features=torch.zeros(3, 2048), sizes=PAPER_SIZES, settings=Settings(num_blocks))
+    model = FMRLRec(num_items=3, features=torch.zeros(3, 2048), sizes=PAPER_SIZES, settings=ModelSettings(num_blocks))
     assert count_parameters(model) == expected
 
 
 def test_parameters_are_counted_without_what_the_mask_hides_and_complex_ones_once():
-    model = FMRLRec(num_items=4, features=None, sizes=(2, 3), settings=Settings(num_blocks=1))
+    model = FMRLRec(num_items=4, features=None, sizes=(2, 3), settings=ModelSettings(num_blocks=1))
     table, norms, rings = 5 * 3, 2 * 2 * 3, 3 * 3
     square_weights, biases = 5 * (2 * 2 + 1 * 3), 5 * 3
     assert count_parameters(model) == table + norms + rings + square_weights + biases

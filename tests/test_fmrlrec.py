@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import FMRLRec, Settings, slice_model
+from model import FMRLRec, ModelSettings, slice_model
 from model import items as items_module
 from model.dropout import Dropout, set_share
 from model.items import ItemEncoder
@@ -106,7 +106,7 @@ def test_frozen_features_are_no_weights_and_are_not_saved():
 
 def test_with_post_norm_items_are_read_after_dropout_and_a_norm_of_each_size():
     sizes = (2, 4, DIM)
-    model = FMRLRec(NUM_ITEMS, None, sizes, Settings(post_norm=True, input_dropout=0.4, dropout_from=1))
+    model = FMRLRec(NUM_ITEMS, None, sizes, ModelSettings(post_norm=True, input_dropout=0.4, dropout_from=1))
     x = torch.randn(3, DIM) * 5 + 2
     torch.manual_seed(0)
     dropped = torch.cat([x[:, :1], x[:, 1:] * (torch.rand(3, DIM - 1) >= 0.4) / 0.6], dim=1)
@@ -122,7 +122,9 @@ def test_with_post_norm_items_are_read_after_dropout_and_a_norm_of_each_size():
 @pytest.mark.parametrize("post_norm", [True, False])
 def test_a_step_reads_items_as_whole_histories_do(post_norm):
     torch.manual_seed(0)
-    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), Settings(r_min=0.3, r_max=0.9, post_norm=post_norm)).double().eval()
+    model = (
+        FMRLRec(NUM_ITEMS, None, (2, 4, DIM), ModelSettings(r_min=0.3, r_max=0.9, post_norm=post_norm)).double().eval()
+    )
     x, hidden = torch.randn(6, DIM, dtype=torch.float64), torch.zeros(1, 2, 2, DIM, dtype=torch.float64)
     for expected, item in zip(model.encode(x, torch.arange(6), 6), x, strict=True):
         z, hidden = model.step(item[None], hidden)
@@ -133,7 +135,7 @@ def test_a_step_reads_items_as_whole_histories_do(post_norm):
 @pytest.mark.parametrize("at", [[2, 3, 9], [9], [0, 9, 3, 3]], ids=str)
 def test_answers_for_some_tokens_are_those_among_all_with_their_gradients(at, num_blocks):
     torch.manual_seed(0)
-    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), Settings(num_blocks, r_min=0.3, r_max=0.9)).double().eval()
+    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), ModelSettings(num_blocks, r_min=0.3, r_max=0.9)).double().eval()
     position, at = torch.cat([torch.arange(n) for n in (3, 1, 6)]), torch.tensor(at)
     x = torch.randn(10, DIM, dtype=torch.float64, requires_grad=True)
     weights = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
@@ -191,7 +193,7 @@ def test_dropout_that_spares_nothing_is_the_papers_bit_by_bit():
 @pytest.mark.parametrize("start", [0, 2])
 def test_every_dropout_of_a_model_spares_the_first_dimensions(start):
     dropouts = {"dropout": 0.4, "attn_dropout": 0.3, "input_dropout": 0.2, "dropout_from": start}
-    model = FMRLRec(NUM_ITEMS, None, (2, 4), Settings(post_norm=True, **dropouts))
+    model = FMRLRec(NUM_ITEMS, None, (2, 4), ModelSettings(post_norm=True, **dropouts))
     found = {(layer.p, layer.start) for layer in model.modules() if isinstance(layer, Dropout)}
     assert found == {(0.4, start), (0.3, start), (0.2, start)}
     assert slice_model(model, 2).settings == model.settings

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import model.loss
 from dataloader import TrainLoader, train_rows
 from datasets.catalog import Sequences
-from model import FMRLRec, Settings, count_parameters, slice_model
+from model import FMRLRec, ModelSettings, count_parameters, slice_model
 from model import items as items_module
 from model.loss import Factors, columns_multiplied_out, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
 from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy_plain
@@ -25,7 +25,7 @@ def make_model(embedding=SIZES[-1], dropout=0.0, seed=0):
     torch.manual_seed(seed)
     features = [torch.randn(NUM_ITEMS, width) for width in WIDTHS]
     options = {"item_embedding": embedding, "item_embedding_dropout": dropout, "dropout": 0.0, "attn_dropout": 0.0}
-    return FMRLRec(NUM_ITEMS, features, SIZES, Settings(r_max=0.9, **options))
+    return FMRLRec(NUM_ITEMS, features, SIZES, ModelSettings(r_max=0.9, **options))
 
 
 def with_embeddings(dropout=0.0, embedding=SIZES[-1]):
@@ -89,7 +89,7 @@ def test_an_embedding_ends_where_a_size_does():
 
 def test_a_learned_table_takes_no_embedding():
     with pytest.raises(ValueError, match="a learned item table has nothing that an embedding could be added to"):
-        FMRLRec(NUM_ITEMS, None, SIZES, Settings(item_embedding=SIZES[-1]))
+        FMRLRec(NUM_ITEMS, None, SIZES, ModelSettings(item_embedding=SIZES[-1]))
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -199,7 +199,7 @@ def test_a_step_reads_and_predicts_the_items_it_drew_without_their_embeddings(ne
 def test_an_evaluation_has_all_embeddings_and_draws_nothing():
     evaluated, without_dropout = with_embeddings(dropout=0.5).eval().items, with_embeddings().train().items
     before = torch.get_rng_state()
-    assert evaluated.kept() is None and without_dropout.kept() is None
+    assert evaluated.draw_kept() is None and without_dropout.draw_kept() is None
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
-from model import FMRLRec, Settings, matryoshka_cross_entropy
+from model import FMRLRec, ModelSettings, matryoshka_cross_entropy
 from tests.made_up import as_sequences, with_random_weights
 
 MAX_LEN = 50
@@ -120,7 +120,9 @@ def random_model(branch, num_blocks=2, use_bias=True, p=0.0, dtype=torch.float64
     """(model without zeros or ones among its weights, its features); the recurrence remembers for long."""
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, TEXT_WIDTH + IMAGE_WIDTH, dtype=dtype) if branch == "both" else None
-    model = FMRLRec(NUM_ITEMS, features, SIZES, Settings(num_blocks, p, p, use_bias, r_min=0.5, r_max=0.98)).to(dtype)
+    model = FMRLRec(NUM_ITEMS, features, SIZES, ModelSettings(num_blocks, p, p, use_bias, r_min=0.5, r_max=0.98)).to(
+        dtype
+    )
     return with_random_weights(model, 0.7), features
 
 
@@ -272,7 +274,7 @@ def test_dropout_follows_the_lru_and_w1_and_w2_and_nothing_else():
 
 def test_the_two_dropouts_are_set_apart():
     torch.manual_seed(0)
-    model = FMRLRec(NUM_ITEMS, None, SIZES, Settings(num_blocks=2, dropout=0.3, attn_dropout=0.7))
+    model = FMRLRec(NUM_ITEMS, None, SIZES, ModelSettings(num_blocks=2, dropout=0.3, attn_dropout=0.7))
     for block in model.blocks:
         assert (block.attn_dropout.p, block.ffn.dropout.p) == (0.7, 0.3)
 
@@ -287,7 +289,7 @@ def test_a_learned_item_table_starts_small_and_different_for_every_token():
 
 
 def test_the_recurrence_of_every_block_starts_on_the_ring_that_the_model_is_given():
-    model = FMRLRec(NUM_ITEMS, None, (8, 64), Settings(num_blocks=2, r_min=0.4, r_max=0.5))
+    model = FMRLRec(NUM_ITEMS, None, (8, 64), ModelSettings(num_blocks=2, r_min=0.4, r_max=0.5))
     for block in model.blocks:
         modulus = torch.complex(*block.lru.eigenvalues()).abs()
         assert modulus.min() >= 0.4 - 1e-6

@@ -26,7 +26,7 @@ PICTURES = (
     "--dataset_code tiny --preset plus --dropout_from 2 --no-use_language_encoder --img_encoder pixel "
     "--mrl_hidden_sizes 2,4,8 --num_epochs 3 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --lru_max_len 6 --device cpu"
 )
-BOTH = PICTURES.replace("--no-use_language_encoder", "--language_encoder lexical")
+BOTH = PICTURES.replace("--no-use_language_encoder", "--language_encoder lexical --num_negatives 7")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -205,7 +205,7 @@ def test_without_options_nothing_is_drawn_held_or_asked_for_beside_the_papers(lo
     features = features_of(config, catalog)
     model = build_model(plain, catalog.num_items, features).train()
     assert [part.data_ptr() for part in model.items.features] == [part.ctypes.data for part in features]
-    assert model.items.kept() is None and model.items.factors(torch.float32).embedding is None
+    assert model.items.draw_kept() is None and model.items.factors(torch.float32).embedding is None
     assert not any(name in key for key in model.state_dict() for name in ("items.V", "log_scale", "whitening"))
     assert Step(model, None, precision="fp32").objective() is None
     assert Step(model, None, precision="fp32", distill=0.5).objective() == Objective((1.0, 1.0, 1.0), None, 0.5)

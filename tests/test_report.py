@@ -14,7 +14,7 @@ from experiments.definition import Definition, Row, definitions
 from experiments.figures import draw_figures
 from experiments.kept import kept_runs
 from experiments.significance import paired_bootstrap, user_metrics
-from model import FMRLRec, Settings, count_parameters
+from model import FMRLRec, ModelSettings, count_parameters
 from trainer.metrics import ranking_metrics
 from trainer.user_ranks import save_ranks
 
@@ -114,7 +114,7 @@ def test_figure_4_comes_out_to_the_digit():
 
 @pytest.mark.parametrize("sizes", [(8,), (8, 16, 32), (4, 12, 20)])
 def test_what_models_here_hold_is_what_is_counted(sizes):
-    model = FMRLRec(3, torch.zeros(3, parameters.FEATURES), sizes, Settings(num_blocks=2))
+    model = FMRLRec(3, torch.zeros(3, parameters.FEATURES), sizes, ModelSettings(num_blocks=2))
     projection = sum(p.numel() for p in model.items.parameters())
     numbers = sum(p.numel() for p in model.parameters())
     assert parameters.stored(sizes[-1]) == numbers
@@ -348,7 +348,8 @@ def test_sizes_side_by_side_are_those_of_the_test_with_the_history_masked(tmp_pa
         keep_run(tmp_path, name, {"mrl_hidden_sizes": (8, 16), **flags})
     runs = kept_runs(tmp_path)
     table = rows_of(tables.section(mine, runs))
-    assert table[0][:4] == ["NDCG@10 by size, history masked", "seeds", "8", "16"]
+    heads = ["NDCG@10 by size, history masked", "seeds", "8", "16", "Recall@10, largest, history masked", "s an epoch"]
+    assert table[0] == heads
     for row, run in zip(table[2:4], runs, strict=True):
         of_sizes = run.metrics(masked=True)
         expected = [of_sizes[8]["NDCG@10"], of_sizes[16]["NDCG@10"], of_sizes[16]["Recall@10"]]

@@ -33,7 +33,8 @@ BASELINES = {"sasrec": TRAINED, "lrurec": TRAINED, "itemknn": BASELINE}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 LONELY = "--train_batch_size 1 --num_epochs 1"  # a batch is one user, so one of two processes has none
 # A LayerNorm of 2 dimensions has no gradient, and many draws of few items gradients that rounding decides.
-PLUS = "--preset plus --dropout_from 4 --num_negatives 5 --mrl_hidden_sizes 4,12"
+PLUS = "--preset plus --dropout_from 4 --num_negatives 0 --mrl_hidden_sizes 4,12"
+SAMPLED_PLUS = PLUS.replace("--num_negatives 0", "--num_negatives 5")
 # Every case, one after another in the same two processes; what happened in each is left in rank0.json and rank1.json.
 TWO = """
 import contextlib, hashlib, io, json, shlex, sys
@@ -47,7 +48,7 @@ from trainer import step as step_module
 from trainer import trainer as trainer_module
 from trainer.trainer import Trainer
 
-tiny, lonely, plus, baselines = sys.argv[1:]
+tiny, lonely, plus, sampled_plus, baselines = sys.argv[1:]
 seen, fit, keep = {}, Trainer.fit, Trainer._keep
 true_loss, true_save = step_module.matryoshka_cross_entropy, trainer_module.save_state
 
@@ -90,6 +91,7 @@ run("tested", "--run_name two", eval_script.main)
 run("tested alone", "--run_name two --alone", eval_script.main)
 run("sampled two", f"{tiny} --num_negatives 5 --run_name sampled-two")
 run("plus two", f"{tiny} {plus} --run_name plus-two")
+run("sampled plus two", f"{tiny} {sampled_plus} --run_name sampled-plus-two")
 run("lonely two", f"{tiny} {lonely} --run_name lonely-two")
 for model, flags in json.loads(baselines).items():
     run(f"{model} two", f"--model_code {model} {flags} --run_name {model}-two")
@@ -140,13 +142,16 @@ def folder(tmp_path_factory):
         train.main(shlex.split(f"{TINY} --run_name one"))
         train.main(shlex.split(f"{TINY} --num_negatives 5 --run_name sampled-one"))
         train.main(shlex.split(f"{TINY} {PLUS} --run_name plus-one"))
+        train.main(shlex.split(f"{TINY} {SAMPLED_PLUS} --run_name sampled-plus-one"))
         train.main(shlex.split(f"{TINY} {LONELY} --run_name lonely-one"))
         for model, flags in BASELINES.items():
             train.main(shlex.split(f"--model_code {model} {flags} --run_name {model}-one"))
         interrupted_after_one_epoch(patch, f"{TINY} --run_name cut-by-one")
         assert not torch.distributed.is_initialized()
         (folder / "two.py").write_text(TWO)
-        done = torchrun(folder / "two.py", shlex.join([TINY, LONELY, PLUS, json.dumps(BASELINES)]), folder)
+        done = torchrun(
+            folder / "two.py", shlex.join([TINY, LONELY, PLUS, SAMPLED_PLUS, json.dumps(BASELINES)]), folder
+        )
         assert done.returncode == 0, done.stderr[-5000:]
         train.main(["--resume", str(named("cut-by-two", folder))])
     return folder
@@ -184,7 +189,8 @@ def test_two_processes_draw_the_same_items(folder):
 
 
 def test_two_processes_train_with_all_options_as_one_does(folder):
-    assert_same_training(named("plus-two", folder), named("plus-one", folder))
+    for name in ("plus", "sampled-plus"):
+        assert_same_training(named(f"{name}-two", folder), named(f"{name}-one", folder))
 
 
 def test_a_batch_of_one_user_trains_as_in_one_process(folder):

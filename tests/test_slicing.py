@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataloader import eval_batches, eval_rows
-from model import FMRLRec, Settings, count_parameters, slice_model
+from model import FMRLRec, ModelSettings, count_parameters, slice_model
 from tests.made_up import as_sequences, with_random_weights
 from trainer.evaluation import evaluate
 
@@ -21,7 +21,7 @@ def random_model(sizes, branch="both", use_bias=True, seed=0, **options):
     """A model without zeros or ones among its weights, not even where the mask hides them."""
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
-    model = FMRLRec(NUM_ITEMS, features, sizes, Settings(2, 0.5, 0.5, use_bias, r_min=0.3, r_max=0.9, **options))
+    model = FMRLRec(NUM_ITEMS, features, sizes, ModelSettings(2, 0.5, 0.5, use_bias, r_min=0.3, r_max=0.9, **options))
     return with_random_weights(model).eval()
 
 

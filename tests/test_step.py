@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dataloader import Batch, TrainLoader, train_rows
 from datasets.catalog import Sequences
-from model import FMRLRec, Settings, lru
+from model import FMRLRec, ModelSettings, lru
 from model import loss as loss_module
 from model.sampled_loss import NegativeSampler
 from trainer import step as step_module
@@ -39,7 +39,7 @@ def make_step(precision="fp32", negatives=0, features=True, dropout=0.4, max_gra
     torch.manual_seed(0)
     given = torch.randn(NUM_ITEMS, 9) if features else None
     options, objective = (PLUS, OBJECTIVE) if plus else ({}, {})
-    model = FMRLRec(NUM_ITEMS, given, SIZES, Settings(2, dropout, dropout, r_max=0.9, **options)).train()
+    model = FMRLRec(NUM_ITEMS, given, SIZES, ModelSettings(2, dropout, dropout, r_max=0.9, **options)).train()
     optimizer = build_optimizer(model, "adamw", 1e-2, 1e-2, 1e-9)
     sampler = NegativeSampler(loader().label_counts(NUM_ITEMS), negatives) if negatives else None
     how = {"precision": precision, "max_grad_norm": max_grad_norm, "sampler": sampler}

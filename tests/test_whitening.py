@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import FMRLRec, Settings, slice_model
+from model import FMRLRec, ModelSettings, slice_model
 from model import whitening as whitening_module
 from model.serving.weights import whitened
 from model.whitening import Whitening, fit_whitening, whiten
@@ -75,7 +75,7 @@ def test_what_rounding_to_half_precision_adds_is_no_direction():
 def make_model(features, seed=0):
     torch.manual_seed(seed)
     whitening = Whitening(features)
-    return FMRLRec(len(features[0]), whitening.features(), SIZES, Settings(1), whitening)
+    return FMRLRec(len(features[0]), whitening.features(), SIZES, ModelSettings(1), whitening)
 
 
 def parts(seed=0):

@@ -11,7 +11,7 @@ import train
 from config import Config
 from dataloader import TrainLoader, train_rows
 from datasets import encoders
-from model import FMRLRec, Settings
+from model import FMRLRec, ModelSettings
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
 from tests.made_up import as_sequences
@@ -161,9 +161,9 @@ def test_the_table_of_changed_settings_is_complete():
     assert all(getattr(defaults, name) != value for name, value in CHANGED.items())
 
 
-@pytest.mark.parametrize("model", [Settings, SASRec, LRURec])
+@pytest.mark.parametrize("model", [ModelSettings, SASRec, LRURec])
 def test_what_a_model_takes_for_granted_is_what_config_says(model):
-    name = "fmrlrec" if model is Settings else model.__name__.lower()
+    name = "fmrlrec" if model is ModelSettings else model.__name__.lower()
     settings, _ = config.resolve({"model_code": name, "dataset_code": "my_shop"})
     for name, parameter in inspect.signature(model).parameters.items():
         setting = next((n for n in (f"lru_{name}", name) if hasattr(settings, n)), None)
@@ -220,7 +220,7 @@ def test_a_setting_alone_reaches_what_reads_it(workplace, monkeypatch, name):
 @pytest.mark.parametrize(("negatives", "sampled"), [(0, False), (19, True), (20, False), (4096, False)])
 def test_as_many_negatives_as_items_are_all_items(negatives, sampled):
     config_, _ = config.resolve({"dataset_code": "tiny", "num_negatives": negatives, "device": "cpu"})
-    model = FMRLRec(20, None, (2, 4), Settings(num_blocks=1))
+    model = FMRLRec(20, None, (2, 4), ModelSettings(num_blocks=1))
     loader = TrainLoader(train_rows(as_sequences([[1, 2, 3, 4], [5, 6, 7]]), 5), 2, 0, torch.device("cpu"))
     step = wiring.build_step(config_, model, loader)
     assert (step.sampler is not None) == sampled

@@ -17,16 +17,17 @@ from model.fmrl import increments
 from trainer.metrics import count_ahead, ranking_metrics, target_ranks
 from trainer.plots import plot_metric_by_size
 from trainer.runs import EVERY_SIZE, LARGEST, USER_RANKS, of_test
-from trainer.step import Trained
+from trainer.step import Trainable
 from trainer.user_ranks import save_ranks
 
+Model = Trainable | Popularity  # what is trained, or only counts
 ITEMS = 2**15  # items that are scored at once: every catalogue of the paper in one chunk
 TABLE_BYTES = 2**30  # a projected item table up to this is held; otherwise a batch projects what it reads
 PARITY = 1e-5  # how far a sliced model's scores may lie from the full model's prefix, relative to the largest score
 
 
 def evaluate(
-    model: Trained | Popularity,
+    model: Model,
     rows: EvalRows,
     *,
     sizes: tuple[int, ...],
@@ -41,7 +42,12 @@ def evaluate(
 
 @torch.inference_mode()
 def rank_targets(
-    model: Trained | Popularity, rows: EvalRows, *, sizes: tuple[int, ...], batch_size: int, mask_history: bool = False
+    model: Model,
+    rows: EvalRows,
+    *,
+    sizes: tuple[int, ...],
+    batch_size: int,
+    mask_history: bool = False,
 ) -> dict[int, Tensor]:
     """The rank of every user's target at each of `sizes`, [U] float64, from one pass in which sizes share their scores.
 
@@ -66,7 +72,7 @@ def rank_targets(
     return dict(zip(sizes, processes.add_up(found), strict=True))
 
 
-def _last(model: Trained, batch: EvalBatch, table: Tensor | None) -> Tensor:
+def _last(model: Trainable, batch: EvalBatch, table: Tensor | None) -> Tensor:
     """z [B, D] of every row's last token."""
     if table is None:
         tokens, place = batch.tokens.unique(return_inverse=True)
@@ -77,7 +83,7 @@ def _last(model: Trained, batch: EvalBatch, table: Tensor | None) -> Tensor:
 
 
 def _ranks(
-    model: Trained,
+    model: Trainable,
     batches: list[EvalBatch],
     z: list[Tensor],
     table: Tensor | None,
@@ -162,7 +168,7 @@ def check_slice(model: FMRLRec, small: FMRLRec, batch: EvalBatch) -> None:
 
 
 def test_every_size(
-    model: Trained | Popularity,
+    model: Model,
     rows: EvalRows,
     run: Path,
     *,

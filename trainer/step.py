@@ -20,7 +20,7 @@ from model.dropout import set_share
 from model.objective import Objective, weights_of
 from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
 
-Trained = FMRLRec | SASRec | LRURec  # what a step trains
+Trainable = FMRLRec | SASRec | LRURec  # what a step trains
 TENSORS = ("tokens", "labels", "position", "num_labels")  # of a batch
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
@@ -30,7 +30,7 @@ class Step:
 
     def __init__(
         self,
-        model: Trained,
+        model: Trainable,
         optimizer: torch.optim.Optimizer,
         *,
         precision: str,
@@ -63,10 +63,12 @@ class Step:
         """The loss of a batch, or of this rank's share of it."""
         model, narrow = self.model, self.precision == "bf16"
         set_share(model, batch.share)
-        kept = model.items.kept()  # what the items are in this step, read and predicted
+        kept = model.items.draw_kept()  # what the items are in this step, read and predicted
         # Without the cache: it would keep a recording's weights.
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
-            z = model.encode(model.items(batch.tokens, kept, few=not self.sampler), batch.position, batch.longest)
+            x = model.items(batch.tokens, kept, sparse_gradient=not self.sampler)
+            z = model.encode(x, batch.position, batch.longest)
+        set_share(model, None)
         dtype, objective = torch.bfloat16 if narrow else z.dtype, self.objective()
         if not self.sampler:
             table = model.items.factors(dtype, kept)

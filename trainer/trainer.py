@@ -23,7 +23,7 @@ from trainer.evaluation import evaluate
 from trainer.metrics import criterion, cut_offs
 from trainer.runlog import RunLog
 from trainer.runs import STATE, WEIGHTS, is_finished
-from trainer.step import GraphedStep, Step, Trained
+from trainer.step import GraphedStep, Step, Trainable
 
 CHECK_EVERY = 50  # steps between looks at whether the losses are finite: a look makes a GPU wait
 
@@ -64,12 +64,12 @@ class Trainer:
         self.average = WeightAverage(self.model, self.ema_decay) if self.ema_decay else None
 
     @property
-    def model(self) -> Trained:
+    def model(self) -> Trainable:
         """What is trained."""
         return self.step.model
 
     @property
-    def kept(self) -> Trained:
+    def kept(self) -> Trainable:
         """What is validated, and kept where it is the best: the average of the weights, where there is one."""
         return self.average.model if self.average else self.model
 

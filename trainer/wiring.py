@@ -14,20 +14,18 @@ from datasets.catalog import Catalog, describe, load_catalog
 from datasets.demo import load_demo
 from datasets.device import resolve_device
 from datasets.features import feature_files
-from model import FMRLRec, Settings
+from model import FMRLRec, ModelSettings
 from model.baselines.counting import ItemKNN, Popularity
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
 from model.sampled_loss import NegativeSampler
 from model.whitening import Whitening
 from trainer.checkpoint import load_weights
-from trainer.evaluation import test_every_size
+from trainer.evaluation import Model, test_every_size
 from trainer.runlog import RunLog
 from trainer.runs import WEIGHTS, check_data, read_config, with_runtime_flags
-from trainer.step import GraphedStep, Step, Trained, build_optimizer
+from trainer.step import GraphedStep, Step, Trainable, build_optimizer
 from trainer.trainer import Trainer
-
-Model = Trained | Popularity
 
 
 def load_data(config: Config, device: torch.device, run: Path | None = None) -> tuple[Catalog, list[np.memmap]]:
@@ -87,7 +85,7 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
         num_items,
         (whitening.features() if whitening else parts) or None,
         config.mrl_hidden_sizes,
-        Settings(
+        ModelSettings(
             num_blocks=config.lru_num_blocks,
             dropout=config.lru_dropout,
             attn_dropout=config.lru_attn_dropout,
@@ -105,9 +103,11 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
     )
 
 
-def build_step(config: Config, model: Trained, loader: TrainLoader) -> Step | GraphedStep:
+def build_step(config: Config, model: Trainable, loader: TrainLoader) -> Step | GraphedStep:
     """A training step of the model with the optimizer, loss and precision that the settings name."""
-    sampled = 0 < config.num_negatives < model.num_items  # as many draws as items would cost more, and be less exact
+    sampled = 0 < config.num_negatives < model.num_items
+    if config.num_negatives and not sampled:
+        processes.say(f"all {model.num_items} items are scored, no more than the {config.num_negatives} asked for")
     step = Step(
         model,
         build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.adam_epsilon),
@@ -123,7 +123,7 @@ def build_step(config: Config, model: Trained, loader: TrainLoader) -> Step | Gr
 
 
 def build_trainer(
-    config: Config, catalog: Catalog, model: Trained, run: Path, log: RunLog, device: torch.device
+    config: Config, catalog: Catalog, model: Trainable, run: Path, log: RunLog, device: torch.device
 ) -> Trainer:
     """What trains a model as the settings say."""
     loader = TrainLoader(

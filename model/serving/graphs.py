@@ -1,7 +1,7 @@
 """A served model as three ONNX graphs in real arithmetic, for any number of users, items and (up to max_len) of steps.
 
 recommend   history [B, L]                    -> scores [B, k], items [B, k]     encode, score, top-k
-step        item [B], hidden [B, blocks, 2, m] -> z [B, m], hidden               one more event of every user
+step        item [B], hidden [B, blocks, 2, m] -> z [B, m], new_hidden           one more event of every user
 rank        z [B, m]                          -> scores [B, k], items [B, k]
 
 The catalogue is an input, so that it can grow: `table` [N+1, m] with row 0 for the begin of a sequence, or of a model
@@ -25,7 +25,7 @@ from model.fmrl import increments
 from model.serving.folder import WEIGHTS, tensor_offsets
 
 OPSET, IR_VERSION = 17, 8  # of 2022
-EPSILON = 1e-5  # of LayerNorm, as in model/fmrl.py
+EPSILON = 1e-5  # of LayerNorm: torch's default
 
 # What an int8 matrix is multiplied with has 2 * 63 + 1 values: with 255, processors without VNNI would overflow the 16
 # bits in which they add two products.

@@ -122,11 +122,11 @@ def model_from(weights: dict[str, np.ndarray], sizes: tuple[int, ...], num_block
     """The FMRLRec of these weights, without items: `encode` and `step` take the item table from outside."""
     import torch
 
-    from model import FMRLRec, Settings
+    from model import FMRLRec, ModelSettings
 
     m = sizes[-1]
     with torch.random.fork_rng(devices=[]):  # its weights are replaced: no draws of the caller's are used up
-        model = FMRLRec(0, None, sizes, Settings(num_blocks, post_norm="norm.weight" in weights))
+        model = FMRLRec(0, None, sizes, ModelSettings(num_blocks, post_norm="norm.weight" in weights))
 
     def weight(i: int, name: str) -> torch.Tensor:
         return torch.from_numpy(float_weight(weights, f"blocks.{i}.{name}"))

@@ -13,6 +13,7 @@ from dataloader import Batch, TrainLoader, train_rows
 from datasets.catalog import Sequences
 from model import FMRLRec, ModelSettings, lru
 from model import loss as loss_module
+from model.dropout import Dropout
 from model.sampled_loss import NegativeSampler
 from trainer import step as step_module
 from trainer.step import GraphedStep, Step, build_optimizer, cuda_graphs
@@ -64,6 +65,14 @@ def test_every_precision_learns_and_keeps_float32_weights(precision, features, n
     assert sum(losses[-8:]) < 0.99 * sum(losses[:8])
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
     assert all(state["exp_avg"].dtype == torch.float32 for state in step.optimizer.state.values())
+
+
+def test_a_step_leaves_no_share_of_its_batch_in_the_model():
+    step = make_step()
+    for batch in loader().epoch(1):
+        step(batch)
+    dropouts = [layer for layer in step.model.modules() if isinstance(layer, Dropout)]
+    assert dropouts and all(layer.share is None for layer in dropouts)
 
 
 def test_tf32_is_asked_for_within_a_step_and_not_after_it(monkeypatch):

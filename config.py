@@ -225,8 +225,8 @@ class Config:
     input_dropout: float = setting(0.0, "dropout of the items that are read")
     dropout_from: int = setting(
         0,
-        "how many of the first dimensions, those of the small sizes, input_dropout, lru_dropout and lru_attn_dropout "
-        "spare",
+        "how many of the first dimensions, those of the small sizes, no dropout falls on (input_dropout, lru_dropout, "
+        "lru_attn_dropout)",
     )
     distill: float = setting(
         0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "FMRLRec": "model.fmrlrec",
-    "Recommender": "model.serving.recommender",
     "ModelSettings": "model.fmrlrec",
+    "Recommender": "model.serving.recommender",
     "count_parameters": "model.fmrlrec",
     "matryoshka_cross_entropy": "model.loss",
     "slice_model": "model.slicing",

@@ -16,8 +16,8 @@ def count_ahead(scores: Tensor, target: Tensor, buffer: Tensor) -> tuple[Tensor,
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """The rank, from 1, of each user's target among all scores: [B, N+1], [B] -> [B] float. Where all scores
-    are there at once, and the plain twin of `count_ahead`.
+    """The rank, from 1, of each user's target among all scores: [B, N+1], [B] -> [B] float. For those
+    who have all scores at once, and the plain twin of `count_ahead`.
 
     Items with the target's score share their average rank (so a rank may end in .5). A score that is not a number
     counts as ahead of the target, and such a target ranks last.

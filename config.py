@@ -44,8 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
-BEYOND = ("whiten_features", "item_embedding", "item_embedding_dropout", "logit_scale", "size_weights", "distill",
-          "post_norm", "input_dropout", "dropout_from", "ema_decay")  # fmt: skip
+BEYOND = ("whiten_features", "item_embedding", "post_norm", "dropout_from", "logit_scale", "distill")
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -64,18 +63,14 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "plus": {
         "whiten_features": True,
         "item_embedding": 256,
-        "item_embedding_dropout": 0.2,
         "post_norm": True,
-        "input_dropout": 0.5,
         "lru_dropout": 0.5,
         "lru_attn_dropout": 0.5,
         "dropout_from": 64,
         "lru_r_min": 0.8,
         "lru_r_max": 0.99,
         "logit_scale": True,
-        "size_weights": "sqrt",
         "distill": 0.7,
-        "ema_decay": 0.998,
         "val_mask_history": True,
         "num_negatives": 4096,
         "train_batch_size": 128,
@@ -208,33 +203,15 @@ class Config:
         "how many of the first dimensions have a learned embedding added to every item's projection, from zero on: the "
         "sizes of mrl_hidden_sizes up to this, but at least one of them; 0: none",
     )
-    item_embedding_dropout: float = setting(
-        0.0, "probability with which an item is without it in a training step, so that content serves new items, too"
-    )
-    logit_scale: bool = setting(False, "learn for every size how sharp its logits are")
-    size_weights: str = setting(
-        "uniform",
-        "how much the sizes' losses count: all alike, or proportional to 1/√size (sqrt), so that small ones count more",
-        choices=("uniform", "sqrt"),
-    )
     post_norm: bool = setting(
         False,
-        "a LayerNorm of what is read, and after every LRU and feed-forward network, in place of one before them, as in "
-        "LRURec",
+        "a LayerNorm after every LRU and feed-forward network, in place of one before them, and of what is read, which "
+        "lru_dropout then falls on, too, as in LRURec",
     )
-    input_dropout: float = setting(0.0, "dropout of the items that are read")
-    dropout_from: int = setting(
-        0,
-        "how many of the first dimensions, those of the small sizes, no dropout falls on (input_dropout, lru_dropout, "
-        "lru_attn_dropout)",
-    )
+    dropout_from: int = setting(0, "how many of the first dimensions, those of the small sizes, no dropout falls on")
+    logit_scale: bool = setting(False, "learn for every size how sharp its logits are")
     distill: float = setting(
         0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"
-    )
-    ema_decay: float = setting(
-        0.0,
-        "validate, test and keep an exponential moving average of the weights, over about 1/(1 - x) steps; 0: the "
-        "weights themselves",
     )
 
     # --- evaluation
@@ -333,7 +310,7 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("lr", "adam_epsilon"):
         if not 0 < getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a finite number above 0"
-    for name in ("lru_dropout", "lru_attn_dropout", "item_embedding_dropout", "input_dropout", "ema_decay"):
+    for name in ("lru_dropout", "lru_attn_dropout"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
     if not 0 <= c.distill <= 1:
@@ -360,8 +337,6 @@ def _problems(c: Config) -> Iterator[str]:
             yield f"--mrl_hidden_sizes {sizes}: {c.model_code} has one number an item; leave the flag out"
         if c.model_code == "sasrec" and c.mrl_hidden_sizes[-1] % c.num_heads:
             yield f"--num_heads {c.num_heads} does not divide --mrl_hidden_sizes {sizes}"
-    if c.item_embedding_dropout and not c.item_embedding:
-        yield f"--item_embedding_dropout {c.item_embedding_dropout} needs --item_embedding; without one leave it at 0"
     for name, off in (("whiten_features", "--no-whiten_features"), ("item_embedding", "--item_embedding 0")):
         if c.branch == "id" and getattr(c, name):
             yield f"--{name}: without an encoder the item table is learned outright; leave it out ({off})"
@@ -451,7 +426,8 @@ def unread(c: Config) -> set[str]:
 
 def from_saved(values: dict[str, Any]) -> Config:
     """Settings as a run's config.json holds them. Options that are gone are passed over where they were off."""
-    off = {"small_dropout": 1.0, "item_embedding_width": 0}
+    off = {"small_dropout": 1.0, "item_embedding_width": 0, "item_embedding_dropout": 0.0, "input_dropout": 0.0,
+           "size_weights": "uniform", "ema_decay": 0.0}  # fmt: skip
     values = {name: value for name, value in values.items() if name not in off or value != off[name]}
     if values.get("item_embedding") is False:
         values["item_embedding"] = 0

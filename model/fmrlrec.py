@@ -2,7 +2,7 @@
 
     item i:  features [F] ---Linear---> E_i [D]                    (item table E, [N+1, D]; row 0: begin of sequence)
     history: E_{i1} E_{i2} ... ---[x + Dropout(LRU(LN(x))); x + FFN(LN(x))] x blocks---> z [D]
-             (beyond the paper: Dropout(E_{i1}) ...; and with post-norm:
+             (beyond the paper, with post-norm:
              LN(Dropout(E_{i1})) ... ---[LN(x + Dropout(LRU(x))); LN(x + FFN(x))] x blocks---> z [D])
     score of item i with the sub-model of size m:  z[:m] · E[i, :m]
 
@@ -35,11 +35,11 @@ class ModelSettings:
     r_min: float = 0.0  # of the ring that the LRU starts on
     r_max: float = 0.1
     # Beyond the paper.
-    post_norm: bool = False  # a LayerNorm after every sum, and of what is read, in place of one before LRU and FFN
-    input_dropout: float = 0.0  # of what is read
+    post_norm: bool = (
+        False  # a LayerNorm after every sum, not before LRU and FFN; dropout and LayerNorm of what is read
+    )
     dropout_from: int = 0  # how many of the first dimensions no dropout falls on
     item_embedding: int = 0  # how many of the first dimensions have a V, one of the sizes; 0: none
-    item_embedding_dropout: float = 0.0
     logit_scale: bool = False  # learn how sharp each size's softmax is in training; no ranking depends on it
 
 
@@ -105,8 +105,8 @@ class FMRLRec(nn.Module):
         if embedding and embedding not in sizes:
             raise ValueError(f"an item embedding of {embedding} dimensions is none of the sizes {tuple(sizes)}")
         self.num_items, self.sizes, self.settings = num_items, tuple(sizes), settings
-        self.items = ItemEncoder(num_items, sizes[-1], features, embedding, settings.item_embedding_dropout, whitening)
-        self.input_dropout = Dropout(settings.input_dropout, settings.dropout_from)
+        self.items = ItemEncoder(num_items, sizes[-1], features, embedding, whitening)
+        self.dropout = Dropout(settings.dropout, settings.dropout_from) if settings.post_norm else None
         self.norm = FMRLLayerNorm(self.sizes) if settings.post_norm else None
         self.blocks = nn.ModuleList(Block(self.sizes, settings) for _ in range(settings.num_blocks))
         # log s of model/objective.py
@@ -136,8 +136,7 @@ class FMRLRec(nn.Module):
 
     def read(self, x: Tensor) -> Tensor:
         """Items' embeddings as the first block reads them: [T, D] -> [T, D]."""
-        x = self.input_dropout(x)
-        return x if self.norm is None else self.norm(x)
+        return self.norm(self.dropout(x)) if self.norm and self.dropout else x
 
     def step(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One more item of every history, for serving: (z [B, D], hidden).

@@ -23,8 +23,7 @@ class ItemEncoder(nn.Module):
     possibly mapped from a file, side by side [N, F_1], [N, F_2], ...; only the rows that are needed are read.
 
     Beyond the paper, the features may be whitened ones, and a learned embedding V [N+1, K] may be added to the first K
-    columns of the projection, from zero on. In training the V of an item is then missing in a step with probability
-    `embedding_dropout`, so that content alone has to serve, too.
+    columns of the projection, from zero on.
     """
 
     def __init__(
@@ -33,13 +32,12 @@ class ItemEncoder(nn.Module):
         dim: int,
         features: Tensor | Sequence[Tensor] | None,
         embedding: int = 0,
-        embedding_dropout: float = 0.0,
         whitening: Whitening | None = None,
     ) -> None:
         """features: [N, F] or several, row i - 1 for item i; None: a learned table, to which no V is added. embedding:
         K, 0 for no V. whitening: what made these features of others; it is saved with the weights."""
         super().__init__()
-        self.num_items, self.embedding_dropout = num_items, embedding_dropout
+        self.num_items = num_items
         if embedding and features is None:
             raise ValueError("a learned item table has nothing that an embedding could be added to")
         self.V = nn.Parameter(torch.zeros(num_items + 1, embedding)) if embedding else None
@@ -70,15 +68,9 @@ class ItemEncoder(nn.Module):
         rows = torch.cat([part[row].to(dtype) for part in self.features], dim=1)
         return rows * (items > 0)[:, None]
 
-    def draw_kept(self) -> Tensor | None:
-        """Draw which tokens have their V in a step of training, [N+1] bool; None: all."""
-        if self.V is None or not self.training or self.embedding_dropout == 0:
-            return None
-        return torch.rand(self.num_items + 1, device=self.V.device) >= self.embedding_dropout
-
-    def forward(self, items: Tensor, kept: Tensor | None = None, sparse_gradient: bool = False) -> Tensor:
-        """E of these items [n] (0: begin of sequence): [n, D]. kept: as drawn for the step.
-        sparse_gradient: of V, on a CPU, where another one, of all items, takes it in."""
+    def forward(self, items: Tensor, sparse_gradient: bool = False) -> Tensor:
+        """E of these items [n] (0: begin of sequence): [n, D]. sparse_gradient: of V, on a CPU, where another one, of
+        all items, takes it in."""
         if not self.parts:
             return F.embedding(items, self.table)
         projected = self.projection(self.rows(items, self.projection.weight.dtype))
@@ -86,7 +78,6 @@ class ItemEncoder(nn.Module):
             return projected
         sparse = sparse_gradient and self.V.device.type == "cpu"  # or zeros are made for all others
         V = F.embedding(items, self.V, sparse=sparse)
-        V = V if kept is None else V * kept[items][:, None]
         return projected + F.pad(V, (0, projected.shape[1] - V.shape[1]))
 
     def everything(self) -> Tensor:
@@ -107,17 +98,15 @@ class ItemEncoder(nn.Module):
         content[:, : self.V.shape[1]] -= self.V[1:]
         return (table.norm(dim=1).mean() / content.norm(dim=1).mean().clamp_min(1e-12)).item()
 
-    def factors(self, dtype: torch.dtype, kept: Tensor | None = None) -> Tensor | Factors:
-        """The item table for a loss whose products are computed in `dtype`, as a product where it is one. kept: as
-        drawn for the step."""
+    def factors(self, dtype: torch.dtype) -> Tensor | Factors:
+        """The item table for a loss whose products are computed in `dtype`, as a product where it is one."""
         if not self.parts:
             return self.table.to(dtype)
         device = self.projection.weight.device
         if self._whole is None or self._whole.dtype != dtype or self._whole.device != device:
             tokens = torch.arange(self.num_items + 1, device=device)
             self._whole = torch.cat([self.rows(some, dtype) for some in tokens.split(ROWS)])  # once: they are frozen
-        V = self.V if self.V is None or kept is None else self.V * kept[:, None]
-        return Factors(self._whole, self.projection.weight, V)
+        return Factors(self._whole, self.projection.weight, self.V)
 
 
 def _whiten_again(items: ItemEncoder, *_: object) -> None:

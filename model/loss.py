@@ -12,12 +12,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.fmrl import Context, increments
-from model.objective import Objective, losses_plain, residuals_
+from model.objective import CROSS_ENTROPY, Objective, losses_plain, residuals_
 
 CHUNK_BYTES = 2**26  # of the logits that are held at once, for all sizes: 128 positions of 12,101 items and 8 sizes
 LEAST = 16  # positions that are, even if their logits take more: every chunk reads the whole table
@@ -38,17 +37,14 @@ def matryoshka_cross_entropy_plain(
     labels: Tensor,
     sizes: tuple[int, ...],
     reduction: str = "mean",
-    objective: Objective | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Tensor:
     """The plain twin of `matryoshka_cross_entropy`: a cross_entropy per size, with the item table multiplied out."""
     z, wide = z.to(item_table.dtype), torch.promote_types(item_table.dtype, torch.float32)
     logits = [(z[:, :m] @ item_table[:, :m].T).to(wide) for m in sizes]
-    if objective is None:
-        losses = torch.stack([F.cross_entropy(of_size, labels, ignore_index=0) for of_size in logits])
-    else:
-        s, labelled = torch.ones(len(sizes)) if objective.log_scale is None else objective.log_scale.exp(), labels > 0
-        scaled = [s[j] * of_size[labelled] for j, of_size in enumerate(logits)]
-        losses = losses_plain(scaled, labels[labelled], objective)
+    s, labelled = torch.ones(len(sizes)) if objective.log_scale is None else objective.log_scale.exp(), labels > 0
+    scaled = [s[j] * of_size[labelled] for j, of_size in enumerate(logits)]
+    losses = losses_plain(scaled, labels[labelled], objective)
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
@@ -59,21 +55,20 @@ def matryoshka_cross_entropy(
     sizes: tuple[int, ...],
     reduction: str = "mean",
     count: Tensor | None = None,
-    objective: Objective | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Tensor:
     """The loss, a scalar: over sizes the mean or the sum (`reduction`), over positions the mean.
 
     z: [T, D]; item_table: [N+1, D], or its factors; row 0 (begin of sequence) takes part in the softmax as in the
     released code; labels: [T], 0 at a position without one; count: the number of labels to average over where others
-    hold a share of them; objective: None for the paper's. The gradients are computed on the way, chunk by chunk, so
+    hold a share of them; objective: by default the paper's. The gradients are computed on the way, chunk by chunk, so
     that the logits of a batch are never held. Products are computed in the item table's type, sums and the softmax in
     float32 at least.
     """
     features, weight, V = item_table if isinstance(item_table, Factors) else (None, item_table, None)
     if count is None:
         count = labels.count_nonzero()
-    log_scale = None if objective is None else objective.log_scale
-    total = _MatryoshkaCrossEntropy.apply(z, weight, V, log_scale, features, labels, sizes, objective)
+    total = _MatryoshkaCrossEntropy.apply(z, weight, V, objective.log_scale, features, labels, sizes, objective)
     return total / count / (len(sizes) if reduction == "mean" else 1)
 
 
@@ -90,7 +85,7 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         features: Tensor | None,
         labels: Tensor,
         sizes: tuple[int, ...],
-        objective: Objective | None,
+        objective: Objective,
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
         narrow = (weight if features is None else features).dtype
@@ -113,17 +108,13 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         grad_rest = torch.zeros_like(rest, dtype=wide)
         grad_V = None if V is None else torch.empty_like(V, dtype=wide) if len(z) else torch.zeros_like(V, dtype=wide)
 
-        scale = None if objective is None else objective.scale(loss)
-        grad_log_scale = loss.new_zeros(0 if objective is None else len(sizes))
+        scale, grad_log_scale = objective.scale(loss), loss.new_zeros(len(sizes))
 
         chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize)
-        slots = len(sizes) + (1 if objective is None else 2)
-        buffer = held_buffer((slots, chunks[0].stop, len(table)) if chunks else (0,), wide, z.device)
+        buffer = held_buffer((len(sizes) + 2, chunks[0].stop, len(table)) if chunks else (0,), wide, z.device)
         for rows in chunks:
             z_chunk, label = z_narrow[rows], labels[rows][:, None]  # [C, D], [C, 1]
-            minus_one = torch.full_like(label, -1, dtype=wide)
-            held = buffer[:, : len(label)]
-            logits, *residuals = held[: len(sizes) + 1]  # each [C, N+1]; a size's residual: softmax - one-hot
+            logits, *residuals, spare = buffer[:, : len(label)]  # each [C, N+1]; a size's residual: softmax - target
             logits.zero_()
             for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
                 if features is None or high <= out:
@@ -132,16 +123,9 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                     add_product(logits, z_chunk[:, low:high] @ rest[low - out : high - out], features.T)
                     if high <= embedded:
                         add_product(logits, z_chunk[:, low:high], narrow_V[:, low:high].T)
-                scaled = logits if scale is None else torch.mul(logits, scale[j], out=held[-1])
-                log_p = torch.log_softmax(scaled, dim=1, out=residual)
-                if objective is None:
-                    loss -= (log_p.gather(1, label) * valid[rows]).sum()
-                    if needs_grad:
-                        log_p.exp_().scatter_add_(1, label, minus_one)
-            if objective is not None:
-                of_chunk, by_log_scale = residuals_(residuals, label, valid[rows], objective, (logits, held[-1]))
-                loss += of_chunk
-                grad_log_scale += by_log_scale
+                scaled = logits if scale is None else torch.mul(logits, scale[j], out=spare)
+                torch.log_softmax(scaled, dim=1, out=residual)
+            residuals_(residuals, label, valid[rows], objective, (logits, spare), loss, grad_log_scale)
             # A logit of an increment is part of every size from there on: its gradient is the sum of theirs.
             above = None
             for low, high in reversed(increments(sizes)) if needs_grad else ():

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from model.fmrl import Context, increments
 from model.loss import add_product, held_buffer, row_chunks
-from model.objective import ABSENT, Objective, losses_plain, residuals_
+from model.objective import ABSENT, CROSS_ENTROPY, Objective, losses_plain, residuals_
 
 
 class NegativeSampler:
@@ -44,25 +44,16 @@ def sampled_matryoshka_cross_entropy_plain(
     items: Tensor,
     log_kq: Tensor,
     sizes: tuple[int, ...],
-    objective: Objective | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Tensor:
     """The plain twin of `sampled_matryoshka_cross_entropy`, averaged over sizes: a logsumexp per size."""
-    labelled = labels > 0
-    hit = labels[:, None] == items
-    if objective is not None:
-        s = torch.ones(len(sizes)) if objective.log_scale is None else objective.log_scale.exp()
-        scaled = []
-        for j, m in enumerate(sizes):
-            label_logit = s[j] * (z[:, :m] * own[:, :m]).sum(dim=1, keepdim=True)
-            logits = (s[j] * z[:, :m] @ drawn[:, :m].T - log_kq).masked_fill(hit, ABSENT)
-            scaled.append(torch.cat([label_logit, logits], dim=1)[labelled])
-        return losses_plain(scaled, torch.zeros_like(labels[labelled]), objective).mean()
-    losses = []
-    for m in sizes:
-        label_logit = (z[:, :m] * own[:, :m]).sum(dim=1, keepdim=True)
-        logits = (z[:, :m] @ drawn[:, :m].T - log_kq).masked_fill(hit, -torch.inf)
-        losses.append((torch.cat([label_logit, logits], dim=1).logsumexp(dim=1) - label_logit[:, 0])[labelled].mean())
-    return torch.stack(losses).mean()
+    s, labelled = torch.ones(len(sizes)) if objective.log_scale is None else objective.log_scale.exp(), labels > 0
+    hit, scaled = labels[:, None] == items, []
+    for j, m in enumerate(sizes):
+        label_logit = s[j] * (z[:, :m] * own[:, :m]).sum(dim=1, keepdim=True)
+        logits = (s[j] * z[:, :m] @ drawn[:, :m].T - log_kq).masked_fill(hit, ABSENT)
+        scaled.append(torch.cat([label_logit, logits], dim=1)[labelled])
+    return losses_plain(scaled, torch.zeros_like(labels[labelled]), objective).mean()
 
 
 def sampled_matryoshka_cross_entropy(
@@ -75,7 +66,7 @@ def sampled_matryoshka_cross_entropy(
     sizes: tuple[int, ...],
     reduction: str = "mean",
     count: Tensor | None = None,
-    objective: Objective | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Tensor:
     """The loss, a scalar; sizes, reduction, count, objective, labels [T] (0: none), memory and types as of
     `matryoshka_cross_entropy`.
@@ -84,8 +75,7 @@ def sampled_matryoshka_cross_entropy(
     """
     if count is None:
         count = labels.count_nonzero()
-    log_scale = None if objective is None else objective.log_scale
-    total = _SampledCrossEntropy.apply(z, own, drawn, log_scale, labels, items, log_kq, sizes, objective)
+    total = _SampledCrossEntropy.apply(z, own, drawn, objective.log_scale, labels, items, log_kq, sizes, objective)
     return total / count / (len(sizes) if reduction == "mean" else 1)
 
 
@@ -103,7 +93,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
         items: Tensor,
         log_kq: Tensor,
         sizes: tuple[int, ...],
-        objective: Objective | None,
+        objective: Objective,
     ) -> Tensor:
         narrow, wide = drawn.dtype, torch.promote_types(drawn.dtype, torch.float32)
         valid = (labels != 0)[:, None]
@@ -113,35 +103,22 @@ class _SampledCrossEntropy(torch.autograd.Function):
         grad_z, grad_own = torch.empty_like(z, dtype=wide), torch.empty_like(own, dtype=wide)
         grad_drawn = torch.zeros_like(drawn, dtype=wide)
 
-        scale = None if objective is None else objective.scale(loss)
-        grad_log_scale = loss.new_zeros(0 if objective is None else len(sizes))
-
+        scale, grad_log_scale = objective.scale(loss), loss.new_zeros(len(sizes))
         chunks = row_chunks(len(z), len(sizes) * (len(drawn) + 1) * wide.itemsize)
-        slots = len(sizes) + (1 if objective is None else 3)
-        buffer = held_buffer((slots, chunks[0].stop, len(drawn) + 1) if chunks else (0,), wide, z.device)
+        buffer = held_buffer((len(sizes) + 3, chunks[0].stop, len(drawn) + 1) if chunks else (0,), wide, z.device)
         for rows in chunks:
-            held = buffer[:, : len(z[rows])]
-            logits, *residuals = held[: len(sizes) + 1]  # each [C, K+1]; a size's residual: softmax - one-hot
-            offset = logits if objective is None else held[-2]  # of the logits, once they are scaled
+            # Each [C, K+1]; a size's residual: softmax - target; offset: of the logits, once they are scaled.
+            logits, *residuals, offset, spare = buffer[:, : len(z[rows])]
             logits.zero_()
             offset[:, 0] = 0
-            absent = -torch.inf if objective is None else ABSENT
-            offset[:, 1:] = torch.where(labels[rows, None] == items, absent, -log_kq)
+            offset[:, 1:] = torch.where(labels[rows, None] == items, ABSENT, -log_kq)
             for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
                 logits[:, 0] += (z_wide[rows, low:high] * own_wide[rows, low:high]).sum(dim=1)
                 add_product(logits[:, 1:], z_narrow[rows, low:high], drawn[:, low:high].T)
-                scaled = logits if scale is None else torch.addcmul(offset, logits, scale[j], out=held[-1])
-                log_p = torch.log_softmax(scaled, dim=1, out=residual)
-                if objective is None:
-                    loss -= (log_p[:, :1] * valid[rows]).sum()
-                    log_p.exp_()[:, 0] -= 1
-            if objective is not None:
-                column = torch.zeros_like(labels[rows, None])
-                of_chunk, by_log_scale = residuals_(
-                    residuals, column, valid[rows], objective, (logits, held[-1]), offset
-                )
-                loss += of_chunk
-                grad_log_scale += by_log_scale
+                torch.mul(logits, 1 if scale is None else scale[j], out=spare).add_(offset)
+                torch.log_softmax(spare, dim=1, out=residual)
+            column = torch.zeros_like(labels[rows, None])
+            residuals_(residuals, column, valid[rows], objective, (logits, spare), loss, grad_log_scale, offset)
             # A logit of an increment is part of every size from there on: its gradient is the sum of theirs.
             above = None
             for low, high in reversed(increments(sizes)):

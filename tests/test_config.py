@@ -138,7 +138,7 @@ def test_the_papers_preset_is_no_preset(dataset):
     assert parsed("--preset=paper", f"--dataset_code={dataset}")[0] == parsed(f"--dataset_code={dataset}")[0]
     config = parsed(f"--dataset_code={dataset}")[0]
     for name in BEYOND:
-        assert getattr(config, name) == {"size_weights": "uniform"}.get(name, 0), name
+        assert not getattr(config, name), name
 
 
 # ------------------------------------------------------------------------------------------------------- kinds of flags
@@ -250,13 +250,9 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--best_metric", ""),
         ("--optimizer", "sgd"),
         ("--mrl_loss", "max"),
-        ("--size_weights", "linear"),
         ("--preset", "minus"),
-        ("--item_embedding_dropout", "1.0"),
         ("--item_embedding", "-1"),
-        ("--input_dropout", "1"),
         ("--dropout_from", "-1"),
-        ("--ema_decay", "1"),
         ("--distill", "1.1"),
         ("--distill", "-0.5"),
         ("--distill", "nan"),
@@ -304,12 +300,6 @@ def test_what_is_made_of_features_is_refused_without_any(capsys, flag):
     assert f"{flag.split('=')[0]}: without an encoder the item table is learned outright" in refusal(
         capsys, flag, *without
     )
-
-
-def test_the_dropout_of_embeddings_needs_embeddings(capsys):
-    message = refusal(capsys, "--item_embedding_dropout=0.2")
-    assert message.endswith("--item_embedding_dropout 0.2 needs --item_embedding; without one leave it at 0")
-    assert parsed("--item_embedding_dropout=0.2", "--item_embedding=8")[0].item_embedding_dropout == 0.2
 
 
 def test_a_ring_without_width_is_refused_with_both_of_its_radii(capsys):
@@ -455,9 +445,10 @@ def test_settings_of_before_there_were_options_are_the_papers():
 
 
 def test_settings_of_before_are_read_where_they_were_off():
-    off = {"item_embedding": False, "item_embedding_width": 0, "small_dropout": 1.0}
+    off = {"item_embedding": False, "item_embedding_width": 0, "small_dropout": 1.0, "item_embedding_dropout": 0.0}
+    off |= {"input_dropout": 0.0, "size_weights": "uniform", "ema_decay": 0.0}
     assert from_saved(vars(Config()) | off) == Config()
-    for on in ({"small_dropout": 0.6}, {"item_embedding_width": 64}, {"item_embedding": True}):
+    for on in ({"small_dropout": 0.6}, {"item_embedding_width": 64}, {"item_embedding": True}, {"ema_decay": 0.9}):
         with pytest.raises(InputError, match=next(iter(on))):
             from_saved(off | on)
 

@@ -1,4 +1,4 @@
-"""A learned embedding V beside the projection of an item's features: table, loss, dropout of whole items."""
+"""A learned embedding V beside the projection of an item's features: table, loss, steps."""
 
 from itertools import accumulate, pairwise
 
@@ -20,17 +20,17 @@ NUM_ITEMS, WIDTHS, SIZES = 23, (5, 3), (2, 4, 8)
 CPU = torch.device("cpu")
 
 
-def make_model(embedding=SIZES[-1], dropout=0.0, seed=0):
+def make_model(embedding=SIZES[-1], seed=0):
     """A model without dropout in its blocks, whose V, where it has one, is zero as at the start of a training."""
     torch.manual_seed(seed)
     features = [torch.randn(NUM_ITEMS, width) for width in WIDTHS]
-    options = {"item_embedding": embedding, "item_embedding_dropout": dropout, "dropout": 0.0, "attn_dropout": 0.0}
+    options = {"item_embedding": embedding, "dropout": 0.0, "attn_dropout": 0.0}
     return FMRLRec(NUM_ITEMS, features, SIZES, ModelSettings(r_max=0.9, **options))
 
 
-def with_embeddings(dropout=0.0, embedding=SIZES[-1]):
+def with_embeddings(embedding=SIZES[-1]):
     """The same, in float64, with a V of random numbers."""
-    found = make_model(embedding, dropout).double()
+    found = make_model(embedding).double()
     with torch.no_grad():
         found.items.V.uniform_(-1, 1)
     return found
@@ -166,22 +166,19 @@ def test_what_is_multiplied_out_is_the_cheapest_by_counting_every_product():
             assert costs[columns_multiplied_out(positions, width, sizes, embedded)] == min(costs.values())
 
 
-# ---------------------------------------------------------------------------------------------------- items without V
+# ------------------------------------------------------------------------------------------------------------ the step
 
 
 @pytest.mark.parametrize("embedding", [4, 8])
 @pytest.mark.parametrize("negatives", [0, 9])
-def test_a_step_reads_and_predicts_the_items_it_drew_without_their_embeddings(negatives, embedding):
-    trained, (batch, counts) = with_embeddings(0.5, embedding).train(), batch_of()
+def test_a_step_reads_and_predicts_items_with_their_embeddings(negatives, embedding):
+    trained, (batch, counts) = with_embeddings(embedding).train(), batch_of()
     sampler = NegativeSampler(counts, negatives) if negatives else None
     torch.manual_seed(3)
     loss = Step(trained, None, precision="fp32", sampler=sampler).loss(batch)
 
     torch.manual_seed(3)
-    kept = torch.rand(NUM_ITEMS + 1) >= 0.5
-    assert 0 < kept.sum() <= NUM_ITEMS
-    items = trained.items
-    table = trained.eval().item_table() - F.pad(items.V * ~kept[:, None], (0, SIZES[-1] - embedding))
+    table = trained.item_table()
     z = trained.encode(table[batch.tokens], batch.position, batch.longest)
     if negatives:
         drawn, log_kq = sampler.draw()
@@ -191,23 +188,16 @@ def test_a_step_reads_and_predicts_the_items_it_drew_without_their_embeddings(ne
     else:
         expected = matryoshka_cross_entropy_plain(z, table, batch.labels, SIZES)
     torch.testing.assert_close(loss, expected)
-    by_V, expected = (torch.autograd.grad(value, items.V)[0] for value in (loss, expected))
+    by_V, expected = (torch.autograd.grad(value, trained.items.V)[0] for value in (loss, expected))
     torch.testing.assert_close(by_V, expected)
-    assert not by_V[~kept].any() and by_V[kept].any(dim=1).all()
-
-
-def test_an_evaluation_has_all_embeddings_and_draws_nothing():
-    evaluated, without_dropout = with_embeddings(dropout=0.5).eval().items, with_embeddings().train().items
-    before = torch.get_rng_state()
-    assert evaluated.draw_kept() is None and without_dropout.draw_kept() is None
-    assert torch.equal(torch.get_rng_state(), before)
+    assert by_V.any(dim=1).all()
 
 
 @pytest.mark.parametrize("embedding", [4, 8])
 @pytest.mark.parametrize("negatives", [0, 9])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_train_the_embeddings_in_every_precision(precision, negatives, embedding):
-    trained, (batch, counts) = make_model(embedding, dropout=0.3).train(), batch_of()
+    trained, (batch, counts) = make_model(embedding).train(), batch_of()
     optimizer = build_optimizer(trained, "adamw", 1e-2, 1e-2, 1e-9)
     sampler = NegativeSampler(counts, negatives) if negatives else None
     step = Step(trained, optimizer, precision=precision, max_grad_norm=5.0, sampler=sampler)

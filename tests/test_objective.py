@@ -1,4 +1,4 @@
-"""Weights, scales and distillation of the sizes' losses, exact and sampled: against plain twins and by definition."""
+"""Scales and distillation of the sizes' losses, exact and sampled: against plain twins and by definition."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import model.loss
 from model.loss import Factors, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
-from model.objective import Objective, losses_plain, weights_of
+from model.objective import CROSS_ENTROPY, Objective, losses_plain
 from model.sampled_loss import (
     NegativeSampler,
     sampled_matryoshka_cross_entropy,
@@ -17,17 +17,18 @@ SIZES, NUM_ITEMS, POSITIONS = (2, 5, 12), 40, 30
 LOSSES = ["exact", "sampled"]
 
 
-def objective_of(weights="sqrt", scaled=True, distill=0.3):
+def objective_of(scaled=True, distill=0.3):
     """An objective whose scales are all different."""
     log_scale = torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64, requires_grad=True) if scaled else None
-    return Objective(weights_of(weights, SIZES), log_scale, distill)
+    return Objective(log_scale, distill)
 
 
 ALL = {
     "all": objective_of(),
-    "weights": objective_of(scaled=False, distill=0.0),
-    "scale": objective_of("uniform", distill=0.0),
-    "distillation": objective_of("uniform", scaled=False, distill=1.0),
+    "the paper's": CROSS_ENTROPY,
+    "scale": objective_of(distill=0.0),
+    "distillation": objective_of(scaled=False, distill=0.4),
+    "distillation alone": objective_of(scaled=False, distill=1.0),
 }
 
 
@@ -61,8 +62,8 @@ def losses_of(kind, z, table, labels):
     )
 
 
-def with_gradients(value, z, table, objective=None):
-    wanted = [z, table, *([objective.log_scale] if objective and objective.log_scale is not None else [])]
+def with_gradients(value, z, table, objective=CROSS_ENTROPY):
+    wanted = [z, table, *([] if objective.log_scale is None else [objective.log_scale])]
     return [value, *torch.autograd.grad(value, wanted)]
 
 
@@ -81,11 +82,11 @@ def test_value_and_gradients_are_those_of_the_plain_twin(monkeypatch, kind, obje
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_weights_and_scales_of_one_without_distillation_are_the_papers_loss(kind):
+def test_scales_of_one_without_distillation_are_the_papers_loss(kind):
     z, table, labels = random_case()
-    same = Objective(weights_of("uniform", SIZES), torch.zeros(3, dtype=torch.float64), 0.0)
+    same = Objective(torch.zeros(3, dtype=torch.float64))
     fast, plain = losses_of(kind, z, table, labels)
-    expected = with_gradients(fast(None), z, table)
+    expected = with_gradients(fast(CROSS_ENTROPY), z, table)
     for found in (fast(same), plain(same)):
         torch.testing.assert_close(with_gradients(found, z, table), expected, rtol=1e-12, atol=1e-12)
 
@@ -103,7 +104,7 @@ def test_a_target_is_part_label_and_part_what_the_largest_size_says_which_does_n
     generator = torch.Generator().manual_seed(0)
     small, large = (torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
     label = torch.tensor([1, 0, 5, 5])
-    objective = Objective((1.0, 1.0), None, 0.25)
+    objective = Objective(distill=0.25)
     losses = losses_plain([small, large], label, objective)
     own, taught = F.cross_entropy(small, label), -(large.softmax(1) * small.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(losses, torch.stack([0.75 * own + 0.25 * taught, F.cross_entropy(large, label)]))
@@ -120,12 +121,6 @@ def test_an_item_table_left_as_a_product_gives_what_it_gives_multiplied_out():
     plain = matryoshka_cross_entropy_plain(z, features @ weight.T, labels, SIZES, objective=objective)
     fast, plain = (with_gradients(value, z, weight, objective) for value in (fast, plain))
     torch.testing.assert_close(fast, plain, rtol=1e-11, atol=1e-11)
-
-
-def test_weights_fall_with_the_root_of_the_size_and_are_1_on_average():
-    assert weights_of("uniform", (8, 16, 1024)) == (1.0, 1.0, 1.0)
-    weights = weights_of("sqrt", (4, 16, 64))
-    assert weights == pytest.approx((12 / 7, 6 / 7, 3 / 7))
 
 
 @pytest.mark.parametrize("kind", LOSSES)

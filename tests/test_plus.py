@@ -13,7 +13,7 @@ import train
 from dataloader import eval_batches, eval_rows
 from datasets.features import feature_files
 from model import Recommender, export, slice_model
-from model.objective import Objective
+from model.objective import CROSS_ENTROPY, Objective
 from model.whitening import whiten
 from tests.prepared import write_prepared
 from trainer.checkpoint import load_state
@@ -62,7 +62,7 @@ def scores_of(model, catalog, size=None):
 
 def test_a_run_has_learned_all_that_the_options_add(loaded):
     config, catalog, model = loaded
-    assert config.preset == "plus" and config.item_embedding_dropout == 0.2
+    assert config.preset == "plus" and config.embedded == SIZES[-1]
     state, fresh = model.state_dict(), build_model(config, catalog.num_items, features_of(config, catalog))
     for name in ("items.V", "log_scale"):
         assert not torch.equal(state[name], fresh.state_dict()[name]), name
@@ -199,13 +199,12 @@ def test_without_options_nothing_is_drawn_held_or_asked_for_beside_the_papers(lo
         config,
         whiten_features=False,
         item_embedding=0,
-        item_embedding_dropout=0.0,
         logit_scale=False,
     )
     features = features_of(config, catalog)
     model = build_model(plain, catalog.num_items, features).train()
     assert [part.data_ptr() for part in model.items.features] == [part.ctypes.data for part in features]
-    assert model.items.draw_kept() is None and model.items.factors(torch.float32).embedding is None
+    assert model.items.factors(torch.float32).embedding is None
     assert not any(name in key for key in model.state_dict() for name in ("items.V", "log_scale", "whitening"))
-    assert Step(model, None, precision="fp32").objective() is None
-    assert Step(model, None, precision="fp32", distill=0.5).objective() == Objective((1.0, 1.0, 1.0), None, 0.5)
+    assert Step(model, None, precision="fp32").objective() == CROSS_ENTROPY
+    assert Step(model, None, precision="fp32", distill=0.5).objective() == Objective(distill=0.5)

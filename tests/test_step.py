@@ -30,10 +30,9 @@ def loader(batch_size=8, users=60, seed=0):
 
 PLUS = {
     "item_embedding": SIZES[-1],
-    "item_embedding_dropout": 0.2,
     "logit_scale": True,
 }  # beyond the paper: of the model
-OBJECTIVE = {"size_weights": "sqrt", "distill": 0.5}  # and of a step
+OBJECTIVE = {"distill": 0.5}  # and of a step
 
 
 def make_step(precision="fp32", negatives=0, features=True, dropout=0.4, max_grad_norm=5.0, plus=False):

@@ -56,14 +56,10 @@ CHANGED = {
     "preset": "plus",
     "whiten_features": True,
     "item_embedding": 4,
-    "item_embedding_dropout": 0.4,
     "logit_scale": True,
-    "size_weights": "sqrt",
     "distill": 0.25,
     "post_norm": True,
-    "input_dropout": 0.15,
     "dropout_from": 10,
-    "ema_decay": 0.85,
     "val_batch_size": 8,
     "test_batch_size": 6,
     "metric_ks": (2, 10),
@@ -72,11 +68,11 @@ CHANGED = {
     "runs_root": "my/runs",
     "run_name": "named",
 }
-TRAINER_SETTINGS = ["num_epochs", "lr", "warmup_steps", "val_batch_size", "best_metric", "ema_decay"]
-MODEL_SETTINGS = ["item_embedding_dropout", "logit_scale", "post_norm", "input_dropout", "dropout_from"]
+TRAINER_SETTINGS = ["num_epochs", "lr", "warmup_steps", "val_batch_size", "best_metric"]
+MODEL_SETTINGS = ["logit_scale", "post_norm", "dropout_from"]
 SPIED = ["feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "build_optimizer", "NegativeSampler"]
 SPIED += ["Step", "Trainer", "test_every_size"]
-STEP_SETTINGS = ["precision", "max_grad_norm", "size_weights", "distill"]
+STEP_SETTINGS = ["precision", "max_grad_norm", "distill"]
 OPTIMIZER_SETTINGS = ["optimizer", "lr", "weight_decay", "adam_epsilon"]  # in the order of build_optimizer
 CHANGED_ELSEWHERE = {"device", "use_wandb", "test"}  # tests/test_scripts.py
 CHANGED_ELSEWHERE |= {"model_code", "num_heads"}  # tests/test_baseline_runs.py

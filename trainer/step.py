@@ -17,7 +17,7 @@ from model import FMRLRec, matryoshka_cross_entropy
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
 from model.dropout import set_share
-from model.objective import Objective, weights_of
+from model.objective import Objective
 from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
 
 Trainable = FMRLRec | SASRec | LRURec  # what a step trains
@@ -35,17 +35,14 @@ class Step:
         *,
         precision: str,
         reduction: str = "mean",
-        size_weights: str = "uniform",
         distill: float = 0.0,
         max_grad_norm: float = 0.0,
         sampler: NegativeSampler | None = None,
     ) -> None:
         """precision: of the matrix products, fp32, tf32 or bf16. max_grad_norm: 0 does not clip. sampler: draws the
-        items that stand for the catalogue in the softmax; None: all of them. size_weights, distill: as
-        model/objective.py says."""
+        items that stand for the catalogue in the softmax; None: all of them. distill: as model/objective.py says."""
         self.model, self.optimizer, self.precision, self.reduction = model, optimizer, precision, reduction
-        self.weights, self.distill = weights_of(size_weights, model.sizes), distill
-        self.max_grad_norm, self.sampler = max_grad_norm, sampler
+        self.distill, self.max_grad_norm, self.sampler = distill, max_grad_norm, sampler
 
     def __call__(self, batch: Batch) -> Tensor:
         """One update. Returns the loss, a scalar, of which a rank has the part of its labels."""
@@ -63,31 +60,27 @@ class Step:
         """The loss of a batch, or of this rank's share of it."""
         model, narrow = self.model, self.precision == "bf16"
         set_share(model, batch.share)
-        kept = model.items.draw_kept()  # what the items are in this step, read and predicted
         # Without the cache: it would keep a recording's weights.
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
-            x = model.items(batch.tokens, kept, sparse_gradient=not self.sampler)
+            x = model.items(batch.tokens, sparse_gradient=not self.sampler)
             z = model.encode(x, batch.position, batch.longest)
         set_share(model, None)
         dtype, objective = torch.bfloat16 if narrow else z.dtype, self.objective()
         if not self.sampler:
-            table = model.items.factors(dtype, kept)
+            table = model.items.factors(dtype)
             return matryoshka_cross_entropy(
                 z, table, batch.labels, model.sizes, self.reduction, batch.num_labels, objective
             )
         items, log_kq = self.sampler.draw()
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
-            own, drawn = model.items(batch.labels, kept), model.items(items, kept).to(dtype)
+            own, drawn = model.items(batch.labels), model.items(items).to(dtype)
         return sampled_matryoshka_cross_entropy(
             z, own, drawn, batch.labels, items, log_kq, model.sizes, self.reduction, batch.num_labels, objective
         )
 
-    def objective(self) -> Objective | None:
-        """What the loss is asked for; None: what the paper's is."""
-        log_scale = getattr(self.model, "log_scale", None)  # a baseline has none
-        if set(self.weights) == {1.0} and not self.distill and log_scale is None:
-            return None
-        return Objective(self.weights, log_scale, self.distill)
+    def objective(self) -> Objective:
+        """What the loss is asked for."""
+        return Objective(getattr(self.model, "log_scale", None), self.distill)  # a baseline has no scale
 
 
 def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, eps: float) -> torch.optim.Optimizer:

@@ -93,10 +93,8 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
             r_min=config.lru_r_min,
             r_max=config.lru_r_max,
             post_norm=config.post_norm,
-            input_dropout=config.input_dropout,
             dropout_from=config.dropout_from,
             item_embedding=config.embedded,
-            item_embedding_dropout=config.item_embedding_dropout,
             logit_scale=config.logit_scale,
         ),
         whitening,
@@ -113,7 +111,6 @@ def build_step(config: Config, model: Trainable, loader: TrainLoader) -> Step | 
         build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.adam_epsilon),
         precision=config.precision,
         reduction=config.mrl_loss,
-        size_weights=config.size_weights,
         distill=config.distill,
         max_grad_norm=config.max_grad_norm,
         sampler=NegativeSampler(loader.label_counts(model.num_items), config.num_negatives) if sampled else None,
@@ -149,7 +146,6 @@ def build_trainer(
         metric_ks=config.metric_ks,
         best_metric=config.best_metric,
         mask_history=config.val_mask_history,
-        ema_decay=config.ema_decay,
     )
 
 

@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 COUNTING = ("popularity", "itemknn")  # models that are not trained
 # What fmrlrec alone has, beyond the paper.
-BEYOND = ("whiten_features", "item_embedding", "post_norm", "dropout_from", "logit_scale", "distill")
+BEYOND = ("whiten_features", "item_embedding", "post_norm", "dropout_from", "logit_scale", "distill", "ema_decay")
 _IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
@@ -70,11 +70,12 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
         "lru_r_min": 0.8,
         "lru_r_max": 0.99,
         "logit_scale": True,
-        "distill": 0.7,
+        "distill": 0.9,
+        "ema_decay": 0.998,
         "val_mask_history": True,
         "num_negatives": 4096,
         "train_batch_size": 128,
-        "num_epochs": 9,
+        "num_epochs": 7,
         "lr": 1e-3,
     },
 }
@@ -213,6 +214,11 @@ class Config:
     distill: float = setting(
         0.0, "share of every smaller size's target that is the largest size's softmax in place of the label; 0: none"
     )
+    ema_decay: float = setting(
+        0.0,
+        "validate, test and keep an exponential moving average of the weights, over about 1/(1 - x) steps; 0: the "
+        "weights themselves",
+    )
 
     # --- evaluation
     val_batch_size: int = setting(256, "users ranked at once in validation; does not change results", runtime=True)
@@ -310,7 +316,7 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("lr", "adam_epsilon"):
         if not 0 < getattr(c, name) < float("inf"):
             yield f"--{name} {getattr(c, name)} must be a finite number above 0"
-    for name in ("lru_dropout", "lru_attn_dropout"):
+    for name in ("lru_dropout", "lru_attn_dropout", "ema_decay"):
         if not 0 <= getattr(c, name) < 1:
             yield f"--{name} {getattr(c, name)} must be at least 0 and below 1"
     if not 0 <= c.distill <= 1:
@@ -427,7 +433,7 @@ def unread(c: Config) -> set[str]:
 def from_saved(values: dict[str, Any]) -> Config:
     """Settings as a run's config.json holds them. Options that are gone are passed over where they were off."""
     off = {"small_dropout": 1.0, "item_embedding_width": 0, "item_embedding_dropout": 0.0, "input_dropout": 0.0,
-           "size_weights": "uniform", "ema_decay": 0.0}  # fmt: skip
+           "size_weights": "uniform"}  # fmt: skip
     values = {name: value for name, value in values.items() if name not in off or value != off[name]}
     if values.get("item_embedding") is False:
         values["item_embedding"] = 0

@@ -70,6 +70,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     from dataloader import TrainLoader, eval_rows, train_rows
     from datasets.catalog import Sequences
     from model import FMRLRec, ModelSettings
+    from trainer.averaging import WeightAverage
     from trainer.evaluation import rank_targets, rank_targets_alone
     from trainer.step import Step, build_optimizer
     from trainer.wiring import build_model, build_step
@@ -121,8 +122,13 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
         config, _ = resolve({"dataset_code": "beauty", **flags})
         plus = build_model(config, arguments.items, [features.numpy()]).to(device)
         assert isinstance(plus, FMRLRec)
-        step_of_plus = build_step(config, plus, loader)
-        steps[PLUS] = lambda: step_of_plus(next(batches))
+        step_of_plus, average = build_step(config, plus, loader), WeightAverage(plus, config.ema_decay)
+
+        def plus_step() -> None:
+            step_of_plus(next(batches))
+            average.update(plus, step=1000)
+
+        steps[PLUS] = plus_step
     return steps, {"baseline": evaluate_plain, "one pass": evaluate_fast, "every slice alone": evaluate_alone}
 
 

@@ -253,6 +253,7 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--preset", "minus"),
         ("--item_embedding", "-1"),
         ("--dropout_from", "-1"),
+        ("--ema_decay", "1"),
         ("--distill", "1.1"),
         ("--distill", "-0.5"),
         ("--distill", "nan"),
@@ -446,9 +447,10 @@ def test_settings_of_before_there_were_options_are_the_papers():
 
 def test_settings_of_before_are_read_where_they_were_off():
     off = {"item_embedding": False, "item_embedding_width": 0, "small_dropout": 1.0, "item_embedding_dropout": 0.0}
-    off |= {"input_dropout": 0.0, "size_weights": "uniform", "ema_decay": 0.0}
+    off |= {"input_dropout": 0.0, "size_weights": "uniform"}
     assert from_saved(vars(Config()) | off) == Config()
-    for on in ({"small_dropout": 0.6}, {"item_embedding_width": 64}, {"item_embedding": True}, {"ema_decay": 0.9}):
+    gone = {"small_dropout": 0.6}, {"item_embedding_width": 64}, {"item_embedding": True}, {"size_weights": "sqrt"}
+    for on in gone:
         with pytest.raises(InputError, match=next(iter(on))):
             from_saved(off | on)
 

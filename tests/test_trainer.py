@@ -16,8 +16,10 @@ from dataloader import TrainLoader, eval_rows, train_rows
 from datasets.catalog import load_catalog
 from model import FMRLRec, ModelSettings
 from model.fmrl import nested_mask
+from model.whitening import Whitening
 from tests.prepared import write_prepared
 from trainer import step as step_module
+from trainer.averaging import WeightAverage
 from trainer.checkpoint import load_state, load_weights, save_weights
 from trainer.evaluation import evaluate
 from trainer.runlog import RunLog
@@ -158,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_training_names_the_step_and_keeps_the_l
     load_weights(trainer.model, trainer.run / "best.safetensors")
 
 
-@pytest.mark.parametrize("how", [{"optimizer": "adamw"}, {"optimizer": "adam"}])
+@pytest.mark.parametrize("how", [{"optimizer": "adamw"}, {"optimizer": "adam"}, {"ema_decay": 0.9}])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, how):
     whole = make_trainer(tmp_path, "whole", num_epochs=6, **how)
     whole.fit()
@@ -174,6 +176,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, how):
 
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name
+        assert torch.equal(whole.kept.state_dict()[name], second.kept.state_dict()[name]), name
     whole_log, cut_log = read_log(whole.run), read_log(second.run)
     assert [(r["epoch"], r["loss"], r["val"]) for r in whole_log] == [
         (r["epoch"], r["loss"], r["val"]) for r in cut_log
@@ -375,3 +378,37 @@ def test_validation_may_leave_out_the_history_and_then_picks_the_best_epoch_by_t
     assert trainer.validate() == masked
     assert read_log(trainer.run)[-1]["val"]["8"] == masked[8]
     assert "val NDCG@10 (history masked)" in capsys.readouterr().out
+
+
+def test_the_average_of_the_weights_is_validated_and_kept_and_does_not_change_the_training(tmp_path):
+    plain = make_trainer(tmp_path, "plain", num_epochs=1)
+    plain.fit()
+    trainer = make_trainer(tmp_path, num_epochs=1, ema_decay=0.7)
+    step, weights = trainer.step.optimizer.step, []
+
+    def stepped():
+        step()
+        weights.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+
+    trainer.step.optimizer.step = stepped
+    trainer.fit()
+    counts = [0.7 ** (len(weights) - t) for t in range(1, len(weights) + 1)]
+    for name, value in trainer.kept.state_dict().items():
+        average = sum(count * of_step[name] for count, of_step in zip(counts, weights, strict=True)) / sum(counts)
+        torch.testing.assert_close(value, average, msg=name)
+        assert torch.equal(trainer.model.state_dict()[name], plain.model.state_dict()[name]), name
+    assert trainer.validate() == evaluate(trainer.kept, trainer.val_rows, sizes=SIZES, batch_size=8, ks=(5, 10))
+    assert trainer.validate() != plain.validate()
+    loaded = make_trainer(tmp_path).model
+    load_weights(loaded, trainer.run / "best.safetensors")
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in trainer.kept.state_dict().items())
+    assert plain.kept is plain.model
+
+
+def test_the_average_shares_the_frozen_features_and_their_whitening_with_the_model():
+    whitening = Whitening([torch.randn(12, 6)])
+    model = FMRLRec(12, whitening.features(), SIZES, ModelSettings(num_blocks=1), whitening)
+    average = WeightAverage(model, 0.9).model
+    assert average.items.whitening is whitening
+    assert [part.data_ptr() for part in average.items.features] == [part.data_ptr() for part in model.items.features]
+    assert not {id(parameter) for parameter in average.parameters()} & {id(p) for p in model.parameters()}

@@ -60,6 +60,7 @@ CHANGED = {
     "distill": 0.25,
     "post_norm": True,
     "dropout_from": 10,
+    "ema_decay": 0.85,
     "val_batch_size": 8,
     "test_batch_size": 6,
     "metric_ks": (2, 10),
@@ -68,7 +69,7 @@ CHANGED = {
     "runs_root": "my/runs",
     "run_name": "named",
 }
-TRAINER_SETTINGS = ["num_epochs", "lr", "warmup_steps", "val_batch_size", "best_metric"]
+TRAINER_SETTINGS = ["num_epochs", "lr", "warmup_steps", "val_batch_size", "best_metric", "ema_decay"]
 MODEL_SETTINGS = ["logit_scale", "post_norm", "dropout_from"]
 SPIED = ["feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "build_optimizer", "NegativeSampler"]
 SPIED += ["Step", "Trainer", "test_every_size"]

@@ -1,1 +1,1 @@
-"""The step, the loop, evaluation, metrics, run folders, checkpoints, the log and plots."""
+"""The step, the average of the weights, the loop, evaluation, metrics, run folders, checkpoints, the log and plots."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from config import InputError
 from dataloader import Batch, EvalRows, TrainLoader
 from datasets import processes
+from trainer.averaging import WeightAverage
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
 from trainer.metrics import criterion, cut_offs
@@ -56,12 +57,21 @@ class Trainer:
     metric_ks: tuple[int, ...]
     best_metric: str
     mask_history: bool = False  # in validation
+    ema_decay: float = 0.0  # of the weights; 0: no average
     progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.average = WeightAverage(self.model, self.ema_decay) if self.ema_decay else None
 
     @property
     def model(self) -> Trainable:
         """What is trained."""
         return self.step.model
+
+    @property
+    def kept(self) -> Trainable:
+        """What is validated, and kept where it is the best: the average of the weights, where there is one."""
+        return self.average.model if self.average else self.model
 
     @property
     def criterion(self) -> str:
@@ -88,7 +98,7 @@ class Trainer:
     def validate(self) -> dict[int, dict[str, float]]:
         """Validation metrics of every size."""
         return evaluate(
-            self.model,
+            self.kept,
             self.val_rows,
             sizes=self.model.sizes,
             batch_size=self.val_batch_size,
@@ -125,7 +135,10 @@ class Trainer:
             else:
                 group["lr"] = lr
         self.progress.step += 1
-        return self.step(batch)
+        loss = self.step(batch)
+        if self.average:
+            self.average.update(self.model, self.progress.step)
+        return loss
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then a half cosine to 0 at the end of num_epochs."""
@@ -167,7 +180,7 @@ class Trainer:
     def _write(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
         progress = self.progress
         if progress.best_epoch == progress.epoch:
-            save_weights(self.model, self.run / WEIGHTS, {"epoch": str(progress.epoch)})
+            save_weights(self.kept, self.run / WEIGHTS, {"epoch": str(progress.epoch)})
         record = {
             "epoch": progress.epoch,
             "step": progress.step,
@@ -198,6 +211,7 @@ class Trainer:
         device = self.loader.device
         return {
             "model": self.model.state_dict(),
+            "average": self.average.model.state_dict() if self.average else None,
             "optimizer": self.step.optimizer.state_dict(),
             "progress": vars(self.progress).copy(),
             "rng": torch.get_rng_state(),
@@ -208,6 +222,8 @@ class Trainer:
         """Continue from a `state`. Raises InputError for that of another model."""
         try:
             self.model.load_state_dict(state["model"])
+            if self.average:
+                self.average.model.load_state_dict(state["average"])
         except RuntimeError as error:
             raise InputError(f"{self.run / STATE} does not fit the model of config.json: {error}") from None
         own = [{name: group[name] for name in ("lr", "capturable")} for group in self.step.optimizer.param_groups]

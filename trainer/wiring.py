@@ -146,6 +146,7 @@ def build_trainer(
         metric_ks=config.metric_ks,
         best_metric=config.best_metric,
         mask_history=config.val_mask_history,
+        ema_decay=config.ema_decay,
     )
 
 

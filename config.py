@@ -371,7 +371,7 @@ def parse_args(
     parser = _Parser(
         usage="%(prog)s [--setting value ...]",
         description=description,
-        epilog=_epilog(),
+        epilog=_epilog(presets=not settings or "preset" in settings),
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
@@ -498,9 +498,14 @@ def _add_flag(group: Any, f: dataclasses.Field) -> None:
         group.add_argument(flag, type=type(default), help=help, **options, **common)
 
 
-def _epilog() -> str:
-    lines = ["A setting that is true or false is set by --NAME, --no-NAME or --NAME=false.", ""]
-    lines += ["A flag wins over --preset, that over the model's preset, that over the dataset's, and a preset over the"]
+def _epilog(presets: bool) -> str:
+    lines = ["A setting that is true or false is set by --NAME, --no-NAME or --NAME=false."]
+    if not presets:
+        return lines[0]
+    lines += [
+        "",
+        "A flag wins over --preset, that over the model's preset, that over the dataset's, and a preset over the",
+    ]
     lines += ["default. Presets:"]
     for name, preset in {**PRESETS, **MODEL_PRESETS, "plus": NAMED_PRESETS["plus"]}.items():
         values = ", ".join(f"{setting} {shown(v)}" for setting, v in preset.items())

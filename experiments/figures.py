@@ -61,7 +61,7 @@ def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Pat
     with figure(path, 2, f"{dataset}: one training, every size") as panels:
         for panel, name in zip(panels, ("Recall@10", "NDCG@10"), strict=True):
             for line, colour in zip(curves, COLOURS * len(curves), strict=False):
-                draw_line(panel, line, name, "o-", colour, label(line))
+                draw_line(panel, line, name, colour, label(line))
             paper = draw_beside(panel, dataset, name, curves, separate, "trained alone")
             panel.set_title(name if paper else f"{name} (not in the paper's figure)", loc="left")
         panels[0].legend(frameon=False, fontsize=8, loc="upper left")
@@ -70,17 +70,15 @@ def draw_sizes(dataset: str, curves: list[Line], separate: list[Line], path: Pat
 def draw_plus(
     dataset: str, curves: list[Line], separate: list[Line], levels: dict[str, dict[str, float]], path: Path
 ) -> None:
-    """Accuracy against size of faithful and plus models, dotted where the softmax was sampled, beside the paper's curve
-    and models of one size."""
+    """Recall and NDCG against size of faithful and plus models, beside the paper's curve and models of one size."""
     several = len({line.config.language_encoder for line in curves}) > 1
-    with figure(path, 2, f"{dataset}: accuracy against size") as panels:
+    with figure(path, 2, f"{dataset}: Recall and NDCG against size") as panels:
         for panel, name in zip(panels, PLUS, strict=True):
             for line, colour in zip(curves, COLOURS * len(curves), strict=False):
                 sizes = line.config.mrl_hidden_sizes
-                style = "o:" if line.config.num_negatives else "o-"
                 label = f"{line.row.name}, {sizes[0]}..{sizes[-1]}"
                 label += f" ({Path(line.config.language_encoder).name})" if several else ""
-                draw_line(panel, line, name, style, colour, label)
+                draw_line(panel, line, name, colour, label)
             draw_beside(panel, dataset, name, curves, separate, "plus, trained alone")
             for (of, values), style in zip(levels.items(), ("--", "-.", ":"), strict=False):
                 if name in values:
@@ -95,11 +93,11 @@ def draw_plus(
         )
 
 
-def draw_line(panel: Any, line: Line, name: str, style: str, colour: str, label: str) -> None:
+def draw_line(panel: Any, line: Line, name: str, colour: str, label: str) -> None:
     """A test metric against size, a mean over seeds."""
     sizes = line.config.mrl_hidden_sizes
     means = [statistics.mean(line.values(name, size) or [math.nan]) for size in sizes]
-    panel.plot(sizes, means, style, color=colour, markersize=4, label=label)
+    panel.plot(sizes, means, "o-", color=colour, markersize=4, label=label)
 
 
 def draw_beside(
@@ -136,5 +134,5 @@ def draw_parameters(path: Path) -> None:
             panel.bar_label(bars, fmt="%.1f", fontsize=7)
         panel.set_xticks(range(len(rows)), [f"128..{row[0]}" if row[0] > 128 else "128" for row in rows])
         panel.set_xlabel("sizes")
-        panel.set_ylabel("extra numbers of separate models, %")
+        panel.set_ylabel("parameters that separate models have more, %")
         panel.legend(frameon=False, fontsize=8)

@@ -237,7 +237,7 @@ def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> 
         "size": size,
         "sizes": list(model.sizes),
         "num_blocks": config.lru_num_blocks,
-        "post_norm": model.norm is not None,
+        "post_norm": model.settings.post_norm,
         "max_len": config.lru_max_len,
         "num_items": catalog.num_items,
         "dataset": {"code": config.dataset_code, "digest": catalog.digest()},

@@ -29,15 +29,13 @@ class ModelSettings:
     """What a model is made with, its items and sizes aside."""
 
     num_blocks: int = 2
-    dropout: float = 0.5
+    dropout: float = 0.5  # in and after the feed-forward network; with post_norm of what is read, too
     attn_dropout: float = 0.5  # after the LRU
     use_bias: bool = True  # of the LRU's B and C
     r_min: float = 0.0  # of the ring that the LRU starts on
     r_max: float = 0.1
     # Beyond the paper.
-    post_norm: bool = (
-        False  # a LayerNorm after every sum, not before LRU and FFN; dropout and LayerNorm of what is read
-    )
+    post_norm: bool = False  # a LayerNorm after every sum, and of what is read, in place of one before LRU and FFN
     dropout_from: int = 0  # how many of the first dimensions no dropout falls on
     item_embedding: int = 0  # how many of the first dimensions have a V, one of the sizes; 0: none
     logit_scale: bool = False  # learn how sharp each size's softmax is in training; no ranking depends on it
@@ -106,7 +104,7 @@ class FMRLRec(nn.Module):
             raise ValueError(f"an item embedding of {embedding} dimensions is none of the sizes {tuple(sizes)}")
         self.num_items, self.sizes, self.settings = num_items, tuple(sizes), settings
         self.items = ItemEncoder(num_items, sizes[-1], features, embedding, whitening)
-        self.dropout = Dropout(settings.dropout, settings.dropout_from) if settings.post_norm else None
+        self.dropout = Dropout(settings.dropout, settings.dropout_from)
         self.norm = FMRLLayerNorm(self.sizes) if settings.post_norm else None
         self.blocks = nn.ModuleList(Block(self.sizes, settings) for _ in range(settings.num_blocks))
         # log s of model/objective.py
@@ -136,7 +134,7 @@ class FMRLRec(nn.Module):
 
     def read(self, x: Tensor) -> Tensor:
         """Items' embeddings as the first block reads them: [T, D] -> [T, D]."""
-        return self.norm(self.dropout(x)) if self.norm and self.dropout else x
+        return x if self.norm is None else self.norm(self.dropout(x))
 
     def step(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One more item of every history, for serving: (z [B, D], hidden).

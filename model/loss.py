@@ -42,9 +42,7 @@ def matryoshka_cross_entropy_plain(
     """The plain twin of `matryoshka_cross_entropy`: a cross_entropy per size, with the item table multiplied out."""
     z, wide = z.to(item_table.dtype), torch.promote_types(item_table.dtype, torch.float32)
     logits = [(z[:, :m] @ item_table[:, :m].T).to(wide) for m in sizes]
-    s, labelled = torch.ones(len(sizes)) if objective.log_scale is None else objective.log_scale.exp(), labels > 0
-    scaled = [s[j] * of_size[labelled] for j, of_size in enumerate(logits)]
-    losses = losses_plain(scaled, labels[labelled], objective)
+    losses = losses_plain(logits, labels, labels > 0, objective)
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
@@ -81,13 +79,12 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         z: Tensor,
         weight: Tensor,
         V: Tensor | None,
-        log_scale: Tensor | None,
+        log_scale: Tensor | None,  # that of the objective, here to have a gradient
         features: Tensor | None,
         labels: Tensor,
         sizes: tuple[int, ...],
         objective: Objective,
     ) -> Tensor:
-        needs_grad = any(ctx.needs_input_grad)
         narrow = (weight if features is None else features).dtype
         wide = torch.promote_types(narrow, torch.float32)
         out, embedded = sizes[-1], 0 if V is None else V.shape[1]
@@ -106,12 +103,11 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
         # Transposed, as its products come: turning a residual costs as much as multiplying it.
         grad_table = torch.zeros(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
         grad_rest = torch.zeros_like(rest, dtype=wide)
-        grad_V = None if V is None else torch.empty_like(V, dtype=wide) if len(z) else torch.zeros_like(V, dtype=wide)
-
+        grad_V = None if V is None else torch.empty_like(V, dtype=wide)
         scale, grad_log_scale = objective.scale(loss), loss.new_zeros(len(sizes))
 
         chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize)
-        buffer = held_buffer((len(sizes) + 2, chunks[0].stop, len(table)) if chunks else (0,), wide, z.device)
+        buffer = held_buffer((len(sizes) + 2, chunks[0].stop, len(table)), wide, z.device)
         for rows in chunks:
             z_chunk, label = z_narrow[rows], labels[rows][:, None]  # [C, D], [C, 1]
             logits, *residuals, spare = buffer[:, : len(label)]  # each [C, N+1]; a size's residual: softmax - target
@@ -125,10 +121,11 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                         add_product(logits, z_chunk[:, low:high], narrow_V[:, low:high].T)
                 scaled = logits if scale is None else torch.mul(logits, scale[j], out=spare)
                 torch.log_softmax(scaled, dim=1, out=residual)
-            residuals_(residuals, label, valid[rows], objective, (logits, spare), loss, grad_log_scale)
+            spares = logits, spare
+            residuals_(residuals, label, valid[rows], objective.distill, scale, spares, loss, grad_log_scale)
             # A logit of an increment is part of every size from there on: its gradient is the sum of theirs.
             above = None
-            for low, high in reversed(increments(sizes)) if needs_grad else ():
+            for low, high in reversed(increments(sizes)):
                 residual = residuals.pop()
                 above = residual if above is None else residual.add_(above)
                 residual, z_part = residual.to(narrow), z_chunk[:, low:high]
@@ -146,16 +143,15 @@ class _MatryoshkaCrossEntropy(torch.autograd.Function):
                         else:  # nothing there yet: as large as it is, filling it with zeros would cost, too
                             grad_V[:, low:high] = residual.T @ z_part
 
-        if needs_grad:
-            if features is None:
-                grad_weight = grad_table.T.contiguous()  # [N+1, D]
-            else:
-                grad_weight = torch.cat([(grad_table.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
-            if V is not None and grad_V is not None:
-                grad_V[:, :out] = grad_table[:embedded].T
-                grad_V = grad_V.to(V.dtype)
-            grad_z, grad_weight = grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype)
-            ctx.save_for_backward(grad_z, grad_weight, grad_V, grad_log_scale)
+        if features is None:
+            grad_weight = grad_table.T.contiguous()  # [N+1, D]
+        else:
+            grad_weight = torch.cat([(grad_table.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
+        if V is not None and grad_V is not None:
+            grad_V[:, :out] = grad_table[:embedded].T
+            grad_V = grad_V.to(V.dtype)
+        grad_z, grad_weight = grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_z, grad_weight, grad_V, grad_log_scale)
         return loss
 
     @staticmethod
@@ -186,7 +182,7 @@ def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[i
 def row_chunks(num_positions: int, bytes_a_position: int) -> list[slice]:
     """The positions whose logits are held at once: a power of two of them, so that chunks come in few shapes."""
     size = min(num_positions, 2 ** (max(LEAST, CHUNK_BYTES // bytes_a_position).bit_length() - 1))
-    return [slice(start, start + size) for start in range(0, num_positions, size)] if size else []
+    return [slice(start, start + size) for start in range(0, num_positions, size)]
 
 
 _held: dict[tuple[torch.device, torch.dtype], Tensor] = {}

@@ -31,12 +31,16 @@ class Objective(NamedTuple):
 CROSS_ENTROPY = Objective()
 
 
-def losses_plain(logits: Sequence[Tensor], label: Tensor, objective: Objective) -> Tensor:
+def losses_plain(
+    logits: Sequence[Tensor], label: Tensor, valid: Tensor, objective: Objective, offset: Tensor | float = 0.0
+) -> Tensor:
     """The plain twin of what both losses compute: CE(target_m, p_m) [M] of the logits [T, K] of each size, averaged
-    over positions; label: [T], a column."""
-    losses = [F.cross_entropy(of_size, label) for of_size in logits]
-    x, p_largest = objective.distill, logits[-1].detach().softmax(dim=1)
-    for j, of_size in enumerate(logits[:-1]) if x else ():
+    over positions. label: [T], a column; valid: [T], false where there is none; offset: added to the scaled logits."""
+    scale = torch.ones(len(logits)) if objective.log_scale is None else objective.log_scale.exp()
+    scaled = [(s * of_size + offset)[valid] for s, of_size in zip(scale, logits, strict=True)]
+    losses = [F.cross_entropy(of_size, label[valid]) for of_size in scaled]
+    x, p_largest = objective.distill, scaled[-1].detach().softmax(dim=1)
+    for j, of_size in enumerate(scaled[:-1]) if x else ():
         losses[j] = (1 - x) * losses[j] + x * F.cross_entropy(of_size, p_largest)
     return torch.stack(losses)
 
@@ -45,7 +49,8 @@ def residuals_(
     log_ps: Sequence[Tensor],
     label: Tensor,
     valid: Tensor,
-    objective: Objective,
+    distill: float,
+    scale: Tensor | None,
     spare: tuple[Tensor, Tensor],
     loss: Tensor,
     grad_log_scale: Tensor,
@@ -54,15 +59,14 @@ def residuals_(
     """Turn log p_m [C, K] of every size, in place, into the gradient s_m (p_m - target_m) by its logits before they are
     scaled. Adds the loss, summed over sizes and positions, to `loss`, and its gradient by log s to grad_log_scale [M].
 
-    label: [C, 1], a column; valid: [C, 1], false where there is none: there logits must be 0. spare: two of
-    [C, K], of any content. offset: [C, K] what was added to the scaled logits; None: nothing.
+    label: [C, 1], a column; valid: [C, 1], false where there is none: there logits must be 0. distill: x; scale: s [M],
+    None for 1. spare: two of [C, K], of any content. offset: [C, K] what was added to the scaled logits; None: nothing.
     """
     p_largest, residual = spare
-    scale = objective.scale(residual)
-    if objective.distill:
+    if distill:
         torch.exp(log_ps[-1], out=p_largest).mul_(valid)
     for j, log_p in enumerate(log_ps):
-        x = objective.distill if j < len(log_ps) - 1 else 0.0
+        x = distill if j < len(log_ps) - 1 else 0.0
         loss -= (1 - x) * (log_p.gather(1, label) * valid).sum()
         if x:
             loss -= x * p_largest.flatten().dot(log_p.flatten())

@@ -10,6 +10,7 @@ A draw of a position's own label is left out there. T labelled positions, K draw
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -47,13 +48,9 @@ def sampled_matryoshka_cross_entropy_plain(
     objective: Objective = CROSS_ENTROPY,
 ) -> Tensor:
     """The plain twin of `sampled_matryoshka_cross_entropy`, averaged over sizes: a logsumexp per size."""
-    s, labelled = torch.ones(len(sizes)) if objective.log_scale is None else objective.log_scale.exp(), labels > 0
-    hit, scaled = labels[:, None] == items, []
-    for j, m in enumerate(sizes):
-        label_logit = s[j] * (z[:, :m] * own[:, :m]).sum(dim=1, keepdim=True)
-        logits = (s[j] * z[:, :m] @ drawn[:, :m].T - log_kq).masked_fill(hit, ABSENT)
-        scaled.append(torch.cat([label_logit, logits], dim=1)[labelled])
-    return losses_plain(scaled, torch.zeros_like(labels[labelled]), objective).mean()
+    logits = [torch.cat([(z * own)[:, :m].sum(dim=1, keepdim=True), z[:, :m] @ drawn[:, :m].T], dim=1) for m in sizes]
+    offset = F.pad(torch.where(labels[:, None] == items, ABSENT, -log_kq), (1, 0))  # none of the label's
+    return losses_plain(logits, torch.zeros_like(labels), labels > 0, objective, offset).mean()
 
 
 def sampled_matryoshka_cross_entropy(
@@ -88,7 +85,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
         z: Tensor,
         own: Tensor,
         drawn: Tensor,
-        log_scale: Tensor | None,
+        log_scale: Tensor | None,  # that of the objective, here to have a gradient
         labels: Tensor,
         items: Tensor,
         log_kq: Tensor,
@@ -105,7 +102,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
 
         scale, grad_log_scale = objective.scale(loss), loss.new_zeros(len(sizes))
         chunks = row_chunks(len(z), len(sizes) * (len(drawn) + 1) * wide.itemsize)
-        buffer = held_buffer((len(sizes) + 3, chunks[0].stop, len(drawn) + 1) if chunks else (0,), wide, z.device)
+        buffer = held_buffer((len(sizes) + 3, chunks[0].stop, len(drawn) + 1), wide, z.device)
         for rows in chunks:
             # Each [C, K+1]; a size's residual: softmax - target; offset: of the logits, once they are scaled.
             logits, *residuals, offset, spare = buffer[:, : len(z[rows])]
@@ -117,8 +114,8 @@ class _SampledCrossEntropy(torch.autograd.Function):
                 add_product(logits[:, 1:], z_narrow[rows, low:high], drawn[:, low:high].T)
                 torch.mul(logits, 1 if scale is None else scale[j], out=spare).add_(offset)
                 torch.log_softmax(spare, dim=1, out=residual)
-            column = torch.zeros_like(labels[rows, None])
-            residuals_(residuals, column, valid[rows], objective, (logits, spare), loss, grad_log_scale, offset)
+            column, spares = torch.zeros_like(labels[rows, None]), (logits, spare)
+            residuals_(residuals, column, valid[rows], objective.distill, scale, spares, loss, grad_log_scale, offset)
             # A logit of an increment is part of every size from there on: its gradient is the sum of theirs.
             above = None
             for low, high in reversed(increments(sizes)):

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def make_model(embedding=SIZES[-1], seed=0):
-    """A model without dropout in its blocks, whose V, where it has one, is zero as at the start of a training."""
+    """A model without dropout, whose V, where it has one, is zero as at the start of a training."""
     torch.manual_seed(seed)
     features = [torch.randn(NUM_ITEMS, width) for width in WIDTHS]
     options = {"item_embedding": embedding, "dropout": 0.0, "attn_dropout": 0.0}

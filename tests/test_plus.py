@@ -10,6 +10,7 @@ import torch
 
 import eval as eval_script
 import train
+from config import BEYOND, Config
 from dataloader import eval_batches, eval_rows
 from datasets.features import feature_files
 from model import Recommender, export, slice_model
@@ -193,14 +194,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights_bit_by_bit(monkeypat
 # ------------------------------------------------------------------------------------------------------------------ off
 
 
-def test_without_options_nothing_is_drawn_held_or_asked_for_beside_the_papers(loaded):
+def test_without_options_nothing_is_held_or_asked_for_beside_the_papers(loaded):
     config, catalog, _ = loaded
-    plain = dataclasses.replace(
-        config,
-        whiten_features=False,
-        item_embedding=0,
-        logit_scale=False,
-    )
+    plain = dataclasses.replace(config, **{name: getattr(Config, name) for name in BEYOND})
     features = features_of(config, catalog)
     model = build_model(plain, catalog.num_items, features).train()
     assert [part.data_ptr() for part in model.items.features] == [part.ctypes.data for part in features]

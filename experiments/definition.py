@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import BEYOND, NAMED_PRESETS, Config, InputError, is_runtime, resolve, size_within, typed, unread
+from config import BEYOND, NAMED_PRESETS, Config, InputError, is_runtime, resolve, shown, size_within, typed, unread
+from experiments.paper import PUBLISHED
 
 FOLDER = Path(__file__).parent / "definitions"
 
@@ -78,7 +79,9 @@ def read_definition(path: Path) -> Definition:
         rows = tuple(_row(name, settings | row) for name, row in found.pop("rows").items())
         found |= {"datasets": tuple(found["datasets"]), "compare": tuple(map(tuple, found.get("compare", ())))}
         definition = Definition(name=path.stem, rows=rows, **found)
-    except (InputError, tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise InputError(f"{path} is no experiment: it has no {error}") from None
+    except (InputError, tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no experiment: {error}") from None
     unknown = {name for pair in definition.compare for name in pair} - {row.name for row in rows}
     if unknown:
@@ -89,7 +92,11 @@ def read_definition(path: Path) -> Definition:
 def _row(name: str, values: dict[str, Any]) -> Row:
     aside = {key: values.pop(key) for key in ("published", "size") if key in values}
     settings = typed(values, f"row {name!r}")
-    resolve(settings)  # raises where a value cannot be used
+    config, _ = resolve(settings)  # raises where a value cannot be used
+    if (size := aside.get("size")) is not None and size not in config.mrl_hidden_sizes:
+        raise InputError(f"row {name!r} has size {size!r}, which is none of its sizes {shown(config.mrl_hidden_sizes)}")
+    if aside.get("published", "") not in ("", *PUBLISHED):
+        raise InputError(f"row {name!r} has published {aside['published']!r}; there are {', '.join(PUBLISHED)}")
     settings = NAMED_PRESETS[settings.pop("preset", "paper")] | settings
     return Row(name, settings, **aside)
 

@@ -58,7 +58,7 @@ def chosen(arguments: argparse.Namespace) -> list[tuple[Definition, list[Row]]]:
     picked = [(known[name], list(known[name].rows)) for name in names]
     if arguments.rows:
         rows = [name.strip() for name in arguments.rows.split(";")]
-        there = {row.name for _, of_experiment in picked for row in of_experiment}
+        there = dict.fromkeys(row.name for _, of_experiment in picked for row in of_experiment)
         if missing := [name for name in rows if name not in there]:
             raise InputError(f"there is no row {missing[0]!r} in {arguments.experiments}; there are {'; '.join(there)}")
         picked = [(definition, [row for row in all_rows if row.name in rows]) for definition, all_rows in picked]

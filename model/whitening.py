@@ -49,11 +49,13 @@ class Whitening(nn.Module):
     """The transforms of several features [N, F_1], [N, F_2], ..., fitted on them; buffers, so that they are saved with
     a model's weights and what is loaded takes the place of what was fitted."""
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
+    def __init__(self, parts: Sequence[Tensor], fit: bool = True) -> None:
+        """fit: False leaves zeros, where weights are loaded next."""
         super().__init__()
         self._parts = list(parts)  # as they come: no buffers, which would be moved to a GPU
         for i, part in enumerate(parts):
-            mean, matrix = fit_whitening(part)
+            width = part.shape[1]
+            mean, matrix = fit_whitening(part) if fit else (torch.zeros(width), torch.zeros(width, width))
             self.register_buffer(f"mean_{i}", mean.float())
             self.register_buffer(f"matrix_{i}", matrix.float())
 

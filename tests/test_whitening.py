@@ -72,9 +72,9 @@ def test_what_rounding_to_half_precision_adds_is_no_direction():
 # ----------------------------------------------------------------------------------------------------------- in a model
 
 
-def make_model(features, seed=0):
-    torch.manual_seed(seed)
-    whitening = Whitening(features)
+def make_model(features, fit=True):
+    torch.manual_seed(0)
+    whitening = Whitening(features, fit)
     return FMRLRec(len(features[0]), whitening.features(), SIZES, ModelSettings(1), whitening)
 
 
@@ -89,8 +89,9 @@ def test_every_encoder_is_whitened_alone_once_in_the_type_it_comes_in():
         torch.testing.assert_close(part.double(), made(raw.double()), rtol=1e-3, atol=1e-3)
 
 
-def test_the_transform_is_saved_with_the_weights_and_the_one_that_is_loaded_counts():
-    saved, other = make_model(parts()), make_model(parts())
+@pytest.mark.parametrize("fit", [True, False])
+def test_the_transform_is_saved_with_the_weights_and_the_one_that_is_loaded_counts(fit):
+    saved, other = make_model(parts()), make_model(parts(), fit)
     state = saved.state_dict()
     assert {name for name in state if "whitening" in name} == {
         f"items.whitening.{part}_{i}" for part in ("mean", "matrix") for i in (0, 1)

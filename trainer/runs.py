@@ -68,7 +68,7 @@ def read_config(run: Path) -> tuple[Config, dict[str, str]]:
     """A run's settings, and where each came from. Raises InputError where the folder is no run."""
     saved = read_json(run / CONFIG, "give a run's folder, as train.py prints it")
     if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
-        raise InputError(f"{run / CONFIG} is not a run's configuration")
+        raise InputError(f"{run / CONFIG} is not a run's configuration; give a run's folder, as train.py prints it")
     try:
         return from_saved(saved["settings"]), saved.get("sources", {})
     except InputError as error:

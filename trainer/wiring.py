@@ -53,8 +53,9 @@ def load_data(config: Config, device: torch.device, run: Path | None = None) -> 
     return catalog, features
 
 
-def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) -> Model:
-    """The model that the settings describe, freshly initialised."""
+def build_model(config: Config, num_items: int, features: Sequence[np.ndarray], loaded: bool = False) -> Model:
+    """The model that the settings describe, freshly initialised. loaded: its weights are loaded next, so that nothing
+    has to be fitted."""
     if config.model_code == "popularity":
         return Popularity(num_items)
     if config.model_code == "itemknn":
@@ -80,7 +81,7 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray]) 
             **dropouts,
         )
     parts = [torch.from_numpy(part) for part in features]
-    whitening = Whitening(parts) if config.whiten_features else None
+    whitening = Whitening(parts, fit=not loaded) if config.whiten_features else None
     return FMRLRec(
         num_items,
         (whitening.features() if whitening else parts) or None,
@@ -161,7 +162,7 @@ def load_run(run: str | Path, flags: dict[str, Any] | None = None) -> tuple[Conf
     config = with_runtime_flags(saved, flags or {}, run)
     device = resolve_device(config.device)
     catalog, features = load_data(config, device, run)
-    model = build_model(config, catalog.num_items, features).to(device)
+    model = build_model(config, catalog.num_items, features, loaded=True).to(device)
     load_weights(model, run / WEIGHTS)
     return config, catalog, model.eval()
 

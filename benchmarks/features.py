@@ -7,16 +7,15 @@ python -m benchmarks.features --help
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.measure import paired, where
 from config import run_cli
 
 if TYPE_CHECKING:
@@ -42,14 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
     parser.add_argument("--memory_of", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    import torch
-
     if arguments.memory_of:  # a process of its own: the peak of a process is never given back
         print(peak_memory(arguments.memory_of, arguments.workers))
         return
-    where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}; batches of {arguments.batch}, "
-          f"{arguments.workers} workers, medians of {arguments.runs} paired runs")  # fmt: skip
+    print(f"{where(arguments.device)}; batches of {arguments.batch}, {arguments.workers} workers, medians of "
+          f"{arguments.runs} paired runs")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         if arguments.texts and arguments.language_encoder:
             compare("texts", text_catalog(Path(arguments.texts), arguments.num_texts), arguments, Path(folder))
@@ -116,7 +112,7 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
                 )
                 made[precision] = rows.astype(np.float32)
 
-        seconds = paired({"bare forward": forward, "whole path": whole}, arguments.runs)
+        seconds = paired({"bare forward": forward, "whole path": whole}, arguments.runs, arguments.device)
         ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
         rates = {case: len(texts) / statistics.median(values) for case, values in seconds.items()}
         print(f"  {precision}  bare forward {rates['bare forward']:8.1f}/s   whole path {rates['whole path']:8.1f}/s   "
@@ -128,23 +124,11 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
         print(f"  cosine of {names[0]} and {names[-1]}: least {cosines.min():.5f}, mean {cosines.mean():.5f}")
 
 
-def paired(cases: dict[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
-    """Seconds of each case, run in turn `runs` times after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(runs + 1):
-        for name, case in cases.items():
-            started = time.perf_counter()
-            case()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
 def text_catalog(path: Path, count: int) -> Catalog:
     """Every so many-th item of a metadata file, its text made as of a dataset."""
     from config import Config
-    from datasets.catalog import parse_record
     from datasets.files import read_text
+    from datasets.records import parse_record
     from datasets.text import item_text
 
     lines = [line for line in read_text(path, "give a meta.json.gz").split("\n") if line.strip()]

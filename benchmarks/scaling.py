@@ -7,6 +7,7 @@ python -m benchmarks.scaling --help
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -29,10 +30,10 @@ TABLES = ("items", "length", "batch", "ranking")
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, each measured in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", default=",".join(TABLES), help="which (default: %(default)s)")
-    parser.add_argument("--items", default="10000,100000,1000000", help="items of the first table")
-    parser.add_argument("--lengths", default="50,200,1000", help="tokens of every history in the second")
-    parser.add_argument("--batches", default="8,32,128,512", help="users in a step in the third (default: %(default)s)")
+    parser.add_argument("--tables", type=tables, default=",".join(TABLES), help="which (default: %(default)s)")
+    parser.add_argument("--items", type=numbers, default="10000,100000,1000000", help="items of the table of that name")
+    parser.add_argument("--lengths", type=numbers, default="50,200,1000", help="tokens of every history (length)")
+    parser.add_argument("--batches", type=numbers, default="8,32,128,512", help="users in a step (batch)")
     parser.add_argument("--features", type=int, default=2048, help="width of the features (default: 2048)")
     parser.add_argument("--negatives", type=int, default=4096, help="of --num_negatives (default: 4096)")
     parser.add_argument("--runs", type=int, default=5, help="paired runs of each (default: 5)")
@@ -48,18 +49,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes = ",".join(map(str, SIZES))
         print(f"{where(arguments.device)}; sizes {sizes}, 2 blocks, {arguments.features} features in half precision, "
               f"{arguments.precision}", flush=True)  # fmt: skip
-        for table in arguments.tables.split(","):
+        for table in arguments.tables:
             command = [sys.executable, "-m", "benchmarks.scaling", *(sys.argv[1:] if argv is None else argv)]
             subprocess.run([*command, "--table", table, "--folder", folder], check=True)
 
 
 def numbers(text: str) -> list[int]:
+    """The whole numbers of "8,32"; argparse refuses what are none."""
     return [int(part) for part in text.split(",")]
+
+
+def tables(text: str) -> list[str]:
+    """The tables of "items,batch"."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in TABLES]:
+        raise argparse.ArgumentTypeError(f"there is no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+    return names
 
 
 def by_items(arguments: argparse.Namespace) -> None:
     """A step of 32 users against the number of items."""
-    counts = numbers(arguments.items)
+    counts = arguments.items
     print("\n| items | softmax over | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |")
     for negatives in (arguments.negatives, 0):
         steps = {f"{n}": step_of(arguments, n, negatives=negatives) for n in counts}
@@ -71,16 +81,14 @@ def by_length(arguments: argparse.Namespace) -> None:
     print(
         "\n| tokens a history | users | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |"
     )
-    steps = {
-        f"{n}": step_of(arguments, 10_000, length=n, negatives=arguments.negatives) for n in numbers(arguments.lengths)
-    }
+    steps = {f"{n}": step_of(arguments, 10_000, length=n, negatives=arguments.negatives) for n in arguments.lengths}
     report(steps, arguments, "32")
 
 
 def by_batch(arguments: argparse.Namespace) -> None:
     """A step against the number of users, over 12,101 items."""
     print("\n| users | softmax over | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |")
-    report({f"{n}": step_of(arguments, 12_101, batch=n) for n in numbers(arguments.batches)}, arguments, "all")
+    report({f"{n}": step_of(arguments, 12_101, batch=n) for n in arguments.batches}, arguments, "all")
 
 
 def report(steps: Mapping[str, Callable[[], object]], arguments: argparse.Namespace, how: str) -> None:
@@ -124,7 +132,7 @@ def step_of(
         max_grad_norm=5.0,
         sampler=NegativeSampler(loader.label_counts(items), negatives) if negatives else None,
     )
-    batches = loader.epoch(1)
+    batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count(1)))
     return lambda: step(next(batches))
 
 
@@ -155,7 +163,7 @@ def ranking(arguments: argparse.Namespace) -> None:
     from datasets.catalog import Sequences
     from trainer.evaluation import evaluate
 
-    items, rng = numbers(arguments.items)[-1], np.random.default_rng(0)
+    items, rng = max(arguments.items), np.random.default_rng(0)
     lengths = (4 + rng.geometric(0.2, size=1000)).clip(max=200)
     offsets = np.concatenate([[0], lengths.cumsum()])
     rows = eval_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), 50, "test")

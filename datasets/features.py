@@ -252,8 +252,7 @@ def _no_pictures(catalog: Catalog, why: str) -> str:
 def _worth(workers: int, batches: int) -> int:
     """How many workers a share of so many batches is worth, on the cores that this rank has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes.world_size() > 1 else 1
-    return max(0, min(workers, cores // ranks_here - 1, batches // BATCHES_A_WORKER))
+    return max(0, min(workers, cores // processes.on_this_machine() - 1, batches // BATCHES_A_WORKER))
 
 
 def _acquire(lock: Any, say: Callable[[str], None]) -> None:

@@ -34,11 +34,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
 
 
+def on_this_machine() -> int:
+    """How many of the processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+
+
 def command() -> str:
     """What started these processes, as a user types it."""
-    if world_size() == 1:
-        return "python"
-    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size())}"
+    return "python" if world_size() == 1 else f"torchrun --nproc_per_node={on_this_machine()}"
 
 
 def start() -> None:

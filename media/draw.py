@@ -84,8 +84,9 @@ def draw_architecture(path: Path) -> None:
     _save(figure, path)
 
 
-def draw_nesting(path: Path, sizes: tuple[int, ...] = (8, 16, 32, 64)) -> None:
+def draw_nesting(path: Path) -> None:
     """The mask of a weight: every leading square is the weight of a smaller model."""
+    sizes = (8, 16, 32, 64)
     figure, panels = plt.subplots(1, len(sizes), figsize=(11, 3), layout="constrained")
     parts, dim = increments(sizes), sizes[-1]
     shades = plt.get_cmap("viridis")([0.9 - 0.75 * j / (len(sizes) - 1) for j in range(len(sizes))])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from config import InputError
-from model.serving.folder import Export
+from model.serving.folder import GRAPHS, Export
 from model.serving.quantize import dequantize, quantize
 from model.serving.weights import MATRICES
 
@@ -100,9 +100,10 @@ class OnnxEngine:
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
         # All at once: a folder that is replaced later must not lend its graphs to this table.
-        self._rank = opened("rank.onnx")
+        recommend, step, rank = GRAPHS
+        self._rank = opened(rank)
         options.add_external_initializers(names, weights)
-        self._recommend, self._step = opened("recommend.onnx"), opened("step.onnx")
+        self._recommend, self._step = opened(recommend), opened(step)
 
     def table(self, export: Export) -> Table:
         return Table(export.table, export.scale)

@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from model.fmrl import increments
-from model.serving.folder import WEIGHTS, tensor_offsets
+from model.serving.folder import GRAPHS, WEIGHTS, tensor_offsets
 
 OPSET, IR_VERSION = 17, 8  # of 2022
 EPSILON = 1e-5  # of LayerNorm: torch's default
@@ -39,12 +39,12 @@ def build_graphs(
 ) -> dict[str, bytes]:
     """File name -> ONNX bytes of the three graphs. `packed`: the bytes of model.safetensors with these weights."""
     offsets = tensor_offsets(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
-    graphs = {
-        "recommend.onnx": _Graph(weights, offsets, sizes).recommend(num_blocks, max_len),
-        "step.onnx": _Graph(weights, offsets, sizes).step(num_blocks),
-        "rank.onnx": _Graph(weights, offsets, sizes).only_rank(),
-    }
-    return {name: graph.SerializeToString() for name, graph in graphs.items()}
+    graphs = (
+        _Graph(weights, offsets, sizes).recommend(num_blocks, max_len),
+        _Graph(weights, offsets, sizes).step(num_blocks),
+        _Graph(weights, offsets, sizes).only_rank(),
+    )
+    return {name: graph.SerializeToString() for name, graph in zip(GRAPHS, graphs, strict=True)}
 
 
 class _Graph:

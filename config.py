@@ -368,11 +368,10 @@ def parse_args(
     """Read the command line. Returns the settings that were given as flags, and the values of the script's own
     arguments, which `add_arguments` adds to the parser. `settings`: the only ones that are flags; empty: all are.
     Exits with 2 on a bad flag."""
-    parser = _Parser(
+    parser = Parser(
         usage="%(prog)s [--setting value ...]",
         description=description,
         epilog=_epilog(presets=not settings or "preset" in settings),
-        allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
     if add_arguments:
@@ -384,7 +383,7 @@ def parse_args(
                 group = parser.add_argument_group(title)
         if not settings or f.name in settings:
             _add_flag(group, f)
-    namespace = parser.read(argv)
+    namespace = parser.parse_args(argv)
     flags = {f.name: vars(namespace).pop(f.name) for f in dataclasses.fields(Config) if f.name in namespace}
     return flags, namespace
 
@@ -486,8 +485,7 @@ def _add_flag(group: Any, f: dataclasses.Field) -> None:
     help = f"{f.metadata['help']} (default: {shown(default) or 'empty'})".replace("%", "%%")
     common = {"dest": f.name, "default": argparse.SUPPRESS}
     if isinstance(default, bool):
-        group.add_argument(flag, nargs="?", const=True, type=_boolean, metavar="BOOL", help=help, **common)
-        group.add_argument(f"--no-{f.name}", f"--no_{f.name}", action="store_false", help=argparse.SUPPRESS, **common)
+        _add_boolean(group, f.name, help, argparse.SUPPRESS)
     elif isinstance(default, tuple):
         of = type(default[0])
         metavar = "N,N,..." if of is int else "NAME,NAME,..."
@@ -496,6 +494,17 @@ def _add_flag(group: Any, f: dataclasses.Field) -> None:
         metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
         options = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"metavar": metavar}
         group.add_argument(flag, type=type(default), help=help, **options, **common)
+
+
+def add_switch(group: Any, name: str, help: str) -> None:
+    """Add a flag of a script's own that is false unless it is given, spelled as those of settings are."""
+    _add_boolean(group, name, help, False)
+
+
+def _add_boolean(group: Any, name: str, help: str, default: Any) -> None:
+    common = {"dest": name, "default": default}
+    group.add_argument(f"--{name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=help, **common)
+    group.add_argument(f"--no-{name}", f"--no_{name}", action="store_false", help=argparse.SUPPRESS, **common)
 
 
 def _epilog(presets: bool) -> str:
@@ -537,11 +546,14 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest known flag when one is unknown."""
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations, and names the nearest known flag when one is unknown."""
 
-    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        parsed, unknown = self.parse_known_args(argv)
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | how)
+
+    def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
             flags = list(self._option_string_actions)

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import Config, InputError, parse_args, run_cli
+from config import Config, InputError, add_switch, parse_args, run_cli
 from datasets import processes
 
 DESCRIPTION = """Test a trained run at every size, and check that each size's slice is the same model on its own.
@@ -20,13 +20,9 @@ how to run (device, data_root, test_batch_size, metric_ks, ...) may differ from 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", metavar="FOLDER", help="the run to test; else the newest that fits the given flags")
-    parser.add_argument(
-        "--mask_history", action="store_true", help="rank without the items already in a user's history"
-    )
-    parser.add_argument(
-        "--alone", action="store_true", help="test every slice as a model of its own, not all sizes in one pass"
-    )
+    parser.add_argument("--run", metavar="FOLDER", help="the run to test (default: the newest that fits)")
+    add_switch(parser, "mask_history", "rank without the items already in a user's history (default: with them)")
+    add_switch(parser, "alone", "test every slice as a model of its own (default: all sizes in one pass)")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import memory
-from config import InputError, run_cli, shown
+from config import InputError, Parser, run_cli, shown
 from datasets.files import sha256, write_json
 from model.export import add_run_arguments, asked_run, export_size, named_sizes
 
@@ -34,7 +34,7 @@ ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_TH
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Export, measure, print and write the card."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add_run_arguments(parser)
     parser.add_argument("--size", default="all", metavar="N,N|all", help="its sizes to measure (default: all)")
     parser.add_argument("--users", type=int, metavar="N", help="test on the first N users (default: all)")

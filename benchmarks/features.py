@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import paired, where
-from config import run_cli
+from config import Parser, run_cli
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", help="a meta.json.gz of which texts are taken (without: no texts)")
     parser.add_argument("--language_encoder", help="a text encoder's folder or name, as of train.py")
     parser.add_argument("--num_texts", type=int, default=2000, help="texts (default: 2000)")

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.picture_server import Page, Server, cut_short, flat_png, good, in_turn, stalled, status
-from config import InputError, run_cli
+from config import InputError, Parser, run_cli
 
 KINDS = ("404", "503 then good", "cut short", "not a picture", "100 megapixels", "stalled")
 GOOD = ("good", "503 then good")
@@ -29,7 +29,7 @@ GOOD = ("good", "503 then good")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table. Raises InputError where a manifest or a picture is not as it must be."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=1000, help="pictures (default: 1000)")
     parser.add_argument("--side", type=int, default=500, help="pixels of a picture's side (default: 500)")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds before an answer begins (default: 0.05)")

@@ -4,7 +4,6 @@ python -m benchmarks.prepare                      # 10 million reviews, 1 millio
 python -m benchmarks.prepare --reviews 1000000 --products 100000
 """
 
-import argparse
 import gzip
 import multiprocessing
 import platform
@@ -18,14 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.measure import memory
-from config import run_cli
+from config import Parser, run_cli
 
 CHUNK = 20_000  # lines that are made at a time
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the raw files, prepare them in a process of its own, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--reviews", type=int, default=10_000_000, metavar="N", help="(default: 10,000,000)")
     parser.add_argument("--products", type=int, default=1_000_000, metavar="N", help="(default: 1,000,000)")
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark"), help="(default: %(default)s)")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.measure import memory, paired, where
-from config import run_cli
+from config import Parser, run_cli
 
 if TYPE_CHECKING:
     from model import FMRLRec
@@ -29,7 +29,7 @@ TABLES = ("items", "length", "batch", "ranking")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, each measured in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", type=tables, default=",".join(TABLES), help="which (default: %(default)s)")
     parser.add_argument("--items", type=numbers, default="10000,100000,1000000", help="items of the table of that name")
     parser.add_argument("--lengths", type=numbers, default="50,200,1000", help="tokens of every history (length)")

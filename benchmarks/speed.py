@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.measure import memory, paired, where
-from config import resolve, run_cli
+from config import Parser, resolve, run_cli
 
 SOME = 64  # users whom the baseline evaluates, as many as it does at once
 STEPS = 5  # of a kind in a row, as in training: the first pays for the memory that another kind gave back
@@ -23,7 +23,7 @@ MEMORY_STEPS = 10  # after which the peak is read
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--users", type=int, default=22363, help="users (default: Beauty's 22363)")
     parser.add_argument("--items", type=int, default=12101, help="items (default: Beauty's 12101)")
     parser.add_argument("--features", type=int, default=2048, help="width of the features (default: 2048)")

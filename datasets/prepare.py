@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from config import Config, InputError, parse_args, resolve, run_cli
+from config import Config, InputError, add_switch, parse_args, resolve, run_cli
 from datasets import processes
 from datasets.amazon import BASE_URL, PAPER_SETS, picture_urls
 from datasets.catalog import FILES, REPORT, load_catalog, prepare_command, read_report
@@ -40,10 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("steps")
     group.add_argument("--only", metavar="STEP,...", help="of data, pictures, features (default: all three)")
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace data that were prepared of other files or with other flags (default: refuse)",
+    add_switch(
+        group, "overwrite", "replace data that were prepared of other files or with other flags (default: refuse)"
     )
     group = parser.add_argument_group("raw files")
     group.add_argument(

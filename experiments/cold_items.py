@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from config import Config, InputError, run_cli
+from config import Config, InputError, Parser, run_cli
 from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
 from datasets.files import read_json, replacing, write_json, write_text
 
@@ -27,7 +27,7 @@ KS = (10, 50, 100)
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Make the dataset, or test an export of a run on it; returns what was written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="write <data_root>/<dataset_code>-cold")
     make.add_argument("--dataset_code", default="beauty", metavar="NAME", help="(default: beauty)")

@@ -4,11 +4,10 @@ python -m experiments.report                              # from experiments/res
 python -m experiments.report --keep experiments/runs/...  # keep a run's small files there first; experiments.run does
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import InputError, run_cli
+from config import InputError, Parser, run_cli
 from datasets.files import read_json, write_text
 from experiments import parameters, tables
 from experiments.definition import definitions, unusual
@@ -116,7 +115,7 @@ def cold_items(run: Path) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Keep a run if asked to, and write RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--keep", type=Path, metavar="RUN", help="first copy the small files of this finished run there"
     )

@@ -4,7 +4,6 @@ python -m media.draw                                  # architecture.png and nes
 python -m media.draw --demo_run experiments/runs/...  # demo.png too, from a run's files
 """
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from config import run_cli
+from config import Parser, run_cli
 from datasets.files import read_json, replacing
 from model.fmrl import increments, nested_mask
 from trainer.plots import plot_metric_by_size
@@ -134,7 +133,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw into media/."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo_run", type=Path, metavar="FOLDER", help="a demo run to draw demo.png from")
     parser.add_argument("--out", type=Path, default=MEDIA, metavar="FOLDER", help="where to (default: media)")
     arguments = parser.parse_args(argv)

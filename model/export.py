@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import Config, InputError, run_cli, shown
+from config import Config, InputError, Parser, add_switch, run_cli, shown
 from datasets.files import read_json, sha256
 from model.serving.quantize import TABLES
 
@@ -28,7 +28,7 @@ FORMATS = ("torch", "onnx")
 
 def arguments_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
     parser.add_argument("--size", metavar="N,N|all", help="the trained sizes to export (default: the largest)")
     parser.add_argument(
@@ -42,7 +42,9 @@ def arguments_parser() -> argparse.ArgumentParser:
         metavar="MS",
         help="the same among those that answer one user within so many ms, by benchmarks.deploy",
     )
-    parser.add_argument("--format", choices=FORMATS, default="torch", help="onnx adds graphs that need no torch to run")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="torch", help="onnx adds graphs that need no torch to run (default: torch)"
+    )
     parser.add_argument(
         "--quantize",
         choices=TABLES,
@@ -54,7 +56,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FOLDER", help="where; of several sizes the folder that theirs are made in "
         "(default: exports/<dataset>-<size>)",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there already")
+    add_switch(parser, "overwrite", "replace an export that is there already (default: refuse)")
     return parser
 
 
@@ -63,6 +65,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run (default: the newest)")
     parser.add_argument("--dataset_code", metavar="NAME", help="the newest run on this dataset")
     parser.add_argument("--data_root", metavar="FOLDER", help="where the dataset lies now (default: as in training)")
+    parser.add_argument(
+        "--runs_root", default=Config.runs_root, metavar="FOLDER", help="where runs are (default: experiments/runs)"
+    )
 
 
 def asked_run(arguments: argparse.Namespace) -> Path:
@@ -70,7 +75,7 @@ def asked_run(arguments: argparse.Namespace) -> Path:
     from trainer.runs import find_trained, read_config, with_runtime_flags
 
     flags = {"dataset_code": arguments.dataset_code} if arguments.dataset_code else {}
-    run = find_trained(arguments.run, Path(Config.runs_root), flags | {"model_code": "fmrlrec"})
+    run = find_trained(arguments.run, Path(arguments.runs_root), flags | {"model_code": "fmrlrec"})
     trained, _ = read_config(run)
     if trained.model_code != "fmrlrec":
         raise InputError(f"{run} is a run of {trained.model_code}, which is not served; give one of fmrlrec")

@@ -61,13 +61,22 @@ def matryoshka_cross_entropy(
     released code; labels: [T], 0 at a position without one; count: the number of labels to average over where others
     hold a share of them; objective: by default the paper's. The gradients are computed on the way, chunk by chunk, so
     that the logits of a batch are never held. Products are computed in the item table's type, sums and the softmax in
-    float32 at least.
+    float32 at least. Raises ValueError where the sizes do not end at D, or for another reduction.
     """
+    check(z, sizes, reduction)
     features, weight, V = item_table if isinstance(item_table, Factors) else (None, item_table, None)
     if count is None:
         count = labels.count_nonzero()
     total = _MatryoshkaCrossEntropy.apply(z, weight, V, objective.log_scale, features, labels, sizes, objective)
     return total / count / (len(sizes) if reduction == "mean" else 1)
+
+
+def check(z: Tensor, sizes: tuple[int, ...], reduction: str) -> None:
+    """Raise ValueError for what neither loss can be computed of."""
+    if sizes[-1] != z.shape[1]:
+        raise ValueError(f"the largest of the sizes {sizes} is not the width {z.shape[1]} of z")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction {reduction!r} is neither 'mean' nor 'sum'")
 
 
 class _MatryoshkaCrossEntropy(torch.autograd.Function):

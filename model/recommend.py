@@ -5,18 +5,17 @@ python -m model.recommend exports/beauty-64 --history B004756YJA,B004ZT0SSG --to
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from config import run_cli
+from config import Parser, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the answer as a table, or as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="the export, as model.export printed it")
     parser.add_argument(
         "--history", default="", metavar="ID,ID", help="item ids or numbers, oldest first (default: none)"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.fmrl import Context, increments
-from model.loss import add_product, held_buffer, row_chunks
+from model.loss import add_product, check, held_buffer, row_chunks
 from model.objective import ABSENT, CROSS_ENTROPY, Objective, losses_plain, residuals_
 
 
@@ -70,6 +70,7 @@ def sampled_matryoshka_cross_entropy(
 
     z: [T, D]; own: [T, D] the labels' embeddings; drawn: [K, D] those of the items [K] of `NegativeSampler.draw`.
     """
+    check(z, sizes, reduction)
     if count is None:
         count = labels.count_nonzero()
     total = _SampledCrossEntropy.apply(z, own, drawn, objective.log_scale, labels, items, log_kq, sizes, objective)

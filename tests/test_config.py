@@ -17,6 +17,8 @@ from config import (
     PRESETS,
     Config,
     InputError,
+    Parser,
+    add_switch,
     from_saved,
     is_runtime,
     parse_args,
@@ -483,3 +485,22 @@ def test_only_settings_that_do_not_change_what_is_trained_are_runtime_settings()
             "test",
         ),  # how it is measured
     }
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [("", False), ("--alone", True), ("--alone=true", True), ("--alone=false", False), ("--alone --no-alone", False)],
+)
+def test_a_switch_of_a_script_is_spelled_as_a_setting_is(argv, value):
+    parser = Parser()
+    add_switch(parser, "alone", "help")
+    assert parser.parse_args(argv.split()).alone is value
+
+
+@pytest.mark.parametrize("word", ["--alon", "--alone_", "--no-alon"])
+def test_an_abbreviation_is_refused_and_the_flag_named(capsys, word):
+    parser = Parser()
+    add_switch(parser, "alone", "help")
+    with pytest.raises(SystemExit):
+        parser.parse_args([word])
+    assert f"unknown flag {word}; did you mean --" in capsys.readouterr().err

@@ -124,6 +124,16 @@ def test_an_item_table_left_as_a_product_gives_what_it_gives_multiplied_out():
 
 
 @pytest.mark.parametrize("kind", LOSSES)
+def test_sizes_that_do_not_end_at_the_width_and_an_unknown_reduction_are_refused(kind):
+    z, table, labels = random_case()
+    wider = torch.cat([z, z], dim=1)
+    with pytest.raises(ValueError, match=r"the largest of the sizes \(2, 5, 12\) is not the width 24 of z"):
+        losses_of(kind, wider, torch.cat([table, table], dim=1), labels)[0](CROSS_ENTROPY)
+    with pytest.raises(ValueError, match="reduction 'max' is neither 'mean' nor 'sum'"):
+        losses_of(kind, z, table, labels)[0](CROSS_ENTROPY, reduction="max")
+
+
+@pytest.mark.parametrize("kind", LOSSES)
 def test_without_gradients_the_value_is_the_same(kind):
     z, table, labels = random_case()
     objective = objective_of()

@@ -1,11 +1,14 @@
 """Full ranking: every user's target among all items, for one model or for every size of a nested one."""
 
 import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from config import METRICS
 from dataloader import EvalBatch, EvalRows, eval_batches
@@ -20,6 +23,7 @@ from trainer.runs import EVERY_SIZE, LARGEST, USER_RANKS, of_test
 from trainer.step import Trainable
 from trainer.user_ranks import save_ranks
 
+T = TypeVar("T")
 Model = Trainable | Popularity  # what is trained, or only counts
 ITEMS = 2**15  # items that are scored at once: every catalogue of the paper in one chunk
 TABLE_BYTES = 2**30  # a projected item table up to this is held; otherwise a batch projects what it reads
@@ -66,10 +70,15 @@ def rank_targets(
         found[:, start:stop] = _ranks_of_counts(model, batches, mask_history)
     else:
         table = model.item_table() if 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES else None
-        z = [_last(model, batch, table) for batch in batches]
+        z = [_last(model, batch, table) for batch in _shown(batches, "histories", "batch")]
         found[:, start:stop] = _ranks(model, batches, z, table, sizes, mask_history)
     model.train(training)
     return dict(zip(sizes, processes.add_up(found), strict=True))
+
+
+def _shown(parts: Sequence[T], title: str, unit: str) -> Iterable[T]:
+    """The parts, with a progress bar that goes when they are done."""
+    return tqdm(parts, title, leave=False, unit=unit, disable=True if processes.rank() else None)
 
 
 def _last(model: Trainable, batch: EvalBatch, table: Tensor | None) -> Tensor:
@@ -97,7 +106,7 @@ def _ranks(
     chunks = torch.arange(model.num_items + 1, device=z[0].device).split(ITEMS)
     counts = [z_batch.new_zeros(2, len(sizes), len(z_batch)) for z_batch in z]  # ahead of the target, equal to it
     targets = [model.items(batch.targets) if len(chunks) > 1 else None for batch in batches]  # each [B, D]
-    for chunk in chunks:
+    for chunk in _shown(chunks, "ranking", "chunk of items"):
         start, stop = int(chunk[0]), int(chunk[-1]) + 1
         columns = model.items(chunk) if table is None else table[start:stop]  # [C, D]
         buffer = columns.new_empty(len(z[0]), len(columns))

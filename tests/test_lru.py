@@ -117,6 +117,20 @@ def test_either_scan_has_the_values_and_gradients_of_the_plain_loop(
     assert_fast_equals_loop(positions_of(lengths), max(lengths), dtype, radius, tolerance)
 
 
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("lengths", [[50] * 8, [7, 1, 200, 30], [1000, 3]], ids=str)
+def test_in_float32_on_a_ring_near_1_either_scan_errs_no_more_than_four_times_the_loop(monkeypatch, lengths, scan):
+    monkeypatch.setattr(lru, "_scan", scan)
+    position = positions_of(lengths)
+    inputs = random_inputs(len(position), torch.float64, radius=0.99)
+    narrow = [part.detach().float().requires_grad_() for part in inputs]
+    exact = values_and_gradients(lambda *u: linear_recurrence_loop(*u, position), inputs)
+    fast = values_and_gradients(lambda *u: linear_recurrence(*u, position, max(lengths)), narrow)
+    loop = values_and_gradients(lambda *u: linear_recurrence_loop(*u, position), narrow)
+    for f, p, e in zip(fast[:4], loop, exact, strict=False):  # the gradients of λ are few numbers, which err by luck
+        assert (f - e).abs().mean() <= 4 * (p - e).abs().mean()
+
+
 @pytest.mark.parametrize(("device", "expected"), [("cpu", 0), ("meta", 1)])
 def test_the_scan_that_waits_for_numbers_is_for_a_cpu_alone(monkeypatch, device, expected):
     called = []

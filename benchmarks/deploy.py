@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that deploy.json holds."""
+    from datasets.device import cpu_name
     from model import FMRLRec
     from trainer.runs import WEIGHTS, environment
     from trainer.wiring import load_run
@@ -246,13 +247,6 @@ def line(row: dict[str, Any]) -> str:
         f"load {row['load_s']:.2f} s  p50 {row['p50_ms']:.2f} ms  NDCG@10 {row['NDCG@10']:.4f}  "
         f"same top 10 {row['same_top10']:.2%}"
     )
-
-
-def cpu_name() -> str:
-    """The processor's name, where Linux tells it."""
-    path = Path("/proc/cpuinfo")
-    found = path.read_text(encoding="utf-8").partition("model name")[2] if path.exists() else ""
-    return found.partition(":")[2].partition("\n")[0].strip() or "CPU"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The device."""
 
+from pathlib import Path
+
 import torch
 
 from config import InputError
@@ -30,5 +32,13 @@ def device_name(device: torch.device) -> str:
     """The device in words, for a run's env.json."""
     on_gpu, count = device.type == "cuda", processes.world_size()
     threads = torch.get_num_threads()
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    on_cpu = f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    name = torch.cuda.get_device_name(device) if on_gpu else on_cpu
     return name if count == 1 else f"{count} processes, each on {name}"
+
+
+def cpu_name() -> str:
+    """The processor's name, where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    found = path.read_text(encoding="utf-8").partition("model name")[2] if path.exists() else ""
+    return found.partition(":")[2].partition("\n")[0].strip() or "CPU"

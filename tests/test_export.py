@@ -215,7 +215,7 @@ def test_the_readme_says_size_items_encoders_storage_and_metrics(run, tmp_path, 
     assert "of 8 dimensions" in text and "the last 6 items" in text and "ranks 30 items" in text and run.name in text
     assert "described by lexical; stored" in text and f"{stored}.\n" in text
     assert f"NDCG@10 {metrics['NDCG@10']:.4f}, Recall@10 {metrics['Recall@10']:.4f}" in text
-    assert "python -m model.recommend THIS_FOLDER --history" in text
+    assert "python -m model.recommend THIS_FOLDER --history" in text and f"(commit `{commit()}`)" in text
 
 
 def test_a_run_that_was_not_tested_is_exported_without_metrics(copy, tmp_path):

@@ -180,7 +180,8 @@ A sequential recommender (fMRLRec, Findings of EMNLP 2024) of {config["size"]} d
 
 - Items are described by {encoders or "a learned table"}; stored {stored[config["quantize"]]}.
 - Test metrics of this size in float32, full ranking, history kept: {", ".join(named) or "not tested"}.
-- `config.json` says how it was made and holds the checksums of the other files.
+- `config.json` says how it was made{f" (commit `{config['commit']}`)" if config.get("commit") else ""} and holds the
+  checksums of the other files.
 
 ```sh
 python -m model.recommend THIS_FOLDER --history ID,ID --top_k 10

@@ -262,6 +262,17 @@ def test_recommend_prints_ids_and_titles_best_first(run, tmp_path, capsys, forma
     assert not set(answer["ids"]) & set(history.split(","))
 
 
+def test_recommend_takes_numbers_for_ids_and_ranks_candidates_alone(run, tmp_path, capsys):
+    (folder,) = run_export(run, f"--out {tmp_path / 'out'}")
+    answers = []
+    for history, candidates in (("B000000001,B000000002", "B000000003,B000000004"), ("1, 2", "4,3")):
+        capsys.readouterr()
+        recommend.main([str(folder), "--history", history, "--candidates", candidates, "--top_k", "2", "--json"])
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1]
+    assert sorted(answers[0]["numbers"]) == [3, 4]
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 

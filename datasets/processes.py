@@ -50,11 +50,12 @@ def start() -> None:
         return
     import torch
     import torch.distributed as dist
+    import torch.distributed.nn  # imported later its defaults would hold the group, whose threads then outlive end()
 
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
-        atexit.register(_end)
+        atexit.register(end)
 
 
 def barrier() -> None:
@@ -106,7 +107,8 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def _end() -> None:
+def end() -> None:
+    """Leave the others, as the process does by itself when it ends."""
     import torch.distributed as dist
 
     crashed = hasattr(sys, "last_value")  # then the others may never come to this, and NCCL would wait for them

@@ -104,6 +104,8 @@ run("not finite", f"{tiny} --run_name not-finite")
 step_module.matryoshka_cross_entropy = true_loss
 trainer_module.save_state = full
 run("full", f"{tiny} --run_name full")
+processes.end()
+results["threads"] = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 Path(f"rank{processes.rank()}.json").write_text(json.dumps(results))
 """
 
@@ -251,6 +253,12 @@ def test_what_is_printed_is_what_one_process_prints(folder):
 def test_a_loss_that_is_not_finite_on_one_ends_both_alike(folder):
     for rank in outcome(folder, "not finite"):
         assert rank["said"].startswith("InputError the loss is nan at step 3 (epoch 1); no epoch was finished")
+
+
+def test_no_thread_of_the_group_outlives_it(folder):
+    """One that still dropped a tensor as the interpreter ends would abort the process."""
+    for threads in outcome(folder, "threads"):
+        assert "python" in threads and not [name for name in threads if "gloo" in name]
 
 
 def test_what_the_first_cannot_write_ends_both_alike(folder):

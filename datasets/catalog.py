@@ -3,7 +3,7 @@
     <data_root>/<dataset_code>/sequential_data.txt   a line per user: user item item ..., ids from 1, oldest first
     <data_root>/<dataset_code>/datamaps.json         item2id (and user2id): Amazon ids -> ids from 1, dense
     <data_root>/<dataset_code>/meta.json.gz          a line per item: a Python literal or JSON object with an 'asin'
-    <data_root>/<dataset_code>/item2img.json         optional: item id or ASIN -> path below the next folder
+    <data_root>/<dataset_code>/item2img.json         optional: which picture an item has
     <data_root>/photos/<dataset_code>/               optional: the pictures
 
 U users, N items, n interactions.
@@ -21,6 +21,7 @@ import numpy as np
 from config import Config, InputError
 from datasets.amazon import PAPER_SETS
 from datasets.files import read_json, read_text
+from datasets.item2img import read_item2img
 from datasets.records import RecordFile, parse_record
 
 MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
@@ -81,7 +82,8 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
     sequences = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)
     metadata = _load_metadata(folder / "meta.json.gz", asins, notes)
     photos = (root / "photos" / dataset_code).resolve()
-    pictures = _load_pictures(folder / "item2img.json", photos, asins)
+    listed = read_item2img(folder, photos, asins)
+    pictures = None if listed is None else [photos / listed[asin] if asin in listed else None for asin in asins]
     return Catalog(dataset_code, sequences, asins, metadata, pictures, photos, notes)
 
 
@@ -196,25 +198,6 @@ def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[
     if missing:
         notes.append(f"{missing} of {len(asins)} items have no metadata")
     return metadata
-
-
-def _load_pictures(path: Path, photos: Path, asins: list[str]) -> list[Path | None] | None:
-    if not path.exists():
-        return None
-    mends = "it maps an item id or ASIN to a path below photos/<dataset_code>/"
-    item2img = read_json(path, mends)
-    if not isinstance(item2img, dict) or not all(isinstance(v, str) for v in item2img.values()):
-        raise InputError(f"{path} is not a map of names; {mends}")
-    row_of = {str(i): i - 1 for i in range(1, len(asins) + 1)} | {asin: row for row, asin in enumerate(asins)}
-    pictures: list[Path | None] = [None] * len(asins)
-    for item, name in item2img.items():
-        if item not in row_of:
-            raise InputError(f"{path}: item {item!r} is not in datamaps.json; {mends}")
-        picture = photos / name
-        if "\0" in name or not picture.resolve().is_relative_to(photos):
-            raise InputError(f"{path}: picture {name!r} of item {item!r} lies outside {photos}; {mends}")
-        pictures[row_of[item]] = picture
-    return pictures
 
 
 def describe(catalog: Catalog) -> str:

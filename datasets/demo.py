@@ -18,6 +18,7 @@ from config import InputError
 from datasets import processes
 from datasets.catalog import Catalog, load_catalog
 from datasets.files import replacing, write_json, write_text
+from datasets.item2img import ITEM2IMG
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -104,7 +105,7 @@ def _write_demo(folder: Path, photos: Path) -> None:
         temporary.write_bytes(gzip.compress(lines.encode(), mtime=0))
     for i, asin in enumerate(tqdm(asins, desc="drawing pictures", unit="item", disable=None)):
         _draw_picture(items["colour"][i], items["motif"][i], rng).save(photos / f"{asin}.png")
-    write_json(folder / "item2img.json", {asin: f"{asin}.png" for asin in asins})
+    write_json(folder / ITEM2IMG, {asin: f"{asin}.png" for asin in asins})
 
 
 def _draw_items(rng: np.random.Generator) -> dict[str, np.ndarray]:

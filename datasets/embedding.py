@@ -4,6 +4,7 @@ F: feature width, n: texts, pictures or products, B: those of a batch.
 """
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from datasets.text import NO_TEXT, item_text
 
 MAX_PIXELS = 50_000_000  # a picture that claims more is not decoded
 NO_PICTURE = "no picture listed"
+BATCHES_A_WORKER = 32  # a worker takes about six seconds to start, so it is not started for fewer
 AHEAD = 2  # batches that a worker process has ready; all that memory depends on, however many pictures there are
 
 
@@ -97,6 +99,12 @@ def encode_batches(
                 f"need --encoder_precision fp32"
             )
         yield features
+
+
+def worth_starting(workers: int, batches: int) -> int:
+    """How many of so many workers are, for a share of so many batches, on the cores that this rank has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(workers, cores // processes.on_this_machine() - 1, batches // BATCHES_A_WORKER))
 
 
 def _ahead(read: Callable, batches: Iterable[list[Any]], workers: int, pin_memory: bool) -> Iterator[Any]:

@@ -9,7 +9,6 @@ and under torchrun each rank takes a share. N items, F feature width.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from config import InputError
+from config import Config, InputError
 from datasets import cache, encoders, processes
 from datasets.catalog import Catalog, prepare_command
 from datasets.embedding import (
@@ -29,12 +28,27 @@ from datasets.embedding import (
     read_texts,
     text_batches,
     unreadable,
+    worth_starting,
 )
 from datasets.files import cannot_write
+from datasets.item2img import ITEM2IMG
 from datasets.text import NO_TEXT, item_text
 
 CACHE_ROOT = Path("data/features")
-BATCHES_A_WORKER = 32  # a worker takes about six seconds to start, so it is not started for fewer
+
+
+def load_features(config: Config, catalog: Catalog, device: Any) -> list[np.memmap]:
+    """The `feature_files` that the settings ask for."""
+    return feature_files(
+        catalog,
+        language=config.language_encoder if config.use_language_encoder else None,
+        image=config.img_encoder if config.use_img_encoder else None,
+        attributes=config.item_attributes,
+        device=device,
+        batch_size=config.encoder_batch_size,
+        precision=config.encoder_precision,
+        workers=config.encoder_workers,
+    )
 
 
 def feature_files(
@@ -62,7 +76,7 @@ def feature_files(
     """
     pictures = catalog.pictures or []
     if image and not any(pictures):
-        raise InputError(_no_pictures(catalog, "item2img.json lists none" if catalog.pictures else "no item2img.json"))
+        raise InputError(_no_pictures(catalog, f"{ITEM2IMG} lists none" if catalog.pictures else f"no {ITEM2IMG}"))
     processes.start()
     if processes.rank():
         say = _silent
@@ -219,7 +233,7 @@ def _make(file: _File, catalog: Catalog, name: str, items: Sequence[Any], how: _
         encoder,
         read_texts if is_text else read_pictures,
         progress(batches, len(share)),
-        workers=_worth(how.workers, len(share)) if encoder.slow_to_prepare else 0,
+        workers=worth_starting(how.workers, len(share)) if encoder.slow_to_prepare else 0,
     )
     try:
         writer = cache.Writer(path)
@@ -247,12 +261,6 @@ def _no_pictures(catalog: Catalog, why: str) -> str:
         f"{catalog.name} has no picture that can be read ({why}); --no-use_img_encoder goes without, and {command} "
         f"fetches those that the metadata has addresses of"
     )
-
-
-def _worth(workers: int, batches: int) -> int:
-    """How many workers a share of so many batches is worth, on the cores that this rank has."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(workers, cores // processes.on_this_machine() - 1, batches // BATCHES_A_WORKER))
 
 
 def _acquire(lock: Any, say: Callable[[str], None]) -> None:

@@ -1,9 +1,9 @@
-"""Items' pictures: taken from a folder that is there, or fetched; and item2img.json, which datasets/catalog.py reads.
+"""Items' pictures: taken from a folder that is there, or fetched; and item2img.json, which lists them.
 
     photos/<dataset_code>/                   the pictures; a fetched one is <ASIN>.<jpg|png|...>
     <dataset_code>/item2img_dict.pkl         optional: ASIN -> a picture's path on some machine (as VIP5 ships it)
     <dataset_code>/pictures.json             the manifest
-    <dataset_code>/item2img.json             ASIN -> picture below photos/<dataset_code>/
+    <dataset_code>/item2img.json             the pictures (datasets/item2img.py)
 
 A manifest has for every item, by its ASIN, one of {"file": name}, {"missing": why} (there is no picture) and
 {"broken": why} (there should be one).
@@ -19,6 +19,7 @@ from typing import Any
 
 from config import InputError
 from datasets.files import read_json, write_json
+from datasets.item2img import ITEM2IMG, MANIFEST, read_item2img
 from datasets.picture_fetch import NO_URL, Manifest, by_stem, fetch_pictures, file_stem
 from datasets.web import PATIENCE, Patience, shown
 
@@ -47,8 +48,8 @@ def prepare_pictures(
     Raises InputError for a file that cannot be read, a folder that cannot be written and a full disk.
     """
     photos, dataset_folder = Path(photos), Path(dataset_folder)
-    before = _read_manifest(dataset_folder / "pictures.json")
-    listed = _read_item2img(dataset_folder / "item2img.json", asins, photos, before)
+    before = _read_manifest(dataset_folder / MANIFEST)
+    listed = read_item2img(dataset_folder, photos, asins, written=before) or {}  # by the user
     pickled = dataset_folder / "item2img_dict.pkl"
     found = adopt_pictures(asins, photos, pickled if pickled.exists() else None)
     manifest: Manifest = {}
@@ -56,7 +57,7 @@ def prepare_pictures(
         old = before.get(asin, {})
         if asin in listed:
             there = _is_picture(photos, listed[asin])
-            problem = {"broken": f"item2img.json lists {shown(listed[asin])}, which is not there"}
+            problem = {"broken": f"{ITEM2IMG} lists {shown(listed[asin])}, which is not there"}
             manifest[asin] = {"file": listed[asin]} if there else problem
         elif _is_picture(photos, old.get("file", "")):
             manifest[asin] = old
@@ -71,9 +72,9 @@ def prepare_pictures(
         old = before.get(asin, {"file": ""})
         manifest[asin] = old if "file" not in old else {"missing": "not fetched"} if urls.get(asin) else found[asin]
     manifest = {asin: manifest[asin] for asin in asins}
-    write_json(dataset_folder / "pictures.json", manifest)
+    write_json(dataset_folder / MANIFEST, manifest)
     item2img = {asin: entry["file"] for asin, entry in manifest.items() if "file" in entry} | listed
-    write_json(dataset_folder / "item2img.json", {asin: item2img[asin] for asin in asins if asin in item2img})
+    write_json(dataset_folder / ITEM2IMG, {asin: item2img[asin] for asin in asins if asin in item2img})
     count = Counter(next(iter(entry)) for entry in manifest.values())
     say(
         f"pictures: {count['file']:,} of {len(asins):,} items ({kept:,} were there, {count['file'] - kept:,} fetched), "
@@ -133,27 +134,6 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _read_item2img(path: Path, asins: list[str], photos: Path, before: Manifest) -> dict[str, str]:
-    """What the user listed: ASIN -> name, without what pictures.json says that an earlier run wrote."""
-    if not path.exists():
-        return {}
-    mends = f"it maps an item id or ASIN to a path below {photos}"
-    item2img = read_json(path, mends)
-    if not isinstance(item2img, dict) or not all(isinstance(name, str) for name in item2img.values()):
-        raise InputError(f"{path} is not a map of names; {mends}")
-    asin_of = {str(i): asin for i, asin in enumerate(asins, start=1)} | {asin: asin for asin in asins}
-    listed = {}
-    for item, name in item2img.items():
-        if before.get(item) == {"file": name}:
-            continue
-        if item not in asin_of:
-            raise InputError(f"{path}: item {item!r} is not one of the {len(asins)} items; {mends}")
-        if "\0" in name or not (photos / name).resolve().is_relative_to(photos.resolve()):
-            raise InputError(f"{path}: picture {name!r} of item {item!r} lies outside {photos}; {mends}")
-        listed[asin_of[item]] = name
-    return listed
-
-
 # The opcodes of dicts and texts. Others are refused before anything is loaded: besides calls there are opcodes that
 # make a few bytes take gigabytes.
 OPCODES = {"PROTO", "FRAME", "STOP", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "MEMOIZE", "PUT", "BINPUT",
@@ -167,7 +147,7 @@ class _DictsAndTexts(pickle.Unpickler):
 
 
 def _read_pickle(path: Path) -> dict[str, str]:
-    mends = "a dict of texts (ASIN -> path) is read; item2img.json may say the same in JSON"
+    mends = f"a dict of texts (ASIN -> path) is read; {ITEM2IMG} may say the same in JSON"
     try:
         if path.stat().st_size > MAX_PICKLE:
             raise InputError(f"{path} has more than {MAX_PICKLE:,} bytes; {mends}")

@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from config import Config, InputError, add_switch, parse_args, resolve, run_cli
@@ -23,6 +24,7 @@ from datasets import processes
 from datasets.amazon import BASE_URL, PAPER_SETS, picture_urls
 from datasets.catalog import FILES, REPORT, load_catalog, prepare_command, read_report
 from datasets.files import cannot_write, write_json, write_text
+from datasets.item2img import ITEM2IMG, MANIFEST
 from datasets.raw import FILTERS, not_known, prepare_data
 from datasets.summary import in_words, summarise
 
@@ -167,7 +169,7 @@ def only_one(folder: Path) -> Iterator[None]:
         raise cannot_write(folder.parent, error) from error
     try:
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
-        for name in (*FILES, REPORT, "pictures.json", "item2img.json"):
+        for name in (*FILES, REPORT, MANIFEST, ITEM2IMG):
             for left_by_a_kill in folder.glob(f".{name}.*.tmp"):
                 left_by_a_kill.unlink()
         yield
@@ -203,23 +205,14 @@ def fetch_all_pictures(config: Config, arguments: argparse.Namespace, folder: Pa
 def encode(config: Config) -> None:
     """Cache the features of text and pictures, as train.py would."""
     from datasets.device import resolve_device
-    from datasets.features import feature_files
+    from datasets.features import load_features
 
     catalog = load_catalog(config.data_root, config.dataset_code)
-    image = config.img_encoder if config.use_img_encoder else None
-    if image and config.use_language_encoder and not any(catalog.pictures or []):
-        image, command = None, prepare_command(Path(config.data_root), config.dataset_code, only="pictures")
+    if config.use_img_encoder and config.use_language_encoder and not any(catalog.pictures or []):
+        config = replace(config, use_img_encoder=False)
+        command = prepare_command(Path(config.data_root), config.dataset_code, only="pictures")
         print(f"there are no pictures, so the text alone is encoded; to fetch pictures: {command}", flush=True)
-    parts = feature_files(
-        catalog,
-        language=config.language_encoder if config.use_language_encoder else None,
-        image=image,
-        attributes=config.item_attributes,
-        device=resolve_device(config.device),
-        batch_size=config.encoder_batch_size,
-        precision=config.encoder_precision,
-        workers=config.encoder_workers,
-    )
+    parts = load_features(config, catalog, resolve_device(config.device))
     for part in parts if processes.rank() == 0 else ():
         print(f"features of {part.shape[0]:,} items, {part.shape[1]} wide: {part.filename}", flush=True)
 

@@ -11,6 +11,7 @@ from config import Config, InputError
 from datasets.amazon import PAPER_SETS, raw_names, read_products, read_reviews
 from datasets.catalog import FILES, REPORT, read_report
 from datasets.files import cannot_write, read_json, replacing, sha256, write_json, write_text
+from datasets.item2img import ITEM2IMG, MANIFEST
 from datasets.sequences import make_sequences
 
 FILTERS = {"min_uc": 5, "min_sc": 5, "min_rating": 0.0, "repeats": "keep"}
@@ -72,14 +73,14 @@ def _forget_pictures(folder: Path) -> None:
     before = read_report(folder)
     if not any((folder / name).exists() for name in FILES) or (before and "unfinished" in before):
         return
-    listed, manifest = folder / "item2img.json", folder / "pictures.json"
+    listed, manifest = folder / ITEM2IMG, folder / MANIFEST
     if listed.exists():
         fetched = read_json(manifest, "remove it") if manifest.exists() else {}
         if all(fetched.get(asin) == {"file": name} for asin, name in read_json(listed, "remove it").items()):
             listed.unlink()
         else:
-            listed.replace(folder / "item2img.json.old")
-            print(f"{listed} was of the data before: it is item2img.json.old now", flush=True)
+            listed.replace(folder / f"{ITEM2IMG}.old")
+            print(f"{listed} was of the data before: it is {ITEM2IMG}.old now", flush=True)
     manifest.unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ import config
 import train
 from config import Config
 from dataloader import TrainLoader, train_rows
-from datasets import encoders
+from datasets import encoders, features
 from model import FMRLRec, ModelSettings
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
@@ -71,8 +71,8 @@ CHANGED = {
 }
 TRAINER_SETTINGS = ["num_epochs", "lr", "warmup_steps", "val_batch_size", "best_metric", "ema_decay"]
 MODEL_SETTINGS = ["logit_scale", "post_norm", "dropout_from"]
-SPIED = ["feature_files", "train_rows", "eval_rows", "TrainLoader", "FMRLRec", "build_optimizer", "NegativeSampler"]
-SPIED += ["Step", "Trainer", "test_every_size"]
+SPIED = ["train_rows", "eval_rows", "TrainLoader", "FMRLRec", "build_optimizer", "NegativeSampler", "Step", "Trainer"]
+SPIED += ["test_every_size"]
 STEP_SETTINGS = ["precision", "max_grad_norm", "distill"]
 OPTIMIZER_SETTINGS = ["optimizer", "lr", "weight_decay", "adam_epsilon"]  # in the order of build_optimizer
 CHANGED_ELSEWHERE = {"device", "use_wandb", "test"}  # tests/test_scripts.py
@@ -89,14 +89,14 @@ def consumed(flags, monkeypatch):
     """Run train.py and record what the rooms are given, without encoders to load."""
     seen = {}
 
-    def spy(name):
-        true = getattr(wiring, name)
+    def spy(name, module=wiring):
+        true = getattr(module, name)
 
         def recorded(*arguments, **named):
             seen.setdefault(name, []).append((arguments, named))
             return true(*arguments, **named)
 
-        monkeypatch.setattr(wiring, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
 
     stub = type("Stub", (encoders.LexicalEncoder,), {"dim": 1024})()
     monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: stub)
@@ -104,6 +104,7 @@ def consumed(flags, monkeypatch):
     monkeypatch.setattr(encoders, "hub_commit", lambda name: None)
     for name in SPIED:
         spy(name)
+    spy("feature_files", features)
     seeds = []
     true_seed = torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or true_seed(seed))

@@ -13,7 +13,7 @@ from datasets import processes
 from datasets.catalog import Catalog, describe, load_catalog
 from datasets.demo import load_demo
 from datasets.device import resolve_device
-from datasets.features import feature_files
+from datasets.features import load_features
 from model import FMRLRec, ModelSettings
 from model.baselines.counting import ItemKNN, Popularity
 from model.baselines.lrurec import LRURec
@@ -40,17 +40,7 @@ def load_data(config: Config, device: torch.device, run: Path | None = None) -> 
         processes.say(line)
     if run:
         processes.on_first(lambda: check_data(run, catalog.digest()))
-    features = feature_files(
-        catalog,
-        language=config.language_encoder if config.use_language_encoder else None,
-        image=config.img_encoder if config.use_img_encoder else None,
-        attributes=config.item_attributes,
-        device=device,
-        batch_size=config.encoder_batch_size,
-        precision=config.encoder_precision,
-        workers=config.encoder_workers,
-    )
-    return catalog, features
+    return catalog, load_features(config, catalog, device)
 
 
 def build_model(config: Config, num_items: int, features: Sequence[np.ndarray], loaded: bool = False) -> Model:

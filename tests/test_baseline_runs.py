@@ -18,10 +18,10 @@ from model import export
 from model.baselines.counting import ItemKNN, Popularity
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
+from tests.cut_off import cut_off_after
 from trainer import wiring
 from trainer.checkpoint import load_state
 from trainer.runs import read_config, read_log, unfinished
-from trainer.trainer import Trainer
 
 TINY = "--dataset_code tiny --device cpu --lr 0.01 --warmup_steps 1 --train_batch_size 8 --lru_num_blocks 1"
 TRAINED = {"sasrec": SASRec, "lrurec": LRURec}
@@ -73,16 +73,9 @@ def test_eval_repeats_what_was_found_and_masks_the_history_on_demand(workplace, 
 
 
 @pytest.mark.parametrize("model", TRAINED)
-def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(workplace, monkeypatch, model):
-    keep = Trainer._keep
-
-    def interrupt(self, *arguments):
-        keep(self, *arguments)
-        raise KeyboardInterrupt
-
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(workplace, model):
     whole = run_train(model)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_keep", interrupt)
+    with cut_off_after(1):
         run_train(model, "--run_name cut")
     assert train.main(["--resume", "latest"]).name.endswith("cut")
     (cut,) = Path("experiments/runs/tiny").glob("*-cut")

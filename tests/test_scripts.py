@@ -15,6 +15,7 @@ import eval as eval_script
 import train
 from config import InputError
 from datasets import demo
+from tests.cut_off import cut_off_after
 from tests.prepared import write_prepared
 from trainer import evaluation, wiring
 
@@ -143,19 +144,9 @@ def test_eval_takes_the_configuration_from_the_run(workplace):
     }
 
 
-def test_a_run_cut_off_by_the_keyboard_resumes_to_the_same_weights(workplace, monkeypatch, capsys):
-    from trainer.trainer import Trainer
-
+def test_a_run_cut_off_by_the_keyboard_resumes_to_the_same_weights(workplace, capsys):
     whole = run_train("--num_epochs 4 --run_name whole")
-    keep = Trainer._keep
-
-    def interrupt_after_two(self, *arguments):
-        keep(self, *arguments)
-        if self.progress.epoch == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_keep", interrupt_after_two)
+    with cut_off_after(2):
         run_train("--num_epochs 4 --run_name cut")
     assert re.search(r"continue with: python train.py --resume experiments/runs/tiny/\S+-cut", capsys.readouterr().err)
     cut = train.main(["--resume", "latest"])
@@ -180,7 +171,7 @@ def test_the_demo_is_found_below_its_own_data_root_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*built in: leave --data_root out"):
         train.main(["--data_root", "elsewhere"])
-    monkeypatch.setattr(wiring, "feature_files", lambda *_, **__: [])
+    monkeypatch.setattr(wiring, "load_features", lambda *_, **__: [])
     monkeypatch.setattr(demo, "NUM_ITEMS", 40)
     monkeypatch.setattr(demo, "NUM_USERS", 30)
     catalog, _ = wiring.load_data(config.resolve({"data_root": "./data"})[0], torch.device("cpu"))
@@ -269,7 +260,7 @@ def test_a_run_is_tied_to_the_dataset_it_was_trained_on_and_nothing_else_is_enco
     run = run_train()
     before = (run / "test_mrl_metrics.json").read_bytes()
     write_prepared(workplace / "data", "tiny", users=20, items=12, pictures=True, seed=7)
-    monkeypatch.setattr(wiring, "feature_files", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(wiring, "load_features", lambda *_, **__: pytest.fail("encoded"))
     for command in (lambda: run_eval(f"--run {run}"), lambda: train.main(["--resume", str(run)])):
         with pytest.raises(InputError, match=r"the dataset (.*) is not the one that .* was trained on"):
             command()

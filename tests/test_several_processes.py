@@ -15,10 +15,10 @@ import eval as eval_script
 import train
 from config import InputError
 from datasets.device import cpu_name, resolve_device
+from tests.cut_off import cut_off_after
 from tests.prepared import write_prepared
 from trainer.checkpoint import load_state
 from trainer.runs import read_log
-from trainer.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = (
@@ -122,18 +122,6 @@ def torchrun(script: Path, arguments: str, folder: Path) -> subprocess.Completed
     )
 
 
-def interrupted_after_one_epoch(monkeypatch, flags):
-    keep = Trainer._keep
-
-    def interrupt(self, *arguments):
-        keep(self, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_keep", interrupt)
-        train.main(shlex.split(flags))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where one process and two trained the same things, and one went on with what two began."""
@@ -148,7 +136,8 @@ def folder(tmp_path_factory):
         train.main(shlex.split(f"{TINY} {LONELY} --run_name lonely-one"))
         for model, flags in BASELINES.items():
             train.main(shlex.split(f"--model_code {model} {flags} --run_name {model}-one"))
-        interrupted_after_one_epoch(patch, f"{TINY} --run_name cut-by-one")
+        with cut_off_after(1):
+            train.main(shlex.split(f"{TINY} --run_name cut-by-one"))
         assert not torch.distributed.is_initialized()
         (folder / "two.py").write_text(TWO)
         done = torchrun(

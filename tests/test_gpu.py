@@ -1,0 +1,87 @@
+"""What a GPU computes is what the CPU does. Where there is none, all of this is skipped."""
+
+import json
+import shlex
+
+import pytest
+import torch
+
+import eval as eval_script
+import train
+from model.loss import Factors, matryoshka_cross_entropy
+from model.objective import Objective
+from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
+from tests.cut_off import cut_off_after
+from trainer.checkpoint import load_state
+from trainer.runs import EVERY_SIZE, read_log
+
+GPU = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SIZES = (4, 8, 16)
+TINY = "--dataset_code tiny --language_encoder lexical --img_encoder pixel --lr 0.01 --warmup_steps 1"
+NESTED = f"{TINY} --mrl_hidden_sizes 4,8,16 --num_epochs 3 --train_batch_size 6"
+CASES = {
+    "faithful": NESTED,
+    "plus": f"{NESTED} --preset plus --num_negatives 0",
+    "sasrec": f"{TINY} --model_code sasrec --mrl_hidden_sizes 8 --num_epochs 3",
+    "itemknn": "--dataset_code tiny --model_code itemknn",
+}
+NO_DROPOUT = "--lru_dropout 0 --lru_attn_dropout 0"  # which every device draws in its own way
+
+
+def trained(case, device, flags=""):
+    """A run of a case."""
+    return train.main(shlex.split(f"{CASES[case]} --device {device} --run_name {case}-{device} {flags}"))
+
+
+def metrics(run):
+    """What the test found, by size."""
+    return json.loads((run / EVERY_SIZE).read_text())
+
+
+def losses_and_gradients(device):
+    """Of the exact softmax and of a sampled one, with all that either can be asked for."""
+    draw = torch.Generator().manual_seed(0)
+    z, weight, own, V = (
+        torch.randn(shape, generator=draw).to(device).requires_grad_()
+        for shape in ((40, 16), (16, 6), (40, 16), (31, 8))
+    )
+    features, log_scale = torch.randn(31, 6, generator=draw).to(device), torch.zeros(3, device=device).requires_grad_()
+    labels = torch.randint(31, (40,), generator=draw).to(device)
+    items, objective = torch.randint(1, 31, (9,), generator=draw).to(device), Objective(log_scale, 0.5)
+    log_kq = NegativeSampler(torch.ones(31, device=device), 9).draw()[1]
+    exact = matryoshka_cross_entropy(z, Factors(features, weight, V), labels, SIZES, objective=objective)
+    drawn = (features @ weight.T)[items]
+    sampled = sampled_matryoshka_cross_entropy(z, own, drawn, labels, items, log_kq, SIZES, objective=objective)
+    gradients = torch.autograd.grad(exact + sampled, (z, weight, own, V, log_scale))
+    return [part.cpu() for part in (exact, sampled, *gradients)]
+
+
+def test_losses_and_their_gradients_are_those_of_the_cpu():
+    torch.testing.assert_close(losses_and_gradients(GPU), losses_and_gradients("cpu"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_is_that_of_the_cpu(workplace, case):
+    """Batches of a shape that was met twice are played back from a recording."""
+    flags = "" if case == "itemknn" else NO_DROPOUT
+    logs = [[(line.get("loss", 0), line["val"]) for line in read_log(trained(case, d, flags))] for d in (GPU, "cpu")]
+    torch.testing.assert_close(*logs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_is_tested_on_the_cpu_as_on_the_gpu(workplace, case):
+    run = trained(case, GPU)
+    found = metrics(run)
+    eval_script.main(["--run", str(run), "--device", "cpu"])
+    torch.testing.assert_close(metrics(run), found, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["faithful", "plus"])
+def test_a_training_that_was_cut_off_goes_on_to_the_same_weights(workplace, case):
+    whole = trained(case, GPU)
+    with cut_off_after(1):
+        trained(case, GPU, "--run_name cut")
+    cut = train.main(["--resume", "latest", "--run_name", "cut"])
+    states = [load_state(run / "last.pt")["model"] for run in (whole, cut)]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)  # a GPU adds gradients up in any order

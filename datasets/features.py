@@ -18,18 +18,8 @@ from typing import Any
 import numpy as np
 
 from config import Config, InputError
-from datasets import cache, encoders, processes
+from datasets import cache, embedding, encoders, processes
 from datasets.catalog import Catalog, prepare_command
-from datasets.embedding import (
-    encode_batches,
-    picture_batches,
-    progress,
-    read_pictures,
-    read_texts,
-    text_batches,
-    unreadable,
-    worth_starting,
-)
 from datasets.files import cannot_write
 from datasets.item2img import ITEM2IMG
 from datasets.text import NO_TEXT, item_text
@@ -219,7 +209,9 @@ def _make(file: _File, catalog: Catalog, name: str, items: Sequence[Any], how: _
     encoder = (encoders.language_encoder if is_text else encoders.image_encoder)(name, how.device, precision)
     if is_text:
         items = encoder.tokenize(items)
-    rows = text_batches(items, how.batch_size) if is_text else picture_batches(len(items), how.batch_size)
+        rows = embedding.text_batches(items, how.batch_size)
+    else:
+        rows = embedding.picture_batches(len(items), how.batch_size)
     shape = (len(items), encoder.dim)
     header = {"key": key, "commit": _commit(name, key) or ""}
     order = hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
@@ -229,11 +221,11 @@ def _make(file: _File, catalog: Catalog, name: str, items: Sequence[Any], how: _
         how.say(f"{len(rows) - len(todo)} of {len(rows)} batches were encoded before: going on")
     share = todo[processes.rank() :: processes.world_size()]
     batches = ([items[row] for row in rows[number]] for number in share)
-    encoded = encode_batches(
+    encoded = embedding.encode_batches(
         encoder,
-        read_texts if is_text else read_pictures,
-        progress(batches, len(share)),
-        workers=worth_starting(how.workers, len(share)) if encoder.slow_to_prepare else 0,
+        embedding.read_texts if is_text else embedding.read_pictures,
+        embedding.progress(batches, len(share)),
+        workers=embedding.worth_starting(how.workers, len(share)) if encoder.slow_to_prepare else 0,
     )
     try:
         writer = cache.Writer(path)
@@ -242,7 +234,7 @@ def _make(file: _File, catalog: Catalog, name: str, items: Sequence[Any], how: _
         processes.barrier()
 
         def finish() -> dict[str, Any]:
-            broken = {} if is_text else unreadable(catalog.asins, items, cache.partial(path))
+            broken = {} if is_text else embedding.unreadable(catalog.asins, items, cache.partial(path))
             if len(broken) == len(items):
                 cache.drop(path)
                 raise InputError(_no_pictures(catalog, next(iter(broken.values()))))

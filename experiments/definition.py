@@ -57,6 +57,8 @@ class Definition:
         varied = {name for name in named if any(value != values[name][0] for value in values[name])}
         if "mrl_hidden_sizes" in varied:
             varied.add("item_embedding")  # what it comes to depends on them
+        if "enable_lr_schedule" in varied:
+            varied.add("warmup_steps")  # read with it alone
         return set(Config.__dataclass_fields__) if "model_code" in varied else varied
 
     def fits(self, row: Row, config: Config) -> bool:

@@ -57,6 +57,11 @@ def test_what_is_varied_is_what_rows_differ_in(tmp_path):
     assert [row.settings["lr"] for row in definition.rows] == [1e-3] * 3
 
 
+def test_a_schedule_and_none_differ_in_the_warm_up_too_which_one_alone_reads(tmp_path):
+    rows = "[settings]\nenable_lr_schedule = true\n[rows]\na = { }\nb = { enable_lr_schedule = false }\n"
+    assert read_definition(written(tmp_path, HEAD + rows)).varied() == {"enable_lr_schedule", "warmup_steps"}
+
+
 def test_a_preset_in_a_definition_stands_for_the_settings_it_names(tmp_path):
     text = HEAD + '[rows]\na = { preset = "plus", distill = 0.25 }\nb = { preset = "paper" }\nc = { preset = "plus" }'
     a, b, c = read_definition(written(tmp_path, text)).rows

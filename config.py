@@ -472,7 +472,7 @@ def run_cli(main: Callable[[], Any]) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
     if not first and status != 130:
         time.sleep(10)  # the first most likely fails alike and says the same; torchrun then ends this process here
     if first or status != 130:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import Config, is_runtime, parse_args, resolve, run_cli, shown, unread
+from config import COUNTING, Config, InputError, is_runtime, parse_args, resolve, run_cli, shown, unread
 from datasets import processes
 
 
@@ -103,13 +103,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def find_resumed(resume: str, flags: dict[str, Any]) -> tuple[Path, Config, dict[str, str]]:
     """The run that `--resume` names, its settings with the runtime flags given now, and where each came from."""
-    from trainer.runs import find_run, read_config, unfinished, with_runtime_flags
+    from trainer.runs import STATE, find_run, read_config, read_log, unfinished, with_runtime_flags
 
     run = Path(resume)
     if resume == "latest":
         runs_root = Path(flags.get("runs_root", Config.runs_root))
         run = find_run(runs_root, flags, lambda run: "" if unfinished(run) else "is finished")
     saved, sources = read_config(run)
+    trained = saved.model_code not in COUNTING and len(read_log(run)) > 1  # a first epoch may be cut off as it is kept
+    if trained and not (run / STATE).exists():
+        raise InputError(f"{run} has no {STATE} to go on from, as runs that are kept as results; train another one")
     return run, with_runtime_flags(saved, flags, run), sources | {name: "flag" for name in flags if is_runtime(name)}
 
 

@@ -51,7 +51,8 @@ class TrainLoader:
         self, rows: TrainRows, batch_size: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
     ) -> None:
         """batch_size: rows of a batch, of which this loader gives the share of `rank` of `world_size`."""
-        self.offsets, self.batch_size, self.seed, self.device = rows.offsets, batch_size, seed, device
+        self.offsets, self.num_users = rows.offsets, len(rows)
+        self.batch_size, self.seed, self.device = batch_size, seed, device
         self.rank, self.world_size = rank, world_size
         self.tokens, self.labels, self.position = (
             torch.as_tensor(np.append(array, 0), device=device) for array in (rows.tokens, rows.labels, rows.position)
@@ -59,7 +60,7 @@ class TrainLoader:
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        return -(-(len(self.offsets) - 1) // self.batch_size)
+        return -(-self.num_users // self.batch_size)
 
     def label_counts(self, num_items: int) -> Tensor:
         """How often each token is a label: [N+1]."""
@@ -67,7 +68,7 @@ class TrainLoader:
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """The batches of one epoch: every user once."""
-        order = np.random.default_rng([self.seed, number]).permutation(len(self.offsets) - 1)
+        order = np.random.default_rng([self.seed, number]).permutation(self.num_users)
         begins, ends = self.offsets[order], self.offsets[order + 1]
         _, index, offsets = ranges(begins, ends)
         padded, longest, shares, counts = [], [], [], []

@@ -126,7 +126,7 @@ def _simulate_users(items: dict[str, np.ndarray], rng: np.random.Generator) -> d
     per_department = len(next(iter(DEPARTMENTS.values())))
     types = items["type"]
     follower = types // per_department * per_department + (types + 1) % per_department  # [N]
-    lengths = 5 + rng.geometric(0.2, size=NUM_USERS).clip(max=25)  # 5-core, as the paper's sets, with a long tail
+    lengths = 5 + rng.geometric(0.2, size=NUM_USERS).clip(max=25)  # 6 at least, with a long tail
     colour, motif = rng.integers(len(COLOURS), size=NUM_USERS), rng.integers(len(MOTIFS), size=NUM_USERS)
     taste = (
         LIKED_COLOUR * (items["colour"] == colour[:, None])

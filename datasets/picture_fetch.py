@@ -31,6 +31,7 @@ SUFFIXES = {
 }
 FORMATS = tuple(name for name in SUFFIXES if name != "MPO")  # which Pillow finds behind JPEG's header
 NAMED = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tiff", ".tif")  # what counts as a picture, in this order
+WORKERS, PER_SECOND = 24, 200.0  # fetched at a time, and at most
 MAX_BYTES = 20_000_000  # of a picture
 LARGE = 4_000_000  # pixels; above, pictures are decoded one at a time, as they need memory
 UNREACHABLE = 50  # URLs without any answer of any server, after which the others are not tried
@@ -43,8 +44,8 @@ def fetch_pictures(
     urls: dict[str, list[str]],
     folder: Path,
     *,
-    workers: int = 24,
-    per_second: float = 200,
+    workers: int = WORKERS,
+    per_second: float = PER_SECOND,
     patience: Patience = PATIENCE,
     max_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,

@@ -20,7 +20,7 @@ from typing import Any
 from config import InputError
 from datasets.files import read_json, write_json
 from datasets.item2img import ITEM2IMG, MANIFEST, read_item2img
-from datasets.picture_fetch import NO_URL, Manifest, by_stem, fetch_pictures, file_stem
+from datasets.picture_fetch import NO_URL, PER_SECOND, WORKERS, Manifest, by_stem, fetch_pictures, file_stem
 from datasets.web import PATIENCE, Patience, shown
 
 MAX_PICKLE = 1 << 28  # bytes
@@ -33,8 +33,8 @@ def prepare_pictures(
     dataset_folder: Path,
     *,
     fetch: bool,
-    workers: int = 24,
-    per_second: float = 200,
+    workers: int = WORKERS,
+    per_second: float = PER_SECOND,
     say: Callable[[str], None] = print,
     patience: Patience = PATIENCE,
 ) -> Manifest:
@@ -78,7 +78,7 @@ def prepare_pictures(
     count = Counter(next(iter(entry)) for entry in manifest.values())
     say(
         f"pictures: {count['file']:,} of {len(asins):,} items ({kept:,} were there, {count['file'] - kept:,} fetched), "
-        f"{count['missing']:,} missing, {count['broken']:,} broken; {dataset_folder / 'pictures.json'} says why"
+        f"{count['missing']:,} missing, {count['broken']:,} broken; {dataset_folder / MANIFEST} says why"
     )
     return manifest
 

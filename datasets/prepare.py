@@ -25,6 +25,7 @@ from datasets.amazon import BASE_URL, PAPER_SETS, picture_urls
 from datasets.catalog import FILES, REPORT, load_catalog, prepare_command, read_report
 from datasets.files import cannot_write, write_json, write_text
 from datasets.item2img import ITEM2IMG, MANIFEST
+from datasets.picture_fetch import PER_SECOND, WORKERS
 from datasets.raw import FILTERS, not_known, prepare_data
 from datasets.summary import in_words, summarise
 
@@ -57,24 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--meta", metavar="FILE", help="the products' metadata, below raw_root")
     group.add_argument("--base_url", default=BASE_URL, metavar="URL", help=f"where to fetch them (default: {BASE_URL})")
     group = parser.add_argument_group("which reviews count")
-    group.add_argument("--min_uc", type=_count, default=5, metavar="N", help="reviews of a user at least (default: 5)")
-    group.add_argument("--min_sc", type=_count, default=5, metavar="N", help="reviews of an item at least (default: 5)")
+    default = "(default: %(default)s)"
+    group.add_argument("--min_uc", type=_count, metavar="N", help=f"reviews of a user at least {default}")
+    group.add_argument("--min_sc", type=_count, metavar="N", help=f"reviews of an item at least {default}")
+    group.add_argument("--min_rating", type=_rating, metavar="X", help=f"leave out ratings below this {default}")
     group.add_argument(
-        "--min_rating", type=_rating, default=0.0, metavar="X", help="leave out ratings below this (default: 0, none)"
+        "--repeats", choices=("keep", "drop"), help=f"keep or drop a user's later reviews of the same item {default}"
     )
-    group.add_argument(
-        "--repeats",
-        choices=("keep", "drop"),
-        default="keep",
-        help="keep or drop a user's later reviews of the same item (default: keep)",
-    )
+    parser.set_defaults(**FILTERS)
     group = parser.add_argument_group("pictures")
-    group.add_argument(
-        "--picture_workers", type=_count, default=24, metavar="N", help="fetched at a time (default: 24)"
-    )
-    group.add_argument(
-        "--pictures_per_second", type=_rate, default=200.0, metavar="X", help="fetched at most (default: 200)"
-    )
+    group.add_argument("--picture_workers", type=_count, metavar="N", help=f"fetched at a time {default}")
+    group.add_argument("--pictures_per_second", type=_rate, metavar="X", help=f"fetched at most {default}")
+    parser.set_defaults(picture_workers=WORKERS, pictures_per_second=PER_SECOND)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -26,7 +26,7 @@ class Prepared:
 
 
 def make_sequences(
-    reviews: Reviews, *, min_uc: int = 5, min_sc: int = 5, min_rating: float = 0.0, repeats: str = "keep"
+    reviews: Reviews, *, min_uc: int, min_sc: int, min_rating: float = 0.0, repeats: str = "keep"
 ) -> Prepared:
     """Leave out reviews rated below `min_rating` (0: none), with `repeats` "drop" all but the first of a user for an
     item, and then, again and again, users with fewer than `min_uc` reviews and items with fewer than `min_sc`.

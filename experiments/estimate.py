@@ -1,4 +1,4 @@
-"""How long an epoch takes here, for a dry run: by an earlier run that does the same work, or measured."""
+"""How long an epoch takes, for a dry run: by an earlier run that does the same work, or measured here."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from config import BEYOND, Config, InputError, resolve, shown
-from datasets.catalog import Catalog, load_catalog
+from datasets.catalog import Catalog, load_catalog, prepare_command
 from experiments import estimate
 from experiments.definition import Definition, Row, definitions, identity
 from experiments.kept import same_run
@@ -142,13 +142,16 @@ def measure(jobs: list[Job], catalogs: dict[str, Catalog]) -> None:
 def summary(jobs: list[Job]) -> str:
     """How many jobs there are in which state, and how long what is left takes."""
     states = Counter(job.state for job in jobs)
-    text = f"{len(jobs)} runs: {', '.join(f'{count} {state}' for state, count in states.items())}"
+    counted = ", ".join(f"{count} {state}" for state, count in states.items())
+    text = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}: {counted}"
     training = [job for job in jobs if job.to_train]
     known = [job.seconds for job in training if job.seconds is not None]
     if known:
         text += f"; {duration(sum(known))} at most for {len(known)} of them, one at a time"
     if len(known) < len(training):
         text += f"; not known how long for {len(training) - len(known)}"
+    for name, root in dict.fromkeys((job.config.dataset_code, job.config.data_root) for job in jobs if not job.data):
+        text += f"\n{name} is not at {Path(root) / name}; to prepare it: {prepare_command(Path(root), name)}"
     return text
 
 

@@ -42,7 +42,7 @@ def draw_architecture(path: Path) -> None:
     box(22, 33, 16, 7, "text encoder\nbge, frozen", FROZEN)
     box(22, 22, 16, 7, "image encoder\nSigLIP, frozen", FROZEN)
     box(43, 27.5, 14, 7, "projection\nF → D", LEARNED)
-    box(62, 26, 17, 10, "item table E\n[N+1, D]\nonce a step", LEARNED)
+    box(62, 26, 17, 10, "item table E\n[N+1, D]", LEARNED)
     arrow((17, 36.5), (22, 36.5))
     arrow((17, 25.5), (22, 25.5))
     arrow((38, 36.5), (40.5, 36.5), (40.5, 32.5), (43, 32.5))

@@ -66,7 +66,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset_code", metavar="NAME", help="the newest run on this dataset")
     parser.add_argument("--data_root", metavar="FOLDER", help="where the dataset lies now (default: as in training)")
     parser.add_argument(
-        "--runs_root", default=Config.runs_root, metavar="FOLDER", help="where runs are (default: experiments/runs)"
+        "--runs_root", default=Config.runs_root, metavar="FOLDER", help="where runs are (default: %(default)s)"
     )
 
 
@@ -141,12 +141,13 @@ def named_sizes(text: str, trained: tuple[int, ...]) -> list[int]:
 
 def best_size(arguments: argparse.Namespace) -> int:
     """The size of highest NDCG@10 within the limits, by what benchmarks/deploy.py measured of the run."""
-    from trainer.runs import DEPLOYMENT, WEIGHTS
+    from trainer.runs import DEPLOYMENT
+    from trainer.runs import WEIGHTS as RUN_WEIGHTS
 
     path, measure = arguments.run / DEPLOYMENT, f"measure it: python -m benchmarks.deploy --run {arguments.run}"
     measured = read_json(path, measure)
     try:
-        if measured["weights"] != sha256(arguments.run / WEIGHTS):
+        if measured["weights"] != sha256(arguments.run / RUN_WEIGHTS):
             raise InputError(f"{path} is of other weights than the run has now; {measure}")
         columns = ("engine", "quantize", "size", "bytes", "p50_ms", "NDCG@10")
         rows = [tuple(row[column] for column in columns) for row in measured["rows"]]

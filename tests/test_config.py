@@ -504,3 +504,15 @@ def test_an_abbreviation_is_refused_and_the_flag_named(capsys, word):
     with pytest.raises(SystemExit):
         parser.parse_args([word])
     assert f"unknown flag {word}; did you mean --" in capsys.readouterr().err
+
+
+def test_a_process_of_its_own_says_its_error_at_once_whatever_its_rank(monkeypatch, capsys):
+    def fails():
+        raise InputError("the reason")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits for others"))
+    with pytest.raises(SystemExit) as ended:
+        run_cli(fails)
+    assert (ended.value.code, capsys.readouterr().err) == (2, "error: the reason\n")

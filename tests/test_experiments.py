@@ -129,7 +129,10 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(workplace, calls, c
 
 def test_a_dry_run_knows_no_time_where_the_data_is_not_prepared(workplace, calls, capsys):
     run_experiments("depth --dry_run --data_root elsewhere")
-    assert "2 runs: 2 to start; not known how long for 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "2 runs: 2 to start; not known how long for 2\ntiny is not at elsewhere/tiny; to prepare it: python -m" in said
+    )
 
 
 def test_the_measured_time_is_that_of_all_steps_and_of_all_validation(workplace, monkeypatch):

@@ -16,7 +16,7 @@ import train
 from config import InputError
 from datasets import demo
 from tests.cut_off import cut_off_after
-from tests.prepared import write_prepared
+from tests.prepared import contents, write_prepared
 from trainer import evaluation, wiring
 
 REPOSITORY = Path(__file__).parent.parent
@@ -181,9 +181,23 @@ def test_the_demo_is_found_below_its_own_data_root_alone(tmp_path, monkeypatch):
 def test_a_run_cut_off_before_its_first_epoch_ended_resumes_from_the_start(workplace):
     whole = run_train()
     (whole / "last.pt").unlink()
+    log = (whole / "log.jsonl").read_text()
+    (whole / "log.jsonl").write_text(log.splitlines(keepends=True)[0])  # as where it is killed between the two
     before = (whole / "best.safetensors").read_bytes()
     train.main(["--resume", str(whole)])
     assert (whole / "best.safetensors").read_bytes() == before
+
+
+def test_a_run_that_is_kept_as_a_result_is_not_trained_over(workplace):
+    run = run_train()
+    for name in ("last.pt", "best.safetensors"):
+        (run / name).unlink()
+    before = contents(run)
+    with pytest.raises(InputError, match=r"has no last.pt to go on from, .* kept as results; train another one"):
+        train.main(["--resume", str(run)])
+    with pytest.raises(InputError, match=r"best.safetensors does not exist: .* was kept as a result, without weights"):
+        run_eval(f"--run {run}")
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize(

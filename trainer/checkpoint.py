@@ -28,7 +28,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(load_file(path))
     except FileNotFoundError:
         raise InputError(
-            f"{path} does not exist: the run has no finished epoch yet; continue it with --resume"
+            f"{path} does not exist: the run has no finished epoch yet (train.py --resume goes on), or was kept as a "
+            f"result, without weights (train another one)"
         ) from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); continue the run with --resume, or train again") from None
@@ -52,4 +53,5 @@ def load_state(path: Path) -> dict[str, Any] | None:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         # Not torch's own words: they advise loading without the safeguard.
         kind = type(error).__name__
-        raise InputError(f"{path} is damaged ({kind}); remove it to start the run again from its beginning") from None
+        mends = "remove it and log.jsonl to start the run again from its beginning"
+        raise InputError(f"{path} is damaged ({kind}); {mends}") from None

@@ -7,7 +7,7 @@ best.safetensors         the weights of the best epoch by validation
 last.pt                  what --resume needs (a model that only counts has none: it counts again)
 test_metrics.json        the largest size on the test set
 test_mrl_metrics.json    every size
-test_ranks.npz           every user's rank at every size, for paired comparisons (trainer/user_ranks.py)
+test_ranks.npz           every user's rank up to the last cut-off, at every size (trainer/user_ranks.py)
 …_history_masked.*       the same where the history is no candidate: eval.py --mask_history
 *.png                    metric against size
 deploy.json, deploy.png  what serving every size costs: benchmarks/deploy.py

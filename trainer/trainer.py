@@ -1,4 +1,4 @@
-"""The training loop: AdamW with warm-up and cosine, validation every epoch, the best epoch kept, early stopping.
+"""The training loop: the learning rate, validation every epoch, the best epoch kept, early stopping.
 
 Under torchrun every rank has the whole model and computes its share of each batch. What the ranks add up, gradients and
 losses, has the same bits on each, so weights, schedule and stopping stay the same on all; rank 0 alone writes.
@@ -141,7 +141,8 @@ class Trainer:
         return loss
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step: linear warm-up, then a half cosine to 0 at the end of num_epochs."""
+        """The learning rate of a step: linear warm-up, then a half cosine to 0 at the end of num_epochs; or always
+        the same."""
         if not self.schedule:
             return self.lr
         if step < self.warmup_steps:

@@ -1,5 +1,5 @@
-"""test_ranks.npz of a run: every user's rank in the test, so that runs can be compared user by user, and users told
-apart by how often their item was trained on. U users."""
+"""test_ranks.npz of a run: every user's rank in the test, 0 beyond the last cut-off, so that runs can be compared
+user by user, and users told apart by how often their item was trained on. U users."""
 
 import zipfile
 import zlib

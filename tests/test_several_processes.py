@@ -269,7 +269,8 @@ def test_one_that_is_not_the_first_lets_the_first_speak(monkeypatch, capsys, err
     def main():
         raise error
 
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     sleeps = []
     monkeypatch.setattr(config.time, "sleep", sleeps.append)
     with pytest.raises(SystemExit):

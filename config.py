@@ -349,7 +349,7 @@ def _problems(c: Config) -> Iterator[str]:
     if not c.item_attributes and c.use_language_encoder:
         yield "--item_attributes is empty; name at least one metadata key, such as title"
     metric, _, k = c.best_metric.partition("@")
-    if metric not in METRICS or not k.isascii() or not k.isdigit() or int(k) < 1:
+    if metric not in METRICS or not k.isascii() or not k.isdigit() or k.startswith("0"):
         yield f"--best_metric {c.best_metric!r} must be one of {', '.join(METRICS)} at a cut-off, such as NDCG@10"
     for f in dataclasses.fields(c):
         if f.metadata["choices"] and getattr(c, f.name) not in f.metadata["choices"]:

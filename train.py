@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from trainer.checkpoint import load_state, load_weights
     from trainer.counting import count
     from trainer.runlog import RunLog, start_wandb
-    from trainer.runs import STATE, WEIGHTS, claimed, create_run, read_log
+    from trainer.runs import STATE, WEIGHTS, claimed, create_run, note_resumed, read_log
     from trainer.wiring import build_model, build_trainer, load_data, test_run
 
     run = None
@@ -61,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     processes.say(f"{count_parameters(model):,} trainable parameters on {device_name(device)}; run folder {run}")
 
     try:
-        with claimed(run) if processes.rank() == 0 else nullcontext():
+        with ExitStack() as claim:
+            processes.on_first(lambda: claim.enter_context(claimed(run)))
+            if arguments.resume:
+                processes.on_first(lambda: note_resumed(run, device_name(device)))
             state = processes.on_first(partial(load_state, run / STATE)) if arguments.resume else None
             done = state["progress"]["epoch"] if state else 0
             log = RunLog(

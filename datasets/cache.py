@@ -19,6 +19,8 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ DTYPE = np.float16
 def sidecar(path: Path) -> Path:
     """The JSON file beside an array."""
     return path.with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class File:
+    """A cached array: where it is, what it depends on, and what its sidecar says, nothing until it is made."""
+
+    path: Path
+    key: dict[str, Any]
+    header: dict[str, Any] = field(default_factory=dict)
 
 
 def read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[dict[str, Any] | None, str]:
@@ -59,6 +70,41 @@ def read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[dict[str,
     if stated[2] != sha256(path):
         return None, "damaged (its checksum differs)"
     return header, ""
+
+
+def find(candidates: list[File], commit: str | None, trained_on: Collection[str], say: Callable[[str], None]) -> File:
+    """The file that a run was trained on, or that was made first; else the one to make. commit: as of `read`;
+    trained_on: names of the files that the run read."""
+    whole, damaged = [], []
+    for file in candidates:
+        header, problem = read(file.path, file.key, commit)
+        if header:
+            whole.append(replace(file, header=header))
+        elif problem:
+            damaged.append((file, problem))
+    if whole:
+        return min(whole, key=lambda file: (file.path.name not in trained_on, file.header["made"]))
+    if not damaged:
+        return candidates[0]
+    file, problem = damaged[0]
+    say(f"{file.path} is {problem}: made again")
+    return file
+
+
+def acquire(lock: Any, say: Callable[[str], None]) -> None:
+    """Be the only process that makes a file; wait, and say so, while another is."""
+    from filelock import Timeout
+
+    path = Path(lock.lock_file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"another process is making {path.with_suffix('.npy')}: waiting for it")
+            lock.acquire()
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def begin(path: Path, plan: dict[str, Any], shape: tuple[int, int], batches: list[np.ndarray]) -> list[int]:

@@ -10,8 +10,8 @@ and under torchrun each rank takes a share. N items, F feature width.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ import numpy as np
 from config import Config, InputError
 from datasets import cache, embedding, encoders, processes
 from datasets.catalog import Catalog, prepare_command
-from datasets.files import cannot_write
 from datasets.item2img import ITEM2IMG
 from datasets.text import NO_TEXT, item_text
 
 CACHE_ROOT = Path("data/features")
 
 
-def load_features(config: Config, catalog: Catalog, device: Any) -> list[np.memmap]:
+def load_features(config: Config, catalog: Catalog, device: Any, trained_on: Collection[str] = ()) -> list[np.memmap]:
     """The `feature_files` that the settings ask for."""
     return feature_files(
         catalog,
@@ -38,6 +37,7 @@ def load_features(config: Config, catalog: Catalog, device: Any) -> list[np.memm
         batch_size=config.encoder_batch_size,
         precision=config.encoder_precision,
         workers=config.encoder_workers,
+        trained_on=trained_on,
     )
 
 
@@ -51,6 +51,7 @@ def feature_files(
     batch_size: int = 32,
     precision: str = "fp32",
     workers: int = 0,
+    trained_on: Collection[str] = (),
     cache_root: Path = CACHE_ROOT,
     say: Callable[[str], None] = print,
 ) -> list[np.memmap]:
@@ -62,7 +63,9 @@ def feature_files(
     precision: what an encoder with weights computes in: fp32, bf16, or auto: as the features that are there already,
         whichever were made first, otherwise the fastest that the device has.
     workers: processes at most that read ahead of the encoder; 0 for none.
-    Raises InputError where an encoder cannot be had, the dataset has no pictures, or the disk is full.
+    trained_on: the names of the files that a run read, if the features are for it: those are taken first.
+    Raises InputError where an encoder cannot be had, the dataset has no pictures, the texts are not those of
+    `trained_on` (other pictures are only said: also their times count), or the disk is full.
     """
     pictures = catalog.pictures or []
     if image and not any(pictures):
@@ -70,7 +73,7 @@ def feature_files(
     processes.start()
     if processes.rank():
         say = _silent
-    how = _How(device, batch_size, precision, workers, cache_root, say)
+    how = _How(device, batch_size, precision, workers, trained_on, cache_root, say)
     parts = []
     if language:
         parts.append(_language_features(catalog, language, attributes, how))
@@ -87,6 +90,7 @@ class _How:
     batch_size: int
     precision: str
     workers: int
+    trained_on: Collection[str]
     cache_root: Path
     say: Callable[[str], None]
 
@@ -131,29 +135,24 @@ def _image_features(catalog: Catalog, pictures: list[Path | None], name: str, ho
 # ---------------------------------------------------------------------------------------------------------- the cache
 
 
-@dataclass(frozen=True)
-class _File:
-    """A cached array: where it is, what it depends on, and what its sidecar says, nothing until it is made."""
-
-    path: Path
-    key: dict[str, Any]
-    header: dict[str, Any] = field(default_factory=dict)
-
-
-def _cached(catalog: Catalog, name: str, key: dict[str, Any], items: Sequence[Any], how: _How) -> _File:
+def _cached(catalog: Catalog, name: str, key: dict[str, Any], items: Sequence[Any], how: _How) -> cache.File:
     """The features of these texts or pictures, on disk; encoded where they are not there yet."""
     from filelock import FileLock
 
-    def find(say: Callable[[str], None] = _silent) -> _File:
-        return _find(_candidates(catalog, name, key, how), _commit(name, key), say)
+    def find(say: Callable[[str], None] = _silent) -> cache.File:
+        return cache.find(_candidates(catalog, name, key, how), _commit(name, key), how.trained_on, say)
 
-    found = processes.on_first(find)
+    def compare_and_find() -> cache.File:
+        _compare(_candidates(catalog, name, key, how), how)
+        return find()
+
+    found = processes.on_first(compare_and_find)
     if found.header:
         return found
     lock = FileLock(_cache_path(how.cache_root, catalog.name, name, key).with_suffix(".lock"))
 
-    def find_alone() -> _File:
-        _acquire(lock, how.say)
+    def find_alone() -> cache.File:
+        cache.acquire(lock, how.say)
         return find(how.say)  # again: another process may have made it meanwhile
 
     try:
@@ -167,7 +166,7 @@ def _commit(name: str, key: dict[str, Any]) -> str | None:
     return encoders.hub_commit(name) if key["kind"] == "language" else None
 
 
-def _candidates(catalog: Catalog, name: str, key: dict[str, Any], how: _How) -> list[_File]:
+def _candidates(catalog: Catalog, name: str, key: dict[str, Any], how: _How) -> list[cache.File]:
     """The files that would do, first the one that is made if there is none."""
     if name in encoders.BUILT_IN:
         keys = [key]
@@ -176,28 +175,25 @@ def _candidates(catalog: Catalog, name: str, key: dict[str, Any], how: _How) -> 
         keys = [key | {"precision": p} for p in (best, *(p for p in encoders.DTYPES if p != best))]
     else:
         keys = [key | {"precision": how.precision}]
-    return [_File(_cache_path(how.cache_root, catalog.name, name, k), k) for k in keys]
+    return [cache.File(_cache_path(how.cache_root, catalog.name, name, k), k) for k in keys]
 
 
-def _find(candidates: list[_File], commit: str | None, say: Callable[[str], None]) -> _File:
-    """The file that was made first, so that a run that goes on finds what it began with; else the one to make."""
-    whole, damaged = [], []
-    for file in candidates:
-        header, problem = cache.read(file.path, file.key, commit)
-        if header:
-            whole.append(replace(file, header=header))
-        elif problem:
-            damaged.append((file, problem))
-    if whole:
-        return min(whole, key=lambda file: file.header["made"])
-    if not damaged:
-        return candidates[0]
-    file, problem = damaged[0]
-    say(f"{file.path} is {problem}: made again")
-    return file
+def _compare(candidates: list[cache.File], how: _How) -> None:
+    """Raise InputError where features are of other texts than a run was trained on, say so where they are of other
+    pictures."""
+    if not how.trained_on or any(file.path.name in how.trained_on for file in candidates):
+        return
+    if candidates[0].key["kind"] == "image":
+        how.say("the pictures or their encoder's weights are not those that the run was trained on, or were copied "
+                "without their times")  # fmt: skip
+        return
+    raise InputError(
+        "the items' texts, or their encoder's weights, are not those that the run was trained on; give its "
+        "--data_root, or train anew"
+    )
 
 
-def _make(file: _File, catalog: Catalog, name: str, items: Sequence[Any], how: _How) -> _File:
+def _make(file: cache.File, catalog: Catalog, name: str, items: Sequence[Any], how: _How) -> cache.File:
     """Encode what is not encoded yet, this rank its share, and let rank 0 finish the file."""
     path, key, is_text = file.path, file.key, file.key["kind"] == "language"
     precision = key.get("precision", "fp32")
@@ -253,22 +249,6 @@ def _no_pictures(catalog: Catalog, why: str) -> str:
         f"{catalog.name} has no picture that can be read ({why}); --no-use_img_encoder goes without, and {command} "
         f"fetches those that the metadata has addresses of"
     )
-
-
-def _acquire(lock: Any, say: Callable[[str], None]) -> None:
-    """Be the only process that makes a file; wait, and say so, while another is."""
-    from filelock import Timeout
-
-    path = Path(lock.lock_file)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"another process is making {path.with_suffix('.npy')}: waiting for it")
-            lock.acquire()
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def _silent(line: str) -> None:

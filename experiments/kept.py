@@ -57,6 +57,11 @@ class KeptRun:
         return found
 
     @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Where and by which code it was trained: as it began, and as it was resumed."""
+        return [self.environment, *self.environment.get("resumed", [])]
+
+    @property
     def data(self) -> str | None:
         """The digest of the dataset; None of a run from before it was noted."""
         return self.environment.get("data")

@@ -41,7 +41,7 @@ def report(results: Path) -> str:
 
 def section(run: KeptRun) -> str:
     """One run: how it was made, the metrics of every size, the paper's row."""
-    config, environment, last = run.config, run.environment, run.log[-1]
+    config, last = run.config, run.log[-1]
     masked = run.metrics(masked=True)
     lines = [
         f"## {config.dataset_code}, {config.model_code}, {config.branch}, "
@@ -49,11 +49,10 @@ def section(run: KeptRun) -> str:
         "",
         f"- Run `{run.folder.name}`, seed {config.seed}; differs from the dataset's settings in: "
         f"{settings_text(unusual(config, {'seed'})) or 'nothing'}.",
-        f"- `{' '.join(['python', *environment['command']])}`",
+        f"- `{' '.join(['python', *run.environment['command']])}`",
         f"- {len(run.log)} of {config.num_epochs} epochs in {last['seconds'] / 60:.1f} minutes "
-        f"({last['train_seconds']:.0f} s the last), best epoch {last['best_epoch']}; {environment['device']}; "
-        f"torch {environment['versions']['torch']}; commit `{(environment['commit'] or 'unknown')[:10]}`"
-        f"{' with uncommitted changes' if environment['uncommitted_changes'] else ''}.",
+        f"({last['train_seconds']:.0f} s the last), best epoch {last['best_epoch']}; "
+        f"{tables.where_made(run.environments)}.",
     ]
     paper = PUBLISHED[config.branch].get(config.dataset_code) if config.model_code == "fmrlrec" else None
     if paper and (unlike := unlike_paper(config, config.branch)):

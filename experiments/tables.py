@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import nan
 from typing import Any
 
@@ -202,6 +202,15 @@ def by_popularity(group: list[Line]) -> list[str]:
     return table(heads, rows)
 
 
+def where_made(environments: Sequence[Mapping[str, Any]]) -> str:
+    """The devices, versions and commits of runs."""
+    devices = dict.fromkeys(environment["device"] for environment in environments)
+    versions = dict.fromkeys(f"torch {environment['versions']['torch']}" for environment in environments)
+    commits = dict.fromkeys(f"`{(environment['commit'] or 'unknown')[:10]}`" for environment in environments)
+    changed = " with uncommitted changes" if any(e["uncommitted_changes"] for e in environments) else ""
+    return f"{' and '.join(devices)}; {' and '.join(versions)}; commit {' and '.join(commits)}{changed}"
+
+
 def provenance(definition: Definition, group: list[Line]) -> list[str]:
     """How every line was made."""
     notes: dict[str, list[str]] = {}  # how -> the rows made so
@@ -209,19 +218,12 @@ def provenance(definition: Definition, group: list[Line]) -> list[str]:
         own = unusual(line.config, {"seed"}) if "model_code" in definition.varied() else {}
         own = {name: value for name, value in own.items() if name not in line.row.settings}
         logs = [run.log[-1] for run in line.runs]
-        environments = [run.environment for run in line.runs]
-        devices = dict.fromkeys(environment["device"] for environment in environments)
-        versions = dict.fromkeys(f"torch {environment['versions']['torch']}" for environment in environments)
-        commits = dict.fromkeys(f"`{(environment['commit'] or 'unknown')[:10]}`" for environment in environments)
         parts = [
             f"{', '.join(f'`{run.folder.name}`' for run in line.runs)}",
             plural(", ".join(str(log["epoch"]) for log in logs), "epoch"),
             f"best {', '.join(str(log['best_epoch']) for log in logs)}",
             plural(", ".join(str(round(log["seconds"] / 60)) for log in logs), "minute"),
-            " and ".join(devices),
-            " and ".join(versions),
-            f"commit {' and '.join(commits)}"
-            f"{' with uncommitted changes' if any(e['uncommitted_changes'] for e in environments) else ''}",
+            where_made([environment for run in line.runs for environment in run.environments]),
         ]
         if own:
             parts.append(f"with {settings_text(own)}")

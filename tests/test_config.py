@@ -246,6 +246,7 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--seed", "-1"),
         ("--seed", str(2**64)),  # torch and numpy take 64 bits
         ("--best_metric", "NDCG@0"),
+        ("--best_metric", "NDCG@010"),
         ("--best_metric", "NDCG@ten"),
         ("--best_metric", "HR@10"),
         ("--best_metric", "NDCG"),

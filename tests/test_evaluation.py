@@ -82,11 +82,13 @@ def test_every_size_is_ranked_as_one_user_at_a_time_by_sorting(part, mask_histor
 @pytest.mark.parametrize("branch", ["both", "id"])
 @pytest.mark.parametrize("mask_history", [False, True])
 @pytest.mark.parametrize("items", [1, 7, NUM_ITEMS])
+@pytest.mark.parametrize("users", [5, 2**16])
 @pytest.mark.parametrize("table_bytes", [0, 2**30])
-def test_chunks_of_the_catalogue_give_what_the_whole_gives(monkeypatch, items, table_bytes, mask_history, branch):
+def test_chunks_give_what_the_whole_gives(monkeypatch, items, users, table_bytes, mask_history, branch):
     model, rows = random_model(branch), rows_of(random_sequences())
     expected = metrics_of(model, rows, mask_history=mask_history)
     monkeypatch.setattr(evaluation, "ITEMS", items)
+    monkeypatch.setattr(evaluation, "USERS", users)
     monkeypatch.setattr(evaluation, "TABLE_BYTES", table_bytes)
     for size, metrics in metrics_of(model, rows, mask_history=mask_history).items():
         assert metrics == pytest.approx(expected[size], abs=1e-12)

@@ -1,6 +1,9 @@
 """train.py and eval.py as a user runs them, on a tiny prepared dataset."""
 
+import errno
+import gzip
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -15,9 +18,11 @@ import eval as eval_script
 import train
 from config import InputError
 from datasets import demo
+from experiments import tables
+from experiments.kept import KeptRun
 from tests.cut_off import cut_off_after
 from tests.prepared import contents, write_prepared
-from trainer import evaluation, wiring
+from trainer import evaluation, runs, wiring
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = (
@@ -279,6 +284,81 @@ def test_a_run_is_tied_to_the_dataset_it_was_trained_on_and_nothing_else_is_enco
         with pytest.raises(InputError, match=r"the dataset (.*) is not the one that .* was trained on"):
             command()
     assert (run / "test_mrl_metrics.json").read_bytes() == before
+
+
+def test_a_run_is_tied_to_the_texts_it_was_trained_on(workplace):
+    run = run_train()
+    before = contents(run)
+    path = workplace / "data/tiny/meta.json.gz"
+    with gzip.open(path, "rt") as file:
+        records = file.read()
+    with gzip.open(path, "wt") as file:
+        file.write(records.replace("'title': '", "'title': 'other "))
+    for command in (lambda: run_eval(f"--run {run}"), lambda: train.main(["--resume", str(run)])):
+        with pytest.raises(InputError, match=r"the items' texts, or .*, are not those that the run was trained on"):
+            command()
+    assert contents(run) == before
+    assert len(list((workplace / "data/features/tiny").glob("*.npy"))) == 1
+
+
+def test_other_pictures_than_a_run_was_trained_on_are_said(workplace, capsys):
+    run = run_train("--use_img_encoder --img_encoder pixel")
+    run_eval(f"--run {run}")
+    assert "the pictures" not in capsys.readouterr().out
+    picture = next((workplace / "data/photos/tiny").iterdir())
+    os.utime(picture, (0, 0))
+    run_eval(f"--run {run}")
+    assert "the pictures or their encoder's weights are not those that the run was trained" in capsys.readouterr().out
+
+
+def test_where_and_by_which_code_a_run_went_on_is_noted(workplace, monkeypatch):
+    with cut_off_after(1):
+        run_train()
+    (run,) = (workplace / "experiments/runs/tiny").iterdir()
+    began = json.loads((run / "env.json").read_text())
+    assert "resumed" not in began
+    monkeypatch.setattr(runs, "commit", lambda: "0123456789abcdef")
+    train.main(["--resume", str(run)])
+    saved = json.loads((run / "env.json").read_text())
+    (resumed,) = saved.pop("resumed")
+    assert saved == began
+    assert resumed["commit"] == "0123456789abcdef" and resumed["device"] == began["device"]
+    kept = KeptRun(run, runs.read_config(run)[0])
+    assert f"`{began['commit'][:10]}` and `0123456789`" in tables.where_made(kept.environments)
+
+
+def test_a_run_that_cannot_be_written_says_so(workplace, monkeypatch):
+    run = run_train("--num_epochs 1")
+    true_open = Path.open
+
+    def denied(path, mode="r", *arguments, **named):
+        if path == run / "config.json" and "+" in mode:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return true_open(path, mode, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(InputError, match=r"cannot write \S+config.json: Permission denied; run where you may write"):
+        train.main(["--resume", str(run)])
+
+
+def test_a_renamed_run_is_as_old_as_it_is(workplace, capsys):
+    old = run_train("--num_epochs 1")
+    os.utime(old / "config.json", (0, 0))
+    old.rename(old.with_name("the-best"))
+    new = run_train("--num_epochs 1")
+    run_eval("")
+    assert f"run {new}" in capsys.readouterr().out
+    os.utime(new.with_name("the-best") / "config.json", (2**32, 2**32))
+    run_eval("")
+    assert f"run {new.with_name('the-best')}" in capsys.readouterr().out
+
+
+def test_a_warm_up_that_is_longer_than_the_training_is_said(workplace, capsys):
+    run_train("--num_epochs 1 --train_batch_size 10 --warmup_steps 2")
+    assert "--warmup_steps 2: the 2 steps of this training all warm up" in capsys.readouterr().out
+    run_train("--num_epochs 1 --train_batch_size 10 --warmup_steps 2 --no-enable_lr_schedule")
+    run_train("--num_epochs 1 --train_batch_size 10 --warmup_steps 1")
+    assert "--warmup_steps" not in capsys.readouterr().out
 
 
 def test_an_unfinished_run_is_called_so_resumed_first_and_not_kept_as_a_result(workplace, capsys):

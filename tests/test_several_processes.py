@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -46,6 +47,7 @@ from config import InputError
 from datasets import processes
 from trainer import step as step_module
 from trainer import trainer as trainer_module
+from trainer.runs import claimed
 from trainer.trainer import Trainer
 
 tiny, lonely, plus, sampled_plus, baselines = sys.argv[1:]
@@ -104,6 +106,9 @@ run("not finite", f"{tiny} --run_name not-finite")
 step_module.matryoshka_cross_entropy = true_loss
 trainer_module.save_state = full
 run("full", f"{tiny} --run_name full")
+(two,) = Path().glob("experiments/runs/tiny/*[0-9]-two")
+with claimed(two) if processes.rank() == 0 else contextlib.nullcontext():
+    run("held", f"--resume {two}")
 processes.end()
 results["threads"] = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 Path(f"rank{processes.rank()}.json").write_text(json.dumps(results))
@@ -252,6 +257,11 @@ def test_no_thread_of_the_group_outlives_it(folder):
 
 def test_what_the_first_cannot_write_ends_both_alike(folder):
     assert [rank["said"] for rank in outcome(folder, "full")] == ["InputError rank 0: no space"] * 2
+
+
+def test_a_run_that_another_process_trains_is_refused_on_both(folder):
+    for rank in outcome(folder, "held"):
+        assert re.match(r"InputError another process trains \S+-two now; wait for it, or end it", rank["said"])
 
 
 def test_what_is_wrong_is_said_once_and_ends_all(folder):

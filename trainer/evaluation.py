@@ -25,6 +25,7 @@ from trainer.user_ranks import save_ranks
 
 T = TypeVar("T")
 Model = Trainable | Popularity  # what is trained, or only counts
+USERS = 2**16  # users that are ranked at once: every dataset of the paper in one go
 ITEMS = 2**15  # items that are scored at once: every catalogue of the paper in one chunk
 TABLE_BYTES = 2**30  # a projected item table up to this is held; otherwise a batch projects what it reads
 PARITY = 1e-5  # how far a sliced model's scores may lie from the full model's prefix, relative to the largest score
@@ -55,23 +56,26 @@ def rank_targets(
 ) -> dict[int, Tensor]:
     """The rank of every user's target at each of `sizes`, [U] float64, from one pass in which sizes share their scores.
 
-    Only the last position is scored. Items are projected once, in chunks, and a target is ranked by counting what is
-    ahead of it, so that memory does not grow with the catalogue. Token 0 is never a candidate; the items of the user's
-    history are none where `mask_history` is set (the target always is one). Under torchrun each rank takes a share of
-    the users, and all return the ranks of all.
+    Only the last position is scored. Items are projected once for USERS, in chunks, and a target is ranked by counting
+    what is ahead of it, so that memory grows neither with the catalogue nor with the users. Token 0 is never a
+    candidate; the items of the user's history are none where `mask_history` is set (the target always is one). Under
+    torchrun each rank takes a share of the users, and all return the ranks of all.
     """
     training = model.training
     model.eval()
     start, stop = processes.share(len(rows))
     device = next(itertools.chain(model.parameters(), model.buffers())).device
-    batches = list(eval_batches(rows.part(start, stop), batch_size, device))
-    found = torch.zeros(len(sizes), len(rows), dtype=torch.float64)
-    if isinstance(model, Popularity):
-        found[:, start:stop] = _ranks_of_counts(model, batches, mask_history)
-    else:
-        table = model.item_table() if 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES else None
-        z = [_last(model, batch, table) for batch in _shown(batches, "histories", "batch")]
-        found[:, start:stop] = _ranks(model, batches, z, table, sizes, mask_history)
+    found, table = torch.zeros(len(sizes), len(rows), dtype=torch.float64), None
+    if not isinstance(model, Popularity) and 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES:
+        table = model.item_table()
+    for first in range(start, stop, USERS):
+        users = slice(first, min(first + USERS, stop))
+        batches = list(eval_batches(rows.part(users.start, users.stop), batch_size, device))
+        if isinstance(model, Popularity):
+            found[:, users] = _ranks_of_counts(model, batches, mask_history)
+        else:
+            z = [_last(model, batch, table) for batch in _shown(batches, "histories", "batch")]
+            found[:, users] = _ranks(model, batches, z, table, sizes, mask_history)
     model.train(training)
     return dict(zip(sizes, processes.add_up(found), strict=True))
 
@@ -101,8 +105,6 @@ def _ranks(
 ) -> Tensor:
     """The rank of every user's target at these sizes, from 1: [M, U]. Items with the target's score share their average
     rank, so a rank may end in .5; in a catalogue of several chunks, rounding may tell equal scores apart."""
-    if not batches:  # the share of a rank may be no user
-        return torch.zeros(len(sizes), 0, dtype=torch.float64)
     chunks = torch.arange(model.num_items + 1, device=z[0].device).split(ITEMS)
     counts = [z_batch.new_zeros(2, len(sizes), len(z_batch)) for z_batch in z]  # ahead of the target, equal to it
     targets = [model.items(batch.targets) if len(chunks) > 1 else None for batch in batches]  # each [B, D]
@@ -128,7 +130,7 @@ def _ranks(
 
 def _ranks_of_counts(model: Popularity, batches: list[EvalBatch], mask_history: bool) -> Tensor:
     """The rank of every user's target by a model that only counts: [U]."""
-    found = [torch.zeros(0)]  # the share of a rank may be no user
+    found = []
     for batch in batches:
         scores = candidates(batch, 0, model.num_items + 1, mask_history) + model.scores(batch.tokens[batch.last])
         found.append(target_ranks(scores, batch.targets).cpu())

@@ -1,7 +1,7 @@
 """A run is a folder, <runs_root>/<dataset_code>/<time>-<run_name>/, with
 
 config.json              the settings and where each came from
-env.json                 versions, device, commit, command line, and which data and features
+env.json                 versions, device, commit, command line, and which data and features; the same of each --resume
 log.jsonl                a line an epoch
 best.safetensors         the weights of the best epoch by validation
 last.pt                  what --resume needs (a model that only counts has none: it counts again)
@@ -16,6 +16,7 @@ cold_items.json          how well items that no training saw are found: experime
 
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, InputError, from_saved, is_runtime, preset_spelled_out, shown
-from datasets.files import read_json, write_json
+from datasets.files import cannot_write, read_json, write_json
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
@@ -34,6 +35,7 @@ WEIGHTS, STATE = "best.safetensors", "last.pt"
 LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
 COLD_ITEMS = "cold_items.json"
+TIME = "%Y%m%d-%H%M%S"  # of a run's name
 
 
 def of_test(name: str, mask_history: bool) -> str:
@@ -47,7 +49,7 @@ def create_run(config: Config, sources: dict[str, str], device: str, data: str, 
     files that are read."""
     name = config.run_name or f"{config.label}-{config.mrl_hidden_sizes[-1]}"
     parent = Path(config.runs_root) / config.dataset_code
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    stem = f"{time.strftime(TIME)}-{name}"
     for attempt in range(1, 1000):
         run = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
         try:
@@ -75,20 +77,42 @@ def read_config(run: Path) -> tuple[Config, dict[str, str]]:
         raise InputError(f"{run}: {error}; {ENVIRONMENT} names the commit that reads it, or train anew") from None
 
 
-def check_data(run: Path, data: str) -> None:
-    """Raise InputError if a run was trained on a dataset of another digest."""
-    environment = read_json(run / ENVIRONMENT, "give a run's folder, as train.py prints it")
-    if environment.get("data", data) != data:
+def note_resumed(run: Path, device: str) -> None:
+    """Add to a run's env.json where and by which code it goes on."""
+    path = run / ENVIRONMENT
+    saved = read_environment(run)
+    write_json(path, saved | {"resumed": [*saved.get("resumed", []), environment(device)]})
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """A run's env.json. Raises InputError where the folder is no run."""
+    saved = read_json(run / ENVIRONMENT, "give a run's folder, as train.py prints it")
+    if not isinstance(saved, dict):
+        raise InputError(f"{run / ENVIRONMENT} is not of a run; give a run's folder, as train.py prints it")
+    return saved
+
+
+def check_data(run: Path, data: str) -> list[str]:
+    """The names of the features' files that a run was trained on. Raises InputError if it was trained on a dataset of
+    another digest."""
+    saved = read_environment(run)
+    if saved.get("data", data) != data:
         raise InputError(
-            f"the dataset (digest {data}) is not the one that {run} was trained on ({environment['data']}); give its "
+            f"the dataset (digest {data}) is not the one that {run} was trained on ({saved['data']}); give its "
             f"--data_root, or train anew"
         )
+    return saved.get("features", [])
 
 
 @contextmanager
 def claimed(run: Path) -> Iterator[None]:
-    """Keep other processes from training the run meanwhile. Raises InputError where one does already."""
-    with (run / CONFIG).open("rb+") as file:
+    """Keep other processes from training the run meanwhile. Raises InputError where one does already, or where nothing
+    can be written."""
+    try:
+        file = (run / CONFIG).open("rb+")  # to be written, as NFS wants of what is locked
+    except OSError as error:
+        raise cannot_write(run / CONFIG, error) from error
+    with file:
         try:
             import fcntl
 
@@ -132,8 +156,7 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
     wanted = {name: value for name, value in preset_spelled_out(flags).items() if not is_runtime(name)}
     near = []
     paths = list(runs_root.glob(f"*/*/{CONFIG}"))
-    # By the time in the name; runs begun in the same second by when they were made.
-    for path in sorted(paths, key=lambda p: (p.parent.name[:15], p.stat().st_mtime_ns), reverse=True):
+    for path in sorted(paths, key=_begun, reverse=True):
         run = path.parent
         try:
             config, _ = read_config(run)
@@ -150,6 +173,14 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
         raise InputError(f"there is no run below {runs_root.resolve()}; train one: python train.py")
     listed = "\n".join(near[:5])
     raise InputError(f"no run below {runs_root} fits {asked}. The newest ones, and what differs:\n{listed}")
+
+
+def _begun(path: Path) -> tuple[str, int]:
+    """When the run of a config.json was begun: the time in its folder's name, where it still has one, and that of the
+    file, for runs of the same second."""
+    stat, name = path.stat(), path.parent.name
+    named = re.match(r"\d{8}-\d{6}", name)
+    return named[0] if named else time.strftime(TIME, time.localtime(stat.st_mtime)), stat.st_mtime_ns
 
 
 def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:

@@ -30,7 +30,7 @@ from trainer.trainer import Trainer
 
 def load_data(config: Config, device: torch.device, run: Path | None = None) -> tuple[Catalog, list[np.memmap]]:
     """The catalogue and its items' features, [N, F] of each encoder, mapped from their files; the demo is made where it
-    is missing. Raises InputError, before anything is encoded, where it is not the catalogue that `run` was trained on.
+    is missing. Raises InputError, before anything is encoded, where it is not what `run` was trained on.
     """
     if config.dataset_code == "demo" and Path(config.data_root).resolve() == Path(Config.data_root).resolve():
         catalog = load_demo()
@@ -38,9 +38,8 @@ def load_data(config: Config, device: torch.device, run: Path | None = None) -> 
         catalog = load_catalog(config.data_root, config.dataset_code)
     for line in (describe(catalog), *catalog.notes):
         processes.say(line)
-    if run:
-        processes.on_first(lambda: check_data(run, catalog.digest()))
-    return catalog, load_features(config, catalog, device)
+    trained_on = processes.on_first(lambda: check_data(run, catalog.digest())) if run else ()
+    return catalog, load_features(config, catalog, device, trained_on)
 
 
 def build_model(config: Config, num_items: int, features: Sequence[np.ndarray], loaded: bool = False) -> Model:
@@ -122,6 +121,12 @@ def build_trainer(
         processes.rank(),
         processes.world_size(),
     )
+    steps = config.num_epochs * len(loader)
+    if config.enable_lr_schedule and config.warmup_steps >= steps:
+        processes.say(
+            f"--warmup_steps {config.warmup_steps}: the {steps} steps of this training all warm up, and none has the "
+            f"learning rate of {config.lr}"
+        )
     return Trainer(
         step=build_step(config, model, loader),
         loader=loader,

@@ -141,11 +141,12 @@ class TorchEngine:
         live[:, -1] = True  # an empty history is token 0 alone
         lengths = live.sum(axis=1)
         position = (np.arange(history.shape[1]) - (history.shape[1] - lengths)[:, None])[live]
+        x, last = table.values[history[live]], np.cumsum(lengths) - 1
         with torch.inference_mode():
             z = self.model.encode(
-                torch.from_numpy(table.values[history[live]]), torch.from_numpy(position), int(lengths.max())
+                torch.from_numpy(x), torch.from_numpy(position), int(lengths.max()), torch.from_numpy(last)
             )
-        return self.rank(z.numpy()[np.cumsum(lengths) - 1], table, bias, k)
+        return self.rank(z.numpy(), table, bias, k)
 
     def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
         import torch

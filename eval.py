@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     settings = [name for name in Config.__dataclass_fields__ if name != "test"]
     flags, arguments = parse_args(argv, DESCRIPTION, add_arguments, settings)
     # Heavy imports wait until the flags are known to be good, so that --help answers at once.
-    from trainer.runs import find_trained, read_config, unfinished
+    from trainer.runs import find_trained, named, read_config
     from trainer.wiring import load_run, test_run
 
     runs_root = Path(flags.get("runs_root", Config.runs_root))
@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     if arguments.alone and trained.model_code != "fmrlrec":
         raise InputError(f"--alone tests slices of fmrlrec; {run} is of {trained.model_code}: leave --alone out")
     config, catalog, model = load_run(run, flags)
-    progress = unfinished(run)
-    processes.say(f"run {run}{f', unfinished: {progress}' if progress else ''}")
+    processes.say(named(run))
     return test_run(config, catalog, model, run, mask_history=arguments.mask_history, alone=arguments.alone)
 
 

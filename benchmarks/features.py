@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from benchmarks.measure import paired, where
-from config import Parser, run_cli
+from config import InputError, Parser, run_cli
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,10 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.memory_of:  # a process of its own: the peak of a process is never given back
         print(peak_memory(arguments.memory_of, arguments.workers))
         return
+    if bool(arguments.texts) != bool(arguments.language_encoder):
+        raise InputError("--texts and --language_encoder are given together, or neither")
     print(f"{where(arguments.device)}; batches of {arguments.batch}, {arguments.workers} workers, medians of "
           f"{arguments.runs} paired runs")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.texts and arguments.language_encoder:
+        if arguments.texts:
             compare("texts", text_catalog(Path(arguments.texts), arguments.num_texts), arguments, Path(folder))
         if arguments.img_model == "none":
             return
@@ -79,8 +82,7 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
     print(f"{len(texts)} {what}, {Path(name).name if is_text else arguments.img_model}")
     made: dict[str, np.ndarray] = {}
     load = encoders.language_encoder if is_text else encoders.image_encoder
-    fingerprint = encoders.image_fingerprint(name)
-    encoders.image_fingerprint = lambda name: fingerprint  # no weights are hashed or loaded while the clock runs
+    fingerprint = None if is_text else encoders.image_fingerprint(name)
     for precision in arguments.precisions.split(","):
         encoder = load(name, arguments.device, precision)
         if is_text:
@@ -90,7 +92,9 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
             rows = embedding.picture_batches(len(items), arguments.batch)
         read = embedding.read_texts if is_text else embedding.read_pictures
         ready = [read(encoder.prepare, [items[row] for row in batch])[2] for batch in rows]
-        encoders.language_encoder = encoders.image_encoder = lambda *_, encoder=encoder: encoder
+
+        def at_hand(*_: Any, encoder: Encoder = encoder) -> Encoder:
+            return encoder
 
         def forward(encoder: Encoder = encoder, ready: list[Any] = ready) -> None:
             for batch in ready:
@@ -112,7 +116,12 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
                 )
                 made[precision] = rows.astype(np.float32)
 
-        seconds = paired({"bare forward": forward, "whole path": whole}, arguments.runs, arguments.device)
+        with (  # no weights are hashed or loaded while the clock runs
+            patch.object(encoders, "language_encoder", at_hand),
+            patch.object(encoders, "image_encoder", at_hand),
+            patch.object(encoders, "image_fingerprint", lambda name: fingerprint),
+        ):
+            seconds = paired({"bare forward": forward, "whole path": whole}, arguments.runs, arguments.device)
         ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
         rates = {case: len(texts) / statistics.median(values) for case, values in seconds.items()}
         print(f"  {precision}  bare forward {rates['bare forward']:8.1f}/s   whole path {rates['whole path']:8.1f}/s   "

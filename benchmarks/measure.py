@@ -10,9 +10,9 @@ def where(device: str) -> str:
     """Versions and device, for a table's head."""
     import torch
 
-    from datasets.device import device_name
+    from datasets.device import device_name, resolve_device
 
-    name = device_name(torch.device(device))
+    name = device_name(resolve_device(device))
     return f"torch {torch.__version__}, Python {platform.python_version()}, {name}"
 
 

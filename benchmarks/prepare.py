@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.measure import memory
-from config import Parser, run_cli
+from config import InputError, Parser, run_cli
 
 CHUNK = 20_000  # lines that are made at a time
 
@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         process = multiprocessing.get_context("spawn").Process(target=measure, args=(raw, arguments.folder, send))
         process.start()
         send.close()
-        took, peak = receive.recv()
+        try:
+            took, peak = receive.recv()
+        except EOFError:
+            raise InputError("preparing the made-up data failed, as said above; give more --reviews") from None
         process.join()
         seconds.append(took)
         peaks.append(peak)

@@ -7,6 +7,7 @@ python -m benchmarks.speed --help
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -69,13 +70,14 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     from benchmarks.baseline import Baseline, padded
     from dataloader import TrainLoader, eval_rows, train_rows
     from datasets.catalog import Sequences
+    from datasets.device import resolve_device
     from model import FMRLRec, ModelSettings
     from trainer.averaging import WeightAverage
     from trainer.evaluation import rank_targets, rank_targets_alone
     from trainer.step import Step, build_optimizer
     from trainer.wiring import build_model, build_step
 
-    rng, device = np.random.default_rng(0), torch.device(arguments.device)
+    rng, device = np.random.default_rng(0), resolve_device(arguments.device)
     torch.manual_seed(0)
     lengths = (4 + rng.geometric(0.2, size=arguments.users)).clip(max=200)  # mean 8.9, as Beauty's
     offsets = np.concatenate([[0], lengths.cumsum()])
@@ -87,7 +89,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     optimizer = build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9)
     baseline, plain_optimizer = Baseline(model), torch.optim.AdamW(model.parameters(), fused=False)
     loader = TrainLoader(train_rows(sequences, 50), arguments.batch, 0, device)
-    batches = loader.epoch(1)
+    batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count(1)))
 
     def plain_step() -> None:
         users = rng.integers(arguments.users, size=arguments.batch)

@@ -23,6 +23,7 @@ from datasets.amazon import PAPER_SETS
 from datasets.files import read_json, read_text
 from datasets.item2img import read_item2img
 from datasets.records import RecordFile, parse_record
+from datasets.text import flat_text
 
 MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
@@ -93,7 +94,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     report = read_json(path, "remove it")
-    if not isinstance(report, dict) or not ("unfinished" in report or "prepared" in report):
+    if not ("unfinished" in report or "prepared" in report):
         raise InputError(f"{path} is no report of datasets.prepare; remove it")
     return report
 
@@ -124,7 +125,7 @@ def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
 def _load_ids(path: Path) -> tuple[list[str], int]:
     """ASINs in the order of their ids, and how many users there are at least."""
     maps = read_json(path, LAYOUT)
-    item2id = maps.get("item2id") if isinstance(maps, dict) else None
+    item2id = maps.get("item2id")
     if not isinstance(item2id, dict) or not item2id:
         raise InputError(f"{path} has no 'item2id' map; {LAYOUT}")
     count = len(item2id)
@@ -203,7 +204,7 @@ def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[
 def describe(catalog: Catalog) -> str:
     """One line: what the dataset holds."""
     lengths = np.diff(catalog.sequences.offsets)
-    with_text = Counter(key for record in catalog.metadata for key in record)
+    with_text = Counter(key for record in catalog.metadata for key, value in record.items() if flat_text(value))
     shares = ", ".join(
         f"{key} {with_text[key] / catalog.num_items:.0%}"
         for key in ("title", "price", "brand", "categories")

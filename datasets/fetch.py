@@ -76,9 +76,7 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     mends = "delete it: the files are then taken as they are"
     records = read_json(path, mends)
-    if not isinstance(records, dict) or not all(
-        isinstance(r, dict) and isinstance(r.get("sha256"), str) for r in records.values()
-    ):
+    if not all(isinstance(r, dict) and isinstance(r.get("sha256"), str) for r in records.values()):
         raise InputError(f"{path} does not map names to a sha256; {mends}")
     return records
 
@@ -107,7 +105,7 @@ def _resumable(part: Path, url: str) -> tuple[int, dict[str, Any]]:
     except InputError:
         return 0, {}
     size = part.stat().st_size
-    if not isinstance(state, dict) or state.get("url") != url or not state.get("validator"):
+    if state.get("url") != url or not state.get("validator"):
         return 0, {}
     return (size, state) if state.get("size") is None or size <= state["size"] else (0, {})
 

@@ -83,9 +83,12 @@ def read_text(path: Path, mends: str) -> str:
     return text
 
 
-def read_json(path: Path, mends: str) -> Any:
-    """Read a JSON file. `mends`: what to do where it is missing or damaged."""
+def read_json(path: Path, mends: str) -> dict[str, Any]:
+    """Read a JSON object from a file. `mends`: what to do where it is missing or damaged."""
     try:
-        return json.loads(read_text(path, mends))
+        found = json.loads(read_text(path, mends))
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); {mends}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no JSON object; {mends}")
+    return found

@@ -29,7 +29,7 @@ def read_item2img(
         return None
     mends = f"it maps an item id or ASIN to a path below {photos}"
     item2img = read_json(path, mends)
-    if not isinstance(item2img, dict) or not all(isinstance(name, str) for name in item2img.values()):
+    if not all(isinstance(name, str) for name in item2img.values()):
         raise InputError(f"{path} is not a map of names; {mends}")
     asin_of = {str(i): asin for i, asin in enumerate(asins, start=1)} | {asin: asin for asin in asins}
     inside, listed = photos.resolve(), {}

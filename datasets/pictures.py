@@ -126,7 +126,7 @@ def _read_manifest(path: Path) -> Manifest:
     mends = "delete it: it is made again from what is in the folder"
     manifest = read_json(path, mends)
     kinds = ("file", "missing", "broken")
-    if not isinstance(manifest, dict) or not all(
+    if not all(
         isinstance(entry, dict) and len(entry) == 1 and all(k in kinds and isinstance(v, str) for k, v in entry.items())
         for entry in manifest.values()
     ):

@@ -4,6 +4,8 @@ python -m experiments.cold_items make --dataset_code beauty      # data/beauty-c
 python train.py --dataset_code beauty-cold ...
 python -m model.export --run experiments/runs/beauty-cold/... --out exports/beauty-cold
 python -m experiments.cold_items test exports/beauty-cold --out experiments/runs/beauty-cold/.../cold_items.json
+
+beauty-cold has texts and no pictures, and the presets of beauty are not its own: give them as flags.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.command == "make":
         if not 0 < arguments.share < 1:
             raise InputError(f"--share {arguments.share} must lie between 0 and 1")
+        if arguments.seed < 0:
+            raise InputError(f"--seed {arguments.seed} must be at least 0")
         catalog = load_catalog(arguments.from_root, arguments.dataset_code)
         return hold_out(catalog, arguments.share, arguments.seed, Path(arguments.data_root))
     found = reach(arguments.export, Path(arguments.data_root))

@@ -91,7 +91,7 @@ class KeptRun:
     def ranks(self, masked: bool = False) -> tuple[dict[int, np.ndarray], np.ndarray] | None:
         """size -> the rank of every user, and how often each user's item was trained on; None where it was not kept."""
         path = self.folder / of_test(USER_RANKS, masked)
-        return load_ranks(path) if path.exists() else None
+        return load_ranks(path, "keep the run again") if path.exists() else None
 
 
 def kept_runs(results: Path) -> list[KeptRun]:

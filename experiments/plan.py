@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import BEYOND, Config, InputError, resolve, shown
-from datasets.catalog import Catalog, load_catalog, prepare_command
+from datasets.catalog import Catalog, load_catalog
 from experiments import estimate
 from experiments.definition import Definition, Row, definitions, identity
 from experiments.kept import same_run
@@ -104,16 +103,20 @@ def planned(experiments: list[tuple[Definition, list[Row]]], flags: dict[str, An
     return jobs
 
 
-def prepared(jobs: list[Job]) -> dict[str, Catalog]:
-    """The datasets of the jobs that are prepared, by name; every job is told which data it is on."""
+def prepared(jobs: list[Job]) -> tuple[dict[str, Catalog], list[str]]:
+    """The datasets of the jobs that are prepared, by name, and why the others are not; every job is told which data it
+    is on."""
     catalogs: dict[str, Catalog] = {}
+    problems = []
     for name, root in dict.fromkeys((job.config.dataset_code, job.config.data_root) for job in jobs):
-        with suppress(InputError):  # train.py says it, where it comes to that
+        try:
             catalogs[name] = load_catalog(root, name)
+        except InputError as error:
+            problems.append(str(error))
     for job in jobs:
         if job.config.dataset_code in catalogs:
             job.data = catalogs[job.config.dataset_code].digest()
-    return catalogs
+    return catalogs, problems
 
 
 def look_up(job: Job, results: Path) -> None:
@@ -139,8 +142,8 @@ def measure(jobs: list[Job], catalogs: dict[str, Catalog]) -> None:
             job.set_time(per_epoch[work])
 
 
-def summary(jobs: list[Job]) -> str:
-    """How many jobs there are in which state, and how long what is left takes."""
+def summary(jobs: list[Job], problems: list[str]) -> str:
+    """How many jobs there are in which state, how long what is left takes, and the problems of their datasets."""
     states = Counter(job.state for job in jobs)
     counted = ", ".join(f"{count} {state}" for state, count in states.items())
     text = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}: {counted}"
@@ -150,9 +153,7 @@ def summary(jobs: list[Job]) -> str:
         text += f"; {duration(sum(known))} at most for {len(known)} of them, one at a time"
     if len(known) < len(training):
         text += f"; not known how long for {len(training) - len(known)}"
-    for name, root in dict.fromkeys((job.config.dataset_code, job.config.data_root) for job in jobs if not job.data):
-        text += f"\n{name} is not at {Path(root) / name}; to prepare it: {prepare_command(Path(root), name)}"
-    return text
+    return "\n".join([text, *problems])
 
 
 def duration(seconds: float | None) -> str:

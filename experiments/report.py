@@ -106,7 +106,8 @@ def cold_items(run: Path) -> list[str]:
     ]
     return [
         f"{found['held_out']:,} items were held out of training and added to the export of size {found['size']} by "
-        f"their features alone; every user's last item is ranked among all {found['items']:,}:",
+        f"their features alone. Ranked among all {found['items']:,} are the last items of users of whom it was held "
+        f"out, and the last of those that stayed:",
         "",
         *table(["last item", "users", *names], rows),
     ]

@@ -62,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> list[Job]:
     jobs = planned(chosen(arguments), flags, seeds_of(arguments.seeds))
     for problem in unusable(Path(jobs[0].config.runs_root), arguments.results):
         print(f"left out: {problem}", file=sys.stderr)
-    catalogs = prepared(jobs)
+    catalogs, problems = prepared(jobs)
     for job in jobs:
         look_up(job, arguments.results)
     if arguments.dry_run:
         measure(jobs, catalogs)
     for job in jobs:
         print(f"{job.state:12} {duration(job.seconds):>9}  {job.label}")
-    print(summary(jobs), flush=True)
+    print(summary(jobs, problems), flush=True)
     if arguments.dry_run:
         return jobs
     check_writable(arguments.results)

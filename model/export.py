@@ -86,7 +86,7 @@ def asked_run(arguments: argparse.Namespace) -> Path:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Export, and return the folders."""
     arguments = arguments_parser().parse_args(argv)
-    from trainer.runs import read_config
+    from trainer.runs import named, read_config
 
     arguments.run = asked_run(arguments)
     saved, _ = read_config(arguments.run)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     for folder in folders:
         refuse_existing(folder, arguments.overwrite)
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
-    print(f"run {arguments.run}", flush=True)
+    print(named(arguments.run), flush=True)
     config, catalog, model = load_run(arguments.run, flags)
     assert isinstance(model, FMRLRec)  # asked_run refused others
     for size, folder in zip(sizes, folders, strict=True):

@@ -249,7 +249,7 @@ def test_a_slice_that_scores_otherwise_is_reported_when_all_results_are_written(
     rows = rows_of(random_sequences())
     with pytest.raises(RuntimeError, match="the slice of size 8 scores otherwise"):
         evaluation.test_every_size(
-            random_model(), rows, tmp_path, batch_size=7, ks=KS, mask_history=False, title="every size",
+            random_model(), rows, tmp_path, batch_size=7, ks=KS, printed=KS, mask_history=False, title="every size",
             times_trained=rows.targets,
         )  # fmt: skip
     assert set(json.loads((tmp_path / "test_mrl_metrics.json").read_text())) == {"4", "8", "16"}
@@ -260,9 +260,10 @@ def test_a_test_keeps_the_rank_of_every_user_up_to_the_largest_cutoff(tmp_path, 
     model, rows = random_model().eval(), rows_of(random_sequences())
     counts = np.arange(len(rows)) * 10_000
     evaluation.test_every_size(
-        model, rows, tmp_path, batch_size=7, ks=KS, mask_history=mask_history, title="", times_trained=counts
-    )
-    kept, times = load_ranks(tmp_path / f"test_ranks{'_history_masked' * mask_history}.npz")
+        model, rows, tmp_path, batch_size=7, ks=KS, printed=(), mask_history=mask_history, title="",
+        times_trained=counts,
+    )  # fmt: skip
+    kept, times = load_ranks(tmp_path / f"test_ranks{'_history_masked' * mask_history}.npz", "")
     expected = rank_targets(model, rows, sizes=SIZES, batch_size=7, mask_history=mask_history)
     assert list(kept) == list(SIZES)
     assert times.tolist() == counts.tolist()
@@ -276,7 +277,7 @@ def test_a_test_keeps_the_rank_of_every_user_up_to_the_largest_cutoff(tmp_path, 
 def test_ranks_are_kept_to_any_cut_off(tmp_path):
     ranks = np.array([1.0, 49_999.5, 50_000.0, 50_001.0])
     save_ranks(tmp_path / "r.npz", {4: ranks}, 50_000, np.zeros(4))
-    assert load_ranks(tmp_path / "r.npz")[0][4].tolist() == [1.0, 49_999.5, 50_000.0, np.inf]
+    assert load_ranks(tmp_path / "r.npz", "")[0][4].tolist() == [1.0, 49_999.5, 50_000.0, np.inf]
 
 
 @pytest.mark.parametrize("damage", ["absent", "text", "cut short", "pickled"])
@@ -291,8 +292,8 @@ def test_ranks_that_cannot_be_read_are_named(tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-30])
     else:
         np.savez(path, **{"4": np.array([{}], dtype=object), "times_trained": np.array([1])})
-    with pytest.raises(InputError, match=r"test_ranks\.npz cannot be read .*eval\.py --run"):
-        load_ranks(path)
+    with pytest.raises(InputError, match=r"test_ranks\.npz cannot be read .*; test again$"):
+        load_ranks(path, "test again")
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 30])

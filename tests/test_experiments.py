@@ -130,9 +130,15 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(workplace, calls, c
 def test_a_dry_run_knows_no_time_where_the_data_is_not_prepared(workplace, calls, capsys):
     run_experiments("depth --dry_run --data_root elsewhere")
     said = capsys.readouterr().out
-    assert (
-        "2 runs: 2 to start; not known how long for 2\ntiny is not at elsewhere/tiny; to prepare it: python -m" in said
-    )
+    why = "dataset 'tiny' is not at elsewhere/tiny (nothing is prepared there). To prepare it: python -m"
+    assert f"2 runs: 2 to start; not known how long for 2\n{why}" in said
+
+
+def test_a_dry_run_says_what_is_wrong_with_the_data(workplace, calls, capsys):
+    (workplace / "data/tiny/sequential_data.txt").write_text("1 2 abc 3\n")
+    run_experiments("depth --dry_run")
+    said = capsys.readouterr().out
+    assert "not known how long for 2\ndata/tiny/sequential_data.txt:1: '1 2 abc 3' is not 'user item item" in said
 
 
 def test_the_measured_time_is_that_of_all_steps_and_of_all_validation(workplace, monkeypatch):

@@ -101,6 +101,13 @@ def test_the_newest_run_is_exported_where_none_is_named(run, tmp_path):
     assert config_of(folder)["run"] == run.name
 
 
+def test_an_export_of_an_unfinished_run_says_so(run, tmp_path, capsys):
+    cut = shutil.copytree(run, tmp_path / "cut")
+    (cut / "log.jsonl").write_text("")
+    run_export(cut, f"--out {tmp_path / 'new'}")
+    assert f"run {cut}, unfinished: epoch 0 of 1" in capsys.readouterr().out
+
+
 def test_the_dataset_says_which_run_where_none_is_named(run, tmp_path):
     (folder,) = export.main(["--dataset_code", "tiny", "--out", str(tmp_path / "new")])
     assert config_of(folder)["run"] == run.name

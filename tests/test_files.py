@@ -191,9 +191,11 @@ def test_a_file_that_is_not_json_is_named_with_what_mends_it(tmp_path, text):
     assert str(raised.value).endswith(f"; {MENDS}")
 
 
-def test_json_that_is_no_map_is_read_as_it_is(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([1, None]))
-    assert read_json(tmp_path / "a.json", MENDS) == [1, None]
+@pytest.mark.parametrize("value", [[1, None], "a", 1, None])
+def test_json_that_is_no_object_is_refused(tmp_path, value):
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match=rf"a\.json is no JSON object; {MENDS}"):
+        read_json(tmp_path / "a.json", MENDS)
 
 
 def test_a_lone_surrogate_survives_in_json(tmp_path):

@@ -353,6 +353,35 @@ def test_a_renamed_run_is_as_old_as_it_is(workplace, capsys):
     assert f"run {new.with_name('the-best')}" in capsys.readouterr().out
 
 
+def test_damaged_weights_are_made_anew_as_the_message_says(workplace):
+    run = run_train("--num_epochs 1")
+    before = (run / "best.safetensors").read_bytes()
+    (run / "best.safetensors").write_bytes(before[:100])
+    with pytest.raises(InputError, match=r"is damaged .*; remove it with last.pt and log.jsonl, and train.py --resume"):
+        run_eval(f"--run {run}")
+    for name in ("best.safetensors", "last.pt", "log.jsonl"):
+        (run / name).unlink()
+    train.main(["--resume", str(run)])
+    assert (run / "best.safetensors").read_bytes() == before
+
+
+def test_a_run_without_weights_is_refused_before_anything_is_read(workplace, monkeypatch):
+    run = run_train("--num_epochs 1")
+    (run / "best.safetensors").unlink()
+    monkeypatch.setattr(wiring, "load_data", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(InputError, match=r"best.safetensors does not exist: .* or was kept as a result"):
+        run_eval(f"--run {run}")
+
+
+def test_the_cut_offs_that_were_asked_for_are_printed(workplace, capsys):
+    run = run_train("--num_epochs 1")
+    capsys.readouterr()
+    results = run_eval(f"--run {run} --metric_ks 7,100,200")
+    printed = capsys.readouterr().out
+    assert "Recall@7" in printed and "Recall@100" in printed and "Recall@5" not in printed
+    assert "Recall@200" in results[8] and "Recall@50" in results[8]
+
+
 def test_a_warm_up_that_is_longer_than_the_training_is_said(workplace, capsys):
     run_train("--num_epochs 1 --train_batch_size 10 --warmup_steps 2")
     assert "--warmup_steps 2: the 2 steps of this training all warm up" in capsys.readouterr().out
@@ -440,9 +469,10 @@ def test_a_log_line_of_an_epoch_that_was_not_kept_is_dropped_on_resuming(workpla
     torch.save(state, run / "last.pt")
     train.main(["--resume", str(run)])
     assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
-    (run / "log.jsonl").write_text('{"epoch": 1')
-    with pytest.raises(InputError, match=r"log\.jsonl is damaged"):
-        train.main(["--resume", str(run)])
+    for text in ('{"epoch": 1', "[]", '{"epoch": 2, "seconds": 1, "train_seconds": 1}'):
+        (run / "log.jsonl").write_text(f"{lines.splitlines()[0]}\n{text}\n")
+        with pytest.raises(InputError, match=r"log\.jsonl:2 is damaged: no JSON object with .*best_epoch.*; remove it"):
+            train.main(["--resume", str(run)])
 
 
 def test_wandb_works_offline(workplace, monkeypatch):

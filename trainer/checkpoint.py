@@ -27,14 +27,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_file(path))
     except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist: the run has no finished epoch yet (train.py --resume goes on), or was kept as a "
-            f"result, without weights (train another one)"
-        ) from None
+        raise no_weights(path) from None
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged ({error}); continue the run with --resume, or train again") from None
+        mends = "remove it with last.pt and log.jsonl, and train.py --resume trains the run anew"
+        raise InputError(f"{path} is damaged ({error}); {mends}") from None
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the model that the run's config.json describes: {error}") from None
+
+
+def no_weights(path: Path) -> InputError:
+    """What to tell a user of weights that are not there."""
+    return InputError(
+        f"{path} does not exist: the run has no finished epoch yet (train.py --resume goes on), or was kept as a "
+        f"result, without weights (train another one)"
+    )
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

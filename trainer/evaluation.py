@@ -185,6 +185,7 @@ def test_every_size(
     *,
     batch_size: int,
     ks: tuple[int, ...],
+    printed: tuple[int, ...],
     mask_history: bool,
     title: str,
     times_trained: np.ndarray,
@@ -192,9 +193,9 @@ def test_every_size(
 ) -> dict[int, dict[str, float]]:
     """Test every size; print the table, write the run's test metrics, ranks and curve. Returns size -> metrics.
 
-    All sizes are ranked in one pass, or, with `alone`, each as the stand-alone model that its slice is. times_trained:
-    [U], how often each user's target occurs in training. Raises RuntimeError, when all is written, if a slice does not
-    score as the model's prefix does.
+    All sizes are ranked in one pass, or, with `alone`, each as the stand-alone model that its slice is. printed: those
+    of the cut-offs ks that the table has. times_trained: [U], how often each user's target occurs in training. Raises
+    RuntimeError, when all is written, if a slice does not score as the model's prefix does.
     """
     if alone:
         assert isinstance(model, FMRLRec)  # eval.py refuses a baseline
@@ -205,7 +206,7 @@ def test_every_size(
     if processes.rank() == 0:
         of_users = {m: of_size.numpy() for m, of_size in found.items()}
         save_ranks(run / of_test(USER_RANKS, mask_history), of_users, max(ks), times_trained)
-        _report(results, run, ks, title, mask_history)
+        _report(results, run, ks, printed, title, mask_history)
     if isinstance(model, FMRLRec):  # a baseline has nothing to slice
         batch = next(eval_batches(rows, batch_size, next(model.parameters()).device))
         for m in model.sizes:
@@ -214,9 +215,14 @@ def test_every_size(
 
 
 def _report(
-    results: dict[int, dict[str, float]], run: Path, ks: tuple[int, ...], title: str, mask_history: bool
+    results: dict[int, dict[str, float]],
+    run: Path,
+    ks: tuple[int, ...],
+    printed: tuple[int, ...],
+    title: str,
+    mask_history: bool,
 ) -> None:
-    names = [f"{metric}@{k}" for k in ks[:2] for metric in METRICS]
+    names = [f"{metric}@{k}" for k in printed for metric in METRICS]
     print("  size  " + "  ".join(f"{name:>9}" for name in names))
     for size, metrics in results.items():
         print(f"{size:6d}  " + "  ".join(f"{metrics[name]:9.4f}" for name in names))

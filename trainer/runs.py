@@ -28,6 +28,7 @@ from typing import Any
 
 from config import Config, InputError, from_saved, is_runtime, preset_spelled_out, shown
 from datasets.files import cannot_write, read_json, write_json
+from trainer.checkpoint import no_weights
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
@@ -35,6 +36,7 @@ WEIGHTS, STATE = "best.safetensors", "last.pt"
 LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
 COLD_ITEMS = "cold_items.json"
+LOGGED = {"epoch", "best_epoch", "seconds", "train_seconds"}  # in every line of log.jsonl
 TIME = "%Y%m%d-%H%M%S"  # of a run's name
 
 
@@ -69,7 +71,7 @@ def create_run(config: Config, sources: dict[str, str], device: str, data: str, 
 def read_config(run: Path) -> tuple[Config, dict[str, str]]:
     """A run's settings, and where each came from. Raises InputError where the folder is no run."""
     saved = read_json(run / CONFIG, "give a run's folder, as train.py prints it")
-    if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
+    if not isinstance(saved.get("settings"), dict):
         raise InputError(f"{run / CONFIG} is not a run's configuration; give a run's folder, as train.py prints it")
     try:
         return from_saved(saved["settings"]), saved.get("sources", {})
@@ -86,10 +88,7 @@ def note_resumed(run: Path, device: str) -> None:
 
 def read_environment(run: Path) -> dict[str, Any]:
     """A run's env.json. Raises InputError where the folder is no run."""
-    saved = read_json(run / ENVIRONMENT, "give a run's folder, as train.py prints it")
-    if not isinstance(saved, dict):
-        raise InputError(f"{run / ENVIRONMENT} is not of a run; give a run's folder, as train.py prints it")
-    return saved
+    return read_json(run / ENVIRONMENT, "give a run's folder, as train.py prints it")
 
 
 def check_data(run: Path, data: str) -> list[str]:
@@ -137,6 +136,12 @@ def unfinished(run: Path) -> str:
     return "trained, not tested" if config.test and not (run / EVERY_SIZE).exists() else ""
 
 
+def named(run: Path) -> str:
+    """A run for a user to read, with what it still lacks."""
+    progress = unfinished(run)
+    return f"run {run}{f', unfinished: {progress}' if progress else ''}"
+
+
 def untrained(run: Path) -> str:
     """The epochs that a run still lacks, in words; "" where there are none."""
     config, _ = read_config(run)
@@ -168,11 +173,14 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
         if not reason:
             return run
         near.append(f"  {run}: {reason}")
-    asked = " ".join(f"--{k} {shown(v)}" for k, v in flags.items() if not is_runtime(k)) or "any flags"
+    asked = " ".join(f"--{k} {shown(v)}" for k, v in flags.items() if not is_runtime(k))
     if not near:
         raise InputError(f"there is no run below {runs_root.resolve()}; train one: python train.py")
     listed = "\n".join(near[:5])
-    raise InputError(f"no run below {runs_root} fits {asked}. The newest ones, and what differs:\n{listed}")
+    raise InputError(
+        f"no run below {runs_root} {f'fits {asked}' if asked else 'can be taken'}. The newest ones, and why not:\n"
+        f"{listed}"
+    )
 
 
 def _begun(path: Path) -> tuple[str, int]:
@@ -184,12 +192,18 @@ def _begun(path: Path) -> tuple[str, int]:
 
 
 def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:
-    """`run`, or without one the newest run that fits the flags and has weights; raises InputError as `find_run`."""
+    """`run`, or without one the newest run that fits the flags and has weights; raises InputError as `find_run`, and
+    where `run` has none."""
 
     def problem(run: Path) -> str:
         return "" if (run / WEIGHTS).exists() else f"has no {WEIGHTS} yet"
 
-    return Path(run) if run else find_run(runs_root, flags, problem)
+    if not run:
+        return find_run(runs_root, flags, problem)
+    read_config(Path(run))  # raises where it is no run
+    if not (Path(run) / WEIGHTS).exists():
+        raise no_weights(Path(run) / WEIGHTS)
+    return Path(run)
 
 
 def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
@@ -246,7 +260,13 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     path = run / LOG
     if not path.exists():
         return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); remove its bad lines") from None
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+            missing = LOGGED - records[-1].keys()
+        except (ValueError, AttributeError):
+            missing = LOGGED
+        if missing:
+            raise InputError(f"{path}:{number} is damaged: no JSON object with {', '.join(sorted(missing))}; remove it")
+    return records

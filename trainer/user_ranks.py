@@ -23,9 +23,9 @@ def save_ranks(path: Path, ranks: dict[int, np.ndarray], cutoff: int, times_trai
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # none of the names is allow_pickle
 
 
-def load_ranks(path: Path) -> tuple[dict[int, np.ndarray], np.ndarray]:
+def load_ranks(path: Path, mends: str) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """What `save_ranks` wrote: size -> ranks [U], infinite beyond the cutoff; how often each item occurs in training.
-    Raises InputError where there is no such file."""
+    Raises InputError that says what `mends` it where there is no such file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -34,4 +34,4 @@ def load_ranks(path: Path) -> tuple[dict[int, np.ndarray], np.ndarray]:
             np.int64
         )
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read ({error}); python eval.py --run {path.parent} writes it") from None
+        raise InputError(f"{path} cannot be read ({error}); {mends}") from None

@@ -174,6 +174,7 @@ def test_run(
         run,
         batch_size=config.test_batch_size,
         ks=tuple(sorted({*config.metric_ks, *trained.metric_ks})),  # the run's files never lose a cut-off
+        printed=config.metric_ks[:2],
         mask_history=mask_history,
         times_trained=times_trained(catalog.sequences, catalog.num_items)[rows.targets],
         title=f"{config.dataset_code}, {config.title}: test",

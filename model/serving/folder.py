@@ -207,7 +207,7 @@ def read_folder(folder: str | Path) -> Export:
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is no exported model (it has no {CONFIG}); python -m model.export makes one")
     config = read_json(folder / CONFIG, MENDS)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG} describes no exported model; {MENDS}")
     if config.get("version") != VERSION:
         raise InputError(

@@ -91,16 +91,19 @@ def read_environment(run: Path) -> dict[str, Any]:
     return read_json(run / ENVIRONMENT, "give a run's folder, as train.py prints it")
 
 
-def check_data(run: Path, data: str) -> list[str]:
-    """The names of the features' files that a run was trained on. Raises InputError if it was trained on a dataset of
-    another digest."""
+def features_of(run: Path) -> list[str]:
+    """The names of the features' files that a run was trained on; none where it was not noted."""
+    return read_environment(run).get("features", [])
+
+
+def check_data(run: Path, data: str) -> None:
+    """Raise InputError if a run was trained on a dataset of another digest."""
     saved = read_environment(run)
     if saved.get("data", data) != data:
         raise InputError(
             f"the dataset (digest {data}) is not the one that {run} was trained on ({saved['data']}); give its "
             f"--data_root, or train anew"
         )
-    return saved.get("features", [])
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from model.whitening import Whitening
 from trainer.checkpoint import load_weights
 from trainer.evaluation import Model, test_every_size
 from trainer.runlog import RunLog
-from trainer.runs import WEIGHTS, check_data, read_config, with_runtime_flags
+from trainer.runs import WEIGHTS, check_data, features_of, read_config, with_runtime_flags
 from trainer.step import GraphedStep, Step, Trainable, build_optimizer
 from trainer.trainer import Trainer
 
@@ -38,7 +38,9 @@ def load_data(config: Config, device: torch.device, run: Path | None = None) -> 
         catalog = load_catalog(config.data_root, config.dataset_code)
     for line in (describe(catalog), *catalog.notes):
         processes.say(line)
-    trained_on = processes.on_first(lambda: check_data(run, catalog.digest())) if run else ()
+    if run:
+        processes.on_first(lambda: check_data(run, catalog.digest()))
+    trained_on = processes.on_first(lambda: features_of(run)) if run else ()
     return catalog, load_features(config, catalog, device, trained_on)
 
 

@@ -126,7 +126,8 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path, content):
 @pytest.mark.parametrize("text", ['{"settings": {}}', "[]", "null", '{"format": "another"}'])
 def test_a_config_of_something_else_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=f"config.json describes no exported model; {AGAIN}"):
+    wrong = "describes no exported model" if text.startswith("{") else "is no JSON object"
+    with pytest.raises(InputError, match=f"config.json {wrong}; {AGAIN}"):
         read_folder(tmp_path)
 
 

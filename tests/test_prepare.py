@@ -397,10 +397,11 @@ def test_numbers_that_mean_nothing_are_refused(flag, capsys):
     assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err
 
 
-def test_a_report_that_is_none_is_named(raw):
+@pytest.mark.parametrize(("text", "wrong"), [("{}", "is no report of datasets.prepare"), ("[]", "is no JSON object")])
+def test_a_report_that_is_none_is_named(raw, text, wrong):
     folder = prepare(raw)
-    (folder / "prepare_report.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(InputError, match=r"prepare_report\.json is no report"):
+    (folder / "prepare_report.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=rf"prepare_report\.json {wrong}; remove it"):
         load_catalog(folder.parent, "beauty")
 
 

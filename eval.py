@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     trained, _ = processes.on_first(lambda: read_config(run))
     if arguments.alone and trained.model_code != "fmrlrec":
         raise InputError(f"--alone tests slices of fmrlrec; {run} is of {trained.model_code}: leave --alone out")
-    config, catalog, model = load_run(run, flags)
     processes.say(named(run))
+    config, catalog, model = load_run(run, flags)
     return test_run(config, catalog, model, run, mask_history=arguments.mask_history, alone=arguments.alone)
 
 

@@ -44,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from trainer.checkpoint import load_state, load_weights
     from trainer.counting import count
     from trainer.runlog import RunLog, start_wandb
-    from trainer.runs import STATE, WEIGHTS, claimed, create_run, note_resumed, read_log
+    from trainer.runs import STATE, WEIGHTS, claimed, create_run, named, note_resumed, read_log
     from trainer.wiring import build_model, build_trainer, load_data, test_run
 
     run = None
     if arguments.resume:
         run, config, sources = processes.on_first(lambda: find_resumed(arguments.resume, flags))
+        processes.say(named(run))
     device = resolve_device(config.device)
     catalog, features = load_data(config, device, run)
     torch.manual_seed(config.seed)

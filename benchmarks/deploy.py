@@ -52,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if (value := getattr(arguments, name)) is not None and value < least:
             raise InputError(f"--{name} {value} must be {least} or more")
     from experiments.deployment import card_table, plot_card
-    from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE
+    from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE, named
 
     arguments.run = asked_run(arguments)
+    print(named(arguments.run), flush=True)
     card = measured_card(arguments)
     write_json(arguments.run / DEPLOYMENT, card)
     plot_card(card, arguments.run / DEPLOYMENT_PICTURE)

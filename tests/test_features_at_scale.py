@@ -333,6 +333,15 @@ def test_auto_keeps_to_what_was_made_first(features, monkeypatch):
     np.testing.assert_array_equal(features(precision="auto"), made)
 
 
+def test_auto_takes_what_a_run_was_trained_on_before_what_was_made_first(features, tmp_path):
+    for precision in ("fp32", "bf16"):
+        before = set(tmp_path.glob("cache/tiny/*.npy"))
+        made = features(precision=precision)
+        (file,) = set(tmp_path.glob("cache/tiny/*.npy")) - before
+    np.testing.assert_array_equal(features(precision="auto", trained_on=[file.name]), made)
+    assert (features(precision="auto") != made).any()
+
+
 def test_auto_makes_again_what_is_damaged_in_its_own_precision(features, tmp_path, monkeypatch):
     made = features(precision="fp32")
     [path] = tmp_path.glob("cache/tiny/*.npy")

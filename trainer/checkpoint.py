@@ -9,6 +9,7 @@ from torch import nn
 
 from config import InputError
 from datasets.files import replacing
+from trainer.runs import no_weights
 
 
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
@@ -33,14 +34,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise InputError(f"{path} is damaged ({error}); {mends}") from None
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the model that the run's config.json describes: {error}") from None
-
-
-def no_weights(path: Path) -> InputError:
-    """What to tell a user of weights that are not there."""
-    return InputError(
-        f"{path} does not exist: the run has no finished epoch yet (train.py --resume goes on), or was kept as a "
-        f"result, without weights (train another one)"
-    )
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

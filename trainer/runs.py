@@ -28,7 +28,6 @@ from typing import Any
 
 from config import Config, InputError, from_saved, is_runtime, preset_spelled_out, shown
 from datasets.files import cannot_write, read_json, write_json
-from trainer.checkpoint import no_weights
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
@@ -207,6 +206,14 @@ def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any])
     if not (Path(run) / WEIGHTS).exists():
         raise no_weights(Path(run) / WEIGHTS)
     return Path(run)
+
+
+def no_weights(path: Path) -> InputError:
+    """What to tell a user of weights that are not there."""
+    return InputError(
+        f"{path} does not exist: the run has no finished epoch yet (train.py --resume goes on), or was kept as a "
+        f"result, without weights (train another one)"
+    )
 
 
 def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:

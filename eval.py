@@ -11,8 +11,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import Config, InputError, add_switch, parse_args, run_cli
-from datasets import processes
+from common import processes
+from common.cli import add_switch, parse_args, run_cli
+from common.errors import InputError
+from config import SECTIONS, Config
 
 DESCRIPTION = """Test a trained run at every size, and check that each size's slice is the same model on its own.
 Settings that say what was trained find the newest run that has these values; defaults do not count. Those that say
@@ -28,17 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     """Test every size of a run and return size -> metrics."""
     settings = [name for name in Config.__dataclass_fields__ if name != "test"]
-    flags, arguments = parse_args(argv, DESCRIPTION, add_arguments, settings)
+    flags, arguments = parse_args(argv, DESCRIPTION, SECTIONS, add_arguments, settings)
     # Heavy imports wait until the flags are known to be good, so that --help answers at once.
-    from trainer.runs import find_trained, named, read_config
+    from trainer.runs import describe_run, find_trained, read_config
     from trainer.wiring import load_run, test_run
 
     runs_root = Path(flags.get("runs_root", Config.runs_root))
-    run = processes.on_first(lambda: find_trained(arguments.run, runs_root, flags))
-    trained, _ = processes.on_first(lambda: read_config(run))
+    run = processes.on_main_process(lambda: find_trained(arguments.run, runs_root, flags))
+    trained, _ = processes.on_main_process(lambda: read_config(run))
     if arguments.alone and trained.model_code != "fmrlrec":
         raise InputError(f"--alone tests slices of fmrlrec; {run} is of {trained.model_code}: leave --alone out")
-    processes.say(named(run))
+    processes.print_main(describe_run(run))
     config, catalog, model = load_run(run, flags)
     return test_run(config, catalog, model, run, mask_history=arguments.mask_history, alone=arguments.alone)
 

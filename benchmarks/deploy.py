@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import memory
-from config import InputError, Parser, run_cli, shown
-from datasets.files import sha256, write_json
-from model.export import add_run_arguments, asked_run, export_size, named_sizes
+from common.cli import Parser, run_cli
+from common.errors import InputError
+from common.files import sha256, write_json
+from common.settings import format_value
+from serving.export import add_run_arguments, asked_run, export_size, named_sizes
 
 # (engine, how numbers are stored); the first is what the others are compared with
 VARIANTS = (("torch", "none"), ("torch", "float16"), ("onnx", "float16"), ("onnx", "int8"))
@@ -52,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if (value := getattr(arguments, name)) is not None and value < least:
             raise InputError(f"--{name} {value} must be {least} or more")
     from experiments.deployment import card_table, plot_card
-    from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE, named
+    from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE, describe_run
 
     arguments.run = asked_run(arguments)
-    print(named(arguments.run), flush=True)
+    print(describe_run(arguments.run), flush=True)
     card = measured_card(arguments)
     write_json(arguments.run / DEPLOYMENT, card)
     plot_card(card, arguments.run / DEPLOYMENT_PICTURE)
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that deploy.json holds."""
-    from datasets.device import cpu_name
+    from common.devices import cpu_name
     from model import FMRLRec
     from trainer.runs import WEIGHTS, environment
     from trainer.wiring import load_run
@@ -113,7 +115,7 @@ def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
         "weights": sha256(arguments.run / WEIGHTS),
         "users": len(users),
         "items": catalog.num_items,
-        "sizes": shown(tuple(sizes)),
+        "sizes": format_value(tuple(sizes)),
         "rows": rows,
         "large_catalogue": large,
         "environment": environment("one core, " + cpu_name()),
@@ -141,7 +143,7 @@ def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, 
     started = time.perf_counter()
     import numpy as np
 
-    from model import Recommender
+    from serving import Recommender
 
     recommender = Recommender.from_pretrained(export, engine, threads=1)
     recommender.recommend([histories[0]], top_k=TOP_K)
@@ -189,7 +191,7 @@ def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
 
 def answer(export: Path, engine: str, histories: list[list[str]]) -> list:
     """Every user's recommendations, their history kept among the candidates as the paper tests."""
-    from model import Recommender
+    from serving import Recommender
 
     return Recommender.from_pretrained(export, engine).recommend(histories, top_k=TOP_K, exclude_history=False)
 
@@ -223,8 +225,8 @@ def large_catalogue(export: Path, num_items: int, folder: Path, histories: list[
     """The same model before a catalogue of `num_items`, the real items first and made-up ones after them."""
     import numpy as np
 
-    from model.serving.folder import ITEMS, pack_items, read_folder, write_folder
-    from model.serving.items import make_items
+    from serving.folder import ITEMS, pack_items, read_folder, write_folder
+    from serving.items import make_items
 
     real = read_folder(export)
     more = max(0, num_items - len(real.items))

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from benchmarks.measure import paired, where
-from config import InputError, Parser, run_cli
+from common.cli import Parser, run_cli
+from common.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from datasets.catalog import Catalog
-    from datasets.encoders import Encoder
+    from datasets.features.encoders import Encoder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,7 +74,9 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
     """Print the rates of the bare forward and of `feature_files`, and their ratio, in each precision."""
     import numpy as np
 
-    from datasets import embedding, encoders, features
+    from datasets.features import encode as embedding
+    from datasets.features import encoders
+    from datasets.features import load as features
 
     is_text = what == "texts"
     name = arguments.language_encoder if is_text else random_weights(arguments.img_model, folder)
@@ -135,8 +138,8 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
 
 def text_catalog(path: Path, count: int) -> Catalog:
     """Every so many-th item of a metadata file, its text made as of a dataset."""
+    from common.files import read_text
     from config import Config
-    from datasets.files import read_text
     from datasets.records import parse_record
     from datasets.text import item_text
 
@@ -186,7 +189,7 @@ def peak_memory(count: int, workers: int) -> float:
     import resource
 
     from benchmarks.measure import memory
-    from datasets.features import feature_files
+    from datasets.features.load import feature_files
 
     with tempfile.TemporaryDirectory() as folder:
         catalog = picture_catalog(Path(folder), count)

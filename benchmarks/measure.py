@@ -10,7 +10,7 @@ def where(device: str) -> str:
     """Versions and device, for a table's head."""
     import torch
 
-    from datasets.device import device_name, resolve_device
+    from common.devices import device_name, resolve_device
 
     name = device_name(resolve_device(device))
     return f"torch {torch.__version__}, Python {platform.python_version()}, {name}"

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.picture_server import Page, Server, cut_short, flat_png, good, in_turn, stalled, status
-from config import InputError, Parser, run_cli
+from common.cli import Parser, run_cli
+from common.errors import InputError
 
 KINDS = ("404", "503 then good", "cut short", "not a picture", "100 megapixels", "stalled")
 GOOD = ("good", "503 then good")
@@ -115,8 +116,8 @@ def serve(share: float, arguments: argparse.Namespace) -> None:
 
 def fetched(share: float, arguments: argparse.Namespace) -> tuple[float, Counter]:
     """Seconds, and how many items have a file, none, or a broken one, once that has been verified."""
-    from datasets.pictures import prepare_pictures
-    from datasets.web import Patience
+    from datasets.prepare.pictures import prepare_pictures
+    from datasets.prepare.web import Patience
 
     flags = ["--pictures", str(arguments.pictures), "--side", str(arguments.side), "--latency", str(arguments.latency)]
     command = [sys.executable, "-m", "benchmarks.pictures", *flags, "--serve", str(share)]

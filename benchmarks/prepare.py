@@ -1,4 +1,4 @@
-"""Time and memory of datasets/prepare.py on a made-up raw category.
+"""Time and memory of datasets/prepare/__main__.py on a made-up raw category.
 
 python -m benchmarks.prepare                      # 10 million reviews, 1 million products: 5 GB of raw files are made
 python -m benchmarks.prepare --reviews 1000000 --products 100000
@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.measure import memory
-from config import InputError, Parser, run_cli
+from common.cli import Parser, run_cli
+from common.errors import InputError
 
 CHUNK = 20_000  # lines that are made at a time
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(raw: Path, folder: Path, send: Connection) -> None:
     """Prepare the data, and send seconds and the peak resident MB."""
-    from datasets.prepare import main as prepare
+    from datasets.prepare.__main__ import main as prepare
 
     started = time.perf_counter()
     prepare([f"--data_root={folder}", "--dataset_code=made", "--only=data", f"--raw_root={raw}",

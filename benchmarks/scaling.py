@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.measure import memory, paired, where
-from config import Parser, run_cli
+from common.cli import Parser, run_cli
 
 if TYPE_CHECKING:
     from model import FMRLRec
@@ -116,7 +116,7 @@ def step_of(
 
     from dataloader import TrainLoader, train_rows
     from datasets.catalog import Sequences
-    from model.sampled_loss import NegativeSampler
+    from model.extensions.sampled_loss import NegativeSampler
     from trainer.step import Step, build_optimizer
 
     rng, users, device = np.random.default_rng(0), 30 * batch, torch.device(arguments.device)
@@ -141,6 +141,7 @@ def model_of(arguments: argparse.Namespace, items: int) -> FMRLRec:
     import numpy as np
     import torch
 
+    from config import ModelSettings
     from model import FMRLRec
 
     path = arguments.folder / f"{items}.npy"
@@ -152,7 +153,9 @@ def model_of(arguments: argparse.Namespace, items: int) -> FMRLRec:
             made[start : start + len(block)] = np.roll(block, start // len(block), axis=1)[: items - start]
         made.flush()
     torch.manual_seed(0)
-    return FMRLRec(items, torch.from_numpy(np.load(path, mmap_mode="c")), SIZES).to(arguments.device)
+    return FMRLRec(items, torch.from_numpy(np.load(path, mmap_mode="c")), ModelSettings(mrl_hidden_sizes=SIZES)).to(
+        arguments.device
+    )
 
 
 def ranking(arguments: argparse.Namespace) -> None:

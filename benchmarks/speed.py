@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.measure import memory, paired, where
-from config import Parser, resolve, run_cli
+from common.cli import Parser, run_cli
+from config import resolve
 
 SOME = 64  # users whom the baseline evaluates, as many as it does at once
 STEPS = 5  # of a kind in a row, as in training: the first pays for the memory that another kind gave back
@@ -68,10 +69,11 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     import torch
 
     from benchmarks.baseline import Baseline, padded
+    from common.devices import resolve_device
+    from config import ModelSettings
     from dataloader import TrainLoader, eval_rows, train_rows
     from datasets.catalog import Sequences
-    from datasets.device import resolve_device
-    from model import FMRLRec, ModelSettings
+    from model import FMRLRec
     from trainer.averaging import WeightAverage
     from trainer.evaluation import rank_targets, rank_targets_alone
     from trainer.step import Step, build_optimizer
@@ -85,7 +87,9 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     sizes = tuple(map(int, arguments.sizes.split(",")))
     # As they are kept: of length 1, in half precision.
     features = torch.nn.functional.normalize(torch.randn(arguments.items, arguments.features)).half()
-    model = FMRLRec(arguments.items, features, sizes, ModelSettings(arguments.blocks)).to(device)
+    model = FMRLRec(
+        arguments.items, features, ModelSettings(mrl_hidden_sizes=sizes, lru_num_blocks=arguments.blocks)
+    ).to(device)
     optimizer = build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9)
     baseline, plain_optimizer = Baseline(model), torch.optim.AdamW(model.parameters(), fused=False)
     loader = TrainLoader(train_rows(sequences, 50), arguments.batch, 0, device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import InputError
+from common.errors import InputError
 from datasets.catalog import Sequences
 
 

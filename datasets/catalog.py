@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from config import Config, InputError
-from datasets.amazon import PAPER_SETS
-from datasets.files import read_json, read_text
+from common.errors import InputError
+from common.files import read_json, read_text
+from config import Config
 from datasets.item2img import read_item2img
+from datasets.prepare.amazon import PAPER_SETS
 from datasets.records import RecordFile, parse_record
 from datasets.text import flat_text
 
@@ -89,7 +90,7 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """What datasets/prepare.py reported of a dataset; {"unfinished": the command to go on} where it was cut off."""
+    """Return the report of datasets.prepare; {"unfinished": the command that continues} if it was cut off."""
     path = folder / REPORT
     if not path.exists():
         return None

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from config import InputError
-from datasets import processes
+from common import processes
+from common.errors import InputError
+from common.files import replacing, write_json, write_text
 from datasets.catalog import Catalog, load_catalog
-from datasets.files import replacing, write_json, write_text
 from datasets.item2img import ITEM2IMG
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def prepare_demo(root: Path = DEMO_ROOT) -> Path:
 
 def load_demo() -> Catalog:
     """The built-in catalogue, made at first use."""
-    root = processes.on_first(prepare_demo)
+    root = processes.on_main_process(prepare_demo)
     try:
         return load_catalog(root, "demo")
     except InputError as error:

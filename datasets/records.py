@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from isal import igzip, isal_zlib  # three times as fast as gzip here
 
-from config import InputError
+from common.errors import InputError
 
 MAX_BAD_SHARE = 0.01  # of lines that are no records
 MAX_LINE = 1 << 24  # bytes; a longer line is no record
@@ -23,7 +23,7 @@ class RecordFile:
     damaged."""
 
     path: Path
-    mends: str
+    hint: str
     lines: int = 0  # that are not blank
     bad: int = 0  # of these, no records as wanted
     not_utf8: int = 0  # of these, not UTF-8: read as Windows-1252
@@ -38,7 +38,7 @@ class RecordFile:
                 raw.seek(0)
                 kind = next((kind for mark, kind in MARKS.items() if start == mark), None)
                 if kind:
-                    raise InputError(f"{self.path} is {kind}, not lines of UTF-8 (gzipped or not); {self.mends}")
+                    raise InputError(f"{self.path} is {kind}, not lines of UTF-8 (gzipped or not); {self.hint}")
                 with igzip.open(raw) if start == b"\x1f\x8b" else raw as file:
                     for line in iter(lambda: file.readline(MAX_LINE), b""):
                         self.number += 1
@@ -47,10 +47,10 @@ class RecordFile:
                             self.lines += 1
                             yield text
         except FileNotFoundError:
-            raise InputError(f"{self.path} does not exist; {self.mends}") from None
+            raise InputError(f"{self.path} does not exist; {self.hint}") from None
         # igzip raises EOFError where a file was cut short
         except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]  # typed as an instance, is a class
-            raise InputError(f"{self.path} cannot be read beyond line {self.number} ({error}); {self.mends}") from None
+            raise InputError(f"{self.path} cannot be read beyond line {self.number} ({error}); {self.hint}") from None
 
     def _decode(self, line: bytes) -> str:
         try:
@@ -69,15 +69,13 @@ class RecordFile:
         """What was left out, in words. Raises InputError where the file is empty or more than 1 % of its lines are no
         records. `wanted`: what a line must be."""
         if not self.lines:
-            raise InputError(f"{self.path} is empty; {self.mends}")
+            raise InputError(f"{self.path} is empty; {self.hint}")
         notes = []
         if self.bad:
             shown = ", ".join(map(str, self.first_bad)) + (", ..." if self.bad > len(self.first_bad) else "")
             problem = f"{self.path.name}: {self.bad:,} of {self.lines:,} lines are no {wanted} (lines {shown})"
             if self.bad > MAX_BAD_SHARE * self.lines:
-                raise InputError(
-                    f"{self.path.parent / problem}; more than {MAX_BAD_SHARE:.0%} is refused. {self.mends}"
-                )
+                raise InputError(f"{self.path.parent / problem}; more than {MAX_BAD_SHARE:.0%} is refused. {self.hint}")
             notes.append(problem)
         if self.not_utf8:
             notes.append(f"{self.path.name}: {self.not_utf8:,} lines are not UTF-8: read as Windows-1252")

@@ -2,7 +2,7 @@
 
 python -m experiments.cold_items make --dataset_code beauty      # data/beauty-cold: a twentieth of the items held out
 python train.py --dataset_code beauty-cold ...
-python -m model.export --run experiments/runs/beauty-cold/... --out exports/beauty-cold
+python -m serving.export --run experiments/runs/beauty-cold/... --out exports/beauty-cold
 python -m experiments.cold_items test exports/beauty-cold --out experiments/runs/beauty-cold/.../cold_items.json
 
 beauty-cold has texts and no pictures, and the presets of beauty are not its own: give them as flags.
@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from config import Config, InputError, Parser, run_cli
+from common.cli import Parser, run_cli
+from common.errors import InputError
+from common.files import read_json, replacing, write_json, write_text
+from config import Config
 from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
-from datasets.files import read_json, replacing, write_json, write_text
 
 HELD_OUT = "held_out.json"
 KS = (10, 50, 100)
@@ -96,7 +98,7 @@ def hold_out(catalog: Catalog, share: float, seed: int, data_root: Path) -> dict
 def reach(export: str, data_root: Path) -> dict[str, Any]:
     """Recall of held-out items among all items, once added to an export, beside that of items it was trained on."""
     from dataloader import eval_rows, times_trained
-    from model import Recommender
+    from serving import Recommender
 
     recommender = Recommender.from_pretrained(export)
     dataset = recommender.config["dataset"]["code"]

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import BEYOND, NAMED_PRESETS, Config, InputError, is_runtime, resolve, shown, size_within, typed, unread
+from common.errors import InputError
+from common.settings import check_types, format_value, is_runtime
+from config import EXTENSIONS, NAMED_PRESETS, Config, ineffective_settings, resolve, size_within
 from experiments.paper import PUBLISHED
 
 FOLDER = Path(__file__).parent / "definitions"
@@ -63,7 +65,7 @@ class Definition:
 
     def fits(self, row: Row, config: Config) -> bool:
         """Whether a run with these settings is one of this row's. What is beyond the paper a row has to name."""
-        settings = {name: getattr(Config, name) for name in BEYOND} | row.settings
+        settings = {name: getattr(Config, name) for name in EXTENSIONS} | row.settings
         embedded = size_within(config.mrl_hidden_sizes, settings.pop("item_embedding"))
         return embedded == config.embedded and all(getattr(config, name) == v for name, v in settings.items())
 
@@ -93,10 +95,12 @@ def read_definition(path: Path) -> Definition:
 
 def _row(name: str, values: dict[str, Any]) -> Row:
     aside = {key: values.pop(key) for key in ("published", "size") if key in values}
-    settings = typed(values, f"row {name!r}")
+    settings = check_types(Config, values, f"row {name!r}")
     config, _ = resolve(settings)  # raises where a value cannot be used
     if (size := aside.get("size")) is not None and size not in config.mrl_hidden_sizes:
-        raise InputError(f"row {name!r} has size {size!r}, which is none of its sizes {shown(config.mrl_hidden_sizes)}")
+        raise InputError(
+            f"row {name!r} has size {size!r}, which is none of its sizes {format_value(config.mrl_hidden_sizes)}"
+        )
     if aside.get("published", "") not in ("", *PUBLISHED):
         raise InputError(f"row {name!r} has published {aside['published']!r}; there are {', '.join(PUBLISHED)}")
     settings = NAMED_PRESETS[settings.pop("preset", "paper")] | settings
@@ -106,8 +110,8 @@ def _row(name: str, values: dict[str, Any]) -> Row:
 def identity(config: Config) -> dict[str, Any]:
     """What decides a run's result: its settings but those that say how to run, and those that it does not read."""
     values = vars(config) | {"item_embedding": config.embedded}  # what it comes to with these sizes
-    aside = {"run_name", "preset", *unread(config)}
-    return {name: value for name, value in values.items() if name not in aside and not is_runtime(name)}
+    aside = {"run_name", "preset", *ineffective_settings(config)}
+    return {name: value for name, value in values.items() if name not in aside and not is_runtime(Config, name)}
 
 
 def unusual(config: Config, aside: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from config import COUNTING, Config, InputError
+from common.errors import InputError
+from config import COUNTING, Config
 from datasets.catalog import Catalog, Sequences
 from experiments.kept import readable_runs
 from trainer.runs import read_log
@@ -51,8 +52,8 @@ def measured(config: Config, catalog: Catalog) -> float:
         return 0.0
     import torch
 
+    from common.devices import resolve_device
     from dataloader import eval_rows
-    from datasets.device import resolve_device
     from trainer.runlog import RunLog
     from trainer.step import Trainable
     from trainer.wiring import build_model, build_trainer

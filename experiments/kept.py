@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from config import Config, InputError
-from datasets.files import read_json, replacing
+from common.errors import InputError
+from common.files import read_json, replacing
+from config import Config
 from experiments.definition import identity
 from trainer.runs import (
     COLD_ITEMS,

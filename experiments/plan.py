@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import BEYOND, Config, InputError, resolve, shown
+from common.errors import InputError
+from common.settings import format_value
+from config import EXTENSIONS, Config, resolve
 from datasets.catalog import Catalog, load_catalog
 from experiments import estimate
 from experiments.definition import Definition, Row, definitions, identity
@@ -82,15 +84,15 @@ def planned(experiments: list[tuple[Definition, list[Row]]], flags: dict[str, An
                 for row in rows:
                     if clash := [name for name in row.settings if name in flags and flags[name] != row.settings[name]]:
                         raise InputError(
-                            f"--{clash[0]} {shown(flags[clash[0]])} is not free in {definition.name}: its row "
-                            f"{row.name!r} has {shown(row.settings[clash[0]])}"
+                            f"--{clash[0]} {format_value(flags[clash[0]])} is not free in {definition.name}: its row "
+                            f"{row.name!r} has {format_value(row.settings[clash[0]])}"
                         )
                     own = {**flags, **row.settings, "dataset_code": dataset, "seed": seed}
                     config, _ = resolve(own)
-                    beyond = [name for name in ("preset", *BEYOND) if name in flags]
+                    beyond = [name for name in ("preset", *EXTENSIONS) if name in flags]
                     if beyond and not definition.fits(row, config):  # its run would be shown in no table
                         raise InputError(
-                            f"--{beyond[0]} {shown(flags[beyond[0]])} is not free in {definition.name}: its row "
+                            f"--{beyond[0]} {format_value(flags[beyond[0]])} is not free in {definition.name}: its row "
                             f"{row.name!r} has nothing beyond the paper but what the definition names"
                         )
                     name = f"{definition.name}/{row.name}"

@@ -7,8 +7,9 @@ python -m experiments.report --keep experiments/runs/...  # keep a run's small f
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import InputError, Parser, run_cli
-from datasets.files import read_json, write_text
+from common.cli import Parser, run_cli
+from common.errors import InputError
+from common.files import read_json, write_text
 from experiments import parameters, tables
 from experiments.definition import definitions, unusual
 from experiments.deployment import card_table

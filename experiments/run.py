@@ -20,8 +20,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from config import Config, InputError, is_runtime, parse_args, run_cli, shown
-from datasets.files import cannot_write
+from common.cli import parse_args, run_cli
+from common.errors import InputError
+from common.files import cannot_write
+from common.settings import format_value, is_runtime
+from config import SECTIONS, Config
 from experiments.definition import definitions
 from experiments.kept import RESULTS, keep, same_run, untested, unusable
 from experiments.plan import Job, chosen, duration, look_up, measure, planned, prepared, seeds_of, summary
@@ -58,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> list[Job]:
     """Do what is missing and return all jobs. Exits with 1 where one failed."""
     settings = [f.name for f in dataclasses.fields(Config) if f.name not in ("seed", "dataset_code", "test")]
-    flags, arguments = parse_args(argv, __doc__.splitlines()[0], add_arguments, settings)
+    flags, arguments = parse_args(argv, __doc__.splitlines()[0], SECTIONS, add_arguments, settings)
     jobs = planned(chosen(arguments), flags, seeds_of(arguments.seeds))
     for problem in unusable(Path(jobs[0].config.runs_root), arguments.results):
         print(f"left out: {problem}", file=sys.stderr)
@@ -144,7 +147,7 @@ def do_job(job: Job, device: str | None, results: Path) -> None:
         return
     print(f"\n== {job.label}", flush=True)
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
-    runtime = [f"--{name}={shown(value)}" for name, value in job.flags.items() if is_runtime(name)]
+    runtime = [f"--{name}={format_value(value)}" for name, value in job.flags.items() if is_runtime(Config, name)]
     test = [] if job.tests else ["--no-test"]
 
     def call(script: str, *arguments: str) -> bool:
@@ -156,7 +159,7 @@ def do_job(job: Job, device: str | None, results: Path) -> None:
         return status == 0
 
     if job.state == "to start":
-        fixed = [f"--{name}={shown(value)}" for name, value in job.flags.items() if not is_runtime(name)]
+        fixed = [f"--{name}={format_value(value)}" for name, value in job.flags.items() if not is_runtime(Config, name)]
         if not call("train.py", *fixed, *test):
             return
     elif job.state == "to continue" and not call("train.py", "--resume", str(job.run), *test):

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from config import Config, shown
+from common.settings import format_value
+from config import Config
 from experiments.definition import Definition, unusual
 from experiments.kept import KeptRun
 from experiments.lines import Line, comparable, lines
 from experiments.paper import BY_SIZE, COLUMNS, ENCODERS, MASKED
 from experiments.significance import paired_bootstrap
+from trainer.runs import describe_model
 
 WITHOUT_HISTORY = ("NDCG@10" + MASKED, "Recall@10" + MASKED)
 TRAINED = ((0, 0), (1, 5), (6, 20), (21, None))  # how often a target was in training, from .. to
@@ -53,7 +55,7 @@ def common_settings(definition: Definition, group: list[Line]) -> str:
 
 
 def settings_text(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {shown(value)}" for name, value in settings.items())
+    return ", ".join(f"{name} {format_value(value)}" for name, value in settings.items())
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], text: tuple[int, ...] = (0,)) -> list[str]:
@@ -241,7 +243,7 @@ def unlike_paper(config: Config, published: str) -> str:
     """What a run could not use that the paper did, in its row `published` of paper.PUBLISHED."""
     parts = []
     if published == "both" and config.branch != "both":
-        parts.append(f"{config.title} alone")
+        parts.append(f"{describe_model(config)} alone")
     for switch, encoder in (("use_language_encoder", "language_encoder"), ("use_img_encoder", "img_encoder")):
         if getattr(config, switch) and getattr(config, encoder) != ENCODERS[encoder]:
             parts.append(f"{encoder} {getattr(config, encoder)} instead of {ENCODERS[encoder]}")

@@ -7,7 +7,7 @@ python -m media.draw --demo_run experiments/runs/...  # demo.png too, from a run
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import Parser, run_cli
+from common.cli import Parser, run_cli
 
 MEDIA = Path(__file__).parent
 

@@ -10,35 +10,18 @@ Histories are packed as in model/lru.py. N items, T tokens, F feature width, D l
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import ModelSettings
 from model.dropout import Dropout
-from model.fmrl import FMRLLayerNorm, FMRLLinear, increments, nested_mask
+from model.extensions.whitening import Whitening
+from model.fmrl import FMRLLayerNorm, FMRLLinear, nested_mask
 from model.items import ItemEncoder
 from model.lru import LRU
-from model.whitening import Whitening
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """What a model is made with, its items and sizes aside."""
-
-    num_blocks: int = 2
-    dropout: float = 0.5  # in and after the feed-forward network; with post_norm of what is read, too
-    attn_dropout: float = 0.5  # after the LRU
-    use_bias: bool = True  # of the LRU's B and C
-    r_min: float = 0.0  # of the ring that the LRU starts on
-    r_max: float = 0.1
-    # Beyond the paper.
-    post_norm: bool = False  # a LayerNorm after every sum, and of what is read, in place of one before LRU and FFN
-    dropout_from: int = 0  # how many of the first dimensions no dropout falls on
-    item_embedding: int = 0  # how many of the first dimensions have a V, one of the sizes; 0: none
-    logit_scale: bool = False  # learn how sharp each size's softmax is in training; no ranking depends on it
 
 
 class FeedForward(nn.Module):
@@ -47,7 +30,7 @@ class FeedForward(nn.Module):
     def __init__(self, sizes: tuple[int, ...], settings: ModelSettings) -> None:
         super().__init__()
         self.G, self.W1, self.W2 = FMRLLinear(sizes), FMRLLinear(sizes), FMRLLinear(sizes)
-        self.dropout = Dropout(settings.dropout, settings.dropout_from)
+        self.dropout = Dropout(settings.lru_dropout, settings.dropout_from)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.W2(F.silu(self.G(x)) * self.dropout(self.W1(x))))
@@ -61,8 +44,8 @@ class Block(nn.Module):
         super().__init__()
         self.post_norm = settings.post_norm
         self.norm1 = FMRLLayerNorm(sizes)
-        self.lru = LRU(sizes, settings.use_bias, settings.r_min, settings.r_max)
-        self.attn_dropout = Dropout(settings.attn_dropout, settings.dropout_from)
+        self.lru = LRU(sizes, settings.lru_use_bias, settings.lru_r_min, settings.lru_r_max)
+        self.attn_dropout = Dropout(settings.lru_attn_dropout, settings.dropout_from)
         self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, settings)
 
     def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
@@ -90,25 +73,21 @@ class FMRLRec(nn.Module):
         self,
         num_items: int,
         features: Tensor | Sequence[Tensor] | None,
-        sizes: tuple[int, ...],
-        settings: ModelSettings = ModelSettings(),
+        settings: ModelSettings,
         whitening: Whitening | None = None,
     ) -> None:
         """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. whitening: as of
-        ItemEncoder. Raises ValueError for sizes that do not increase, for features of another number of items, and for
-        an item_embedding without features or of a width that is no size."""
+        ItemEncoder. Raises ValueError for features of another number of items, and for an item embedding without
+        features."""
         super().__init__()
-        increments(sizes)  # raises where sizes cannot be nested
-        embedding = settings.item_embedding
-        if embedding and embedding not in sizes:
-            raise ValueError(f"an item embedding of {embedding} dimensions is none of the sizes {tuple(sizes)}")
-        self.num_items, self.sizes, self.settings = num_items, tuple(sizes), settings
-        self.items = ItemEncoder(num_items, sizes[-1], features, embedding, whitening)
-        self.dropout = Dropout(settings.dropout, settings.dropout_from)
-        self.norm = FMRLLayerNorm(self.sizes) if settings.post_norm else None
-        self.blocks = nn.ModuleList(Block(self.sizes, settings) for _ in range(settings.num_blocks))
-        # log s of model/objective.py
-        self.log_scale = nn.Parameter(torch.zeros(len(self.sizes))) if settings.logit_scale else None
+        sizes = settings.mrl_hidden_sizes
+        self.num_items, self.sizes, self.settings = num_items, sizes, settings
+        self.items = ItemEncoder(num_items, sizes[-1], features, settings.embedded, whitening)
+        self.dropout = Dropout(settings.lru_dropout, settings.dropout_from)
+        self.norm = FMRLLayerNorm(sizes) if settings.post_norm else None
+        self.blocks = nn.ModuleList(Block(sizes, settings) for _ in range(settings.lru_num_blocks))
+        # log s of model/extensions/objective.py
+        self.log_scale = nn.Parameter(torch.zeros(len(sizes))) if settings.logit_scale else None
 
     def each_block(self) -> Iterator[Block]:
         """The blocks, first to last, for what a module in general cannot do."""

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.extensions.whitening import ROWS, Whitening
 from model.loss import Factors
-from model.whitening import ROWS, Whitening
 
 
 class ItemEncoder(nn.Module):

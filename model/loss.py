@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain, residuals_
 from model.fmrl import Context, increments
-from model.objective import CROSS_ENTROPY, Objective, losses_plain, residuals_
 
 CHUNK_BYTES = 2**26  # of the logits that are held at once, for all sizes: 128 positions of 12,101 items and 8 sizes
 LEAST = 16  # positions that are, even if their logits take more: every chunk reads the whole table

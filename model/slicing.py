@@ -17,10 +17,10 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
         raise ValueError(f"size {size} was not trained; the model has {', '.join(map(str, model.sizes))}")
     sizes = tuple(m for m in model.sizes if m <= size)
     features = model.items.features
-    settings = replace(model.settings, item_embedding=min(model.settings.item_embedding, size))
+    settings = replace(model.settings, mrl_hidden_sizes=sizes)
     weight = next(model.parameters())
     with weight.device:
-        small = FMRLRec(model.num_items, features or None, sizes, settings, model.items.whitening)
+        small = FMRLRec(model.num_items, features or None, settings, model.items.whitening)
     for parameter in small.parameters():  # not small.to(), which would widen the features: they can be large
         parameter.data = parameter.data.to(weight.dtype)
     large = model.state_dict()

@@ -1,12 +1,12 @@
-"""Small exports for tests, written as model/export.py writes a trained model."""
+"""Small exports for tests, written as serving/export.py writes a trained model."""
 
 from pathlib import Path
 
 from config import Config
 from datasets.catalog import Catalog
 from model import FMRLRec
-from model.export import export_size
-from model.serving.folder import Export, read_folder
+from serving.export import export_size
+from serving.folder import Export, read_folder
 from tests.made_up import NEAR_1, made_up_catalog, random_model
 
 

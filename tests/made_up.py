@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from config import ModelSettings
 from datasets.catalog import Catalog, Sequences
-from model import FMRLRec, ModelSettings
+from model import FMRLRec
 
 NEAR_1 = (0.9, 0.999)  # a ring of eigenvalues that forget slowly: every step of a history counts
 
@@ -36,7 +37,16 @@ def random_model(
     torch.manual_seed(seed)
     features = None if features is None else torch.as_tensor(features)
     model = FMRLRec(
-        num_items, features, sizes, ModelSettings(num_blocks, 0.5, 0.5, use_bias, *ring, post_norm=post_norm)
+        num_items,
+        features,
+        ModelSettings(
+            mrl_hidden_sizes=sizes,
+            lru_num_blocks=num_blocks,
+            lru_use_bias=use_bias,
+            lru_r_min=ring[0],
+            lru_r_max=ring[1],
+            post_norm=post_norm,
+        ),
     )
     return with_random_weights(model).eval()
 

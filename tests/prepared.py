@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from datasets.catalog import Catalog
-from datasets.features import feature_files
+from datasets.features.load import feature_files
 
 WORDS = ("red", "warm", "light", "tent", "lamp", "stove", "knife", "kettle", "gloves", "bottle")
 BRANDS = ("Alder", "Birch &amp; Co.", "Corvid")

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from config import InputError
+from common.errors import InputError
 from datasets import records
-from datasets.amazon import picture_urls, product, read_products, read_reviews
+from datasets.prepare.amazon import picture_urls, product, read_products, read_reviews
 from tests.raw import review, review_2023, write_raw
 
 

@@ -11,13 +11,14 @@ import torch
 import eval as eval_script
 import train
 from benchmarks import deploy
-from config import MODEL_PRESETS, InputError
+from common.errors import InputError
+from config import MODEL_PRESETS
 from datasets.catalog import load_catalog
 from experiments import cold_items
-from model import export
 from model.baselines.counting import ItemKNN, Popularity
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
+from serving import export
 from tests.cut_off import cut_off_after
 from trainer import wiring
 from trainer.checkpoint import load_state

@@ -13,9 +13,10 @@ import torch
 
 from benchmarks import pictures, prepare, scaling, speed
 from benchmarks.baseline import Baseline, padded
+from config import ModelSettings
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
 from datasets.catalog import load_catalog
-from model import FMRLRec, ModelSettings, matryoshka_cross_entropy
+from model import FMRLRec, matryoshka_cross_entropy
 from tests.prepared import write_prepared, write_tiny_bert
 from trainer.metrics import target_ranks
 
@@ -42,7 +43,11 @@ def test_the_baseline_has_the_loss_gradients_and_ranks_of_the_model(tmp_path):
     write_prepared(tmp_path, "tiny", users=20, items=12)
     sequences = load_catalog(tmp_path, "tiny").sequences
     torch.manual_seed(0)
-    model = FMRLRec(12, torch.randn(12, 5), (2, 4, 8), ModelSettings(dropout=0.0, attn_dropout=0.0, r_max=0.9)).double()
+    model = FMRLRec(
+        12,
+        torch.randn(12, 5),
+        ModelSettings(mrl_hidden_sizes=(2, 4, 8), lru_dropout=0.0, lru_attn_dropout=0.0, lru_r_max=0.9),
+    ).double()
     baseline = Baseline(model)
 
     batch = next(TrainLoader(train_rows(sequences, 50), 20, 0, CPU).epoch(1))

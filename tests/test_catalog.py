@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import InputError
+from common.errors import InputError
 from datasets.catalog import Catalog, describe, load_catalog
 from datasets.records import parse_record
 from tests.prepared import write_item2img, write_maps, write_metadata, write_prepared

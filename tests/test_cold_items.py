@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import train
-from config import InputError
+from common.errors import InputError
 from datasets.catalog import load_catalog
 from experiments import cold_items, report
-from model import export
+from serving import export
 from tests.prepared import write_prepared
 
 FLAGS = ["--language_encoder", "lexical", "--no-use_img_encoder", "--lru_num_blocks", "1", "--mrl_hidden_sizes", "4,8",

@@ -9,29 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from config import (
-    BEYOND,
-    METRICS,
-    MODEL_PRESETS,
-    NAMED_PRESETS,
-    PRESETS,
-    Config,
-    InputError,
-    Parser,
-    add_switch,
-    from_saved,
-    is_runtime,
-    parse_args,
-    resolve,
-    run_cli,
-)
+from common.cli import Parser, add_switch, parse_args, run_cli
+from common.errors import InputError
+from common.settings import is_runtime
+from config import ALL_PRESETS, EXTENSIONS, METRICS, MODEL_PRESETS, NAMED_PRESETS, PRESETS, SECTIONS, Config, resolve
+from trainer.runs import read_settings, run_label
 
 REPOSITORY = Path(__file__).parent.parent
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 
 def parsed(*argv: str) -> tuple[Config, dict[str, str]]:
-    flags, _ = parse_args(argv, "a test")
+    flags, _ = parse_args(argv, "a test", SECTIONS)
     return resolve(flags)
 
 
@@ -45,7 +34,7 @@ def refusal(capsys, *argv: str) -> str:
 
 def help_text(capsys) -> str:
     with pytest.raises(SystemExit) as stopped:
-        parse_args(["--help"], "a test")
+        parse_args(["--help"], "a test", SECTIONS, presets=ALL_PRESETS)
     assert stopped.value.code == 0
     return capsys.readouterr().out
 
@@ -109,7 +98,7 @@ def test_a_preset_holds_real_settings_of_their_types(dataset):
 @pytest.mark.parametrize("dataset", [*PRESETS, "my_shop"])
 def test_a_baseline_needs_no_flag_but_its_name_on_any_dataset(model, dataset):
     config, sources = parsed(f"--model_code={model}", f"--dataset_code={dataset}")
-    assert (config.branch, config.label, len(config.mrl_hidden_sizes)) == ("id", model, 1)
+    assert (config.branch, run_label(config), len(config.mrl_hidden_sizes)) == ("id", model, 1)
     for name, value in MODEL_PRESETS[model].items():
         assert type(value) is type(FIELDS[name].default), name
         assert (getattr(config, name), sources[name]) == (value, "preset")
@@ -139,7 +128,7 @@ def test_a_named_preset_wins_over_the_datasets_and_a_flag_over_both(dataset):
 def test_the_papers_preset_is_no_preset(dataset):
     assert parsed("--preset=paper", f"--dataset_code={dataset}")[0] == parsed(f"--dataset_code={dataset}")[0]
     config = parsed(f"--dataset_code={dataset}")[0]
-    for name in BEYOND:
+    for name in EXTENSIONS:
         assert not getattr(config, name), name
 
 
@@ -190,7 +179,9 @@ def test_numbers_may_be_written_in_scientific_notation():
 
 
 def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
-    flags, own = parse_args(["--resume=latest", "--seed=1"], "a test", lambda parser: parser.add_argument("--resume"))
+    flags, own = parse_args(
+        ["--resume=latest", "--seed=1"], "a test", SECTIONS, lambda parser: parser.add_argument("--resume")
+    )
     assert (flags, vars(own)) == ({"seed": 1}, {"resume": "latest"})
 
 
@@ -395,12 +386,12 @@ def test_help_groups_the_flags(capsys):
     assert group_of.keys() == FIELDS.keys()
     first_and_last = {
         "data": ("dataset_code", "data_root"),
-        "features": ("use_language_encoder", "encoder_workers"),
+        "feature": ("use_language_encoder", "encoder_workers"),
         "model": ("model_code", "lru_r_max"),
         "training": ("seed", "early_stopping_patience"),
-        "beyond the paper": ("preset", "distill"),
+        "beyond the paper": ("whiten_features", "ema_decay"),
         "evaluation": ("val_batch_size", "best_metric"),
-        "run": ("device", "use_wandb"),
+        "run": ("preset", "use_wandb"),
     }
     expected = {flag: group for group, flags in first_and_last.items() for flag in flags}
     assert expected.items() <= group_of.items()
@@ -418,8 +409,8 @@ def test_help_shows_what_a_preset_sets(capsys, name, preset):
 
 
 SCRIPTS = ("train.py", "eval.py")
-MODULES = ("datasets.prepare", "experiments.run", "experiments.report", "experiments.cold_items", "model.export",
-           "model.recommend", "media.draw", "benchmarks.deploy")  # fmt: skip
+MODULES = ("datasets.prepare", "experiments.run", "experiments.report", "experiments.cold_items", "serving.export",
+           "serving.recommend", "media.draw", "benchmarks.deploy")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, *MODULES])
@@ -446,42 +437,32 @@ def test_help_does_not_wait_for_heavy_libraries(name):
 def test_settings_come_back_from_json_as_they_were():
     flags = ("--mrl_hidden_sizes=4,8", "--item_attributes=title", "--lr=3e-4", "--preset=plus", "--distill=0.2")
     config, _ = parsed("--dataset_code=sports", *flags)
-    assert from_saved(json.loads(json.dumps(vars(config)))) == config
+    assert read_settings(json.loads(json.dumps(vars(config)))) == config
 
 
 def test_settings_of_before_there_were_options_are_the_papers():
     old = {name: value for name, value in vars(Config()).items() if name not in ("preset", "distill", "item_embedding")}
-    assert from_saved(old) == Config()
-
-
-def test_settings_of_before_are_read_where_they_were_off():
-    off = {"item_embedding": False, "item_embedding_width": 0, "small_dropout": 1.0, "item_embedding_dropout": 0.0}
-    off |= {"input_dropout": 0.0, "size_weights": "uniform"}
-    assert from_saved(vars(Config()) | off) == Config()
-    gone = {"small_dropout": 0.6}, {"item_embedding_width": 64}, {"item_embedding": True}, {"size_weights": "sqrt"}
-    for on in gone:
-        with pytest.raises(InputError, match=next(iter(on))):
-            from_saved(off | on)
+    assert read_settings(old) == Config()
 
 
 def test_unknown_saved_settings_are_refused_by_name():
     with pytest.raises(InputError, match=r"momentum.*another version"):
-        from_saved({"seed": 1, "momentum": 0.9})
+        read_settings({"seed": 1, "momentum": 0.9})
 
 
 @pytest.mark.parametrize("name", ["lr", "mrl_hidden_sizes", "use_img_encoder", "best_metric", "num_epochs"])
 def test_a_saved_setting_of_another_type_is_refused_by_name(name):
     with pytest.raises(InputError, match=name):
-        from_saved({name: {"use_img_encoder": "false", "best_metric": 10}.get(name, "many")})
+        read_settings({name: {"use_img_encoder": "false", "best_metric": 10}.get(name, "many")})
 
 
 def test_saved_values_are_checked_like_flags():
     with pytest.raises(InputError, match="--lru_dropout 2"):
-        from_saved({"lru_dropout": 2.0})
+        read_settings({"lru_dropout": 2.0})
 
 
 def test_only_settings_that_do_not_change_what_is_trained_are_runtime_settings():
-    assert {name for name in FIELDS if is_runtime(name)} == {
+    assert {name for name in FIELDS if is_runtime(Config, name)} == {
         *("data_root", "runs_root", "device", "use_wandb"),  # where
         *(
             "encoder_batch_size",

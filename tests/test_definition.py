@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from config import NAMED_PRESETS, Config, InputError, resolve, unread
+from common.errors import InputError
+from config import NAMED_PRESETS, Config, ineffective_settings, resolve
 from experiments.definition import definitions, identity, read_definition, unusual
 
 
@@ -111,7 +112,11 @@ def test_what_a_run_does_not_read_does_not_tell_it_apart():
 
 def test_a_model_that_counts_reads_how_it_is_validated_and_nothing_of_training():
     counting, _ = resolve({"model_code": "popularity"})
-    assert "lr" in unread(counting) and not unread(counting) & {"run_name", "best_metric", "val_mask_history"}
+    assert "lr" in ineffective_settings(counting) and not ineffective_settings(counting) & {
+        "run_name",
+        "best_metric",
+        "val_mask_history",
+    }
 
 
 def test_the_unusual_is_what_is_neither_default_nor_preset():

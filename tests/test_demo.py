@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from config import InputError
+from common.errors import InputError
 from datasets import demo
 from datasets.catalog import Catalog, load_catalog
 from datasets.text import item_text

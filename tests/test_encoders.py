@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from config import InputError
-from datasets import encoders
-from datasets.encoders import image_encoder, image_fingerprint, language_encoder, language_fingerprint
-from datasets.encoders import text as text_encoder
-from datasets.encoders.base import offline_without_network
+from common.errors import InputError
+from datasets.features import encoders
+from datasets.features.encoders import image_encoder, image_fingerprint, language_encoder, language_fingerprint
+from datasets.features.encoders import text as text_encoder
+from datasets.features.encoders.base import offline_without_network
 from tests.prepared import put_in_hub_cache, write_tiny_bert
 
 REPOSITORY = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def test_lexical_gives_a_vector_of_length_1_for_every_text():
 
 def test_lexical_gives_the_same_vector_in_every_process():
     code = (
-        "import sys; from datasets.encoders import LexicalEncoder\n"
+        "import sys; from datasets.features.encoders import LexicalEncoder\n"
         "sys.stdout.buffer.write(LexicalEncoder().encode([sys.argv[1]]).tobytes())"
     )
     command, environment = [sys.executable, "-c", code, LONG], {**os.environ, "PYTHONHASHSEED": "12"}
@@ -493,7 +493,7 @@ def test_transformers_and_open_clip_work_where_this_datasets_hides_hugging_faces
         "from transformers import AutoModel, AutoTokenizer\n"
         "import open_clip, datasets\n"
         "assert Path(datasets.__file__).parent == Path('datasets').resolve(), datasets.__file__\n"
-        "from PIL import Image; from datasets.encoders import image_encoder, language_encoder\n"
+        "from PIL import Image; from datasets.features.encoders import image_encoder, language_encoder\n"
         "bert, clip_config, clip = sys.argv[1:]\n"
         "open_clip.add_model_config(clip_config)\n"
         "print(language_encoder(bert, 'cpu').encode(['red tent']).tolist())\n"

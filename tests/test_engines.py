@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from config import InputError
+from common.errors import InputError
 from model import slice_model
 from model.lru import LRU
-from model.serving import engines
-from model.serving.engines import OnnxEngine, Table, TorchEngine, open_engine
-from model.serving.folder import read_folder
-from model.serving.quantize import dequantize, quantize
+from serving import engines
+from serving.engines import OnnxEngine, Table, TorchEngine, open_engine
+from serving.folder import read_folder
+from serving.quantize import dequantize, quantize
 from tests.exported import one_of_each_kind, write_export
 from tests.made_up import NEAR_1, random_model
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from config import InputError
+from common import processes
+from common.errors import InputError
+from config import ModelSettings
 from dataloader import eval_batches, eval_rows
-from datasets import processes
-from model import FMRLRec, ModelSettings, slice_model
+from model import FMRLRec, slice_model
 from tests.made_up import as_sequences, with_random_weights
 from trainer import evaluation
 from trainer.evaluation import candidates, check_slice, evaluate, rank_targets, rank_targets_alone
@@ -26,7 +27,9 @@ CPU = torch.device("cpu")
 def random_model(branch="both", seed=0):
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
-    return with_random_weights(FMRLRec(NUM_ITEMS, features, SIZES, ModelSettings(r_min=0.3, r_max=0.9)), 0.5)
+    return with_random_weights(
+        FMRLRec(NUM_ITEMS, features, ModelSettings(mrl_hidden_sizes=SIZES, lru_r_min=0.3, lru_r_max=0.9)), 0.5
+    )
 
 
 def random_sequences(seed=0, num_users=25):

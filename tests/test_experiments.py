@@ -15,13 +15,14 @@ import torch
 
 import eval as evaluate
 import train
-from config import InputError, resolve
+from common.errors import InputError
+from config import resolve
 from datasets.catalog import load_catalog
 from experiments import estimate, kept, plan, run
 from experiments.definition import Definition, Row, definitions, identity
 from tests.prepared import write_prepared
 from trainer import trainer as trainer_of_runs
-from trainer.runs import claimed
+from trainer.runs import run_lock
 
 FLAGS = (
     "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 2,4 --num_epochs 2 "
@@ -394,7 +395,7 @@ def test_a_run_is_not_trained_by_two_at_once(workplace, calls):
     (job,) = run_experiments("depth --rows '1 block'")
     state = (job.run / "last.pt").read_bytes()
     (job.run / "last.pt").write_bytes(b"being written")
-    with claimed(job.run), pytest.raises(InputError, match="another process trains"):
+    with run_lock(job.run), pytest.raises(InputError, match="another process trains"):
         train.main(["--resume", str(job.run)])
     (job.run / "last.pt").write_bytes(state)
     train.main(["--resume", str(job.run)])

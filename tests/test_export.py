@@ -1,4 +1,4 @@
-"""python -m model.export: which sizes, where to, what lies in the folder; and the card that picks the size."""
+"""python -m serving.export: which sizes, where to, what lies in the folder; and the card that picks the size."""
 
 import hashlib
 import json
@@ -16,13 +16,14 @@ from safetensors import safe_open
 
 import train
 from benchmarks import deploy
-from config import InputError
+from common.errors import InputError
 from datasets.catalog import load_catalog
 from experiments.deployment import card_table
-from model import export, recommend, slice_model
-from model.serving.folder import read_folder
-from model.serving.quantize import dequantize
-from model.serving.weights import serving_weights
+from model import slice_model
+from serving import export, recommend
+from serving.folder import read_folder
+from serving.quantize import dequantize
+from serving.weights import serving_weights
 from tests.prepared import contents, write_metadata, write_prepared
 from trainer.runs import commit
 from trainer.wiring import load_run
@@ -222,7 +223,7 @@ def test_the_readme_says_size_items_encoders_storage_and_metrics(run, tmp_path, 
     assert "of 8 dimensions" in text and "the last 6 items" in text and "ranks 30 items" in text and run.name in text
     assert "described by lexical; stored" in text and f"{stored}.\n" in text
     assert f"NDCG@10 {metrics['NDCG@10']:.4f}, Recall@10 {metrics['Recall@10']:.4f}" in text
-    assert "python -m model.recommend THIS_FOLDER --history" in text and f"(commit `{commit()}`)" in text
+    assert "python -m serving.recommend THIS_FOLDER --history" in text and f"(commit `{commit()}`)" in text
 
 
 def test_a_run_that_was_not_tested_is_exported_without_metrics(copy, tmp_path):
@@ -379,7 +380,7 @@ def test_weights_that_are_not_finite_are_not_exported(run, tmp_path, quantize, n
 
 
 def test_a_refusal_is_one_line_without_traceback(tmp_path):
-    command = [sys.executable, "-m", "model.export", "--run", str(tmp_path / "nowhere")]
+    command = [sys.executable, "-m", "serving.export", "--run", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}/nowhere/config.json does not exist")

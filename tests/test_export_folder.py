@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import InputError
-from model.serving import folder as export
-from model.serving.folder import pack_items, pack_weights, read_folder, write_folder
-from model.serving.items import Items, make_items
-from model.serving.weights import expected_shapes
+from common.errors import InputError
+from serving import folder as export
+from serving.folder import pack_items, pack_weights, read_folder, write_folder
+from serving.items import Items, make_items
+from serving.weights import expected_shapes
 from tests.prepared import contents
 
 REPOSITORY = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ DESCRIBED = {
     "run": "a-run",
     "metrics": None,
 }
-AGAIN = "export the model again: python -m model.export"
+AGAIN = "export the model again: python -m serving.export"
 
 
 def weights_of(sizes=SIZES, blocks=1, quantized=False):
@@ -119,7 +119,7 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path, content):
         folder.mkdir()
         for name, text in content.items():
             (folder / name).write_text(text)
-    with pytest.raises(InputError, match=rf"{folder} is no exported model .*python -m model.export makes one"):
+    with pytest.raises(InputError, match=rf"{folder} is no exported model .*python -m serving.export makes one"):
         read_folder(folder)
 
 

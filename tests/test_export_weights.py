@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model import slice_model
-from model.serving.quantize import dequantize, quantize
-from model.serving.weights import expected_shapes, float_weight, model_from, serving_weights
+from serving.quantize import dequantize, quantize
+from serving.weights import expected_shapes, float_weight, model_from, serving_weights
 from tests.made_up import random_model
 
 # ------------------------------------------------------------------------------------------------------- eight bits
@@ -97,7 +97,7 @@ def layer_norm(x, sizes, weight, bias):
 
 
 def by_the_book(weights, table, sizes, blocks, history):
-    """z of one history, as the head of model/serving/weights.py describes the weights: no mask, no γ, no model."""
+    """z of one history, as the head of serving/weights.py describes the weights: no mask, no γ, no model."""
 
     def norm(x, name, here):
         return layer_norm(x, sizes, weights[f"{name}.weight"], weights[f"{name}.bias"]) if here else x

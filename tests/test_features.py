@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from config import InputError
-from datasets import cache, embedding, encoders
+from common.errors import InputError
 from datasets.catalog import Catalog, load_catalog
-from datasets.encoders import LexicalEncoder, PixelEncoder
+from datasets.features import cache, encoders
+from datasets.features import encode as embedding
+from datasets.features.encoders import LexicalEncoder, PixelEncoder
 from datasets.text import NO_TEXT, item_text
 from tests.prepared import (
     draw_picture,
@@ -376,7 +377,7 @@ def test_ctrl_c_while_finishing_leaves_no_finished_file_and_nothing_to_encode_ag
 def test_a_full_disk_is_said_in_one_line_and_leaves_no_half_file(catalog, shop, tmp_path):
     limit_file_size = (
         "import resource, sys; from pathlib import Path\n"
-        "from config import run_cli; from datasets.catalog import load_catalog\n"
+        "from common.cli import run_cli; from datasets.catalog import load_catalog\n"
         "from datasets.features import feature_files\n"
         "catalog = load_catalog(sys.argv[1], 'tiny')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"

@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from config import InputError
-from datasets import cache, encoders
+from common.errors import InputError
 from datasets.catalog import Catalog, load_catalog
-from datasets.embedding import encode_batches, picture_batches, read_pictures, read_texts, text_batches
-from datasets.encoders import LexicalEncoder, PixelEncoder
-from datasets.features import feature_files
+from datasets.features import cache, encoders
+from datasets.features.encode import encode_batches, picture_batches, read_pictures, read_texts, text_batches
+from datasets.features.encoders import LexicalEncoder, PixelEncoder
+from datasets.features.load import feature_files
 from datasets.text import item_text
 from tests.prepared import item_features, write_prepared, write_tiny_bert
 
@@ -32,9 +32,9 @@ RUN = """
 import sys
 from pathlib import Path
 import torch
-from datasets import encoders
+from datasets.features import encoders
 from datasets.catalog import load_catalog
-from datasets.features import feature_files
+from datasets.features.load import feature_files
 data_root, cache_root, language, image, until = sys.argv[1:]
 torch.set_num_threads(1)
 seen = 0
@@ -453,8 +453,8 @@ def test_texts_of_like_length_in_tokens_are_read_together(bert):
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
-        "from datasets.embedding import encode_batches, read_pictures\n"
-        "from datasets.encoders import PixelEncoder\n"
+        "from datasets.features.encode import encode_batches, read_pictures\n"
+        "from datasets.features.encoders import PixelEncoder\n"
         "picture, count = Path(sys.argv[1]), int(sys.argv[2])\n"
         "for features in encode_batches(PixelEncoder(), read_pictures, ([picture] * 20 for _ in range(count))): pass\n"
         "status = Path('/proc/self/status').read_text()\n"

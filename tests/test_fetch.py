@@ -24,9 +24,9 @@ from benchmarks.picture_server import (
     stalled,
     status,
 )
-from config import InputError
-from datasets.fetch import check_file, fetch_file
-from datasets.web import Fetcher, FetchError, Patience, _retry_after, redirected
+from common.errors import InputError
+from datasets.prepare.fetch import check_file, fetch_file
+from datasets.prepare.web import Fetcher, FetchError, Patience, _retry_after, redirected
 
 REPOSITORY = Path(__file__).parent.parent
 QUICK = Patience(connect=1, read=0.3, attempt=0.6, tries=3, backoff=0.01, longest=0.3)
@@ -299,7 +299,7 @@ def test_a_kill_in_the_middle_is_gone_on_from(web, tmp_path):
     header = f'HTTP/1.1 200 OK\r\nContent-Length: {len(DATA)}\r\nETag: "1"\r\n\r\n'
     web.pages["/raw.bin"] = drip(header.encode() + DATA[:half], b"", 0.1)
     code = (
-        "import sys; from pathlib import Path; from datasets.fetch import fetch_file\n"
+        "import sys; from pathlib import Path; from datasets.prepare.fetch import fetch_file\n"
         "fetch_file(sys.argv[1], Path(sys.argv[2]))"
     )
     part = path.with_name("raw.bin.part")
@@ -398,7 +398,7 @@ def test_a_full_disk_is_named(web, tmp_path):
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from pathlib import Path; from config import run_cli; from datasets.fetch import fetch_file\n"
+        "from pathlib import Path; from common.cli import run_cli; from datasets.prepare.fetch import fetch_file\n"
         "run_cli(lambda: fetch_file(sys.argv[1], Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, f"{web.url}/raw.bin", str(tmp_path / "raw.bin")]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from config import InputError
-from datasets.files import read_json, read_text, replacing, write_json, write_text
+from common.errors import InputError
+from common.files import read_json, read_text, replacing, write_json, write_text
 
 REPOSITORY = Path(__file__).parent.parent
-MENDS = "make it again with the press"
+HINT = "make it again with the press"
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess:
 
 def test_a_written_file_reads_back_and_nothing_else_is_left(tmp_path):
     write_text(tmp_path / "new" / "a.txt", "ν and 葉\n")
-    assert read_text(tmp_path / "new" / "a.txt", MENDS) == "ν and 葉\n"
+    assert read_text(tmp_path / "new" / "a.txt", HINT) == "ν and 葉\n"
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "a.txt"]
 
 
@@ -54,7 +54,7 @@ def test_a_new_file_takes_the_place_of_the_old_one(old):
 def test_json_is_written_for_people_and_reads_back(tmp_path):
     value = {"name": "Größe", "sizes": [8, 16]}
     write_json(tmp_path / "a.json", value)
-    assert read_json(tmp_path / "a.json", MENDS) == value
+    assert read_json(tmp_path / "a.json", HINT) == value
     assert "Größe" in (tmp_path / "a.json").read_text(encoding="utf-8").splitlines()[1]
 
 
@@ -89,7 +89,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_old_file_whole(old, monkeypat
 def test_a_disk_that_fills_up_in_the_middle_leaves_the_old_file_whole(old):
     limit_file_size = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "from pathlib import Path; from config import run_cli; from datasets.files import write_text\n"
+        "from pathlib import Path; from common.cli import run_cli; from common.files import write_text\n"
         "run_cli(lambda: write_text(Path(sys.argv[1]), 'new ' * 10_000))"
     )
     done = run_python(limit_file_size, old)
@@ -100,7 +100,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_the_old_file_whole(old):
 
 def test_a_process_that_is_killed_in_the_middle_leaves_the_old_file_whole(old):
     write_half = (
-        "import sys, time; from pathlib import Path; from datasets.files import replacing\n"
+        "import sys, time; from pathlib import Path; from common.files import replacing\n"
         "with replacing(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    print('half written', flush=True)\n"
@@ -145,7 +145,7 @@ def test_others_may_read_what_is_written(old):
 
 def test_a_gzipped_text_is_read_by_its_name(tmp_path):
     (tmp_path / "a.gz").write_bytes(gzip.compress("naïve".encode()))
-    assert read_text(tmp_path / "a.gz", MENDS) == "naïve"
+    assert read_text(tmp_path / "a.gz", HINT) == "naïve"
 
 
 @pytest.mark.parametrize(
@@ -168,15 +168,15 @@ def test_a_file_that_cannot_be_read_is_named_with_what_mends_it(tmp_path, name, 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError) as raised:
-        read_text(path, MENDS)
+        read_text(path, HINT)
     message = str(raised.value)
     assert message.startswith(f"{path} {problem}")
-    assert message.endswith(f"; {MENDS}")
+    assert message.endswith(f"; {HINT}")
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
-        read_text(tmp_path, MENDS)
+        read_text(tmp_path, HINT)
 
 
 @pytest.mark.parametrize(
@@ -186,18 +186,18 @@ def test_a_file_that_is_not_json_is_named_with_what_mends_it(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(InputError) as raised:
-        read_json(path, MENDS)
+        read_json(path, HINT)
     assert str(raised.value).startswith(f"{path} is not JSON (")
-    assert str(raised.value).endswith(f"; {MENDS}")
+    assert str(raised.value).endswith(f"; {HINT}")
 
 
 @pytest.mark.parametrize("value", [[1, None], "a", 1, None])
 def test_json_that_is_no_object_is_refused(tmp_path, value):
     (tmp_path / "a.json").write_text(json.dumps(value))
-    with pytest.raises(InputError, match=rf"a\.json is no JSON object; {MENDS}"):
-        read_json(tmp_path / "a.json", MENDS)
+    with pytest.raises(InputError, match=rf"a\.json is no JSON object; {HINT}"):
+        read_json(tmp_path / "a.json", HINT)
 
 
 def test_a_lone_surrogate_survives_in_json(tmp_path):
     write_json(tmp_path / "a.json", {"\ud800": "ν"})
-    assert read_json(tmp_path / "a.json", MENDS) == {"\ud800": "ν"}
+    assert read_json(tmp_path / "a.json", HINT) == {"\ud800": "ν"}

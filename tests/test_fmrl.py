@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import FMRLRec, ModelSettings, count_parameters
+from config import ModelSettings
+from model import FMRLRec, count_parameters
 from model.fmrl import (
     FMRLLayerNorm,
     FMRLLinear,
@@ -138,14 +139,10 @@ def test_layer_norm_starts_with_weight_one_and_bias_zero():
     torch.testing.assert_close(FMRLLayerNorm((8,))(x), F.layer_norm(x, (8,)))
 
 
-def model_of(sizes):
-    return FMRLRec(num_items=5, features=None, sizes=sizes)
-
-
 BAD_SIZES = [(), (0, 8), (-8, 8), (8, 8), (16, 8), (8, 32, 16), (8.0, 16), (8, 16.5), ("8", "16")]
 
 
-@pytest.mark.parametrize("build", [increments, FMRLLinear, FMRLLayerNorm, model_of])
+@pytest.mark.parametrize("build", [increments, FMRLLinear, FMRLLayerNorm])
 @pytest.mark.parametrize("sizes", BAD_SIZES, ids=str)
 def test_sizes_that_are_no_increasing_whole_numbers_are_refused(build, sizes):
     with pytest.raises(ValueError, match=r"sizes .* must be increasing whole numbers"):
@@ -154,12 +151,12 @@ def test_sizes_that_are_no_increasing_whole_numbers_are_refused(build, sizes):
 
 @pytest.mark.parametrize(("num_blocks", "expected"), [(1, 5_605_824), (2, 9_113_472)])
 def test_the_paper_model_has_as_many_parameters_as_the_released_one(num_blocks, expected):
-    model = FMRLRec(num_items=3, features=torch.zeros(3, 2048), sizes=PAPER_SIZES, settings=ModelSettings(num_blocks))
+    model = FMRLRec(3, torch.zeros(3, 2048), ModelSettings(mrl_hidden_sizes=PAPER_SIZES, lru_num_blocks=num_blocks))
     assert count_parameters(model) == expected
 
 
 def test_parameters_are_counted_without_what_the_mask_hides_and_complex_ones_once():
-    model = FMRLRec(num_items=4, features=None, sizes=(2, 3), settings=ModelSettings(num_blocks=1))
+    model = FMRLRec(4, None, ModelSettings(mrl_hidden_sizes=(2, 3), lru_num_blocks=1))
     table, norms, rings = 5 * 3, 2 * 2 * 3, 3 * 3
     square_weights, biases = 5 * (2 * 2 + 1 * 3), 5 * 3
     assert count_parameters(model) == table + norms + rings + square_weights + biases

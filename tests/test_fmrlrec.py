@@ -1,10 +1,13 @@
 """The recommender's parts: an item encoder over features in several parts and types, answers for some tokens alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import FMRLRec, ModelSettings, slice_model
+from config import ModelSettings
+from model import FMRLRec, slice_model
 from model import items as items_module
 from model.dropout import Dropout, set_share
 from model.items import ItemEncoder
@@ -106,7 +109,9 @@ def test_frozen_features_are_no_weights_and_are_not_saved():
 
 def test_with_post_norm_items_are_read_after_dropout_and_a_norm_of_each_size():
     sizes = (2, 4, DIM)
-    model = FMRLRec(NUM_ITEMS, None, sizes, ModelSettings(post_norm=True, dropout=0.4, dropout_from=1))
+    model = FMRLRec(
+        NUM_ITEMS, None, ModelSettings(mrl_hidden_sizes=sizes, post_norm=True, lru_dropout=0.4, dropout_from=1)
+    )
     x = torch.randn(3, DIM) * 5 + 2
     torch.manual_seed(0)
     dropped = torch.cat([x[:, :1], x[:, 1:] * (torch.rand(3, DIM - 1) >= 0.4) / 0.6], dim=1)
@@ -123,7 +128,13 @@ def test_with_post_norm_items_are_read_after_dropout_and_a_norm_of_each_size():
 def test_a_step_reads_items_as_whole_histories_do(post_norm):
     torch.manual_seed(0)
     model = (
-        FMRLRec(NUM_ITEMS, None, (2, 4, DIM), ModelSettings(r_min=0.3, r_max=0.9, post_norm=post_norm)).double().eval()
+        FMRLRec(
+            NUM_ITEMS,
+            None,
+            ModelSettings(mrl_hidden_sizes=(2, 4, DIM), lru_r_min=0.3, lru_r_max=0.9, post_norm=post_norm),
+        )
+        .double()
+        .eval()
     )
     x, hidden = torch.randn(6, DIM, dtype=torch.float64), torch.zeros(1, 2, 2, DIM, dtype=torch.float64)
     for expected, item in zip(model.encode(x, torch.arange(6), 6), x, strict=True):
@@ -135,7 +146,15 @@ def test_a_step_reads_items_as_whole_histories_do(post_norm):
 @pytest.mark.parametrize("at", [[2, 3, 9], [9], [0, 9, 3, 3]], ids=str)
 def test_answers_for_some_tokens_are_those_among_all_with_their_gradients(at, num_blocks):
     torch.manual_seed(0)
-    model = FMRLRec(NUM_ITEMS, None, (2, 4, DIM), ModelSettings(num_blocks, r_min=0.3, r_max=0.9)).double().eval()
+    model = (
+        FMRLRec(
+            NUM_ITEMS,
+            None,
+            ModelSettings(mrl_hidden_sizes=(2, 4, DIM), lru_num_blocks=num_blocks, lru_r_min=0.3, lru_r_max=0.9),
+        )
+        .double()
+        .eval()
+    )
     position, at = torch.cat([torch.arange(n) for n in (3, 1, 6)]), torch.tensor(at)
     x = torch.randn(10, DIM, dtype=torch.float64, requires_grad=True)
     weights = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
@@ -192,8 +211,8 @@ def test_dropout_that_spares_nothing_is_the_papers_bit_by_bit():
 
 @pytest.mark.parametrize("start", [0, 2])
 def test_every_dropout_of_a_model_spares_the_first_dimensions(start):
-    dropouts = {"dropout": 0.4, "attn_dropout": 0.3, "dropout_from": start}
-    model = FMRLRec(NUM_ITEMS, None, (2, 4), ModelSettings(post_norm=True, **dropouts))
+    dropouts = {"lru_dropout": 0.4, "lru_attn_dropout": 0.3, "dropout_from": start}
+    model = FMRLRec(NUM_ITEMS, None, ModelSettings(mrl_hidden_sizes=(2, 4), post_norm=True, **dropouts))
     found = [(layer.p, layer.start) for layer in model.modules() if isinstance(layer, Dropout)]
     assert found == [(0.4, start)] + 2 * [(0.3, start), (0.4, start)]  # of what is read; of two blocks
-    assert slice_model(model, 2).settings == model.settings
+    assert slice_model(model, 2).settings == replace(model.settings, mrl_hidden_sizes=(2,))

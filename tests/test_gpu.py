@@ -8,9 +8,9 @@ import torch
 
 import eval as eval_script
 import train
+from model.extensions.objective import Objective
+from model.extensions.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
 from model.loss import Factors, matryoshka_cross_entropy
-from model.objective import Objective
-from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
 from tests.cut_off import cut_off_after
 from trainer.checkpoint import load_state
 from trainer.runs import EVERY_SIZE, read_log

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 
-from model.serving.folder import GRAPHS, WEIGHTS
+from serving.folder import GRAPHS, WEIGHTS
 from tests.exported import one_of_each_kind
 
 

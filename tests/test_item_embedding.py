@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 import model.loss
+from config import ModelSettings
 from dataloader import TrainLoader, train_rows
 from datasets.catalog import Sequences
-from model import FMRLRec, ModelSettings, count_parameters, slice_model
+from model import FMRLRec, count_parameters, slice_model
 from model import items as items_module
+from model.extensions.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy_plain
 from model.loss import Factors, columns_multiplied_out, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
-from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy_plain
 from trainer.step import Step, build_optimizer
 
 NUM_ITEMS, WIDTHS, SIZES = 23, (5, 3), (2, 4, 8)
@@ -24,8 +25,8 @@ def make_model(embedding=SIZES[-1], seed=0):
     """A model without dropout, whose V, where it has one, is zero as at the start of a training."""
     torch.manual_seed(seed)
     features = [torch.randn(NUM_ITEMS, width) for width in WIDTHS]
-    options = {"item_embedding": embedding, "dropout": 0.0, "attn_dropout": 0.0}
-    return FMRLRec(NUM_ITEMS, features, SIZES, ModelSettings(r_max=0.9, **options))
+    options = {"item_embedding": embedding, "lru_dropout": 0.0, "lru_attn_dropout": 0.0}
+    return FMRLRec(NUM_ITEMS, features, ModelSettings(mrl_hidden_sizes=SIZES, lru_r_max=0.9, **options))
 
 
 def with_embeddings(embedding=SIZES[-1]):
@@ -83,13 +84,12 @@ def test_a_slice_keeps_the_embeddings_first_dimensions(embedding, size):
 
 
 def test_an_embedding_ends_where_a_size_does():
-    with pytest.raises(ValueError, match=r"of 3 dimensions is none of the sizes \(2, 4, 8\)"):
-        make_model(embedding=3)
+    assert [make_model(embedding=width).items.V.shape[1] for width in (1, 3, 100)] == [2, 2, 8]
 
 
 def test_a_learned_table_takes_no_embedding():
     with pytest.raises(ValueError, match="a learned item table has nothing that an embedding could be added to"):
-        FMRLRec(NUM_ITEMS, None, SIZES, ModelSettings(item_embedding=SIZES[-1]))
+        FMRLRec(NUM_ITEMS, None, ModelSettings(mrl_hidden_sizes=SIZES, item_embedding=SIZES[-1]))
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss

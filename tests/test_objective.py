@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 import model.loss
-from model.loss import Factors, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
-from model.objective import CROSS_ENTROPY, Objective, losses_plain
-from model.sampled_loss import (
+from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
+from model.extensions.sampled_loss import (
     NegativeSampler,
     sampled_matryoshka_cross_entropy,
     sampled_matryoshka_cross_entropy_plain,
 )
+from model.loss import Factors, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
 
 SIZES, NUM_ITEMS, POSITIONS = (2, 5, 12), 40, 30
 LOSSES = ["exact", "sampled"]

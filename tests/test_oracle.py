@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from config import ModelSettings
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
-from model import FMRLRec, ModelSettings, matryoshka_cross_entropy
+from model import FMRLRec, matryoshka_cross_entropy
 from tests.made_up import as_sequences, with_random_weights
 
 MAX_LEN = 50
@@ -21,6 +22,14 @@ SIZES = (3, 5, 12)
 NUM_ITEMS, TEXT_WIDTH, IMAGE_WIDTH = 30, 7, 4
 BRANCHES = ["both", "id"]
 CPU = torch.device("cpu")
+
+
+def settings(num_blocks: int, dropout: float, attn_dropout: float, use_bias: bool = True, **options) -> ModelSettings:
+    """Settings of the model under test."""
+    return ModelSettings(
+        mrl_hidden_sizes=SIZES, lru_num_blocks=num_blocks, lru_dropout=dropout, lru_attn_dropout=attn_dropout,
+        lru_use_bias=use_bias, **options,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- the oracle
@@ -120,9 +129,7 @@ def random_model(branch, num_blocks=2, use_bias=True, p=0.0, dtype=torch.float64
     """(model without zeros or ones among its weights, its features); the recurrence remembers for long."""
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, TEXT_WIDTH + IMAGE_WIDTH, dtype=dtype) if branch == "both" else None
-    model = FMRLRec(NUM_ITEMS, features, SIZES, ModelSettings(num_blocks, p, p, use_bias, r_min=0.5, r_max=0.98)).to(
-        dtype
-    )
+    model = FMRLRec(NUM_ITEMS, features, settings(num_blocks, p, p, use_bias, lru_r_min=0.5, lru_r_max=0.98)).to(dtype)
     return with_random_weights(model, 0.7), features
 
 
@@ -158,7 +165,7 @@ def test_the_begin_of_sequence_token_embeds_as_the_bias_of_the_projection():
 
 def test_features_of_another_number_of_items_are_refused():
     with pytest.raises(ValueError, match=r"\[29, 11\] do not describe 30 items"):
-        FMRLRec(30, torch.zeros(29, 11), SIZES)
+        FMRLRec(30, torch.zeros(29, 11), ModelSettings(mrl_hidden_sizes=SIZES))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2])
@@ -274,14 +281,14 @@ def test_dropout_follows_the_lru_and_w1_and_w2_and_nothing_else():
 
 def test_the_two_dropouts_are_set_apart():
     torch.manual_seed(0)
-    model = FMRLRec(NUM_ITEMS, None, SIZES, ModelSettings(num_blocks=2, dropout=0.3, attn_dropout=0.7))
+    model = FMRLRec(NUM_ITEMS, None, settings(2, 0.3, 0.7))
     for block in model.blocks:
         assert (block.attn_dropout.p, block.ffn.dropout.p) == (0.7, 0.3)
 
 
 def test_a_learned_item_table_starts_small_and_different_for_every_token():
     torch.manual_seed(0)
-    table = FMRLRec(500, None, (8, 64)).item_table()
+    table = FMRLRec(500, None, ModelSettings(mrl_hidden_sizes=(8, 64))).item_table()
     assert table.shape == (501, 64)
     assert table.abs().max() <= 0.04
     assert table.std().item() == pytest.approx(0.0176, rel=0.05)
@@ -289,7 +296,7 @@ def test_a_learned_item_table_starts_small_and_different_for_every_token():
 
 
 def test_the_recurrence_of_every_block_starts_on_the_ring_that_the_model_is_given():
-    model = FMRLRec(NUM_ITEMS, None, (8, 64), ModelSettings(num_blocks=2, r_min=0.4, r_max=0.5))
+    model = FMRLRec(NUM_ITEMS, None, ModelSettings(mrl_hidden_sizes=(8, 64), lru_r_min=0.4, lru_r_max=0.5))
     for block in model.blocks:
         modulus = torch.complex(*block.lru.eigenvalues()).abs()
         assert modulus.min() >= 0.4 - 1e-6

@@ -25,12 +25,13 @@ from benchmarks.picture_server import (
     stalled,
     status,
 )
-from config import InputError
-from datasets import files, picture_fetch, pictures
+from common import files
+from common.errors import InputError
 from datasets.catalog import load_catalog
-from datasets.picture_fetch import NO_URL, fetch_pictures
-from datasets.pictures import adopt_pictures, prepare_pictures
-from datasets.web import Patience
+from datasets.prepare import picture_fetch, pictures
+from datasets.prepare.picture_fetch import NO_URL, fetch_pictures
+from datasets.prepare.pictures import adopt_pictures, prepare_pictures
+from datasets.prepare.web import Patience
 from tests.prepared import write_item2img, write_prepared
 
 REPOSITORY = Path(__file__).parent.parent
@@ -201,7 +202,8 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_picture_leaves_none(web, photos
     web.pages["/a"] = good(JPEG)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
-        "from pathlib import Path; from config import run_cli; from datasets.picture_fetch import fetch_pictures\n"
+        "from pathlib import Path; from common.cli import run_cli\n"
+        "from datasets.prepare.picture_fetch import fetch_pictures\n"
         "run_cli(lambda: fetch_pictures({f'B{i}': [sys.argv[1]] for i in range(99)}, Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, f"{web.url}/a", str(photos)]
@@ -507,7 +509,7 @@ def test_a_run_that_is_killed_in_the_middle_and_repeated_leaves_what_an_undistur
 
     slow = {path: when_allowed(page) for path, page in list(pages.items())[10:]}
     code = (
-        "import json, sys; from pathlib import Path; from datasets.pictures import prepare_pictures\n"
+        "import json, sys; from pathlib import Path; from datasets.prepare.pictures import prepare_pictures\n"
         "root, urls = Path(sys.argv[1]), json.loads(sys.argv[2])\n"
         "prepare_pictures(list(urls), urls, root / 'photos', root / 'data', fetch=True, workers=4)"
     )

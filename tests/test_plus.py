@@ -10,12 +10,13 @@ import torch
 
 import eval as eval_script
 import train
-from config import BEYOND, Config
+from config import EXTENSIONS, Config
 from dataloader import eval_batches, eval_rows
-from datasets.features import feature_files
-from model import Recommender, export, slice_model
-from model.objective import CROSS_ENTROPY, Objective
-from model.whitening import whiten
+from datasets.features.load import feature_files
+from model import slice_model
+from model.extensions.objective import CROSS_ENTROPY, Objective
+from model.extensions.whitening import whiten
+from serving import Recommender, export
 from tests.prepared import write_prepared
 from trainer.checkpoint import load_state
 from trainer.step import Step
@@ -196,7 +197,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights_bit_by_bit(monkeypat
 
 def test_without_options_nothing_is_held_or_asked_for_beside_the_papers(loaded):
     config, catalog, _ = loaded
-    plain = dataclasses.replace(config, **{name: getattr(Config, name) for name in BEYOND})
+    plain = dataclasses.replace(config, **{name: getattr(Config, name) for name in EXTENSIONS})
     features = features_of(config, catalog)
     model = build_model(plain, catalog.num_items, features).train()
     assert [part.data_ptr() for part in model.items.features] == [part.ctypes.data for part in features]

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from benchmarks.picture_server import good, serving
-from config import InputError
-from datasets import prepare as command
+from common.errors import InputError
+from common.files import read_json
 from datasets.catalog import load_catalog
-from datasets.files import read_json
-from datasets.prepare import main
+from datasets.prepare import __main__ as command
+from datasets.prepare.__main__ import main
 from tests.prepared import contents, item_features
 from tests.raw import reviews_of, write_raw
 
@@ -318,7 +318,7 @@ def hook(event, args):
         if left < 0:
             os.kill(os.getpid(), 9)
 sys.addaudithook(hook)
-from datasets.prepare import main
+from datasets.prepare.__main__ import main
 main(["--dataset_code=beauty", "--raw_root={raw}", "--data_root={tmp_path}/" + sys.argv[2], "--only=data"])
 """
     undisturbed = contents(prepare(raw))
@@ -346,7 +346,7 @@ def test_the_second_of_two_at_once_says_who_holds_the_lock(raw):
 import sys, time
 sys.path.insert(0, {str(REPO)!r})
 from pathlib import Path
-from datasets.prepare import only_one
+from datasets.prepare.__main__ import only_one
 with only_one(Path({str(folder)!r})):
     print("held", flush=True)
     time.sleep(60)
@@ -447,8 +447,8 @@ def test_a_full_disk_is_named_and_the_next_run_goes_on(raw, tmp_path):
     script = f"""
 import resource, sys
 sys.path.insert(0, {str(REPO)!r})
-from config import run_cli
-from datasets.prepare import main
+from common.cli import run_cli
+from datasets.prepare.__main__ import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))  # a file may have no more bytes
 run_cli(lambda: main(["--dataset_code=beauty", "--raw_root={raw}", "--data_root={tmp_path}/full", "--only=data"]))
 """

@@ -15,8 +15,9 @@ import torch
 
 from config import Config
 from dataloader import eval_rows
-from datasets import encoders, features
 from datasets.catalog import load_catalog
+from datasets.features import encoders
+from datasets.features import load as features
 from tests.prepared import draw_picture, write_prepared
 from tests.raw import reviews_of, write_raw
 from trainer.metrics import ranking_metrics, target_ranks
@@ -111,7 +112,7 @@ def test_the_first_command_prints_every_sizes_metrics_and_draws_the_curve(clone,
 def export(clone):
     """The README's export, made of the first run."""
     (command,) = [
-        command for command in commands() if command.startswith("python -m model.export") and "--size 64" in command
+        command for command in commands() if command.startswith("python -m serving.export") and "--size 64" in command
     ]
     shell(command, clone)
     return clone / "exports/demo-64"
@@ -179,7 +180,7 @@ def test_every_other_command_of_the_readme_runs(clone, export):
         if command in (*elsewhere, REPORT) or command.startswith("CUDA_VISIBLE_DEVICES"):
             continue
         assert shlex.split(command)[0] in ("python", "torchrun"), command
-        if export.name in command and command.startswith("python -m model.export"):
+        if export.name in command and command.startswith("python -m serving.export"):
             continue
         trained = "--help" not in command and "--resume" not in command
         start = max((start for start in shorter if command.startswith(start)), key=len, default="")

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from config import InputError, resolve
+from common.errors import InputError
+from config import ModelSettings, resolve
 from experiments import figures, lines, paper, parameters, report, tables
 from experiments.definition import Definition, Row, definitions
 from experiments.figures import draw_figures
 from experiments.kept import kept_runs
 from experiments.significance import paired_bootstrap, user_metrics
-from model import FMRLRec, ModelSettings, count_parameters
+from model import FMRLRec, count_parameters
 from trainer.metrics import ranking_metrics
 from trainer.user_ranks import save_ranks
 
@@ -114,7 +115,7 @@ def test_figure_4_comes_out_to_the_digit():
 
 @pytest.mark.parametrize("sizes", [(8,), (8, 16, 32), (4, 12, 20)])
 def test_what_models_here_hold_is_what_is_counted(sizes):
-    model = FMRLRec(3, torch.zeros(3, parameters.FEATURES), sizes, ModelSettings(num_blocks=2))
+    model = FMRLRec(3, torch.zeros(3, parameters.FEATURES), ModelSettings(mrl_hidden_sizes=sizes))
     projection = sum(p.numel() for p in model.items.parameters())
     numbers = sum(p.numel() for p in model.parameters())
     assert parameters.stored(sizes[-1]) == numbers

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model.loss
 from model import matryoshka_cross_entropy
-from model.sampled_loss import (
+from model.extensions.sampled_loss import (
     NegativeSampler,
     sampled_matryoshka_cross_entropy,
     sampled_matryoshka_cross_entropy_plain,

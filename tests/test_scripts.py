@@ -16,7 +16,7 @@ import torch
 import config
 import eval as eval_script
 import train
-from config import InputError
+from common.errors import InputError
 from datasets import demo
 from experiments import tables
 from experiments.kept import KeptRun

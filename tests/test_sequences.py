@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from config import InputError
-from datasets.amazon import Reviews
-from datasets.sequences import k_core, make_sequences
+from common.errors import InputError
+from datasets.prepare.amazon import Reviews
+from datasets.prepare.sequences import k_core, make_sequences
 
 
 def reviews_from(rows: list[tuple]) -> Reviews:

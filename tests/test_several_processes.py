@@ -14,8 +14,8 @@ import torch
 import config
 import eval as eval_script
 import train
-from config import InputError
-from datasets.device import cpu_name, resolve_device
+from common.devices import cpu_name, resolve_device
+from common.errors import InputError
 from tests.cut_off import cut_off_after
 from tests.prepared import write_prepared
 from trainer.checkpoint import load_state
@@ -43,8 +43,8 @@ from pathlib import Path
 import torch
 import eval as eval_script
 import train
-from config import InputError
-from datasets import processes
+from common.errors import InputError
+from common import processes
 from trainer import step as step_module
 from trainer import trainer as trainer_module
 from trainer.runs import claimed
@@ -107,7 +107,7 @@ step_module.matryoshka_cross_entropy = true_loss
 trainer_module.save_state = full
 run("full", f"{tiny} --run_name full")
 (two,) = Path().glob("experiments/runs/tiny/*[0-9]-two")
-with claimed(two) if processes.rank() == 0 else contextlib.nullcontext():
+with run_lock(two) if processes.rank() == 0 else contextlib.nullcontext():
     run("held", f"--resume {two}")
 processes.end()
 results["threads"] = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]

@@ -1,14 +1,16 @@
 """Train once, deploy at any size: a slice is a model of its own that scores as the full model's prefix."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from config import ModelSettings
 from dataloader import eval_batches, eval_rows
-from model import FMRLRec, ModelSettings, count_parameters, slice_model
+from model import FMRLRec, count_parameters, slice_model
 from tests.made_up import as_sequences, with_random_weights
 from trainer.evaluation import evaluate
 
@@ -21,7 +23,11 @@ def random_model(sizes, branch="both", use_bias=True, seed=0, **options):
     """A model without zeros or ones among its weights, not even where the mask hides them."""
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
-    model = FMRLRec(NUM_ITEMS, features, sizes, ModelSettings(2, 0.5, 0.5, use_bias, r_min=0.3, r_max=0.9, **options))
+    model = FMRLRec(
+        NUM_ITEMS,
+        features,
+        ModelSettings(mrl_hidden_sizes=sizes, lru_use_bias=use_bias, lru_r_min=0.3, lru_r_max=0.9, **options),
+    )
     return with_random_weights(model).eval()
 
 
@@ -108,7 +114,7 @@ def test_a_slice_is_as_large_as_a_model_made_at_its_size(size, branch):
 def test_a_slice_is_as_deep_and_drops_out_as_much_as_the_model():
     model = random_model((3, 8, 20))
     small = slice_model(model, 8)
-    assert small.settings == model.settings
+    assert small.settings == replace(model.settings, mrl_hidden_sizes=(3, 8))
     assert (small.num_items, len(small.blocks)) == (model.num_items, len(model.blocks))
 
 
@@ -148,7 +154,7 @@ def test_a_size_cut_off_by_slicing_is_gone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slices_share_the_frozen_features_as_they_are(dtype):
     features = [torch.randn(NUM_ITEMS, 9).half(), torch.randn(NUM_ITEMS, 4).bfloat16()]
-    model = FMRLRec(NUM_ITEMS, features, (3, 8, 20))
+    model = FMRLRec(NUM_ITEMS, features, ModelSettings(mrl_hidden_sizes=(3, 8, 20)))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     small = slice_model(model, 8)
@@ -158,7 +164,7 @@ def test_slices_share_the_frozen_features_as_they_are(dtype):
 
 
 def test_slicing_never_copies_the_features():
-    model = FMRLRec(NUM_ITEMS, torch.randn(NUM_ITEMS, 9000).half(), (3, 8))
+    model = FMRLRec(NUM_ITEMS, torch.randn(NUM_ITEMS, 9000).half(), ModelSettings(mrl_hidden_sizes=(3, 8)))
     largest = 0
 
     class Largest(TorchDispatchMode):

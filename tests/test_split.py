@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import InputError
+from common.errors import InputError
 from dataloader import TrainLoader, eval_batches, eval_rows, times_trained, train_rows
 from dataloader.batches import bucket, share_rows
 from tests.made_up import as_sequences

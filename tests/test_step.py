@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from config import ModelSettings
 from dataloader import Batch, TrainLoader, train_rows
 from datasets.catalog import Sequences
-from model import FMRLRec, ModelSettings, lru
+from model import FMRLRec, lru
 from model import loss as loss_module
 from model.dropout import Dropout
-from model.sampled_loss import NegativeSampler
+from model.extensions.sampled_loss import NegativeSampler
 from trainer import step as step_module
 from trainer.step import GraphedStep, Step, build_optimizer, cuda_graphs
 
@@ -39,7 +40,11 @@ def make_step(precision="fp32", negatives=0, features=True, dropout=0.4, max_gra
     torch.manual_seed(0)
     given = torch.randn(NUM_ITEMS, 9) if features else None
     options, objective = (PLUS, OBJECTIVE) if plus else ({}, {})
-    model = FMRLRec(NUM_ITEMS, given, SIZES, ModelSettings(2, dropout, dropout, r_max=0.9, **options)).train()
+    model = FMRLRec(
+        NUM_ITEMS,
+        given,
+        ModelSettings(mrl_hidden_sizes=SIZES, lru_dropout=dropout, lru_attn_dropout=dropout, lru_r_max=0.9, **options),
+    ).train()
     optimizer = build_optimizer(model, "adamw", 1e-2, 1e-2, 1e-9)
     sampler = NegativeSampler(loader().label_counts(NUM_ITEMS), negatives) if negatives else None
     how = {"precision": precision, "max_grad_norm": max_grad_norm, "sampler": sampler}

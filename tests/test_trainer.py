@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import InputError
+from common.errors import InputError
+from config import ModelSettings
 from dataloader import TrainLoader, eval_rows, train_rows
 from datasets.catalog import load_catalog
-from model import FMRLRec, ModelSettings
+from model import FMRLRec
+from model.extensions.whitening import Whitening
 from model.fmrl import nested_mask
-from model.whitening import Whitening
 from tests.prepared import write_prepared
 from trainer import step as step_module
 from trainer.averaging import WeightAverage
@@ -54,7 +55,7 @@ def make_trainer(tmp_path, run="run", optimizer="adamw", **changes):
         "metric_ks": (5, 10),
         "best_metric": "NDCG@10",
     } | changes
-    model = FMRLRec(12, features, SIZES, ModelSettings(num_blocks=1))
+    model = FMRLRec(12, features, ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1))
     how = {"precision": "fp32", "max_grad_norm": 5.0} | {name: settings.pop(name) for name in HOW if name in settings}
     return Trainer(
         step=Step(model, build_optimizer(model, optimizer, settings["lr"], 1e-2, 1e-9), **how),
@@ -76,7 +77,7 @@ def test_the_learning_rate_warms_up_linearly_then_falls_as_a_cosine(tmp_path):
 
 
 def test_biases_are_not_decayed_and_everything_else_is():
-    model = FMRLRec(5, torch.randn(5, 3), SIZES, ModelSettings(num_blocks=1))
+    model = FMRLRec(5, torch.randn(5, 3), ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1))
     decayed, spared = build_optimizer(model, "adamw", 1e-3, 0.1, 1e-9).param_groups
     assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
     names = {id(p): name for name, p in model.named_parameters()}
@@ -231,7 +232,9 @@ def test_the_sum_over_sizes_is_their_mean_times_their_number(tmp_path):
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
 def test_the_optimizer_is_the_one_asked_for_with_its_epsilon(name, kind):
-    optimizer = build_optimizer(FMRLRec(5, None, SIZES, ModelSettings(num_blocks=1)), name, 1e-3, 0.1, 1e-5)
+    optimizer = build_optimizer(
+        FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1)), name, 1e-3, 0.1, 1e-5
+    )
     assert type(optimizer) is kind
     assert {group["eps"] for group in optimizer.param_groups} == {1e-5}
 
@@ -246,7 +249,9 @@ def test_the_best_epoch_is_picked_by_the_metric_asked_for_also_where_it_is_not_r
 
 def test_a_state_of_another_model_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
-    other = trainer.state() | {"model": FMRLRec(5, None, (2, 4), ModelSettings(num_blocks=1)).state_dict()}
+    other = trainer.state() | {
+        "model": FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_num_blocks=1)).state_dict()
+    }
     with pytest.raises(InputError, match=r"last\.pt does not fit the model"):
         trainer.load_state(other)
 
@@ -255,15 +260,17 @@ def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint_whole(tmp_path):
     program = textwrap.dedent(f"""
         import resource, signal, torch
         from pathlib import Path
-        from config import InputError
-        from model import FMRLRec, ModelSettings
+        from common.errors import InputError
+        from config import ModelSettings
+        from model import FMRLRec
         from trainer.checkpoint import save_state, save_weights
-        folder, model = Path({str(tmp_path)!r}), FMRLRec(5, None, (2, 4), ModelSettings(num_blocks=1))
+        folder = Path({str(tmp_path)!r})
+        model = FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_num_blocks=1))
         save_state(folder / "last.pt", {{"epoch": 1}})
         save_weights(model, folder / "best.safetensors", {{"epoch": "1"}})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file may grow beyond 1,000 bytes
-        big = FMRLRec(500, None, (2, 64), ModelSettings(num_blocks=1))
+        big = FMRLRec(500, None, ModelSettings(mrl_hidden_sizes=(2, 64), lru_num_blocks=1))
         for save in (
             lambda: save_state(folder / "last.pt", {{"model": big.state_dict()}}),
             lambda: save_weights(big, folder / "best.safetensors", {{}}),
@@ -277,12 +284,14 @@ def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint_whole(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, check=False)
     assert done.stdout.count("free space or choose another folder") == 2, done.stderr
     assert load_state(tmp_path / "last.pt") == {"epoch": 1}
-    load_weights(FMRLRec(5, None, (2, 4), ModelSettings(num_blocks=1)), tmp_path / "best.safetensors")
+    load_weights(
+        FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_num_blocks=1)), tmp_path / "best.safetensors"
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", "last.pt"]
 
 
 def test_a_damaged_checkpoint_is_named_with_what_mends_it(tmp_path):
-    model = FMRLRec(5, None, SIZES, ModelSettings(num_blocks=1))
+    model = FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1))
     weights, state = tmp_path / "best.safetensors", tmp_path / "last.pt"
     assert load_state(state) is None
     save_weights(model, weights, {"epoch": "1"})
@@ -297,9 +306,13 @@ def test_a_damaged_checkpoint_is_named_with_what_mends_it(tmp_path):
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
-    save_weights(FMRLRec(5, None, (2, 4), ModelSettings(num_blocks=1)), tmp_path / "best.safetensors", {})
+    save_weights(
+        FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_num_blocks=1)), tmp_path / "best.safetensors", {}
+    )
     with pytest.raises(InputError, match=r"does not fit the model that the run's config.json describes"):
-        load_weights(FMRLRec(5, None, SIZES, ModelSettings(num_blocks=1)), tmp_path / "best.safetensors")
+        load_weights(
+            FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1)), tmp_path / "best.safetensors"
+        )
 
 
 def test_a_checkpoint_executes_nothing(tmp_path):
@@ -407,7 +420,7 @@ def test_the_average_of_the_weights_is_validated_and_kept_and_does_not_change_th
 
 def test_the_average_shares_the_frozen_features_and_their_whitening_with_the_model():
     whitening = Whitening([torch.randn(12, 6)])
-    model = FMRLRec(12, whitening.features(), SIZES, ModelSettings(num_blocks=1), whitening)
+    model = FMRLRec(12, whitening.features(), ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1), whitening)
     average = WeightAverage(model, 0.9).model
     assert average.items.whitening is whitening
     assert [part.data_ptr() for part in average.items.features] == [part.data_ptr() for part in model.items.features]

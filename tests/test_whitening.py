@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from model import FMRLRec, ModelSettings, slice_model
-from model import whitening as whitening_module
-from model.serving.weights import whitened
-from model.whitening import Whitening, fit_whitening, whiten
+from config import ModelSettings
+from model import FMRLRec, slice_model
+from model.extensions import whitening as whitening_module
+from model.extensions.whitening import Whitening, fit_whitening, whiten
+from serving.weights import whitened
 
 SIZES = (2, 4, 8)
 
@@ -75,7 +76,9 @@ def test_what_rounding_to_half_precision_adds_is_no_direction():
 def make_model(features, fit=True):
     torch.manual_seed(0)
     whitening = Whitening(features, fit)
-    return FMRLRec(len(features[0]), whitening.features(), SIZES, ModelSettings(1), whitening)
+    return FMRLRec(
+        len(features[0]), whitening.features(), ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1), whitening
+    )
 
 
 def parts(seed=0):

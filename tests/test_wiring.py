@@ -8,10 +8,11 @@ import torch
 
 import config
 import train
-from config import Config
+from config import Config, ModelSettings
 from dataloader import TrainLoader, train_rows
-from datasets import encoders, features
-from model import FMRLRec, ModelSettings
+from datasets.features import encoders
+from datasets.features import load as features
+from model import FMRLRec
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
 from tests.made_up import as_sequences
@@ -218,7 +219,7 @@ def test_a_setting_alone_reaches_what_reads_it(workplace, monkeypatch, name):
 @pytest.mark.parametrize(("negatives", "sampled"), [(0, False), (19, True), (20, False), (4096, False)])
 def test_as_many_negatives_as_items_are_all_items(negatives, sampled):
     config_, _ = config.resolve({"dataset_code": "tiny", "num_negatives": negatives, "device": "cpu"})
-    model = FMRLRec(20, None, (2, 4), ModelSettings(num_blocks=1))
+    model = FMRLRec(20, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_num_blocks=1))
     loader = TrainLoader(train_rows(as_sequences([[1, 2, 3, 4], [5, 6, 7]]), 5), 2, 0, torch.device("cpu"))
     step = wiring.build_step(config_, model, loader)
     assert (step.sampler is not None) == sampled

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import InputError
-from datasets.files import replacing
+from common.errors import InputError
+from common.files import replacing
 from trainer.runs import no_weights
 
 
@@ -30,8 +30,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except FileNotFoundError:
         raise no_weights(path) from None
     except (SafetensorError, OSError) as error:
-        mends = "remove it with last.pt and log.jsonl, and train.py --resume trains the run anew"
-        raise InputError(f"{path} is damaged ({error}); {mends}") from None
+        hint = "remove it with last.pt and log.jsonl, and train.py --resume trains the run anew"
+        raise InputError(f"{path} is damaged ({error}); {hint}") from None
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the model that the run's config.json describes: {error}") from None
 
@@ -52,5 +52,5 @@ def load_state(path: Path) -> dict[str, Any] | None:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         # Not torch's own words: they advise loading without the safeguard.
         kind = type(error).__name__
-        mends = "remove it and log.jsonl to start the run again from its beginning"
-        raise InputError(f"{path} is damaged ({kind}); {mends}") from None
+        hint = "remove it and log.jsonl to start the run again from its beginning"
+        raise InputError(f"{path} is damaged ({kind}); {hint}") from None

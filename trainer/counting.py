@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from common import processes
 from dataloader import EvalRows, train_items
-from datasets import processes
 from datasets.catalog import Sequences
 from model.baselines.counting import Popularity
 from trainer.checkpoint import save_weights
@@ -49,4 +49,4 @@ def count(
         value = f"val {criterion(best_metric, mask_history)} {metrics[model.sizes[-1]][best_metric]:.4f}"
         log.epoch(record, f"counted in {record['train_seconds']:.1f} s: {value}")
 
-    processes.on_first(write)
+    processes.on_main_process(write)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common import processes
+from common.files import write_json
 from config import METRICS
 from dataloader import EvalBatch, EvalRows, eval_batches
-from datasets import processes
-from datasets.files import write_json
 from model import FMRLRec, slice_model
 from model.baselines.counting import Popularity
 from model.fmrl import increments

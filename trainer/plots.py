@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets.files import replacing
+from common.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets.files import write_text
+from common.files import write_text
 from trainer.runs import LOG
 
 

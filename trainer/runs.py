@@ -26,8 +26,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from config import Config, InputError, from_saved, is_runtime, preset_spelled_out, shown
-from datasets.files import cannot_write, read_json, write_json
+from common.errors import InputError
+from common.files import cannot_write, read_json, write_json
+from common.settings import check_types, format_value, is_runtime
+from config import EXTENSIONS, NAMED_PRESETS, Config
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
@@ -45,10 +47,36 @@ def of_test(name: str, mask_history: bool) -> str:
     return f"{stem}_history_masked.{ending}" if mask_history else name
 
 
+def expand_preset(flags: dict[str, Any]) -> dict[str, Any]:
+    """Replace --preset among flags by the settings that it names; "paper" names all extensions, switched off."""
+    if "preset" not in flags:
+        return flags
+    named = NAMED_PRESETS[flags["preset"]] or {name: getattr(Config, name) for name in EXTENSIONS}
+    return named | {name: value for name, value in flags.items() if name != "preset"}
+
+
+def read_settings(values: dict[str, Any]) -> Config:
+    """Return the settings that a run's config.json holds."""
+    return Config(**check_types(Config, values, "config.json"))
+
+
+def run_label(config: Config) -> str:
+    """Return the modalities of fmrlrec's items in a word, or the baseline's name."""
+    return config.branch if config.model_code == "fmrlrec" else config.model_code
+
+
+def describe_model(config: Config) -> str:
+    """Return what items are described by, or the baseline's name, for titles."""
+    if config.model_code != "fmrlrec":
+        return config.model_code
+    words = {"both": "text and pictures", "language": "text", "image": "pictures", "id": "a learned table"}
+    return f"items by {words[config.branch]}"
+
+
 def create_run(config: Config, sources: dict[str, str], device: str, data: str, features: list[str]) -> Path:
     """Make a new run's folder with its config.json and env.json. data: the dataset's digest; features: the names of the
     files that are read."""
-    name = config.run_name or f"{config.label}-{config.mrl_hidden_sizes[-1]}"
+    name = config.run_name or f"{run_label(config)}-{config.mrl_hidden_sizes[-1]}"
     parent = Path(config.runs_root) / config.dataset_code
     stem = f"{time.strftime(TIME)}-{name}"
     for attempt in range(1, 1000):
@@ -73,7 +101,7 @@ def read_config(run: Path) -> tuple[Config, dict[str, str]]:
     if not isinstance(saved.get("settings"), dict):
         raise InputError(f"{run / CONFIG} is not a run's configuration; give a run's folder, as train.py prints it")
     try:
-        return from_saved(saved["settings"]), saved.get("sources", {})
+        return read_settings(saved["settings"]), saved.get("sources", {})
     except InputError as error:
         raise InputError(f"{run}: {error}; {ENVIRONMENT} names the commit that reads it, or train anew") from None
 
@@ -106,7 +134,7 @@ def check_data(run: Path, data: str) -> None:
 
 
 @contextmanager
-def claimed(run: Path) -> Iterator[None]:
+def run_lock(run: Path) -> Iterator[None]:
     """Keep other processes from training the run meanwhile. Raises InputError where one does already, or where nothing
     can be written."""
     try:
@@ -138,7 +166,7 @@ def unfinished(run: Path) -> str:
     return "trained, not tested" if config.test and not (run / EVERY_SIZE).exists() else ""
 
 
-def named(run: Path) -> str:
+def describe_run(run: Path) -> str:
     """A run for a user to read, with what it still lacks."""
     progress = unfinished(run)
     return f"run {run}{f', unfinished: {progress}' if progress else ''}"
@@ -160,7 +188,7 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
 
     Raises InputError that shows the newest runs and why each is not it.
     """
-    wanted = {name: value for name, value in preset_spelled_out(flags).items() if not is_runtime(name)}
+    wanted = {name: value for name, value in expand_preset(flags).items() if not is_runtime(Config, name)}
     near = []
     paths = list(runs_root.glob(f"*/*/{CONFIG}"))
     for path in sorted(paths, key=_begun, reverse=True):
@@ -170,12 +198,12 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
         except InputError as error:
             near.append(f"  {run}: {error}")
             continue
-        differs = [f"{k} {shown(getattr(config, k))}" for k, v in wanted.items() if getattr(config, k) != v]
+        differs = [f"{k} {format_value(getattr(config, k))}" for k, v in wanted.items() if getattr(config, k) != v]
         reason = ", ".join(differs) or problem(run)
         if not reason:
             return run
         near.append(f"  {run}: {reason}")
-    asked = " ".join(f"--{k} {shown(v)}" for k, v in flags.items() if not is_runtime(k))
+    asked = " ".join(f"--{k} {format_value(v)}" for k, v in flags.items() if not is_runtime(Config, k))
     if not near:
         raise InputError(f"there is no run below {runs_root.resolve()}; train one: python train.py")
     listed = "\n".join(near[:5])
@@ -218,14 +246,15 @@ def no_weights(path: Path) -> InputError:
 
 def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
     """A run's settings with the runtime flags given now. Raises InputError if another flag differs from the run."""
-    for name, value in preset_spelled_out(flags).items():
-        if not is_runtime(name) and getattr(config, name) != value:
+    for name, value in expand_preset(flags).items():
+        if not is_runtime(Config, name) and getattr(config, name) != value:
             given = name if name in flags else "preset"
             raise InputError(
-                f"--{given} {shown(flags[given])} differs from {run}, which has {name} {shown(getattr(config, name))}; "
+                f"--{given} {format_value(flags[given])} differs from {run}, which has {name} "
+                f"{format_value(getattr(config, name))}; "
                 f"leave the flag out to use the run as it is"
             )
-    return from_saved(vars(config) | {k: v for k, v in flags.items() if is_runtime(k)})
+    return read_settings(vars(config) | {k: v for k, v in flags.items() if is_runtime(Config, k)})
 
 
 def environment(device: str) -> dict[str, Any]:

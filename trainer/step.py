@@ -11,14 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from common import processes
 from dataloader import Batch
-from datasets import processes
 from model import FMRLRec, matryoshka_cross_entropy
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
 from model.dropout import set_share
-from model.objective import Objective
-from model.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
+from model.extensions.objective import Objective
+from model.extensions.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
 
 Trainable = FMRLRec | SASRec | LRURec  # what a step trains
 TENSORS = ("tokens", "labels", "position", "num_labels")  # of a batch
@@ -40,7 +40,7 @@ class Step:
         sampler: NegativeSampler | None = None,
     ) -> None:
         """precision: of the matrix products, fp32, tf32 or bf16. max_grad_norm: 0 does not clip. sampler: draws the
-        items that stand for the catalogue in the softmax; None: all of them. distill: as model/objective.py says."""
+        items that stand for the catalogue in the softmax; None: all. distill: see model/extensions/objective.py."""
         self.model, self.optimizer, self.precision, self.reduction = model, optimizer, precision, reduction
         self.distill, self.max_grad_norm, self.sampler = distill, max_grad_norm, sampler
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import InputError
+from common import processes
+from common.errors import InputError
 from dataloader import Batch, EvalRows, TrainLoader
-from datasets import processes
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import evaluate
@@ -176,7 +176,7 @@ class Trainer:
         progress, value = self.progress, metrics[self.model.sizes[-1]][self.best_metric]
         if value > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
-        processes.on_first(lambda: self._write(loss, metrics, train_seconds))
+        processes.on_main_process(lambda: self._write(loss, metrics, train_seconds))
 
     def _write(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
         progress = self.progress

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import InputError
-from datasets.files import replacing
+from common.errors import InputError
+from common.files import replacing
 
 TRAINED = "times_trained"  # the array beside those of the sizes
 
@@ -23,7 +23,7 @@ def save_ranks(path: Path, ranks: dict[int, np.ndarray], cutoff: int, times_trai
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # none of the names is allow_pickle
 
 
-def load_ranks(path: Path, mends: str) -> tuple[dict[int, np.ndarray], np.ndarray]:
+def load_ranks(path: Path, hint: str) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """What `save_ranks` wrote: size -> ranks [U], infinite beyond the cutoff; how often each item occurs in training.
     Raises InputError that says what `mends` it where there is no such file."""
     try:
@@ -34,4 +34,4 @@ def load_ranks(path: Path, mends: str) -> tuple[dict[int, np.ndarray], np.ndarra
             np.int64
         )
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read ({error}); {mends}") from None
+        raise InputError(f"{path} cannot be read ({error}); {hint}") from None

@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from common import processes
+from common.devices import resolve_device
 from config import Config
 from dataloader import TrainLoader, eval_rows, times_trained, train_rows
-from datasets import processes
 from datasets.catalog import Catalog, describe, load_catalog
 from datasets.demo import load_demo
-from datasets.device import resolve_device
-from datasets.features import load_features
-from model import FMRLRec, ModelSettings
+from datasets.features.load import load_features
+from model import FMRLRec
 from model.baselines.counting import ItemKNN, Popularity
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
-from model.sampled_loss import NegativeSampler
-from model.whitening import Whitening
+from model.extensions.sampled_loss import NegativeSampler
+from model.extensions.whitening import Whitening
 from trainer.checkpoint import load_weights
 from trainer.evaluation import Model, test_every_size
 from trainer.runlog import RunLog
-from trainer.runs import WEIGHTS, check_data, features_of, read_config, with_runtime_flags
+from trainer.runs import WEIGHTS, check_data, describe_model, features_of, read_config, with_runtime_flags
 from trainer.step import GraphedStep, Step, Trainable, build_optimizer
 from trainer.trainer import Trainer
 
@@ -37,10 +37,10 @@ def load_data(config: Config, device: torch.device, run: Path | None = None) -> 
     else:
         catalog = load_catalog(config.data_root, config.dataset_code)
     for line in (describe(catalog), *catalog.notes):
-        processes.say(line)
+        processes.print_main(line)
     if run:
-        processes.on_first(lambda: check_data(run, catalog.digest()))
-    trained_on = processes.on_first(lambda: features_of(run)) if run else ()
+        processes.on_main_process(lambda: check_data(run, catalog.digest()))
+    trained_on = processes.on_main_process(lambda: features_of(run)) if run else ()
     return catalog, load_features(config, catalog, device, trained_on)
 
 
@@ -76,19 +76,7 @@ def build_model(config: Config, num_items: int, features: Sequence[np.ndarray], 
     return FMRLRec(
         num_items,
         (whitening.features() if whitening else parts) or None,
-        config.mrl_hidden_sizes,
-        ModelSettings(
-            num_blocks=config.lru_num_blocks,
-            dropout=config.lru_dropout,
-            attn_dropout=config.lru_attn_dropout,
-            use_bias=config.lru_use_bias,
-            r_min=config.lru_r_min,
-            r_max=config.lru_r_max,
-            post_norm=config.post_norm,
-            dropout_from=config.dropout_from,
-            item_embedding=config.embedded,
-            logit_scale=config.logit_scale,
-        ),
+        config,
         whitening,
     )
 
@@ -97,7 +85,9 @@ def build_step(config: Config, model: Trainable, loader: TrainLoader) -> Step | 
     """A training step of the model with the optimizer, loss and precision that the settings name."""
     sampled = 0 < config.num_negatives < model.num_items
     if config.num_negatives and not sampled:
-        processes.say(f"all {model.num_items} items are scored, no more than the {config.num_negatives} asked for")
+        processes.print_main(
+            f"all {model.num_items} items are scored, no more than the {config.num_negatives} asked for"
+        )
     step = Step(
         model,
         build_optimizer(model, config.optimizer, config.lr, config.weight_decay, config.adam_epsilon),
@@ -125,7 +115,7 @@ def build_trainer(
     )
     steps = config.num_epochs * len(loader)
     if config.enable_lr_schedule and config.warmup_steps >= steps:
-        processes.say(
+        processes.print_main(
             f"--warmup_steps {config.warmup_steps}: the {steps} steps of this training all warm up, and none has the "
             f"learning rate of {config.lr}"
         )
@@ -179,6 +169,6 @@ def test_run(
         printed=config.metric_ks[:2],
         mask_history=mask_history,
         times_trained=times_trained(catalog.sequences, catalog.num_items)[rows.targets],
-        title=f"{config.dataset_code}, {config.title}: test",
+        title=f"{config.dataset_code}, {describe_model(config)}: test",
         alone=alone,
     )

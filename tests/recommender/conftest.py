@@ -2,7 +2,7 @@
 
 import pytest
 
-from model import Recommender
+from serving import Recommender
 from tests.recommender.shop import ENGINES, KINDS, Shop
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datasets.catalog import load_catalog
-from model import Recommender
+from serving import Recommender
 from tests.exported import write_export
 from tests.made_up import NEAR_1, random_model
 from tests.prepared import item_features, write_prepared

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from config import InputError
-from model.serving import engines, recommender
+from common.errors import InputError
+from serving import engines, recommender
 from tests.recommender.shop import ENGINES, IDS, MAX_LEN, N, assert_same_answer, everything
 
 

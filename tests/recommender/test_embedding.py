@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import InputError
-from datasets.encoders import LexicalEncoder
+from common.errors import InputError
+from datasets.features.encoders import LexicalEncoder
 from datasets.text import NO_TEXT
-from model import Recommender
+from serving import Recommender
 from tests.exported import write_export
 from tests.made_up import random_model
 from tests.prepared import draw_picture, item_features, put_in_hub_cache, write_tiny_bert
@@ -105,7 +105,7 @@ def test_what_is_no_list_of_products_is_refused(r, records):
 
 
 def test_without_the_packages_of_the_training_embedding_is_refused_with_what_to_install(r, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets.embedding", None)
+    monkeypatch.setitem(sys.modules, "datasets.features.encode", None)
     with pytest.raises(InputError, match=r"embedding needs what training needs .*pip install -r requirements.txt"):
         r.embed_items([{"title": "a"}])
 

@@ -6,8 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from config import InputError
-from model import Recommender
+from common.errors import InputError
+from serving import Recommender
 from tests.recommender.shop import IDS, N, everything, write_shop_of_ids
 
 

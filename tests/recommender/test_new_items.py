@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from config import InputError
-from model import Recommender
+from common.errors import InputError
+from serving import Recommender
 from tests.recommender.shop import IDS, N, assert_same_answer, everything, write_id_branch
 
 

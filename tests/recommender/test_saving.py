@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import InputError
-from model import Recommender
-from model.serving import recommender
+from common.errors import InputError
+from serving import Recommender, recommender
 from tests.exported import write_export
 from tests.made_up import random_model
 from tests.recommender.shop import ENGINES, IDS, KINDS, N, assert_same_answer, everything
@@ -161,7 +160,7 @@ def test_a_model_may_be_saved_over_the_folder_it_came_from(shop, replaced):
 def test_a_server_of_an_onnx_export_loads_neither_torch_nor_anything_else_of_the_training(shop, tmp_path):
     serve = (
         "import sys; import numpy as np\n"
-        "from model import Recommender\n"
+        "from serving import Recommender\n"
         "r = Recommender.from_pretrained(sys.argv[1])\n"
         "state = r.step(r.start(), 3)\n"
         "a, b = r.recommend([[3], state], top_k=3)\n"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from config import InputError
-from model import Recommender
+from common.errors import InputError
+from serving import Recommender
 from tests.exported import write_export
 from tests.made_up import random_model
 from tests.recommender.shop import IDS, MAX_LEN, SAME, N, assert_same_answer, everything

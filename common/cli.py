@@ -1,0 +1,167 @@
+"""Command lines made from settings: every field of a settings class is a flag of its name."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from typing import Any, NoReturn
+
+from common.errors import InputError
+from common.settings import Settings, format_value
+
+
+def parse_args(
+    argv: Sequence[str] | None,
+    description: str,
+    sections: Sequence[type[Settings]],
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    names: Sequence[str] = (),
+    presets: Mapping[str, dict[str, Any]] | None = None,
+) -> tuple[dict[str, Any], argparse.Namespace]:
+    """Read a command line. Returns the settings that were given as flags, and the script's own arguments.
+
+    sections: each a group of flags under its title. Fields beyond the paper are a group of their own.
+    add_arguments: adds the script's own arguments. names: the only settings that are flags; empty: all. presets: to be
+    described in the help.
+    Exits with status 2 on a bad flag.
+    """
+    parser = Parser(
+        usage="%(prog)s [--setting value ...]",
+        description=description,
+        epilog="\n".join(
+            ["A setting that is true or false is set by --NAME, --no-NAME or --NAME=false.", *_describe(presets)]
+        ),
+        formatter_class=_HelpFormatter,
+    )
+    if add_arguments:
+        add_arguments(parser)
+    groups: dict[str, list[Field]] = {}
+    for section in sections:
+        for f in fields(section):
+            if not names or f.name in names:
+                groups.setdefault("beyond the paper" if f.metadata["extension"] else section.group_title(), []).append(
+                    f
+                )
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for f in flags:
+            _add_flag(group, f)
+    namespace = parser.parse_args(argv)
+    given = {f.name: vars(namespace).pop(f.name) for flags in groups.values() for f in flags if f.name in namespace}
+    return given, namespace
+
+
+def _describe(presets: Mapping[str, dict[str, Any]] | None) -> list[str]:
+    if not presets:
+        return []
+    lines = [
+        "",
+        "A flag wins over --preset, that over the model's preset, that over the dataset's, and any preset over",
+        "the default. Presets:",
+    ]
+    for name, preset in presets.items():
+        values = ", ".join(f"{setting} {format_value(value)}" for setting, value in preset.items())
+        lines += textwrap.wrap(f"{name}: {values}", 108, initial_indent="  ", subsequent_indent="    ")
+    return lines
+
+
+def run_cli(main: Callable[[], Any]) -> None:
+    """Run a script's main. An InputError is printed as one line (exit status 2); Ctrl-C exits with 130.
+
+    Under torchrun rank 0 alone prints.
+    """
+    if of_module := sys.modules["__main__"].__spec__:  # the usage of python -m, as Python 3.14 prints it by itself
+        sys.argv[0] = f"python -m {of_module.name.removesuffix('.__main__')}"
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_fail(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+
+
+def _fail(message: str, status: int) -> int:
+    is_main = int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
+    if not is_main and status != 130:
+        time.sleep(10)  # rank 0 most likely fails alike and prints the same; torchrun then ends this process here
+    if is_main or status != 130:
+        print(message, file=sys.stderr)
+    return status
+
+
+def add_switch(group: Any, name: str, help: str) -> None:
+    """Add a flag of a script's own, false by default, spelled like a boolean setting."""
+    _add_boolean(group, name, help, False)
+
+
+def _add_flag(group: Any, f: Field) -> None:
+    default, flag = f.default, f"--{f.name}"
+    help = f"{f.metadata['help']} (default: {format_value(default) or 'empty'})".replace("%", "%%")
+    common = {"dest": f.name, "default": argparse.SUPPRESS}
+    if isinstance(default, bool):
+        _add_boolean(group, f.name, help, argparse.SUPPRESS)
+    elif isinstance(default, tuple):
+        of = type(default[0]) if default else str
+        metavar = "N,N,..." if of is int else "NAME,NAME,..."
+        group.add_argument(flag, type=_tuple_of(of), metavar=metavar, help=help, **common)
+    else:
+        metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
+        options = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"metavar": metavar}
+        group.add_argument(flag, type=type(default), help=help, **options, **common)
+
+
+def _add_boolean(group: Any, name: str, help: str, default: Any) -> None:
+    common = {"dest": name, "default": default}
+    group.add_argument(f"--{name}", nargs="?", const=True, type=_boolean, metavar="BOOL", help=help, **common)
+    group.add_argument(f"--no-{name}", f"--no_{name}", action="store_false", help=argparse.SUPPRESS, **common)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _tuple_of(of: type) -> Callable[[str], tuple]:
+    def parse(text: str) -> tuple:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        try:
+            return tuple(of(part) for part in parts)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a list of whole numbers such as "8,16,32"') from None
+
+    return parse
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes no abbreviations and names the nearest known flag when one is unknown."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | how)
+
+    def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            flags = list(self._option_string_actions)
+            near = [flag for flag in flags if word.startswith(f"{flag}_")]  # --lr_rate
+            near = near or difflib.get_close_matches(word, flags, n=1, cutoff=0.7)
+            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+            self.error(f"unknown flag {word}; {hint}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{self.format_usage()}{self.prog}: error: {message}", 2))

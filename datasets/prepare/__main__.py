@@ -1,0 +1,234 @@
+"""Prepare a dataset: Amazon's raw files to sequences, metadata, pictures and features.
+
+python -m datasets.prepare --dataset_code beauty                        # fetches everything that is not here
+python -m datasets.prepare --dataset_code beauty --raw_root ~/amazon    # raw files that are here already
+python -m datasets.prepare --dataset_code office --raw_root ~/amazon --reviews R.json.gz --meta M.json.gz
+torchrun --nproc_per_node=2 -m datasets.prepare --dataset_code beauty --only features
+
+It goes on where it was cut off. The result is the layout of datasets/catalog.py, and a report, prepare_report.json.
+"""
+
+import argparse
+import math
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from common import processes
+from common.cli import add_switch, parse_args, run_cli
+from common.errors import InputError
+from common.files import cannot_write, write_json, write_text
+from config import SECTIONS, Config, resolve
+from datasets.catalog import FILES, REPORT, load_catalog, prepare_command, read_report
+from datasets.item2img import ITEM2IMG, MANIFEST
+from datasets.prepare.amazon import BASE_URL, PAPER_SETS, picture_urls
+from datasets.prepare.picture_fetch import PER_SECOND, WORKERS
+from datasets.prepare.raw import FILTERS, not_known, prepare_data
+from datasets.prepare.summary import in_words, summarise
+
+STEPS = ("data", "pictures", "features")
+SETTINGS = (
+    *("data_root", "use_language_encoder", "language_encoder", "item_attributes", "use_img_encoder"),
+    *("img_encoder", "encoder_precision", "encoder_batch_size", "encoder_workers", "device"),
+)
+BESIDE = ("raw", "photos", "features")  # what else lies in a data_root
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset_code", required=True, metavar="NAME", help=f"{', '.join(PAPER_SETS)}, or a name of your own"
+    )
+    group = parser.add_argument_group("steps")
+    group.add_argument("--only", metavar="STEP,...", help="of data, pictures, features (default: all three)")
+    add_switch(
+        group, "overwrite", "replace data that were prepared of other files or with other flags (default: refuse)"
+    )
+    group = parser.add_argument_group("raw files")
+    group.add_argument(
+        "--raw_root",
+        type=Path,
+        metavar="FOLDER",
+        help="where the raw files are; neither they nor pictures are fetched then (default: fetched into "
+        "<data_root>/raw)",
+    )
+    group.add_argument("--reviews", metavar="FILE", help="the reviews, below raw_root (default: the category's 5-core)")
+    group.add_argument("--meta", metavar="FILE", help="the products' metadata, below raw_root")
+    group.add_argument("--base_url", default=BASE_URL, metavar="URL", help=f"where to fetch them (default: {BASE_URL})")
+    group = parser.add_argument_group("which reviews count")
+    default = "(default: %(default)s)"
+    group.add_argument("--min_uc", type=_count, metavar="N", help=f"reviews of a user at least {default}")
+    group.add_argument("--min_sc", type=_count, metavar="N", help=f"reviews of an item at least {default}")
+    group.add_argument("--min_rating", type=_rating, metavar="X", help=f"leave out ratings below this {default}")
+    group.add_argument(
+        "--repeats", choices=("keep", "drop"), help=f"keep or drop a user's later reviews of the same item {default}"
+    )
+    parser.set_defaults(**FILTERS)
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--picture_workers", type=_count, metavar="N", help=f"fetched at a time {default}")
+    group.add_argument("--pictures_per_second", type=_rate, metavar="X", help=f"fetched at most {default}")
+    parser.set_defaults(picture_workers=WORKERS, pictures_per_second=PER_SECOND)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Prepare a dataset and return its folder."""
+    flags, arguments = parse_args(argv, __doc__, SECTIONS, add_arguments, SETTINGS)
+    config, _ = resolve(flags)
+    command = f"python -m datasets.prepare {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    steps = _steps(arguments, config)
+    folder = Path(config.data_root) / config.dataset_code
+    _check_dataset(config.dataset_code)
+    if "data" not in steps:
+        load_catalog(config.data_root, config.dataset_code)  # says what is missing before anything is made
+    elif not (config.dataset_code in PAPER_SETS or (arguments.reviews and arguments.meta) or folder.exists()):
+        raise InputError(not_known(config.dataset_code))
+    first = processes.rank() == 0  # the others of torchrun share in the encoding
+    changes = first and steps != ("features",)
+    with only_one(folder) if changes else nullcontext():
+        if "data" in steps and first:
+            prepare_data(config, arguments, folder, command)
+        if "pictures" in steps and first:
+            fetch_all_pictures(config, arguments, folder)
+        if first:
+            report(config, folder, needed=changes)
+        processes.barrier()
+        if "features" in steps:
+            encode(config)
+    return folder
+
+
+def _steps(arguments: argparse.Namespace, config: Config) -> tuple[str, ...]:
+    """What to do. Raises InputError for flags of steps that are left out."""
+    if arguments.only is None:
+        return STEPS if config.use_img_encoder else ("data", "features")
+    steps = tuple(step.strip() for step in arguments.only.split(",") if step.strip())
+    if not steps or set(steps) - set(STEPS):
+        raise InputError(
+            f"--only {arguments.only!r}: give one or more of {', '.join(STEPS)}, such as --only pictures,features"
+        )
+    if "pictures" in steps and not config.use_img_encoder:
+        raise InputError("--only pictures and --no-use_img_encoder: leave out one of the two")
+    given = [name for name in ("overwrite", "reviews", "meta") if getattr(arguments, name)]
+    given += [name for name, usual in FILTERS.items() if getattr(arguments, name) != usual]
+    given += ["raw_root"] if arguments.raw_root and "pictures" not in steps else []
+    if given and "data" not in steps:
+        raise InputError(f"--{given[0]} is for the data, which --only {arguments.only} leaves out")
+    return steps
+
+
+def _check_dataset(dataset_code: str) -> None:
+    if dataset_code == "demo":
+        raise InputError("demo is built in and needs no preparing: python train.py")
+    if dataset_code in BESIDE:
+        raise InputError(
+            f"--dataset_code {dataset_code!r}: a data_root has another folder of this name; choose another name"
+        )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _rating(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+
+
+def _rate(text: str) -> float:
+    rate = _rating(text)
+    if rate == 0:
+        raise argparse.ArgumentTypeError("0 would fetch nothing")
+    return rate
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the dataset's lock, which ends with the process. Raises InputError that says who holds it."""
+    from filelock import FileLock, Timeout
+
+    holder = folder.with_name(f".{folder.name}.prepared_by")
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise InputError(f"{folder} is being prepared by {who}; wait for it, or end it and run this again") from None
+    except OSError as error:
+        raise cannot_write(folder.parent, error) from error
+    try:
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+        for name in (*FILES, REPORT, MANIFEST, ITEM2IMG):
+            for left_by_a_kill in folder.glob(f".{name}.*.tmp"):
+                left_by_a_kill.unlink()
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+# ----------------------------------------------------------------------------------------------- pictures and features
+
+
+def fetch_all_pictures(config: Config, arguments: argparse.Namespace, folder: Path) -> None:
+    """Pictures that are not here, from the addresses in the metadata."""
+    from datasets.prepare.pictures import prepare_pictures
+
+    catalog = load_catalog(config.data_root, config.dataset_code)
+    urls = {asin: picture_urls(record) for asin, record in zip(catalog.asins, catalog.metadata, strict=True)}
+    manifest = prepare_pictures(
+        catalog.asins,
+        urls,
+        catalog.photos,
+        folder,
+        fetch=not arguments.raw_root,
+        workers=arguments.picture_workers,
+        per_second=arguments.pictures_per_second,
+    )
+    left = sum(bool(urls[asin]) and "missing" in manifest[asin] for asin in catalog.asins)
+    if arguments.raw_root and left:
+        command = prepare_command(Path(config.data_root), config.dataset_code, only="pictures")
+        print(f"{left:,} pictures have an address and were not fetched; to fetch them: {command}", flush=True)
+
+
+def encode(config: Config) -> None:
+    """Cache the features of text and pictures, as train.py would."""
+    from common.devices import resolve_device
+    from datasets.features.load import load_features
+
+    catalog = load_catalog(config.data_root, config.dataset_code)
+    if config.use_img_encoder and config.use_language_encoder and not any(catalog.pictures or []):
+        config = replace(config, use_img_encoder=False)
+        command = prepare_command(Path(config.data_root), config.dataset_code, only="pictures")
+        print(f"there are no pictures, so the text alone is encoded; to fetch pictures: {command}", flush=True)
+    parts = load_features(config, catalog, resolve_device(config.device))
+    for part in parts if processes.rank() == 0 else ():
+        print(f"features of {part.shape[0]:,} items, {part.shape[1]} wide: {part.filename}", flush=True)
+
+
+def report(config: Config, folder: Path, needed: bool) -> None:
+    """Read the dataset as train.py would, and print and keep what it holds; where that is not needed, a folder that
+    cannot be written is fine."""
+    before = read_report(folder) or {}
+    found = {
+        "prepared": before.get("prepared"),  # None: by other means
+        "summary": summarise(load_catalog(config.data_root, config.dataset_code)),
+    }
+    print(in_words(found, config.dataset_code), flush=True)
+    try:
+        write_json(folder / REPORT, found)
+    except InputError:
+        if needed:
+            raise
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,269 @@
+"""Export sizes of a trained run as folders that serve recommendations.
+
+python -m serving.export --dataset_code demo --size 64 --out exports/demo-64     # of the newest run on it
+python -m serving.export --run experiments/runs/beauty/... --size all --format onnx --quantize int8
+python -m serving.export --max_bytes 4MB --max_latency_ms 1      # the best size that fits, by the run's deploy.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.cli import Parser, add_switch, run_cli
+from common.errors import InputError
+from common.files import read_json, sha256
+from common.settings import format_value
+from config import Config
+from serving.quantize import TABLES
+
+if TYPE_CHECKING:
+    from datasets.catalog import Catalog
+    from model import FMRLRec
+
+FORMATS = ("torch", "onnx")
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser)
+    parser.add_argument("--size", metavar="N,N|all", help="the trained sizes to export (default: the largest)")
+    parser.add_argument(
+        "--max_bytes",
+        metavar="BYTES",
+        help="instead: the size with the best test NDCG@10 whose folder has at most so many (2MB)",
+    )
+    parser.add_argument(
+        "--max_latency_ms",
+        type=float,
+        metavar="MS",
+        help="the same among those that answer one user within so many ms, by benchmarks.deploy",
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="torch", help="onnx adds graphs that need no torch to run (default: torch)"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=TABLES,
+        default="float16",
+        help="how numbers are stored: none: all float32; float16: the item table in half precision (default); "
+        "int8: item table and the blocks' matrices in eight bits",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where; of several sizes the folder that theirs are made in "
+        "(default: exports/<dataset>-<size>)",
+    )  # fmt: skip
+    add_switch(parser, "overwrite", "replace an export that is there already (default: refuse)")
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which run."""
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run (default: the newest)")
+    parser.add_argument("--dataset_code", metavar="NAME", help="the newest run on this dataset")
+    parser.add_argument("--data_root", metavar="FOLDER", help="where the dataset lies now (default: as in training)")
+    parser.add_argument(
+        "--runs_root", default=Config.runs_root, metavar="FOLDER", help="where runs are (default: %(default)s)"
+    )
+
+
+def asked_run(arguments: argparse.Namespace) -> Path:
+    """The run that the flags ask for. Raises InputError where there is none, and for that of a baseline."""
+    from trainer.runs import find_trained, read_config, with_runtime_flags
+
+    flags = {"dataset_code": arguments.dataset_code} if arguments.dataset_code else {}
+    run = find_trained(arguments.run, Path(arguments.runs_root), flags | {"model_code": "fmrlrec"})
+    trained, _ = read_config(run)
+    if trained.model_code != "fmrlrec":
+        raise InputError(f"{run} is a run of {trained.model_code}, which is not served; give one of fmrlrec")
+    with_runtime_flags(trained, flags, run)  # raises where the run is of another dataset
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Export, and return the folders."""
+    arguments = arguments_parser().parse_args(argv)
+    from trainer.runs import describe_run, read_config
+
+    arguments.run = asked_run(arguments)
+    saved, _ = read_config(arguments.run)
+    sizes = chosen_sizes(arguments, saved.mrl_hidden_sizes)
+    folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
+    from model import FMRLRec
+    from serving.folder import refuse_existing
+    from trainer.wiring import load_run
+
+    for folder in folders:
+        refuse_existing(folder, arguments.overwrite)
+    flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
+    print(describe_run(arguments.run), flush=True)
+    config, catalog, model = load_run(arguments.run, flags)
+    assert isinstance(model, FMRLRec)  # asked_run refused others
+    for size, folder in zip(sizes, folders, strict=True):
+        export_size(
+            model, size, folder, config=config, catalog=catalog, run=arguments.run,
+            format=arguments.format, quantize=arguments.quantize, overwrite=arguments.overwrite,
+        )  # fmt: skip
+        total = sum(path.stat().st_size for path in folder.iterdir())
+        print(f"{folder}  size {size}, {arguments.format}, {arguments.quantize}: {total / 1e6:.2f} MB", flush=True)
+    return folders
+
+
+def target(arguments: argparse.Namespace, dataset: str, size: int, how_many: int) -> Path:
+    """The folder of one size."""
+    if arguments.out and how_many == 1:
+        return arguments.out
+    return (arguments.out or Path("exports")) / f"{dataset}-{size}"
+
+
+def chosen_sizes(arguments: argparse.Namespace, trained: tuple[int, ...]) -> list[int]:
+    """The sizes that --size, or --max_bytes and --max_latency_ms, ask for. Raises InputError where there is none."""
+    if arguments.max_bytes is None and arguments.max_latency_ms is None:
+        return named_sizes(str(trained[-1]) if arguments.size is None else arguments.size, trained)
+    if arguments.size is not None:
+        raise InputError("give --size, or --max_bytes and --max_latency_ms, not both")
+    return [best_size(arguments)]
+
+
+def named_sizes(text: str, trained: tuple[int, ...]) -> list[int]:
+    """The sizes of "64", "8,64" or "all". Raises InputError for one that was not trained."""
+    if text == "all":
+        return list(trained)
+    sizes = [part.strip() for part in text.split(",")]
+    for size in sizes:
+        if size not in map(str, trained):
+            raise InputError(
+                f"--size {size or repr(size)} was not trained; the run has {format_value(trained)}, or all"
+            )
+    return list(dict.fromkeys(map(int, sizes)))
+
+
+def best_size(arguments: argparse.Namespace) -> int:
+    """The size of highest NDCG@10 within the limits, by what benchmarks/deploy.py measured of the run."""
+    from trainer.runs import DEPLOYMENT
+    from trainer.runs import WEIGHTS as RUN_WEIGHTS
+
+    path, measure = arguments.run / DEPLOYMENT, f"measure it: python -m benchmarks.deploy --run {arguments.run}"
+    measured = read_json(path, measure)
+    try:
+        if measured["weights"] != sha256(arguments.run / RUN_WEIGHTS):
+            raise InputError(f"{path} is of other weights than the run has now; {measure}")
+        columns = ("engine", "quantize", "size", "bytes", "p50_ms", "NDCG@10")
+        rows = [tuple(row[column] for column in columns) for row in measured["rows"]]
+    except (KeyError, TypeError):
+        raise InputError(f"{path} is not what benchmarks.deploy writes; {measure}") from None
+    max_bytes = parse_bytes(arguments.max_bytes) if arguments.max_bytes is not None else float("inf")
+    max_ms = arguments.max_latency_ms if arguments.max_latency_ms is not None else float("inf")
+    fitting = [row for row in rows if row[3] <= max_bytes and row[4] <= max_ms]
+    asked = [row for row in fitting if row[:2] == (arguments.format, arguments.quantize)]
+    if not asked:
+        kinds = sorted({row[:2] for row in rows})
+        if (arguments.format, arguments.quantize) not in kinds:
+            raise InputError(
+                f"{path} has no --format {arguments.format} --quantize {arguments.quantize}; it has "
+                + ", ".join(" ".join(kind) for kind in kinds)
+            )
+        other = ", ".join(sorted({f"--format {row[0]} --quantize {row[1]}" for row in fitting}))
+        smallest = min(row for row in rows if row[:2] == (arguments.format, arguments.quantize))
+        raise InputError(
+            f"no size fits as --format {arguments.format} --quantize {arguments.quantize}; size {smallest[2]} has "
+            f"{smallest[3]:,} bytes and {smallest[4]:.2f} ms; what fits: {other or 'nothing else either'}"
+        )
+    _, _, size, bytes_, milliseconds, ndcg = max(asked, key=lambda row: row[5])
+    print(f"size {size}: {bytes_ / 1e6:.2f} MB, {milliseconds:.2f} ms, NDCG@10 {ndcg:.4f}")
+    return size
+
+
+def parse_bytes(text: str) -> float:
+    """ "2MB", "500 kB" or "1000000" in bytes."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kmg]?)b?\s*", text, re.IGNORECASE)
+    if not match:
+        raise InputError(f"--max_bytes {text!r} must be a number of bytes such as 2MB, 500kB or 1000000")
+    return float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()]
+
+
+def export_size(
+    model: FMRLRec,
+    size: int,
+    folder: Path,
+    *,
+    config: Config,
+    catalog: Catalog,
+    run: Path,
+    format: str = "torch",
+    quantize: str = "float16",
+    overwrite: bool = False,
+) -> None:
+    """Write one size of a run's model as an export. Raises InputError where weights are not finite or the table does
+    not fit into float16, and as serving/folder.py does."""
+    import torch
+
+    from datasets.text import flat_text
+    from model import slice_model
+    from serving.folder import ITEMS, WEIGHTS, pack_items, pack_weights, write_folder
+    from serving.items import make_items
+    from serving.quantize import quantize as to_int8
+    from serving.weights import serving_weights
+
+    small = slice_model(model, size)
+    with torch.inference_mode():
+        table, scale = small.item_table().float().cpu().numpy(), None
+    weights = serving_weights(small, quantized=False)
+    for name, value in {"the item table": table, **weights}.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"{name} of {run} is not finite, so it is not exported; train it again")
+    if quantize == "int8":
+        (table, scale), weights = to_int8(table, axis=1), serving_weights(small, quantized=True)
+    elif quantize == "float16":
+        if abs(table).max() > np.finfo(np.float16).max:
+            raise InputError("the item table has values beyond float16's 65504; export it with --quantize none")
+        table = table.astype(np.float16)
+    packed = pack_weights(weights)
+    items = make_items(catalog.asins, [flat_text(record.get("title")) for record in catalog.metadata])
+    files: dict[str, Any] = {WEIGHTS: packed, ITEMS: pack_items(items, table, scale)}
+    if format == "onnx":
+        try:
+            from serving.graphs import build_graphs
+        except ImportError as error:
+            raise InputError("--format onnx needs the package onnx: pip install onnx") from error
+        files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
+    write_folder(folder, description(small, config, catalog, run) | {"quantize": quantize}, files, overwrite)
+
+
+def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:
+    """What config.json says of a sliced model, its files aside."""
+    from datasets.features.encode import feature_recipe
+    from trainer.runs import EVERY_SIZE, commit
+
+    size, whitening = model.sizes[-1], model.items.whitening
+    widths = {"whitened": [len(mean) for mean, _ in whitening.transforms()]} if whitening else {}
+    metrics = run / EVERY_SIZE
+    return {
+        "size": size,
+        "sizes": list(model.sizes),
+        "num_blocks": config.lru_num_blocks,
+        "post_norm": model.settings.post_norm,
+        "max_len": config.lru_max_len,
+        "num_items": catalog.num_items,
+        "dataset": {"code": config.dataset_code, "digest": catalog.digest()},
+        "features": feature_recipe(
+            config.language_encoder if config.use_language_encoder else None,
+            config.img_encoder if config.use_img_encoder else None,
+            config.item_attributes,
+            model.items.projection.in_features if model.items.parts else 0,
+        )
+        | widths,
+        "run": run.resolve().name,
+        "commit": commit(),
+        "metrics": read_json(metrics, "python eval.py --run ... makes it").get(str(size)) if metrics.exists() else None,
+    }
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,299 @@
+"""An exported model's folder: one size, ready to serve. Nothing in it is pickled.
+
+README.md             what it is, for people
+config.json           size, architecture, dataset, encoders, metrics; checksums of the files below
+model.safetensors     the weights as serving/weights.py lists them
+items.safetensors     table   [N+1, m]  the projected item table, float32, float16 or int8; row 0 begins a sequence
+                      scale   [N+1]     of int8 rows
+                      ids     [N, W]    item ids in UTF-8, filled up with zeros
+                      titles  [bytes]   all titles in UTF-8, one after another
+                      title_ends [N]    where each ends
+*.onnx                optional: recommend, step and rank (serving/graphs.py)
+
+N items, m the size, W bytes of the longest id. A folder is written beside its place and renamed, so that it is whole or
+as it was before; for the moment between two renames the former one bears the name that `_former` gives.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import InputError
+from common.files import cannot_write, read_json, sha256
+from serving.items import Items
+from serving.weights import expected_shapes
+
+FORMAT, VERSION = "fmrlrec-export", 1
+CONFIG, WEIGHTS, ITEMS, CARD = "config.json", "model.safetensors", "items.safetensors", "README.md"
+GRAPHS = ("recommend.onnx", "step.onnx", "rank.onnx")
+STORED = {"none": ("F32", np.float32), "float16": ("F16", np.float16), "int8": ("I8", np.int8)}  # of the item table
+KEYS = {"size", "sizes", "num_blocks", "max_len", "num_items", "dataset", "features", "quantize", "files"}
+HINT = "export the model again: python -m serving.export"
+CHUNK = 1 << 16  # rows of a table that are converted at once
+ABANDONED = 3600  # seconds after which a temporary folder is taken for that of a killed export
+
+
+@dataclass(frozen=True)
+class Export:
+    """A folder's content, checked."""
+
+    folder: Path
+    config: dict[str, Any]
+    weights: dict[str, np.ndarray]
+    items: Items
+    table: np.ndarray  # [N+1, m] float32 (also where it is stored as float16) or int8
+    scale: np.ndarray | None  # [N+1] float32 of an int8 table
+
+    @property
+    def has_graphs(self) -> bool:
+        return GRAPHS[0] in self.config["files"]
+
+
+# --------------------------------------------------------------------------------------------------------------- write
+
+
+def pack_weights(weights: Mapping[str, np.ndarray]) -> bytes:
+    """The bytes of model.safetensors."""
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(value) for name, value in weights.items()})
+
+
+def pack_items(items: Items, table: np.ndarray, scale: np.ndarray | None) -> bytes:
+    """The bytes of items.safetensors."""
+    from safetensors.numpy import save
+
+    tensors = {
+        "table": np.ascontiguousarray(table),
+        "ids": items.ids.view(np.uint8).reshape(len(items), -1),
+        "titles": items.titles,
+        "title_ends": items.title_ends,
+    }
+    if scale is not None:
+        tensors["scale"] = scale
+    return save(tensors)
+
+
+def write_folder(
+    folder: Path, config: dict[str, Any], files: Mapping[str, bytes | Path], overwrite: bool = False
+) -> None:
+    """Write an export: files (bytes, or an export's file to copy), config.json with their checksums, and README.md.
+
+    Raises InputError where `folder` exists and `overwrite` is not set, where it is no export, where a file to copy is
+    not what `config` says, and where it cannot be written; what was there before is then as it was.
+    """
+    folder = folder.resolve()  # of a link, what it leads to
+    refuse_existing(folder, overwrite)
+    temporary, former = None, _former(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # by a killed export
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+        written = {**config, "format": FORMAT, "version": VERSION, "files": {}}
+        for name, content in files.items():
+            path = temporary / name
+            if isinstance(content, Path):
+                shutil.copyfile(content, path)
+            else:
+                path.write_bytes(content)
+            written["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            if isinstance(content, Path) and written["files"][name] != config["files"].get(name):
+                raise InputError(f"{content} changed since it was opened; open it again")
+        written["sha256"] = _config_sha256(written)
+        (temporary / CARD).write_text(model_card(written), encoding="utf-8")
+        (temporary / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path in temporary.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            folder.rename(former)
+        temporary.rename(folder)
+        if former.exists():  # gone at once: half of it must not be brought back
+            former.rename(temporary)
+    except OSError as error:
+        _restore(folder)
+        raise cannot_write(folder, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Raise InputError where something is in the way of an export."""
+    folder = folder.resolve()
+    try:
+        _restore(folder)
+        if not folder.exists():
+            return
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    if not overwrite:
+        raise InputError(f"{folder} exists; overwrite it (--overwrite), or choose another place")
+    try:
+        is_export = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        is_export = False
+    if not is_export:
+        raise InputError(f"{folder} is no export, so it is not overwritten; choose another place")
+
+
+def _former(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.former"
+
+
+def _restore(folder: Path) -> None:
+    """Bring back the former export where a kill fell between the two renames."""
+    if not folder.exists() and _former(folder).exists():
+        _former(folder).rename(folder)
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """README.md of an export."""
+    features, metrics = config["features"], config["metrics"] or {}
+    encoders = " and ".join(features[kind]["encoder"] for kind in ("language", "image") if features[kind])
+    named = [f"{name} {metrics[name]:.4f}" for name in ("NDCG@10", "Recall@10") if name in metrics]
+    stored = {
+        "none": "in float32",
+        "float16": "with the item table in float16",
+        "int8": "with the item table and the blocks' matrices in eight bits",
+    }
+    return f"""# {config["dataset"]["code"]}, size {config["size"]}
+
+A sequential recommender (fMRLRec, Findings of EMNLP 2024) of {config["size"]} dimensions, cut out of the run
+`{config["run"]}`. It reads the last {config["max_len"]} items of a history and ranks {config["num_items"]:,} items.
+
+- Items are described by {encoders or "a learned table"}; stored {stored[config["quantize"]]}.
+- Test metrics of this size in float32, full ranking, history kept: {", ".join(named) or "not tested"}.
+- `config.json` says how it was made{f" (commit `{config['commit']}`)" if config.get("commit") else ""} and holds the
+  checksums of the other files.
+
+```sh
+python -m serving.recommend THIS_FOLDER --history ID,ID --top_k 10
+```
+
+```python
+from serving import Recommender
+
+recommender = Recommender.from_pretrained("THIS_FOLDER")
+recommender.recommend([["ID", "ID"]], top_k=10)
+```
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+def read_folder(folder: str | Path) -> Export:
+    """Read and check an export. Raises InputError that names the file, what is wrong and what mends it."""
+    folder = Path(folder).resolve()
+    if not folder.exists() and _former(folder).exists():  # a kill fell between two renames
+        folder = _former(folder)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} is no exported model (it has no {CONFIG}); python -m serving.export makes one")
+    config = read_json(folder / CONFIG, HINT)
+    if config.get("format") != FORMAT:
+        raise InputError(f"{folder / CONFIG} describes no exported model; {HINT}")
+    if config.get("version") != VERSION:
+        raise InputError(
+            f"{folder} has format version {config.get('version')!r}, this code reads {VERSION}; update the code, or "
+            f"{HINT}"
+        )
+    if config.get("sha256") != _config_sha256(config):
+        raise InputError(f"{folder / CONFIG} was altered (its checksum differs); {HINT}")
+    if lacking := KEYS - config.keys():
+        raise InputError(f"{folder / CONFIG} has no {sorted(lacking)[0]!r}; {HINT}")
+    for name in (WEIGHTS, ITEMS, *sorted(set(config["files"]) - {WEIGHTS, ITEMS})):
+        path, expected = folder / name, config["files"].get(name)
+        if expected is None or Path(name).name != name:
+            raise InputError(f"{folder / CONFIG} lists {name!r} wrongly or not at all; {HINT}")
+        if not path.is_file():
+            raise InputError(f"{path} is missing; {HINT}")
+        if path.stat().st_size != expected["bytes"]:
+            raise InputError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}; {HINT}")
+        if sha256(path) != expected["sha256"]:
+            raise InputError(f"{path} was altered (its checksum differs); {HINT}")
+    weights = _read_weights(folder / WEIGHTS, config)
+    items, table, scale = _read_items(folder / ITEMS, config)
+    return Export(folder, config, weights, items, table, scale)
+
+
+def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    weights = load_file(path)
+    int8 = config["quantize"] == "int8"
+    features = config["features"]
+    shapes = expected_shapes(
+        config["size"],
+        config["num_blocks"],
+        features["dim"],
+        int8,
+        features.get("whitened", ()),
+        config.get("post_norm", False),
+    )
+    for name in sorted(shapes.keys() | weights.keys()):
+        found = f"{weights[name].dtype} {list(weights[name].shape)}" if name in weights else "nothing"
+        dtype = "int8" if f"{name}.scale" in shapes else "float32"
+        expected = f"{dtype} {list(shapes[name])}" if name in shapes else "nothing"
+        if found != expected:
+            raise InputError(f"{path}: {name} is {found} instead of {expected}; {HINT}")
+    return weights
+
+
+def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, np.ndarray | None]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        ids = file.get_tensor("ids")
+        items = Items(
+            np.ascontiguousarray(ids).view(f"S{ids.shape[1]}")[:, 0],
+            file.get_tensor("titles"),
+            file.get_tensor("title_ends"),
+        )
+        rows, size, found = len(items) + 1, config["size"], file.get_slice("table")
+        scale = file.get_tensor("scale") if config["quantize"] == "int8" else None
+        shape, stored = found.get_shape(), STORED[config["quantize"]]
+        if found.get_dtype() != stored[0]:
+            raise InputError(f"{path}: the table is {found.get_dtype()} instead of {stored[0]}; {HINT}")
+    if shape != [rows, size] or len(items.title_ends) != len(items) or (scale is not None and len(scale) != rows):
+        raise InputError(f"{path}: a table of {shape} for {len(items)} items of size {size}; {HINT}")
+    table = np.empty((rows, size), dtype=np.int8 if scale is not None else np.float32)
+    with path.open("rb") as opened:  # read and widened in pieces, so that a large table is in memory once
+        length = int.from_bytes(opened.read(8), "little")
+        opened.seek(tensor_offsets(opened.read(length))["table"][0])
+        for start in range(0, rows, CHUNK):
+            piece = table[start : start + CHUNK]
+            piece[:] = np.fromfile(opened, dtype=stored[1], count=piece.size).reshape(piece.shape)
+    return items, table, scale
+
+
+def tensor_offsets(header: bytes) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file lies: name -> (first byte, bytes). header: the JSON that the file begins
+    with, without the 8 bytes that say how long it is."""
+    tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
+    first = 8 + len(header)
+    return {
+        name: (first + tensor["data_offsets"][0], tensor["data_offsets"][1] - tensor["data_offsets"][0])
+        for name, tensor in tensors.items()
+    }
+
+
+def _config_sha256(config: dict[str, Any]) -> str:
+    content = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,8 @@ from model import loss as loss_module
 from model.dropout import Dropout
 from model.extensions.sampled_loss import NegativeSampler
 from trainer import step as step_module
-from trainer.step import GraphedStep, Step, build_optimizer, cuda_graphs
+from trainer.cuda_graphs import GraphedStep, cuda_graphs
+from trainer.step import Step, build_optimizer
 
 NUM_ITEMS, SIZES, CPU = 50, (4, 8, 16), torch.device("cpu")
 

@@ -15,7 +15,7 @@ from model.extensions.whitening import Whitening
 
 
 def build_model(num_items: int, features: Sequence[np.ndarray], config: ModelSettings, fit: bool = True) -> nn.Module:
-    """The model that the settings describe, freshly initialised. fit: fit the whitening; False if weights are loaded next."""
+    """Return the model that the settings describe, freshly initialised. fit: fit the whitening, too."""
     if config.model_code == "popularity":
         return Popularity(num_items)
     if config.model_code == "itemknn":

@@ -151,7 +151,7 @@ def test_a_baseline_is_not_served_and_has_no_slices_and_what_asks_for_them_says_
             command([])
     with pytest.raises(InputError, match="describes no exported model"):
         cold_items.main(["test", str(run)])
-    with pytest.raises(InputError, match=r"--alone tests slices of fmrlrec; .* is of popularity: leave --alone out"):
+    with pytest.raises(InputError, match=r"--alone tests slices of fmrlrec; .* is a run of popularity: leave"):
         eval_script.main(["--run", str(run), "--alone"])
 
 

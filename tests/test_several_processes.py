@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import config
 import eval as eval_script
 import train
+from common import cli
 from common.devices import cpu_name, resolve_device
 from common.errors import InputError
 from tests.cut_off import cut_off_after
@@ -73,9 +73,9 @@ def interrupted(self, *arguments):
 def full(path, state):
     raise InputError(f"rank {processes.rank()}: no space")
 
-def broken(*arguments):
+def broken(*arguments, **how):
     calls.append(1)
-    return true_loss(*arguments) * (float("nan") if len(calls) == 3 and processes.rank() == 1 else 1)
+    return true_loss(*arguments, **how) * (float("nan") if len(calls) == 3 and processes.rank() == 1 else 1)
 
 def run(name, arguments, main=train.main):
     printed = io.StringIO()
@@ -282,9 +282,9 @@ def test_one_that_is_not_the_first_lets_the_first_speak(monkeypatch, capsys, err
     for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     sleeps = []
-    monkeypatch.setattr(config.time, "sleep", sleeps.append)
+    monkeypatch.setattr(cli.time, "sleep", sleeps.append)
     with pytest.raises(SystemExit):
-        config.run_cli(main)
+        cli.run_cli(main)
     assert sleeps == waited
     assert capsys.readouterr().err == said
 

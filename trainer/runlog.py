@@ -24,10 +24,11 @@ class RunLog:
         if self.wandb_run:
             self.wandb_run.log(record, step=record["epoch"])
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Hand over the final metrics."""
+    def finish(self, results: dict[int, dict[str, float]]) -> None:
+        """Give the test metrics, size -> metrics, to Weights & Biases, and close its run."""
         if self.wandb_run:
-            self.wandb_run.summary.update(summary)
+            metrics = {f"test/{m}/{name}": value for m in results for name, value in results[m].items()}
+            self.wandb_run.summary.update(metrics)
             self.wandb_run.finish()
 
 

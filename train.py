@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from common.devices import device_name, resolve_device
     from dataloader import eval_rows
     from model import count_parameters
-    from model.baselines.counting import Popularity
+    from model.base import CountingModel
     from trainer.checkpoint import load_state, load_weights
     from trainer.counting import count
     from trainer.runlog import RunLog, start_wandb
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 [record for record in processes.on_main_process(partial(read_log, run)) if record["epoch"] <= done],
                 start_wandb(run, vars(config)) if config.use_wandb and processes.rank() == 0 else None,
             )
-            if isinstance(model, Popularity):  # it only counts
+            if isinstance(model, CountingModel):  # it only counts
                 count(
                     model,
                     catalog.sequences,

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from common import processes
 from dataloader import Batch
-from model import FMRLRec, matryoshka_cross_entropy
-from model.baselines.lrurec import LRURec
-from model.baselines.sasrec import SASRec
+from model.base import SequenceModel
 from model.dropout import set_share
 from model.extensions.objective import Objective
-from model.extensions.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
+from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
+from model.items import Factors
+from model.loss import LOSSES
 
-Trainable = FMRLRec | SASRec | LRURec  # what a step trains
+Trainable = SequenceModel  # what a step trains
 TENSORS = ("tokens", "labels", "position", "num_labels")  # of a batch
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
@@ -36,6 +36,7 @@ class Step:
         precision: str,
         reduction: str = "mean",
         distill: float = 0.0,
+        loss: str = "fast",
         max_grad_norm: float = 0.0,
         sampler: NegativeSampler | None = None,
     ) -> None:
@@ -43,6 +44,7 @@ class Step:
         items that stand for the catalogue in the softmax; None: all. distill: see model/extensions/objective.py."""
         self.model, self.optimizer, self.precision, self.reduction = model, optimizer, precision, reduction
         self.distill, self.max_grad_norm, self.sampler = distill, max_grad_norm, sampler
+        self.loss_function = (SAMPLED_LOSSES if sampler else LOSSES)[loss]
 
     def __call__(self, batch: Batch) -> Tensor:
         """One update. Returns the loss, a scalar, of which a rank has the part of its labels."""
@@ -65,17 +67,21 @@ class Step:
             x = model.items(batch.tokens, sparse_gradient=not self.sampler)
             z = model.encode(x, batch.position, batch.longest)
         set_share(model, None)
-        dtype, objective = torch.bfloat16 if narrow else z.dtype, self.objective()
+        dtype = torch.bfloat16 if narrow else z.dtype
         if not self.sampler:
-            table = model.items.factors(dtype)
-            return matryoshka_cross_entropy(
-                z, table, batch.labels, model.sizes, self.reduction, batch.num_labels, objective
-            )
-        items, log_kq = self.sampler.draw()
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
-            own, drawn = model.items(batch.labels), model.items(items).to(dtype)
-        return sampled_matryoshka_cross_entropy(
-            z, own, drawn, batch.labels, items, log_kq, model.sizes, self.reduction, batch.num_labels, objective
+            table: Tensor | Factors | Sample = model.items.factors(dtype)
+        else:
+            items, log_kq = self.sampler.draw()
+            with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=narrow, cache_enabled=False):
+                table = Sample(model.items(batch.labels), model.items(items).to(dtype), items, log_kq)
+        return self.loss_function(
+            z,
+            table,
+            batch.labels,
+            model.sizes,
+            reduction=self.reduction,
+            count=batch.num_labels,
+            objective=self.objective(),
         )
 
     def objective(self) -> Objective:

@@ -14,12 +14,8 @@ from dataloader import TrainLoader, eval_rows, times_trained, train_rows
 from datasets.catalog import Catalog, describe, load_catalog
 from datasets.demo import load_demo
 from datasets.features.load import load_features
-from model import FMRLRec
-from model.baselines.counting import ItemKNN, Popularity
-from model.baselines.lrurec import LRURec
-from model.baselines.sasrec import SASRec
+from model import registry
 from model.extensions.sampled_loss import NegativeSampler
-from model.extensions.whitening import Whitening
 from trainer.checkpoint import load_weights
 from trainer.evaluation import Model, test_every_size
 from trainer.runlog import RunLog
@@ -45,40 +41,8 @@ def load_data(config: Config, device: torch.device, run: Path | None = None) -> 
 
 
 def build_model(config: Config, num_items: int, features: Sequence[np.ndarray], loaded: bool = False) -> Model:
-    """The model that the settings describe, freshly initialised. loaded: its weights are loaded next, so that nothing
-    has to be fitted."""
-    if config.model_code == "popularity":
-        return Popularity(num_items)
-    if config.model_code == "itemknn":
-        return ItemKNN(num_items)
-    dropouts = {"dropout": config.lru_dropout, "attn_dropout": config.lru_attn_dropout}
-    if config.model_code == "sasrec":
-        return SASRec(
-            num_items,
-            config.mrl_hidden_sizes[-1],
-            config.lru_max_len,
-            num_blocks=config.lru_num_blocks,
-            num_heads=config.num_heads,
-            **dropouts,
-        )
-    if config.model_code == "lrurec":
-        return LRURec(
-            num_items,
-            config.mrl_hidden_sizes[-1],
-            num_blocks=config.lru_num_blocks,
-            use_bias=config.lru_use_bias,
-            r_min=config.lru_r_min,
-            r_max=config.lru_r_max,
-            **dropouts,
-        )
-    parts = [torch.from_numpy(part) for part in features]
-    whitening = Whitening(parts, fit=not loaded) if config.whiten_features else None
-    return FMRLRec(
-        num_items,
-        (whitening.features() if whitening else parts) or None,
-        config,
-        whitening,
-    )
+    """Return the model of the settings, freshly initialised. loaded: weights are loaded next, so nothing is fitted."""
+    return registry.build_model(num_items, [torch.from_numpy(part) for part in features], config, fit=not loaded)
 
 
 def build_step(config: Config, model: Trainable, loader: TrainLoader) -> Step | GraphedStep:
@@ -94,11 +58,12 @@ def build_step(config: Config, model: Trainable, loader: TrainLoader) -> Step | 
         precision=config.precision,
         reduction=config.mrl_loss,
         distill=config.distill,
+        loss=config.loss,
         max_grad_norm=config.max_grad_norm,
         sampler=NegativeSampler(loader.label_counts(model.num_items), config.num_negatives) if sampled else None,
     )
     alone_on_a_gpu = loader.device.type == "cuda" and processes.world_size() == 1
-    return GraphedStep(step) if alone_on_a_gpu else step
+    return GraphedStep(step) if alone_on_a_gpu and model.static_shapes else step
 
 
 def build_trainer(

@@ -8,7 +8,7 @@ import torch
 from common import processes
 from dataloader import EvalRows, train_items
 from datasets.catalog import Sequences
-from model.baselines.counting import Popularity
+from model.base import CountingModel
 from trainer.checkpoint import save_weights
 from trainer.evaluation import evaluate
 from trainer.metrics import criterion, cut_offs
@@ -17,7 +17,7 @@ from trainer.runs import WEIGHTS
 
 
 def count(
-    model: Popularity,
+    model: CountingModel,
     sequences: Sequences,
     val_rows: EvalRows,
     run: Path,
@@ -30,7 +30,7 @@ def count(
 ) -> None:
     """Count what users had in training, validate, and write the run's weights and the line of its epoch."""
     started = time.perf_counter()
-    device = model.counts.device
+    device = next(model.buffers()).device
     model.count(*(torch.as_tensor(part, device=device) for part in train_items(sequences)))
     counted = time.perf_counter()
     ks = cut_offs(ks, best_metric)

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 ROWS = 2**14  # items converted to a wider dtype at once
-LEAST_VARIANCE = (
-    1e-6  # of the largest: directions below it are dropped; rounding to float16 makes some of 1e-7
-)
+LEAST_VARIANCE = 1e-6  # of the largest: directions below it are dropped; rounding to float16 makes some of 1e-7
 
 
 def fit_whitening(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,9 +119,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_V: Tensor | None
         grad_z, grad_weight, grad_V, grad_log_scale = ctx.saved_tensors
-        by_V = (
-            None if grad_V is None else grad_V.mul_(grad)
-        )  # in place: it is large; torch refuses a second backward
+        by_V = None if grad_V is None else grad_V.mul_(grad)  # in place: it is large; torch refuses a second backward
         by_log_scale = grad_log_scale * grad if ctx.needs_input_grad[3] else None
         return grad_z * grad, grad_weight * grad, by_V, by_log_scale, None, None, None, None
 

@@ -105,11 +105,8 @@ class SASRec(SequenceModel):
     """The recommender, with a learned item table."""
 
     def __init__(self, num_items: int, settings: ModelSettings) -> None:
-        """Raises ValueError if the heads do not divide the dimensions."""
         super().__init__()
         dim = settings.mrl_hidden_sizes[-1]
-        if dim % settings.num_heads:
-            raise ValueError(f"{dim} dimensions cannot be shared out among {settings.num_heads} heads")
         self.num_items, self.sizes = num_items, (dim,)
         self.items = ItemEncoder(num_items, dim, None)
         self.positions = nn.Parameter(nn.init.normal_(torch.empty(settings.lru_max_len, dim), std=dim**-0.5))

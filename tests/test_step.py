@@ -16,7 +16,6 @@ from model import FMRLRec
 from model.dropout import Dropout
 from model.extensions.sampled_loss import NegativeSampler
 from model.fast import logits, recurrence
-from trainer import step as step_module
 from trainer.step import GraphedStep, Step, build_optimizer, cuda_graphs
 
 NUM_ITEMS, SIZES, CPU = 50, (4, 8, 16), torch.device("cpu")
@@ -195,17 +194,16 @@ def test_cuda_graphs_are_recorded_into_one_memory_and_played_back_one_by_one(mon
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_products_of_the_loss_are_computed_in_the_precision(monkeypatch, precision, expected, negatives, features):
     found = []
-    for name in ("matryoshka_cross_entropy", "sampled_matryoshka_cross_entropy"):
-        true = getattr(step_module, name)
+    step, (batch, *_) = make_step(precision, negatives, features), loader().epoch(1)
+    true = step.loss_function
 
-        def watched(*arguments, true=true):
-            table = arguments[2] if true.__name__.startswith("sampled") else arguments[1]
-            found.append((getattr(table, "features", table).dtype, torch.is_autocast_enabled("cpu")))
-            return true(*arguments)
+    def watched(z, table, *arguments, **options):
+        products = table.drawn if negatives else getattr(table, "features", table)
+        found.append((products.dtype, torch.is_autocast_enabled("cpu")))
+        return true(z, table, *arguments, **options)
 
-        monkeypatch.setattr(step_module, name, watched)
-    (batch, *_) = loader().epoch(1)
-    make_step(precision, negatives, features)(batch)
+    monkeypatch.setattr(step, "loss_function", watched)
+    step(batch)
     assert found == [(expected, False)]
 
 

@@ -75,26 +75,6 @@ def test_in_float32_on_a_ring_near_1_either_scan_errs_no_more_than_four_times_th
         assert (f - e).abs().mean() <= 4 * (p - e).abs().mean()
 
 
-def test_one_history_is_the_sum_of_decayed_inputs():
-    u_re, u_im, lambda_re, lambda_im = (part.detach() for part in random_inputs(20, torch.float64))
-    u, eigenvalue = torch.complex(u_re, u_im), torch.complex(lambda_re, lambda_im)
-    expected = torch.stack([sum(eigenvalue ** (t - s) * u[s] for s in range(t + 1)) for t in range(20)])
-    h_re, h_im = linear_recurrence(u_re, u_im, lambda_re, lambda_im, torch.arange(20), 20)
-    torch.testing.assert_close(torch.complex(h_re, h_im), expected)
-
-
-def test_no_state_crosses_from_one_history_into_another():
-    lengths = [5, 1, 70, 3, 16]
-    position, end = positions_of(lengths), 0
-    inputs = random_inputs(len(position), torch.float64)
-    h_re, h_im = linear_recurrence(*inputs, position, max(lengths))
-    for length in lengths:
-        start, end = end, end + length
-        for gradient in torch.autograd.grad((h_re + h_im)[start:end].sum(), inputs[:2], retain_graph=True):
-            assert gradient[start:end].abs().min() > 0
-            assert gradient[:start].count_nonzero() == gradient[end:].count_nonzero() == 0
-
-
 @pytest.mark.parametrize(("device", "expected"), [("cpu", 0), ("meta", 1)])
 def test_the_scan_that_waits_for_numbers_is_for_a_cpu_alone(monkeypatch, device, expected):
     called = []
@@ -196,10 +176,6 @@ def test_the_bias_of_B_is_scaled_by_gamma_and_that_of_C_is_added_to_the_output()
     state = layer.gamma_log.exp() * torch.complex(layer.B_bias_re, layer.B_bias_im)
     first = layer(torch.zeros(1, 6, dtype=torch.float64), torch.zeros(1, dtype=torch.int64), 1)[0]
     torch.testing.assert_close(first, (C @ state).real + layer.C_bias)
-
-
-def test_without_bias_the_layer_has_none():
-    assert not [name for name, _ in LRU((4,), bias=False, r_min=0.0, r_max=0.1).named_parameters() if "bias" in name]
 
 
 def test_the_lru_answers_for_some_tokens_as_it_does_for_all():

@@ -242,12 +242,6 @@ def test_dropout_follows_the_lru_and_w1_and_w2_and_nothing_else():
     torch.testing.assert_close(z, expected)
 
 
-def test_the_two_dropouts_are_set_apart():
-    model = FMRLRec(NUM_ITEMS, None, ModelSettings(mrl_hidden_sizes=SIZES, lru_dropout=0.3, lru_attn_dropout=0.7))
-    for block in model.blocks:
-        assert (block.attn_dropout.p, block.ffn.dropout.p) == (0.7, 0.3)
-
-
 def test_a_learned_item_table_starts_small_and_different_for_every_token():
     torch.manual_seed(0)
     table = FMRLRec(500, None, ModelSettings(mrl_hidden_sizes=(8, 64))).item_table()

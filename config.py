@@ -7,7 +7,7 @@ Edit a default below, or give a flag of the same name on the command line. What 
 Each part of the code takes the section that it reads; a Config is all sections in one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,12 +21,8 @@ def _has_text(c: Any) -> bool:
     return c.use_language_encoder
 
 
-def _is_sasrec(c: Any) -> bool:
-    return c.model_code == "sasrec"
-
-
-def _has_lru(c: Any) -> bool:
-    return c.model_code in ("fmrlrec", "lrurec")
+def _only(*models: str) -> Callable[[Any], bool]:
+    return lambda c: c.model_code in models
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,19 @@ def size_within(sizes: tuple[int, ...], width: int) -> int:
     return max((m for m in sizes if m <= width), default=sizes[0]) if width else 0
 
 
+_IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
+_SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
+
+# The baselines (model/registry.py) and their settings on every dataset. Learning rate and dropout are not tuned: with
+# them LRURec's 30 epochs have a test NDCG@10 of .0427 on Beauty; Table 2 of the fMRLRec paper has .0438.
+MODEL_PRESETS: dict[str, dict[str, Any]] = {
+    "sasrec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5},
+    "lrurec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5, "lru_r_min": 0.8, "lru_r_max": 0.99},
+    "gru4rec": {**_SEQUENTIAL, "lru_num_blocks": 1, "lru_dropout": 0.5, "lru_attn_dropout": 0.5},
+    **{name: {**_IDS_ALONE, "mrl_hidden_sizes": (1,), "num_epochs": 1} for name in COUNTING},
+}
+
+
 @dataclass(frozen=True)
 class ModelSettings(Settings):
     """The recommender's architecture."""
@@ -94,24 +103,21 @@ class ModelSettings(Settings):
     model_code: str = setting(
         "fmrlrec",
         "fmrlrec, or a baseline that knows items by their ids alone; popularity and itemknn only count",
-        choices=("fmrlrec", "sasrec", "lrurec", *COUNTING),
+        choices=("fmrlrec", *MODEL_PRESETS),
     )
     mrl_hidden_sizes: tuple[int, ...] = setting(
         (8, 16, 32, 64, 128, 256, 512, 1024), "nested sizes, increasing; the last one is D; a baseline has one"
     )
     lru_max_len: int = setting(50, "how many of a history's last items are read", at_least=1)
-    lru_num_blocks: int = setting(2, "blocks of LRU (sasrec: attention) and feed-forward network", at_least=1)
+    lru_num_blocks: int = setting(2, "blocks of LRU (sasrec: attention) and FFN; gru4rec: GRU layers", at_least=1)
     lru_dropout: float = setting(
-        0.5,
-        "dropout in and after the feed-forward network (sasrec, lrurec: of the embeddings too)",
-        at_least=0,
-        below=1,
+        0.5, "dropout in and after the feed-forward network (baselines: of the embeddings too)", at_least=0, below=1
     )
-    lru_attn_dropout: float = setting(0.5, "dropout after the LRU (sasrec: after the attention)", at_least=0, below=1)
-    num_heads: int = setting(1, "heads of sasrec's attention; must divide D", at_least=1, used_if=_is_sasrec)
-    lru_use_bias: bool = setting(True, "biases of the LRU's projections B and C", used_if=_has_lru)
-    lru_r_min: float = setting(0.0, "smallest initial radius |λ| of the LRU's ring", used_if=_has_lru)
-    lru_r_max: float = setting(0.1, "largest initial radius |λ| of the LRU's ring", used_if=_has_lru)
+    lru_attn_dropout: float = setting(0.5, "dropout after the LRU, attention or GRU", at_least=0, below=1)
+    num_heads: int = setting(1, "heads of sasrec's attention; must divide D", at_least=1, used_if=_only("sasrec"))
+    lru_use_bias: bool = setting(True, "biases of the LRU's projections B and C", used_if=_only("fmrlrec", "lrurec"))
+    lru_r_min: float = setting(0.0, "smallest initial radius |λ| of the LRU's ring", used_if=_only("fmrlrec", "lrurec"))
+    lru_r_max: float = setting(0.1, "largest initial radius |λ| of the LRU's ring", used_if=_only("fmrlrec", "lrurec"))
     whiten_features: bool = setting(False, "whiten each encoder's features", extension=True)
     item_embedding: int = setting(
         0,
@@ -170,6 +176,7 @@ class TrainingSettings(Settings):
         "reduction over the sizes' cross-entropies: mean (released code) or sum (paper)",
         choices=("mean", "sum"),
     )
+    loss: str = setting("fast", "a name of LOSSES in model/loss.py: fast, or plain, its plain twin, to edit")
     first_item_label: bool = setting(
         True, "predict a user's first item too, from token 0, if the training items fit into lru_max_len"
     )
@@ -252,17 +259,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 1e-3, "num_epochs": 12, "lru_dropout": 0.3, "lru_attn_dropout": 0.3,
     },
 }  # fmt: skip
-
-_IDS_ALONE = {"use_language_encoder": False, "use_img_encoder": False}
-_SEQUENTIAL = {**_IDS_ALONE, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
-
-# What a baseline needs, on every dataset (model/baselines/). Learning rate and dropout were not tuned: with them
-# LRURec's 30 epochs have a test NDCG@10 of .0427 on Beauty; Table 2 of the fMRLRec paper has .0438.
-MODEL_PRESETS: dict[str, dict[str, Any]] = {
-    "sasrec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5},
-    "lrurec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5, "lru_r_min": 0.8, "lru_r_max": 0.99},
-    **{name: {**_IDS_ALONE, "mrl_hidden_sizes": (1,), "num_epochs": 1} for name in COUNTING},
-}
 
 # What --preset names, on every dataset. "plus" was chosen by validation on Beauty and Sports, from text alone.
 NAMED_PRESETS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.cli import parse_args, run_cli
-from config import ALL_PRESETS, COUNTING, SECTIONS, resolve
+from config import ALL_PRESETS, SECTIONS, resolve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from datasets.features.load import load_features
     from datasets.load import load_dataset
     from model import count_parameters
+    from model.base import CountingModel
     from model.registry import build_model
     from trainer.counting import CountingTrainer
     from trainer.find_run import find_resumed
@@ -53,11 +54,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     features = load_features(config, catalog, device, run.features)  # each [N, F], from the cache
 
     torch.manual_seed(config.seed)
-    model = build_model(catalog.num_items, features, config).to(device)
+    model = build_model(catalog.num_items, [torch.from_numpy(part) for part in features], config).to(device)
 
     with run.training(device, catalog, features, count_parameters(model)):
-        trainer = CountingTrainer if config.model_code in COUNTING else Trainer
-        trainer(model, catalog.sequences, config, run).fit()
+        if isinstance(model, CountingModel):
+            CountingTrainer(model, catalog.sequences, config, run).fit()
+        else:
+            Trainer(model, catalog.sequences, config, run).fit()
         run.load_best(model)
         results = test_every_size(model, catalog.sequences, config, run.folder) if config.test else {}
         run.log.finish(results)

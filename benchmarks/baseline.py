@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import FMRLRec
-from model.fmrl import nested_linear_plain, nested_mask
+from model.fmrl import nested_linear_plain
 from model.fmrlrec import FeedForward
 from model.lru import LRU
+from model.sizes import nested_mask
 
 
 class Baseline(torch.nn.Module):

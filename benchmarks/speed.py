@@ -127,7 +127,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
         flags = {"mrl_hidden_sizes": sizes, "lru_num_blocks": arguments.blocks, "precision": "bf16", "preset": "plus"}
         flags["num_negatives"] = 0  # all items, as the other steps score
         config, _ = resolve({"dataset_code": "beauty", **flags})
-        plus = build_model(arguments.items, [features.numpy()], config).to(device)
+        plus = build_model(arguments.items, [features], config).to(device)
         assert isinstance(plus, FMRLRec)
         step_of_plus, average = build_step(plus, loader, config), WeightAverage(plus, config.ema_decay)
 

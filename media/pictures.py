@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from common.files import read_json, replacing
-from model.fmrl import increments, nested_mask
+from model.sizes import increments, nested_mask
 from trainer.plots import plot_metric_by_size
 from trainer.runs import EVERY_SIZE
 

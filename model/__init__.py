@@ -1,4 +1,4 @@
-"""The paper: the fMRLRec operator, the LRU, the recommender, its loss, and slicing. torch alone."""
+"""The paper: the fMRLRec operator, the LRU, the recommender, its loss, and slicing. Needs torch alone."""
 
 from model.fmrlrec import FMRLRec, count_parameters
 from model.loss import matryoshka_cross_entropy

@@ -1,6 +1,6 @@
 """Dropout over packed tokens, of which several processes may each hold a share. T tokens, D dimensions.
 
-Beyond the paper, the first dimensions, those of the small sizes, may be spared.
+Beyond the paper, the first dimensions, which the small sizes use, may be left without dropout.
 """
 
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Module):
-    """Dropout of the rows of x [T, D], with the masks of torch's random state.
+    """Dropout of x [T, D].
 
-    Where processes share a batch out, each draws the masks of all its tokens and uses those of its own, so that a seed
-    gives the same training on any number of processes.
+    Processes that share a batch each draw the mask of the whole batch and use the rows of their own tokens, so that a
+    seed gives the same training on any number of processes.
     """
 
     def __init__(self, p: float, start: int = 0) -> None:
-        """p: with which a value is 0. start: how many of the first dimensions are spared."""
+        """p: probability of a zero. start: the number of first dimensions without dropout."""
         super().__init__()
         self.p, self.start = p, start
         self.share: tuple[int, int] | None = None  # (first token, tokens of the whole batch); None: x is the batch
@@ -30,11 +30,11 @@ class Dropout(nn.Module):
         return self.drop(x)
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout of every dimension."""
+        """Apply dropout to every dimension."""
         first, total = self.share or (0, len(x))
-        # Not F.dropout, whose masks take three times as long on a CPU.
+        # Not F.dropout: drawing its masks takes three times as long on a CPU.
         kept = torch.rand(total, *x.shape[1:], device=x.device)[first : first + len(x)] >= self.p
-        # A share's padding may reach beyond the batch.
+        # The padding of a share may reach beyond the end of the batch.
         kept = F.pad(kept, (0,) * (2 * x.ndim - 1) + (len(x) - len(kept),))
         return x * kept / (1 - self.p)
 
@@ -43,7 +43,7 @@ class Dropout(nn.Module):
 
 
 def set_share(model: nn.Module, share: tuple[int, int] | None) -> None:
-    """Say which tokens of the batch the next forward pass of this process is of."""
+    """Set which tokens of the batch, (first token, tokens of the batch), the next forward pass reads; None: all."""
     for module in model.modules():
         if isinstance(module, Dropout):
             module.share = share

@@ -1,27 +1,30 @@
-"""fMRLRec (section 3 of the paper): item encoder, blocks of LRU and feed-forward network, scores over the catalogue.
+"""fMRLRec (section 3 of the paper): item table, blocks of LRU and feed-forward network, scores over the catalogue.
 
-    item i:  features [F] ---Linear---> E_i [D]                    (item table E, [N+1, D]; row 0: begin of sequence)
-    history: E_{i1} E_{i2} ... ---[x + Dropout(LRU(LN(x))); x + FFN(LN(x))] x blocks---> z [D]
-             (beyond the paper, with post-norm:
-             LN(Dropout(E_{i1})) ... ---[LN(x + Dropout(LRU(x))); LN(x + FFN(x))] x blocks---> z [D])
+    E_i = W f_i + b                                                                         item table, model/items.py
+    x   = E_{i_1}, E_{i_2}, ...                                                             a history
+    x   = x + Dropout(LRU(LN(x)));   x = x + FFN(LN(x))                                     each block
+    z   = x                                                                                 after the last block
     score of item i with the sub-model of size m:  z[:m] · E[i, :m]
 
-Histories are packed as in model/lru.py. N items, T tokens, F feature width, D largest size.
+Beyond the paper, with post-norm: x = LN(Dropout(x)) first, then x = LN(x + Dropout(LRU(x))); x = LN(x + FFN(x)).
+
+Histories are packed as in model/lru.py. N items, T tokens, D largest size.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelSettings
+from model.base import CountingModel, SequenceModel
 from model.dropout import Dropout
 from model.extensions.whitening import Whitening
-from model.fmrl import FMRLLayerNorm, FMRLLinear, nested_mask
+from model.fmrl import FMRLLayerNorm, FMRLLinear
 from model.items import ItemEncoder
 from model.lru import LRU
+from model.sizes import nested_mask
 
 
 class FeedForward(nn.Module):
@@ -37,8 +40,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + Dropout(LRU(LN(x))), then x + FFN(LN(x)): [T, D] -> [T, D]. With post-norm, LN(x + Dropout(LRU(x))), then
-    LN(x + FFN(x))."""
+    """x + Dropout(LRU(LN(x))), then x + FFN(LN(x)): [T, D] -> [T, D]; norms last with post-norm."""
 
     def __init__(self, sizes: tuple[int, ...], settings: ModelSettings) -> None:
         super().__init__()
@@ -49,25 +51,25 @@ class Block(nn.Module):
         self.norm2, self.ffn = FMRLLayerNorm(sizes), FeedForward(sizes, settings)
 
     def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
-        """at: [B], the only tokens whose output is wanted; then it is [B, D]."""
+        """Arguments as of `SequenceModel.encode`."""
         y = self.lru(x if self.post_norm else self.norm1(x), position, longest, at)
         return self.after_lru((x if at is None else x[at]) + self.attn_dropout(y))
 
     def step(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """One more token of every history, without dropout: x [B, D], h [B, 2, D] -> the same after it."""
+        """Read one more token of every history, without dropout: x [B, D], h [B, 2, D] -> the same after it."""
         y, h = self.lru.step(x if self.post_norm else self.norm1(x), h)
         return self.after_lru(x + y), h
 
     def after_lru(self, x: Tensor) -> Tensor:
-        """The rest of the block: [T, D] -> [T, D]."""
+        """Compute the rest of the block: [T, D] -> [T, D]."""
         if not self.post_norm:
             return x + self.ffn(self.norm2(x))
         x = self.norm1(x)
         return self.norm2(x + self.ffn(x))
 
 
-class FMRLRec(nn.Module):
-    """The recommender; the first m dimensions of all its weights are the sub-model of size m, for every m in sizes."""
+class FMRLRec(SequenceModel):
+    """The recommender. The first m dimensions of all its weights are the sub-model of size m, for every m in sizes."""
 
     def __init__(
         self,
@@ -76,9 +78,11 @@ class FMRLRec(nn.Module):
         settings: ModelSettings,
         whitening: Whitening | None = None,
     ) -> None:
-        """features: [N, F] of items 1..N, or several side by side, or None for a learned item table. whitening: as of
-        ItemEncoder. Raises ValueError for features of another number of items, and for an item embedding without
-        features."""
+        """features: [N, F] of items 1..N, several to concatenate, or None for a learned item table. whitening: the
+        transform that made these features; saved with the weights.
+
+        Raises ValueError for features of another number of items, and for an item embedding without features.
+        """
         super().__init__()
         sizes = settings.mrl_hidden_sizes
         self.num_items, self.sizes, self.settings = num_items, sizes, settings
@@ -90,36 +94,27 @@ class FMRLRec(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(len(sizes))) if settings.logit_scale else None
 
     def each_block(self) -> Iterator[Block]:
-        """The blocks, first to last, for what a module in general cannot do."""
+        """Yield the blocks, first to last, typed as blocks."""
         for block in self.blocks:
             assert isinstance(block, Block)
             yield block
 
-    def item_table(self) -> Tensor:
-        """E [N+1, D]; row 0 is the begin-of-sequence token, which is no item."""
-        return self.items.everything()
-
     def encode(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
-        """What each token's history asks for next: z [T, D].
-
-        x: [T, D] the tokens' embeddings, rows of the item table; position: [T] steps since the state was empty;
-        longest: the most tokens of one history; at: [B], the only tokens to answer for: then z is [B, D], and the last
-        block computes little of the others.
-        """
-        x = self.read(x.to(next(self.parameters()).dtype))  # wider than the table under autocast
+        """Return z [T, D], or [B, D] of the tokens `at` only; then the last block skips most work on the others."""
+        x = self.read(x.to(next(self.parameters()).dtype))  # under autocast, wider than the item table
         for block in self.blocks[:-1]:
             x = block(x, position, longest)
         return self.blocks[-1](x, position, longest, at)
 
     def read(self, x: Tensor) -> Tensor:
-        """Items' embeddings as the first block reads them: [T, D] -> [T, D]."""
+        """Prepare item embeddings for the first block: [T, D] -> [T, D]."""
         return x if self.norm is None else self.norm(self.dropout(x))
 
     def step(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """One more item of every history, for serving: (z [B, D], hidden).
+        """Read one more item of every history, for serving: (z [B, D], hidden).
 
         x: [B, D], the items' embeddings; hidden: [B, num_blocks, 2, D], the states before, zeros for an empty history.
-        What `encode` gives for the whole history, at the cost of one token.
+        Gives the same z as `encode` on the whole history, at the cost of one token.
         """
         x, after = self.read(x), []
         for block, h in zip(self.each_block(), hidden.unbind(dim=1), strict=True):
@@ -128,17 +123,8 @@ class FMRLRec(nn.Module):
         return x, torch.stack(after, dim=1)
 
 
-class HasParameters(Protocol):
-    """FMRLRec, or a baseline."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
-    def modules(self) -> Iterator[nn.Module]: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-
-def count_parameters(model: HasParameters) -> int:
-    """Trainable parameters, complex ones counted once and masked zeros not counted."""
+def count_parameters(model: SequenceModel | CountingModel) -> int:
+    """Count trainable parameters: complex ones once, masked zeros not at all."""
     kept = int(nested_mask(model.sizes).sum())
     masked = {
         id(p)

@@ -1,29 +1,45 @@
-"""The item encoder (section 3 of the paper): what frozen encoders say of an item becomes its row of the item table.
+"""The item table (section 3 of the paper): frozen features of an item, projected.
 
-    E_i = W f_i + b,  beyond the paper + V_i        f_i: the features of item i, side by side, [F]; row 0 of E: b
+    E_i = W f_i + b                   f_i: the features of item i, concatenated, [F]; token 0: f_0 = 0, so E_0 = b
+    E_i = W f_i + b + V_i             beyond the paper, in the first K dimensions
 
 N items, F feature width, D largest size.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.extensions.whitening import ROWS, Whitening
-from model.loss import Factors
+
+
+class Factors(NamedTuple):
+    """An item table as a product, E = features weightᵀ (+ V in the first K dimensions), for the loss.
+
+    The bias is left out: it adds the same number to all logits of a position, which a softmax ignores.
+    """
+
+    features: Tensor  # [N+1, F], frozen, in the dtype of the products
+    weight: Tensor  # [D, F]
+    embedding: Tensor | None = None  # V [N+1, K]; K is a size
+
+    def table(self) -> Tensor:
+        """Multiply E out: [N+1, D]."""
+        E = self.features @ self.weight.to(self.features.dtype).T
+        if self.embedding is None:
+            return E
+        V = self.embedding.to(E.dtype)
+        return E + F.pad(V, (0, E.shape[1] - V.shape[1]))
 
 
 class ItemEncoder(nn.Module):
-    """The item table E [N+1, D]: a linear projection of frozen features, or learned outright where there are none.
+    """The item table E [N+1, D]: a linear projection of frozen features, or a learned table if there are none.
 
-    The projection is not masked: its first m output columns are the sub-model's. Token 0, which begins a sequence, has
-    zero features, so its embedding is the projection's bias. Features are kept as they come, in any type of float and
-    possibly mapped from a file, side by side [N, F_1], [N, F_2], ...; only the rows that are needed are read.
-
-    Beyond the paper, the features may be whitened ones, and a learned embedding V [N+1, K] may be added to the first K
-    columns of the projection, from zero on.
+    The projection has no mask: the sub-model of size m uses its first m output columns. Features keep their dtype and
+    may be mapped from files, [N, F_1], [N, F_2], ...; only the rows in use are read.
     """
 
     def __init__(
@@ -34,12 +50,15 @@ class ItemEncoder(nn.Module):
         embedding: int = 0,
         whitening: Whitening | None = None,
     ) -> None:
-        """features: [N, F] or several, row i - 1 for item i; None: a learned table, to which no V is added. embedding:
-        K, 0 for no V. whitening: what made these features of others; it is saved with the weights."""
+        """features: [N, F], or several to concatenate, row i - 1 for item i; None: a learned table. embedding: K, the
+        width of V, initially zero; 0: no V. whitening: the transform that made these features; saved with the weights.
+
+        Raises ValueError for features of another number of items, and for an embedding without features.
+        """
         super().__init__()
         self.num_items = num_items
         if embedding and features is None:
-            raise ValueError("a learned item table has nothing that an embedding could be added to")
+            raise ValueError("a learned item table takes no item embedding; give features, or leave embedding at 0")
         self.V = nn.Parameter(torch.zeros(num_items + 1, embedding)) if embedding else None
         self.parts: list[str] = []
         self._whole: Tensor | None = None
@@ -59,29 +78,31 @@ class ItemEncoder(nn.Module):
 
     @property
     def features(self) -> list[Tensor]:
-        """[N, F_1], [N, F_2], ... of items 1..N; none where the table is learned."""
+        """The features [N, F_1], [N, F_2], ... of items 1..N; empty for a learned table."""
         return [self.get_buffer(name) for name in self.parts]
 
     def rows(self, items: Tensor, dtype: torch.dtype) -> Tensor:
-        """The features [n, F] of these items [n]; zeros for token 0."""
+        """Return the features [n, F] of items [n]; zeros for token 0."""
         row = (items - 1).clamp_min(0)
         rows = torch.cat([part[row].to(dtype) for part in self.features], dim=1)
         return rows * (items > 0)[:, None]
 
     def forward(self, items: Tensor, sparse_gradient: bool = False) -> Tensor:
-        """E of these items [n] (0: begin of sequence): [n, D]. sparse_gradient: of V, on a CPU, where another one, of
-        all items, takes it in."""
+        """Return E of items [n] (0: begin of sequence): [n, D].
+
+        sparse_gradient: use a sparse gradient for V on a CPU; it is added to the loss's dense one.
+        """
         if not self.parts:
             return F.embedding(items, self.table)
         projected = self.projection(self.rows(items, self.projection.weight.dtype))
         if self.V is None:
             return projected
-        sparse = sparse_gradient and self.V.device.type == "cpu"  # or zeros are made for all others
+        sparse = sparse_gradient and self.V.device.type == "cpu"  # saves a dense gradient of zeros
         V = F.embedding(items, self.V, sparse=sparse)
         return projected + F.pad(V, (0, projected.shape[1] - V.shape[1]))
 
     def everything(self) -> Tensor:
-        """E of all tokens, [N+1, D]; their features are never held at once in the projection's type."""
+        """Return E of all tokens, [N+1, D], computed in chunks of items."""
         if not self.parts:
             return self.table
         tokens = torch.arange(self.num_items + 1, device=self.projection.weight.device)
@@ -89,8 +110,10 @@ class ItemEncoder(nn.Module):
 
     @torch.no_grad()
     def new_item_scale(self) -> float:
-        """What the row of an item that has no V is multiplied by, to be as long as the rows of trained items are on
-        average: shorter rows have smaller scores, whatever the history asks for. 1 where no item has a V."""
+        """Return the factor that gives rows without V the mean norm of trained items' rows; 1 for a model without V.
+
+        New products have no V. Their rows are shorter, so all their scores would be smaller.
+        """
         if self.V is None:
             return 1.0
         table = self.everything()[1:]
@@ -99,7 +122,7 @@ class ItemEncoder(nn.Module):
         return (table.norm(dim=1).mean() / content.norm(dim=1).mean().clamp_min(1e-12)).item()
 
     def factors(self, dtype: torch.dtype) -> Tensor | Factors:
-        """The item table for a loss whose products are computed in `dtype`, as a product where it is one."""
+        """Return the item table for a loss that multiplies in `dtype`: factors, or a learned table [N+1, D]."""
         if not self.parts:
             return self.table.to(dtype)
         device = self.projection.weight.device
@@ -110,8 +133,8 @@ class ItemEncoder(nn.Module):
 
 
 def _whiten_again(items: ItemEncoder, *_: object) -> None:
-    """Features as the whitening makes them that was just loaded."""
-    assert items.whitening is not None  # or this were not registered
+    """Recompute the features with the whitening that was just loaded."""
+    assert items.whitening is not None  # the hook is registered only with one
     for name, part in zip(items.parts, items.whitening.features(), strict=True):
         items.get_buffer(name).copy_(part)
     items._whole = None

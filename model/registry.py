@@ -1,50 +1,38 @@
-"""The recommenders by name."""
+"""The models by name: `--model_code` is a key of MODELS. A new one is a line here and one in config.MODEL_PRESETS."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
-import torch
-from torch import nn
+from torch import Tensor
 
 from config import ModelSettings
-from model import FMRLRec
+from model.base import CountingModel, SequenceModel
 from model.baselines.counting import ItemKNN, Popularity
+from model.baselines.gru4rec import GRU4Rec
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
 from model.extensions.whitening import Whitening
+from model.fmrlrec import FMRLRec
+
+Model = SequenceModel | CountingModel
+
+# Each takes (num_items, features [N, F] of every encoder, settings).
+MODELS: dict[str, Callable[[int, list[Tensor], ModelSettings], Model]] = {
+    "fmrlrec": lambda num_items, features, settings: FMRLRec(num_items, features or None, settings),
+    "sasrec": lambda num_items, _, settings: SASRec(num_items, settings),
+    "lrurec": lambda num_items, _, settings: LRURec(num_items, settings),
+    "gru4rec": lambda num_items, _, settings: GRU4Rec(num_items, settings),
+    "popularity": lambda num_items, _, settings: Popularity(num_items),
+    "itemknn": lambda num_items, _, settings: ItemKNN(num_items),
+}
 
 
-def build_model(num_items: int, features: Sequence[np.ndarray], config: ModelSettings, fit: bool = True) -> nn.Module:
-    """Return the model that the settings describe, freshly initialised. fit: fit the whitening, too."""
-    if config.model_code == "popularity":
-        return Popularity(num_items)
-    if config.model_code == "itemknn":
-        return ItemKNN(num_items)
-    dropouts = {"dropout": config.lru_dropout, "attn_dropout": config.lru_attn_dropout}
-    if config.model_code == "sasrec":
-        return SASRec(
-            num_items,
-            config.mrl_hidden_sizes[-1],
-            config.lru_max_len,
-            num_blocks=config.lru_num_blocks,
-            num_heads=config.num_heads,
-            **dropouts,
-        )
-    if config.model_code == "lrurec":
-        return LRURec(
-            num_items,
-            config.mrl_hidden_sizes[-1],
-            num_blocks=config.lru_num_blocks,
-            use_bias=config.lru_use_bias,
-            r_min=config.lru_r_min,
-            r_max=config.lru_r_max,
-            **dropouts,
-        )
-    parts = [torch.from_numpy(part) for part in features]
-    whitening = Whitening(parts, fit=fit) if config.whiten_features else None
-    return FMRLRec(
-        num_items,
-        (whitening.features() if whitening else parts) or None,
-        config,
-        whitening,
-    )
+def build_model(num_items: int, features: Sequence[Tensor], settings: ModelSettings, fit: bool = True) -> Model:
+    """Return the model of settings.model_code, freshly initialised.
+
+    features: [N, F] of every encoder; empty: a learned item table. fit: whether to fit the whitening; False if weights
+    are loaded next.
+    """
+    if settings.whiten_features:  # an extension of fmrlrec alone
+        whitening = Whitening(features, fit)
+        return FMRLRec(num_items, whitening.features(), settings, whitening)
+    return MODELS[settings.model_code](num_items, list(features), settings)

@@ -1,4 +1,7 @@
-"""Train once, deploy at any size: the first m dimensions of a trained model as a model of its own."""
+"""Train once, deploy at any size (section 3.2 of the paper): the first m dimensions as a model of its own.
+
+W[:m, :m] of a weight [D, D],  W[:m] of the projection [D, F],  v[:m] of a vector [D],  V[:, :m] of an embedding
+"""
 
 from dataclasses import replace
 
@@ -8,10 +11,10 @@ from model.fmrlrec import FMRLRec
 
 
 def slice_model(model: FMRLRec, size: int) -> FMRLRec:
-    """The stand-alone model of one trained size: of every weight what the first `size` dimensions use.
+    """Return the stand-alone model of one trained size.
 
-    It shares nothing with `model` but the frozen features and what whitened them, and scores as `model` does on the
-    first `size` dimensions. Raises ValueError for a size that was not trained.
+    It scores like the first `size` dimensions of `model`, and shares only the frozen features and their whitening with
+    it. Raises ValueError for a size that was not trained.
     """
     if size not in model.sizes:
         raise ValueError(f"size {size} was not trained; the model has {', '.join(map(str, model.sizes))}")
@@ -21,7 +24,7 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
     weight = next(model.parameters())
     with weight.device:
         small = FMRLRec(model.num_items, features or None, settings, model.items.whitening)
-    for parameter in small.parameters():  # not small.to(), which would widen the features: they can be large
+    for parameter in small.parameters():  # not small.to(): it would widen the features, which can be large
         parameter.data = parameter.data.to(weight.dtype)
     large = model.state_dict()
     with torch.no_grad():

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from model.fmrl import increments
+from model.sizes import increments
 from serving.folder import GRAPHS, WEIGHTS, tensor_offsets
 
 OPSET, IR_VERSION = 17, 8  # of 2022

@@ -38,7 +38,7 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
     """The weights of a (sliced) model in the form above, float32 or with its blocks' matrices in eight bits."""
     import torch
 
-    from model.fmrl import nested_mask
+    from model.sizes import nested_mask
 
     weights: dict[str, np.ndarray] = {}
     with torch.no_grad():

@@ -252,7 +252,7 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         ("--distill", "-0.5"),
         ("--distill", "nan"),
         ("--device", "tpu"),
-        ("--model_code", "gru4rec"),
+        ("--model_code", "bert4rec"),
         ("--num_heads", "0"),
         ("--use_img_encoder", "maybe"),
         ("--enable_lr_schedule", ""),

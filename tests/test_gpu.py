@@ -9,7 +9,7 @@ import torch
 import eval as eval_script
 import train
 from model.extensions.objective import Objective
-from model.extensions.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
+from model.extensions.sampled_loss import NegativeSampler, Sample, sampled_matryoshka_cross_entropy
 from model.loss import Factors, matryoshka_cross_entropy
 from tests.cut_off import cut_off_after
 from trainer.checkpoint import load_state
@@ -51,8 +51,8 @@ def losses_and_gradients(device):
     items, objective = torch.randint(1, 31, (9,), generator=draw).to(device), Objective(log_scale, 0.5)
     log_kq = NegativeSampler(torch.ones(31, device=device), 9).draw()[1]
     exact = matryoshka_cross_entropy(z, Factors(features, weight, V), labels, SIZES, objective=objective)
-    drawn = (features @ weight.T)[items]
-    sampled = sampled_matryoshka_cross_entropy(z, own, drawn, labels, items, log_kq, SIZES, objective=objective)
+    sample = Sample(own, (features @ weight.T)[items], items, log_kq)
+    sampled = sampled_matryoshka_cross_entropy(z, sample, labels, SIZES, objective=objective)
     gradients = torch.autograd.grad(exact + sampled, (z, weight, own, V, log_scale))
     return [part.cpu() for part in (exact, sampled, *gradients)]
 

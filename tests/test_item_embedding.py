@@ -1,20 +1,16 @@
-"""A learned embedding V beside the projection of an item's features: table, loss, steps."""
-
-from itertools import accumulate, pairwise
+"""A learned embedding V beside the projection of an item's features: in the table, in a slice, in a step."""
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-import model.loss
 from config import ModelSettings, TrainingSettings
 from dataloader import TrainLoader, train_rows
 from datasets.catalog import Sequences
 from model import FMRLRec, count_parameters, slice_model
 from model import items as items_module
-from model.extensions.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy_plain
-from model.loss import Factors, columns_multiplied_out, matryoshka_cross_entropy, matryoshka_cross_entropy_plain
+from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
+from model.loss import LOSSES
 from tests.made_up import NoUpdate
 from trainer.step import Step, build_optimizer
 
@@ -23,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def make_model(embedding=SIZES[-1], seed=0):
-    """A model without dropout, whose V, where it has one, is zero as at the start of a training."""
+    """A model without dropout; V is zero, as before training."""
     torch.manual_seed(seed)
     features = [torch.randn(NUM_ITEMS, width) for width in WIDTHS]
     options = {"item_embedding": embedding, "lru_dropout": 0.0, "lru_attn_dropout": 0.0}
@@ -31,11 +27,10 @@ def make_model(embedding=SIZES[-1], seed=0):
 
 
 def with_embeddings(embedding=SIZES[-1]):
-    """The same, in float64, with a V of random numbers."""
-    found = make_model(embedding).double()
-    with torch.no_grad():
-        found.items.V.uniform_(-1, 1)
-    return found
+    """A model in float64 with a random V."""
+    model = make_model(embedding).double()
+    torch.nn.init.uniform_(model.items.V, -1, 1)
+    return model
 
 
 def batch_of(users=20):
@@ -50,10 +45,10 @@ def batch_of(users=20):
 
 
 def test_training_starts_from_the_model_of_content_alone():
-    content, model_ = make_model(embedding=0), make_model()
-    assert torch.equal(model_.item_table(), content.item_table())
+    content, model = make_model(embedding=0), make_model()
+    assert torch.equal(model.item_table(), content.item_table())
     for name, weight in content.state_dict().items():
-        assert torch.equal(model_.state_dict()[name], weight)
+        assert torch.equal(model.state_dict()[name], weight)
 
 
 @pytest.mark.parametrize("embedding", SIZES)
@@ -69,19 +64,17 @@ def test_an_item_is_its_projection_and_in_the_first_dimensions_its_embedding(mon
     torch.testing.assert_close(items(some), expected[some])
 
 
-@pytest.mark.parametrize("embedding", SIZES)
-def test_every_item_and_the_begin_of_a_sequence_have_as_many_parameters_more_as_it_has_dimensions(embedding):
-    more = count_parameters(make_model(embedding)) - count_parameters(make_model(embedding=0))
-    assert more == (NUM_ITEMS + 1) * embedding
+def test_every_token_has_as_many_more_parameters_as_V_has_dimensions():
+    assert count_parameters(make_model(4)) - count_parameters(make_model(embedding=0)) == (NUM_ITEMS + 1) * 4
 
 
-@pytest.mark.parametrize("embedding", SIZES)
+@pytest.mark.parametrize("embedding", [4, 8])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_slice_keeps_the_embeddings_first_dimensions(embedding, size):
-    model_ = with_embeddings(embedding=embedding)
-    small = slice_model(model_, size)
-    assert torch.equal(small.items.V, model_.items.V[:, :size])
-    torch.testing.assert_close(small.item_table(), model_.item_table()[:, :size])
+    model = with_embeddings(embedding=embedding)
+    small = slice_model(model, size)
+    assert torch.equal(small.items.V, model.items.V[:, :size])
+    torch.testing.assert_close(small.item_table(), model.item_table()[:, :size])
 
 
 def test_an_embedding_ends_where_a_size_does():
@@ -89,94 +82,22 @@ def test_an_embedding_ends_where_a_size_does():
 
 
 def test_a_learned_table_takes_no_embedding():
-    with pytest.raises(ValueError, match="a learned item table has nothing that an embedding could be added to"):
+    with pytest.raises(ValueError, match="a learned item table takes no item embedding"):
         FMRLRec(NUM_ITEMS, None, ModelSettings(mrl_hidden_sizes=SIZES, item_embedding=SIZES[-1]))
-
-
-# ------------------------------------------------------------------------------------------------------------- the loss
-
-FACTORED = [
-    (5, 40, (2, 4, 16), 9),  # few positions: wide increments stay a product
-    (60, 12, (2, 5), 30),  # many: all are multiplied out
-    (31, 20, (1, 3, 40), 7),
-]  # labelled positions T, items N, sizes, feature width F
-
-
-@pytest.mark.parametrize("embedded", [0, 1, -1])  # V ends at which of the sizes
-@pytest.mark.parametrize("held", [9, 1000])
-@pytest.mark.parametrize("shape", FACTORED, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-def test_the_loss_of_a_product_and_embeddings_is_that_of_their_sum(
-    monkeypatch, shape, dtype, tolerance, held, embedded
-):
-    positions, items, sizes, width = shape
-    dimensions = sizes[embedded]
-    random = torch.Generator().manual_seed(0)
-    z, features, weight, V = (
-        torch.randn(*of, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
-        for of in ((positions, sizes[-1]), (items + 1, width), (sizes[-1], width), (items + 1, dimensions))
-    )
-    labels = torch.randint(0, items + 1, (positions,), generator=random)
-    monkeypatch.setattr(model.loss, "LEAST", 1)
-    monkeypatch.setattr(model.loss, "CHUNK_BYTES", held * (items + 1) * len(sizes) * z.itemsize)
-    fast = matryoshka_cross_entropy(z, Factors(features.detach(), weight, V), labels, sizes)
-    table = F.linear(features, weight) + F.pad(V, (0, sizes[-1] - dimensions))
-    plain = matryoshka_cross_entropy_plain(z, table, labels, sizes)
-    fast, plain = ([value, *torch.autograd.grad(value, (z, weight, V))] for value in (fast, plain))
-    for f, p in zip(fast, plain, strict=True):
-        assert (f - p).abs().max() <= tolerance * p.abs().max()
-
-
-def test_in_bfloat16_it_errs_no_more_than_twice_its_plain_twin():
-    random = torch.Generator().manual_seed(0)
-    z, features, weight, V = (
-        torch.randn(*of, generator=random, dtype=torch.float64).requires_grad_()
-        for of in ((31, 40), (21, 7), (40, 7), (21, 40))
-    )
-    labels, sizes = torch.randint(1, 21, (31,), generator=random), (1, 3, 40)
-    exact = matryoshka_cross_entropy_plain(z, F.linear(features, weight) + V, labels, sizes)
-    exact = torch.autograd.grad(exact, (z, weight, V))
-    z, weight, V = (x.detach().float().requires_grad_() for x in (z, weight, V))
-    features = features.detach().bfloat16()
-    fast = matryoshka_cross_entropy(z, Factors(features, weight, V), labels, sizes)
-    plain = matryoshka_cross_entropy_plain(z, F.linear(features, weight.bfloat16()) + V.bfloat16(), labels, sizes)
-    fast, plain = (torch.autograd.grad(value, (z, weight, V)) for value in (fast, plain))
-    for f, p, e in zip(fast, plain, exact, strict=True):
-        assert f.dtype == torch.float32
-        assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()
-
-
-def multiplications(positions, width, sizes, out, embedded):
-    """For an item with a V in the first `embedded` dimensions, where the first `out` columns of its projection are
-    multiplied out."""
-    total = 0
-    for low, high in pairwise((0, *sizes)):
-        if high <= max(out, embedded):
-            total += 3 * positions * (high - low)  # logits, and the gradients of both their sides
-        total += 2 * width * (high - low) if high <= out else 2 * width * positions
-    return total
-
-
-def test_what_is_multiplied_out_is_the_cheapest_by_counting_every_product():
-    random = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        positions, width, *parts = torch.randint(1, 200, (6,), generator=random).tolist()
-        sizes = tuple(accumulate(parts))
-        for embedded in (0, *sizes):
-            costs = {out: multiplications(positions, width, sizes, out, embedded) for out in (0, *sizes)}
-            assert costs[columns_multiplied_out(positions, width, sizes, embedded)] == min(costs.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("embedding", [4, 8])
 @pytest.mark.parametrize("negatives", [0, 9])
-def test_a_step_reads_and_predicts_items_with_their_embeddings(negatives, embedding):
+def test_a_step_reads_and_predicts_items_with_their_embeddings(negatives, embedding, loss):
     trained, (batch, counts) = with_embeddings(embedding).train(), batch_of()
     sampler = NegativeSampler(counts, negatives) if negatives else None
     torch.manual_seed(3)
-    loss = Step(trained, NoUpdate(), TrainingSettings(max_grad_norm=0), sampler)(batch)
+    settings = TrainingSettings(loss=loss, max_grad_norm=0)
+    found = Step(trained, NoUpdate(), settings, sampler)(batch)
     by_V = trained.items.V.grad
 
     torch.manual_seed(3)
@@ -184,19 +105,15 @@ def test_a_step_reads_and_predicts_items_with_their_embeddings(negatives, embedd
     z = trained.encode(table[batch.tokens], batch.position, batch.longest)
     if negatives:
         drawn, log_kq = sampler.draw()
-        expected = sampled_matryoshka_cross_entropy_plain(
-            z, table[batch.labels], table[drawn], batch.labels, drawn, log_kq, SIZES
-        )
-    else:
-        expected = matryoshka_cross_entropy_plain(z, table, batch.labels, SIZES)
-    torch.testing.assert_close(loss, expected.detach())
+        table = Sample(table[batch.labels], table[drawn], drawn, log_kq)
+    expected = (SAMPLED_LOSSES if negatives else LOSSES)["plain"](z, table, batch.labels, SIZES)
+    torch.testing.assert_close(found, expected.detach())
     (expected,) = torch.autograd.grad(expected, trained.items.V)
     torch.testing.assert_close(by_V, expected)
     assert by_V.any(dim=1).all()
 
 
-@pytest.mark.parametrize("embedding", [4, 8])
-@pytest.mark.parametrize("negatives", [0, 9])
+@pytest.mark.parametrize(("embedding", "negatives"), [(4, 0), (8, 9)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_train_the_embeddings_in_every_precision(precision, negatives, embedding):
     trained, (batch, counts) = make_model(embedding).train(), batch_of()

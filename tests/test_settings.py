@@ -25,8 +25,9 @@ CHANGED = {
     "lru_num_blocks": 2, "lru_dropout": 0.1, "lru_attn_dropout": 0.1, "lru_use_bias": False, "lru_r_min": 0.05,
     "lru_r_max": 0.9, "seed": 9, "train_batch_size": 12, "num_epochs": 1, "precision": "bf16", "optimizer": "adam",
     "lr": 0.02, "weight_decay": 0.3, "adam_epsilon": 1e-3, "max_grad_norm": 1e-4, "enable_lr_schedule": False,
-    "warmup_steps": 3, "mrl_loss": "sum", "first_item_label": False, "num_negatives": 7, "whiten_features": True,
-    "item_embedding": 2, "post_norm": True, "dropout_from": 2, "logit_scale": True, "distill": 0.5, "ema_decay": 0.5,
+    "warmup_steps": 3, "mrl_loss": "sum", "loss": "plain", "first_item_label": False, "num_negatives": 7,
+    "whiten_features": True, "item_embedding": 2, "post_norm": True,
+    "dropout_from": 2, "logit_scale": True, "distill": 0.5, "ema_decay": 0.5,
     "preset": "plus",
 }  # fmt: skip
 # What does not change the weights of a short run: chosen, named, or tested elsewhere.

@@ -45,14 +45,14 @@ import eval as eval_script
 import train
 from common.errors import InputError
 from common import processes
-from trainer import step as step_module
+from model.loss import LOSSES
 from trainer import trainer as trainer_module
 from trainer.runs import run_lock
 from trainer.trainer import Trainer
 
 tiny, lonely, plus, sampled_plus, baselines = sys.argv[1:]
 seen, fit, keep = {}, Trainer.fit, Trainer._keep
-true_loss, true_save = step_module.matryoshka_cross_entropy, trainer_module.save_state
+true_loss, true_save = LOSSES["fast"], trainer_module.save_state
 
 def watched(self):
     try:
@@ -101,9 +101,9 @@ run("resumed by two", "--resume latest --run_name cut-by-one")
 Trainer._keep = interrupted
 run("cut by two", f"{tiny} --run_name cut-by-two")
 Trainer._keep = keep
-step_module.matryoshka_cross_entropy = broken
+LOSSES["fast"] = broken
 run("not finite", f"{tiny} --run_name not-finite")
-step_module.matryoshka_cross_entropy = true_loss
+LOSSES["fast"] = true_loss
 trainer_module.save_state = full
 run("full", f"{tiny} --run_name full")
 (two,) = Path().glob("experiments/runs/tiny/*[0-9]-two")

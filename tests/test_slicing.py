@@ -15,7 +15,7 @@ from tests.made_up import as_sequences, with_random_weights
 from trainer.evaluation import evaluate
 
 NUM_ITEMS, MAX_LEN, KS = 40, 10, (1, 5, 10)
-SIZE_LISTS = [tuple(sorted(random.Random(seed).sample(range(1, 48), k=seed + 2))) for seed in range(4)]
+SIZE_LISTS = [tuple(sorted(random.Random(seed).sample(range(1, 48), k=seed + 2))) for seed in (0, 3)]
 CPU = torch.device("cpu")
 
 
@@ -23,12 +23,8 @@ def random_model(sizes, branch="both", use_bias=True, seed=0, **options):
     """A model without zeros or ones among its weights, not even where the mask hides them."""
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
-    model = FMRLRec(
-        NUM_ITEMS,
-        features,
-        ModelSettings(mrl_hidden_sizes=sizes, lru_use_bias=use_bias, lru_r_min=0.3, lru_r_max=0.9, **options),
-    )
-    return with_random_weights(model).eval()
+    settings = ModelSettings(mrl_hidden_sizes=sizes, lru_use_bias=use_bias, lru_r_min=0.3, lru_r_max=0.9, **options)
+    return with_random_weights(FMRLRec(NUM_ITEMS, features, settings)).eval()
 
 
 def random_rows(num_users=15):
@@ -61,7 +57,7 @@ def test_a_slice_scores_as_the_full_models_prefix(sizes, post_norm, use_bias, br
 
 
 @pytest.mark.parametrize("branch", ["both", "id"])
-@pytest.mark.parametrize("sizes", SIZE_LISTS[-2:], ids=str)
+@pytest.mark.parametrize("sizes", SIZE_LISTS, ids=str)
 def test_a_slice_has_the_metrics_of_the_full_models_prefix(sizes, branch):
     model, rows = random_model(sizes, branch), random_rows()
     expected = evaluate(model, rows, sizes=sizes, batch_size=4, ks=KS)
@@ -70,37 +66,22 @@ def test_a_slice_has_the_metrics_of_the_full_models_prefix(sizes, branch):
         assert evaluate(small, rows, sizes=(size,), batch_size=4, ks=KS) == {size: expected[size]}
 
 
+@pytest.mark.parametrize("by_way_of", [20, 33])
+@pytest.mark.parametrize("size", [8, 20])
 @pytest.mark.parametrize("branch", ["both", "id"])
-def test_a_slice_of_a_slice_is_the_slice(branch):
-    model = random_model((3, 8, 20, 33), branch)
-    direct, by_way_of_20 = slice_model(model, 8), slice_model(slice_model(model, 20), 8)
-    assert by_way_of_20.sizes == direct.sizes == (3, 8)
-    assert direct.state_dict().keys() == by_way_of_20.state_dict().keys()
-    for name, weight in direct.state_dict().items():
-        assert torch.equal(by_way_of_20.state_dict()[name], weight)
-    assert_scores_equal(by_way_of_20, model, 8)
-
-
-def test_the_largest_slice_is_a_copy_of_the_model():
-    model = random_model((3, 8, 20))
-    copy = slice_model(model, 20)
-    assert copy.sizes == model.sizes
+def test_a_slice_or_slice_of_a_slice_keeps_the_top_left_of_every_weight(branch, size, by_way_of):
+    model = random_model((3, 8, 20, 33), branch, dropout_from=2)
+    small = slice_model(slice_model(model, by_way_of), size)
+    assert small.settings == replace(model.settings, mrl_hidden_sizes=(3, 8, 20)[: 2 + (size == 20)])
+    small = small.state_dict()
     for name, weight in model.state_dict().items():
-        assert torch.equal(copy.state_dict()[name], weight)
-
-
-@pytest.mark.parametrize("branch", ["both", "id"])
-def test_a_slice_keeps_the_top_left_of_every_weight(branch):
-    model, size = random_model((3, 8, 20), branch), 8
-    small = slice_model(model, size).state_dict()
-    for name, weight in model.state_dict().items():
-        kept = [size if n == 20 else n for n in weight.shape]
+        kept = [size if n == 33 else n for n in weight.shape]
         assert list(small[name].shape) == kept
         assert torch.equal(small[name], weight[tuple(slice(0, n) for n in kept)])
 
 
 @pytest.mark.parametrize("branch", ["both", "id"])
-@pytest.mark.parametrize("size", [3, 8, 20])
+@pytest.mark.parametrize("size", [3, 20])
 def test_a_slice_is_as_large_as_a_model_made_at_its_size(size, branch):
     model = random_model((3, 8, 20), branch)
     fresh = random_model(tuple(m for m in model.sizes if m <= size), branch)
@@ -111,28 +92,14 @@ def test_a_slice_is_as_large_as_a_model_made_at_its_size(size, branch):
     assert stored == [tensor.numel() * tensor.element_size() for tensor in small.state_dict().values()]
 
 
-def test_a_slice_is_as_deep_and_drops_out_as_much_as_the_model():
-    model = random_model((3, 8, 20))
-    small = slice_model(model, 8)
-    assert small.settings == replace(model.settings, mrl_hidden_sizes=(3, 8))
-    assert (small.num_items, len(small.blocks)) == (model.num_items, len(model.blocks))
-
-
 @pytest.mark.parametrize("size", [3, 20])
 def test_a_slice_shares_no_memory_with_the_model(size):
     model = random_model((3, 8, 20))
-    of_model = {weight.untyped_storage().data_ptr() for weight in model.state_dict().values()}
-    of_slice = {weight.untyped_storage().data_ptr() for weight in slice_model(model, size).state_dict().values()}
+    of_model, of_slice = (
+        {weight.untyped_storage().data_ptr() for weight in of.state_dict().values()}
+        for of in (model, slice_model(model, size))
+    )
     assert not of_model & of_slice
-
-
-def test_training_a_slice_leaves_the_model_as_it_was():
-    model = random_model((3, 8, 20))
-    before, small = prefix_scores(model, 20), slice_model(model, 8)
-    with torch.no_grad():
-        for parameter in small.parameters():
-            parameter.add_(1)
-    assert torch.equal(prefix_scores(model, 20), before)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -140,15 +107,10 @@ def test_a_slice_is_in_the_mode_of_the_model(training):
     assert slice_model(random_model((3, 8)).train(training), 3).training is training
 
 
-@pytest.mark.parametrize("size", [0, 4, 64])
+@pytest.mark.parametrize("size", [0, 4, 20])
 def test_a_size_that_was_not_trained_is_refused_with_the_sizes_there_are(size):
-    with pytest.raises(ValueError, match=f"size {size} was not trained; the model has 3, 8, 20"):
-        slice_model(random_model((3, 8, 20)), size)
-
-
-def test_a_size_cut_off_by_slicing_is_gone():
-    with pytest.raises(ValueError, match=r"size 20 was not trained; the model has 3, 8$"):
-        slice_model(slice_model(random_model((3, 8, 20)), 8), 20)
+    with pytest.raises(ValueError, match=f"size {size} was not trained; the model has 3, 8$"):
+        slice_model(slice_model(random_model((3, 8, 20)), 8), size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -12,12 +12,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from config import ModelSettings, TrainingSettings
 from dataloader import Batch, TrainLoader, train_rows
 from datasets.catalog import Sequences
-from model import FMRLRec, lru
-from model import loss as loss_module
+from model import FMRLRec
 from model.dropout import Dropout
 from model.extensions.sampled_loss import NegativeSampler
+from model.fast import logits, recurrence
 from tests.made_up import NoUpdate
-from trainer import step as step_module
 from trainer.cuda_graphs import GraphedStep, cuda_graphs
 from trainer.step import Step, build_optimizer
 
@@ -97,11 +96,9 @@ def test_a_loss_keeps_nothing_of_its_step_alive():
 
 
 @pytest.mark.parametrize("negatives", [0, 20])
-@pytest.mark.parametrize(
-    ("scan", "plus"), [(lru._scan_by_steps, False), (lru._scan_by_doubling, False), (lru._scan_by_doubling, True)]
-)
+@pytest.mark.parametrize(("scan", "plus"), [("steps", False), ("doubling", False), ("doubling", True)])
 def test_a_recording_played_back_trains_as_the_step_does(monkeypatch, scan, plus, negatives):
-    monkeypatch.setattr(lru, "_scan", scan)
+    monkeypatch.setattr(recurrence, "_scan", getattr(recurrence, f"_scan_by_{scan}"))
     recorded = []
 
     def record(work):  # does again what was recorded, from the memory that was recorded, as a CUDA graph does
@@ -147,7 +144,7 @@ def batch_of(lengths, seed):
 
 @pytest.mark.parametrize(("longest", "later"), [(17, 32), (9, 16), (31, 18)])
 def test_batches_of_one_size_but_longer_histories_are_recorded_anew_and_none_is_written_to(monkeypatch, longest, later):
-    monkeypatch.setattr(lru, "_scan", lru._scan_by_doubling)  # the one that asks for the longest history
+    monkeypatch.setattr(recurrence, "_scan", recurrence._scan_by_doubling)  # the one that asks for the longest history
     short, long, other = [4] * 8, [longest, *[1] * (32 - longest)], [later, *[1] * (32 - later)]
     rows = [short, short, long, short, long, other, short]
     batches = [batch_of(lengths, seed) for seed, lengths in enumerate(rows)]
@@ -198,25 +195,24 @@ def test_cuda_graphs_are_recorded_into_one_memory_and_played_back_one_by_one(mon
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_products_of_the_loss_are_computed_in_the_precision(monkeypatch, precision, expected, negatives, features):
     found = []
-    for name in ("matryoshka_cross_entropy", "sampled_matryoshka_cross_entropy"):
-        true = getattr(step_module, name)
+    step, (batch, *_) = make_step(precision, negatives, features), loader().epoch(1)
+    true = step.loss
 
-        def watched(*arguments, true=true, **how):
-            table = arguments[2] if true.__name__.startswith("sampled") else arguments[1]
-            found.append((getattr(table, "features", table).dtype, torch.is_autocast_enabled("cpu")))
-            return true(*arguments, **how)
+    def watched(z, table, *arguments, **options):
+        products = table.drawn if negatives else getattr(table, "features", table)
+        found.append((products.dtype, torch.is_autocast_enabled("cpu")))
+        return true(z, table, *arguments, **options)
 
-        monkeypatch.setattr(step_module, name, watched)
-    (batch, *_) = loader().epoch(1)
-    make_step(precision, negatives, features)(batch)
+    monkeypatch.setattr(step, "loss", watched)
+    step(batch)
     assert found == [(expected, False)]
 
 
 @pytest.mark.parametrize("negatives", [0, 20])
 @pytest.mark.parametrize(("precision", "plus"), [("fp32", False), ("bf16", False), ("bf16", True)])
 def test_nothing_in_a_step_asks_for_a_number_that_a_gpu_would_have_to_finish(monkeypatch, precision, plus, negatives):
-    monkeypatch.setattr(lru, "_scan", lru._scan_by_doubling)  # the one of a GPU
-    monkeypatch.setattr(loss_module, "_held", {})  # keeps tensors, which here are fake
+    monkeypatch.setattr(recurrence, "_scan", recurrence._scan_by_doubling)  # the one of a GPU
+    monkeypatch.setattr(logits, "_buffers", {})  # keeps tensors, which here are fake
     step, (batch, *_) = make_step(precision, negatives, plus=plus), loader().epoch(1)
     step.optimizer = NoUpdate()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # tensors without numbers

@@ -16,10 +16,10 @@ from config import Config, ModelSettings, TrainingSettings
 from datasets.catalog import load_catalog
 from model import FMRLRec
 from model.extensions.whitening import Whitening
-from model.fmrl import nested_mask
+from model.loss import LOSSES
+from model.sizes import nested_mask
 from tests.made_up import made_up_run
 from tests.prepared import write_prepared
-from trainer import step as step_module
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import load_state, load_weights, save_weights
 from trainer.evaluation import evaluate
@@ -130,14 +130,14 @@ def test_the_best_epochs_weights_are_kept(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_training_names_the_step_and_keeps_the_last_good_state(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, num_epochs=5)
-    true_loss, calls = step_module.matryoshka_cross_entropy, []
+    true_loss, calls = LOSSES["fast"], []
 
     def loss_that_breaks(*arguments, **how):
         calls.append(1)
         return true_loss(*arguments, **how) * (math.nan if len(calls) == 7 else 1)  # step 7 is in epoch 2
 
-    monkeypatch.setattr(step_module, "matryoshka_cross_entropy", loss_that_breaks)
+    monkeypatch.setitem(LOSSES, "fast", loss_that_breaks)
+    trainer = make_trainer(tmp_path, num_epochs=5)
     with pytest.raises(InputError, match=r"nan at step 7 \(epoch 2\).*after epoch 1 is kept.*--lr"):
         trainer.fit()
     state = load_state(trainer.run.folder / "last.pt")

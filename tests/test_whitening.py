@@ -21,7 +21,7 @@ def features_of(items=200, width=12, rank=12, seed=0):
 
 
 def whitened_plain(features: np.ndarray) -> np.ndarray:
-    """By definition: the left singular vectors of what is centred, turned back into the features' axes, of length 1."""
+    """By definition: the left singular vectors of the centred features, rotated back, of length 1."""
     left, singular, right = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
     varies = singular > 2e-3 * singular[0]
     y = left[:, varies] @ right[varies]
@@ -48,8 +48,7 @@ def test_every_direction_has_the_same_variance_before_rows_are_of_length_1():
     torch.testing.assert_close(made(features).norm(dim=1), torch.ones(200).double())
 
 
-@pytest.mark.parametrize("value", [0.3, 1.0, 0.0])
-@pytest.mark.parametrize("items", [9, 1, 0])
+@pytest.mark.parametrize(("items", "value"), [(9, 0.3), (9, 0.0), (1, 1.0), (0, 1.0)])
 def test_features_that_do_not_vary_become_zero(items, value):
     assert torch.equal(made(torch.full((items, 4), value).double()), torch.zeros(items, 4).double())
 
@@ -70,15 +69,11 @@ def test_what_rounding_to_half_precision_adds_is_no_direction():
     assert cosine.min() > 0.995
 
 
-# ----------------------------------------------------------------------------------------------------------- in a model
-
-
 def make_model(features, fit=True):
     torch.manual_seed(0)
     whitening = Whitening(features, fit)
-    return FMRLRec(
-        len(features[0]), whitening.features(), ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1), whitening
-    )
+    settings = ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1)
+    return FMRLRec(len(features[0]), whitening.features(), settings, whitening)
 
 
 def parts(seed=0):
@@ -132,9 +127,9 @@ def test_a_server_without_torch_whitens_new_products_alike():
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_features_of_a_few_words_each_are_whitened_too(seed):
-    """Ten items of a dozen words among 1,024: most directions do not vary, and eigh gave up on every fourth such."""
+    """Ten items of a dozen words among 1,024: most directions have no variance, on which eigh often fails."""
     random = torch.Generator().manual_seed(seed)
     features = torch.zeros(10, 1024)
     for row in features:

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from trainer.step import Trainable
+from model.base import SequenceModel
 
 
 class WeightAverage:
@@ -12,14 +12,14 @@ class WeightAverage:
 
     An average of nested weights is nested, so slicing stays exact."""
 
-    def __init__(self, model: Trainable, decay: float) -> None:
+    def __init__(self, model: SequenceModel, decay: float) -> None:
         """decay: d, above 0 and below 1."""
         frozen = (*model.buffers(), model.items.whitening)  # features above all
         self.model = copy.deepcopy(model, {id(part): part for part in frozen}).requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, model: Trainable, step: int) -> None:
+    def update(self, model: SequenceModel, step: int) -> None:
         """Take the weights after step t = `step`, from 1, in."""
         share = (1 - self.decay) / (1 - self.decay**step)  # 1 of the first: what was there before does not count
         for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):

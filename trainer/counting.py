@@ -8,7 +8,7 @@ from common import processes
 from config import Config
 from dataloader import eval_rows, train_items
 from datasets.catalog import Sequences
-from model.baselines.counting import Popularity
+from model.base import CountingModel
 from trainer.checkpoint import save_weights
 from trainer.evaluation import evaluate
 from trainer.metrics import criterion, cut_offs
@@ -19,13 +19,14 @@ from trainer.training_run import TrainingRun
 class CountingTrainer:
     """Counts the training items of all users, and writes the run's folder, as `Trainer` does."""
 
-    def __init__(self, model: Popularity, sequences: Sequences, config: Config, run: TrainingRun) -> None:
+    def __init__(self, model: CountingModel, sequences: Sequences, config: Config, run: TrainingRun) -> None:
         self.model, self.sequences, self.config, self.run = model, sequences, config, run
 
     def fit(self) -> None:
         """Count, validate, and write the weights and the log's only line."""
         model, config, started = self.model, self.config, time.perf_counter()
-        users, items = (torch.as_tensor(part, device=model.counts.device) for part in train_items(self.sequences))
+        device = next(model.buffers()).device
+        users, items = (torch.as_tensor(part, device=device) for part in train_items(self.sequences))
         model.count(users, items)
         counted = time.perf_counter()
         metrics = evaluate(

@@ -11,13 +11,12 @@ from tqdm import tqdm
 from common import processes
 from dataloader import EvalBatch, EvalRows, eval_batches
 from model import FMRLRec, slice_model
-from model.baselines.counting import Popularity
-from model.fmrl import increments
+from model.base import CountingModel, SequenceModel
+from model.registry import Model
+from model.sizes import increments
 from trainer.metrics import count_ahead, ranking_metrics, target_ranks
-from trainer.step import Trainable
 
 T = TypeVar("T")
-Model = Trainable | Popularity  # what is trained, or only counts
 USERS = 2**16  # users that are ranked at once: every dataset of the paper in one go
 ITEMS = 2**15  # items that are scored at once: every catalogue of the paper in one chunk
 TABLE_BYTES = 2**30  # a projected item table up to this is held; otherwise a batch projects what it reads
@@ -58,12 +57,12 @@ def rank_targets(
     start, stop = processes.share(len(rows))
     device = next(itertools.chain(model.parameters(), model.buffers())).device
     found, table = torch.zeros(len(sizes), len(rows), dtype=torch.float64), None
-    if not isinstance(model, Popularity) and 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES:
+    if not isinstance(model, CountingModel) and 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES:
         table = model.item_table()
     for first in range(start, stop, USERS):
         users = slice(first, min(first + USERS, stop))
         batches = list(eval_batches(rows.part(users.start, users.stop), batch_size, device))
-        if isinstance(model, Popularity):
+        if isinstance(model, CountingModel):
             found[:, users] = _ranks_of_counts(model, batches, mask_history)
         else:
             z = [encode_last(model, batch, table) for batch in _shown(batches, "histories", "batch")]
@@ -77,7 +76,7 @@ def _shown(parts: Sequence[T], title: str, unit: str) -> Iterable[T]:
     return tqdm(parts, title, leave=False, unit=unit, disable=True if processes.rank() else None)
 
 
-def encode_last(model: Trainable, batch: EvalBatch, table: Tensor | None) -> Tensor:
+def encode_last(model: SequenceModel, batch: EvalBatch, table: Tensor | None) -> Tensor:
     """z [B, D] of every row's last token."""
     if table is None:
         tokens, place = batch.tokens.unique(return_inverse=True)
@@ -88,7 +87,7 @@ def encode_last(model: Trainable, batch: EvalBatch, table: Tensor | None) -> Ten
 
 
 def _ranks(
-    model: Trainable,
+    model: SequenceModel,
     batches: list[EvalBatch],
     z: list[Tensor],
     table: Tensor | None,
@@ -120,7 +119,7 @@ def _ranks(
     return torch.cat([1 + ahead + (equal - 1).clamp_min(0) / 2 for ahead, equal in counts], dim=1).double().cpu()
 
 
-def _ranks_of_counts(model: Popularity, batches: list[EvalBatch], mask_history: bool) -> Tensor:
+def _ranks_of_counts(model: CountingModel, batches: list[EvalBatch], mask_history: bool) -> Tensor:
     """The rank of every user's target by a model that only counts: [U]."""
     found = []
     for batch in batches:

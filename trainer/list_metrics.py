@@ -10,16 +10,18 @@ ILD@K        intra-list diversity: mean 1 - cosine over the pairs of a list, by 
 Add a metric by adding a function to LIST_METRICS.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dataloader import EvalRows, eval_batches
-from model.baselines.counting import Popularity
-from model.fmrl import increments
+from model.base import CountingModel
+from model.sizes import increments
 from trainer.evaluation import Model, candidates, encode_last
 
 SCORES = 2**26  # user-item scores held at once
@@ -77,13 +79,12 @@ def list_metrics_of_sizes(
     """
     ks = tuple(k for k in ks if k <= model.num_items)
     top = top_items(model, rows, max(ks), mask_history)
-    features = None
-    if getattr(getattr(model, "items", None), "parts", None):
-        features = lambda items: model.items.rows(items, torch.float32)  # noqa: E731
+    items = None if isinstance(model, CountingModel) else model.items
+    features = partial(items.rows, dtype=torch.float32) if items and items.parts else None
     results: dict[int, dict[str, float]] = {}
-    for size, items in top.items():
+    for size, listed in top.items():
         values = {
-            f"{name}@{k}": metric(Lists(items[:, :k], counts, features))
+            f"{name}@{k}": metric(Lists(listed[:, :k], counts, features))
             for k in ks
             for name, metric in LIST_METRICS.items()
         }
@@ -98,13 +99,12 @@ def top_items(model: Model, rows: EvalRows, k: int, mask_history: bool) -> dict[
     Unlike in a test, a user's target is no candidate if it is in the masked history.
     """
     model.eval()
-    counting = isinstance(model, Popularity)
-    device = model.counts.device if counting else next(model.parameters()).device
-    table = None if counting else model.item_table()
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    table = torch.empty(0) if isinstance(model, CountingModel) else model.item_table()
     found: dict[int, list[Tensor]] = {m: [] for m in model.sizes}
     for batch in eval_batches(rows, max(1, min(256, SCORES // (model.num_items + 1))), device):
         scores = candidates(batch, 0, model.num_items + 1, mask_history, keep_targets=False)
-        if counting:
+        if isinstance(model, CountingModel):
             found[model.sizes[0]].append((scores + model.scores(batch.tokens[batch.last])).topk(k).indices.cpu())
             continue
         z = encode_last(model, batch, table)

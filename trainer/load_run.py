@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common import processes
 from common.devices import resolve_device
 from config import Config
@@ -30,6 +32,6 @@ def load_run(run: str | Path, flags: dict[str, Any] | None = None) -> tuple[Conf
     processes.on_main_process(lambda: check_data(run, catalog.digest()))
     trained_on = processes.on_main_process(lambda: features_of(run))
     features = load_features(config, catalog, device, trained_on)
-    model = build_model(catalog.num_items, features, config, fit=False).to(device)
+    model = build_model(catalog.num_items, [torch.from_numpy(part) for part in features], config, fit=False).to(device)
     load_weights(model, run / WEIGHTS)
     return config, catalog, model.eval()

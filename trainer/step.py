@@ -7,16 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from common import processes
+from common.errors import InputError
 from config import TrainingSettings
 from dataloader import Batch
-from model import FMRLRec, matryoshka_cross_entropy
-from model.baselines.lrurec import LRURec
-from model.baselines.sasrec import SASRec
+from model.base import SequenceModel
 from model.dropout import set_share
 from model.extensions.objective import Objective
-from model.extensions.sampled_loss import NegativeSampler, sampled_matryoshka_cross_entropy
-
-Trainable = FMRLRec | SASRec | LRURec
+from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
+from model.items import Factors
+from model.loss import LOSSES
 
 
 class Step:
@@ -24,13 +23,17 @@ class Step:
 
     def __init__(
         self,
-        model: Trainable,
+        model: SequenceModel,
         optimizer: torch.optim.Optimizer,
         settings: TrainingSettings,
         sampler: NegativeSampler | None = None,
     ) -> None:
-        """sampler: draws the items of a sampled softmax; None: the exact softmax over the catalogue."""
+        """sampler: draws the items of a sampled softmax; None: the exact softmax. Raises InputError for an unknown loss."""
         self.model, self.optimizer, self.settings, self.sampler = model, optimizer, settings, sampler
+        losses = SAMPLED_LOSSES if sampler else LOSSES
+        if settings.loss not in losses:
+            raise InputError(f"--loss {settings.loss!r} must be one of {', '.join(losses)}")
+        self.loss = losses[settings.loss]
 
     def __call__(self, batch: Batch) -> Tensor:
         """Update the weights with one batch, and return its loss, a scalar.
@@ -46,17 +49,16 @@ class Step:
             set_share(model, None)
 
             dtype = torch.bfloat16 if settings.precision == "bf16" else z.dtype
+            if not self.sampler:
+                table: Factors | Sample | Tensor = model.items.factors(dtype)  # [N+1, D]
+            else:
+                negatives, log_kq = self.sampler.draw()  # [K], [K]
+                with self._autocast(batch):  # own [T, D], drawn [K, D]
+                    table = Sample(model.items(batch.labels), model.items(negatives).to(dtype), negatives, log_kq)
+
             objective = Objective(getattr(model, "log_scale", None), settings.distill)
             how = {"reduction": settings.mrl_loss, "count": batch.num_labels, "objective": objective}
-            if self.sampler:
-                negatives, log_kq = self.sampler.draw()  # [K], [K]
-                with self._autocast(batch):
-                    own, drawn = model.items(batch.labels), model.items(negatives).to(dtype)  # [T, D], [K, D]
-                loss = sampled_matryoshka_cross_entropy(
-                    z, own, drawn, batch.labels, negatives, log_kq, model.sizes, **how
-                )
-            else:
-                loss = matryoshka_cross_entropy(z, model.items.factors(dtype), batch.labels, model.sizes, **how)
+            loss = self.loss(z, table, batch.labels, model.sizes, **how)
             loss.backward()
 
         all_reduce_gradients(model)

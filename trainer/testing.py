@@ -39,8 +39,11 @@ def test_every_size(
     rows = eval_rows(sequences, config.lru_max_len, "test")
     trained, _ = read_config(folder)
     ks = tuple(sorted({*config.metric_ks, *trained.metric_ks}))  # the run's files never lose a cut-off
-    rank = rank_targets_alone if alone and isinstance(model, FMRLRec) else rank_targets
-    ranks = rank(model, rows, sizes=model.sizes, batch_size=config.test_batch_size, mask_history=mask_history)
+    batch_size, sizes = config.test_batch_size, model.sizes
+    if alone and isinstance(model, FMRLRec):  # eval.py refuses a baseline
+        ranks = rank_targets_alone(model, rows, sizes=sizes, batch_size=batch_size, mask_history=mask_history)
+    else:
+        ranks = rank_targets(model, rows, sizes=sizes, batch_size=batch_size, mask_history=mask_history)
     results = {m: ranking_metrics(of_size, ks) for m, of_size in ranks.items()}
     counts = times_trained(sequences, model.num_items)
     if processes.rank() == 0:

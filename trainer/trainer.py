@@ -19,6 +19,7 @@ from common.errors import InputError
 from config import Config
 from dataloader import Batch, TrainLoader, eval_rows, train_rows
 from datasets.catalog import Sequences
+from model.base import SequenceModel
 from model.extensions.sampled_loss import NegativeSampler
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import save_state, save_weights
@@ -26,7 +27,7 @@ from trainer.cuda_graphs import GraphedStep
 from trainer.evaluation import evaluate
 from trainer.metrics import criterion, cut_offs
 from trainer.runs import STATE, WEIGHTS, is_finished
-from trainer.step import Step, Trainable, build_optimizer
+from trainer.step import Step, build_optimizer
 from trainer.training_run import TrainingRun
 
 CHECK_EVERY = 50  # steps between checks that the losses are finite: a check makes a GPU wait
@@ -46,7 +47,7 @@ class Progress:
 class Trainer:
     """Trains a model on the training items of all users, and writes the run's folder."""
 
-    def __init__(self, model: Trainable, sequences: Sequences, config: Config, run: TrainingRun) -> None:
+    def __init__(self, model: SequenceModel, sequences: Sequences, config: Config, run: TrainingRun) -> None:
         """Resumes if the run has a state of finished epochs."""
         device = next(model.parameters()).device
         rows = train_rows(sequences, config.lru_max_len, config.first_item_label)
@@ -73,7 +74,7 @@ class Trainer:
         return self.config.num_epochs * len(self.loader)
 
     @property
-    def eval_model(self) -> Trainable:
+    def eval_model(self) -> SequenceModel:
         """The model that is validated and saved: the average of the weights, if there is one."""
         return self.average.model if self.average else self.model
 
@@ -233,7 +234,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.loader.device)
 
 
-def build_step(model: Trainable, loader: TrainLoader, config: Config) -> Step | GraphedStep:
+def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Step | GraphedStep:
     """Return the training step: as CUDA graphs on a single GPU, with sampled negatives if the settings ask for them."""
     sampled = 0 < config.num_negatives < model.num_items
     if config.num_negatives and not sampled:
@@ -242,7 +243,8 @@ def build_step(model: Trainable, loader: TrainLoader, config: Config) -> Step | 
         )
     sampler = NegativeSampler(loader.label_counts(model.num_items), config.num_negatives) if sampled else None
     step = Step(model, build_optimizer(model, config), config, sampler)
-    return GraphedStep(step) if loader.device.type == "cuda" and processes.world_size() == 1 else step
+    graphed = loader.device.type == "cuda" and processes.world_size() == 1 and model.static_shapes
+    return GraphedStep(step) if graphed else step
 
 
 def _no_bar() -> bool | None:

@@ -1,5 +1,5 @@
-"""What fMRLRec is measured against: recommenders that know items by their ids alone (torch alone).
+"""Baselines that know items by their ids alone.
 
-`sasrec` and `lrurec` are trained as fMRLRec is, with which they share num_items, sizes (one), items, item_table and
-encode; `counting` only counts.
+SASRec, LRURec and GRU4Rec are trained like fMRLRec, on the same batches with the same loss. Popularity and ItemKNN only
+count.
 """

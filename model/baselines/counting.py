@@ -1,43 +1,43 @@
-"""Recommenders that only count what users had in training. U users, N items, B histories.
+"""Recommenders that only count the training items of users. U users, N items, B histories.
 
-Popularity: score of item i = how often it is in training.
-ItemKNN (item-based collaborative filtering: Sarwar et al., WWW 2001), for the last item l of a history alone:
+Popularity: the score of item i is its number of occurrences in training.
+ItemKNN (item-based collaborative filtering: Sarwar et al., WWW 2001), for the last item l of a history:
 
     score of item i = n_li / (√(n_l n_i) + h)           n_i: users who had i, n_li: users who had both, h: SHRINKAGE
 
-which is their cosine, shrunk where few users vouch for it; items that no user had with l follow by popularity.
+This is the cosine of the two items, shrunk if few users had both. Items that no user had together with l are ranked
+below, by popularity.
 """
 
 import torch
 from torch import Tensor, nn
 
+from model.base import CountingModel
+
 SHRINKAGE = 50.0  # the best of 0, 5, 10, 20, 30, 50 and 100 on Beauty's validation set (NDCG@10 .0441; 0: .0376)
 
 
-class Popularity(nn.Module):
-    """Ranks items by how often they are in training, the same for every user."""
-
-    sizes = (1,)  # numbers that an item has
+class Popularity(CountingModel):
+    """Ranks items by their number of occurrences in training, the same for every user."""
 
     def __init__(self, num_items: int) -> None:
         super().__init__()
         self.num_items = num_items
         self.register_buffer("counts", torch.zeros(num_items + 1))
-        self.register_load_state_dict_pre_hook(_make_room)
+        self.register_load_state_dict_pre_hook(_resize_buffers)
 
     def count(self, users: Tensor, items: Tensor) -> None:
-        """Count pairs of user and item [n] each: users from 0, items from 1."""
         self.counts = items.bincount(minlength=self.num_items + 1).float()
 
     def scores(self, last: Tensor) -> Tensor:
-        """The scores [B, N+1] of all tokens for histories that end with the items `last` [B]."""
         return self.counts.expand(len(last), -1)
 
 
 class ItemKNN(Popularity):
     """Ranks items by how often users had them together with the last item of a history.
 
-    Neighbours are stored sparsely: those of item i, and how alike they are, are entries begins[i] to begins[i + 1].
+    Neighbours are stored sparsely: entries begins[i] to begins[i + 1] hold the neighbours of item i and their
+    similarities.
     """
 
     def __init__(self, num_items: int) -> None:
@@ -47,9 +47,9 @@ class ItemKNN(Popularity):
         self.register_buffer("alike", torch.zeros(0))
 
     def count(self, users: Tensor, items: Tensor) -> None:
-        """As Popularity. What a user had twice counts once for its neighbours; memory is that of Σ_u (items of u)²."""
+        """As Popularity. An item that a user had twice counts once here. Needs memory for Σ_u (items of u)² pairs."""
         super().count(users, items)
-        users, items = torch.stack([users, items]).unique(dim=1)  # user after user
+        users, items = torch.stack([users, items]).unique(dim=1)  # sorted by user
         n = items.bincount(minlength=self.num_items + 1).double()
         length = users.bincount()
         entry, place = entries((length.cumsum(dim=0) - length)[users], length[users])
@@ -60,20 +60,20 @@ class ItemKNN(Popularity):
         self.begins = torch.searchsorted(i, torch.arange(self.num_items + 2, device=i.device))
 
     def scores(self, last: Tensor) -> Tensor:
-        scores = (self.counts / (self.counts.max() + 1) - 1).repeat(len(last), 1)  # below 0, as no neighbour is
+        scores = (self.counts / (self.counts.max() + 1) - 1).repeat(len(last), 1)  # negative, unlike any similarity
         row, entry = entries(self.begins[last], self.begins[last + 1] - self.begins[last])
         scores[row, self.neighbours[entry]] = self.alike[entry]
         return scores
 
 
 def entries(begins: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries begins[b], begins[b] + 1, ... of every row b, lengths[b] of them: (row, entry) of each."""
+    """Return (row, entry) of the entries begins[b], begins[b] + 1, ... of every row b, lengths[b] of them."""
     row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     return row, torch.arange(len(row), device=row.device) - (lengths.cumsum(dim=0) - lengths - begins)[row]
 
 
-def _make_room(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Buffers of the shapes to be loaded: how many neighbours there are is only known when they are counted."""
+def _resize_buffers(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Give the buffers the shapes that are loaded: the number of neighbours is only known once counted."""
     for name, buffer in list(module.named_buffers(recurse=False)):
         if prefix + name in state:
             setattr(module, name, buffer.new_empty(state[prefix + name].shape))

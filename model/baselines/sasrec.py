@@ -1,14 +1,14 @@
 """SASRec (Kang & McAuley, Self-Attentive Sequential Recommendation, ICDM 2018): causal self-attention over item ids.
 
     x_t = Dropout(√D E_{i_t} + P_{n-t})                    E: item table, P: position table, n: tokens of the history
-    [q = LN(x),  x = q + Dropout(SA(q, x));  f = LN(x),  x = f + FFN(f)] x blocks,    z = LN(x)
-    SA(q, x) = softmax((W_Q q)(W_K x)ᵀ / √(D/heads), t sees no later one) W_V x
+    q = LN(x),  x = q + Dropout(SA(q, x));  f = LN(x),  x = f + FFN(f)             each block;  z = LN(x) after the last
+    SA(q, x) = softmax((W_Q q)(W_K x)ᵀ / √(D/heads), t sees no later token) W_V x
     FFN(f) = Dropout(W2 Dropout(ReLU(W1 f)))
     score of item i:  z · E_i
 
-The norms stand where the released code has them: on the queries, not on the keys, and what is carried on is normalised
-too. Dropout is on a layer's output, as in the paper (section III-C); the released code has that of the attention on its
-weights. Positions count from the last token back, as those of the released code do, which pads on the left.
+The norms are placed as in the released code: on the queries, not on the keys, and the residual stream is normalised.
+Dropout is on a layer's output, as in the paper (section III-C); the released code drops attention weights out.
+Positions count back from the last token, as in the released code, which pads on the left.
 
 Histories are packed as in model/lru.py. T tokens, D dimensions, H heads.
 """
@@ -19,14 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import ModelSettings
+from model.base import SequenceModel
 from model.dropout import Dropout
 from model.items import ItemEncoder
 
-ROWS = 256  # queries of one attention
+ROWS = 256  # queries per call of the attention
 
 
 def tokens_after(position: Tensor) -> Tensor:
-    """How many tokens of its history come after each token: [T], of `position` [T] as in model/lru.py."""
+    """Return the number of later tokens of each token's history: [T], from `position` [T]."""
     end, token = len(position), torch.arange(len(position), device=position.device)
     begins = torch.where(position == 0, token, end)
     next_begin = F.pad(begins[1:], (0, 1), value=end).flip(0).cummin(dim=0).values.flip(0)
@@ -34,9 +36,9 @@ def tokens_after(position: Tensor) -> Tensor:
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, query: Tensor, first: Tensor) -> Tensor:
-    """Attention of each query to the tokens of its own history up to its own: [H, Q, d] of q [H, Q, d], k, v [H, T, d].
+    """Attend from each query to the tokens of its history up to itself: q [H, Q, d], k, v [H, T, d] -> [H, Q, d].
 
-    query: [Q] which token each query is; first: [Q] the first token of its history.
+    query: [Q], the token of each query; first: [Q], the first token of its history.
     """
     token = torch.arange(k.shape[1], device=k.device)
     sees = (token >= first[:, None]) & (token <= query[:, None])  # [Q, T]
@@ -46,19 +48,19 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, query: Tensor, first: Tens
 class SelfAttention(nn.Module):
     """Multi-head attention over packed histories.
 
-    All histories of a batch are one sequence, in which a token sees its own history alone. Rows of tokens see no
-    further back than the longest history reaches, so the work grows with T, not T². Every shape is known without a look
-    at the positions, for which a GPU would wait.
+    All histories of a batch form one sequence, in which a token sees its own history alone. ROWS queries at a time see
+    as far back as the longest history reaches, so the work grows with T, not T². No shape depends on the positions,
+    which a GPU would have to wait for.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        # Without biases, as in the paper; that of the keys would have no effect.
+        # Without biases, as in the paper; a bias of the keys would have no effect.
         self.W_Q, self.W_K, self.W_V = (nn.Linear(dim, dim, bias=False) for _ in range(3))
 
     def forward(self, q: Tensor, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
-        """q, x: [T, D]; with at [B], q is [B, D], of these tokens alone, and so is what is returned."""
+        """Return [T, D] of q and x [T, D], or with `at` [B], whose queries q [B, D] are, [B, D]."""
         q, k, v = (self._heads(part) for part in (self.W_Q(q), self.W_K(x), self.W_V(x)))
         token = torch.arange(len(x), device=x.device)
         first = token - position
@@ -85,50 +87,34 @@ class SelfAttention(nn.Module):
 class SASRecBlock(nn.Module):
     """q + Dropout(SA(q, x)) with q = LN(x), then f + FFN(f) with f = LN(x): [T, D] -> [T, D]."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, attn_dropout: float) -> None:
+    def __init__(self, dim: int, settings: ModelSettings) -> None:
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(dim, eps=1e-8), SelfAttention(dim, num_heads)
+        self.norm1, self.attention = nn.LayerNorm(dim, eps=1e-8), SelfAttention(dim, settings.num_heads)
         self.norm2, self.W1, self.W2 = nn.LayerNorm(dim, eps=1e-8), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.attn_dropout, self.dropout = Dropout(attn_dropout), Dropout(dropout)
+        self.attn_dropout, self.dropout = Dropout(settings.lru_attn_dropout), Dropout(settings.lru_dropout)
 
     def forward(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
-        """at: [B], the only tokens whose output is wanted; then it is [B, D]."""
+        """Arguments as of `SequenceModel.encode`."""
         q = self.norm1(x if at is None else x[at])
         x = q + self.attn_dropout(self.attention(q, x, position, longest, at))
         f = self.norm2(x)
         return f + self.dropout(self.W2(self.dropout(F.relu(self.W1(f)))))
 
 
-class SASRec(nn.Module):
+class SASRec(SequenceModel):
     """The recommender, with a learned item table."""
 
-    def __init__(
-        self,
-        num_items: int,
-        dim: int,
-        max_len: int,
-        num_blocks: int = 2,
-        num_heads: int = 1,
-        dropout: float = 0.5,
-        attn_dropout: float = 0.5,
-    ) -> None:
-        """max_len: the most tokens of a history. Raises ValueError where the heads do not divide the dimensions."""
+    def __init__(self, num_items: int, settings: ModelSettings) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{dim} dimensions cannot be shared out among {num_heads} heads")
+        dim = settings.mrl_hidden_sizes[-1]
         self.num_items, self.sizes = num_items, (dim,)
         self.items = ItemEncoder(num_items, dim, None)
-        self.positions = nn.Parameter(nn.init.normal_(torch.empty(max_len, dim), std=dim**-0.5))
-        self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(SASRecBlock(dim, num_heads, dropout, attn_dropout) for _ in range(num_blocks))
+        self.positions = nn.Parameter(nn.init.normal_(torch.empty(settings.lru_max_len, dim), std=dim**-0.5))
+        self.dropout = Dropout(settings.lru_dropout)
+        self.blocks = nn.ModuleList(SASRecBlock(dim, settings) for _ in range(settings.lru_num_blocks))
         self.norm = nn.LayerNorm(dim, eps=1e-8)
 
-    def item_table(self) -> Tensor:
-        """E [N+1, D]; row 0 is the begin-of-sequence token, which is no item."""
-        return self.items.everything()
-
     def encode(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
-        """What each token's history asks for next: z [T, D], or [B, D] of the tokens `at` alone; see FMRLRec.encode."""
         x = self.dropout(x * math.sqrt(x.shape[1]) + F.embedding(tokens_after(position), self.positions))
         for block in self.blocks[:-1]:
             x = block(x, position, longest)

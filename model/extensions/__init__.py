@@ -1,1 +1,1 @@
-"""Beyond the paper: whitening, sampled softmax, scales and distillation. All off by default."""
+"""Beyond the paper: whitening, sampled softmax, learned scales and distillation. All off by default."""

@@ -14,10 +14,13 @@ import pytest
 from PIL import Image, ImageDraw
 
 from common.errors import InputError
-from datasets.features import encoders
-from datasets.features.encoders import image_encoder, image_fingerprint, language_encoder, language_fingerprint
-from datasets.features.encoders import text as text_encoder
-from datasets.features.encoders.base import offline_without_network
+from datasets.features import text
+from datasets.features.encoder import normalised, offline_without_network
+from datasets.features.image import fingerprint as image_fingerprint
+from datasets.features.image import load_encoder as image_encoder
+from datasets.features.text import fingerprint as language_fingerprint
+from datasets.features.text import hub_commit
+from datasets.features.text import load_encoder as language_encoder
 from tests.prepared import put_in_hub_cache, write_tiny_bert
 
 REPOSITORY = Path(__file__).parent.parent
@@ -67,7 +70,7 @@ def refusal(make, name: str) -> str:
 def test_no_feature_is_beyond_what_float16_reaches_whatever_a_model_computes(size):
     vectors = np.random.default_rng(0).uniform(-size, size, (100, 64)).astype(np.float32)
     with np.errstate(over="ignore"):
-        assert np.abs(encoders.normalised(vectors)).max() < 2
+        assert np.abs(normalised(vectors)).max() < 2
 
 
 # -------------------------------------------------------------------------------------------------------------- lexical
@@ -82,7 +85,7 @@ def test_lexical_gives_a_vector_of_length_1_for_every_text():
 
 def test_lexical_gives_the_same_vector_in_every_process():
     code = (
-        "import sys; from datasets.features.encoders import LexicalEncoder\n"
+        "import sys; from datasets.features.text import LexicalEncoder\n"
         "sys.stdout.buffer.write(LexicalEncoder().encode([sys.argv[1]]).tobytes())"
     )
     command, environment = [sys.executable, "-c", code, LONG], {**os.environ, "PYTHONHASHSEED": "12"}
@@ -332,13 +335,13 @@ def test_an_encoder_in_the_hubs_cache_is_that_encoder_with_its_pooling(hub, mean
     put_in_hub_cache(hub, "org/tiny", "a" * 40, mean_bert)
     expected = language_encoder(str(mean_bert), "cpu").encode([LONG])
     np.testing.assert_array_equal(language_encoder(name, "cpu").encode([LONG]), expected)
-    assert encoders.hub_commit(name) == "a" * 40
+    assert hub_commit(name) == "a" * 40
 
 
 def test_a_revision_that_is_not_in_the_hubs_cache_is_refused(hub, mean_bert):
     put_in_hub_cache(hub, "org/tiny", "a" * 40, mean_bert)
     assert "'org/tiny@v2' cannot be loaded" in refusal(language_encoder, "org/tiny@v2")
-    assert encoders.hub_commit("org/tiny@v2") is None
+    assert hub_commit("org/tiny@v2") is None
 
 
 def test_a_cached_encoder_that_is_known_to_name_no_pooling_gives_the_first_token(hub, first_bert, tmp_path):
@@ -356,8 +359,8 @@ def test_a_cached_encoder_whose_pooling_is_not_known_is_refused_rather_than_gues
 
 
 def test_encoders_without_a_hub_have_no_commit(mean_bert):
-    assert encoders.hub_commit("lexical") is None
-    assert encoders.hub_commit(str(mean_bert)) is None
+    assert hub_commit("lexical") is None
+    assert hub_commit(str(mean_bert)) is None
 
 
 def test_a_trained_sentence_encoder_puts_related_sentences_nearer():
@@ -493,11 +496,11 @@ def test_transformers_and_open_clip_work_where_this_datasets_hides_hugging_faces
         "from transformers import AutoModel, AutoTokenizer\n"
         "import open_clip, datasets\n"
         "assert Path(datasets.__file__).parent == Path('datasets').resolve(), datasets.__file__\n"
-        "from PIL import Image; from datasets.features.encoders import image_encoder, language_encoder\n"
+        "from PIL import Image; from datasets.features import image, text\n"
         "bert, clip_config, clip = sys.argv[1:]\n"
         "open_clip.add_model_config(clip_config)\n"
-        "print(language_encoder(bert, 'cpu').encode(['red tent']).tolist())\n"
-        "print(image_encoder(clip, 'cpu').encode([Image.new('RGB', (40, 40), 'red')]).shape)\n"
+        "print(text.load_encoder(bert, 'cpu').encode(['red tent']).tolist())\n"
+        "print(image.load_encoder(clip, 'cpu').encode([Image.new('RGB', (40, 40), 'red')]).shape)\n"
     )
     name, weights = clip
     arguments = (mean_bert, weights.with_name(f"{name}.json"), f"{name}/{weights}")
@@ -557,7 +560,7 @@ def test_a_local_folder_does_not_ask_whether_there_is_a_network(tmp_path, monkey
     def asked(*_):
         raise AssertionError("the network was asked for")
 
-    monkeypatch.setattr(text_encoder, "offline_without_network", asked)
+    monkeypatch.setattr(text, "offline_without_network", asked)
     assert language_encoder(str(write_tiny_bert(tmp_path / "model", MEAN)), "cpu").dim == 16
     with pytest.raises(AssertionError, match="the network was asked for"):
         language_encoder("organisation/model", "cpu")

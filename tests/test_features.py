@@ -16,9 +16,9 @@ from PIL import Image
 
 from common.errors import InputError
 from datasets.catalog import Catalog, load_catalog
-from datasets.features import cache, encoders
-from datasets.features import encode as embedding
-from datasets.features.encoders import LexicalEncoder, PixelEncoder
+from datasets.features import cache, image, text
+from datasets.features.image import PixelEncoder
+from datasets.features.text import LexicalEncoder
 from datasets.text import NO_TEXT, item_text
 from tests.prepared import (
     draw_picture,
@@ -132,13 +132,13 @@ def test_no_batch_is_larger_than_asked_for_and_every_item_is_read_once(catalog, 
 def test_pictures_are_decoded_one_after_another_however_large_the_batch(catalog, shop, monkeypatch):
     opened, alive = [], []
 
-    def watching(path, open_picture=embedding.open_picture):
+    def watching(path, open_picture=image.open_picture):
         picture, reason = open_picture(path)
         opened.append(weakref.ref(picture))
         alive.append(sum(picture() is not None for picture in opened))
         return picture, reason
 
-    monkeypatch.setattr(embedding, "open_picture", watching)
+    monkeypatch.setattr(image, "open_picture", watching)
     shop.features(catalog, **PICTURES, batch_size=7)
     assert len(alive) == 7
     assert max(alive) <= 3  # the first of a batch, the last and this one
@@ -212,7 +212,7 @@ def test_other_weights_of_the_encoder_are_encoded_again_into_another_cache(catal
 def test_cached_features_need_no_encoder_at_hand(catalog, shop, tmp_path, monkeypatch):
     model = write_tiny_bert(tmp_path / "bert")
     before = shop.features(catalog, language=str(model))
-    monkeypatch.setattr(encoders, "language_encoder", None)  # a call fails
+    monkeypatch.setattr(text, "load_encoder", None)  # a call fails
     np.testing.assert_array_equal(shop.features(catalog, language=str(model)), before)
 
 
@@ -269,11 +269,11 @@ def test_another_commit_of_a_hub_encoder_is_said_and_encoded_again(catalog, shop
 
 
 def test_the_commit_that_the_first_encoding_fetched_is_remembered(catalog, shop, hub, tmp_path, monkeypatch):
-    def fetching(name, *arguments, load=encoders.language_encoder):
+    def fetching(name, *arguments, load=text.load_encoder):
         put_in_hub_cache(hub, name, "a" * 40, write_tiny_bert(tmp_path / "model", FIRST))
         return load(name, *arguments)
 
-    monkeypatch.setattr(encoders, "language_encoder", fetching)
+    monkeypatch.setattr(text, "load_encoder", fetching)
     shop.features(catalog, language="org/tiny")
     assert sidecar_of(shop.file)["commit"] == "a" * 40
 
@@ -378,11 +378,11 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_no_half_file(catalog, shop, 
     limit_file_size = (
         "import resource, sys; from pathlib import Path\n"
         "from common.cli import run_cli; from datasets.catalog import load_catalog\n"
-        "from datasets.features import feature_files\n"
+        "from config import FeatureSettings; from datasets.features.load import load_features\n"
+        "settings = FeatureSettings(language_encoder='lexical', use_img_encoder=False)\n"
         "catalog = load_catalog(sys.argv[1], 'tiny')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "run_cli(lambda: feature_files(catalog, language='lexical', image=None, attributes=('title',),\n"
-        "                              cache_root=Path(sys.argv[2])))"
+        "run_cli(lambda: load_features(settings, catalog, 'cpu', cache_root=Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", limit_file_size, str(tmp_path), str(shop.cache_root)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
@@ -476,13 +476,13 @@ def test_a_picture_that_cannot_be_read_gives_zeros_and_is_named_with_the_reason(
 
 def test_a_picture_larger_than_memory_allows_is_not_decoded(catalog, shop, monkeypatch):
     draw_picture(catalog.pictures[1], (9, 9, 9), side=40)
-    monkeypatch.setattr(embedding, "MAX_PIXELS", 40 * 40 - 1)
+    monkeypatch.setattr(image, "MAX_PIXELS", 40 * 40 - 1)
     assert not shop.features(catalog, **PICTURES)[1].any()
     assert "40 x 40 pixels, more than 1,599" in broken_list(shop)[catalog.asins[1]]
 
 
 def test_a_picture_of_the_largest_size_is_decoded(catalog, shop, monkeypatch):
-    monkeypatch.setattr(embedding, "MAX_PIXELS", 16 * 16)
+    monkeypatch.setattr(image, "MAX_PIXELS", 16 * 16)
     assert shop.features(catalog, **PICTURES).any(axis=1).all()
 
 

@@ -8,10 +8,9 @@ import torch
 
 import config
 import train
-from config import Config, ModelSettings
+from config import Config, FeatureSettings, ModelSettings
 from dataloader import TrainLoader, train_rows
-from datasets.features import encoders
-from datasets.features import load as features
+from datasets.features import image, text
 from model import FMRLRec
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
@@ -78,6 +77,7 @@ STEP_SETTINGS = ["precision", "max_grad_norm", "distill"]
 OPTIMIZER_SETTINGS = ["optimizer", "lr", "weight_decay", "adam_epsilon"]  # in the order of build_optimizer
 CHANGED_ELSEWHERE = {"device", "use_wandb", "test"}  # tests/test_scripts.py
 CHANGED_ELSEWHERE |= {"model_code", "num_heads"}  # tests/test_baseline_runs.py
+CHANGED_ELSEWHERE |= {"features"}  # tests/test_arrays.py
 # Changed in one run: what one of them is cannot be taken for what another is. The others are yes or no, or leave
 # nothing of another.
 TOGETHER = {name: value for name, value in CHANGED.items() if not isinstance(value, bool)}
@@ -99,13 +99,12 @@ def consumed(flags, monkeypatch):
 
         monkeypatch.setattr(module, name, recorded)
 
-    stub = type("Stub", (encoders.LexicalEncoder,), {"dim": 1024})()
-    monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: stub)
-    monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: encoders.PixelEncoder())
-    monkeypatch.setattr(encoders, "hub_commit", lambda name: None)
+    monkeypatch.setattr(text, "load_encoder", lambda name, device, precision: text.LexicalEncoder())
+    monkeypatch.setattr(image, "load_encoder", lambda name, device, precision: image.PixelEncoder())
+    monkeypatch.setattr(text, "hub_commit", lambda name: None)
     for name in SPIED:
         spy(name)
-    spy("feature_files", features)
+    spy("load_features")
     seeds = []
     true_seed = torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or true_seed(seed))
@@ -113,18 +112,11 @@ def consumed(flags, monkeypatch):
     settings, step = seen["Trainer"][0][1], seen["Step"][0][1]
     optimizer = dict(zip(OPTIMIZER_SETTINGS, seen["build_optimizer"][0][0][1:], strict=True))
     assert optimizer["lr"] == settings["lr"]
-    given = seen["feature_files"][0]
+    features, catalog = seen["load_features"][0][0][:2]
     rec, loader, test = seen["FMRLRec"][0], seen["TrainLoader"][0], seen["test_every_size"][0]
     return {
-        "dataset_code": given[0][0].name,
-        "use_language_encoder": given[1]["language"] is not None,
-        "language_encoder": given[1]["language"],
-        "item_attributes": given[1]["attributes"],
-        "use_img_encoder": given[1]["image"] is not None,
-        "img_encoder": given[1]["image"],
-        "encoder_precision": given[1]["precision"],
-        "encoder_batch_size": given[1]["batch_size"],
-        "encoder_workers": given[1]["workers"],
+        "dataset_code": catalog.name,
+        **{f.name: getattr(features, f.name) for f in dataclasses.fields(FeatureSettings)},
         "mrl_hidden_sizes": rec[0][2],
         "first_item_label": seen["train_rows"][0][0][2],
         "lru_max_len": {c[0][1] for name in ("train_rows", "eval_rows") for c in seen[name]},

@@ -131,13 +131,15 @@ def _open_safetensors(path: Path) -> ArrayFile:
     def pieces() -> Iterator[Piece]:
         with safe_open(path, framework="numpy") as file:
             names = sorted(shapes)
-            for start in range(0, shapes["features"][0] if table else len(names), PIECE):
+            count = shapes["features"][0] if table else len(names)
+            for start in range(0, count, PIECE):
+                end = min(start + PIECE, count)
                 if table:
-                    codes = [bytes(row).rstrip(b"\0") for row in file.get_slice("ids")[start : start + PIECE]]
+                    codes = [bytes(row).rstrip(b"\0") for row in file.get_slice("ids")[start:end]]
                     ids = [code.decode("utf-8", "replace") for code in codes]
-                    yield ids, file.get_slice("features")[start : start + PIECE]
+                    yield ids, file.get_slice("features")[start:end]
                 else:
-                    some = names[start : start + PIECE]
+                    some = names[start:end]
                     yield some, np.stack([file.get_tensor(name) for name in some])
 
     return ArrayFile(path, width, pieces, "row" if table else "tensor (sorted by name)")

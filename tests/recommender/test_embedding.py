@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from datasets.features.encoders import LexicalEncoder
+from datasets.features.text import LexicalEncoder
 from datasets.text import NO_TEXT
 from serving import Recommender
 from tests.exported import write_export
@@ -105,7 +105,7 @@ def test_what_is_no_list_of_products_is_refused(r, records):
 
 
 def test_without_the_packages_of_the_training_embedding_is_refused_with_what_to_install(r, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets.features.encode", None)
+    monkeypatch.setitem(sys.modules, "datasets.features.description", None)
     with pytest.raises(InputError, match=r"embedding needs what training needs .*pip install -r requirements.txt"):
         r.embed_items([{"title": "a"}])
 

@@ -532,6 +532,26 @@ def test_a_model_that_goes_on_after_its_pooling_is_refused(tmp_path):
     assert language_encoder(str(model), "cpu").dim == 16
 
 
+def test_the_pooling_is_read_from_the_folder_that_modules_json_names(tmp_path):
+    model = write_tiny_bert(tmp_path / "model", MEAN)
+    (model / "1_Pooling").rename(model / "2_Pooling")
+    types = {"Transformer": "", "Pooling": "2_Pooling"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{name}"} for name, path in types.items()]
+    (model / "modules.json").write_text(json.dumps(modules))
+    encoder = language_encoder(str(model), "cpu")
+    assert (encoder.pooling, encoder.note) == (
+        "mean",
+        f"{model} pools by the mean of the tokens: 2_Pooling/config.json",
+    )
+
+
+def test_an_encoder_that_does_not_say_how_it_pools_says_that_it_takes_the_default(tmp_path):
+    model = write_tiny_bert(tmp_path / "model")
+    assert language_encoder(str(model), "cpu").note == (
+        f"{model} pools by the first token: the default, as the model has no 1_Pooling/config.json"
+    )
+
+
 def test_texts_are_cut_where_the_model_says(tmp_path):
     model = write_tiny_bert(tmp_path / "model", MEAN)
     (model / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 4}))

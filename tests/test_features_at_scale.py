@@ -478,7 +478,8 @@ def test_encoding_is_announced_once(data_root, bert, tmp_path):
     for _ in range(2):
         item_features(catalog_of(data_root), language=str(bert), image=None, attributes=("title",),
                       cache_root=tmp_path / "cache", say=said.append)  # fmt: skip
-    [line] = said
+    line, pooling = said
+    assert pooling.startswith(f"{bert} pools by the mean of the tokens")
     assert line.startswith(f"encoding 20 texts by {bert} (fp32, cpu), once: {tmp_path / 'cache'}")
 
 

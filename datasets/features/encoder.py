@@ -26,6 +26,7 @@ class Encoder:
     prepare: Callable[[Iterable[Any]], Any]
     slow_to_prepare = True  # `prepare` takes long compared with `forward`, so worker processes pay
     on_gpu = False
+    note = ""  # how it reads its inputs, said when it encodes
 
     def forward(self, prepared: Any) -> np.ndarray:
         """Return [B, F] float32, rows of length 1, for a batch from `prepare`."""

@@ -151,6 +151,8 @@ class EncodedModality(Modality):
         if self.has_precision():
             say(f"encoding {len(inputs):,} {self.unit} by {self.encoder} ({precision}, {job.device}), once: {path}")
         encoder = self.load_encoder(job.device, precision)
+        if encoder.note:
+            say(encoder.note)
         items = encoder.tokenize(inputs)
         rows = self.batches(items, job.settings.encoder_batch_size)
         shape = (len(items), encoder.dim)

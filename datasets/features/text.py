@@ -24,6 +24,7 @@ from datasets.features.modality import EncodedModality, Job, Record
 from datasets.features.modality import digest as digest_of_texts
 from datasets.text import NO_TEXT, item_text
 
+POOLINGS = {"mean": "the mean of the tokens", "first token": "the first token"}
 LEXICAL: dict[str, Any] = {"encoder": "lexical", "version": 1}
 
 
@@ -193,7 +194,8 @@ class TransformersEncoder(Encoder):
             if missing:
                 raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} more")
             self.model = model.to(device).eval()
-            self.pooling = _pooling(model_id, revision)
+            self.pooling, where = _pooling(model_id, revision)
+            self.note = f"{name} pools by {POOLINGS[self.pooling]}: {where}"
             limits = _model_json(model_id, revision, "sentence_bert_config.json", needed=False) or {}
             self.max_length = min(
                 self.tokenizer.model_max_length,
@@ -206,9 +208,9 @@ class TransformersEncoder(Encoder):
             self.dim = self.encode([""]).shape[1]
         except Exception as error:  # the hub client, the weights' reader and the model raise many kinds
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            where = "its folder" if is_folder else "the hub, and no such folder is here"
+            source = "its folder" if is_folder else "the hub, and no such folder is here"
             raise InputError(
-                f"--language_encoder {name!r} cannot be loaded from {where} ({first}). Without network, give a local "
+                f"--language_encoder {name!r} cannot be loaded from {source} ({first}). Without network, give a local "
                 f"folder with the model's config.json, tokenizer and weights, or 'lexical', which needs no download"
             ) from error
         self.fingerprint = transformers_fingerprint(name)
@@ -252,20 +254,22 @@ def _split_revision(name: str) -> tuple[str, str, bool]:
     return model_id, revision or "main", False
 
 
-def _pooling(model_id: str, revision: str) -> str:
-    """ "mean" or "first token", as the model's own configuration says. Raises ValueError for any other way."""
+def _pooling(model_id: str, revision: str) -> tuple[str, str]:
+    """Return ("mean" or "first token", the file that says so). Raises ValueError for any other pooling."""
     modules = _model_json(model_id, revision, "modules.json", needed=False) or []
     other = [m["type"] for m in modules if m["type"].split(".")[-1] not in ("Transformer", "Pooling", "Normalize")]
     if other:
         raise ValueError(f"its modules {other} beyond encoder, pooling and normalisation are not supported")
-    modes = _model_json(model_id, revision, "1_Pooling/config.json")
+    folder = next((m["path"] for m in modules if m["type"].endswith("Pooling") and m.get("path")), "1_Pooling")
+    where = f"{folder}/config.json"
+    modes = _model_json(model_id, revision, where)
     if modes is None:
-        return "first token"
+        return "first token", f"the default, as the model has no {where}"
     chosen = {mode.removeprefix("pooling_mode_") for mode, on in modes.items() if on is True}
     chosen |= {mode for mode in [modes.get("pooling_mode")] if mode}  # newer files name it
     for pooling, names in {"mean": {"mean_tokens", "mean"}, "first token": {"cls_token", "cls"}}.items():
         if len(chosen & names) and chosen <= names | {"include_prompt"}:
-            return pooling
+            return pooling, where
     raise ValueError(f"its pooling {sorted(chosen)} is neither the mean of the tokens nor the first token")
 
 

@@ -79,6 +79,7 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
     from datasets.features import image, text
     from datasets.features.encoder import normalised
     from datasets.features.load import load_features
+    from datasets.features.modality import EncodedModality
     from datasets.features.registry import modalities
 
     is_text = what == "texts"
@@ -93,6 +94,7 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
         encoder_workers=arguments.workers,
     )
     [modality] = modalities(settings)
+    assert isinstance(modality, EncodedModality)
     module = text if is_text else image
     texts = [record.get("text") for record in catalog.metadata]
     items: Sequence[Any] = catalog.pictures or []

@@ -264,6 +264,14 @@ def test_the_fingerprint_follows_the_other_files_too(bert, tmp_path, name):
     assert language_fingerprint(str(model)) != language_fingerprint(str(bert))
 
 
+def test_the_fingerprint_ignores_files_that_are_not_loaded(bert, tmp_path):
+    model = copied(bert, tmp_path)
+    (model / ".git").mkdir()
+    for name in (".DS_Store", ".git/HEAD", "README.md", "notes.txt"):
+        (model / name).write_text("x")
+    assert language_fingerprint(str(model)) == language_fingerprint(str(bert))
+
+
 def test_an_encoder_knows_the_fingerprint_that_is_known_without_loading_it(bert):
     assert language_encoder(str(bert), "cpu").fingerprint == language_fingerprint(str(bert))
     assert language_encoder("lexical", "cpu").fingerprint == language_fingerprint("lexical")

@@ -209,6 +209,18 @@ def test_other_weights_of_the_encoder_are_encoded_again_into_another_cache(catal
     assert len(shop.files()) == 2
 
 
+def test_features_that_were_cached_under_every_file_of_the_encoders_folder_are_still_taken(
+    catalog, shop, tmp_path, monkeypatch
+):
+    model = write_tiny_bert(tmp_path / "bert")
+    (model / "README.md").write_text("A model")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(text, "_loaded_files", lambda folder: folder.rglob("*"))
+        before = shop.features(catalog, language=str(model))
+    np.testing.assert_array_equal(shop.features(catalog, language=str(model)), before)
+    assert len(shop.files()) == 1
+
+
 def test_cached_features_need_no_encoder_at_hand(catalog, shop, tmp_path, monkeypatch):
     model = write_tiny_bert(tmp_path / "bert")
     before = shop.features(catalog, language=str(model))

@@ -86,14 +86,14 @@ def _cached(modality: Modality, key: dict[str, Any], inputs: Sequence[Any], job:
 
 def _candidates(modality: Modality, key: dict[str, Any], job: Job) -> list[cache.File]:
     """Return the files that would do; the first is made if none exists."""
-    precision = job.settings.encoder_precision
-    if not modality.has_precision():
-        keys = [key]
-    elif precision == "auto":
-        best = encoder.best_precision(job.device)
-        keys = [key | {"precision": p} for p in (best, *(p for p in encoder.DTYPES if p != best))]
-    else:
-        keys = [key | {"precision": precision}]
+    former = modality.former_key(key)
+    keys = [key] if former == key else [key, former]
+    if modality.has_precision():
+        precisions = [job.settings.encoder_precision]
+        if precisions == ["auto"]:
+            best = encoder.best_precision(job.device)
+            precisions = [best, *(p for p in encoder.DTYPES if p != best)]
+        keys = [k | {"precision": p} for k in keys for p in precisions]
     return [cache.File(_path(modality, k, job), k) for k in keys]
 
 

@@ -66,6 +66,10 @@ class Modality(ABC):
     def key(self, job: Job, inputs: Sequence[Any]) -> dict[str, Any]:
         """Return everything that the features depend on besides precision, for JSON."""
 
+    def former_key(self, key: dict[str, Any]) -> dict[str, Any]:
+        """Return the key that earlier versions gave to the same features."""
+        return key
+
     def cache_name(self, key: dict[str, Any]) -> str:
         """Return the part of a cached file's name that people tell features apart by."""
         return self.name
@@ -131,6 +135,13 @@ class EncodedModality(Modality):
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """Return what features depend on besides the inputs, without loading the encoder."""
+
+    def former_fingerprint(self) -> dict[str, Any]:
+        """Return the fingerprint that earlier versions gave."""
+        return self.fingerprint()
+
+    def former_key(self, key: dict[str, Any]) -> dict[str, Any]:
+        return key | self.former_fingerprint()
 
     def batches(self, items: Sequence[Any], batch_size: int) -> list[np.ndarray]:
         """Return the rows of each batch."""
@@ -205,8 +216,8 @@ class EncodedModality(Modality):
 
     def check_encoder(self, trained: Mapping[str, Any]) -> None:
         """Raise InputError if the encoder is not the one that a model was trained on, described in its export."""
-        name, fingerprint = self.encoder, self.fingerprint()
-        if fingerprint == trained["fingerprint"] or name == f"{trained['encoder']}@{trained.get('commit')}":
+        name, fingerprints = self.encoder, (self.fingerprint(), self.former_fingerprint())
+        if trained["fingerprint"] in fingerprints or name == f"{trained['encoder']}@{trained.get('commit')}":
             return
         if name == trained["encoder"] and self.flag == "language_encoder" and not Path(name).exists():
             raise InputError(f"the encoder {name!r} is not there any more; give the folder it is in now as {self.flag}")

@@ -25,6 +25,7 @@ from datasets.features.modality import digest as digest_of_texts
 from datasets.text import NO_TEXT, item_text
 
 POOLINGS = {"mean": "the mean of the tokens", "first token": "the first token"}
+LOADED_SUFFIXES, LOADED_NAMES = (".json", ".safetensors", ".bin", ".model"), ("vocab.txt", "merges.txt", "bpe.codes")
 LEXICAL: dict[str, Any] = {"encoder": "lexical", "version": 1}
 
 
@@ -84,6 +85,10 @@ class TextModality(EncodedModality):
 
     def fingerprint(self) -> dict[str, Any]:
         return fingerprint(self.encoder)
+
+    def former_fingerprint(self) -> dict[str, Any]:
+        is_folder = _split_revision(self.encoder)[2]
+        return transformers_fingerprint(self.encoder, every_file=True) if is_folder else self.fingerprint()
 
     def batches(self, items: Sequence[Any], batch_size: int) -> list[np.ndarray]:
         return encode.longest_first(items, batch_size)
@@ -294,11 +299,21 @@ def _model_json(model_id: str, revision: str, name: str, needed: bool = True) ->
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def transformers_fingerprint(name: str) -> dict[str, Any]:
-    """Return the fingerprint of a Hugging Face encoder. Raise `version` when pooling or truncation here changes."""
+def _loaded_files(folder: Path) -> list[Path]:
+    """Return the files of an encoder's folder that are loaded: weights, tokenizer and settings, no README or notes."""
+    top = [path for path in folder.iterdir() if path.suffix in LOADED_SUFFIXES or path.name in LOADED_NAMES]
+    return [*top, *folder.glob("*/config.json")]
+
+
+def transformers_fingerprint(name: str, every_file: bool = False) -> dict[str, Any]:
+    """Return the fingerprint of a Hugging Face encoder. Raise `version` when pooling or truncation here changes.
+
+    every_file: as earlier versions did, which hashed all files of a folder.
+    """
     model_id, revision, is_folder = _split_revision(name)
     if is_folder:
-        return {"encoder": "transformers", "version": 1, "weights": digest(sorted(Path(name).rglob("*")))}
+        files = Path(name).rglob("*") if every_file else _loaded_files(Path(name))
+        return {"encoder": "transformers", "version": 1, "weights": digest(sorted(files))}
     return {"encoder": "transformers", "version": 1, "model": model_id, "revision": revision}
 
 

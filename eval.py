@@ -17,32 +17,44 @@ from common.errors import InputError
 from config import SECTIONS, Config
 
 DESCRIPTION = """Test a trained run at every size, and check that each size's slice is the same model on its own.
-Settings that say what was trained find the newest run that has these values; defaults do not count. Those that say
-how to run (device, data_root, test_batch_size, metric_ks, ...) may differ from the run's."""
+Settings of what was trained select the newest run that has these values; defaults do not count. Settings of how to run
+(device, data_root, test_batch_size, metric_ks, ...) may differ from the run's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="FOLDER", help="the run to test (default: the newest that fits)")
-    add_switch(parser, "mask_history", "rank without the items already in a user's history (default: with them)")
+    add_switch(parser, "mask_history", "exclude history items from the candidates (default: include them)")
     add_switch(parser, "alone", "test every slice as a model of its own (default: all sizes in one pass)")
+    add_switch(parser, "list_metrics", "also measure the recommended lists: coverage, popularity, novelty, diversity")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     """Test every size of a run and return size -> metrics."""
     settings = [name for name in Config.__dataclass_fields__ if name != "test"]
     flags, arguments = parse_args(argv, DESCRIPTION, SECTIONS, add_arguments, settings)
+
     # Heavy imports wait until the flags are known to be good, so that --help answers at once.
-    from trainer.runs import describe_run, find_trained, read_config
-    from trainer.wiring import load_run, test_run
+    from trainer.find_run import find_trained
+    from trainer.load_run import load_run
+    from trainer.runs import describe_run, read_config
+    from trainer.testing import test_every_size
 
     runs_root = Path(flags.get("runs_root", Config.runs_root))
     run = processes.on_main_process(lambda: find_trained(arguments.run, runs_root, flags))
     trained, _ = processes.on_main_process(lambda: read_config(run))
     if arguments.alone and trained.model_code != "fmrlrec":
-        raise InputError(f"--alone tests slices of fmrlrec; {run} is of {trained.model_code}: leave --alone out")
+        raise InputError(f"--alone tests slices of fmrlrec; {run} is a run of {trained.model_code}: leave --alone out")
     processes.print_main(describe_run(run))
     config, catalog, model = load_run(run, flags)
-    return test_run(config, catalog, model, run, mask_history=arguments.mask_history, alone=arguments.alone)
+    return test_every_size(
+        model,
+        catalog.sequences,
+        config,
+        run,
+        mask_history=arguments.mask_history,
+        alone=arguments.alone,
+        list_metrics=arguments.list_metrics,
+    )
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that deploy.json holds."""
     from common.devices import cpu_name
     from model import FMRLRec
+    from trainer.load_run import load_run
     from trainer.runs import WEIGHTS, environment
-    from trainer.wiring import load_run
 
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
     config, catalog, model = load_run(arguments.run, flags)

@@ -114,6 +114,7 @@ def step_of(
     import numpy as np
     import torch
 
+    from config import TrainingSettings
     from dataloader import TrainLoader, train_rows
     from datasets.catalog import Sequences
     from model.extensions.sampled_loss import NegativeSampler
@@ -125,12 +126,12 @@ def step_of(
     rows = train_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), length or 50)
     model = model_of(arguments, items)
     loader = TrainLoader(rows, batch, 0, device)
+    settings = TrainingSettings(precision=arguments.precision)
     step = Step(
         model,
-        build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9),
-        precision=arguments.precision,
-        max_grad_norm=5.0,
-        sampler=NegativeSampler(loader.label_counts(items), negatives) if negatives else None,
+        build_optimizer(model, settings),
+        settings,
+        NegativeSampler(loader.label_counts(items), negatives) if negatives else None,
     )
     batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count(1)))
     return lambda: step(next(batches))

@@ -70,14 +70,15 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
 
     from benchmarks.baseline import Baseline, padded
     from common.devices import resolve_device
-    from config import ModelSettings
+    from config import ModelSettings, TrainingSettings
     from dataloader import TrainLoader, eval_rows, train_rows
     from datasets.catalog import Sequences
     from model import FMRLRec
+    from model.registry import build_model
     from trainer.averaging import WeightAverage
     from trainer.evaluation import rank_targets, rank_targets_alone
     from trainer.step import Step, build_optimizer
-    from trainer.wiring import build_model, build_step
+    from trainer.trainer import build_step
 
     rng, device = np.random.default_rng(0), resolve_device(arguments.device)
     torch.manual_seed(0)
@@ -90,7 +91,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     model = FMRLRec(
         arguments.items, features, ModelSettings(mrl_hidden_sizes=sizes, lru_num_blocks=arguments.blocks)
     ).to(device)
-    optimizer = build_optimizer(model, "adamw", 1e-4, 1e-2, 1e-9)
+    optimizer = build_optimizer(model, TrainingSettings())
     baseline, plain_optimizer = Baseline(model), torch.optim.AdamW(model.parameters(), fused=False)
     loader = TrainLoader(train_rows(sequences, 50), arguments.batch, 0, device)
     batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count(1)))
@@ -120,15 +121,15 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
 
     steps: dict[str, Callable] = {"baseline": plain_step}
     for precision in ("fp32", "bf16"):
-        step = Step(model, optimizer, precision=precision, max_grad_norm=5.0)
+        step = Step(model, optimizer, TrainingSettings(precision=precision))
         steps[precision] = lambda step=step: step(next(batches))
     if arguments.memory_of in (None, PLUS):
         flags = {"mrl_hidden_sizes": sizes, "lru_num_blocks": arguments.blocks, "precision": "bf16", "preset": "plus"}
         flags["num_negatives"] = 0  # all items, as the other steps score
         config, _ = resolve({"dataset_code": "beauty", **flags})
-        plus = build_model(config, arguments.items, [features.numpy()]).to(device)
+        plus = build_model(arguments.items, [features.numpy()], config).to(device)
         assert isinstance(plus, FMRLRec)
-        step_of_plus, average = build_step(config, plus, loader), WeightAverage(plus, config.ema_decay)
+        step_of_plus, average = build_step(plus, loader, config), WeightAverage(plus, config.ema_decay)
 
         def plus_step() -> None:
             step_of_plus(next(batches))

@@ -75,7 +75,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def asked_run(arguments: argparse.Namespace) -> Path:
     """The run that the flags ask for. Raises InputError where there is none, and for that of a baseline."""
-    from trainer.runs import find_trained, read_config, with_runtime_flags
+    from trainer.find_run import find_trained, with_runtime_flags
+    from trainer.runs import read_config
 
     flags = {"dataset_code": arguments.dataset_code} if arguments.dataset_code else {}
     run = find_trained(arguments.run, Path(arguments.runs_root), flags | {"model_code": "fmrlrec"})
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
     from model import FMRLRec
     from serving.folder import refuse_existing
-    from trainer.wiring import load_run
+    from trainer.load_run import load_run
 
     for folder in folders:
         refuse_existing(folder, arguments.overwrite)

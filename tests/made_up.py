@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import ModelSettings
+from config import Config, ModelSettings
 from datasets.catalog import Catalog, Sequences
 from model import FMRLRec
+from trainer.runlog import RunLog
+from trainer.runs import read_log
+from trainer.training_run import TrainingRun
 
 NEAR_1 = (0.9, 0.999)  # a ring of eigenvalues that forget slowly: every step of a history counts
 
@@ -60,3 +63,18 @@ def made_up_catalog(num_items: int) -> Catalog:
     """Items A1, A2, ... whose titles are Item 1, Item 2, ..."""
     ids, records = [f"A{i}" for i in range(1, num_items + 1)], [{"title": f"Item {i}"} for i in range(1, num_items + 1)]
     return Catalog("made-up", as_sequences([[1]]), ids, records, None, Path("photos"), [])
+
+
+def made_up_run(folder: Path, config: Config) -> TrainingRun:
+    """A run in a folder of its own, with the log that the folder holds."""
+    folder.mkdir(exist_ok=True)
+    run = TrainingRun(config, {})
+    run.folder, run.log = folder, RunLog(folder, read_log(folder))
+    return run
+
+
+class NoUpdate:
+    """An optimizer that leaves weights and gradients as they are."""
+
+    def step(self) -> None: ...
+    def zero_grad(self, set_to_none: bool = True) -> None: ...

@@ -20,8 +20,9 @@ from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
 from serving import export
 from tests.cut_off import cut_off_after
-from trainer import wiring
+from trainer import testing
 from trainer.checkpoint import load_state
+from trainer.load_run import load_run
 from trainer.runs import read_config, read_log, unfinished
 
 TINY = "--dataset_code tiny --device cpu --lr 0.01 --warmup_steps 1 --train_batch_size 8 --lru_num_blocks 1"
@@ -94,7 +95,7 @@ def test_what_was_cut_off_is_counted_again_and_tested(workplace, monkeypatch, mo
 
     whole = run_train(model)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*((COUNTED[model], "count") if cut_at == "count" else (wiring, "test_run")), stop)
+        patch.setattr(*((COUNTED[model], "count") if cut_at == "count" else (testing, "test_every_size")), stop)
         run_train(model, "--run_name cut")
     cut = train.main(["--resume", "latest"])
     assert cut.name.endswith("cut") and [line["epoch"] for line in read_log(cut)] == [1]
@@ -107,7 +108,7 @@ def test_only_what_is_before_validation_and_test_is_counted_also_what_is_older_t
     run = run_train("popularity", "--lru_max_len 1")
     sequences = load_catalog("data", "tiny").sequences
     counts = np.bincount(np.concatenate([sequences.of(u)[:-2] for u in range(20)]), minlength=13)
-    _, _, model = wiring.load_run(run)
+    _, _, model = load_run(run)
     assert model.counts.tolist() == counts.tolist()
 
 
@@ -121,7 +122,7 @@ def test_settings_reach_sasrec(workplace):
     run = run_train(
         "sasrec", "--num_heads 4 --lru_num_blocks 3 --lru_max_len 7 --lru_dropout 0.1 --lru_attn_dropout 0.2"
     )
-    _, _, model = wiring.load_run(run)
+    _, _, model = load_run(run)
     block = model.blocks[-1]
     assert (len(model.blocks), block.attention.num_heads, len(model.positions), model.sizes) == (3, 4, 7, (8,))
     assert (model.dropout.p, block.dropout.p, block.attn_dropout.p) == (0.1, 0.1, 0.2)
@@ -133,7 +134,7 @@ def test_settings_reach_lrurec(workplace):
         "--lru_num_blocks 3 --lru_dropout 0.1 --lru_attn_dropout 0.2 --no-lru_use_bias --lru_r_min 0.6 "
         "--lru_r_max 0.61 --num_epochs 1 --lr 1e-6",
     )
-    _, _, model = wiring.load_run(run)
+    _, _, model = load_run(run)
     block = model.blocks[-1]
     assert (len(model.blocks), block.lru.B_bias_re, model.sizes) == (3, None, (8,))
     assert (model.dropout.p, block.dropout.p, block.attn_dropout.p) == (0.1, 0.1, 0.2)

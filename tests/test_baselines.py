@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from config import TrainingSettings
 from dataloader import Batch
 from model.baselines import sasrec
 from model.baselines.counting import SHRINKAGE, ItemKNN, Popularity
@@ -196,7 +197,7 @@ def test_shares_of_a_batch_are_dropped_out_as_the_batch_is(name, cut):
 def test_training_learns_what_comes_next(name, precision):
     torch.manual_seed(0)
     model = SASRec(NUM_ITEMS, 16, MAX_LEN, dropout=0.1) if name == "sasrec" else LRURec(NUM_ITEMS, 16, dropout=0.1)
-    step = Step(model, torch.optim.AdamW(model.parameters(), lr=0.01), precision=precision)
+    step = Step(model, torch.optim.AdamW(model.parameters(), lr=0.01), TrainingSettings(precision=precision))
     first = torch.randint(1, NUM_ITEMS + 1, (16, 1))
     rows = (first + torch.arange(6) * 3 - 1) % NUM_ITEMS + 1  # 3 further each time, round and round
     tokens, labels, position = rows[:, :-1].flatten(), rows[:, 1:].flatten(), torch.arange(5).repeat(16)

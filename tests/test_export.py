@@ -25,8 +25,8 @@ from serving.folder import read_folder
 from serving.quantize import dequantize
 from serving.weights import serving_weights
 from tests.prepared import contents, write_metadata, write_prepared
+from trainer.load_run import load_run
 from trainer.runs import commit
-from trainer.wiring import load_run
 
 REPOSITORY = Path(__file__).parent.parent
 SIZES, ITEMS = (4, 8, 16), 30

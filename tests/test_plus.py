@@ -14,14 +14,13 @@ from config import EXTENSIONS, Config
 from dataloader import eval_batches, eval_rows
 from datasets.features.load import load_features
 from model import slice_model
-from model.extensions.objective import CROSS_ENTROPY, Objective
 from model.extensions.whitening import whiten
+from model.registry import build_model
 from serving import Recommender, export
 from tests.prepared import write_prepared
 from trainer.checkpoint import load_state
-from trainer.step import Step
+from trainer.load_run import load_run
 from trainer.trainer import Trainer
-from trainer.wiring import build_model, load_run
 
 SIZES, ITEMS = (2, 4, 8), 40
 PICTURES = (
@@ -65,7 +64,7 @@ def scores_of(model, catalog, size=None):
 def test_a_run_has_learned_all_that_the_options_add(loaded):
     config, catalog, model = loaded
     assert config.preset == "plus" and config.embedded == SIZES[-1]
-    state, fresh = model.state_dict(), build_model(config, catalog.num_items, features_of(config, catalog))
+    state, fresh = model.state_dict(), build_model(catalog.num_items, features_of(config, catalog), config)
     for name in ("items.V", "log_scale"):
         assert not torch.equal(state[name], fresh.state_dict()[name]), name
     for name in ("items.whitening.mean_0", "items.whitening.matrix_1"):
@@ -197,9 +196,7 @@ def test_without_options_nothing_is_held_or_asked_for_beside_the_papers(loaded):
     config, catalog, _ = loaded
     plain = dataclasses.replace(config, **{name: getattr(Config, name) for name in EXTENSIONS})
     features = features_of(config, catalog)
-    model = build_model(plain, catalog.num_items, features).train()
+    model = build_model(catalog.num_items, features, plain).train()
     assert [part.data_ptr() for part in model.items.features] == [part.ctypes.data for part in features]
     assert model.items.factors(torch.float32).embedding is None
     assert not any(name in key for key in model.state_dict() for name in ("items.V", "log_scale", "whitening"))
-    assert Step(model, None, precision="fp32").objective() == CROSS_ENTROPY
-    assert Step(model, None, precision="fp32", distill=0.5).objective() == Objective(distill=0.5)

@@ -17,12 +17,17 @@ import config
 import eval as eval_script
 import train
 from common.errors import InputError
+from config import DataSettings
 from datasets import demo
+from datasets.features import load
+from datasets.load import load_dataset
 from experiments import tables
 from experiments.kept import KeptRun
 from tests.cut_off import cut_off_after
 from tests.prepared import contents, write_prepared
-from trainer import evaluation, runs, wiring
+from trainer import evaluation, runs, testing
+from trainer import load_run as loading
+from trainer import trainer as trainer_module
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = (
@@ -176,11 +181,9 @@ def test_the_demo_is_found_below_its_own_data_root_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*built in: leave --data_root out"):
         train.main(["--data_root", "elsewhere"])
-    monkeypatch.setattr(wiring, "load_features", lambda *_, **__: [])
     monkeypatch.setattr(demo, "NUM_ITEMS", 40)
     monkeypatch.setattr(demo, "NUM_USERS", 30)
-    catalog, _ = wiring.load_data(config.resolve({"data_root": "./data"})[0], torch.device("cpu"))
-    assert catalog.name == "demo"
+    assert load_dataset(DataSettings(data_root="./data")).name == "demo"
 
 
 def test_a_run_cut_off_before_its_first_epoch_ended_resumes_from_the_start(workplace):
@@ -243,7 +246,8 @@ def test_validation_picks_the_epoch_and_the_test_set_is_read_once_at_the_end(wor
     from trainer.trainer import Trainer
 
     parts, true_rows = [], split.eval_rows
-    monkeypatch.setattr(wiring, "eval_rows", lambda s, n, part: parts.append(part) or true_rows(s, n, part))
+    for module in (trainer_module, testing):
+        monkeypatch.setattr(module, "eval_rows", lambda s, n, part: parts.append(part) or true_rows(s, n, part))
     fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self: (parts.append("fit"), fit(self))[1])
     run_train()
@@ -268,8 +272,9 @@ def test_what_is_tested_is_the_best_epoch_not_the_last(workplace, monkeypatch):
     assert state["progress"]["best_epoch"] == 1
     assert {str(m): v for m, v in run_eval(f"--run {run}").items()} == tested
     from trainer.checkpoint import save_weights
+    from trainer.load_run import load_run
 
-    _, _, model = wiring.load_run(run)
+    _, _, model = load_run(run)
     model.load_state_dict(state["model"])
     save_weights(model, run / "best.safetensors", {})
     assert {str(m): v for m, v in run_eval(f"--run {run}").items()} != tested
@@ -279,7 +284,8 @@ def test_a_run_is_tied_to_the_dataset_it_was_trained_on_and_nothing_else_is_enco
     run = run_train()
     before = (run / "test_mrl_metrics.json").read_bytes()
     write_prepared(workplace / "data", "tiny", users=20, items=12, pictures=True, seed=7)
-    monkeypatch.setattr(wiring, "load_features", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(load, "load_features", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(loading, "load_features", lambda *_, **__: pytest.fail("encoded"))
     for command in (lambda: run_eval(f"--run {run}"), lambda: train.main(["--resume", str(run)])):
         with pytest.raises(InputError, match=r"the dataset (.*) is not the one that .* was trained on"):
             command()
@@ -368,7 +374,7 @@ def test_damaged_weights_are_made_anew_as_the_message_says(workplace):
 def test_a_run_without_weights_is_refused_before_anything_is_read(workplace, monkeypatch):
     run = run_train("--num_epochs 1")
     (run / "best.safetensors").unlink()
-    monkeypatch.setattr(wiring, "load_data", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(loading, "load_dataset", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(InputError, match=r"best.safetensors does not exist: .* or was kept as a result"):
         run_eval(f"--run {run}")
 
@@ -452,7 +458,7 @@ def test_a_run_cut_off_between_training_and_test_is_resumed_to_its_test(workplac
 
     whole = run_train("--run_name whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(wiring, "test_run", stop)
+        patch.setattr(testing, "test_every_size", stop)
         run_train("--run_name cut")
     assert "continue with: python train.py --resume" in capsys.readouterr().err
     cut = train.main(["--resume", "latest"])

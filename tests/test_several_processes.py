@@ -47,7 +47,7 @@ from common.errors import InputError
 from common import processes
 from trainer import step as step_module
 from trainer import trainer as trainer_module
-from trainer.runs import claimed
+from trainer.runs import run_lock
 from trainer.trainer import Trainer
 
 tiny, lonely, plus, sampled_plus, baselines = sys.argv[1:]

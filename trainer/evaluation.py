@@ -2,33 +2,25 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from common import processes
-from common.files import write_json
-from config import METRICS
 from dataloader import EvalBatch, EvalRows, eval_batches
 from model import FMRLRec, slice_model
 from model.baselines.counting import Popularity
 from model.fmrl import increments
 from trainer.metrics import count_ahead, ranking_metrics, target_ranks
-from trainer.plots import plot_metric_by_size
-from trainer.runs import EVERY_SIZE, LARGEST, USER_RANKS, of_test
 from trainer.step import Trainable
-from trainer.user_ranks import save_ranks
 
 T = TypeVar("T")
 Model = Trainable | Popularity  # what is trained, or only counts
 USERS = 2**16  # users that are ranked at once: every dataset of the paper in one go
 ITEMS = 2**15  # items that are scored at once: every catalogue of the paper in one chunk
 TABLE_BYTES = 2**30  # a projected item table up to this is held; otherwise a batch projects what it reads
-PARITY = 1e-5  # how far a sliced model's scores may lie from the full model's prefix, relative to the largest score
 
 
 def evaluate(
@@ -74,7 +66,7 @@ def rank_targets(
         if isinstance(model, Popularity):
             found[:, users] = _ranks_of_counts(model, batches, mask_history)
         else:
-            z = [_last(model, batch, table) for batch in _shown(batches, "histories", "batch")]
+            z = [encode_last(model, batch, table) for batch in _shown(batches, "histories", "batch")]
             found[:, users] = _ranks(model, batches, z, table, sizes, mask_history)
     model.train(training)
     return dict(zip(sizes, processes.add_up(found), strict=True))
@@ -85,7 +77,7 @@ def _shown(parts: Sequence[T], title: str, unit: str) -> Iterable[T]:
     return tqdm(parts, title, leave=False, unit=unit, disable=True if processes.rank() else None)
 
 
-def _last(model: Trainable, batch: EvalBatch, table: Tensor | None) -> Tensor:
+def encode_last(model: Trainable, batch: EvalBatch, table: Tensor | None) -> Tensor:
     """z [B, D] of every row's last token."""
     if table is None:
         tokens, place = batch.tokens.unique(return_inverse=True)
@@ -137,13 +129,14 @@ def _ranks_of_counts(model: Popularity, batches: list[EvalBatch], mask_history: 
     return torch.cat(found)
 
 
-def candidates(batch: EvalBatch, start: int, stop: int, mask_history: bool) -> Tensor:
+def candidates(batch: EvalBatch, start: int, stop: int, mask_history: bool, keep_targets: bool = True) -> Tensor:
     """[B, stop - start] of the tokens start:stop: 0 for what may be recommended and -inf for the rest, to add the
     scores to."""
     scores = torch.zeros(len(batch.targets), stop - start, device=batch.targets.device)
     if mask_history:
         scores[_within(batch.seen_rows, batch.seen_items, start, stop)] = -torch.inf
-        scores[_within(torch.arange(len(scores), device=scores.device), batch.targets, start, stop)] = 0.0
+        if keep_targets:
+            scores[_within(torch.arange(len(scores), device=scores.device), batch.targets, start, stop)] = 0.0
     if start == 0:
         scores[:, 0] = -torch.inf
     return scores
@@ -163,72 +156,3 @@ def rank_targets_alone(
         m: rank_targets(slice_model(model, m), rows, sizes=(m,), batch_size=batch_size, mask_history=mask_history)[m]
         for m in sizes
     }
-
-
-@torch.inference_mode()
-def check_slice(model: FMRLRec, small: FMRLRec, batch: EvalBatch) -> None:
-    """Raise RuntimeError unless a slice scores a batch as the prefix of the model it was cut from does, to PARITY."""
-    size, scores = small.sizes[-1], []
-    some = torch.arange(min(ITEMS, model.num_items + 1), device=batch.tokens.device)  # items enough, memory bounded
-    for recommender in (model, small):
-        recommender.eval()
-        scores.append(_last(recommender, batch, None)[:, :size] @ recommender.items(some)[:, :size].T)
-    difference = ((scores[0] - scores[1]).abs().max() / scores[0].abs().max().clamp_min(1e-30)).item()
-    if not difference <= PARITY:
-        raise RuntimeError(f"the slice of size {size} scores otherwise than the full model, by {difference:.1e}")
-
-
-def test_every_size(
-    model: Model,
-    rows: EvalRows,
-    run: Path,
-    *,
-    batch_size: int,
-    ks: tuple[int, ...],
-    printed: tuple[int, ...],
-    mask_history: bool,
-    title: str,
-    times_trained: np.ndarray,
-    alone: bool = False,
-) -> dict[int, dict[str, float]]:
-    """Test every size; print the table, write the run's test metrics, ranks and curve. Returns size -> metrics.
-
-    All sizes are ranked in one pass, or, with `alone`, each as the stand-alone model that its slice is. printed: those
-    of the cut-offs ks that the table has. times_trained: [U], how often each user's target occurs in training. Raises
-    RuntimeError, when all is written, if a slice does not score as the model's prefix does.
-    """
-    if alone:
-        assert isinstance(model, FMRLRec)  # eval.py refuses a baseline
-        found = rank_targets_alone(model, rows, sizes=model.sizes, batch_size=batch_size, mask_history=mask_history)
-    else:
-        found = rank_targets(model, rows, sizes=model.sizes, batch_size=batch_size, mask_history=mask_history)
-    results = {m: ranking_metrics(of_size, ks) for m, of_size in found.items()}
-    if processes.rank() == 0:
-        of_users = {m: of_size.numpy() for m, of_size in found.items()}
-        save_ranks(run / of_test(USER_RANKS, mask_history), of_users, max(ks), times_trained)
-        _report(results, run, ks, printed, title, mask_history)
-    if isinstance(model, FMRLRec):  # a baseline has nothing to slice
-        batch = next(eval_batches(rows, batch_size, next(model.parameters()).device))
-        for m in model.sizes:
-            check_slice(model, slice_model(model, m), batch)
-    return results
-
-
-def _report(
-    results: dict[int, dict[str, float]],
-    run: Path,
-    ks: tuple[int, ...],
-    printed: tuple[int, ...],
-    title: str,
-    mask_history: bool,
-) -> None:
-    names = [f"{metric}@{k}" for k in printed for metric in METRICS]
-    print("  size  " + "  ".join(f"{name:>9}" for name in names))
-    for size, metrics in results.items():
-        print(f"{size:6d}  " + "  ".join(f"{metrics[name]:9.4f}" for name in names))
-    write_json(run / of_test(LARGEST, mask_history), results[max(results)])
-    path = run / of_test(EVERY_SIZE, mask_history)
-    write_json(path, {str(m): metrics for m, metrics in results.items()})
-    picture = path.with_suffix(".png")
-    plot_metric_by_size(results, ks, title + (", history masked" if mask_history else ""), picture)
-    print(f"written: {path} and {picture.name}", flush=True)

@@ -7,6 +7,7 @@ best.safetensors         the weights of the best epoch by validation
 last.pt                  what --resume needs (a model that only counts has none: it counts again)
 test_metrics.json        the largest size on the test set
 test_mrl_metrics.json    every size
+test_list_metrics.json   the recommended lists: eval.py --list_metrics
 test_ranks.npz           every user's rank up to the last cut-off, at every size (trainer/user_ranks.py)
 …_history_masked.*       the same where the history is no candidate: eval.py --mask_history
 *.png                    metric against size
@@ -16,11 +17,10 @@ cold_items.json          how well items that no training saw are found: experime
 
 import json
 import platform
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -28,13 +28,14 @@ from typing import Any
 
 from common.errors import InputError
 from common.files import cannot_write, read_json, write_json
-from common.settings import check_types, format_value, is_runtime
-from config import EXTENSIONS, NAMED_PRESETS, Config
+from common.settings import check_types
+from config import Config
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
 WEIGHTS, STATE = "best.safetensors", "last.pt"
 LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz"
+LIST_METRICS = "test_list_metrics.json"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
 COLD_ITEMS = "cold_items.json"
 LOGGED = {"epoch", "best_epoch", "seconds", "train_seconds"}  # in every line of log.jsonl
@@ -45,14 +46,6 @@ def of_test(name: str, mask_history: bool) -> str:
     """What the file LARGEST, EVERY_SIZE or USER_RANKS is called in a test with the history masked or kept."""
     stem, _, ending = name.partition(".")
     return f"{stem}_history_masked.{ending}" if mask_history else name
-
-
-def expand_preset(flags: dict[str, Any]) -> dict[str, Any]:
-    """Replace --preset among flags by the settings that it names; "paper" names all extensions, switched off."""
-    if "preset" not in flags:
-        return flags
-    named = NAMED_PRESETS[flags["preset"]] or {name: getattr(Config, name) for name in EXTENSIONS}
-    return named | {name: value for name, value in flags.items() if name != "preset"}
 
 
 def read_settings(values: dict[str, Any]) -> Config:
@@ -183,80 +176,6 @@ def untrained(run: Path) -> str:
     return ""
 
 
-def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], str]) -> Path:
-    """The newest run whose settings equal the given flags (runtime flags aside) and that has no `problem`.
-
-    Raises InputError that shows the newest runs and why each is not it.
-    """
-    wanted = {name: value for name, value in expand_preset(flags).items() if not is_runtime(Config, name)}
-    near = []
-    paths = list(runs_root.glob(f"*/*/{CONFIG}"))
-    for path in sorted(paths, key=_begun, reverse=True):
-        run = path.parent
-        try:
-            config, _ = read_config(run)
-        except InputError as error:
-            near.append(f"  {run}: {error}")
-            continue
-        differs = [f"{k} {format_value(getattr(config, k))}" for k, v in wanted.items() if getattr(config, k) != v]
-        reason = ", ".join(differs) or problem(run)
-        if not reason:
-            return run
-        near.append(f"  {run}: {reason}")
-    asked = " ".join(f"--{k} {format_value(v)}" for k, v in flags.items() if not is_runtime(Config, k))
-    if not near:
-        raise InputError(f"there is no run below {runs_root.resolve()}; train one: python train.py")
-    listed = "\n".join(near[:5])
-    raise InputError(
-        f"no run below {runs_root} {f'fits {asked}' if asked else 'can be taken'}. The newest ones, and why not:\n"
-        f"{listed}"
-    )
-
-
-def _begun(path: Path) -> tuple[str, int]:
-    """When the run of a config.json was begun: the time in its folder's name, where it still has one, and that of the
-    file, for runs of the same second."""
-    stat, name = path.stat(), path.parent.name
-    named = re.match(r"\d{8}-\d{6}", name)
-    return named[0] if named else time.strftime(TIME, time.localtime(stat.st_mtime)), stat.st_mtime_ns
-
-
-def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:
-    """`run`, or without one the newest run that fits the flags and has weights; raises InputError as `find_run`, and
-    where `run` has none."""
-
-    def problem(run: Path) -> str:
-        return "" if (run / WEIGHTS).exists() else f"has no {WEIGHTS} yet"
-
-    if not run:
-        return find_run(runs_root, flags, problem)
-    read_config(Path(run))  # raises where it is no run
-    if not (Path(run) / WEIGHTS).exists():
-        raise no_weights(Path(run) / WEIGHTS)
-    return Path(run)
-
-
-def no_weights(path: Path) -> InputError:
-    """What to tell a user of weights that are not there."""
-    return InputError(
-        f"{path} does not exist: the run has no finished epoch yet (train.py --resume goes on), or was kept as a "
-        f"result, without weights (train another one)"
-    )
-
-
-def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
-    """A run's settings with the runtime flags given now. Raises InputError if another flag differs from the run."""
-    for name, value in expand_preset(flags).items():
-        if not is_runtime(Config, name) and getattr(config, name) != value:
-            given = name if name in flags else "preset"
-            raise InputError(
-                f"--{given} {format_value(flags[given])} differs from {run}, which has {name} "
-                f"{format_value(getattr(config, name))}; "
-                f"leave the flag out to use the run as it is"
-            )
-    return read_settings(vars(config) | {k: v for k, v in flags.items() if is_runtime(Config, k)})
-
-
 def environment(device: str) -> dict[str, Any]:
     """Versions, device, commit and command line."""
     packages = ("torch", "numpy", "transformers", "open_clip_torch", "safetensors", "onnx", "onnxruntime")
@@ -309,3 +228,11 @@ def read_log(run: Path) -> list[dict[str, Any]]:
         if missing:
             raise InputError(f"{path}:{number} is damaged: no JSON object with {', '.join(sorted(missing))}; remove it")
     return records
+
+
+def no_weights(path: Path) -> InputError:
+    """What to tell a user of weights that are not there."""
+    return InputError(
+        f"{path} does not exist: the run has no finished epoch yet (train.py --resume goes on), or was kept as a "
+        f"result, without weights (train another one)"
+    )

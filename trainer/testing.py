@@ -1,0 +1,86 @@
+"""The test: every size of a trained model on every user's last item, and that each slice equals the model's prefix."""
+
+from pathlib import Path
+
+import torch
+
+from common import processes
+from common.files import write_json
+from config import METRICS, Config
+from dataloader import EvalBatch, eval_batches, eval_rows, times_trained
+from datasets.catalog import Sequences
+from model import FMRLRec, slice_model
+from trainer.evaluation import ITEMS, Model, encode_last, rank_targets, rank_targets_alone
+from trainer.list_metrics import list_metrics_of_sizes
+from trainer.metrics import ranking_metrics
+from trainer.plots import plot_metric_by_size
+from trainer.runs import EVERY_SIZE, LARGEST, LIST_METRICS, USER_RANKS, describe_model, of_test, read_config
+from trainer.user_ranks import save_ranks
+
+PARITY = 1e-5  # how far a slice's scores may lie from the full model's prefix, relative to the largest score
+
+
+def test_every_size(
+    model: Model,
+    sequences: Sequences,
+    config: Config,
+    folder: Path,
+    *,
+    mask_history: bool = False,
+    alone: bool = False,
+    list_metrics: bool = False,
+) -> dict[int, dict[str, float]]:
+    """Test every size, print the table, write the run's files, and return size -> metrics.
+
+    mask_history: exclude history items from the candidates. alone: rank with each slice as a stand-alone model, instead
+    of all sizes in one pass. list_metrics: also measure the recommended lists. Raises RuntimeError, after all is
+    written, if a slice does not score as the model's prefix does.
+    """
+    rows = eval_rows(sequences, config.lru_max_len, "test")
+    trained, _ = read_config(folder)
+    ks = tuple(sorted({*config.metric_ks, *trained.metric_ks}))  # the run's files never lose a cut-off
+    rank = rank_targets_alone if alone and isinstance(model, FMRLRec) else rank_targets
+    ranks = rank(model, rows, sizes=model.sizes, batch_size=config.test_batch_size, mask_history=mask_history)
+    results = {m: ranking_metrics(of_size, ks) for m, of_size in ranks.items()}
+    counts = times_trained(sequences, model.num_items)
+    if processes.rank() == 0:
+        title = f"{config.dataset_code}, {describe_model(config)}: test{', history masked' if mask_history else ''}"
+        of_users = {m: of_size.numpy() for m, of_size in ranks.items()}
+        save_ranks(folder / of_test(USER_RANKS, mask_history), of_users, max(ks), counts[rows.targets])
+        print_table(results, [f"{metric}@{k}" for k in config.metric_ks[:2] for metric in METRICS])
+        write_json(folder / of_test(LARGEST, mask_history), results[max(results)])
+        path = folder / of_test(EVERY_SIZE, mask_history)
+        write_json(path, {str(m): metrics for m, metrics in results.items()})
+        plot_metric_by_size(results, ks, title, path.with_suffix(".png"))
+        print(f"written: {path} and {path.with_suffix('.png').name}", flush=True)
+        if list_metrics:
+            found = list_metrics_of_sizes(model, rows, torch.from_numpy(counts), config.metric_ks[:2], mask_history)
+            print_table(found, list(found[model.sizes[-1]]))
+            write_json(folder / of_test(LIST_METRICS, mask_history), {str(m): found[m] for m in found})
+    if isinstance(model, FMRLRec):  # a baseline has nothing to slice
+        batch = next(eval_batches(rows, config.test_batch_size, next(model.parameters()).device))
+        for m in model.sizes:
+            check_slice(model, slice_model(model, m), batch)
+    return results
+
+
+def print_table(results: dict[int, dict[str, float]], names: list[str]) -> None:
+    """Print a row for every size, with the metrics `names`."""
+    widths = [max(9, len(name)) for name in names]
+    print("  size  " + "  ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True)))
+    for size, metrics in results.items():
+        values = (f"{metrics[name]:{width}.4f}" for name, width in zip(names, widths, strict=True))
+        print(f"{size:6d}  " + "  ".join(values))
+
+
+@torch.inference_mode()
+def check_slice(model: FMRLRec, small: FMRLRec, batch: EvalBatch) -> None:
+    """Raise RuntimeError unless a slice scores a batch as the model's prefix does, to PARITY."""
+    size, scores = small.sizes[-1], []
+    some = torch.arange(min(ITEMS, model.num_items + 1), device=batch.tokens.device)  # items enough, memory bounded
+    for recommender in (model, small):
+        recommender.eval()
+        scores.append(encode_last(recommender, batch, None)[:, :size] @ recommender.items(some)[:, :size].T)
+    difference = ((scores[0] - scores[1]).abs().max() / scores[0].abs().max().clamp_min(1e-30)).item()
+    if not difference <= PARITY:
+        raise RuntimeError(f"the slice of size {size} differs from the full model's scores by {difference:.1e}")

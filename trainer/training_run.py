@@ -1,0 +1,90 @@
+"""A run that is being trained: its settings, its folder, its lock and its log. Rank 0 alone touches files."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import processes
+from common.devices import device_name
+from common.settings import format_value
+from config import Config, ineffective_settings
+from datasets.catalog import Catalog
+from trainer.checkpoint import load_state, load_weights
+from trainer.runlog import RunLog, start_wandb
+from trainer.runs import STATE, WEIGHTS, check_data, create_run, features_of, note_resumed, read_log, run_lock
+
+
+class TrainingRun:
+    """A run between the command line and its last epoch. A new one gets its folder when training begins."""
+
+    folder: Path
+    log: RunLog
+
+    def __init__(self, config: Config, sources: dict[str, str], resumed: Path | None = None) -> None:
+        """sources: where each setting came from. resumed: the folder of the run to continue; None: a new run."""
+        self.config, self.sources, self.resumed = config, sources, resumed
+        self.state: dict[str, Any] | None = None  # of the finished epochs
+
+    def check_data(self, catalog: Catalog) -> None:
+        """Raise InputError if the resumed run was trained on another dataset."""
+        if resumed := self.resumed:
+            processes.on_main_process(lambda: check_data(resumed, catalog.digest()))
+
+    @property
+    def features(self) -> Sequence[str]:
+        """Names of the feature files that the resumed run was trained on."""
+        resumed = self.resumed
+        return processes.on_main_process(lambda: features_of(resumed)) if resumed else ()
+
+    @contextmanager
+    def training(
+        self, device: torch.device, catalog: Catalog, features: Sequence[np.memmap], num_parameters: int
+    ) -> Iterator[None]:
+        """Make or resume the folder, hold its lock, and print the settings. Ctrl-C prints how to continue."""
+        files = [Path(str(part.filename)).name for part in features]
+        make = partial(create_run, self.config, self.sources, device_name(device), catalog.digest(), files)
+        self.folder = self.resumed or processes.on_main_process(make)
+        self._print_settings()
+        processes.print_main(f"{num_parameters:,} trainable parameters on {device_name(device)}; run {self.folder}")
+        try:
+            with ExitStack() as lock:
+                processes.on_main_process(lambda: lock.enter_context(run_lock(self.folder)))
+                self._open_log(device)
+                yield
+        except KeyboardInterrupt:
+            if processes.rank() == 0:
+                print(f"\ncontinue with: {processes.command()} train.py --resume {self.folder}", file=sys.stderr)
+            raise
+
+    def _open_log(self, device: torch.device) -> None:
+        if self.resumed:
+            processes.on_main_process(lambda: note_resumed(self.folder, device_name(device)))
+            self.state = processes.on_main_process(partial(load_state, self.folder / STATE))
+        done = self.state["progress"]["epoch"] if self.state else 0
+        records = processes.on_main_process(partial(read_log, self.folder))
+        wandb_run = None
+        if self.config.use_wandb and processes.rank() == 0:
+            wandb_run = start_wandb(self.folder, vars(self.config))
+        self.log = RunLog(self.folder, [record for record in records if record["epoch"] <= done], wandb_run)
+        if self.resumed:
+            processes.print_main(f"continuing after epoch {done}" if done else "no epoch was finished: from the start")
+
+    def _print_settings(self) -> None:
+        """Print every setting, and where it came from unless it is the default."""
+        ineffective = ineffective_settings(self.config)
+        for name, value in vars(self.config).items():
+            source = self.sources.get(name, "default")
+            if source == "flag" and name in ineffective:
+                source = "flag; without effect, given the other settings"
+            processes.print_main(f"  {name:24} {format_value(value)}{'' if source == 'default' else f'   ({source})'}")
+
+    def load_best(self, model: nn.Module) -> None:
+        """Load the weights of the best epoch."""
+        load_weights(model, self.folder / WEIGHTS)

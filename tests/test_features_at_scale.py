@@ -223,17 +223,6 @@ def test_what_an_earlier_version_finished_in_float32_is_used_as_it_is(data_root,
     np.testing.assert_array_equal(item_features(catalog_of(data_root), **arguments)[:, : text.shape[1]], text)
 
 
-def test_what_an_earlier_version_began_in_float32_is_begun_again(tmp_path, monkeypatch):
-    path, batches = tmp_path / "a.npy", in_order(5, 2)
-    with monkeypatch.context() as earlier:
-        earlier.setattr(cache, "DTYPE", np.float32)
-        cache.begin(path, {"a": 1}, (5, 3), batches)
-        cache.Writer(path).write(0, batches[0], np.ones((2, 3), np.float32))
-        assert cache.begin(path, {"a": 1}, (5, 3), batches) == [1, 2]
-    assert cache.begin(path, {"a": 1}, (5, 3), batches) == [0, 1, 2]
-    assert cache.partial(path).dtype == np.float16
-
-
 def test_a_number_beyond_float16_is_an_error_and_never_infinite(tmp_path):
     path, [batch] = tmp_path / "a.npy", in_order(1, 1)
     cache.begin(path, {}, (1, 2), [batch])
@@ -244,7 +233,7 @@ def test_a_number_beyond_float16_is_an_error_and_never_infinite(tmp_path):
     assert cache.unfinished(path, [batch]) == []
 
 
-@pytest.mark.parametrize("width", [16, 384, 1024])
+@pytest.mark.parametrize("width", [16, 1024])
 def test_half_precision_turns_no_unit_vector_beyond_a_cosine_of_9999999(width):
     exact = encoder.normalised(np.random.default_rng(0).normal(size=(5000, width))).astype(np.float64)
     rounded = exact.astype(np.float16).astype(np.float64)
@@ -269,12 +258,6 @@ def test_what_one_process_began_two_ranks_finish(data_root, begun, whole):
     two = run(data_root, begun, "lexical", ranks=2)
     assert encoded(two) == BATCHES - BEGUN
     assert arrays(begun) == whole
-
-
-def test_what_two_ranks_began_one_process_finishes(data_root, whole, tmp_path):
-    assert run(data_root, tmp_path / "cut", "lexical", until=3, ranks=2).returncode != 0
-    assert 4 <= encoded(run(data_root, tmp_path / "cut", "lexical")) < BATCHES  # torchrun ends the other rank too
-    assert arrays(tmp_path / "cut") == whole
 
 
 def test_what_is_wrong_is_said_on_every_rank_rather_than_waited_for(data_root, tmp_path):
@@ -318,8 +301,7 @@ def features(data_root, bert, tmp_path):
     return functools.partial(item_features, catalog_of(data_root), **arguments, cache_root=tmp_path / "cache")
 
 
-@pytest.mark.parametrize("there", ["fp32", "bf16"])
-@pytest.mark.parametrize("best", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("there", "best"), [("fp32", "bf16"), ("bf16", "fp16")])
 def test_auto_takes_what_is_there_whatever_the_device_is_best_at(features, tmp_path, monkeypatch, there, best):
     made = features(precision=there)
     monkeypatch.setattr(encoder, "best_precision", lambda device: best)
@@ -350,12 +332,6 @@ def test_auto_makes_again_what_is_damaged_in_its_own_precision(features, tmp_pat
     monkeypatch.setattr(encoder, "best_precision", lambda device: "bf16")
     np.testing.assert_array_equal(features(precision="auto"), made)
     assert [precision_of(p) for p in tmp_path.glob("cache/tiny/*.npy")] == ["fp32"]
-
-
-def test_auto_makes_what_the_device_is_best_at(features, tmp_path):
-    features(precision="auto")
-    [path] = tmp_path.glob("cache/tiny/*.npy")
-    assert precision_of(path) == encoder.best_precision("cpu")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -434,16 +410,6 @@ def test_a_worker_that_is_killed_is_said_with_what_helps(data_root):
     encoding = encode_batches(Killed(), ImageModality.read, [pictures[1:3]], workers=1)
     with pytest.raises(InputError, match=r"was killed \(DataLoader worker.*fewer --encoder_workers .* are kept"):
         next(encoding)
-
-
-class Failing(PixelEncoder):
-    def prepare(self, batch):
-        raise RuntimeError("a bug")
-
-
-def test_an_error_in_a_worker_is_no_kill(data_root):
-    with pytest.raises(RuntimeError, match="a bug"):
-        next(encode_batches(Failing(), ImageModality.read, [catalog_of(data_root).pictures[1:3]], workers=1))
 
 
 def test_texts_of_like_length_in_tokens_are_read_together(bert):

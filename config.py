@@ -17,10 +17,6 @@ COUNTING = ("popularity", "itemknn")  # models that are not trained
 METRICS = ("Recall", "NDCG", "MRR")
 
 
-def _has_text(c: Any) -> bool:
-    return c.use_language_encoder
-
-
 def _only(*models: str) -> Callable[[Any], bool]:
     return lambda c: c.model_code in models
 
@@ -39,16 +35,18 @@ class DataSettings(Settings):
 
 @dataclass(frozen=True)
 class FeatureSettings(Settings):
-    """What items are described by, and how that is encoded."""
+    """What items are described by, and how it is encoded."""
 
     use_language_encoder: bool = setting(True, "describe items by their text")
     language_encoder: str = setting(
         "BAAI/bge-large-en-v1.5",
         "a Hugging Face text encoder (NAME, NAME@REVISION or a local folder), or lexical (hashed n-grams, no download)",
-        used_if=_has_text,
+        used_if=lambda c: c.use_language_encoder,
     )
     item_attributes: tuple[str, ...] = setting(
-        ("title", "price", "brand", "categories"), "metadata keys that make an item's text, in order", used_if=_has_text
+        ("title", "price", "brand", "categories"),
+        "metadata keys that make an item's text, in order",
+        used_if=lambda c: c.use_language_encoder,
     )
     use_img_encoder: bool = setting(True, "describe items by their picture")
     img_encoder: str = setting(
@@ -60,17 +58,26 @@ class FeatureSettings(Settings):
         "auto",
         "precision of the encoders; auto: that of cached features, else bf16 (without it fp16 on a GPU, fp32 on a CPU)",
         choices=("auto", "fp32", "bf16"),
-        used_if=lambda c: c.branch != "id",
+        used_if=lambda c: c.use_language_encoder or c.use_img_encoder,
+    )
+    features: tuple[str, ...] = setting(
+        (),
+        "NAME=FILE,...: vectors by product id (.npy, .safetensors, .csv, .parquet, Amazon's .b), scaled to length 1",
+        taken_names=("language", "image", "both", "id", "picture"),
     )
     encoder_batch_size: int = setting(32, "texts or pictures that an encoder reads at once", at_least=1, runtime=True)
     encoder_workers: int = setting(4, "most processes that read ahead of an encoder; 0: none", at_least=0, runtime=True)
 
     @property
+    def feature_files(self) -> dict[str, str]:
+        """NAME -> FILE of `features`."""
+        return {name: file for name, _, file in (entry.partition("=") for entry in self.features)}
+
+    @property
     def branch(self) -> str:
-        """The modalities in a word: language, image, both, or id (a learned item table)."""
-        if self.use_language_encoder and self.use_img_encoder:
-            return "both"
-        return "language" if self.use_language_encoder else "image" if self.use_img_encoder else "id"
+        """The modalities: language, image and names of files, joined by +; both: language+image; id: none."""
+        used = ["language"] * self.use_language_encoder + ["image"] * self.use_img_encoder
+        return {"": "id", "language+image": "both"}.get(branch := "+".join([*used, *self.feature_files]), branch)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -172,9 +179,7 @@ class TrainingSettings(Settings):
     enable_lr_schedule: bool = setting(True, "linear warm-up, then cosine to 0 at num_epochs; otherwise constant")
     warmup_steps: int = setting(100, "steps of the warm-up", at_least=0, used_if=lambda c: c.enable_lr_schedule)
     mrl_loss: str = setting(
-        "mean",
-        "reduction over the sizes' cross-entropies: mean (released code) or sum (paper)",
-        choices=("mean", "sum"),
+        "mean", "reduction of the sizes' cross-entropies: mean (released code) or sum (paper)", choices=("mean", "sum")
     )
     loss: str = setting("fast", "a name of LOSSES in model/loss.py: fast, or plain, its plain twin, to edit")
     first_item_label: bool = setting(
@@ -237,9 +242,9 @@ class Config(RunSettings, EvaluationSettings, TrainingSettings, ModelSettings, F
             yield f"--preset plus is for --model_code fmrlrec, not for {self.model_code}"
         yield from super().problems()
         if self.model_code != "fmrlrec":
-            for name in ("use_language_encoder", "use_img_encoder"):
+            for name in ("use_language_encoder", "use_img_encoder", "features"):
                 if getattr(self, name):
-                    yield f"--{name}: {self.model_code} knows items by their ids alone; leave encoders to fmrlrec"
+                    yield f"--{name}: {self.model_code} knows items by their ids alone; leave features to fmrlrec"
         for name, off in (("whiten_features", "--no-whiten_features"), ("item_embedding", "--item_embedding 0")):
             if self.branch == "id" and getattr(self, name):
                 yield f"--{name}: without an encoder the item table is learned outright; leave it out ({off})"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from datasets.catalog import Catalog
-    from datasets.features.encoders import Encoder
+    from datasets.features.encoder import Encoder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,30 +72,40 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: Path) -> None:
-    """Print the rates of the bare forward and of `feature_files`, and their ratio, in each precision."""
+    """Print the rates of the bare forward and of `load_features`, and their ratio, in each precision."""
     import numpy as np
 
-    from datasets.features import encode as embedding
-    from datasets.features import encoders
-    from datasets.features import load as features
+    from config import FeatureSettings
+    from datasets.features import image, text
+    from datasets.features.encoder import normalised
+    from datasets.features.load import load_features
+    from datasets.features.modality import EncodedModality
+    from datasets.features.registry import modalities
 
     is_text = what == "texts"
     name = arguments.language_encoder if is_text else random_weights(arguments.img_model, folder)
+    settings = FeatureSettings(
+        use_language_encoder=is_text,
+        language_encoder=name,
+        item_attributes=("text",),
+        use_img_encoder=not is_text,
+        img_encoder=name,
+        encoder_batch_size=arguments.batch,
+        encoder_workers=arguments.workers,
+    )
+    [modality] = modalities(settings)
+    assert isinstance(modality, EncodedModality)
+    module = text if is_text else image
     texts = [record.get("text") for record in catalog.metadata]
     items: Sequence[Any] = catalog.pictures or []
     print(f"{len(texts)} {what}, {Path(name).name if is_text else arguments.img_model}")
     made: dict[str, np.ndarray] = {}
-    load = encoders.language_encoder if is_text else encoders.image_encoder
-    fingerprint = None if is_text else encoders.image_fingerprint(name)
+    fingerprint = module.fingerprint(name)
     for precision in arguments.precisions.split(","):
-        encoder = load(name, arguments.device, precision)
-        if is_text:
-            items = encoder.tokenize(texts)
-            rows = embedding.text_batches(items, arguments.batch)
-        else:
-            rows = embedding.picture_batches(len(items), arguments.batch)
-        read = embedding.read_texts if is_text else embedding.read_pictures
-        ready = [read(encoder.prepare, [items[row] for row in batch])[2] for batch in rows]
+        encoder = module.load_encoder(name, arguments.device, precision)
+        items = encoder.tokenize(texts if is_text else items)
+        rows = modality.batches(items, arguments.batch)
+        ready = [modality.read(encoder.prepare, [items[row] for row in batch])[2] for batch in rows]
 
         def at_hand(*_: Any, encoder: Encoder = encoder) -> Encoder:
             return encoder
@@ -105,24 +116,18 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
 
         def whole(precision: str = precision) -> None:
             with tempfile.TemporaryDirectory(dir=folder) as cache_root:
-                [rows] = features.feature_files(
+                [rows] = load_features(
+                    replace(settings, encoder_precision=precision),
                     catalog,
-                    language=name if is_text else None,
-                    image=None if is_text else name,
-                    attributes=("text",),
-                    device=arguments.device,
-                    batch_size=arguments.batch,
-                    precision=precision,
-                    workers=arguments.workers,
+                    arguments.device,
                     cache_root=Path(cache_root),
                     say=lambda _: None,
                 )
                 made[precision] = rows.astype(np.float32)
 
         with (  # no weights are hashed or loaded while the clock runs
-            patch.object(encoders, "language_encoder", at_hand),
-            patch.object(encoders, "image_encoder", at_hand),
-            patch.object(encoders, "image_fingerprint", lambda name: fingerprint),
+            patch.object(module, "load_encoder", at_hand),
+            patch.object(module, "fingerprint", lambda name: fingerprint),
         ):
             seconds = paired({"bare forward": forward, "whole path": whole}, arguments.runs, arguments.device)
         ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
@@ -131,7 +136,7 @@ def compare(what: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
               f"{ratio:.1%}", flush=True)  # fmt: skip
     if len(made) > 1:
         names = list(made)
-        first, last = (encoders.normalised(made[name]) for name in (names[0], names[-1]))  # their files are rounded
+        first, last = (normalised(made[name]) for name in (names[0], names[-1]))  # their files are rounded
         cosines = (first * last).sum(axis=1)
         print(f"  cosine of {names[0]} and {names[-1]}: least {cosines.min():.5f}, mean {cosines.mean():.5f}")
 
@@ -189,12 +194,13 @@ def peak_memory(count: int, workers: int) -> float:
     import resource
 
     from benchmarks.measure import memory
-    from datasets.features.load import feature_files
+    from config import FeatureSettings
+    from datasets.features.load import load_features
 
+    settings = FeatureSettings(use_language_encoder=False, img_encoder="pixel", encoder_workers=workers)
     with tempfile.TemporaryDirectory() as folder:
         catalog = picture_catalog(Path(folder), count)
-        feature_files(catalog, language=None, image="pixel", attributes=(), workers=workers,
-                      cache_root=Path(folder) / "cache", say=lambda _: None)  # fmt: skip
+        load_features(settings, catalog, "cpu", cache_root=Path(folder) / "cache", say=lambda _: None)
     return memory("VmHWM") + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
 
 

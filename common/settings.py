@@ -5,6 +5,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -22,6 +23,7 @@ def setting(
     below: float | None = None,
     at_most: float | None = None,
     folder_name: bool = False,
+    taken_names: tuple[str, ...] = (),
     runtime: bool = False,
     extension: bool = False,
     used_if: Callable[[Any], bool] | None = None,
@@ -29,9 +31,9 @@ def setting(
     """Return a dataclass field.
 
     choices, at_least, above, below, at_most: the accepted values; numbers must be finite. A tuple of whole numbers must
-    increase from 1 on. folder_name: a text that names one folder. runtime: how to run, not what is trained; --resume
-    may change it. extension: beyond the paper. used_if: tells from all settings whether this one has an effect; None:
-    always.
+    increase from 1 on. folder_name: a text that names one folder. taken_names: the value is a tuple of NAME=FILE, with
+    other names than these. runtime: how to run, not what is trained; --resume may change it. extension: beyond the
+    paper. used_if: tells from all settings whether this one has an effect; None: always.
     """
     limits = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
     metadata: dict[str, Any] = {
@@ -42,6 +44,7 @@ def setting(
     metadata |= {"numbers": isinstance(default, tuple) and default != () and isinstance(default[0], int)}
     metadata |= {
         "folder_name": folder_name,
+        "taken_names": taken_names,
         "may_be_empty": default == "",
         "runtime": runtime,
         "extension": extension,
@@ -80,6 +83,12 @@ def _reason(metadata: Any, value: Any) -> str:
         value in (".", "..") or any(s in value for s in "/\\\0") or not (value or metadata["may_be_empty"])
     ):
         return " is not a folder name; leave out / and \\"
+    if metadata["taken_names"]:
+        names = [entry.partition("=")[0] for entry in value]
+        if not all(re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*=.+", entry) for entry in value):
+            return " must be NAME=FILE,NAME=FILE with plain words as names, such as visual=visual.npy"
+        if taken := [name for name in names if name in metadata["taken_names"] or names.count(name) > 1]:
+            return f": the name {taken[0]!r} is taken; give another one"
     limits = metadata["limits"]
     tests = {
         "at_least": lambda v, limit: v >= limit,

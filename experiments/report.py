@@ -55,7 +55,7 @@ def section(run: KeptRun) -> str:
         f"({last['train_seconds']:.0f} s the last), best epoch {last['best_epoch']}; "
         f"{tables.where_made(run.environments)}.",
     ]
-    paper = PUBLISHED[config.branch].get(config.dataset_code) if config.model_code == "fmrlrec" else None
+    paper = PUBLISHED.get(config.branch, {}).get(config.dataset_code) if config.model_code == "fmrlrec" else None
     if paper and (unlike := unlike_paper(config, config.branch)):
         lines.append(f"- Unlike the paper: {unlike}.")
     columns = (*COLUMNS, "MRR@10")

@@ -239,7 +239,7 @@ def export_size(
 
 def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:
     """What config.json says of a sliced model, its files aside."""
-    from datasets.features.encode import feature_recipe
+    from datasets.features.description import describe_features
     from trainer.runs import EVERY_SIZE, commit
 
     size, whitening = model.sizes[-1], model.items.whitening
@@ -253,13 +253,7 @@ def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> 
         "max_len": config.lru_max_len,
         "num_items": catalog.num_items,
         "dataset": {"code": config.dataset_code, "digest": catalog.digest()},
-        "features": feature_recipe(
-            config.language_encoder if config.use_language_encoder else None,
-            config.img_encoder if config.use_img_encoder else None,
-            config.item_attributes,
-            model.items.projection.in_features if model.items.parts else 0,
-        )
-        | widths,
+        "features": describe_features(config, [part.shape[1] for part in model.items.features]) | widths,
         "run": run.resolve().name,
         "commit": commit(),
         "metrics": read_json(metrics, "python eval.py --run ... makes it").get(str(size)) if metrics.exists() else None,

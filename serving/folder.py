@@ -166,7 +166,8 @@ def _restore(folder: Path) -> None:
 def model_card(config: dict[str, Any]) -> str:
     """README.md of an export."""
     features, metrics = config["features"], config["metrics"] or {}
-    encoders = " and ".join(features[kind]["encoder"] for kind in ("language", "image") if features[kind])
+    described = [features[kind]["encoder"] for kind in ("language", "image") if features[kind]]
+    encoders = " and ".join(described + [f"`{file['name']}` from a file" for file in features.get("files", ())])
     named = [f"{name} {metrics[name]:.4f}" for name in ("NDCG@10", "Recall@10") if name in metrics]
     stored = {
         "none": "in float32",

@@ -186,18 +186,20 @@ class Recommender:
     def embed_items(
         self, frame: Any, language_encoder: str | None = None, img_encoder: str | None = None
     ) -> np.ndarray:
-        """Features [n, F] of products: a pandas DataFrame or a list of dicts with what items' texts are made of (title,
-        brand, ...) and, for a model that read pictures, `picture`, the path of one. Embed many at once: every call
-        loads the encoders.
+        """Return features [n, F] of products, for `add_items`. Embed many at once: every call loads the encoders.
 
-        language_encoder, img_encoder: where the files of the encoders lie, if not where they lay in training; others
-        are refused. Needs torch and the encoders' packages. Raises InputError where an encoder cannot be had.
+        frame: a pandas DataFrame or a list of dicts. A product has the attributes of items' texts (title, brand, ...);
+        if the model read pictures, the path of one as `picture`; and if it read features from files, a list of numbers
+        under the name of each. A missing picture or list gives zeros, as in training. language_encoder, img_encoder:
+        where the encoders' files are now, if they moved since training; other encoders are refused. Needs torch and
+        the encoders' packages. Raises InputError if an encoder cannot be loaded or a product cannot be read.
         """
         records = frame.to_dict("records") if hasattr(frame, "to_dict") else list(_listed(frame, "products", "[{...}]"))
         try:
-            from datasets.features.encode import embed_records
+            from datasets.features.description import embed_records
 
-            return embed_records(records, self.config["features"], language=language_encoder, image=img_encoder)
+            encoders = {"language_encoder": language_encoder, "img_encoder": img_encoder}
+            return embed_records(records, self.config["features"], encoders)
         except ImportError as error:
             raise InputError(
                 f"embedding needs what training needs ({error}): pip install -r requirements.txt"

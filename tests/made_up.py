@@ -30,7 +30,7 @@ def random_model(
     num_blocks: int = 2,
     *,
     num_items: int = 30,
-    features: np.ndarray | None = None,
+    features: np.ndarray | Sequence[np.ndarray] | None = None,
     use_bias: bool = True,
     ring: tuple[float, float] = (0.3, 0.9),
     seed: int = 0,
@@ -38,10 +38,10 @@ def random_model(
 ) -> FMRLRec:
     """A model of random weights, eigenvalues on the ring."""
     torch.manual_seed(seed)
-    features = None if features is None else torch.as_tensor(features)
+    parts = [features] if isinstance(features, np.ndarray | torch.Tensor) else features
     model = FMRLRec(
         num_items,
-        features,
+        parts and [torch.as_tensor(part) for part in parts],
         ModelSettings(
             mrl_hidden_sizes=sizes,
             lru_num_blocks=num_blocks,

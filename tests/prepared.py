@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from config import FeatureSettings
 from datasets.catalog import Catalog
-from datasets.features.load import feature_files
+from datasets.features.load import load_features
 
 WORDS = ("red", "warm", "light", "tent", "lamp", "stove", "knife", "kettle", "gloves", "bottle")
 BRANDS = ("Alder", "Birch &amp; Co.", "Corvid")
@@ -21,9 +22,36 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def feature_parts(
+    catalog: Catalog,
+    *,
+    language: str | None = None,
+    image: str | None = None,
+    attributes: tuple[str, ...] = ("title", "price", "brand", "categories"),
+    precision: str = "fp32",
+    batch_size: int = 32,
+    workers: int = 0,
+    files: tuple[str, ...] = (),
+    **arguments: Any,
+) -> list[np.memmap]:
+    """Return the features [N, F] of each modality. language, image: encoders, None for a branch that is off."""
+    settings = FeatureSettings(
+        use_language_encoder=language is not None,
+        language_encoder=language or "",
+        item_attributes=attributes,
+        use_img_encoder=image is not None,
+        img_encoder=image or "",
+        features=files,
+        encoder_precision=precision,
+        encoder_batch_size=batch_size,
+        encoder_workers=workers,
+    )
+    return load_features(settings, catalog, "cpu", **arguments)
+
+
 def item_features(catalog: Catalog, **arguments: Any) -> np.ndarray | None:
-    """The features [N, F] of `feature_files` side by side, float32; None where there are none."""
-    parts = feature_files(catalog, **arguments)
+    """Return `feature_parts` side by side, [N, F] float32; None without features."""
+    parts = feature_parts(catalog, **arguments)
     return np.concatenate(parts, axis=1, dtype=np.float32) if parts else None
 
 

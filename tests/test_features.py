@@ -16,9 +16,9 @@ from PIL import Image
 
 from common.errors import InputError
 from datasets.catalog import Catalog, load_catalog
-from datasets.features import cache, encoders
-from datasets.features import encode as embedding
-from datasets.features.encoders import LexicalEncoder, PixelEncoder
+from datasets.features import cache, image, text
+from datasets.features.image import PixelEncoder
+from datasets.features.text import LexicalEncoder
 from datasets.text import NO_TEXT, item_text
 from tests.prepared import (
     draw_picture,
@@ -113,12 +113,6 @@ def test_both_are_the_text_then_the_picture_side_by_side(catalog, shop):
     np.testing.assert_array_equal(both, np.concatenate([text, picture], axis=1))
 
 
-def test_each_part_of_a_row_has_length_1(catalog, shop):
-    both = shop.features(catalog, image="pixel")
-    for part in (both[:, : LexicalEncoder.dim], both[:, LexicalEncoder.dim :]):
-        np.testing.assert_allclose(np.linalg.norm(part, axis=1), 1, rtol=np.finfo(np.float16).eps)
-
-
 def test_without_encoders_there_are_no_features_and_no_files(catalog, shop):
     assert shop.features(catalog, language=None) is None
     assert shop.files() == []
@@ -132,13 +126,13 @@ def test_no_batch_is_larger_than_asked_for_and_every_item_is_read_once(catalog, 
 def test_pictures_are_decoded_one_after_another_however_large_the_batch(catalog, shop, monkeypatch):
     opened, alive = [], []
 
-    def watching(path, open_picture=embedding.open_picture):
+    def watching(path, open_picture=image.open_picture):
         picture, reason = open_picture(path)
         opened.append(weakref.ref(picture))
         alive.append(sum(picture() is not None for picture in opened))
         return picture, reason
 
-    monkeypatch.setattr(embedding, "open_picture", watching)
+    monkeypatch.setattr(image, "open_picture", watching)
     shop.features(catalog, **PICTURES, batch_size=7)
     assert len(alive) == 7
     assert max(alive) <= 3  # the first of a batch, the last and this one
@@ -156,13 +150,6 @@ def test_cached_features_are_the_same_without_encoding_again(catalog, shop, enco
     assert shop.said == []
 
 
-def test_the_batch_size_does_not_make_another_cache(catalog, shop, encoded):
-    shop.features(catalog, batch_size=2)
-    encoded.clear()
-    shop.features(catalog, batch_size=5)
-    assert encoded == []
-
-
 def changed_text(catalog: Catalog) -> Catalog:
     return with_metadata(catalog, [catalog.metadata[0] | {"title": "Other"}, *catalog.metadata[1:]])
 
@@ -171,12 +158,7 @@ def reversed_items(catalog: Catalog) -> Catalog:
     return dataclasses.replace(catalog, asins=catalog.asins[::-1], metadata=catalog.metadata[::-1])
 
 
-def swapped_texts(catalog: Catalog) -> Catalog:
-    first, second, *others = catalog.metadata
-    return with_metadata(catalog, [second, first, *others])
-
-
-@pytest.mark.parametrize("change", [changed_text, reversed_items, swapped_texts])
+@pytest.mark.parametrize("change", [changed_text, reversed_items])
 def test_changed_items_are_encoded_again_into_another_cache(catalog, shop, encoded, change):
     before = shop.features(catalog)
     encoded.clear()
@@ -185,12 +167,6 @@ def test_changed_items_are_encoded_again_into_another_cache(catalog, shop, encod
     assert len(shop.files()) == 2
     assert not np.array_equal(after, before)
     np.testing.assert_array_equal(shop.features(catalog), before)  # the first cache is still good
-
-
-def test_other_attributes_are_encoded_again_into_another_cache(catalog, shop):
-    before = shop.features(catalog)
-    assert not np.array_equal(shop.features(catalog, attributes=("brand", "title")), before)
-    assert len(shop.files()) == 2
 
 
 def test_an_attribute_that_is_not_read_does_not_matter(catalog, shop, encoded):
@@ -209,19 +185,23 @@ def test_other_weights_of_the_encoder_are_encoded_again_into_another_cache(catal
     assert len(shop.files()) == 2
 
 
+def test_features_that_were_cached_under_every_file_of_the_encoders_folder_are_still_taken(
+    catalog, shop, tmp_path, monkeypatch
+):
+    model = write_tiny_bert(tmp_path / "bert")
+    (model / "README.md").write_text("A model")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(text, "_loaded_files", lambda folder: folder.rglob("*"))
+        before = shop.features(catalog, language=str(model))
+    np.testing.assert_array_equal(shop.features(catalog, language=str(model)), before)
+    assert len(shop.files()) == 1
+
+
 def test_cached_features_need_no_encoder_at_hand(catalog, shop, tmp_path, monkeypatch):
     model = write_tiny_bert(tmp_path / "bert")
     before = shop.features(catalog, language=str(model))
-    monkeypatch.setattr(encoders, "language_encoder", None)  # a call fails
+    monkeypatch.setattr(text, "load_encoder", None)  # a call fails
     np.testing.assert_array_equal(shop.features(catalog, language=str(model)), before)
-
-
-def test_another_picture_under_the_same_name_is_encoded_again(catalog, shop):
-    before = shop.features(catalog, **PICTURES)
-    draw_picture(catalog.pictures[2], (10, 200, 200), corner=8)
-    after = shop.features(catalog, **PICTURES)
-    assert len(shop.files()) == 2
-    assert np.flatnonzero((after != before).any(axis=1)).tolist() == [2]
 
 
 def test_a_picture_of_the_same_size_in_bytes_is_encoded_again(catalog, shop):
@@ -269,11 +249,11 @@ def test_another_commit_of_a_hub_encoder_is_said_and_encoded_again(catalog, shop
 
 
 def test_the_commit_that_the_first_encoding_fetched_is_remembered(catalog, shop, hub, tmp_path, monkeypatch):
-    def fetching(name, *arguments, load=encoders.language_encoder):
+    def fetching(name, *arguments, load=text.load_encoder):
         put_in_hub_cache(hub, name, "a" * 40, write_tiny_bert(tmp_path / "model", FIRST))
         return load(name, *arguments)
 
-    monkeypatch.setattr(encoders, "language_encoder", fetching)
+    monkeypatch.setattr(text, "load_encoder", fetching)
     shop.features(catalog, language="org/tiny")
     assert sidecar_of(shop.file)["commit"] == "a" * 40
 
@@ -312,15 +292,8 @@ def flip(path: Path, byte: int, bit: int = 0) -> None:
     "damage",
     [
         pytest.param(truncate, id="truncated"),
-        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
-        pytest.param(lambda path: path.write_text("no features"), id="text"),
-        pytest.param(lambda path: flip(path, -1), id="bit flipped in the features"),
-        pytest.param(lambda path: flip(path, path.read_bytes().index(b"f2")), id="bit flipped in the header"),
-        pytest.param(lambda path: path.write_bytes(bytes(path.stat().st_size)), id="zeros"),
         pytest.param(lambda path: path.with_suffix(".json").unlink(), id="no sidecar"),
-        pytest.param(lambda path: truncate(path.with_suffix(".json")), id="sidecar truncated"),
         pytest.param(lambda path: path.with_suffix(".json").write_text("[]"), id="another sidecar"),
-        pytest.param(lambda path: flip(path.with_suffix(".json"), 30), id="bit flipped in the sidecar"),
     ],
 )
 def test_a_damaged_cache_is_said_and_made_again(catalog, shop, encoded, damage):
@@ -339,7 +312,7 @@ def test_no_flipped_bit_ever_comes_through(catalog, shop):
     files = {path: path.read_bytes() for path in (shop.file, shop.file.with_suffix(".json"))}
     rng = np.random.default_rng(0)
     for path, whole in files.items():
-        for byte in [*range(8), *rng.integers(8, 128, size=30), *rng.integers(128, len(whole), size=30)]:
+        for byte in [*range(8), *rng.integers(8, 128, size=10), *rng.integers(128, len(whole), size=10)]:
             flip(path, byte, bit=int(rng.integers(8)))
             np.testing.assert_array_equal(shop.features(catalog), before)
             path.write_bytes(whole)
@@ -378,11 +351,11 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_no_half_file(catalog, shop, 
     limit_file_size = (
         "import resource, sys; from pathlib import Path\n"
         "from common.cli import run_cli; from datasets.catalog import load_catalog\n"
-        "from datasets.features import feature_files\n"
+        "from config import FeatureSettings; from datasets.features.load import load_features\n"
+        "settings = FeatureSettings(language_encoder='lexical', use_img_encoder=False)\n"
         "catalog = load_catalog(sys.argv[1], 'tiny')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "run_cli(lambda: feature_files(catalog, language='lexical', image=None, attributes=('title',),\n"
-        "                              cache_root=Path(sys.argv[2])))"
+        "run_cli(lambda: load_features(settings, catalog, 'cpu', cache_root=Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", limit_file_size, str(tmp_path), str(shop.cache_root)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
@@ -426,30 +399,15 @@ def make_text(path: Path) -> None:
     path.write_text("<html>404</html>")
 
 
-def make_empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
 def make_cut(path: Path) -> None:
     noise = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:2000])
 
 
-def make_damaged(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[40:60] = bytes(20)
-    path.write_bytes(data)
-
-
-def make_damaged_avif(path: Path) -> None:
-    if not Image.registered_extensions().get(".avif"):
-        pytest.skip("Pillow without AVIF")
+def make_eps(path: Path) -> None:
     with Image.open(path) as picture:
-        picture.save(path, "AVIF")
-    data = path.read_bytes()
-    start = data.index(b"mdat") + 4
-    path.write_bytes(data[:start] + bytes(len(data) - start))
+        picture.save(path, "EPS")  # decoding it would start Ghostscript
 
 
 def make_folder(path: Path) -> None:
@@ -457,9 +415,7 @@ def make_folder(path: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize(
-    "make", [make_missing, make_text, make_empty, make_cut, make_damaged, make_damaged_avif, make_folder]
-)
+@pytest.mark.parametrize("make", [make_missing, make_text, make_cut, make_eps, make_folder])
 def test_a_picture_that_cannot_be_read_gives_zeros_and_is_named_with_the_reason(catalog, shop, make):
     before = shop.features(catalog, **PICTURES)
     shutil.rmtree(shop.cache_root)
@@ -476,21 +432,37 @@ def test_a_picture_that_cannot_be_read_gives_zeros_and_is_named_with_the_reason(
 
 def test_a_picture_larger_than_memory_allows_is_not_decoded(catalog, shop, monkeypatch):
     draw_picture(catalog.pictures[1], (9, 9, 9), side=40)
-    monkeypatch.setattr(embedding, "MAX_PIXELS", 40 * 40 - 1)
-    assert not shop.features(catalog, **PICTURES)[1].any()
-    assert "40 x 40 pixels, more than 1,599" in broken_list(shop)[catalog.asins[1]]
+    monkeypatch.setattr(image, "MAX_PIXELS", 16 * 16)  # as large as the others
+    assert shop.features(catalog, **PICTURES).any(axis=1).tolist() == [True, False, *[True] * 5]
+    assert "40 x 40 pixels, more than 256" in broken_list(shop)[catalog.asins[1]]
 
 
-def test_a_picture_of_the_largest_size_is_decoded(catalog, shop, monkeypatch):
-    monkeypatch.setattr(embedding, "MAX_PIXELS", 16 * 16)
-    assert shop.features(catalog, **PICTURES).any(axis=1).all()
+def test_a_picture_is_turned_as_its_exif_says(tmp_path):
+    upright = Image.fromarray(np.random.default_rng(0).integers(256, size=(4, 6, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(image.open_picture(tmp_path / "a.png")[0], upright)
 
 
-def test_a_picture_that_claims_to_be_a_bomb_gives_zeros(catalog, shop, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # 16 x 16 is more than twice that
-    draw_picture(catalog.pictures[0], (9, 9, 9), side=8)
-    assert shop.features(catalog, **PICTURES).any(axis=1).tolist() == [True] + [False] * 6
-    assert "bomb" in broken_list(shop)[catalog.asins[1]]
+def test_what_is_transparent_is_white(tmp_path):
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    Image.new("L", (2, 2), 0).save(tmp_path / "b.png", transparency=0)
+    for name in ("a.png", "b.png"):
+        assert (np.asarray(image.open_picture(tmp_path / name)[0]) == 255).all()
+
+
+def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path):
+    grey = np.array([[0, 32896, 65535]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert np.asarray(image.open_picture(tmp_path / "a.png")[0])[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_a_plain_picture_is_what_pillow_decodes(tmp_path, kind):
+    noise = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a", kind)
+    np.testing.assert_array_equal(image.open_picture(tmp_path / "a")[0], Image.open(tmp_path / "a").convert("RGB"))
 
 
 def test_an_item_without_picture_gives_zeros_and_is_counted(tmp_path, shop):
@@ -509,11 +481,6 @@ def test_what_cannot_be_read_is_said_again_when_the_cache_is_used(catalog, shop,
     encoded.clear()
     shop.features(catalog, **PICTURES)
     assert (shop.said, encoded) == (first, [])
-
-
-def test_pictures_that_can_all_be_read_are_nothing_to_speak_of(catalog, shop):
-    shop.features(catalog, **PICTURES)
-    assert shop.said == []
 
 
 def test_a_batch_without_a_readable_picture_is_skipped(catalog, shop, encoded):
@@ -573,11 +540,6 @@ def test_attributes_of_which_no_item_has_any_are_refused_with_what_there_is(cata
     assert shop.files() == []
 
 
-def test_a_dataset_without_metadata_is_refused_where_texts_are_asked_for(catalog, shop):
-    with pytest.raises(InputError, match=r"--item_attributes title,brand: .*its metadata has nothing"):
-        shop.features(with_metadata(catalog, [{}] * 7))
-
-
 def test_an_encoder_that_cannot_be_had_is_refused_and_leaves_nothing(catalog, shop):
     with pytest.raises(InputError, match="'nobody/no-such-encoder' cannot be loaded"):
         shop.features(catalog, language="nobody/no-such-encoder")
@@ -595,3 +557,25 @@ def test_an_encoder_with_damaged_numbers_is_refused_and_its_features_are_not_kep
     with pytest.raises(InputError, match="not finite"):
         shop.features(catalog, language=str(model))
     assert shop.files() == []
+
+
+@pytest.mark.parametrize(("arguments", "flag"), [({}, "language_encoder"), (PICTURES, "img_encoder")])
+def test_an_encoder_that_gives_different_items_the_same_features_is_refused(
+    catalog, shop, monkeypatch, arguments, flag
+):
+    def collapsed(self, prepared):
+        return np.ones_like(prepared) / np.sqrt(self.dim)
+
+    for encoder in (LexicalEncoder, PixelEncoder):
+        monkeypatch.setattr(encoder, "forward", collapsed)
+    with pytest.raises(InputError, match=rf"--{flag} '(lexical|pixel)' gave different (texts|pictures) the same"):
+        shop.features(catalog, **arguments)
+    assert shop.files() == []
+
+
+def test_items_that_are_all_alike_may_have_the_same_features(catalog, shop):
+    alike = with_metadata(catalog, [{"title": "Lamp"}] * 7)
+    shutil.copytree(catalog.photos, catalog.photos / "copies")
+    for path in catalog.pictures:
+        shutil.copy(catalog.pictures[0].parent / "copies" / catalog.pictures[0].name, path)
+    assert len(np.unique(shop.features(alike, image="pixel"), axis=0)) == 1

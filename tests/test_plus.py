@@ -12,7 +12,7 @@ import eval as eval_script
 import train
 from config import EXTENSIONS, Config
 from dataloader import eval_batches, eval_rows
-from datasets.features.load import feature_files
+from datasets.features.load import load_features
 from model import slice_model
 from model.extensions.whitening import whiten
 from model.registry import build_model
@@ -72,9 +72,7 @@ def test_a_run_has_learned_all_that_the_options_add(loaded):
 
 
 def features_of(config, catalog):
-    return feature_files(
-        catalog, language=config.language_encoder, image=config.img_encoder, attributes=config.item_attributes
-    )
+    return load_features(config, catalog, "cpu")
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -16,9 +16,9 @@ import torch
 from config import Config
 from dataloader import eval_rows
 from datasets.catalog import load_catalog
-from datasets.features import encoders
-from datasets.features import load as features
-from tests.prepared import draw_picture, write_prepared
+from datasets.features import image, text
+from datasets.features.encoder import Encoder, normalised
+from tests.prepared import draw_picture, feature_parts, write_prepared
 from tests.raw import reviews_of, write_raw
 from trainer.metrics import ranking_metrics, target_ranks
 
@@ -212,16 +212,16 @@ def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
     write_prepared(tmp_path / "data", "beauty", users=4, items=8, pictures=True)
     catalog = load_catalog(tmp_path / "data", "beauty")
 
-    class Cached(encoders.Encoder):
+    class Cached(Encoder):
         dim, fingerprint = 1024, {}
 
         def prepare(self, batch):
-            return encoders.normalised(np.random.default_rng(0).normal(size=(len(list(batch)), 1024)))
+            return normalised(np.random.default_rng(0).normal(size=(len(list(batch)), 1024)))
 
-    monkeypatch.setattr(encoders, "language_encoder", lambda name, device, precision: Cached())
-    monkeypatch.setattr(encoders, "image_encoder", lambda name, device, precision: Cached())
+    monkeypatch.setattr(text, "load_encoder", lambda name, device, precision: Cached())
+    monkeypatch.setattr(image, "load_encoder", lambda name, device, precision: Cached())
     defaults = Config()
-    features.feature_files(
+    feature_parts(
         catalog,
         language=defaults.language_encoder,
         image=defaults.img_encoder,

@@ -33,7 +33,7 @@ CHANGED = {
 # What does not change the weights of a short run: chosen, named, or tested elsewhere.
 ELSEWHERE = {
     "img_encoder", "encoder_precision", "num_heads", "early_stopping", "early_stopping_patience", "val_mask_history",
-    "best_metric", "run_name",
+    "best_metric", "run_name", "features",
 }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def describe_model(config: Config) -> str:
     if config.model_code != "fmrlrec":
         return config.model_code
     words = {"both": "text and pictures", "language": "text", "image": "pictures", "id": "a learned table"}
-    return f"items by {words[config.branch]}"
+    return f"items by {words.get(config.branch, config.branch)}"
 
 
 def create_run(config: Config, sources: dict[str, str], device: str, data: str, features: list[str]) -> Path:

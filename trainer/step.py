@@ -28,7 +28,7 @@ class Step:
         settings: TrainingSettings,
         sampler: NegativeSampler | None = None,
     ) -> None:
-        """sampler: draws the items of a sampled softmax; None: the exact softmax. Raises InputError for an unknown loss."""
+        """sampler: draws the items of a sampled softmax; None: the exact one. Raises InputError for an unknown loss."""
         self.model, self.optimizer, self.settings, self.sampler = model, optimizer, settings, sampler
         losses = SAMPLED_LOSSES if sampler else LOSSES
         if settings.loss not in losses:

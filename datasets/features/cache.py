@@ -1,18 +1,18 @@
-"""Arrays [N, F] on disk that are made batch by batch: by several processes, and on after a kill.
+"""Arrays [N, F] on disk, made batch by batch: by several processes, and continued after a kill.
 
     <name>.npy            the finished array, float16
-    <name>.json           its key, the encoder's commit, SHA-256, when it was made, and broken pictures
-    <name>.partial.npy    the array while it is made, a memory map
-    <name>.done.npy       uint32 a batch: 0 to do, otherwise the CRC-32 of its rows
-    <name>.partial.json   what the two are of; a restart that finds anything else there begins again
+    <name>.json           its key, the encoder's commit, SHA-256, time, and the items with zero vectors
+    <name>.partial.npy    the unfinished array, a memory map
+    <name>.done.npy       uint32 per batch: 0 to do, otherwise the CRC-32 of its rows
+    <name>.partial.json   the plan of the two; a restart with another plan begins again
 
-A batch is marked after its rows were written, so a kill costs the batches that were being encoded. After a power loss
-the disk may have a mark without its rows: a restart believes only marks that are the rows' checksum, and nothing needs
-to be flushed on the way. `path` is that of the finished array throughout. N rows, F width.
+A batch is marked after its rows are written, so a kill costs only the batches at work. After a power loss the disk may
+have a mark without its rows, so a restart checks each mark against its rows. `path` is always the path of the finished
+array. N rows, F width.
 
-Rows of length 1 are rounded to float16 as they are written, to a cosine of .9999999 (benchmarks/README.md); marks and
-checksums are those of the rounded ones. Earlier versions wrote float32: such an array is read as it is where it is
-finished, and begun again where it is not.
+Rows of length 1 are rounded to float16 when they are written, to a cosine of .9999999 (benchmarks/README.md); marks
+and checksums cover the rounded rows. Earlier versions wrote float32: a finished array is used, an unfinished one begun
+again.
 """
 
 import json
@@ -29,6 +29,7 @@ import numpy as np
 from common.errors import InputError
 from common.files import cannot_write, sha256, write_json
 
+ROOT = Path("data/features")
 PARTS = ("partial.npy", "done.npy", "partial.json")
 DTYPE = np.float16
 
@@ -40,7 +41,7 @@ def sidecar(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class File:
-    """A cached array: where it is, what it depends on, and what its sidecar says, nothing until it is made."""
+    """A cached array: its path, everything it depends on, and its sidecar's content (empty until it is made)."""
 
     path: Path
     key: dict[str, Any]
@@ -48,9 +49,9 @@ class File:
 
 
 def read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[dict[str, Any] | None, str]:
-    """(what the sidecar says, "") of a finished array, (None, what is wrong with it), or (None, "") if there is none.
+    """Return (the sidecar, "") of a finished array, (None, problem) of a bad one, (None, "") if there is none.
 
-    key: all that the array depends on. commit: what the encoder on the hub is at now, if known.
+    key: everything that the array depends on. commit: the encoder's current commit on the hub, if known.
     """
     if not path.exists():
         return None, ""
@@ -73,8 +74,10 @@ def read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[dict[str,
 
 
 def find(candidates: list[File], commit: str | None, trained_on: Collection[str], say: Callable[[str], None]) -> File:
-    """The file that a run was trained on, or that was made first; else the one to make. commit: as of `read`;
-    trained_on: names of the files that the run read."""
+    """Return the file that a run was trained on, else the one made first, else the one to make.
+
+    commit: as in `read`. trained_on: names of the files that the run read.
+    """
     whole, damaged = [], []
     for file in candidates:
         header, problem = read(file.path, file.key, commit)
@@ -92,7 +95,7 @@ def find(candidates: list[File], commit: str | None, trained_on: Collection[str]
 
 
 def acquire(lock: Any, say: Callable[[str], None]) -> None:
-    """Be the only process that makes a file; wait, and say so, while another is."""
+    """Take the lock of a file to make; if another process has it, say so and wait."""
     from filelock import Timeout
 
     path = Path(lock.lock_file)
@@ -108,9 +111,10 @@ def acquire(lock: Any, say: Callable[[str], None]) -> None:
 
 
 def begin(path: Path, plan: dict[str, Any], shape: tuple[int, int], batches: list[np.ndarray]) -> list[int]:
-    """Make the partial files, or take up those of the same plan; returns the numbers of the batches that are to do.
+    """Make the partial files, or continue those of the same plan. Returns the numbers of the batches to do.
 
-    plan: what the rows and batches depend on, for JSON. batches: the rows of each. Raises InputError on a full disk.
+    plan: everything that rows and batches depend on, for JSON. batches: the rows of each. Raises InputError if the disk
+    is full.
     """
     partial, done, stated = _parts(path)
     if _json(stated) == plan:
@@ -124,7 +128,7 @@ def begin(path: Path, plan: dict[str, Any], shape: tuple[int, int], batches: lis
     try:
         for file, dtype, size in ((partial, DTYPE, shape), (done, np.uint32, (len(batches),))):
             np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=size)
-            if hasattr(os, "posix_fallocate"):  # or a disk that fills up later would end the process by a signal
+            if hasattr(os, "posix_fallocate"):  # otherwise a full disk later ends the process by a signal
                 with file.open("rb+") as opened:
                     os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     except OSError as error:
@@ -135,14 +139,14 @@ def begin(path: Path, plan: dict[str, Any], shape: tuple[int, int], batches: lis
 
 
 def unfinished(path: Path, batches: list[np.ndarray]) -> list[int]:
-    """The numbers of the batches whose rows are not there."""
+    """Return the numbers of the batches whose rows are missing."""
     partial, done, _ = _parts(path)
     rows, marks = np.load(partial, mmap_mode="r"), np.load(done)
     return [n for n, batch in enumerate(batches) if not marks[n] or marks[n] != _mark(rows[batch])]
 
 
 class Writer:
-    """The partial files, open to be written."""
+    """Writes to the partial files."""
 
     def __init__(self, path: Path) -> None:
         partial, done, _ = _parts(path)
@@ -150,21 +154,27 @@ class Writer:
         self.marks = np.lib.format.open_memmap(done, mode="r+")
 
     def write(self, number: int, batch: np.ndarray, features: np.ndarray) -> None:
-        """The features [B, F] of a batch's rows [B], rounded, and then its mark. Raises FloatingPointError for numbers
-        that DTYPE does not reach."""
-        with np.errstate(over="raise"):  # they would become infinities
+        """Write the features [B, F] of a batch's rows [B], rounded, then its mark. Raises FloatingPointError on
+        overflow."""
+        with np.errstate(over="raise"):
             self.rows[batch] = features
+        self.mark(number, batch)
+
+    def mark(self, number: int, batch: np.ndarray) -> None:
+        """Mark a batch as done."""
         self.marks[number] = _mark(self.rows[batch])
 
 
 def partial(path: Path) -> np.ndarray:
-    """The partial array, read-only."""
+    """Return the partial array, read-only."""
     return np.load(_parts(path)[0], mmap_mode="r")
 
 
 def finish(path: Path, header: dict[str, Any], batches: list[np.ndarray]) -> dict[str, Any]:
-    """Give the complete partial array its name, after its sidecar, which is returned: a kill in between leaves all that
-    a restart needs. Raises InputError where rows are missing or the disk is full."""
+    """Write the sidecar, then rename the complete partial array. Returns the sidecar's content.
+
+    A kill in between leaves everything that a restart needs. Raises InputError if rows are missing or the disk is full.
+    """
     partial = _parts(path)[0]
     lost = unfinished(path, batches)
     if lost:

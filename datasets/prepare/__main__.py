@@ -33,7 +33,7 @@ from datasets.prepare.summary import in_words, summarise
 
 STEPS = ("data", "pictures", "features")
 SETTINGS = (
-    *("data_root", "use_language_encoder", "language_encoder", "item_attributes", "use_img_encoder"),
+    *("data_root", "use_language_encoder", "language_encoder", "item_attributes", "use_img_encoder", "features"),
     *("img_encoder", "encoder_precision", "encoder_batch_size", "encoder_workers", "device"),
 )
 BESIDE = ("raw", "photos", "features")  # what else lies in a data_root
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Prepare a dataset and return its folder."""
     flags, arguments = parse_args(argv, __doc__, SECTIONS, add_arguments, SETTINGS)
-    config, _ = resolve(flags)
+    config, _ = resolve({"dataset_code": arguments.dataset_code, **flags})
     command = f"python -m datasets.prepare {shlex.join(sys.argv[1:] if argv is None else argv)}"
     steps = _steps(arguments, config)
     folder = Path(config.data_root) / config.dataset_code
@@ -200,15 +200,15 @@ def fetch_all_pictures(config: Config, arguments: argparse.Namespace, folder: Pa
 
 
 def encode(config: Config) -> None:
-    """Cache the features of text and pictures, as train.py would."""
+    """Cache the features, as train.py would."""
     from common.devices import resolve_device
     from datasets.features.load import load_features
 
     catalog = load_catalog(config.data_root, config.dataset_code)
-    if config.use_img_encoder and config.use_language_encoder and not any(catalog.pictures or []):
+    if config.use_img_encoder and config.branch != "image" and not any(catalog.pictures or []):
         config = replace(config, use_img_encoder=False)
         command = prepare_command(Path(config.data_root), config.dataset_code, only="pictures")
-        print(f"there are no pictures, so the text alone is encoded; to fetch pictures: {command}", flush=True)
+        print(f"there are no pictures, so {config.branch} alone is encoded; to fetch pictures: {command}", flush=True)
     parts = load_features(config, catalog, resolve_device(config.device))
     for part in parts if processes.rank() == 0 else ():
         print(f"features of {part.shape[0]:,} items, {part.shape[1]} wide: {part.filename}", flush=True)

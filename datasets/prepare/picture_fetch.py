@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import cannot_write, replacing
-from datasets.features.encode import MAX_PIXELS
+from datasets.features.image import MAX_PIXELS
 from datasets.prepare.web import PATIENCE, Fetcher, FetchError, Patience, shown
 
 SUFFIXES = {

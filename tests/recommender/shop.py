@@ -31,7 +31,7 @@ class Shop:
         self.features = item_features(
             self.catalog, language="lexical", image="pixel", attributes=ATTRIBUTES, cache_root=root, say=lambda _: None
         )
-        self.model = random_model((4, 12), num_items=N, features=self.features, ring=NEAR_1)
+        self.model = random_model((4, 12), num_items=N, features=np.split(self.features, [1024], axis=1), ring=NEAR_1)
         self.records = [
             record | {"picture": str(picture)}
             for record, picture in zip(self.catalog.metadata, self.catalog.pictures, strict=True)
@@ -59,7 +59,9 @@ class Shop:
         """The same model, of a catalogue that ends after n products."""
         folder = self.root / f"{kind}-first-{n}"
         if not folder.exists():
-            model = random_model((4, 12), num_items=n, features=self.features[:n], ring=NEAR_1)
+            model = random_model(
+                (4, 12), num_items=n, features=np.split(self.features[:n], [1024], axis=1), ring=NEAR_1
+            )
             model.load_state_dict(self.model.state_dict())
             catalog = dataclasses.replace(self.catalog, asins=IDS[:n], metadata=self.catalog.metadata[:n])
             write_export(folder, model, catalog, max_len=MAX_LEN, quantize=kind, use_img_encoder=True)

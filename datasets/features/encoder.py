@@ -1,4 +1,4 @@
-"""What all encoders are and share. F: feature width, B: batch."""
+"""A frozen encoder: texts or pictures in, L2-normalised feature vectors out. B batch, F feature width."""
 
 import hashlib
 import os
@@ -11,40 +11,44 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # --encoder_precision -> torch dtype
+
 
 class Encoder:
-    """What datasets/features/load.py asks of an encoder. The two without weights do all in `prepare`."""
+    """Base of all encoders: `encode` is `forward(prepare(tokenize(batch)))`.
 
-    dim: int
-    fingerprint: dict[str, Any]
+    `prepare` holds no weights and can be pickled, so worker processes may call it. It reads its batch one by one, so
+    only one picture is in memory decoded. Encoders without weights do everything in `prepare`.
+    """
+
+    dim: int  # F
+    fingerprint: dict[str, Any]  # everything that features depend on besides the input
     prepare: Callable[[Iterable[Any]], Any]
-    slow_to_prepare = True  # beside `forward`: long enough for processes of its own to pay
+    slow_to_prepare = True  # `prepare` takes long compared with `forward`, so worker processes pay
     on_gpu = False
+    note = ""  # how it reads its inputs, said when it encodes
 
     def forward(self, prepared: Any) -> np.ndarray:
-        """What `prepare` made of a batch -> [B, F] float32, rows of length 1."""
+        """Return [B, F] float32, rows of length 1, for a batch from `prepare`."""
         return prepared
 
     def encode(self, batch: Sequence[Any]) -> np.ndarray:
-        """Texts or pictures -> [B, F] float32, rows of length 1."""
+        """Return [B, F] float32, rows of length 1, for texts or pictures."""
         return self.forward(self.prepare(self.tokenize(batch)))
 
     def tokenize(self, batch: Sequence[Any]) -> Sequence[Any]:
-        """Texts as `prepare` takes them, each as long as there is to read; pictures as they are."""
+        """Return the inputs as `prepare` takes them: texts as tokens, pictures unchanged."""
         return batch
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1, zero rows left alone: [B, F] -> [B, F] float32."""
+    """Scale rows [B, F] to length 1, in float32; zero rows stay zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch, by --encoder_precision
-
-
 def best_precision(device: Any) -> str:
-    """The fastest that the device computes in: bf16, fp16 on a GPU without it, fp32 on a CPU without it."""
+    """Return the fastest precision of a device: bf16; without it fp16 on a GPU, fp32 on a CPU."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -54,8 +58,10 @@ def best_precision(device: Any) -> str:
 
 
 def offline_without_network() -> None:
-    """Let the hub's client use its local cache at once where the hub's name does not even resolve; it would ask again
-    for most of a minute, for every file."""
+    """Make the hub's client use its local cache if the hub's name does not resolve.
+
+    Otherwise the client retries for most of a minute, for every file.
+    """
     from huggingface_hub import constants
 
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
@@ -67,7 +73,7 @@ def offline_without_network() -> None:
 
 
 def digest(paths: list[Path]) -> str:
-    """SHA-256 of the files' contents."""
+    """Return the SHA-256 of the files' names, sizes and contents."""
     return _digest_once(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()))
 
 

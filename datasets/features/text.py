@@ -1,0 +1,328 @@
+"""Texts: an item's metadata, read by a text encoder. F feature width, B batch, n new products.
+
+Encoders: lexical (built in), or any Hugging Face text encoder, from the hub or a local folder.
+"""
+
+import itertools
+import json
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from common.errors import InputError
+from config import FeatureSettings
+from datasets.features import encode
+from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
+from datasets.features.modality import EncodedModality, Job, Record
+from datasets.features.modality import digest as digest_of_texts
+from datasets.text import NO_TEXT, item_text
+
+POOLINGS = {"mean": "the mean of the tokens", "first token": "the first token"}
+LOADED_SUFFIXES, LOADED_NAMES = (".json", ".safetensors", ".bin", ".model"), ("vocab.txt", "merges.txt", "bpe.codes")
+LEXICAL: dict[str, Any] = {"encoder": "lexical", "version": 1}
+
+
+@dataclass(frozen=True)
+class TextModality(EncodedModality):
+    """The text of an item: its `attributes`, read by a text encoder."""
+
+    encoder: str
+    attributes: tuple[str, ...]
+    trained: Mapping[str, Any] | None = None  # the description in an export
+
+    kind = block = "language"
+    flag = "language_encoder"
+    built_in = "lexical"
+    unit = "texts"
+
+    @classmethod
+    def from_settings(cls, settings: FeatureSettings) -> list[Self]:
+        return [cls(settings.language_encoder, settings.item_attributes)] if settings.use_language_encoder else []
+
+    @classmethod
+    def from_description(cls, description: Any, encoder: str | None) -> Self:
+        return cls(encoder or description["encoder"], tuple(description["attributes"]), description)
+
+    def inputs(self, job: Job) -> list[str]:
+        catalog, say = job.catalog, job.say
+        texts = [item_text(record, self.attributes) for record in catalog.metadata]
+        if all(text == NO_TEXT for text in texts):
+            known = sorted({key for record in catalog.metadata for key in record})
+            raise InputError(
+                f"--item_attributes {','.join(self.attributes)}: no item of {catalog.name} has any of them; its "
+                f"metadata has {', '.join(known) or 'nothing'}"
+            )
+        absent = [a for a in self.attributes if all(item_text(record, (a,)) == NO_TEXT for record in catalog.metadata)]
+        if absent:
+            say(f"no item has {' or '.join(absent)}: left out of the texts")
+        without = sum(text == NO_TEXT for text in texts)
+        if without:
+            say(f"{without} of {len(texts)} items have no text: encoded as {NO_TEXT!r}")
+        return texts
+
+    def key(self, job: Job, inputs: Sequence[str]) -> dict[str, Any]:
+        items = digest_of_texts([*job.catalog.asins, *inputs])
+        return {"kind": self.kind, **self.fingerprint(), "items": items}
+
+    def commit(self) -> str | None:
+        return hub_commit(self.encoder)
+
+    def refuse_change(self, job: Job) -> None:
+        raise InputError(
+            "the items' texts, or their encoder's weights, are not those that the run was trained on; give its "
+            "--data_root, or train anew"
+        )
+
+    def load_encoder(self, device: Any, precision: str) -> Encoder:
+        return load_encoder(self.encoder, device, precision)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.encoder)
+
+    def former_fingerprint(self) -> dict[str, Any]:
+        is_folder = _split_revision(self.encoder)[2]
+        return transformers_fingerprint(self.encoder, every_file=True) if is_folder else self.fingerprint()
+
+    def batches(self, items: Sequence[Any], batch_size: int) -> list[np.ndarray]:
+        return encode.longest_first(items, batch_size)
+
+    @staticmethod
+    def read(prepare: Callable, batch: list[Any]) -> tuple[int, list[int], Any]:
+        return len(batch), list(range(len(batch))), prepare(batch)
+
+    def differ(self, inputs: Sequence[str]) -> bool:
+        return len(set(inputs)) > 1
+
+    @property
+    def required(self) -> str:  # type: ignore[override]  # read-only here
+        return f"no text; give it one of {', '.join(self.attributes)}"
+
+    def describe(self, width: int) -> dict[str, Any]:
+        return {
+            "encoder": self.encoder,
+            "fingerprint": self.fingerprint(),
+            "commit": self.commit(),
+            "attributes": list(self.attributes),
+            "text": item_text({name: f"<{name}>" for name in self.attributes}, self.attributes),
+        }
+
+    def has_input(self, record: Record) -> bool:
+        return item_text(dict(record), self.attributes) != NO_TEXT
+
+    def embed(self, records: Sequence[Record]) -> np.ndarray:
+        assert self.trained is not None  # made by from_description
+        self.check_encoder(self.trained)
+        name = self.encoder
+        if name == self.trained["encoder"] and self.trained["commit"] and "@" not in name:
+            name = f"{name}@{self.trained['commit']}"  # the hub's model may have changed since
+        encoder = load_encoder(name, "cpu")
+        tokenized = encoder.tokenize([item_text(dict(record), self.attributes) for record in records])
+        return encode.encode_all(encoder, self.read, tokenized, self.batches(tokenized, 32))
+
+
+# -------------------------------------------------------------------------------------------------------- the encoders
+
+
+def load_encoder(name: str, device: Any, precision: str = "fp32") -> Encoder:
+    """Return the text encoder, computing in fp32, bf16 or fp16. Raises InputError if it cannot be loaded."""
+    return LexicalEncoder() if name == "lexical" else TransformersEncoder(name, device, precision)
+
+
+def fingerprint(name: str) -> dict[str, Any]:
+    """Return everything that features depend on besides the texts, without loading the encoder."""
+    return LexicalEncoder.fingerprint if name == "lexical" else transformers_fingerprint(name)
+
+
+class LexicalEncoder(Encoder):
+    """Hashed bag of words, word pairs and character trigrams, each term weighted 1 + log(count); no download."""
+
+    dim = 1024
+    fingerprint = LEXICAL
+
+    def prepare(self, batch: Iterable[str]) -> np.ndarray:
+        batch = list(batch)
+        vectors = np.zeros((len(batch), self.dim))
+        for row, text in enumerate(batch):
+            for term, count in Counter(self._terms(text)).items():
+                code = zlib.crc32(term.encode())
+                vectors[row, code % self.dim] += (1 + np.log(count)) * (1 if code & 1 << 31 else -1)
+        return normalised(vectors)
+
+    @staticmethod
+    def _terms(text: str) -> list[str]:
+        words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+        pairs = [f"{a} {b}" for a, b in itertools.pairwise(words)]
+        trigrams = [f"#{w[i : i + 3]}" for w in (f"<{word}>" for word in words) for i in range(len(w) - 2)]
+        return words + pairs + trigrams
+
+
+class TransformersEncoder(Encoder):
+    """A Hugging Face text encoder, pooled as its own files say: the mean of the tokens, or the first token.
+
+    Without such a file it takes the first token, as bge needs. Pooling and normalisation are in float32.
+    """
+
+    def __init__(self, name: str, device: Any, precision: str = "fp32") -> None:
+        model_id, revision, is_folder = _split_revision(name)
+        if not is_folder:
+            offline_without_network()
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        if not is_folder and "/" not in name and hub_commit(name) is None:
+            raise InputError(
+                f"--language_encoder {name!r} is neither a folder nor of the form ORGANISATION/MODEL; 'lexical' is "
+                f"built in"
+            )
+        options = {} if is_folder else {"revision": revision}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False, **options)
+            if len(self.tokenizer) <= len(
+                self.tokenizer.all_special_tokens
+            ):  # transformers makes one up if its files are missing
+                raise ValueError("its tokenizer has no words")
+            dtype = getattr(torch, DTYPES[precision])
+            model, loaded = AutoModel.from_pretrained(
+                model_id, trust_remote_code=False, output_loading_info=True, dtype=dtype, **options
+            )
+            missing = sorted(k for k in loaded["missing_keys"] if "pooler" not in k)
+            if missing:
+                raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} more")
+            self.model = model.to(device).eval()
+            self.pooling, where = _pooling(model_id, revision)
+            self.note = f"{name} pools by {POOLINGS[self.pooling]}: {where}"
+            limits = _model_json(model_id, revision, "sentence_bert_config.json", needed=False) or {}
+            self.max_length = min(
+                self.tokenizer.model_max_length,
+                getattr(self.model.config, "max_position_embeddings", 512),
+                limits.get("max_seq_length") or 512,
+            )
+            self.prepare = partial(_padded, self.tokenizer.pad_token_id or 0, self.tokenizer.padding_side)
+            self.device = torch.device(device)
+            self.on_gpu, self.slow_to_prepare = self.device.type == "cuda", False
+            self.dim = self.encode([""]).shape[1]
+        except Exception as error:  # the hub client, the weights' reader and the model raise many kinds
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            source = "its folder" if is_folder else "the hub, and no such folder is here"
+            raise InputError(
+                f"--language_encoder {name!r} cannot be loaded from {source} ({first}). Without network, give a local "
+                f"folder with the model's config.json, tokenizer and weights, or 'lexical', which needs no download"
+            ) from error
+        self.fingerprint = transformers_fingerprint(name)
+
+    def forward(self, prepared: dict[str, Any]) -> np.ndarray:
+        import torch
+
+        tokens = {name: values.to(self.device, non_blocking=True) for name, values in prepared.items()}
+        with torch.inference_mode():
+            states = self.model(**tokens).last_hidden_state.float()  # [B, tokens, F]
+            if self.pooling == "mean":
+                weights = tokens["attention_mask"][..., None].to(states.dtype)
+                states = (states * weights).sum(dim=1) / weights.sum(dim=1)
+            else:
+                states = states[:, 0]
+        return normalised(states.cpu().numpy())
+
+    def tokenize(self, batch: Sequence[str]) -> list[np.ndarray]:
+        texts, read = list(batch), {"truncation": True, "max_length": self.max_length, "return_attention_mask": False}
+        chunks = (self.tokenizer(texts[at : at + 1000], **read)["input_ids"] for at in range(0, len(texts), 1000))
+        return [np.array(tokens, dtype=np.int32) for chunk in chunks for tokens in chunk]
+
+
+def _padded(pad: int, side: str, batch: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Return the model's inputs, tensors [B, tokens]."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = [torch.from_numpy(tokens).long() for tokens in batch]
+    return {
+        "input_ids": pad_sequence(ids, True, pad, side),
+        "attention_mask": pad_sequence([torch.ones_like(tokens) for tokens in ids], True, 0, side),
+    }
+
+
+def _split_revision(name: str) -> tuple[str, str, bool]:
+    """Return (folder or hub name, revision, whether it is a folder)."""
+    if Path(name).is_dir():
+        return name, "", True
+    model_id, _, revision = name.partition("@")
+    return model_id, revision or "main", False
+
+
+def _pooling(model_id: str, revision: str) -> tuple[str, str]:
+    """Return ("mean" or "first token", the file that says so). Raises ValueError for any other pooling."""
+    modules = _model_json(model_id, revision, "modules.json", needed=False) or []
+    other = [m["type"] for m in modules if m["type"].split(".")[-1] not in ("Transformer", "Pooling", "Normalize")]
+    if other:
+        raise ValueError(f"its modules {other} beyond encoder, pooling and normalisation are not supported")
+    folder = next((m["path"] for m in modules if m["type"].endswith("Pooling") and m.get("path")), "1_Pooling")
+    where = f"{folder}/config.json"
+    modes = _model_json(model_id, revision, where)
+    if modes is None:
+        return "first token", f"the default, as the model has no {where}"
+    chosen = {mode.removeprefix("pooling_mode_") for mode, on in modes.items() if on is True}
+    chosen |= {mode for mode in [modes.get("pooling_mode")] if mode}  # newer files name it
+    for pooling, names in {"mean": {"mean_tokens", "mean"}, "first token": {"cls_token", "cls"}}.items():
+        if len(chosen & names) and chosen <= names | {"include_prompt"}:
+            return pooling, where
+    raise ValueError(f"its pooling {sorted(chosen)} is neither the mean of the tokens nor the first token")
+
+
+def _model_json(model_id: str, revision: str, name: str, needed: bool = True) -> Any | None:
+    """Return a JSON file of a model; None if the model has no such file.
+
+    Raises ValueError if a needed file is neither cached nor reachable.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    path = Path(model_id, name)
+    if not Path(model_id).is_dir():
+        try:
+            path = Path(hf_hub_download(model_id, name, revision=revision))
+        except LocalEntryNotFoundError:
+            if needed and try_to_load_from_cache(model_id, name, revision=revision) is not _CACHED_NO_EXIST:
+                raise ValueError(f"its {name} is not in the local cache and there is no network") from None
+            return None
+        except EntryNotFoundError:
+            return None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _loaded_files(folder: Path) -> list[Path]:
+    """Return the files of an encoder's folder that are loaded: weights, tokenizer and settings, no README or notes."""
+    top = [path for path in folder.iterdir() if path.suffix in LOADED_SUFFIXES or path.name in LOADED_NAMES]
+    return [*top, *folder.glob("*/config.json")]
+
+
+def transformers_fingerprint(name: str, every_file: bool = False) -> dict[str, Any]:
+    """Return the fingerprint of a Hugging Face encoder. Raise `version` when pooling or truncation here changes.
+
+    every_file: as earlier versions did, which hashed all files of a folder.
+    """
+    model_id, revision, is_folder = _split_revision(name)
+    if is_folder:
+        files = Path(name).rglob("*") if every_file else _loaded_files(Path(name))
+        return {"encoder": "transformers", "version": 1, "weights": digest(sorted(files))}
+    return {"encoder": "transformers", "version": 1, "model": model_id, "revision": revision}
+
+
+def hub_commit(name: str) -> str | None:
+    """Return the commit of a Hugging Face encoder in the local hub cache; None if it is not there."""
+    if name == "lexical" or Path(name).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    model_id, revision, _ = _split_revision(name)
+    path = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None

@@ -1,0 +1,331 @@
+"""GET requests with httpx: retried, rate limited, bounded in time and size, and kept off private networks.
+
+httpx limits a single read, not a request, follows any redirect and connects to any address. So the total time limit,
+the redirects, the retries and the address check are written here.
+"""
+
+import asyncio
+import email.utils
+import ipaddress
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import httpx
+
+MAX_REDIRECTS = 5
+MAX_SILENT = 50  # URLs of a host that fail in a row without an answer, before the host is given up
+HEADERS = {"User-Agent": "fMRLRec", "Accept": "*/*", "Accept-Encoding": "identity"}
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Time limits in seconds, and retries."""
+
+    connect: float = 10.0
+    read: float = 15.0  # between two bytes
+    total: float = 60.0  # for a request and its answer; fetch_file: for each CHUNK of the answer
+    tries: int = 5
+    backoff: float = 0.5  # before the second try; doubles for every further one, with jitter
+    max_retry_after: float = 60.0  # a longer Retry-After is shortened to this
+
+
+POLICY = Policy()
+
+
+class FetchError(Exception):
+    """Why a URL could not be fetched. gone: the server says that it does not exist. again: another try may succeed,
+    at the earliest after `after` seconds."""
+
+    def __init__(self, reason: str, *, gone: bool = False, again: bool = False, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.gone, self.again, self.after = gone, again, after
+
+
+class Client:
+    """An HTTP client for many tasks at once; use as `async with`. per_second: limit on the requests started in a
+    second. allow_private: connect to private and reserved addresses too."""
+
+    def __init__(self, policy: Policy = POLICY, per_second: float | None = None, allow_private: bool = False) -> None:
+        self.policy, self._interval, self._next_turn = policy, 1 / per_second if per_second else 0.0, 0.0
+        self._silent: Counter[str] = Counter()  # host -> URLs that failed since its last answer
+        self._timeout = httpx.Timeout(policy.read, connect=policy.connect, pool=None).as_dict()
+        self._transport = _Transport(allow_private)  # not behind an httpx.AsyncClient, which parses redirects itself
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._transport.aclose()
+
+    async def get(self, url: str, max_bytes: int) -> bytes:
+        """Return the body. Raises FetchError after all tries, or at once for a host that was given up."""
+        host = parse_url(url).host
+        if self._silent[host] >= MAX_SILENT:
+            raise FetchError(
+                f"not tried, as {host} did not answer for {MAX_SILENT} others; check the network and the proxy, and run "
+                "this again"
+            )
+        try:
+            return await self.retry(lambda: self._get(url, max_bytes))
+        except FetchError as error:
+            self._silent[host] += error.again
+            raise
+
+    async def _get(self, url: str, max_bytes: int) -> bytes:
+        async with self.stream(url) as (response, _):
+            check_status(response, self.policy)
+            if (encoding := response.headers.get("Content-Encoding", "gzip")) not in ("gzip", "deflate", "identity"):
+                raise FetchError(f"the answer is compressed as {printable(encoding)}, which was not asked for")
+            return b"".join([chunk async for chunk in limited(response, response.aiter_bytes(), max_bytes)])
+
+    async def retry(self, attempt: Callable[[], Awaitable[T]], progress: Callable[[], int] = lambda: 0) -> T:
+        """Return attempt(), repeated while its FetchError says that another try may succeed. The count of tries
+        restarts whenever `progress()` exceeds its maximum so far."""
+        tries, best = 0, progress()
+        while True:
+            try:
+                return await attempt()
+            except FetchError as error:
+                if progress() > best:
+                    tries, best = 0, progress()
+                tries += 1
+                if not error.again or tries >= self.policy.tries:
+                    raise
+                wait = self.policy.backoff * 2 ** (tries - 1) * random.uniform(0.5, 1.5)
+                await asyncio.sleep(max(wait, error.after))
+
+    @asynccontextmanager
+    async def stream(
+        self, url: str, headers: dict[str, str] | None = None
+    ) -> AsyncIterator[tuple[httpx.Response, asyncio.Timeout]]:
+        """Yield the response after all redirects, its body unread, and the running time limit. A failure of the network
+        inside the block is raised as FetchError."""
+        target = parse_url(url)
+        try:
+            async with asyncio.timeout(None) as limit:
+                for _ in range(MAX_REDIRECTS + 1):
+                    limit.reschedule(None)  # waiting for a turn does not count
+                    await self._wait_for_turn()
+                    limit.reschedule(asyncio.get_running_loop().time() + self.policy.total)
+                    request = httpx.Request(
+                        "GET", target, headers=HEADERS | (headers or {}), extensions={"timeout": self._timeout}
+                    )
+                    async with aclosing(await self._transport.handle_async_request(request)) as response:
+                        self._silent[target.host] = 0
+                        if not response.has_redirect_location:
+                            yield response, limit
+                            return
+                        target = redirected(target, response.headers["Location"])
+                raise FetchError(f"more than {MAX_REDIRECTS} redirects")
+        except TimeoutError:
+            raise FetchError(f"too slow: not finished within {self.policy.total:g} s", again=True) from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _network_error(error, self.policy) from None
+
+    async def _wait_for_turn(self) -> None:
+        now = asyncio.get_running_loop().time()
+        turn = max(now, self._next_turn)
+        self._next_turn = turn + self._interval
+        await asyncio.sleep(turn - now)
+
+
+class _Transport(httpx.AsyncBaseTransport):
+    """Look a host up once, check its addresses and connect to these, or to the proxy that the environment names.
+
+    httpx itself would look the name up again to connect, and could then get another address. Each host has its own
+    pool, since a pool shares connections by address, but TLS was verified for one host.
+    """
+
+    def __init__(self, allow_private: bool) -> None:
+        self._allow_private, self._ssl = allow_private, httpx.create_ssl_context()
+        self._pools: dict[str, httpx.AsyncHTTPTransport] = {}
+        self._addresses: dict[str, list[str]] = {}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        host, proxy = request.url.raw_host.decode(), _proxy(request.url)
+        if host not in self._addresses:
+            self._addresses[host] = await in_thread(self._look_up, host, bool(proxy))
+        pool = self._pools.get(proxy or host) or self._new_pool(proxy or host, proxy)
+        if proxy:
+            return await pool.handle_async_request(request)
+        request.extensions["sni_hostname"] = host
+        for address in (addresses := self._addresses[host]):
+            request.url = request.url.copy_with(host=address)  # the Host header stays
+            try:
+                return await pool.handle_async_request(request)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                if address == addresses[-1]:
+                    self._addresses.pop(host, None)  # the next try looks it up again
+                    raise
+        raise AssertionError("getaddrinfo returns an address or raises")
+
+    def _look_up(self, host: str, by_proxy: bool) -> list[str]:
+        """Return the addresses of a host. A proxy looks names up by itself: then only literal addresses are checked,
+        in any notation (127.1, 0x7f000001)."""
+        try:
+            flags = socket.AI_NUMERICHOST if by_proxy else 0
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)
+        except (OSError, UnicodeError) as error:
+            if by_proxy:
+                return []
+            raise FetchError(f"no connection ({error})", again=isinstance(error, OSError)) from None
+        addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+        if not self._allow_private and (private := [address for address in addresses if not is_public(address)]):
+            raise FetchError(
+                f"{printable(host)} has the private or reserved address {private[0]}; give --allow_private_addresses to "
+                "fetch from it"
+            )
+        return addresses
+
+    def _new_pool(self, key: str, proxy: str | None) -> httpx.AsyncHTTPTransport:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        try:
+            self._pools[key] = httpx.AsyncHTTPTransport(verify=self._ssl, limits=limits, proxy=proxy)
+        except (ImportError, ValueError, httpx.InvalidURL) as error:  # SOCKS needs a further package
+            raise FetchError(f"the proxy {printable(proxy)} cannot be used ({error})") from None
+        return self._pools[key]
+
+    async def aclose(self) -> None:
+        for pool in self._pools.values():
+            await pool.aclose()
+
+
+def _proxy(url: httpx.URL) -> str | None:
+    """Return the proxy for a URL by http_proxy, https_proxy, all_proxy and no_proxy. httpx ignores these variables
+    beside a transport."""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(url.host):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def is_public(address: str) -> bool:
+    """Whether an address belongs to the public internet. An IPv4 address within an IPv6 address counts as itself."""
+    ip: Any = ipaddress.ip_address(address)
+    if ip.version == 6:
+        inner = ipaddress.IPv4Address(ip.packed[-4:]) if ip in NAT64 else ip.ipv4_mapped or ip.sixtofour
+        ip = ip if inner is None else inner
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Return function(*arguments), run in a daemon thread. With asyncio.to_thread, Ctrl-C would wait for its end."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # raised again by `await`
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
+# ------------------------------------------------------------------------------------------------ URLs and answers
+
+
+def parse_url(text: str) -> httpx.URL:
+    """Raises FetchError for anything but an http(s) URL with a host."""
+    try:
+        url = httpx.URL(text)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise FetchError(f"not a valid URL ({printable(error)})") from None
+    if url.scheme not in ("http", "https"):
+        kind = f"{printable(url.scheme)}:" if url.scheme else "a URL without a scheme"
+        raise FetchError(f"{kind} is not fetched, only http and https are")
+    if not url.host:
+        raise FetchError("not a valid URL (it names no host)")
+    return url
+
+
+def redirected(url: httpx.URL, location: str) -> httpx.URL:
+    """Return the target of a redirect. Raises FetchError for other schemes than http(s), and from https to http."""
+    try:
+        target = parse_url(str(url.join(location)))
+    except (FetchError, httpx.InvalidURL) as error:
+        raise FetchError(f"a redirect to {printable(location)}: {error}") from None
+    if url.scheme == "https" and target.scheme == "http":
+        raise FetchError(f"a redirect from https to {printable(target)} is not followed")
+    return target
+
+
+def check_status(response: httpx.Response, policy: Policy) -> None:
+    """Raises FetchError for any status but 200."""
+    status = response.status_code
+    if status != 200:
+        raise FetchError(
+            f"the server answers {status} {httpx.codes.get_reason_phrase(status)}".rstrip(),
+            gone=status in (404, 410),
+            again=status == 429 or status >= 500,
+            after=min(retry_after(response.headers.get("Retry-After", "")), policy.max_retry_after),
+        )
+
+
+def retry_after(value: str) -> float:
+    """Return the seconds that a Retry-After header asks to wait; it holds seconds or a date."""
+    if re.fullmatch(r"[0-9]{1,10}", value.strip()):
+        return float(value)
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+    except (ValueError, IndexError, OverflowError):
+        return 0.0
+    return max((date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
+
+
+def content_length(response: httpx.Response) -> int | None:
+    value = response.headers.get("Content-Length")
+    return int(value) if value and "Transfer-Encoding" not in response.headers else None
+
+
+async def limited(response: httpx.Response, chunks: AsyncIterator[bytes], max_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the chunks of a body. Raises FetchError for more than `max_bytes`, and at once if the length says so."""
+    count = content_length(response) or 0
+    if count > max_bytes:
+        raise FetchError(f"{count:,} bytes, more than {max_bytes:,}")
+    count = 0
+    async for chunk in chunks:
+        count += len(chunk)
+        if count > max_bytes:
+            raise FetchError(f"more than {max_bytes:,} bytes")
+        yield chunk
+
+
+def _network_error(error: httpx.HTTPError | httpx.InvalidURL, policy: Policy) -> FetchError:
+    if isinstance(error, httpx.ConnectTimeout):
+        return FetchError(f"no connection within {policy.connect:g} s", again=True)
+    if isinstance(error, httpx.TimeoutException):
+        return FetchError(f"no answer within {policy.read:g} s", again=True)
+    cause: BaseException = error
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    system = isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and cause.errno
+    words = printable((os.strerror(system) if system else str(cause)) or type(cause).__name__)
+    if isinstance(error, httpx.ConnectError | httpx.ProxyError):
+        return FetchError(f"no connection ({words})", again=True)
+    if isinstance(error, httpx.LocalProtocolError | httpx.InvalidURL):
+        return FetchError(f"not a valid request ({words})")
+    return FetchError(f"the answer was cut short or is invalid ({words})", again=True)
+
+
+def printable(value: Any) -> str:
+    """Return a URL or message of foreign origin as ASCII of at most 200 characters, for messages and JSON."""
+    text = re.sub(r"[\x00-\x1f\x7f]", "?", str(value).encode("ascii", "backslashreplace").decode())
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -13,20 +13,22 @@ import re
 import socket
 import ssl
 import threading
-import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+import httpcore
 import httpx
+
+from common.errors import InputError
 
 MAX_REDIRECTS = 5
 MAX_SILENT = 50  # URLs of a host that fail in a row without an answer, before the host is given up
-HEADERS = {"User-Agent": "fMRLRec", "Accept": "*/*", "Accept-Encoding": "identity"}
+HEADERS = {"User-Agent": "fMRLRec", "Accept-Encoding": "identity"}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 T = TypeVar("T")
@@ -57,20 +59,30 @@ class FetchError(Exception):
 
 
 class Client:
-    """An HTTP client for many tasks at once; use as `async with`. per_second: limit on the requests started in a
-    second. allow_private: connect to private and reserved addresses too."""
+    """An HTTP client for many tasks at once; use as `async with`. per_second: limit on requests started in a second.
+    allow_private: connect to private and reserved addresses too. Raises InputError for an unusable proxy."""
 
     def __init__(self, policy: Policy = POLICY, per_second: float | None = None, allow_private: bool = False) -> None:
-        self.policy, self._interval, self._next_turn = policy, 1 / per_second if per_second else 0.0, 0.0
+        self.policy, self.allow_private = policy, allow_private
+        self._interval, self._next_turn = 1 / per_second if per_second else 0.0, 0.0
         self._silent: Counter[str] = Counter()  # host -> URLs that failed since its last answer
-        self._timeout = httpx.Timeout(policy.read, connect=policy.connect, pool=None).as_dict()
-        self._transport = _Transport(allow_private)  # not behind an httpx.AsyncClient, which parses redirects itself
+        timeout = httpx.Timeout(policy.read, connect=policy.connect, pool=None)
+        limits = httpx.Limits(max_connections=None)
+        try:
+            self._client: Any = httpx.AsyncClient(timeout=timeout, limits=limits, headers=HEADERS)
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise InputError(
+                f"the proxy in the environment cannot be used ({error}); set http_proxy, https_proxy and all_proxy to "
+                "http:// addresses, or unset them"
+            ) from None
+        pool = self._client._transport._pool  # for requests without a proxy; httpx has no public way to reach it
+        pool._network_backend = _CheckedConnections(pool._network_backend, allow_private)
 
     async def __aenter__(self) -> "Client":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._transport.aclose()
+        await self._client.aclose()
 
     async def get(self, url: str, max_bytes: int) -> bytes:
         """Return the body. Raises FetchError after all tries, or at once for a host that was given up."""
@@ -122,10 +134,8 @@ class Client:
                     limit.reschedule(None)  # waiting for a turn does not count
                     await self._wait_for_turn()
                     limit.reschedule(asyncio.get_running_loop().time() + self.policy.total)
-                    request = httpx.Request(
-                        "GET", target, headers=HEADERS | (headers or {}), extensions={"timeout": self._timeout}
-                    )
-                    async with aclosing(await self._transport.handle_async_request(request)) as response:
+                    look_up(target.raw_host.decode(), self.allow_private, socket.AI_NUMERICHOST)
+                    async with self._client.stream("GET", target, headers=headers) as response:
                         self._silent[target.host] = 0
                         if not response.has_redirect_location:
                             yield response, limit
@@ -144,75 +154,39 @@ class Client:
         await asyncio.sleep(turn - now)
 
 
-class _Transport(httpx.AsyncBaseTransport):
-    """Look a host up once, check its addresses and connect to these, or to the proxy that the environment names.
+class _CheckedConnections(httpcore.AsyncNetworkBackend):
+    """Looks a host up, checks its addresses and connects to these; a second look-up could give others."""
 
-    httpx itself would look the name up again to connect, and could then get another address. Each host has its own
-    pool, since a pool shares connections by address, but TLS was verified for one host.
-    """
+    def __init__(self, backend: httpcore.AsyncNetworkBackend, allow_private: bool) -> None:
+        self._backend, self._allow_private = backend, allow_private
 
-    def __init__(self, allow_private: bool) -> None:
-        self._allow_private, self._ssl = allow_private, httpx.create_ssl_context()
-        self._pools: dict[str, httpx.AsyncHTTPTransport] = {}
-        self._addresses: dict[str, list[str]] = {}
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        host, proxy = request.url.raw_host.decode(), _proxy(request.url)
-        if host not in self._addresses:
-            self._addresses[host] = await in_thread(self._look_up, host, bool(proxy))
-        pool = self._pools.get(proxy or host) or self._new_pool(proxy or host, proxy)
-        if proxy:
-            return await pool.handle_async_request(request)
-        request.extensions["sni_hostname"] = host
-        for address in (addresses := self._addresses[host]):
-            request.url = request.url.copy_with(host=address)  # the Host header stays
+    async def connect_tcp(self, host: str, *arguments: Any, **options: Any) -> Any:
+        addresses = await in_thread(look_up, host, self._allow_private)
+        for address in addresses:
             try:
-                return await pool.handle_async_request(request)
-            except (httpx.ConnectError, httpx.ConnectTimeout):
+                return await self._backend.connect_tcp(address, *arguments, **options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 if address == addresses[-1]:
-                    self._addresses.pop(host, None)  # the next try looks it up again
                     raise
-        raise AssertionError("getaddrinfo returns an address or raises")
-
-    def _look_up(self, host: str, by_proxy: bool) -> list[str]:
-        """Return the addresses of a host. A proxy looks names up by itself: then only literal addresses are checked,
-        in any notation (127.1, 0x7f000001)."""
-        try:
-            flags = socket.AI_NUMERICHOST if by_proxy else 0
-            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)
-        except (OSError, UnicodeError) as error:
-            if by_proxy:
-                return []
-            raise FetchError(f"no connection ({error})", again=isinstance(error, OSError)) from None
-        addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
-        if not self._allow_private and (private := [address for address in addresses if not is_public(address)]):
-            raise FetchError(
-                f"{printable(host)} has the private or reserved address {private[0]}; give --allow_private_addresses to "
-                "fetch from it"
-            )
-        return addresses
-
-    def _new_pool(self, key: str, proxy: str | None) -> httpx.AsyncHTTPTransport:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        try:
-            self._pools[key] = httpx.AsyncHTTPTransport(verify=self._ssl, limits=limits, proxy=proxy)
-        except (ImportError, ValueError, httpx.InvalidURL) as error:  # SOCKS needs a further package
-            raise FetchError(f"the proxy {printable(proxy)} cannot be used ({error})") from None
-        return self._pools[key]
-
-    async def aclose(self) -> None:
-        for pool in self._pools.values():
-            await pool.aclose()
 
 
-def _proxy(url: httpx.URL) -> str | None:
-    """Return the proxy for a URL by http_proxy, https_proxy, all_proxy and no_proxy. httpx ignores these variables
-    beside a transport."""
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if not proxy or urllib.request.proxy_bypass(url.host):
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+def look_up(host: str, allow_private: bool, flags: int = 0) -> list[str]:
+    """Return a host's addresses. With flags AI_NUMERICHOST only an address in the URL itself is checked, in any notation
+    (127.1, 0x7f000001): a proxy looks names up by itself. Raises FetchError for private addresses."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)
+    except (OSError, UnicodeError) as error:
+        if flags:
+            return []
+        raise FetchError(f"no connection ({error})", again=isinstance(error, OSError)) from None
+    addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    private = [address for address in addresses if not is_public(address)]
+    if private and not allow_private:
+        raise FetchError(
+            f"{printable(host)} has the private or reserved address {private[0]}; give --allow_private_addresses to "
+            "fetch from it"
+        )
+    return addresses
 
 
 def is_public(address: str) -> bool:

@@ -15,11 +15,9 @@ import io
 import pickle
 import pickletools
 import re
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,7 +32,8 @@ from datasets.prepare.http import POLICY, Client, FetchError, Policy, in_thread,
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tiff"}
 READ = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tiff", ".tif")  # what counts as a picture, best first
-LARGE = 4_000_000  # pixels; larger pictures are decoded one at a time to bound the memory
+MAX_BYTES = 20_000_000  # of a picture's file
+DECODED_AT_ONCE = 4  # bounds the memory: a picture of MAX_PIXELS takes 150 MB
 MAX_PICKLE = 1 << 28  # bytes
 NO_URL = "no URL in the metadata"
 
@@ -49,8 +48,6 @@ class FetchOptions:
     per_second: float
     allow_private: bool = False  # fetch from private and reserved addresses too
     policy: Policy = POLICY
-    max_bytes: int = 20_000_000
-    max_pixels: int = MAX_PIXELS
 
 
 def prepare_pictures(
@@ -127,55 +124,56 @@ def fetch_pictures(urls: dict[str, list[str]], folder: Path, options: FetchOptio
 async def _fetch_all(urls: dict[str, list[str]], folder: Path, options: FetchOptions) -> Manifest:
     manifest: Manifest = dict.fromkeys(urls, {"missing": NO_URL})
     wanted = [asin for asin in urls if urls[asin]]
-    queue, large = iter(wanted), threading.Lock()
+    queue, decoders = iter(wanted), asyncio.Semaphore(DECODED_AT_ONCE)
     with tqdm(total=len(wanted), desc="fetching pictures", unit="picture", disable=None) as bar:
         async with Client(options.policy, options.per_second, options.allow_private) as client:
 
             async def work() -> None:
                 for asin in queue:
-                    manifest[asin] = await _fetch_picture(client, urls[asin], folder / file_stem(asin), options, large)
+                    manifest[asin] = await _fetch_picture(client, urls[asin], folder / file_stem(asin), decoders)
                     bar.update()
 
             await asyncio.gather(*(work() for _ in range(options.workers)))
     return manifest
 
 
-async def _fetch_picture(
-    client: Client, urls: list[str], stem: Path, options: FetchOptions, large: threading.Lock
-) -> dict[str, str]:
+async def _fetch_picture(client: Client, urls: list[str], stem: Path, decoders: asyncio.Semaphore) -> dict[str, str]:
     """Return the manifest's entry of one item."""
     reasons, kind = [], "missing"
     for url in urls:
         try:
-            data = await client.get(str(url).strip(), options.max_bytes)
-            return {"file": await in_thread(_store, data, stem, options.max_pixels, large)}
+            data = await client.get(str(url).strip(), MAX_BYTES)
+            async with decoders:
+                path = stem.with_name(stem.name + await in_thread(_decode, data))
+            await in_thread(_write, path, data)
+            return {"file": path.name}
         except FetchError as error:
             reasons.append(f"{printable(url)}: {error}")
             kind = kind if error.gone else "broken"
     return {kind: "; ".join(reasons)}
 
 
-def _store(data: bytes, stem: Path, max_pixels: int, large: threading.Lock) -> str:
-    """Write a picture that decodes completely, and return its file name. Raises FetchError for anything else."""
+def _decode(data: bytes) -> str:
+    """Return the suffix for a picture. Raises FetchError for anything that does not decode completely."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=tuple(SUFFIXES)) as picture:
-            pixels = picture.width * picture.height
-            if pixels > max_pixels:
-                raise FetchError(f"{picture.width} x {picture.height} pixels, more than {max_pixels:,}")
-            with large if pixels > LARGE else nullcontext():
-                picture.load()
-            suffix = SUFFIXES.get(str(picture.format), ".jpg")  # MPO: several JPEGs in one file
+            if picture.width * picture.height > MAX_PIXELS:
+                raise FetchError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
+            picture.load()
+            return SUFFIXES.get(str(picture.format), ".jpg")  # MPO: several JPEGs in one file
     except FetchError:
         raise
     except UnidentifiedImageError:
         raise FetchError("not a picture of a known format") from None
     except Exception as error:  # decoders raise anything
         raise FetchError(f"the picture cannot be read ({printable(error)})") from None
-    with replacing(stem.with_name(stem.name + suffix)) as temporary:
+
+
+def _write(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
-    return stem.name + suffix
 
 
 def file_stem(asin: str) -> str:
@@ -208,10 +206,9 @@ def find_pictures(asins: list[str], photos: Path, pickled: Path | None = None) -
     for asin in asins:
         parts = PurePosixPath(paths.get(asin, "").replace("\\", "/")[-4096:].lstrip("/")).parts[-8:]
         ends = ["/".join(parts[start:]) for start in range(len(parts))]
-        candidates = [*ends, files.get(asin, ""), files.get(file_stem(asin), "")]
-        name = next((name for name in candidates if _is_picture(photos, name)), None)
-        if name:
-            manifest[asin] = {"file": name}
+        names = [*ends, files.get(asin, ""), files.get(file_stem(asin), "")]
+        if file := next((name for name in names if _is_picture(photos, name)), None):
+            manifest[asin] = {"file": file}
         elif pickled and asin in paths:
             reason = f"{pickled.name} names {printable(paths[asin])}, which is not in {photos.name}/"
             manifest[asin] = {"missing": reason}
@@ -232,14 +229,10 @@ def _is_picture(photos: Path, name: str) -> bool:
 def _read_manifest(path: Path) -> Manifest:
     hint = "delete it: it is made again from the pictures in the folder"
     manifest = read_json(path, hint) if path.exists() else {}
-    kinds = ("file", "missing", "broken")
     for entry in manifest.values():
-        if not (
-            isinstance(entry, dict)
-            and len(entry) == 1
-            and all(k in kinds and isinstance(v, str) for k, v in entry.items())
-        ):
-            raise InputError(f"{path} does not map items to one of {', '.join(kinds)}; {hint}")
+        one = isinstance(entry, dict) and len(entry) == 1 and entry.keys() <= {"file", "missing", "broken"}
+        if not one or not all(isinstance(text, str) for text in entry.values()):
+            raise InputError(f"{path} does not map items to one of file, missing, broken; {hint}")
     return manifest
 
 

@@ -46,117 +46,78 @@ def error_of(web, page, max_bytes: int = 10**6) -> FetchError:
 
 
 @pytest.mark.parametrize(
-    "first", [status(503), status(429), cut_short(b"whole", 2), stalled(b"wh")], ids=["503", "429", "cut", "stalled"]
-)
-def test_a_temporary_failure_is_tried_again(web, first):
-    assert get_page(web, in_turn(first, good(b"whole"))) == b"whole"
-    assert web.requests == ["/a", "/a"]
-
-
-@pytest.mark.parametrize(
     ("page", "reason"),
     [
         (status(503), "the server answers 503 Service Unavailable"),
+        (status(429), "the server answers 429 Too Many Requests"),
         (cut_short(b"whole", 2), "the answer was cut short or is invalid (peer closed connection"),
-        (stalled(), "no answer within 0.3 s"),
+        (stalled(b"wh"), "no answer within 0.3 s"),
     ],
-    ids=["503", "cut", "stalled"],
+    ids=["503", "429", "cut short", "stalled"],
 )
-def test_a_failure_that_stays_is_given_up_after_all_tries_with_its_reason(web, page, reason):
+def test_a_temporary_failure_is_tried_again_and_given_up_with_its_reason_if_it_stays(web, page, reason):
+    assert get_page(web, in_turn(page, good(b"whole"))) == b"whole"
+    assert web.requests == ["/a", "/a"]
     error = error_of(web, page)
     assert str(error).startswith(reason)
     assert not error.gone
-    assert len(web.requests) == QUICK.tries
+    assert len(web.requests) == 2 + QUICK.tries
 
 
-@pytest.mark.parametrize(("code", "gone"), [(404, True), (410, True), (403, False), (204, False)])
+@pytest.mark.parametrize(("code", "gone"), [(404, True), (403, False)])
 def test_a_lasting_answer_is_not_tried_again(web, code, gone):
     error = error_of(web, status(code))
-    assert f"the server answers {code}" in str(error)
     assert (error.gone, len(web.requests)) == (gone, 1)
 
 
-def test_retry_after_is_respected_up_to_a_limit(web):
+def test_retry_after_is_seconds_or_a_date_and_respected_up_to_a_limit(web):
     started = time.monotonic()
     assert get_page(web, in_turn(status(503, Retry_After="3600"), good(b"whole"))) == b"whole"
     assert time.monotonic() - started >= QUICK.max_retry_after
-
-
-def test_retry_after_holds_seconds_or_a_date_and_nonsense_is_ignored():
     assert retry_after("7") == 7
     assert 35 < retry_after(email.utils.formatdate(time.time() + 40, usegmt=True)) <= 40
     assert retry_after(email.utils.formatdate(time.time() - 40)) == 0
-    assert [retry_after(value) for value in ("", "soon", "-5", "9" * 30)] == [0, 0, 0, 0]
-
-
-def test_a_refused_connection_and_an_unknown_host_are_named(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "*")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        with pytest.raises(FetchError, match=r"no connection \(Connection refused\)"):
-            get(f"http://127.0.0.1:{free.getsockname()[1]}/a")
-
-    def unknown(*_, **__):
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(FetchError, match=r"no connection \(.*Name or service not known\)"):
-        get("http://nowhere.example/a")
+    assert [retry_after(nonsense) for nonsense in ("", "soon", "-5", "9" * 30)] == [0, 0, 0, 0]
 
 
 def test_a_host_is_given_up_after_many_urls_without_an_answer_and_other_hosts_are_not(web, monkeypatch):
-    monkeypatch.setattr("datasets.prepare.http.MAX_SILENT", 3)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr("datasets.prepare.http.MAX_SILENT", 2)
     web.pages["/a"] = good(b"whole")
 
-    async def run() -> list[str]:
-        reasons = []
+    async def run() -> bytes:
         async with Client(QUICK, allow_private=True) as client:
-            for _ in range(4):
-                with pytest.raises(FetchError) as raised:
+            for reason in (r"no connection \(Connection refused\)", "refused", r"not tried, as 127\.0\.0\.2 did not"):
+                with pytest.raises(FetchError, match=reason):
                     await client.get("http://127.0.0.2:1/a", 100)
-                reasons.append(str(raised.value))
-            await client.get(f"{web.url}/a", 100)
-        return reasons
+            return await client.get(f"{web.url}/a", 100)
 
-    monkeypatch.setenv("NO_PROXY", "*")
-    *tried, last = asyncio.run(run())
-    assert all("Connection refused" in reason for reason in tried)
-    assert last.startswith("not tried, as 127.0.0.2 did not answer for 3 others")
+    assert asyncio.run(run()) == b"whole"
 
 
 # ------------------------------------------------------------------------------------------------------ limits
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///etc/hostname", "ftp://host/a", "data:text/plain,a", "a.jpg", "//host/a", "http://", "http://[::1/a",
-            "http://a..b/c", "http://a\0/"]
-)  # fmt: skip
+    "url", ["file:///a", "data:,a", "a.jpg", "//host/a", "http://", "http://a..b/c", "http://a\0/"]
+)
 def test_only_valid_http_and_https_urls_are_fetched(url, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     with pytest.raises(FetchError) as raised:
-        get(url, policy=Policy(backoff=60))
+        get(url)
     assert not raised.value.again
 
 
 @pytest.mark.parametrize(
-    ("page", "reason"),
-    [
-        (good(bytes(1001)), "1,001 bytes, more than 1,000"),
-        (good(gzip.compress(bytes(10**5)), Content_Encoding="gzip"), "more than 1,000 bytes"),
-        (endless(bytes(100)), "more than 1,000 bytes"),
-    ],
+    "page",
+    [good(bytes(1001)), good(gzip.compress(bytes(10**5)), Content_Encoding="gzip"), endless(bytes(100))],
     ids=["by its length", "decompressed", "streamed"],
 )
-def test_more_bytes_than_allowed_are_refused(web, page, reason):
+def test_more_bytes_than_allowed_are_refused(web, page):
     error = error_of(web, page, 1000)
-    assert (reason in str(error), error.again) == (True, False)
-    if "1,001" not in reason:
-        assert get_page(web, good(bytes(1000)), 1000) == bytes(1000)
-
-
-def test_a_server_that_compresses_unasked_is_understood_unless_the_format_is_unusual(web):
-    assert get_page(web, good(gzip.compress(b"whole"), Content_Encoding="gzip")) == b"whole"
-    assert "compressed as br" in str(error_of(web, good(b"?", Content_Encoding="br")))
+    assert "more than 1,000" in str(error)
+    assert not error.again
+    assert get_page(web, good(gzip.compress(bytes(1000)), Content_Encoding="gzip"), 1000) == bytes(1000)
 
 
 @pytest.mark.parametrize(
@@ -203,22 +164,14 @@ def test_a_redirect_is_followed_without_reading_its_body(web):
     assert get_page(web, endless(bytes(10**5), 302, Location=f"{web.url}/b")) == b"whole"
 
 
-@pytest.mark.parametrize("to", ["file:///etc/hostname", "ftp://127.0.0.1/a"])
-def test_a_redirect_to_anything_but_http_is_refused_by_name(web, to):
-    error = error_of(web, redirect(to))
-    assert str(error).startswith(f"a redirect to {to}: ")
-    assert (error.gone, error.again, len(web.requests)) == (False, False, 1)
-
-
-def test_a_redirect_from_https_to_http_is_refused():
+def test_a_redirect_to_another_scheme_from_https_to_http_or_without_end_is_refused(web):
+    error = error_of(web, redirect("file:///etc/hostname"))
+    assert str(error).startswith("a redirect to file:///etc/hostname: file: is not fetched")
+    assert len(web.requests) == 1
     with pytest.raises(FetchError, match="from https to http://b/c"):
         redirected(httpx.URL("https://a/b"), "http://b/c")
     assert redirected(httpx.URL("https://a/b"), "//b/c") == "https://b/c"
-
-
-def test_redirects_without_end_are_refused(web):
     assert str(error_of(web, redirect("/a"))) == "more than 5 redirects"
-    assert len(web.requests) == 6
 
 
 def test_the_proxy_of_the_environment_is_used_except_for_hosts_in_no_proxy(web, monkeypatch):
@@ -233,26 +186,26 @@ def test_the_proxy_of_the_environment_is_used_except_for_hosts_in_no_proxy(web, 
         get("http://shop.example/a")
 
 
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "240.0.0.1", "::1",
-                "fe80::1", "fc00::1", "fec0::1", "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::"]
-)  # fmt: skip
-def test_private_and_reserved_addresses_are_not_public(address):
-    assert not is_public(address)
+PRIVATE = ("127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "240.0.0.1", "::1",
+           "fe80::1", "fc00::1", "fec0::1", "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::")  # fmt: skip
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8", "64:ff9b::808:808"])
-def test_internet_addresses_are_public(address):
-    assert is_public(address)
+def test_private_loopback_link_local_and_reserved_addresses_are_not_public():
+    assert [address for address in PRIVATE if is_public(address)] == []
+    assert all(map(is_public, ("8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8", "64:ff9b::808:808")))
 
 
 def fake_names(monkeypatch, names: dict[str, list[str]]) -> list[str]:
-    """Resolve these names and no others. Returns the list of names looked up from now on."""
+    """Resolve these names. Returns the names that are looked up from now on."""
     asked, real = [], socket.getaddrinfo
 
-    def resolve(host, port, *arguments, **options):
-        asked.extend([host] * ("flags" not in options or not options["flags"]))
-        return [found for address in names.get(host, [host]) for found in real(address, port, *arguments, **options)]
+    def resolve(host, port, *arguments, flags=0, **options):
+        if host not in names or flags:
+            return real(host, port, *arguments, flags=flags, **options)
+        asked.append(host)
+        if not names[host]:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [found for address in names[host] for found in real(address, port, *arguments, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     return asked
@@ -278,11 +231,13 @@ def test_a_redirect_to_a_private_address_is_refused(web, monkeypatch):
 
 def test_a_name_is_looked_up_once_and_its_next_address_is_used_if_one_fails(web, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
-    asked = fake_names(monkeypatch, {"shop.example": ["127.0.0.3", "127.0.0.1"]})
+    asked = fake_names(monkeypatch, {"shop.example": ["127.0.0.3", "127.0.0.1"], "nowhere.example": []})
     web.pages["/a"] = lambda handler: good(handler.headers["Host"].encode())(handler)
     host = f"shop.example:{web.server_address[1]}"
     assert get(f"http://{host}/a") == host.encode()
-    assert asked.count("shop.example") == 1
+    assert asked == ["shop.example"]
+    with pytest.raises(FetchError, match="Name or service not known"):
+        get("http://nowhere.example/a")
 
 
 # ------------------------------------------------------------------------------------------------- large files
@@ -332,11 +287,8 @@ def test_a_broken_download_resumes_and_progress_renews_the_tries(web, tmp_path):
 def test_a_download_that_cannot_resume_safely_starts_again(web, tmp_path, page):
     assert fetch_data(web, tmp_path, page).read_bytes() == DATA
     assert web.requests == ["/raw.bin from 0"] * 2
-
-
-def test_a_server_that_cannot_resume_and_always_breaks_off_is_given_up(web, tmp_path):
-    assert "cut short" in file_error(web, tmp_path, ranges(DATA, drops=(500_000,) * 50, honour=False))
-    assert len(web.requests) <= 1 + QUICK.tries
+    always = ranges(DATA, drops=(500_000,) * 50, honour=False)
+    assert "cut short" in file_error(web, tmp_path, always, "other.bin")  # given up, as no try gets further
 
 
 @pytest.mark.parametrize(
@@ -392,18 +344,11 @@ def test_another_content_than_the_recorded_one_is_refused_with_both_checksums(we
     assert not path.exists()
 
 
-def test_a_file_without_a_record_is_used_as_it_is(web, tmp_path):
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw/raw.bin").write_bytes(b"mine")
-    assert fetch_data(web, tmp_path, good(DATA)).read_bytes() == b"mine"
-    assert web.requests == []
-
-
-@pytest.mark.parametrize("text", ["[]", '{"raw.bin": {}}', "{"])
+@pytest.mark.parametrize("text", ["[]", '{"raw.bin": {}}'])
 def test_damaged_checksums_are_named(tmp_path, text):
     (tmp_path / "raw.bin").touch()
     (tmp_path / "checksums.json").write_text(text)
-    with pytest.raises(InputError, match=r"checksums\.json"):
+    with pytest.raises(InputError, match=r"checksums\.json.*delete it"):
         check_file(tmp_path / "raw.bin")
 
 

@@ -1,6 +1,5 @@
 """Pictures: those in the folder stay, the others are fetched, and every item has a picture or a reason."""
 
-import errno
 import json
 import os
 import pickle
@@ -15,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.picture_server import drip, flat_png, good, in_turn, picture, redirect, stalled, status
-from common import files
+from benchmarks.picture_server import flat_png, good, picture, redirect, stalled, status
 from common.errors import InputError
 from datasets.catalog import load_catalog
 from datasets.prepare import pictures
@@ -49,6 +47,26 @@ def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))  # noqa: PTH208 (hidden files count too)
 
 
+class Dataset:
+    """A prepared dataset of four items without pictures, and prepare_pictures for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder, self.photos = write_prepared(root, items=4), root / "photos" / "tiny"
+        self.asins, self.log = load_catalog(root, "tiny").asins, []
+
+    def prepare(self, urls: dict | None = None, fetch: bool = True) -> dict:
+        options = QUICK if fetch else None
+        return prepare_pictures(self.asins, urls or {}, self.photos, self.folder, options, self.log.append)
+
+    def json(self, name: str) -> dict:
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Dataset:
+    return Dataset(tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------- fetching
 
 
@@ -67,19 +85,15 @@ def test_a_picture_keeps_its_bytes_under_its_id_and_the_suffix_of_its_format(web
         (status(404), "missing", "404 Not Found"),
         (status(503), "broken", "503 Service Unavailable"),
         (good(b"<html>no</html>"), "broken", "not a picture of a known format"),
-        (good(b""), "broken", "not a picture of a known format"),
         (good(picture("PPM")), "broken", "not a picture of a known format"),
         (good(flat_png(10_000, 10_000)), "broken", "10000 x 10000 pixels, more than 50,000,000"),
-        (good(flat_png(20_000, 20_000)), "broken", "400000000 pixels"),
         (good(JPEG[: len(JPEG) * 2 // 3]), "broken", "the picture cannot be read"),
         (good(PNG[: len(PNG) * 2 // 3]), "broken", "the picture cannot be read"),
         (stalled(JPEG[:100]), "broken", "no answer within 0.3 s"),
-        (drip(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", b"x", 0.05), "broken", "not finished within 0.6 s"),
         (good(bytes(20_001)), "broken", "20,001 bytes, more than 20,000"),
     ],
-    ids=["404", "503", "html", "empty", "PPM", "bomb", "larger bomb", "half a JPEG", "half a PNG", "stalled", "drip",
-         "too many bytes"],
-)  # fmt: skip
+    ids=["404", "503", "html", "PPM", "bomb", "half a JPEG", "half a PNG", "stalled", "too many bytes"],
+)
 def test_a_bad_answer_gives_a_reason_that_names_the_url_and_leaves_no_file(
     web, photos, page, kind, reason, monkeypatch
 ):
@@ -124,55 +138,36 @@ def test_ids_that_are_no_safe_file_names_become_digests_that_are_found_again(web
     assert find_pictures(odd[::-1], photos) == manifest
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_disk_that_cannot_be_written_ends_everything_with_one_error(web, photos, monkeypatch, error):
-    def refuse(*_, **__):
-        raise OSError(error, os.strerror(error))
-
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
-    with pytest.raises(InputError, match=f"cannot write .*: {os.strerror(error)}"):
-        fetch(web, photos, {f"B{i}": good(JPEG) for i in range(200)})
-    assert len(web.requests) < 50
+def start(urls: dict[str, list[str]], photos: Path, before: str = "") -> subprocess.Popen:
+    """Fetch pictures in a process of its own, after some code."""
+    code = (
+        f"import json, resource, socket, sys, time\n{before}\n"
+        "from common.cli import run_cli\nfrom datasets.prepare.pictures import *\n"
+        "options = FetchOptions(8, 200, allow_private=True)\n"
+        "run_cli(lambda: fetch_pictures(json.loads(sys.argv[1]), Path(sys.argv[2]), options))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(urls), photos]
+    environment = os.environ | {"NO_PROXY": "*"}
+    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_in_the_middle_of_a_picture_leaves_none(web, photos):
+def test_a_disk_that_fills_up_in_the_middle_of_a_picture_leaves_none_and_is_named(web, photos):
     web.pages["/a"] = good(JPEG)
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
-        "from pathlib import Path; from common.cli import run_cli\n"
-        "from datasets.prepare.pictures import *\n"
-        "urls = {f'B{i}': [sys.argv[1]] for i in range(99)}\n"
-        "run_cli(lambda: fetch_pictures(urls, Path(sys.argv[2]), FetchOptions(24, 200, allow_private=True)))"
-    )
-    command = [sys.executable, "-c", code, f"{web.url}/a", str(photos)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2, done.stderr
-    assert "File too large; free space" in done.stderr
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))"
+    with start({f"B{i}": [f"{web.url}/a"] for i in range(99)}, photos, limit) as process:
+        assert process.wait(timeout=60) == 2
+        assert "File too large; free space" in process.stderr.read()
     assert [name for name in names(photos) if not name.endswith(".tmp")] == []
-
-
-def test_a_file_in_the_place_of_the_folder_is_named(photos):
-    photos.parent.mkdir()
-    photos.touch()
-    with pytest.raises(InputError, match=f"cannot write {photos}"):
-        fetch_pictures({}, photos, QUICK)
 
 
 @pytest.mark.slow
 def test_ctrl_c_does_not_wait_for_stalled_servers_or_name_servers(web, photos):
     web.pages["/a"] = stalled()
-    code = (
-        "import socket, sys, time; from pathlib import Path; from common.cli import run_cli\n"
-        "from datasets.prepare.pictures import *\n"
-        "real = socket.getaddrinfo\n"
-        "socket.getaddrinfo = lambda host, *a, **k: time.sleep(99) if host == 'slow' and not k['flags'] else real(host, *a, **k)\n"
-        "urls = {f'B{i}': [sys.argv[1] if i % 2 else 'http://slow/'] for i in range(99)}\n"
-        "run_cli(lambda: fetch_pictures(urls, Path(sys.argv[2]), FetchOptions(8, 200, allow_private=True)))"
-    )
-    command = [sys.executable, "-c", code, f"{web.url}/a", str(photos)]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stderr=subprocess.PIPE, env=os.environ | {"NO_PROXY": "*"}
+    slow_names = "real = socket.getaddrinfo\nsocket.getaddrinfo = lambda host, *a, flags=0, **k: "
+    slow_names += "time.sleep(99) if host == 'slow' and not flags else real(host, *a, flags=flags, **k)"
+    with start(
+        {f"B{i}": [f"{web.url}/a" if i % 2 else "http://slow/"] for i in range(99)}, photos, slow_names
     ) as process:
         while len(web.requests) < 4:
             time.sleep(0.01)
@@ -181,6 +176,27 @@ def test_ctrl_c_does_not_wait_for_stalled_servers_or_name_servers(web, photos):
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
         assert time.monotonic() - started < 3
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(web, dataset):
+    held, asins = threading.Event(), [f"B{i}" for i in range(12)]
+    web.pages = {f"/{i}": good(JPEG) for i in range(6)}
+    web.pages |= {f"/{i}": lambda handler: (held.wait(), good(PNG)(handler)) for i in range(6, 12)}
+    urls = {asin: [f"{web.url}/{asin[1:]}"] for asin in asins}
+    with start(urls, dataset.photos) as process:
+        while len(list(dataset.photos.glob("B*"))) < 6 or len(web.requests) < 12:
+            time.sleep(0.01)
+            assert process.poll() is None
+        process.kill()
+    held.set()
+    touch(dataset.photos, ".B7.jpg.abcdefgh.tmp", ".mine.tmp")
+    web.requests.clear()
+    dataset.asins = asins
+    manifest = dataset.prepare(urls)
+    assert [entry["file"] for entry in manifest.values()] == [f"B{i}{'.jpg' if i < 6 else '.png'}" for i in range(12)]
+    assert names(dataset.photos) == sorted([".mine.tmp", *(entry["file"] for entry in manifest.values())])
+    assert len(web.requests) == 6
 
 
 # --------------------------------------------------------------------------------------------- existing pictures
@@ -209,53 +225,29 @@ def test_files_named_by_an_items_id_are_its_pictures_and_links_out_of_the_folder
     assert found == ["B1.jpg", "B2.PNG", "B3.jpg", "b4-x.webp", None, None, None]
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", (0, 2, 5))
 def test_paths_of_another_machine_are_found_by_their_end(photos, tmp_path, protocol):
     touch(photos, "deep/a.jpg", "a.jpg", "c.jpg", "B5.jpg")
     touch(tmp_path, "secret.jpg")
-    paths = {
-        "B1": "/data/x/photos/tiny/deep/a.jpg",
-        "B2": "photos/tiny/a.jpg",
-        "B3": "D:\\pictures\\c.jpg",
-        "B4": "/data/gone.jpg",
-        "B5": "/data/also gone.jpg",
-        "Ünï": "../../c.jpg",
-        "B6": "x/../../../secret.jpg",
-        "UNKNOWN": "a.jpg",
-    }
-    manifest = find_pictures(["B1", "B2", "B3", "B4", "B5", "Ünï", "B6"], photos, pickled(tmp_path, paths, protocol))
+    paths = {"B1": "/data/x/photos/tiny/deep/a.jpg", "B2": "photos/tiny/a.jpg", "B3": "D:\\pictures\\c.jpg",
+             "B4": "/data/gone.jpg", "B5": "/data/gone.jpg", "Ünï": "../../c.jpg", "B6": "x/../../../secret.jpg"}  # fmt: skip
+    manifest = find_pictures(list(paths), photos, pickled(tmp_path, paths, protocol))
     found = [entry.get("file") for entry in manifest.values()]
     assert found == ["deep/a.jpg", "a.jpg", "c.jpg", None, "B5.jpg", "c.jpg", None]
     assert "item2img_dict.pkl names /data/gone.jpg" in manifest["B4"]["missing"]
 
 
 class Call:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
     def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_that_calls_a_function_is_refused_and_calls_nothing(photos, tmp_path, protocol):
-    mark = tmp_path / "executed"
-    for value in (Call(mark), {"B1": "a.jpg", "B2": [Call(mark)]}):
-        with pytest.raises(InputError, match=r"item2img_dict\.pkl holds more than a dict of strings: opcode "):
-            find_pictures(["B1"], photos, pickled(tmp_path, value, protocol))
-    assert not mark.exists()
+        return os.mkdir, ("executed",)
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        "B1",
+        *(pickle.dumps({"B1": "a.jpg", "B2": [Call()]}, protocol) for protocol in (0, 2, 5)),
         {"B1": 1},
         {1: "B1"},
-        {"B1": None},
-        {"B1": {"path": "a.jpg"}},
-        {"B1": Path("a.jpg")},
-        b"",
         b"not a pickle",
         pickle.dumps({"B1": "a.jpg"})[:-5],
         b"}" + b"r\xff\xff\xff\x7f" + b".",  # a memo of 2 billion entries, which are 16 GB
@@ -264,38 +256,14 @@ def test_a_pickle_that_calls_a_function_is_refused_and_calls_nothing(photos, tmp
     ],
     ids=repr,
 )
-def test_a_pickle_of_anything_but_a_dict_of_strings_is_refused(photos, tmp_path, value):
+def test_a_pickle_of_anything_but_a_dict_of_strings_is_refused_and_calls_nothing(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"item2img_dict\.pkl .*a pickled dict of strings"):
-        find_pictures(["B1"], photos, pickled(tmp_path, value))
-
-
-def test_a_pickle_that_is_too_large_is_not_read(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_PICKLE", 10)
-    with pytest.raises(InputError, match="more than 10 bytes"):
-        find_pictures(["B1"], photos, pickled(tmp_path, {"B1": "a.jpg"}))
+        find_pictures(["B1"], tmp_path, pickled(tmp_path, value))
+    assert not Path("executed").exists()
 
 
 # ------------------------------------------------------------------------------------------------- all together
-
-
-class Dataset:
-    """A prepared dataset of four items without pictures, and prepare_pictures for it."""
-
-    def __init__(self, root: Path) -> None:
-        self.folder, self.photos = write_prepared(root, items=4), root / "photos" / "tiny"
-        self.asins, self.log = load_catalog(root, "tiny").asins, []
-
-    def prepare(self, urls: dict | None = None, fetch: bool = True) -> dict:
-        options = QUICK if fetch else None
-        return prepare_pictures(self.asins, urls or {}, self.photos, self.folder, options, self.log.append)
-
-    def json(self, name: str) -> dict:
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def dataset(tmp_path) -> Dataset:
-    return Dataset(tmp_path)
 
 
 def test_existing_pictures_stay_the_rest_is_fetched_and_the_catalogue_reads_both(web, dataset):
@@ -359,68 +327,8 @@ def test_what_a_user_listed_is_never_lost(web, dataset):
         assert dataset.json("item2img.json") == listed
 
 
-def test_a_catalogue_that_shrinks_or_changes_its_order_mixes_no_pictures_up(web, dataset):
-    data = {
-        f"odd {colour}": picture("PNG", colour=rgb) for colour, rgb in (("red", (255, 0, 0)), ("blue", (0, 0, 255)))
-    }
-    web.pages |= {f"/{asin[4:]}": good(content) for asin, content in data.items()}
-    urls = {asin: [f"{web.url}/{asin[4:]}"] for asin in data}
-    for asins in (["odd red"], ["odd blue", "odd red"], ["odd blue"], list(data)):
-        dataset.asins = asins
-        manifest = dataset.prepare(urls)
-        assert [(dataset.photos / manifest[asin]["file"]).read_bytes() for asin in asins] == [data[a] for a in asins]
-
-
-@pytest.mark.parametrize("text", ["[]", '{"B1": {}}', '{"B1": {"file": 1}}', '{"B1": {"lost": "x"}}', "{"])
+@pytest.mark.parametrize("text", ['{"B1": {}}', '{"B1": {"file": 1}}', '{"B1": {"lost": "x"}}'])
 def test_a_damaged_manifest_is_named(dataset, text):
     (dataset.folder / "pictures.json").write_text(text)
     with pytest.raises(InputError, match=r"pictures\.json .*delete it"):
         dataset.prepare()
-
-
-@pytest.mark.parametrize("listed", [{"1": 2}, {"UNKNOWN": "a.jpg"}, {"1": "../../a.jpg"}, {"1": "a\0"}], ids=str)
-def test_an_item2img_that_the_catalogue_would_refuse_is_refused_and_kept(dataset, listed):
-    write_item2img(dataset.folder, listed)
-    with pytest.raises(InputError, match=r"item2img\.json"):
-        dataset.prepare()
-    assert dataset.json("item2img.json") == listed
-
-
-@pytest.mark.slow
-def test_a_killed_run_that_is_repeated_ends_like_an_undisturbed_one(web, tmp_path):
-    pages = {f"/{i}": good(picture("JPEG", colour=(i * 10, 0, 0))) for i in range(20)}
-    pages["/3"], pages["/5"] = status(404), good(b"<html>")
-    held = threading.Event()
-
-    def hold(page):
-        return lambda handler: (held.wait(), page(handler))
-
-    code = (
-        "import json, sys; from datasets.prepare.pictures import *\n"
-        "root, urls = Path(sys.argv[1]), json.loads(sys.argv[2])\n"
-        "options = FetchOptions(4, 200, allow_private=True)\n"
-        "prepare_pictures(list(urls), urls, root / 'photos', root / 'data', options)"
-    )
-    urls = {("odd/" if i == 2 else "B") + str(i): [f"{web.url}/{i}"] for i in range(20)}
-    command = [sys.executable, "-c", code]
-
-    def content(root: Path) -> dict:
-        return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-    web.pages = pages | {path: hold(page) for path, page in list(pages.items())[10:]}
-    killed = tmp_path / "killed"
-    with subprocess.Popen([*command, killed, json.dumps(urls)], cwd=REPOSITORY) as process:
-        while len(list(killed.glob("photos/[Bi]*"))) < 8 or len(web.requests) < 14:  # four are held
-            time.sleep(0.01)
-            assert process.poll() is None
-        process.kill()
-    held.set()
-    assert not (killed / "data").exists()
-    (killed / "photos/.B7.jpg.abcdefgh.tmp").write_bytes(b"half")
-    (killed / "photos/.mine.tmp").touch()
-    before = len(web.requests)
-    for root in (killed, tmp_path / "undisturbed"):
-        subprocess.run([*command, root, json.dumps(urls)], cwd=REPOSITORY, check=True, capture_output=True)
-    (killed / "photos/.mine.tmp").unlink()  # kept, as no run made it
-    assert content(killed) == content(tmp_path / "undisturbed")
-    assert len(web.requests) - before == 12 + 20  # the eight that were there are not fetched again

@@ -72,8 +72,8 @@ class Client:
             self._client: Any = httpx.AsyncClient(timeout=timeout, limits=limits, headers=HEADERS)
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise InputError(
-                f"the proxy in the environment cannot be used ({error}); set http_proxy, https_proxy and all_proxy to "
-                "http:// addresses, or unset them"
+                f"a proxy of the environment cannot be used ({error}); set http_proxy, https_proxy and all_proxy to http:// "
+                "addresses, or unset them"
             ) from None
         pool = self._client._transport._pool  # for requests without a proxy; httpx has no public way to reach it
         pool._network_backend = _CheckedConnections(pool._network_backend, allow_private)
@@ -171,8 +171,8 @@ class _CheckedConnections(httpcore.AsyncNetworkBackend):
 
 
 def look_up(host: str, allow_private: bool, flags: int = 0) -> list[str]:
-    """Return a host's addresses. With flags AI_NUMERICHOST only an address in the URL itself is checked, in any notation
-    (127.1, 0x7f000001): a proxy looks names up by itself. Raises FetchError for private addresses."""
+    """Return a host's addresses. Raises FetchError for private ones. With flags AI_NUMERICHOST names have no address,
+    but every notation of an address has (127.1, 0x7f000001): all that can be checked if a proxy looks names up."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)
     except (OSError, UnicodeError) as error:

@@ -122,7 +122,7 @@ def fetch_pictures(urls: dict[str, list[str]], folder: Path, options: FetchOptio
 
 
 async def _fetch_all(urls: dict[str, list[str]], folder: Path, options: FetchOptions) -> Manifest:
-    manifest: Manifest = dict.fromkeys(urls, {"missing": NO_URL})
+    manifest: Manifest = {asin: {"missing": NO_URL} for asin in urls}
     wanted = [asin for asin in urls if urls[asin]]
     queue, decoders = iter(wanted), asyncio.Semaphore(DECODED_AT_ONCE)
     with tqdm(total=len(wanted), desc="fetching pictures", unit="picture", disable=None) as bar:
@@ -138,7 +138,6 @@ async def _fetch_all(urls: dict[str, list[str]], folder: Path, options: FetchOpt
 
 
 async def _fetch_picture(client: Client, urls: list[str], stem: Path, decoders: asyncio.Semaphore) -> dict[str, str]:
-    """Return the manifest's entry of one item."""
     reasons, kind = [], "missing"
     for url in urls:
         try:

@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Python {platform.python_version()}, httpx {httpx.__version__}, Pillow {PIL.__version__}, "
           f"CPU, {os.cpu_count()} cores")  # fmt: skip
     print(f"{arguments.pictures:,} pictures of {arguments.side} x {arguments.side}, {arguments.latency * 1e3:.0f} ms a "
-          f"request, {arguments.workers} at a time, {arguments.tries} tries, {arguments.read:g} s for a stalled server; "
-          f"medians of {arguments.runs} runs\n")  # fmt: skip
+          f"request, {arguments.workers} at a time, {arguments.tries} tries, {arguments.read:g} s for a stalled "
+          f"server; medians of {arguments.runs} runs\n")  # fmt: skip
     print("| answers | seconds | pictures/s | files | missing | broken | every good picture, manifest true |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for title, share in (("all good", 0.0), (f"{arguments.failures:.0%} failures", arguments.failures)):

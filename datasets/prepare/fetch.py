@@ -61,8 +61,8 @@ def _verify(path: Path, content: Path, records: dict[str, dict[str, Any]]) -> st
     found, recorded = sha256(content), records.get(path.name)
     if recorded and found != recorded["sha256"]:
         raise InputError(
-            f"{path} has SHA-256 {found}, but {path.parent / CHECKSUMS} records {recorded['sha256']}; delete the file to "
-            f"fetch it again, or remove its entry from {CHECKSUMS} if the change is intended"
+            f"{path} has SHA-256 {found}, but {path.parent / CHECKSUMS} records {recorded['sha256']}; delete the file "
+            f"to fetch it again, or remove its entry from {CHECKSUMS} if the change is intended"
         )
     return found
 

@@ -66,23 +66,33 @@ class Client:
         self.policy, self.allow_private = policy, allow_private
         self._interval, self._next_turn = 1 / per_second if per_second else 0.0, 0.0
         self._silent: Counter[str] = Counter()  # host -> URLs that failed since its last answer
-        timeout = httpx.Timeout(policy.read, connect=policy.connect, pool=None)
-        limits = httpx.Limits(max_connections=None)
-        try:
-            self._client: Any = httpx.AsyncClient(timeout=timeout, limits=limits, headers=HEADERS)
-        except (ImportError, ValueError, httpx.InvalidURL) as error:
-            raise InputError(
-                f"a proxy of the environment cannot be used ({error}); set http_proxy, https_proxy and all_proxy to http:// "
-                "addresses, or unset them"
-            ) from None
-        pool = self._client._transport._pool  # for requests without a proxy; httpx has no public way to reach it
-        pool._network_backend = _CheckedConnections(pool._network_backend, allow_private)
+        self._ssl = httpx.create_ssl_context()
+        self._clients: dict[
+            Any, httpx.AsyncClient
+        ] = {}  # task -> its own: httpx scans all connections of a client often
+
+    def _client(self) -> httpx.AsyncClient:
+        task = asyncio.current_task()
+        if task not in self._clients:
+            timeout = httpx.Timeout(self.policy.read, connect=self.policy.connect, pool=None)
+            try:
+                client: Any = httpx.AsyncClient(timeout=timeout, verify=self._ssl, headers=HEADERS)
+            except (ImportError, ValueError, httpx.InvalidURL) as error:
+                raise InputError(
+                    f"a proxy of the environment cannot be used ({error}); set http_proxy, https_proxy and all_proxy to "
+                    "http:// addresses, or unset them"
+                ) from None
+            pool = client._transport._pool  # for requests without a proxy; httpx has no public way to reach it
+            pool._network_backend = _CheckedConnections(pool._network_backend, self.allow_private)
+            self._clients[task] = client
+        return self._clients[task]
 
     async def __aenter__(self) -> "Client":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._client.aclose()
+        for client in self._clients.values():
+            await client.aclose()
 
     async def get(self, url: str, max_bytes: int) -> bytes:
         """Return the body. Raises FetchError after all tries, or at once for a host that was given up."""
@@ -135,7 +145,7 @@ class Client:
                     await self._wait_for_turn()
                     limit.reschedule(asyncio.get_running_loop().time() + self.policy.total)
                     look_up(target.raw_host.decode(), self.allow_private, socket.AI_NUMERICHOST)
-                    async with self._client.stream("GET", target, headers=headers) as response:
+                    async with self._client().stream("GET", target, headers=headers) as response:
                         self._silent[target.host] = 0
                         if not response.has_redirect_location:
                             yield response, limit
@@ -161,7 +171,7 @@ class _CheckedConnections(httpcore.AsyncNetworkBackend):
         self._backend, self._allow_private = backend, allow_private
 
     async def connect_tcp(self, host: str, *arguments: Any, **options: Any) -> Any:
-        addresses = await in_thread(look_up, host, self._allow_private)
+        addresses = await _in_daemon_thread(look_up, host, self._allow_private)
         for address in addresses:
             try:
                 return await self._backend.connect_tcp(address, *arguments, **options)
@@ -198,8 +208,8 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
 
 
-async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Return function(*arguments), run in a daemon thread. With asyncio.to_thread, Ctrl-C would wait for its end."""
+async def _in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Return function(*arguments). With asyncio.to_thread, Ctrl-C would wait for a name server that does not answer."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 

@@ -28,7 +28,7 @@ from common.errors import InputError
 from common.files import cannot_write, read_json, replacing, write_json
 from datasets.features.encode import MAX_PIXELS
 from datasets.item2img import ITEM2IMG, MANIFEST, read_item2img
-from datasets.prepare.http import POLICY, Client, FetchError, Policy, in_thread, printable
+from datasets.prepare.http import POLICY, Client, FetchError, Policy, printable
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tiff"}
 READ = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tiff", ".tif")  # what counts as a picture, best first
@@ -143,8 +143,8 @@ async def _fetch_picture(client: Client, urls: list[str], stem: Path, decoders: 
         try:
             data = await client.get(str(url).strip(), MAX_BYTES)
             async with decoders:
-                path = stem.with_name(stem.name + await in_thread(_decode, data))
-            await in_thread(_write, path, data)
+                path = stem.with_name(stem.name + await asyncio.to_thread(_decode, data))
+            await asyncio.to_thread(_write, path, data)
             return {"file": path.name}
         except FetchError as error:
             reasons.append(f"{printable(url)}: {error}")

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Prepare a dataset and return its folder."""
     flags, arguments = parse_args(argv, __doc__, SECTIONS, add_arguments, SETTINGS)
-    config, _ = resolve(flags)
+    config, _ = resolve(flags | {"dataset_code": arguments.dataset_code})
     command = f"python -m datasets.prepare {shlex.join(sys.argv[1:] if argv is None else argv)}"
     steps = _steps(arguments, config)
     folder = Path(config.data_root) / config.dataset_code

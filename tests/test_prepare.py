@@ -491,11 +491,11 @@ def test_train_on_nothing_prepared_says_which_command_to_run():
 
 def test_help_answers_without_heavy_imports():
     script = """
-import sys, datasets.prepare as prepare
+import sys, datasets.prepare.__main__ as prepare
 try:
     prepare.main(["--help"])
 finally:
-    print({"torch", "PIL", "transformers", "requests"} & set(sys.modules))
+    print({"torch", "PIL", "transformers", "httpx"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPO)
     assert done.stdout.endswith("set()\n"), done.stderr

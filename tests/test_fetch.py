@@ -17,7 +17,7 @@ import pytest
 from benchmarks.picture_server import cut_short, drip, endless, good, in_turn, ranges, redirect, stalled, status
 from common.errors import InputError
 from datasets.prepare.fetch import check_file, fetch_file
-from datasets.prepare.http import Client, FetchError, Policy, is_public, redirected, retry_after
+from datasets.prepare.http import Client, FetchError, Policy, is_public, parse_url, retry_after
 
 REPOSITORY = Path(__file__).parent.parent
 QUICK = Policy(connect=1, read=0.3, total=0.6, tries=3, backoff=0.01, max_retry_after=0.3)
@@ -172,9 +172,9 @@ def test_a_redirect_to_another_scheme_from_https_to_http_or_without_end_is_refus
     error = error_of(web, redirect("file:///etc/hostname"))
     assert str(error).startswith("a redirect to file:///etc/hostname: file: is not fetched")
     assert len(web.requests) == 1
-    with pytest.raises(FetchError, match="from https to http://b/c"):
-        redirected(httpx.URL("https://a/b"), "http://b/c")
-    assert redirected(httpx.URL("https://a/b"), "//b/c") == "https://b/c"
+    with pytest.raises(FetchError, match="a redirect to http://b/c: from https to http"):
+        parse_url("http://b/c", origin=httpx.URL("https://a/b"))
+    assert parse_url("//b/c", origin=httpx.URL("https://a/b")) == "https://b/c"
     assert str(error_of(web, redirect("/a"))) == "more than 5 redirects"
 
 

@@ -78,10 +78,8 @@ class Client:
             try:
                 client: Any = httpx.AsyncClient(timeout=timeout, verify=self._ssl, headers=HEADERS)
             except (ImportError, ValueError, httpx.InvalidURL) as error:
-                raise InputError(
-                    f"a proxy of the environment cannot be used ({error}); set http_proxy, https_proxy and all_proxy to "
-                    "http:// addresses, or unset them"
-                ) from None
+                hint = "set http_proxy, https_proxy and all_proxy to http:// addresses, or unset them"
+                raise InputError(f"a proxy of the environment cannot be used ({error}); {hint}") from None
             pool = client._transport._pool  # for requests without a proxy; httpx has no public way to reach it
             pool._network_backend = _CheckedConnections(pool._network_backend, self.allow_private)
             self._clients[task] = client
@@ -91,17 +89,15 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for client in self._clients.values():
+        for client in list(self._clients.values()):
             await client.aclose()
 
     async def get(self, url: str, max_bytes: int) -> bytes:
         """Return the body. Raises FetchError after all tries, or at once for a host that was given up."""
         host = parse_url(url).host
         if self._silent[host] >= MAX_SILENT:
-            raise FetchError(
-                f"not tried, as {host} did not answer for {MAX_SILENT} others; check the network and the proxy, and run "
-                "this again"
-            )
+            reason = f"not tried, as {host} did not answer for {MAX_SILENT} others"
+            raise FetchError(f"{reason}; check the network and the proxy, and run this again")
         try:
             return await self.retry(lambda: self._get(url, max_bytes))
         except FetchError as error:
@@ -150,7 +146,7 @@ class Client:
                         if not response.has_redirect_location:
                             yield response, limit
                             return
-                        target = redirected(target, response.headers["Location"])
+                        target = parse_url(response.headers["Location"], origin=target)
                 raise FetchError(f"more than {MAX_REDIRECTS} redirects")
         except TimeoutError:
             raise FetchError(f"too slow: not finished within {self.policy.total:g} s", again=True) from None
@@ -192,10 +188,8 @@ def look_up(host: str, allow_private: bool, flags: int = 0) -> list[str]:
     addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
     private = [address for address in addresses if not is_public(address)]
     if private and not allow_private:
-        raise FetchError(
-            f"{printable(host)} has the private or reserved address {private[0]}; give --allow_private_addresses to "
-            "fetch from it"
-        )
+        hint = "give --allow_private_addresses to fetch from it"
+        raise FetchError(f"{printable(host)} has the private or reserved address {private[0]}; {hint}")
     return addresses
 
 
@@ -226,29 +220,22 @@ async def _in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
 # ------------------------------------------------------------------------------------------------ URLs and answers
 
 
-def parse_url(text: str) -> httpx.URL:
-    """Raises FetchError for anything but an http(s) URL with a host."""
+def parse_url(text: str, origin: httpx.URL | None = None) -> httpx.URL:
+    """Return an http(s) URL with a host, or the target of a redirect from `origin`. Raises FetchError for other URLs,
+    and for redirects from https to http."""
+    redirect = f"a redirect to {printable(text)}: " if origin else ""
     try:
-        url = httpx.URL(text)
+        url = origin.join(text) if origin else httpx.URL(text)
     except (httpx.InvalidURL, UnicodeError) as error:
-        raise FetchError(f"not a valid URL ({printable(error)})") from None
+        raise FetchError(f"{redirect}not a valid URL ({printable(error)})") from None
     if url.scheme not in ("http", "https"):
         kind = f"{printable(url.scheme)}:" if url.scheme else "a URL without a scheme"
-        raise FetchError(f"{kind} is not fetched, only http and https are")
+        raise FetchError(f"{redirect}{kind} is not fetched, only http and https are")
     if not url.host:
-        raise FetchError("not a valid URL (it names no host)")
+        raise FetchError(f"{redirect}not a valid URL (it names no host)")
+    if origin and origin.scheme == "https" and url.scheme == "http":
+        raise FetchError(f"{redirect}from https to http is not followed")
     return url
-
-
-def redirected(url: httpx.URL, location: str) -> httpx.URL:
-    """Return the target of a redirect. Raises FetchError for other schemes than http(s), and from https to http."""
-    try:
-        target = parse_url(str(url.join(location)))
-    except (FetchError, httpx.InvalidURL) as error:
-        raise FetchError(f"a redirect to {printable(location)}: {error}") from None
-    if url.scheme == "https" and target.scheme == "http":
-        raise FetchError(f"a redirect from https to {printable(target)} is not followed")
-    return target
 
 
 def check_status(response: httpx.Response, policy: Policy) -> None:

@@ -79,10 +79,8 @@ def _record(path: Path, part: Path, url: str) -> None:
     """Record a file before it gets its name, so that a kill in between leaves no unrecorded file."""
     with FileLock(path.with_name(f".{CHECKSUMS}.lock")):  # another process may fetch other files
         records = _checksums(path.parent)
-        found = _verify(path, part, records)
-        write_json(
-            path.parent / CHECKSUMS, records | {path.name: {"sha256": found, "size": part.stat().st_size, "url": url}}
-        )
+        entry = {"sha256": _verify(path, part, records), "size": part.stat().st_size, "url": url}
+        write_json(path.parent / CHECKSUMS, records | {path.name: entry})
 
 
 def _check_gzip(part: Path) -> None:
@@ -96,11 +94,12 @@ def _check_gzip(part: Path) -> None:
 
 
 async def _download(url: str, part: Path, policy: Policy) -> None:
+    def progress() -> int:
+        return part.stat().st_size if part.exists() else 0
+
     with tqdm(desc=part.stem, unit="B", unit_scale=True, disable=None) as bar:
         async with Client(policy, allow_private=True) as client:  # the user chose this server
-            await client.retry(
-                lambda: _fetch_part(client, url, part, bar), lambda: part.stat().st_size if part.exists() else 0
-            )
+            await client.retry(lambda: _fetch_part(client, url, part, bar), progress)
 
 
 async def _fetch_part(client: Client, url: str, part: Path, bar: tqdm) -> None:
@@ -111,13 +110,8 @@ async def _fetch_part(client: Client, url: str, part: Path, bar: tqdm) -> None:
     headers = {"Range": f"bytes={start}-", "If-Range": state["validator"]} if start else {}
     async with client.stream(url, headers) as (response, time_limit):
         if start and response.status_code in (206, 416):
-            got = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-            if (
-                response.status_code == 416
-                or not got
-                or int(got[1]) != start
-                or got[2] not in ("*", str(state["size"]))
-            ):
+            rest = rf"bytes {start}-\d+/(\*|{state['size']})"
+            if response.status_code == 416 or not re.fullmatch(rest, response.headers.get("Content-Range", "")):
                 _state(part).unlink()
                 raise FetchError("the server no longer has the file that it began to send", again=True)
         else:

@@ -39,20 +39,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--read", type=float, default=1.0, help="seconds a stalled server is waited for (default: 1)")
     parser.add_argument("--tries", type=int, default=3, help="tries of a picture (default: 3)")
-    parser.add_argument("--workers", type=int, default=24, help="threads (default: 24)")
+    parser.add_argument("--workers", type=int, default=24, help="pictures fetched at a time (default: 24)")
     parser.add_argument("--runs", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.serve is not None:  # a process of its own, which does not share the threads that are measured
         return serve(arguments.serve, arguments)
+    import httpx
     import PIL
-    import requests
 
-    print(f"Python {platform.python_version()}, requests {requests.__version__}, Pillow {PIL.__version__}, "
+    print(f"Python {platform.python_version()}, httpx {httpx.__version__}, Pillow {PIL.__version__}, "
           f"CPU, {os.cpu_count()} cores")  # fmt: skip
     print(f"{arguments.pictures:,} pictures of {arguments.side} x {arguments.side}, {arguments.latency * 1e3:.0f} ms a "
-          f"request, {arguments.workers} threads, {arguments.tries} tries, {arguments.read:g} s for a stalled server; "
-          f"medians of {arguments.runs} runs\n")  # fmt: skip
+          f"request, {arguments.workers} at a time, {arguments.tries} tries, {arguments.read:g} s for a stalled "
+          f"server; medians of {arguments.runs} runs\n")  # fmt: skip
     print("| answers | seconds | pictures/s | files | missing | broken | every good picture, manifest true |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for title, share in (("all good", 0.0), (f"{arguments.failures:.0%} failures", arguments.failures)):
@@ -116,8 +116,8 @@ def serve(share: float, arguments: argparse.Namespace) -> None:
 
 def fetched(share: float, arguments: argparse.Namespace) -> tuple[float, Counter]:
     """Seconds, and how many items have a file, none, or a broken one, once that has been verified."""
-    from datasets.prepare.pictures import prepare_pictures
-    from datasets.prepare.web import Patience
+    from datasets.prepare.http import Policy
+    from datasets.prepare.pictures import FetchOptions, prepare_pictures
 
     flags = ["--pictures", str(arguments.pictures), "--side", str(arguments.side), "--latency", str(arguments.latency)]
     command = [sys.executable, "-m", "benchmarks.pictures", *flags, "--serve", str(share)]
@@ -133,16 +133,9 @@ def fetched(share: float, arguments: argparse.Namespace) -> tuple[float, Counter
             urls = {asin: [f"{url}/{i}"] for i, asin in enumerate(asins)}
             photos, folder = Path(root) / "photos", Path(root) / "data"
             started = time.perf_counter()
-            prepare_pictures(
-                asins,
-                urls,
-                photos,
-                folder,
-                fetch=True,
-                workers=arguments.workers,
-                say=lambda line: None,
-                patience=Patience(read=arguments.read, tries=arguments.tries),
-            )
+            policy = Policy(read=arguments.read, tries=arguments.tries)
+            options = FetchOptions(arguments.workers, per_second=200, allow_private=True, policy=policy)
+            prepare_pictures(asins, urls, photos, folder, options, log=lambda line: None)
             seconds = time.perf_counter() - started
         finally:
             server.kill()

@@ -27,7 +27,6 @@ from config import SECTIONS, Config, resolve
 from datasets.catalog import FILES, REPORT, load_catalog, prepare_command, read_report
 from datasets.item2img import ITEM2IMG, MANIFEST
 from datasets.prepare.amazon import BASE_URL, PAPER_SETS, picture_urls
-from datasets.prepare.picture_fetch import PER_SECOND, WORKERS
 from datasets.prepare.raw import FILTERS, not_known, prepare_data
 from datasets.prepare.summary import in_words, summarise
 
@@ -71,13 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pictures")
     group.add_argument("--picture_workers", type=_count, metavar="N", help=f"fetched at a time {default}")
     group.add_argument("--pictures_per_second", type=_rate, metavar="X", help=f"fetched at most {default}")
-    parser.set_defaults(picture_workers=WORKERS, pictures_per_second=PER_SECOND)
+    add_switch(
+        group,
+        "allow_private_addresses",
+        "fetch pictures from private, loopback and reserved addresses too (default: refuse, as metadata may name any)",
+    )
+    parser.set_defaults(picture_workers=24, pictures_per_second=200.0)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Prepare a dataset and return its folder."""
     flags, arguments = parse_args(argv, __doc__, SECTIONS, add_arguments, SETTINGS)
-    config, _ = resolve({"dataset_code": arguments.dataset_code, **flags})
+    config, _ = resolve(flags | {"dataset_code": arguments.dataset_code})
     command = f"python -m datasets.prepare {shlex.join(sys.argv[1:] if argv is None else argv)}"
     steps = _steps(arguments, config)
     folder = Path(config.data_root) / config.dataset_code
@@ -180,19 +184,16 @@ def only_one(folder: Path) -> Iterator[None]:
 
 def fetch_all_pictures(config: Config, arguments: argparse.Namespace, folder: Path) -> None:
     """Pictures that are not here, from the addresses in the metadata."""
-    from datasets.prepare.pictures import prepare_pictures
+    from datasets.prepare.pictures import FetchOptions, prepare_pictures
 
     catalog = load_catalog(config.data_root, config.dataset_code)
     urls = {asin: picture_urls(record) for asin, record in zip(catalog.asins, catalog.metadata, strict=True)}
-    manifest = prepare_pictures(
-        catalog.asins,
-        urls,
-        catalog.photos,
-        folder,
-        fetch=not arguments.raw_root,
-        workers=arguments.picture_workers,
-        per_second=arguments.pictures_per_second,
-    )
+    options = None
+    if not arguments.raw_root:
+        options = FetchOptions(
+            arguments.picture_workers, arguments.pictures_per_second, arguments.allow_private_addresses
+        )
+    manifest = prepare_pictures(catalog.asins, urls, catalog.photos, folder, options)
     left = sum(bool(urls[asin]) and "missing" in manifest[asin] for asin in catalog.asins)
     if arguments.raw_root and left:
         command = prepare_command(Path(config.data_root), config.dataset_code, only="pictures")

@@ -51,7 +51,7 @@ RECORD = {"run": str, "settings": dict, "sources": dict, "environment": dict, "e
           "seconds": float, "train_seconds": float}  # fmt: skip
 EXTRAS = {"deployment": DEPLOYMENT, "cold_items": COLD_ITEMS}
 FACTS = ("command", "commit", "uncommitted_changes", "device", "versions")  # of the environment
-HINT = "restore it from version control, or keep its run again (python -m experiments.report --keep)"
+HINT = "restore it from version control, or remove the line and keep its run again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,6 +296,8 @@ def _read_metrics(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise InputError(f"{path} cannot be read ({str(error).strip()}); {HINT}") from None
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first cells for an index
+        raise InputError(f"{path}:2 has more cells than the header; {HINT}")
     if missing := [name for name in KEYS if name not in frame.columns]:
         raise InputError(f"{path} has no column {missing[0]!r}; {HINT}")
     metrics = frame.columns.drop(KEYS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from common.errors import InputError
 from common.settings import format_value
 from config import EXTENSIONS, Config, resolve
-from datasets.catalog import load_catalog
 from experiments.definition import Definition, Row, definitions, identity
-from trainer.runs import CONFIG, EVERY_SIZE, USER_RANKS, check_data, of_test, read_config, unfinished, untrained
+from trainer.runs import CONFIG, EVERY_SIZE, USER_RANKS, of_test, read_config, read_environment, unfinished, untrained
 
 if TYPE_CHECKING:
     from experiments.store import KeptRun
@@ -106,6 +104,8 @@ def planned(
 
 def set_data(jobs: list[Job]) -> list[str]:
     """Set every job's dataset digest; return why the other datasets cannot be used."""
+    from datasets.catalog import load_catalog
+
     problems = []
     digests = {}
     for name, root in dict.fromkeys((job.config.dataset_code, job.config.data_root) for job in jobs):
@@ -121,17 +121,17 @@ def set_data(jobs: list[Job]) -> list[str]:
 def look_up(job: Job, kept: list[KeptRun]) -> None:
     """Set the job's state and run folder to those of its most advanced run, kept or not."""
     found: list[tuple[str, Path | None]] = [
-        (_kept_state(run, job.tests), None)
-        for run in kept
-        if identity(run.config) == identity(job.config) and job.data in (None, run.data or job.data)
+        (_kept_state(run, job.tests), None) for run in kept if _same(job, run.config, run.data)
     ]
-    found += [
-        (_state(run, job.tests), run)
-        for run, config in readable_runs(Path(job.config.runs_root))
-        if identity(config) == identity(job.config) and _has_data(run, job.data)
-    ]
+    folders, _ = run_folders(Path(job.config.runs_root))
+    found += [(_state(run, job.tests), run) for run, config, data in folders if _same(job, config, data)]
     found = [pair for pair in found if pair[0]]
     job.state, job.run = min(found, key=lambda pair: STATES.index(pair[0]), default=("to start", None))
+
+
+def _same(job: Job, config: Config, data: str | None) -> bool:
+    """Return whether a run has the job's settings and data, as far as the digests are known."""
+    return identity(config) == identity(job.config) and (data is None or job.data in (None, data))
 
 
 def _kept_state(run: KeptRun, tests: bool) -> str:
@@ -155,34 +155,16 @@ def missing_tests(run: Path) -> list[list[str]]:
     ]
 
 
-def unreadable_runs(runs_root: Path) -> list[str]:
-    """Return why run folders cannot be used, a sentence each."""
-    problems = []
+def run_folders(runs_root: Path) -> tuple[list[tuple[Path, Config, str | None]], list[str]]:
+    """Return every run folder with its settings and data digest, and why the others cannot be used."""
+    folders, problems = [], []
     for path in sorted(runs_root.glob(f"*/*/{CONFIG}")):
+        run = path.parent
         try:
-            read_config(path.parent)
-        except InputError as error:
+            folders.append((run, read_config(run)[0], read_environment(run).get("data")))
+        except InputError as error:  # such as settings of another version
             problems.append(str(error))
-    return problems
-
-
-def readable_runs(runs_root: Path) -> Iterator[tuple[Path, Config]]:
-    """Yield all run folders whose settings this version can read."""
-    for path in sorted(runs_root.glob(f"*/*/{CONFIG}")):
-        try:
-            yield path.parent, read_config(path.parent)[0]
-        except InputError:  # made by another version
-            continue
-
-
-def _has_data(run: Path, data: str | None) -> bool:
-    """Return whether a run was trained on the dataset of this digest; true if that is unknown."""
-    try:
-        if data is not None:
-            check_data(run, data)
-    except InputError:
-        return False
-    return True
+    return folders, problems
 
 
 def summary(jobs: list[Job], problems: list[str]) -> str:

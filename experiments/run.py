@@ -33,9 +33,9 @@ from experiments.plan import (
     missing_tests,
     parse_seeds,
     planned,
+    run_folders,
     set_data,
     summary,
-    unreadable_runs,
 )
 from experiments.store import RESULTS, keep, kept_runs
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> list[Job]:
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], SECTIONS, add_arguments, settings)
     datasets = list(dict.fromkeys(arguments.dataset_code.split(","))) if arguments.dataset_code else None
     jobs = planned(chosen(arguments), flags, parse_seeds(arguments.seeds), datasets)
-    for problem in unreadable_runs(Path(jobs[0].config.runs_root)):
+    for problem in run_folders(Path(jobs[0].config.runs_root))[1]:
         print(f"ignored: {problem}", file=sys.stderr)
     problems = set_data(jobs)
     kept = kept_runs(arguments.results)

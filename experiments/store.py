@@ -37,7 +37,7 @@ from trainer.runs import (
     unfinished,
     untrained,
 )
-from trainer.user_ranks import TRAINED, load_ranks
+from trainer.user_ranks import TRAINED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,6 +140,8 @@ def keep(run: Path, results: Path, tests: bool = True) -> None:
         raise InputError(f"{run} is not finished ({progress}); train.py --resume {run} finishes it")
     name = f"{config.dataset_code}-{run.name}"
     record = _record(name, run, config, sources)
+    if problem := _problem(record):
+        raise InputError(f"{run} cannot be kept: its record {problem}; train it again")
     rows = _metric_rows(name, run, config)
     results.mkdir(parents=True, exist_ok=True)
     with FileLock(results.with_name(f".{results.name}.lock")):
@@ -211,25 +213,18 @@ def _keep_ranks(name: str, run: Path, config: Config, data: str | None, results:
     if not compares_users(config) or data is None:
         return False
     path = _ranks_path(results, config)
-    arrays = dict(_arrays(path))
-    before = set(arrays)
+    before = _arrays(path)
+    found: dict[str, np.ndarray] = {}
     for masked, protocol in enumerate(PROTOCOLS):
-        file = run / of_test(USER_RANKS, bool(masked))
-        if file.exists():
-            ranks, times_trained = load_ranks(file, "test the run again")
-            arrays |= {f"{name}/{protocol}/{size}": _doubled(of_size) for size, of_size in ranks.items()}
-            arrays[f"{TRAINED}/{data}"] = times_trained.astype(np.uint32)
-    if set(arrays) == before:
+        arrays = dict(_arrays(run / of_test(USER_RANKS, bool(masked))))
+        if arrays:
+            found[f"{TRAINED}/{data}"] = arrays.pop(TRAINED)
+            found |= {f"{name}/{protocol}/{size}": doubled for size, doubled in arrays.items()}
+    if all(key in before and np.array_equal(before[key], array) for key, array in found.items()):
         return False
-    with replacing(path) as temporary, temporary.open("wb") as file_:
-        np.savez_compressed(file_, **arrays)  # type: ignore[arg-type]  # none of the names is allow_pickle
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **before | found)  # type: ignore[arg-type]  # none of the names is allow_pickle
     return True
-
-
-def _doubled(ranks: np.ndarray) -> np.ndarray:
-    """Return twice the ranks as small integers, for ranks that end in .5; 0 for infinity."""
-    doubled = np.where(np.isfinite(ranks), 2 * ranks, 0)
-    return doubled.astype(np.min_scalar_type(int(doubled.max(initial=0))))
 
 
 def _ranks_path(results: Path, config: Config) -> Path:

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--demo_run", type=Path, metavar="FOLDER", help="run of the demo to draw demo.png from")
     parser.add_argument("--out", type=Path, default=MEDIA, metavar="FOLDER", help="folder to write to (default: media)")
     arguments = parser.parse_args(argv)
-    from media.pictures import draw_architecture, draw_demo, draw_nesting  # imports torch and matplotlib, too slow for --help
+    from media.pictures import draw_architecture, draw_demo, draw_nesting  # slow imports
 
     draw_architecture(arguments.out / "architecture.png")
     draw_nesting(arguments.out / "nesting.png")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from common.cli import Parser, run_cli
 from common.errors import InputError
 from common.files import write_text
+from experiments import RESULTS
 
 if TYPE_CHECKING:
     from experiments.store import KeptRun
 
-RESULTS = Path(__file__).parent / "results"
 OUT = Path(__file__).parent / "RESULTS.md"
 MEDIA = Path(__file__).parent.parent / "media"
 

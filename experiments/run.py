@@ -25,6 +25,7 @@ from common.errors import InputError
 from common.files import cannot_write
 from common.settings import format_value, is_runtime
 from config import SECTIONS, Config
+from experiments import RESULTS
 from experiments.definition import definitions
 from experiments.plan import (
     Job,
@@ -37,7 +38,7 @@ from experiments.plan import (
     set_data,
     summary,
 )
-from experiments.store import RESULTS, keep, kept_runs
+from experiments.store import keep, kept_runs
 
 REPOSITORY = Path(__file__).parent.parent
 DONE = ("finished", "kept in part")  # states with nothing to do

@@ -42,7 +42,6 @@ from trainer.user_ranks import TRAINED
 if TYPE_CHECKING:
     import pandas as pd
 
-RESULTS = Path(__file__).parent / "results"
 METRICS, RUNS, RANKS = "metrics.csv", "runs.jsonl", "ranks"
 KEYS = ["run", "dataset", "split", "protocol", "size"]  # columns of metrics.csv; the others are metrics
 SPLITS, PROTOCOLS = ("val", "test"), ("kept", "masked")

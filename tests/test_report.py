@@ -13,11 +13,11 @@ import torch
 
 from common.errors import InputError
 from config import ModelSettings, resolve
-from experiments import figures, paper, parameters, report, tables
+from experiments import RESULTS, figures, paper, parameters, report, tables
 from experiments.definition import Definition, Row, definitions
 from experiments.figures import draw_figures
 from experiments.significance import paired_bootstrap, user_metrics
-from experiments.store import RESULTS, keep, kept_runs
+from experiments.store import keep, kept_runs
 from model import FMRLRec, count_parameters
 from trainer.metrics import ranking_metrics
 from trainer.user_ranks import save_ranks

@@ -1,1 +1,5 @@
-"""What was run: the kept files of runs (results/), and RESULTS.md made from them."""
+"""Experiments: definitions of runs to compare, the runner, kept results, and the report."""
+
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"

@@ -1,11 +1,11 @@
-"""Are items reachable that no training ever saw? Hold items of a dataset out, train on the rest, add them to an export.
+"""Test recommendations of new items: hold items out, train on the rest, add them to an export.
 
 python -m experiments.cold_items make --dataset_code beauty      # data/beauty-cold: a twentieth of the items held out
 python train.py --dataset_code beauty-cold ...
 python -m serving.export --run experiments/runs/beauty-cold/... --out exports/beauty-cold
 python -m experiments.cold_items test exports/beauty-cold --out experiments/runs/beauty-cold/.../cold_items.json
 
-beauty-cold has texts and no pictures, and the presets of beauty are not its own: give them as flags.
+beauty-cold has texts but no pictures, and no presets: give beauty's as flags.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,25 +25,28 @@ from common.files import read_json, replacing, write_json, write_text
 from config import Config
 from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
 
+if TYPE_CHECKING:
+    from experiments.store import KeptRun
+
 HELD_OUT = "held_out.json"
 KS = (10, 50, 100)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Make the dataset, or test an export of a run on it; returns what was written."""
+    """Make the dataset, or test an export of a run on it; return what was written."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="write <data_root>/<dataset_code>-cold")
     make.add_argument("--dataset_code", default="beauty", metavar="NAME", help="(default: beauty)")
-    make.add_argument("--from_root", metavar="FOLDER", help="where it is (default: %(default)s)")
-    make.add_argument("--data_root", metavar="FOLDER", help="where to write (default: %(default)s)")
+    make.add_argument("--from_root", metavar="FOLDER", help="data root of the whole dataset (default: %(default)s)")
+    make.add_argument("--data_root", metavar="FOLDER", help="data root to write to (default: %(default)s)")
     make.set_defaults(from_root=Config.data_root, data_root=Config.data_root)
-    make.add_argument("--share", type=float, default=0.05, metavar="X", help="of the items, held out (default: 0.05)")
-    make.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
+    make.add_argument("--share", type=float, default=0.05, metavar="X", help="share to hold out (default: 0.05)")
+    make.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice (default: 0)")
     test = commands.add_parser("test", help="add the held-out items to an export and rank them")
-    test.add_argument("export", metavar="EXPORT", help="of a run that was trained on the dataset that make wrote")
+    test.add_argument("export", metavar="EXPORT", help="export of a run on the dataset that make wrote")
     test.add_argument("--data_root", default=Config.data_root, metavar="FOLDER", help="(default: %(default)s)")
-    test.add_argument("--out", type=Path, metavar="FILE", help="write what was found here as JSON, too")
+    test.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     arguments = parser.parse_args(argv)
     if arguments.command == "make":
         if not 0 < arguments.share < 1:
@@ -62,13 +65,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def hold_out(catalog: Catalog, share: float, seed: int, data_root: Path) -> dict[str, Any]:
-    """Write the dataset without a random share of its items, and held_out.json: those items, and the users whose last
-    item is one of them, with what they had before."""
+    """Write the dataset without a random share of its items, and held_out.json.
+
+    held_out.json has the held-out items and the users whose last item is one of them, with their earlier history.
+    """
     held = np.zeros(catalog.num_items + 1, dtype=bool)
     held[1 + np.random.default_rng(seed).permutation(catalog.num_items)[: round(share * catalog.num_items)]] = True
     if not held.any():
-        raise InputError(f"--share {share} of {catalog.num_items:,} items is none; give more")
-    number = np.where(held, 0, np.cumsum(~held) - 1)  # of every item that stays, from 1 on; token 0 stays 0
+        raise InputError(f"--share {share} of {catalog.num_items:,} items rounds to 0 items; give a larger share")
+    number = np.where(held, 0, np.cumsum(~held) - 1)  # new number of every item that stays, from 1
     lines: list[str] = []
     users = []
     for row in range(len(catalog.sequences)):
@@ -89,14 +94,13 @@ def hold_out(catalog: Catalog, share: float, seed: int, data_root: Path) -> dict
     out = [{**catalog.metadata[i - 1], "asin": catalog.asins[i - 1]} for i in np.flatnonzero(held).tolist()]
     found = {"of": catalog.name, "share": share, "seed": seed, "items": out, "users": users}
     write_json(folder / HELD_OUT, found)
-    print(
-        f"{folder}: {len(lines):,} users, {len(stay):,} items; {len(out):,} items held out, the last of {len(users):,}"
-    )
+    held_out = f"{len(out):,} items held out, the last of {len(users):,} users"
+    print(f"{folder}: {len(lines):,} users, {len(stay):,} items; {held_out}")
     return found
 
 
 def reach(export: str, data_root: Path) -> dict[str, Any]:
-    """Recall of held-out items among all items, once added to an export, beside that of items it was trained on."""
+    """Return Recall of held-out items added to an export, and of trained items, each among all items."""
     from dataloader import eval_rows, times_trained
     from serving import Recommender
 
@@ -123,13 +127,45 @@ def reach(export: str, data_root: Path) -> dict[str, Any]:
 
 
 def recalls(recommender: Any, pairs: list[tuple[list, str | int]]) -> dict[str, float]:
-    """Recall@K of (history, target) pairs, ranked among all items, history kept."""
+    """Return Recall@K of (history, target) pairs, ranked among all items, history items included."""
     top_k = min(max(KS), len(recommender))
     answers = recommender.recommend([history for history, _ in pairs], top_k=top_k, exclude_history=False)
     hits = np.zeros((len(pairs), top_k), dtype=bool)
     for row, (answer, (_, target)) in enumerate(zip(answers, pairs, strict=True)):
         hits[row] = np.array(answer.ids if isinstance(target, str) else answer.numbers) == target
     return {"count": len(pairs)} | {f"Recall@{k}": float(hits[:, :k].any(axis=1).mean()) for k in KS}
+
+
+def section(runs: list[KeptRun]) -> list[str]:
+    """Return the report's part on cold items as Markdown lines; empty if no run was tested for it."""
+    import pandas as pd
+
+    from experiments.tables import markdown
+
+    lines: list[str] = []
+    for run in runs:
+        if found := run.record.get("cold_items"):
+            users = pd.DataFrame(found["users"]).T
+            counts = users.pop("count").map("{:,.0f}".format)
+            table = users.map("{:.4f}".format)
+            table.insert(0, "users", counts)
+            table.insert(0, "last item", table.index)
+            lines += [
+                f"### cold_items of {run.name}",
+                "",
+                f"{found['held_out']:,} of {found['items']:,} items were held out; size {found['size']}.",
+                "",
+                *markdown(table),
+            ]
+    heading = [
+        "## Items that no training saw",
+        "",
+        "`python -m experiments.cold_items` holds items out of training and adds them to an export by their features "
+        "alone. The target is ranked among all items: a held-out item (*never trained*), or the last item of a user "
+        "whose last item was in training (*trained*).",
+        "",
+    ]
+    return [*heading, *lines] if lines else []
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""What the experiments are: definitions/*.toml, and which settings two runs may differ in and still be the same.
+"""Experiments, as definitions/*.toml define them, and which settings make two runs the same.
 
-title, text             what the report says
-datasets                on which it is run
-settings                every row has them
-rows                    name -> its own settings, a preset standing for those it names; beside them published, a key
-                        of paper.py, and size, the one whose metrics are meant (the largest where none is given)
-compare                 pairs of rows that a bootstrap over users compares
-every_size              the report shows all sizes of a row, one below the other, beside the paper's curve
-by_size                 the report shows all sizes of a row side by side, with the history masked
-by_popularity           the report tells users apart by how often their item was trained on
-validation              settings are chosen by it: its runs leave the test set unread, the report shows their validation
+title, text             shown in the report
+datasets                the datasets it runs on by default
+settings                shared by all rows
+rows                    name -> the row's own settings (a preset stands for the settings it names), and optionally
+                        published, a key of paper.PUBLISHED, and size, the size to report (default: the largest)
+compare                 pairs of rows to compare user by user
+every_size              report all sizes below each other, beside the paper's Figure 3
+by_size                 report all sizes side by side, with the history masked
+by_popularity           report users by how often their target occurs in training
+validation              report validation only; its runs are never tested
 """
 
 from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ FOLDER = Path(__file__).parent / "definitions"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of an experiment's table."""
+    """A row of an experiment's table: the settings that its runs have."""
 
     name: str
     settings: dict[str, Any]
@@ -53,30 +54,34 @@ class Definition:
     validation: bool = False
 
     def varied(self) -> set[str]:
-        """The settings that make its rows differ. Where it is the model, all: each is trained in a way of its own."""
+        """Return the settings in which its rows differ; all settings if they differ in the model."""
         named = {name for row in self.rows for name in row.settings}
         values = {name: [row.settings.get(name) for row in self.rows] for name in named}
         varied = {name for name in named if any(value != values[name][0] for value in values[name])}
         if "mrl_hidden_sizes" in varied:
-            varied.add("item_embedding")  # what it comes to depends on them
+            varied.add("item_embedding")  # is rounded down to one of them
         if "enable_lr_schedule" in varied:
-            varied.add("warmup_steps")  # read with it alone
+            varied.add("warmup_steps")  # has no effect without the schedule
         return set(Config.__dataclass_fields__) if "model_code" in varied else varied
 
     def fits(self, row: Row, config: Config) -> bool:
-        """Whether a run with these settings is one of this row's. What is beyond the paper a row has to name."""
+        """Return whether a run with these settings belongs to the row.
+
+        An extension that the row does not name must have its default.
+        """
         settings = {name: getattr(Config, name) for name in EXTENSIONS} | row.settings
         embedded = size_within(config.mrl_hidden_sizes, settings.pop("item_embedding"))
         return embedded == config.embedded and all(getattr(config, name) == v for name, v in settings.items())
 
 
+@cache
 def definitions() -> dict[str, Definition]:
-    """name -> definition. Raises InputError that names the file and what in it cannot be used."""
+    """Return name -> definition. Raises InputError that names the invalid file and why."""
     return {path.stem: read_definition(path) for path in sorted(FOLDER.glob("*.toml"))}
 
 
 def read_definition(path: Path) -> Definition:
-    """The definition in one file."""
+    """Return the definition in one file."""
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
         settings = found.pop("settings", {})
@@ -84,38 +89,45 @@ def read_definition(path: Path) -> Definition:
         found |= {"datasets": tuple(found["datasets"]), "compare": tuple(map(tuple, found.get("compare", ())))}
         definition = Definition(name=path.stem, rows=rows, **found)
     except KeyError as error:
-        raise InputError(f"{path} is no experiment: it has no {error}") from None
+        raise InputError(f"{path} is not a valid experiment: it lacks {error}") from None
     except (InputError, tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no experiment: {error}") from None
+        raise InputError(f"{path} is not a valid experiment: {error}") from None
     unknown = {name for pair in definition.compare for name in pair} - {row.name for row in rows}
     if unknown:
-        raise InputError(f"{path} compares {sorted(unknown)}, which are none of its rows")
+        raise InputError(f"{path} compares unknown rows {sorted(unknown)}; its rows are {[row.name for row in rows]}")
     return definition
 
 
 def _row(name: str, values: dict[str, Any]) -> Row:
-    aside = {key: values.pop(key) for key in ("published", "size") if key in values}
+    own = {key: values.pop(key) for key in ("published", "size") if key in values}
     settings = check_types(Config, values, f"row {name!r}")
-    config, _ = resolve(settings)  # raises where a value cannot be used
-    if (size := aside.get("size")) is not None and size not in config.mrl_hidden_sizes:
-        raise InputError(
-            f"row {name!r} has size {size!r}, which is none of its sizes {format_value(config.mrl_hidden_sizes)}"
-        )
-    if aside.get("published", "") not in ("", *PUBLISHED):
-        raise InputError(f"row {name!r} has published {aside['published']!r}; there are {', '.join(PUBLISHED)}")
+    config, _ = resolve(settings)  # raises for an invalid value
+    if (size := own.get("size")) is not None and size not in config.mrl_hidden_sizes:
+        raise InputError(f"row {name!r} has size {size!r}; its sizes are {format_value(config.mrl_hidden_sizes)}")
+    if own.get("published", "") not in ("", *PUBLISHED):
+        raise InputError(f"row {name!r} has published {own['published']!r}; known are {', '.join(PUBLISHED)}")
     settings = NAMED_PRESETS[settings.pop("preset", "paper")] | settings
-    return Row(name, settings, **aside)
+    return Row(name, settings, **own)
+
+
+def compares_users(config: Config) -> bool:
+    """Return whether an experiment compares the users of a run with these settings."""
+    return any(
+        definition.fits(row, config)
+        for definition in definitions().values()
+        for row in definition.rows
+        if definition.by_popularity or any(row.name in pair for pair in definition.compare)
+    )
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What decides a run's result: its settings but those that say how to run, and those that it does not read."""
-    values = vars(config) | {"item_embedding": config.embedded}  # what it comes to with these sizes
-    aside = {"run_name", "preset", *ineffective_settings(config)}
-    return {name: value for name, value in values.items() if name not in aside and not is_runtime(Config, name)}
+    """Return the settings that affect a run's result."""
+    values = vars(config) | {"item_embedding": config.embedded}  # rounded down to a size
+    ignored = {"run_name", "preset", *ineffective_settings(config)}
+    return {name: value for name, value in values.items() if name not in ignored and not is_runtime(Config, name)}
 
 
-def unusual(config: Config, aside: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The settings that decide a run's result and are not the defaults and presets of its dataset and model."""
+def unusual(config: Config, ignored: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Return the settings that affect a run's result and differ from the presets of its dataset and model."""
     usual, _ = resolve({"dataset_code": config.dataset_code, "model_code": config.model_code})
-    of_run = identity(config)
-    return {name: v for name, v in of_run.items() if v != getattr(usual, name) and name not in aside}
+    return {name: v for name, v in identity(config).items() if v != getattr(usual, name) and name not in ignored}

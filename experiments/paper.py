@@ -1,11 +1,11 @@
-"""Published numbers that results here are held against.
+"""Published numbers, to compare results with.
 
-The paper is Wang et al., Train Once, Deploy Anywhere (EMNLP 2024 Findings, arXiv 2409.16627). Its tables: full ranking,
-history items stay candidates.
+The paper is Wang et al., Train Once, Deploy Anywhere (EMNLP 2024 Findings, arXiv 2409.16627). Its tables use full
+ranking with history items as candidates.
 """
 
 COLUMNS = ("NDCG@5", "Recall@5", "NDCG@10", "Recall@10")
-MASKED = " masked"  # behind a metric's name: the history is no candidate
+MASKED = " masked"  # suffix of a metric: history items are excluded from the candidates
 ENCODERS = {"language_encoder": "BAAI/bge-large-en-v1.5", "img_encoder": "ViT-L-16-SigLIP-256/webli"}
 
 
@@ -13,7 +13,7 @@ def _rows(**datasets: tuple[float, ...]) -> dict[str, dict[str, float]]:
     return {dataset: dict(zip(COLUMNS, values, strict=True)) for dataset, values in datasets.items()}
 
 
-# what -> dataset -> metric -> value. "both" is Table 2's fMRLRec row (size 1024), language, image and id are Table 3's.
+# key -> dataset -> metric -> value. "both" is Table 2's fMRLRec row (size 1024); language, image, id are Table 3's.
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "both": _rows(
         beauty=(0.0415, 0.0613, 0.0520, 0.0939),
@@ -39,7 +39,7 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         sports=(0.0113, 0.0153, 0.0127, 0.0197),
         toys=(0.0287, 0.0350, 0.0309, 0.0418),
     ),
-    # Table 2's rows of other models
+    # Table 2, other models
     "sasrec": _rows(
         beauty=(0.0274, 0.0456, 0.0364, 0.0734),
         clothing=(0.0075, 0.0134, 0.0104, 0.0227),
@@ -61,7 +61,7 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "toys": {"NDCG@10 masked": 0.0580, "Recall@10 masked": 0.0970},
     },
 }
-# LRURec in its authors' later LlamaRec paper
+# LRURec as its authors report it in the LlamaRec paper
 PUBLISHED["lrurec"]["beauty"] |= {"NDCG@10 masked": 0.0533, "Recall@10 masked": 0.0916}
 
 # Figure 3: dataset -> size -> metric -> value, read off the figure to .0003; text and pictures.
@@ -81,5 +81,5 @@ BY_SIZE = {
     }
 }
 
-# Figure 4: how many parameters of separate models a nested one saves, for sizes from 128 up to each of these.
+# Figure 4: share of parameters that one nested model saves, for sizes from 128 up to each of these.
 SAVED = {128: 0.0, 256: 0.2516, 512: 0.3139, 1024: 0.3290, 2048: 0.3325}

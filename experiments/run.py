@@ -1,8 +1,8 @@
-"""Run experiments: train and test what is missing, skip what is there, continue what was cut off.
+"""Run experiments: train and test missing runs, skip finished ones, continue interrupted ones.
 
 python -m experiments.run table3 --dataset_code beauty --seeds 42,43,44
 python -m experiments.run depth,independent --dataset_code beauty --no-use_img_encoder --precision bf16
-python -m experiments.run all --dry_run                    # what there is to do, and about how long it takes
+python -m experiments.run all --dry_run                    # list the runs and their states
 """
 
 from __future__ import annotations
@@ -25,53 +25,52 @@ from common.errors import InputError
 from common.files import cannot_write
 from common.settings import format_value, is_runtime
 from config import SECTIONS, Config
+from experiments import RESULTS
 from experiments.definition import definitions
-from experiments.kept import RESULTS, keep, same_run, untested, unusable
-from experiments.plan import Job, chosen, duration, look_up, measure, planned, prepared, seeds_of, summary
+from experiments.plan import (
+    Job,
+    chosen,
+    look_up,
+    missing_tests,
+    parse_seeds,
+    planned,
+    run_folders,
+    set_data,
+    summary,
+)
+from experiments.store import keep, kept_runs
 
 REPOSITORY = Path(__file__).parent.parent
-DONE = ("finished", "kept in part")  # states in which there is nothing to do
-CHILDREN: list[subprocess.Popen] = []  # the scripts that run now
+DONE = ("finished", "kept in part")  # states with nothing to do
+CHILDREN: list[subprocess.Popen] = []  # the running scripts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "experiments", metavar="NAME", help=f"all, or one or several, with commas: {', '.join(definitions())}"
-    )
+    parser.add_argument("experiments", metavar="NAME", help=f"all, or one or more of {', '.join(definitions())}")
     parser.add_argument("--rows", metavar="ROW;ROW", help="only these rows of the experiment (default: all)")
-    parser.add_argument("--seeds", default="42", metavar="N,N", help="a run for each (default: 42)")
+    parser.add_argument("--seeds", default="42", metavar="N,N", help="train each of these seeds (default: 42)")
     parser.add_argument(
-        "--dataset_code",
-        default=argparse.SUPPRESS,
-        metavar="NAME,NAME",
-        help="prepared datasets (default: those of the experiment's definition)",
+        "--dataset_code", metavar="NAME,NAME", help="prepared datasets (default: those of the experiment's definition)"
     )
     parser.add_argument(
-        "--results",
-        type=Path,
-        default=RESULTS,
-        metavar="FOLDER",
-        help="where results are kept (default: experiments/results of this repository)",
+        "--results", type=Path, default=RESULTS, metavar="FOLDER", help="kept results (default: experiments/results)"
     )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="say what there is to do and how long it takes; train nothing"
-    )
+    parser.add_argument("--dry_run", action="store_true", help="list the runs and their states; train nothing")
 
 
 def main(argv: Sequence[str] | None = None) -> list[Job]:
-    """Do what is missing and return all jobs. Exits with 1 where one failed."""
+    """Do every job that is not finished and return all jobs. Exits with status 1 if one failed."""
     settings = [f.name for f in dataclasses.fields(Config) if f.name not in ("seed", "dataset_code", "test")]
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], SECTIONS, add_arguments, settings)
-    jobs = planned(chosen(arguments), flags, seeds_of(arguments.seeds))
-    for problem in unusable(Path(jobs[0].config.runs_root), arguments.results):
-        print(f"left out: {problem}", file=sys.stderr)
-    catalogs, problems = prepared(jobs)
+    datasets = list(dict.fromkeys(arguments.dataset_code.split(","))) if arguments.dataset_code else None
+    jobs = planned(chosen(arguments), flags, parse_seeds(arguments.seeds), datasets)
+    for problem in run_folders(Path(jobs[0].config.runs_root))[1]:
+        print(f"ignored: {problem}", file=sys.stderr)
+    problems = set_data(jobs)
+    kept = kept_runs(arguments.results)
     for job in jobs:
-        look_up(job, arguments.results)
-    if arguments.dry_run:
-        measure(jobs, catalogs)
-    for job in jobs:
-        print(f"{job.state:12} {duration(job.seconds):>9}  {job.label}")
+        look_up(job, kept)
+        print(f"{job.state:12} {job.label}")
     print(summary(jobs, problems), flush=True)
     if arguments.dry_run:
         return jobs
@@ -82,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> list[Job]:
         print(f"{job.state}: {job.label}", file=sys.stderr)
     if failed:
         sys.exit(1)
-    print(f"{len(jobs)} of {len(jobs)} are there; python -m experiments.report shows them")
+    print(f"{len(jobs)} of {len(jobs)} are finished; python -m experiments.report shows them")
     return jobs
 
 
 def check_writable(folder: Path) -> None:
-    """Raise InputError where no file can be made in a folder: better now than after hours of training."""
+    """Raise InputError if no file can be made in a folder, before hours of training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -96,10 +95,10 @@ def check_writable(folder: Path) -> None:
 
 
 def work(jobs: list[Job], results: Path) -> None:
-    """Do all jobs that are not finished, one at a time on every device. One that fails is marked, the rest go on."""
+    """Do all unfinished jobs, one at a time per device. A failed job is marked; the others go on."""
     devices, stopped = free_devices(jobs), threading.Event()
 
-    def stop(*_: object) -> None:  # a terminal hands Ctrl-C to the scripts too; SIGTERM comes here alone
+    def stop(*_: object) -> None:  # Ctrl-C reaches the scripts too, SIGTERM only this process
         stopped.set()
         for child in CHILDREN:
             child.terminate()
@@ -111,7 +110,7 @@ def work(jobs: list[Job], results: Path) -> None:
                 do_job(job, device, results)
         except InputError as error:
             job.state = f"failed: {error}"
-        except BaseException:  # Ctrl-C, or an error of this script: no other run begins
+        except BaseException:  # Ctrl-C or a bug: start no other job
             stopped.set()
             raise
         finally:
@@ -127,7 +126,7 @@ def work(jobs: list[Job], results: Path) -> None:
 
 
 def free_devices(jobs: list[Job]) -> queue.SimpleQueue[str | None]:
-    """The GPUs, as CUDA_VISIBLE_DEVICES names them; or once None, where there is no choice of a device."""
+    """Return the GPUs as CUDA_VISIBLE_DEVICES names them; a single None if there is only one device."""
     devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     import torch
 
@@ -140,9 +139,8 @@ def free_devices(jobs: list[Job]) -> queue.SimpleQueue[str | None]:
 
 
 def do_job(job: Job, device: str | None, results: Path) -> None:
-    """Train or go on, test with the history and without, and keep the results."""
-    runs_root = Path(job.config.runs_root)
-    job.run, job.state = same_run(job.config, runs_root, results, job.data, job.tests)  # it may be long since the plan
+    """Train or continue the job's run, test it with the history kept and masked, and keep the results."""
+    look_up(job, kept_runs(results))  # another runner may have done it since the plan
     if job.state in DONE:
         return
     print(f"\n== {job.label}", flush=True)
@@ -164,10 +162,10 @@ def do_job(job: Job, device: str | None, results: Path) -> None:
             return
     elif job.state == "to continue" and not call("train.py", "--resume", str(job.run), *test):
         return
-    job.run, job.state = same_run(job.config, runs_root, results, job.data, job.tests)
+    look_up(job, kept_runs(results))
     if job.run is None:
         raise InputError(f"train.py left no run of these settings below {job.config.runs_root}")
-    for protocol in untested(job.run) if job.tests else ():
+    for protocol in missing_tests(job.run) if job.tests else ():
         if not call("eval.py", "--run", str(job.run), *protocol):
             return
     keep(job.run, results, job.tests)
@@ -175,7 +173,7 @@ def do_job(job: Job, device: str | None, results: Path) -> None:
 
 
 def call_script(script: str, arguments: list[str], environment: dict[str, str]) -> int:
-    """Run train.py or eval.py in a process of its own; returns its exit status."""
+    """Run train.py or eval.py in its own process; return the exit status."""
     with subprocess.Popen([sys.executable, REPOSITORY / script, *arguments], env=environment) as child:
         CHILDREN.append(child)
         try:

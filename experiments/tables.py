@@ -1,36 +1,35 @@
-"""The tables of an experiment, from kept runs alone."""
+"""The report's section of an experiment: its tables, made from kept runs."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from math import nan
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from common.settings import format_value
 from config import Config
 from experiments.definition import Definition, unusual
-from experiments.kept import KeptRun
-from experiments.lines import Line, comparable, lines
 from experiments.paper import BY_SIZE, COLUMNS, ENCODERS, MASKED
+from experiments.rows import ResultRow, comparable, frame, result_rows
 from experiments.significance import paired_bootstrap
+from experiments.store import KeptRun
 from trainer.runs import describe_model
 
 WITHOUT_HISTORY = ("NDCG@10" + MASKED, "Recall@10" + MASKED)
-TRAINED = ((0, 0), (1, 5), (6, 20), (21, None))  # how often a target was in training, from .. to
-PICTURED = ("sizes", "plus")  # the experiments of which experiments/figures.py draws a curve
-OF_SIZES = ("Recall@10", "NDCG@10", "Recall@20", "Recall@50")
+OF_SIZES = ("Recall@10", "NDCG@10", "Recall@20", "Recall@50", "NDCG@10" + MASKED)
+TRAINED = {"never": 0, "1-5 times": 1, "6-20 times": 6, "21 times and more": 21}  # bin -> its first count
+PICTURED = ("sizes", "plus")  # experiments with a figure (experiments/figures.py)
 
 
 def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
-    """An experiment's part of the report, Markdown lines; none where nothing of it was run."""
+    """Return an experiment's part of the report as Markdown lines; empty if it has no runs."""
     parts: list[str] = []
     for dataset in sorted({run.config.dataset_code for run in runs}):
-        groups = comparable(definition, lines(definition, dataset, runs))
-        for group in groups:
-            parts += [f"### {dataset}: {common_settings(definition, group)}", ""]
+        groups = comparable(definition, result_rows(definition, dataset, runs))
+        for group, heading in zip(groups, headings(definition, dataset, groups), strict=True):
+            parts += [f"### {heading}", ""]
             if definition.validation or definition.by_size:
                 parts += by_size(group, definition.validation)
             elif definition.every_size:
@@ -46,201 +45,195 @@ def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
     return [f"## {definition.title}", "", definition.text, "", *parts] if parts else []
 
 
-def common_settings(definition: Definition, group: list[Line]) -> str:
-    """What all lines of a group have that is no default or preset of the dataset."""
+def headings(definition: Definition, dataset: str, groups: list[list[ResultRow]]) -> list[str]:
+    """Return a heading per group: the experiment, the dataset, and the settings that tell the groups apart."""
+    of_groups = [
+        {"data": (group[0].runs[0].data or "unknown")[:10]}
+        | (_identity_of_group(definition, group) if "model_code" not in definition.varied() else {})
+        for group in groups
+    ]
+    names = list(dict.fromkeys(name for settings in of_groups for name in settings))
+    differing = [name for name in names if len({str(settings.get(name)) for settings in of_groups}) > 1]
+    return [
+        ", ".join([f"{definition.name} on {dataset}", *(f"{n} {format_value(s.get(n, 'default'))}" for n in differing)])
+        for s in of_groups
+    ]
+
+
+def _identity_of_group(definition: Definition, group: list[ResultRow]) -> dict[str, Any]:
+    return unusual(group[0].config, definition.varied() | {"seed"})
+
+
+def group_settings(definition: Definition, group: list[ResultRow]) -> str:
+    """Return the settings of all rows of a group that differ from the presets of the dataset."""
     if "model_code" in definition.varied():
-        return "every model with settings of its own"
-    same = unusual(group[0].config, definition.varied() | {"seed"})
-    return settings_text(same) or "the dataset's settings"
+        return "each model has its own"
+    return settings_text(_identity_of_group(definition, group)) or "the dataset's presets"
 
 
-def settings_text(settings: dict[str, Any]) -> str:
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Return settings as a list for readers."""
     return ", ".join(f"{name} {format_value(value)}" for name, value in settings.items())
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], text: tuple[int, ...] = (0,)) -> list[str]:
-    """Markdown; the columns `text` are text, the others numbers."""
-    ruler = ["---" if i in text else "---:" for i in range(len(heads))]
-    return [*(f"| {' | '.join(row)} |" for row in (heads, ruler, *rows)), ""]
+def markdown(table: pd.DataFrame, text: Sequence[int] = (0,)) -> list[str]:
+    """Return a table of strings as Markdown lines. text: the left-aligned columns."""
+    ruler = ["---" if column in text else "---:" for column in range(table.shape[1])]
+    return [*(f"| {' | '.join(cells)} |" for cells in (table.columns, ruler, *table.to_numpy())), ""]
 
 
-def results(group: list[Line], names: tuple[str, ...]) -> list[str]:
-    """A row for every line: each metric and, where there is one, the published value and the difference to it."""
-    if not any(line.values(name) for line in group for name in names):
-        return []
-    heads, cells = ["", "seeds"], [[line.name, str(len(line.runs))] for line in group]
-    for name in names:
-        heads.append(name.replace(MASKED, ", history masked"))
-        for row, line in zip(cells, group, strict=True):
-            values = line.values(name)
-            row.append(mean_sd(values) + (f" ({len(values)} of them)" if 0 < len(values) < len(line.runs) else ""))
-        if any(line.published(name) is not None for line in group):
-            heads += ["published", "difference"]
-            for row, line in zip(cells, group, strict=True):
-                row += against(line.values(name), line.published(name))
-    return table(heads, cells)
-
-
-def mean_sd(values: list[float]) -> str:
-    """The mean, and of several values their standard deviation."""
-    if not values:
+def mean_sd(values: pd.Series) -> str:
+    """Return the mean, with the standard deviation if there are several values; NaN is ignored."""
+    values = values.dropna()
+    if values.empty:
         return ""
-    sd = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{sd}"
+    return f"{values.mean():.4f}" + (f" ± {values.std():.4f}" if len(values) > 1 else "")
 
 
-def against(values: list[float], published: float | None) -> list[str]:
-    if published is None:
-        return ["", ""]
-    return [f"{published:.4f}", f"{statistics.mean(values) / published - 1:+.1%}" if values else ""]
+def results(group: list[ResultRow], metrics: Sequence[str]) -> list[str]:
+    """Return a table of metrics by row, each beside its published value if a row has one."""
+    found = frame(group).reindex(columns=list(metrics))
+    size = found.index.get_level_values("row").map({row.name: row.size for row in group})
+    found = found[found.index.get_level_values("size") == size]
+    if found.isna().all(axis=None):
+        return []
+    of_rows = found.groupby("row", sort=False)
+    means, sds, counts = of_rows.mean(), of_rows.agg(mean_sd), of_rows.count()
+    columns: list[tuple[str, list[str]]] = [("", [row.name for row in group])]
+    columns.append(("seeds", [str(len(row.runs)) for row in group]))
+    for metric in metrics:
+        seeds = {row.name: counts.at[row.name, metric] for row in group}
+        notes = [f" ({seeds[r.name]} of them)" if 0 < seeds[r.name] < len(r.runs) else "" for r in group]
+        cells = [sds.at[row.name, metric] + note for row, note in zip(group, notes, strict=True)]
+        columns.append((metric.replace(MASKED, ", history masked"), cells))
+        published = [row.published(metric) for row in group]
+        if any(value is not None for value in published):
+            columns.append(("published", ["" if value is None else f"{value:.4f}" for value in published]))
+            shares = [means.at[r.name, metric] / (p or np.nan) - 1 for r, p in zip(group, published, strict=True)]
+            columns.append(("difference", ["" if np.isnan(share) else f"{share:+.1%}" for share in shares]))
+    return markdown(_table(columns))
 
 
-def by_size(group: list[Line], validation: bool) -> list[str]:
-    """NDCG@10 of every size, Recall@10 of the largest, and the time of an epoch: in validation, or in the test with the
-    history masked."""
-
-    def values(line: Line, name: str, size: int) -> list[float]:
-        if not validation:
-            return line.values(name + MASKED, size)
-        found = [run.validation() for run in line.runs]
-        return [of_sizes[size].get(name, nan) for of_sizes in found if size in of_sizes]
-
-    sizes = sorted({size for line in group for size in line.config.mrl_hidden_sizes})
-    cells = []
-    for line in group:
-        row = [line.name, str(len(line.runs))]
-        row += [mean_sd(values(line, "NDCG@10", size)) for size in sizes]
-        row.append(mean_sd(values(line, "Recall@10", line.config.mrl_hidden_sizes[-1])))
-        logs = [run.log[-1] for run in line.runs]
-        row.append(f"{statistics.mean(log['seconds'] / log['epoch'] for log in logs):.0f}")
-        cells.append(row)
-    of, largest = "validation NDCG@10 by size", "Recall@10, largest"
-    if not validation:
-        of, largest = "NDCG@10 by size, history masked", f"{largest}, history masked"
-    heads = [of, "seeds", *map(str, sizes), largest, "s an epoch"]
-    return table(heads, cells)
+def _table(columns: list[tuple[str, list[str]]]) -> pd.DataFrame:
+    """Return a table of columns, whose names may repeat."""
+    table = pd.concat([pd.Series(cells) for _, cells in columns], axis="columns")
+    return table.set_axis([name for name, _ in columns], axis="columns")
 
 
-def every_size(group: list[Line]) -> list[str]:
-    """Every size of every line, beside the paper's Figure 3 where it shows the dataset."""
-    heads, cells = ["", "size"], []
-    figure = BY_SIZE.get(group[0].config.dataset_code, {})
-    heads += [
-        *OF_SIZES,
-        "NDCG@10, history masked",
-        *(f"paper, {name}" for name in OF_SIZES if figure and "NDCG" not in name),
+def by_size(group: list[ResultRow], validation: bool) -> list[str]:
+    """Return NDCG@10 of every size side by side, the largest size's Recall@10, and the seconds of an epoch.
+
+    The metrics are those of validation, or of the test with the history masked.
+    """
+    suffix = "" if validation else MASKED
+    found = frame(group, "val" if validation else "test")
+    names = [row.name for row in group]
+    ndcg = found["NDCG@10" + suffix].groupby(["row", "size"]).agg(mean_sd).unstack("size", fill_value="").loc[names]
+    largest = found["Recall@10" + suffix].groupby(["row", "seed"]).last().groupby("row").agg(mean_sd).loc[names]
+    seconds = [np.mean([run.record["seconds"] / run.record["epochs"] for run in row.runs]) for row in group]
+    table = ndcg.rename(columns=str)
+    table.insert(0, "seeds", [str(len(row.runs)) for row in group])
+    title = "validation NDCG@10 by size" if validation else "NDCG@10 by size, history masked"
+    table.insert(0, title, names)
+    table["Recall@10, largest" + ("" if validation else ", history masked")] = largest
+    table["s an epoch"] = [f"{value:.0f}" for value in seconds]
+    return markdown(table)
+
+
+def every_size(group: list[ResultRow]) -> list[str]:
+    """Return a table of every row and size, beside the paper's Figure 3 if it has the dataset."""
+    table = frame(group).reindex(columns=list(OF_SIZES)).groupby(["row", "size"], sort=False).agg(mean_sd)
+    figure = pd.DataFrame(BY_SIZE.get(group[0].config.dataset_code, {})).T
+    for metric in figure:
+        table[f"paper, {metric}"] = [
+            f"{figure.at[size, metric]:.4f}" if size in figure.index else "" for _, size in table.index
+        ]
+    table = table.rename(columns=lambda name: name.replace(MASKED, ", history masked")).reset_index()
+    return markdown(table.astype({"size": str}).rename(columns={"row": ""}))
+
+
+def compared(definition: Definition, group: list[ResultRow]) -> list[str]:
+    """Return the paired bootstrap over users of the rows that the experiment compares."""
+    found = [
+        difference(a, b, metric)
+        for first, second in definition.compare
+        for a in group
+        for b in group
+        if (a.row.name, b.row.name) == (first, second)
+        for metric in ("NDCG@10", WITHOUT_HISTORY[0])
     ]
-    for line in group:
-        for size in line.config.mrl_hidden_sizes:
-            row = [
-                line.name,
-                str(size),
-                *(mean_sd(line.values(name, size)) for name in (*OF_SIZES, WITHOUT_HISTORY[0])),
-            ]
-            paper = figure.get(size, {})
-            row += [f"{paper[name]:.4f}" if name in paper else "" for name in OF_SIZES if figure and "NDCG" not in name]
-            cells.append(row)
-    return table(heads, cells)
+    table = pd.DataFrame([cells for cells in found if cells])
+    return [] if table.empty else markdown(table)
 
 
-def compared(definition: Definition, group: list[Line]) -> list[str]:
-    """The paired bootstrap over users between the rows that the experiment compares."""
-    cells = []
-    for first, second in definition.compare:
-        for a in (line for line in group if line.row.name == first):
-            for b in (line for line in group if line.row.name == second):
-                cells += [row for name in ("NDCG@10", *WITHOUT_HISTORY[:1]) if (row := difference(a, b, name))]
-    if not cells:
-        return []
-    heads = ["paired bootstrap over users", "metric", "difference", "95 % interval", "p"]
-    return table(heads, cells)
-
-
-def difference(a: Line, b: Line, name: str) -> list[str]:
-    """a's metric minus b's; empty where ranks were not kept or the two were not tested on the same users."""
-    of_a, of_b = a.of_users(name), b.of_users(name)
+def difference(a: ResultRow, b: ResultRow, metric: str) -> dict[str, str]:
+    """Return a's metric minus b's; empty if ranks were not kept or the users are not the same."""
+    of_a, of_b = a.of_users(metric), b.of_users(metric)
     if of_a is None or of_b is None or a.runs[0].data != b.runs[0].data:
-        return []
+        return {}
     found = paired_bootstrap(of_a, of_b)
     relative = f" ({found.mean / of_b.mean():+.1%})" if of_b.mean() > 0 else ""
-    return [
-        f"{a.name} - {b.name}",
-        name.replace(MASKED, ", history masked"),
-        f"{found.mean:+.4f}{relative}",
-        f"{found.low:+.4f} .. {found.high:+.4f}",
-        f"{found.p:.4f}",
-    ]
+    return {
+        "paired bootstrap over users": f"{a.name} - {b.name}",
+        "metric": metric.replace(MASKED, ", history masked"),
+        "difference": f"{found.mean:+.4f}{relative}",
+        "95 % interval": f"{found.low:+.4f} .. {found.high:+.4f}",
+        "p": f"{found.p:.4f}",
+    }
 
 
-def by_popularity(group: list[Line]) -> list[str]:
-    """NDCG@10 and Recall@10 of users, told apart by how often the item that they had next was in training."""
-    kept = []
-    for line in group:
-        ndcg, recall = line.of_users("NDCG@10"), line.of_users("Recall@10")
-        if ndcg is not None and recall is not None:
-            kept.append((line, (ndcg, recall)))
-    if not kept:
+def by_popularity(group: list[ResultRow]) -> list[str]:
+    """Return NDCG@10 and Recall@10 of users, binned by how often their target occurs in training."""
+    of_users = {(row.name, name): row.of_users(name) for row in group for name in ("NDCG@10", "Recall@10")}
+    users = pd.DataFrame({key: values for key, values in of_users.items() if values is not None})
+    names = [row.name for row in group if {(row.name, "NDCG@10"), (row.name, "Recall@10")} <= set(users)]
+    if not names:
         return []
-    ranks = kept[0][0].runs[0].ranks()
-    assert ranks is not None  # of_users read them
-    _, times = ranks
+    times = next(row for row in group if row.name == names[0]).runs[0].times_trained()
+    bins = pd.cut(times, [*TRAINED.values(), np.inf], right=False, labels=list(TRAINED))
+    binned = users.groupby(bins, observed=False)
+    means, counts = binned.mean(), binned.size()
+    table = pd.DataFrame({"by how often the target was in training": ["users", *names]})
+    for name in TRAINED:
+        for metric in ("NDCG@10", "Recall@10"):
+            values = [means.at[name, (row, metric)] for row in names]
+            cells = ["" if np.isnan(value) else f"{value:.4f}" for value in values]
+            table[f"{metric}, {name}"] = [f"{counts[name]:,}", *cells]
+    return markdown(table)
 
-    def within(low: int, high: int | None) -> np.ndarray:
-        return (times >= low) & (times <= (times.max() if high is None else high))
 
-    heads = ["by how often the target was in training"]
-    counts = ["users"]
-    for low, high in TRAINED:
-        often = "never" if high == 0 else f"{low}-{high} times" if high else f"{low} times and more"
-        heads += [f"NDCG@10, {often}", f"Recall@10, {often}"]
-        counts += [f"{within(low, high).sum():,}"] * 2
-    rows = [counts]
-    for line, of_users in kept:
-        row = [line.name]
-        for low, high in TRAINED:
-            some = within(low, high)
-            row += [f"{values[some].mean():.4f}" if some.any() else "" for values in of_users]
-        rows.append(row)
-    return table(heads, rows)
+def provenance(definition: Definition, group: list[ResultRow]) -> list[str]:
+    """Return how the rows were made: common settings, each row's seeds and own settings, devices and commits."""
+    notes: dict[str, list[str]] = {}  # note -> the rows it is true of
+    for row in group:
+        seeds = [str(run.config.seed) for run in row.runs]
+        parts = [f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"]
+        own = unusual(row.config, {"seed"}) if "model_code" in definition.varied() else {}
+        if own := {name: value for name, value in own.items() if name not in row.row.settings}:
+            parts.append(f"with {settings_text(own)}")
+        if row.row.published and (unlike := unlike_paper(row.config, row.row.published)):
+            parts.append(f"unlike the paper: {unlike}")
+        notes.setdefault("; ".join(parts), []).append(row.name)
+    environments = [environment for row in group for run in row.runs for environment in run.environments]
+    return [
+        f"- Settings: {group_settings(definition, group)}.",
+        *(f"- {'All rows' if len(notes) == 1 else '; '.join(names)}: {how}." for how, names in notes.items()),
+        f"- {where_made(environments)}.",
+        "",
+    ]
 
 
 def where_made(environments: Sequence[Mapping[str, Any]]) -> str:
-    """The devices, versions and commits of runs."""
+    """Return the devices, torch versions and commits of runs."""
     devices = dict.fromkeys(environment["device"] for environment in environments)
     versions = dict.fromkeys(f"torch {environment['versions']['torch']}" for environment in environments)
     commits = dict.fromkeys(f"`{(environment['commit'] or 'unknown')[:10]}`" for environment in environments)
     changed = " with uncommitted changes" if any(e["uncommitted_changes"] for e in environments) else ""
-    return f"{' and '.join(devices)}; {' and '.join(versions)}; commit {' and '.join(commits)}{changed}"
-
-
-def provenance(definition: Definition, group: list[Line]) -> list[str]:
-    """How every line was made."""
-    notes: dict[str, list[str]] = {}  # how -> the rows made so
-    for line in group:
-        own = unusual(line.config, {"seed"}) if "model_code" in definition.varied() else {}
-        own = {name: value for name, value in own.items() if name not in line.row.settings}
-        logs = [run.log[-1] for run in line.runs]
-        parts = [
-            f"{', '.join(f'`{run.folder.name}`' for run in line.runs)}",
-            plural(", ".join(str(log["epoch"]) for log in logs), "epoch"),
-            f"best {', '.join(str(log['best_epoch']) for log in logs)}",
-            plural(", ".join(str(round(log["seconds"] / 60)) for log in logs), "minute"),
-            where_made([environment for run in line.runs for environment in run.environments]),
-        ]
-        if own:
-            parts.append(f"with {settings_text(own)}")
-        if line.row.published and (unlike := unlike_paper(line.config, line.row.published)):
-            parts.append(f"unlike the paper: {unlike}")
-        notes.setdefault("; ".join(parts), []).append(line.name)
-    return [*(f"- {'; '.join(names)}: {how}." for how, names in notes.items()), ""]
-
-
-def plural(number: str, unit: str) -> str:
-    return f"{number} {unit}{'' if number == '1' else 's'}"
+    return f"{', '.join(devices)}; {', '.join(versions)}; commit {', '.join(commits)}{changed}"
 
 
 def unlike_paper(config: Config, published: str) -> str:
-    """What a run could not use that the paper did, in its row `published` of paper.PUBLISHED."""
+    """Return how a run's inputs and size differ from the paper's row `published` in paper.PUBLISHED."""
     parts = []
     if published == "both" and config.branch != "both":
         parts.append(f"{describe_model(config)} alone")

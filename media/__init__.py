@@ -1,1 +1,1 @@
-"""Pictures of the README, and what draws them."""
+"""Figures of the README and the report, and the code that draws the former."""

@@ -1,4 +1,4 @@
-"""The pictures of the README that are not of kept runs: what the model is, and what the demo gives."""
+"""The README's figures of the architecture, of nested weights, and of the demo."""
 
 import itertools
 from pathlib import Path
@@ -18,7 +18,7 @@ FROZEN, LEARNED, NESTED, INK = "#e3e6ea", "#fbe3c0", "#cfe6e0", "#27313b"
 
 
 def draw_architecture(path: Path) -> None:
-    """The way of an item and of a history through the model."""
+    """Draw how items and a history pass through the model."""
     figure, axes = plt.subplots(figsize=(11, 4.6), layout="constrained")
     axes.set_xlim(0, 110)
     axes.set_ylim(0, 46)
@@ -77,7 +77,7 @@ def draw_architecture(path: Path) -> None:
 
 
 def draw_nesting(path: Path) -> None:
-    """The mask of a weight: every leading square is the weight of a smaller model."""
+    """Draw the mask of a weight: every leading square is the weight of a smaller model."""
     sizes = (8, 16, 32, 64)
     figure, panels = plt.subplots(1, len(sizes), figsize=(11, 3), layout="constrained")
     parts, dim = increments(sizes), sizes[-1]
@@ -110,7 +110,7 @@ def draw_nesting(path: Path) -> None:
 
 
 def draw_demo(run: Path, path: Path) -> None:
-    """Metric against size of a demo run, from its files."""
+    """Draw metrics against size of a demo run, from its files."""
     metrics = read_json(run / EVERY_SIZE, "give the folder of a finished run")
     results = {int(size): values for size, values in metrics.items()}
     ks = tuple(sorted({int(name.partition("@")[2]) for values in results.values() for name in values}))

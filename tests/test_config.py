@@ -422,7 +422,7 @@ def test_help_does_not_wait_for_heavy_libraries(name):
         "try:\n"
         f"    runpy.{run}('{name}', run_name='__main__')\n"
         "except SystemExit as stopped:\n"
-        "    heavy = {'torch', 'transformers', 'open_clip', 'matplotlib', 'wandb'} & sys.modules.keys()\n"
+        "    heavy = {'torch', 'transformers', 'open_clip', 'matplotlib', 'wandb', 'pandas'} & sys.modules.keys()\n"
         "    sys.exit(f'{stopped.code}, imported {heavy}' if stopped.code or heavy else 0)\n"
         "sys.exit('--help went on')\n"
     )

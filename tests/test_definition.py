@@ -9,7 +9,7 @@ from config import NAMED_PRESETS, Config, ineffective_settings, resolve
 from experiments.definition import definitions, identity, read_definition, unusual
 
 
-def test_every_definition_can_be_read_and_names_what_there_is():
+def test_every_definition_can_be_read():
     found = definitions()
     assert {"table2", "table3", "sizes", "independent", "depth", "loss", "first_label", "released"} <= set(found)
     for definition in found.values():
@@ -38,27 +38,27 @@ HEAD = 'title = "T"\ntext = "t"\ndatasets = ["beauty"]\n'
         (HEAD + "[rows]\na = { lru_blocks = 2 }", r"unknown settings \['lru_blocks'\]"),
         (HEAD + '[rows]\na = { lru_num_blocks = "2" }', "lru_num_blocks '2', which is no int"),
         (HEAD + "[rows]\na = { lru_num_blocks = 0 }", "--lru_num_blocks 0 must be at least 1"),
-        (HEAD + 'compare = [["a", "c"]]\n[rows]\na = { }', r"compares \['c'\], which are none of its rows"),
+        (HEAD + 'compare = [["a", "c"]]\n[rows]\na = { }', r"compares unknown rows \['c'\]; its rows are \['a'\]"),
         (HEAD + "colour = 1\n[rows]\na = { }", "colour"),
-        (HEAD + "[rows]\na = { size = 7 }", "size 7, which is none of its sizes 8,16"),
-        (HEAD + '[rows]\na = { published = "sasrek" }', "published 'sasrek'; there are .*sasrec"),
-        (HEAD, "it has no 'rows'"),
-        ("title = ", "is no experiment"),
+        (HEAD + "[rows]\na = { size = 7 }", "size 7; its sizes are 8,16"),
+        (HEAD + '[rows]\na = { published = "sasrek" }', "published 'sasrek'; known are .*sasrec"),
+        (HEAD, "it lacks 'rows'"),
+        ("title = ", "is not a valid experiment"),
     ],
 )
-def test_a_definition_that_cannot_be_used_is_named_with_its_file(tmp_path, text, problem):
+def test_an_invalid_definition_is_named_with_its_file(tmp_path, text, problem):
     with pytest.raises(InputError, match=rf"mine\.toml.*{problem}"):
         read_definition(written(tmp_path, text))
 
 
-def test_what_is_varied_is_what_rows_differ_in(tmp_path):
+def test_varied_settings_are_those_in_which_rows_differ(tmp_path):
     rows = "[settings]\nlr = 1e-3\n[rows]\na = { seed = 1, lru_num_blocks = 1 }\nb = { seed = 1, lru_num_blocks = 2 }\n"
     definition = read_definition(written(tmp_path, HEAD + rows + "c = { seed = 1, num_epochs = 3 }"))
     assert definition.varied() == {"lru_num_blocks", "num_epochs"}
     assert [row.settings["lr"] for row in definition.rows] == [1e-3] * 3
 
 
-def test_a_schedule_and_none_differ_in_the_warm_up_too_which_one_alone_reads(tmp_path):
+def test_warm_up_varies_with_the_schedule(tmp_path):
     rows = "[settings]\nenable_lr_schedule = true\n[rows]\na = { }\nb = { enable_lr_schedule = false }\n"
     assert read_definition(written(tmp_path, HEAD + rows)).varied() == {"enable_lr_schedule", "warmup_steps"}
 
@@ -74,11 +74,11 @@ def test_a_preset_in_a_definition_stands_for_the_settings_it_names(tmp_path):
     assert not definition.fits(a, by_name) and not definition.fits(b, by_name)
 
 
-def test_models_are_each_trained_in_a_way_of_their_own():
+def test_different_models_may_differ_in_every_setting():
     assert definitions()["baselines"].varied() == set(Config.__dataclass_fields__)
 
 
-def test_a_row_that_names_nothing_beyond_the_paper_has_nothing_of_it():
+def test_a_row_fits_no_run_with_extensions_that_it_does_not_name():
     (row,) = (row for row in definitions()["depth"].rows if row.name == "2 blocks")
     beauty = {"dataset_code": "beauty"}
     assert definitions()["depth"].fits(row, resolve(beauty)[0])
@@ -89,7 +89,7 @@ def test_a_row_that_names_nothing_beyond_the_paper_has_nothing_of_it():
 # ---------------------------------------------------------------------------------------------------------- same runs
 
 
-def test_what_a_run_does_not_read_does_not_tell_it_apart():
+def test_ineffective_settings_do_not_tell_runs_apart():
     text = resolve({"use_img_encoder": False})[0]
     for name, value in {"img_encoder": "other", "device": "cpu", "val_batch_size": 3, "run_name": "x"}.items():
         assert identity(dataclasses.replace(text, **{name: value})) == identity(text)
@@ -110,7 +110,7 @@ def test_what_a_run_does_not_read_does_not_tell_it_apart():
             assert same == (name in idle), (model, name)
 
 
-def test_a_model_that_counts_reads_how_it_is_validated_and_nothing_of_training():
+def test_counting_models_ignore_the_settings_of_training():
     counting, _ = resolve({"model_code": "popularity"})
     assert "lr" in ineffective_settings(counting) and not ineffective_settings(counting) & {
         "run_name",
@@ -119,6 +119,6 @@ def test_a_model_that_counts_reads_how_it_is_validated_and_nothing_of_training()
     }
 
 
-def test_the_unusual_is_what_is_neither_default_nor_preset():
+def test_unusual_settings_differ_from_defaults_and_presets():
     beauty, _ = resolve({"dataset_code": "beauty", "lr": 0.5, "lru_dropout": 0.6, "seed": 7})
     assert unusual(beauty, {"seed"}) == {"lr": 0.5}

@@ -1,20 +1,23 @@
-"""The report: tables, comparisons and figures from kept files alone."""
+"""Kept results, and the report's tables and figures made from them."""
 
 import dataclasses
 import json
+import re
+import shutil
 import statistics
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from common.errors import InputError
 from config import ModelSettings, resolve
-from experiments import figures, lines, paper, parameters, report, tables
+from experiments import RESULTS, figures, paper, parameters, report, tables
 from experiments.definition import Definition, Row, definitions
 from experiments.figures import draw_figures
-from experiments.kept import kept_runs
 from experiments.significance import paired_bootstrap, user_metrics
+from experiments.store import keep, kept_runs
 from model import FMRLRec, count_parameters
 from trainer.metrics import ranking_metrics
 from trainer.user_ranks import save_ranks
@@ -22,43 +25,169 @@ from trainer.user_ranks import save_ranks
 USERS = 400
 
 
-def keep_run(results, name, flags, ranks=None, seed=42, data="d", times=None, masked=True):
-    """The kept files of a run, with metrics of made-up ranks {size: [U]}; masked, a user's rank is one better."""
+def write_run(folder, flags, ranks=None, *, seed=42, data="d", times=None, tested=True, masked=True, val=None,
+              commit="0123456789abc"):  # fmt: skip
+    """Write the files of a finished run, with metrics of made-up ranks {size: [U]}; masked, a rank is one better."""
     config, sources = resolve({"dataset_code": "beauty", "seed": seed, **flags})
-    folder = results / f"{config.dataset_code}-{name}"
     folder.mkdir(parents=True)
-    if ranks is None:
-        random = np.random.default_rng(seed)
-        ranks = {m: random.integers(1, 40, size=USERS).astype(float) for m in config.mrl_hidden_sizes}
+    random = np.random.default_rng(seed)
+    ranks = ranks or {m: random.integers(1, 40, size=USERS).astype(float) for m in config.mrl_hidden_sizes}
     times = np.zeros(USERS, dtype=int) if times is None else times
     (folder / "config.json").write_text(json.dumps({"settings": vars(config), "sources": sources}))
-    environment = {"device": "a CPU", "commit": "0123456789abc", "uncommitted_changes": False, "data": data,
-                   "versions": {"torch": "2.11"}, "command": ["train.py", "--x"]}  # fmt: skip
+    environment = {"device": "a CPU", "commit": commit, "uncommitted_changes": False, "data": data,
+                   "versions": {"torch": "2.11"}, "command": ["train.py", "--x"], "started": folder.name}  # fmt: skip
     (folder / "env.json").write_text(json.dumps(environment))
-    epochs = [{"epoch": e, "best_epoch": 1, "seconds": 60.0 * e, "train_seconds": 50.0} for e in (1, 2, 3)]
+    val = val or {str(m): {"NDCG@10": 0.25} for m in config.mrl_hidden_sizes}
+    epochs = [{"epoch": e, "best_epoch": 1, "seconds": 60.0 * e, "train_seconds": 50.0, "val": val if e == 1 else {}}
+              for e in sorted({1, config.num_epochs})]  # fmt: skip
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in epochs))
-    for suffix, better in (("", 0), ("_history_masked", 1))[: 1 + masked]:
+    for suffix, better in (("", 0), ("_history_masked", 1))[: tested + (tested and masked)]:
         of_sizes = {m: np.maximum(1, found - better) for m, found in ranks.items()}
         metrics = {str(m): ranking_metrics(torch.tensor(found), (5, 10, 20, 50)) for m, found in of_sizes.items()}
         (folder / f"test_mrl_metrics{suffix}.json").write_text(json.dumps(metrics))
-        (folder / f"test_metrics{suffix}.json").write_text(json.dumps(metrics[max(metrics, key=int)]))
         save_ranks(folder / f"test_ranks{suffix}.npz", of_sizes, 50, times)
     return folder
 
 
+def keep_run(results, name, flags, ranks=None, **how):
+    """Keep a run of `write_run`."""
+    run = write_run(results.parent / "runs" / name, flags, ranks, **how)
+    keep(run, results, tests=False)
+    return run
+
+
+def section(name_or_definition, results):
+    found = name_or_definition
+    return tables.section(definitions()[found] if isinstance(found, str) else found, kept_runs(results))
+
+
 def rows_of(lines):
-    """Markdown tables -> lists of cells."""
+    """Return the cells of Markdown tables."""
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
 
 
-DEPTH = {"num_epochs": 9}
+@pytest.fixture
+def results(tmp_path):
+    return tmp_path / "results"
+
+
 LANGUAGE = {"use_img_encoder": False}
+
+
+# --------------------------------------------------------------------------------------------------------------- store
+
+
+def test_every_metric_of_a_run_is_a_cell_of_one_csv(results):
+    run = keep_run(results, "a", LANGUAGE)
+    keep_run(results, "b", {"mrl_hidden_sizes": (4, 8)}, seed=1)
+    frame = pd.read_csv(results / "metrics.csv").set_index(["run", "split", "protocol", "size"])
+    for protocol, suffix in (("kept", ""), ("masked", "_history_masked")):
+        for size, metrics in json.loads((run / f"test_mrl_metrics{suffix}.json").read_text()).items():
+            found = frame.loc[("beauty-a", "test", protocol, int(size)), list(metrics)]
+            assert found.to_numpy() == pytest.approx(list(metrics.values()), abs=1e-8)
+    assert frame.loc[("beauty-b", "val", "kept", 8), "NDCG@10"] == 0.25
+
+
+def test_settings_and_environment_of_a_run_are_a_line_of_one_jsonl(results):
+    run = keep_run(results, "a", LANGUAGE)
+    (record,) = map(json.loads, (results / "runs.jsonl").read_text().splitlines())
+    assert record["settings"] == json.loads((run / "config.json").read_text())["settings"]
+    assert record["environment"] == json.loads((run / "env.json").read_text())
+    assert (record["run"], record["best_epoch"], record["seconds"]) == ("beauty-a", 1, 60.0 * record["epochs"])
+
+
+def test_ranks_are_kept_only_of_runs_that_an_experiment_compares(results):
+    keep_run(results, "compared", {})
+    keep_run(results, "not", {"distill": 0.7})
+    compared, other = kept_runs(results)
+    ranks = np.random.default_rng(42).integers(1, 40, size=USERS)
+    assert (compared.ranks()[8] == ranks).all()
+    assert (compared.ranks(masked=True)[8] == np.maximum(1, ranks - 1)).all()
+    assert other.ranks() is None and other.complete()
+
+
+def test_a_metric_that_older_runs_lack_is_a_column_of_its_own(results):
+    keep_run(results, "a", LANGUAGE)
+    run = write_run(results.parent / "new", LANGUAGE, seed=43)
+    path = run / "test_mrl_metrics.json"
+    path.write_text(json.dumps({size: m | {"Coverage@10": 0.5} for size, m in json.loads(path.read_text()).items()}))
+    keep(run, results)
+    old, new = kept_runs(results)
+    assert "Coverage@10" not in old.test and (new.test["Coverage@10"] == 0.5).all()
+
+
+def test_a_run_is_kept_again_only_if_it_has_something_new(results):
+    run = keep_run(results, "a", {}, masked=False)
+    with pytest.raises(InputError, match=r"beauty-a is kept already in .* nothing new"):
+        keep(run, results)
+    again = write_run(results.parent / "elsewhere" / "a", {})
+    shutil.copy(again / "test_mrl_metrics_history_masked.json", run)
+    shutil.copy(again / "test_ranks_history_masked.npz", run)
+    assert not kept_runs(results)[0].complete()
+    keep(run, results)
+    (kept,) = kept_runs(results)
+    assert kept.complete()
+
+
+def test_another_run_of_the_same_name_is_refused(results):
+    keep_run(results, "a", {})
+    other = write_run(results.parent / "elsewhere" / "a", {}, seed=1)
+    (other / "env.json").write_text((other / "env.json").read_text().replace('"started": "a"', '"started": "later"'))
+    with pytest.raises(InputError, match="another run is kept as beauty-a"):
+        keep(other, results)
+
+
+def test_a_run_without_its_facts_is_refused(results):
+    run = write_run(results.parent / "a", {})
+    (run / "env.json").write_text('{"command": []}')
+    with pytest.raises(InputError, match="cannot be kept: its record lacks 'commit' in its environment"):
+        keep(run, results)
+
+
+def test_an_unfinished_run_is_refused(results):
+    run = write_run(results.parent / "a", {"num_epochs": 2})
+    (run / "log.jsonl").write_text((run / "log.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(InputError, match=r"is not finished \(epoch 1 of 2\); train.py --resume"):
+        keep(run, results)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "problem"),
+    [
+        ("runs.jsonl", '{"run": "beauty-b"', '{"run "beauty-b"', r"runs.jsonl:2 is no JSON"),
+        ("runs.jsonl", "beauty-b", "beauty-a", r"runs.jsonl:2 repeats run beauty-a"),
+        ("runs.jsonl", "beauty-b", "beauty-c", r"runs.jsonl:2: .*metrics.csv has no line of run beauty-c"),
+        ("runs.jsonl", '"epochs"', '"epoch"', r"runs.jsonl:1 lacks 'epochs'"),
+        ("runs.jsonl", '"lr":', '"rate":', r"runs.jsonl:1 \(run beauty-a\): .*unknown settings \['rate'\]"),
+        ("metrics.csv", "beauty-a,beauty,test,kept,8,0.", "beauty-a,beauty,test,kept,8,o.", r"metrics.csv:2 .*metric"),
+        ("metrics.csv", "test,kept,8,", "test,kept,8.5,", r"metrics.csv:2 has a size"),
+        ("metrics.csv", "beauty,val", "beauty,valid", r"metrics.csv:\d+ has a split other than val and test"),
+        ("metrics.csv", "kept,16,", "kept,8,", r"metrics.csv:3 repeats another line"),
+        ("ranks/beauty.npz", None, None, r"ranks/beauty.npz cannot be read"),
+        ("metrics.csv", "kept,8,", "kept,8,,", r"metrics.csv:2 has more cells than the header"),
+        ("metrics.csv", "masked,8,", "masked,8,,", r"metrics.csv cannot be read .* line 4"),
+    ],
+)
+def test_a_damaged_line_is_named(results, name, old, new, problem):
+    keep_run(results, "a", {"mrl_hidden_sizes": (8, 16)})
+    keep_run(results, "b", {"mrl_hidden_sizes": (8, 16), "lru_num_blocks": 1})
+    text = (results / name).read_text() if old else ""
+    assert not old or old in text
+    (results / name).write_text(text.replace(old, new) if old else "")
+    with pytest.raises(InputError, match=problem):
+        [run.ranks() for run in kept_runs(results)]
+
+
+def test_the_results_of_this_repository_can_be_read():
+    runs = kept_runs(RESULTS)
+    assert len({run.name for run in runs}) == len(runs) > 90
+    assert all(run.test.index.tolist() == list(run.config.mrl_hidden_sizes) for run in runs if run.tested)
 
 
 # -------------------------------------------------------------------------------------------------------- significance
 
 
-@pytest.mark.parametrize("name", ["Recall@10", "NDCG@10", "MRR@5", "NDCG@50"])
+@pytest.mark.parametrize("name", ["Recall@10", "NDCG@50", "MRR@5"])
 def test_the_metrics_of_users_average_to_those_of_the_test(name):
     ranks = np.random.default_rng(0).integers(2, 120, size=1000) / 2
     expected = ranking_metrics(torch.tensor(ranks), (5, 10, 50))[name]
@@ -85,18 +214,11 @@ def test_a_difference_of_every_user_is_certain_and_none_is_not():
     assert paired_bootstrap(values, values) == (0, 0, 0, 1)
 
 
-def test_how_many_draws_are_held_at_once_changes_nothing(monkeypatch):
+def test_the_number_of_draws_in_memory_changes_nothing(monkeypatch):
     a, b = np.random.default_rng(5).random((2, 100))
     expected = paired_bootstrap(a, b, draws=1000)
     monkeypatch.setattr("experiments.significance.AT_ONCE", 7)
     assert paired_bootstrap(a, b, draws=1000) == expected
-
-
-def test_pairs_show_what_two_means_hide():
-    ranks = np.random.default_rng(3).random(2000)
-    a, b = ranks + 0.01 * (np.arange(2000) % 3 != 0), ranks
-    assert paired_bootstrap(a, b).p < 0.001
-    assert paired_bootstrap(a, np.random.default_rng(4).permutation(b)).p > 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -113,7 +235,7 @@ def test_figure_4_comes_out_to_the_digit():
     assert [largest for largest, *_ in parameters.figure4()] == list(paper.SAVED) == [128, 256, 512, 1024, 2048]
 
 
-@pytest.mark.parametrize("sizes", [(8,), (8, 16, 32), (4, 12, 20)])
+@pytest.mark.parametrize("sizes", [(8,), (4, 12, 20)])
 def test_what_models_here_hold_is_what_is_counted(sizes):
     model = FMRLRec(3, torch.zeros(3, parameters.FEATURES), ModelSettings(mrl_hidden_sizes=sizes))
     projection = sum(p.numel() for p in model.items.parameters())
@@ -127,135 +249,109 @@ def test_what_models_here_hold_is_what_is_counted(sizes):
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_seeds_are_averaged_and_held_against_the_published_value(tmp_path):
+def test_seeds_are_averaged_beside_the_published_value(results):
     for seed in (1, 2, 3):
-        keep_run(tmp_path, f"s{seed}", LANGUAGE, seed=seed)
-    keep_run(tmp_path, "s2-again", LANGUAGE, seed=2)  # in nothing different: counts once
-    heads, row = rows_of(tables.section(definitions()["table3"], kept_runs(tmp_path)))[:3:2]
-    values = [run.metrics()[1024]["NDCG@10"] for run in kept_runs(tmp_path) if "again" not in run.folder.name]
+        keep_run(results, f"s{seed}", LANGUAGE, seed=seed)
+    keep_run(results, "s2-again", LANGUAGE, seed=2)  # the same settings and seed: counts once
+    heads, row = rows_of(section("table3", results))[:3:2]
+    values = [run.test.at[1024, "NDCG@10"] for run in kept_runs(results) if "again" not in run.name]
     assert heads[8:11] == ["NDCG@10", "published", "difference"]
     assert row[:2] == ["language", "3"]
     mean = statistics.mean(values)
     assert row[8:11] == [f"{mean:.4f} ± {statistics.stdev(values):.4f}", "0.0449", f"{mean / 0.0449 - 1:+.1%}"]
 
 
-def test_only_runs_that_differ_in_what_is_varied_alone_stand_in_one_table(tmp_path):
+def test_a_table_has_runs_that_differ_only_in_what_the_experiment_varies(results):
     for name, flags in {
         "one": {"lru_num_blocks": 1},
         "two": {},
         "one-slow": {"lru_num_blocks": 1, "lr": 1e-3},
         "two-slow": {"lr": 1e-3},
-        "two-long": {"num_epochs": 7},  # nothing to compare with
+        "two-long": {"num_epochs": 7},  # has no partner
         "sports": {"dataset_code": "sports"},
-        "sum": {"mrl_loss": "sum"},
     }.items():
-        keep_run(tmp_path, name, flags)
-    section = tables.section(definitions()["depth"], kept_runs(tmp_path))
-    assert [line for line in section if line.startswith("### ")] == [
-        "### beauty: the dataset's settings",
-        "### beauty: lr 0.001",
+        keep_run(results, name, flags)
+    lines = section("depth", results)
+    assert [line for line in lines if line.startswith("### ")] == [
+        "### depth on beauty, lr default",
+        "### depth on beauty, lr 0.001",
     ]
-    assert [row[0] for row in rows_of(section)].count("2 blocks") == 2 * 2
+    assert [line for line in lines if line.startswith("- Settings")] == [
+        "- Settings: the dataset's presets.",
+        "- Settings: lr 0.001.",
+    ]
+    assert [row[0] for row in rows_of(lines)].count("2 blocks") == 2 * 2
 
 
-def test_a_table_of_the_published_shows_its_rows_alone_and_others_wait_for_their_partner(tmp_path):
-    keep_run(tmp_path, "a", LANGUAGE)
-    assert any("language" in row[0] for row in rows_of(tables.section(definitions()["table3"], kept_runs(tmp_path))))
+def test_no_two_headings_of_the_report_are_equal():
+    headings = re.findall(r"^#+ .*", report.OUT.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(headings) == len(set(headings)) > 20
+
+
+def test_headings_of_runs_on_other_versions_of_the_data_differ(results):
+    for data in ("first", "second"):
+        for blocks in (1, 2):
+            keep_run(results, f"{data}-{blocks}", {"lru_num_blocks": blocks}, data=data)
+    headings = [line for line in section("depth", results) if line.startswith("### ")]
+    assert headings == ["### depth on beauty, data first", "### depth on beauty, data second"]
+
+
+def test_a_row_without_its_partner_is_shown_only_beside_published_values(results):
+    keep_run(results, "a", LANGUAGE)
+    assert any("language" in row[0] for row in rows_of(section("table3", results)))
     for name in ("depth", "independent", "loss"):
-        assert tables.section(definitions()[name], kept_runs(tmp_path)) == []
+        assert section(name, results) == []
 
 
-def test_a_nested_size_is_compared_with_the_model_trained_alone_and_the_rest_is_left_out(tmp_path):
+def test_a_nested_size_is_compared_with_the_model_trained_alone(results):
     better, worse = np.full(USERS, 3.0), np.full(USERS, 9.0)
-    nested = dict.fromkeys(resolve({})[0].mrl_hidden_sizes, better)
-    keep_run(tmp_path, "nested", {}, nested)
-    keep_run(tmp_path, "alone", {"mrl_hidden_sizes": (64,)}, {64: worse})
-    rows = rows_of(tables.section(definitions()["independent"], kept_runs(tmp_path)))
-    assert {row[0] for row in rows if "64" in row[0]} >= {"nested, 64", "alone, 64", "nested, 64 - alone, 64"}
-    assert not any("128" in row[0] for row in rows)
-    (row,) = [row for row in rows if row[0] == "nested, 64 - alone, 64" and row[1] == "NDCG@10"]
+    keep_run(results, "nested", {}, dict.fromkeys(resolve({})[0].mrl_hidden_sizes, better))
+    keep_run(results, "alone", {"mrl_hidden_sizes": (64,)}, {64: worse})
+    rows = rows_of(section("independent", results))
+    assert [row[0] for row in rows[2:4]] == ["nested, 64", "alone, 64"]
     expected = 1 / np.log2(4) - 1 / np.log2(10)
-    assert row[2].startswith(f"{expected:+.4f} (")
-    assert row[4] == "0.0002"
+    (row,) = (row for row in rows if row[0] == "nested, 64 - alone, 64" and row[1] == "NDCG@10")
+    assert row[2].startswith(f"{expected:+.4f}") and row[3] == f"{expected:+.4f} .. {expected:+.4f}"
 
 
-def test_seeds_on_other_data_are_no_seeds_of_the_same_row(tmp_path):
-    keep_run(tmp_path, "one", {})
-    keep_run(
-        tmp_path, "two", {}, {m: np.ones(USERS - 1) for m in resolve({})[0].mrl_hidden_sizes}, seed=2, data="other"
-    )
-    found = lines.lines(definitions()["table2"], "beauty", kept_runs(tmp_path))
-    assert [len(line.runs) for line in found] == [1, 1]
-    assert len(lines.comparable(definitions()["table2"], found)) == 2
-
-
-def test_a_row_says_which_seeds_it_has_no_value_of_and_names_every_commit(tmp_path):
-    keep_run(tmp_path, "one", LANGUAGE)
-    two = keep_run(tmp_path, "two", LANGUAGE, seed=43, masked=False)
-    environment = json.loads((two / "env.json").read_text())
-    (two / "env.json").write_text(json.dumps(environment | {"commit": "fedcba98765"}))
-    text = "\n".join(tables.section(definitions()["table3"], kept_runs(tmp_path)))
+def test_a_row_says_how_many_of_its_seeds_have_a_metric_and_lists_every_commit(results):
+    keep_run(results, "one", LANGUAGE)
+    keep_run(results, "two", LANGUAGE, seed=43, masked=False, commit="fedcba98765")
+    text = "\n".join(section("table3", results))
     assert text.count("(1 of them)") == 2
-    assert "commit `0123456789` and `fedcba9876`" in text
+    assert "commit `0123456789`, `fedcba9876`" in text
 
 
-def test_rows_of_one_name_are_numbered_and_a_branch_that_is_missing_is_said(tmp_path):
-    keep_run(tmp_path, "one", LANGUAGE)
-    keep_run(tmp_path, "two", LANGUAGE | {"lr": 0.5})
-    text = "\n".join(tables.section(definitions()["baselines"], kept_runs(tmp_path)))
-    assert "### beauty: every model with settings of its own" in text
-    assert "- fMRLRec (1): `beauty-one`" in text
-    assert "- fMRLRec (2): `beauty-two`" in text
-    assert "| fMRLRec (2) |" in text
-    assert text.count("unlike the paper: items by text alone") == 2
+def test_rows_of_one_name_are_numbered_and_described(results):
+    keep_run(results, "one", LANGUAGE)
+    keep_run(results, "two", LANGUAGE | {"lr": 0.5, "language_encoder": "small"})
+    lines = section("baselines", results)
+    assert "### baselines on beauty" in lines
+    assert {"fMRLRec (1)", "fMRLRec (2)"} <= {row[0] for row in rows_of(lines)}
+    assert (
+        "- fMRLRec (2): seed 42; with language_encoder small, use_img_encoder False, lr 0.5; unlike the paper: items "
+        "by text alone, language_encoder small instead of BAAI/bge-large-en-v1.5."
+    ) in lines
 
 
-def test_users_ranks_are_not_used_beyond_the_cutoff_they_were_kept_to(tmp_path):
-    for name, flags in {"one": {"lru_num_blocks": 1}, "two": {}}.items():
-        folder = keep_run(tmp_path, name, flags, masked=False)
-        metrics = json.loads((folder / "test_mrl_metrics.json").read_text())
-        less = {size: {key: v for key, v in of.items() if key.endswith("@5")} for size, of in metrics.items()}
-        (folder / "test_mrl_metrics.json").write_text(json.dumps(less))
-    assert "paired bootstrap" not in "\n".join(tables.section(definitions()["depth"], kept_runs(tmp_path)))
-
-
-def test_a_seed_without_ranks_leaves_the_row_out_of_the_table_by_popularity(tmp_path):
-    keep_run(tmp_path, "one", {"model_code": "sasrec"})
-    (keep_run(tmp_path, "two", {"model_code": "sasrec"}, seed=2) / "test_ranks.npz").unlink()
-    assert "times in training" not in "\n".join(tables.section(definitions()["baselines"], kept_runs(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("log.jsonl", "", "log.jsonl is missing or empty"),
-        ("env.json", "{}", "env.json lacks 'command'"),
-        ("test_ranks.npz", "", "test_ranks.npz cannot be read"),
-    ],
-)
-def test_damaged_files_of_a_kept_run_are_named(tmp_path, name, content, problem):
-    folder = keep_run(tmp_path, "one", {"model_code": "sasrec"})
-    (folder / name).write_text(content)
-    with pytest.raises(InputError, match=problem):
-        report.report(tmp_path)
-
-
-def test_runs_on_other_data_or_without_ranks_are_not_compared_by_users(tmp_path):
-    keep_run(tmp_path, "one", {"lru_num_blocks": 1}, data="other")
-    two = keep_run(tmp_path, "two", {})
-    assert "paired bootstrap" not in "\n".join(tables.section(definitions()["depth"], kept_runs(tmp_path)))
-    keep_run(tmp_path, "one-same", {"lru_num_blocks": 1, "seed": 1})
-    for path in two.glob("*.npz"):
+def test_runs_on_other_data_or_without_ranks_are_not_compared_by_users(results):
+    keep_run(results, "one", {"lru_num_blocks": 1}, data="other")
+    keep_run(results, "two", {})
+    assert section("depth", results) == []
+    run = write_run(results.parent / "same", {"lru_num_blocks": 1})
+    for path in run.glob("*.npz"):
         path.unlink()
-    assert "paired bootstrap" not in "\n".join(tables.section(definitions()["depth"], kept_runs(tmp_path)))
+    keep(run, results)
+    lines = section("depth", results)
+    assert lines and "paired bootstrap" not in "\n".join(lines)
 
 
-def test_users_are_told_apart_by_how_often_their_item_was_trained_on(tmp_path):
+def test_users_are_binned_by_how_often_their_target_was_trained_on(results):
     times = np.array([0, 1, 5, 6, 20, 21, 1000, 3])
     ranks = np.array([1.0, 2, 3, 4, 5, 6, 7, 99])
-    keep_run(tmp_path, "a", {"model_code": "sasrec"}, {64: ranks}, times=times)
-    keep_run(tmp_path, "b", {"model_code": "sasrec", "num_negatives": 256}, {64: ranks}, times=times)
-    rows = rows_of(tables.section(definitions()["baselines"], kept_runs(tmp_path)))
+    keep_run(results, "a", {"model_code": "sasrec"}, {64: ranks}, times=times)
+    keep_run(results, "b", {"model_code": "sasrec", "num_negatives": 256}, {64: ranks}, times=times)
+    rows = rows_of(section("baselines", results))
     assert ["users", *"11332222"] in rows
     heads = next(row for row in rows if row[0] == "by how often the target was in training")
     assert heads[1::2] == [f"NDCG@10, {times}" for times in ("never", "1-5 times", "6-20 times", "21 times and more")]
@@ -267,134 +363,123 @@ def test_users_are_told_apart_by_how_often_their_item_was_trained_on(tmp_path):
     assert found[2::2] == ["1.0000", f"{2 / 3:.4f}", "1.0000", "1.0000"]
 
 
-def test_every_size_stands_beside_the_papers_figure(tmp_path):
-    keep_run(tmp_path, "a", LANGUAGE)
-    rows = rows_of(tables.section(definitions()["sizes"], kept_runs(tmp_path)))
+def test_every_size_stands_beside_the_papers_figure(results):
+    keep_run(results, "a", LANGUAGE)
+    rows = rows_of(section("sizes", results))
     assert [row[1] for row in rows[2:]] == [str(m) for m in (8, 16, 32, 64, 128, 256, 512, 1024)]
     assert [row[-3] for row in rows[2:4]] == ["0.0150", "0.0180"]
 
 
-def test_a_run_without_the_test_of_the_masked_history_is_reported_without_it(tmp_path):
-    keep_run(tmp_path, "one", {"lru_num_blocks": 1}, masked=False)
-    keep_run(tmp_path, "two", {}, masked=False)
-    assert "masked" not in "\n".join(tables.section(definitions()["depth"], kept_runs(tmp_path)))
-    assert "| 1024 |" in report.report(tmp_path)
+def test_without_a_masked_test_there_is_no_masked_table(results):
+    keep_run(results, "one", {"lru_num_blocks": 1}, masked=False)
+    keep_run(results, "two", {}, masked=False)
+    assert "masked" not in "\n".join(section("depth", results))
 
 
-def test_how_a_row_was_made_and_what_it_could_not_use_stands_below(tmp_path):
-    keep_run(tmp_path, "a", LANGUAGE | {"language_encoder": "small"})
-    text = "\n".join(tables.section(definitions()["table3"], kept_runs(tmp_path)))
-    assert "- language: `beauty-a`; 3 epochs; best 1; 3 minutes; a CPU; torch 2.11; commit `0123456789`" in text
-    assert "unlike the paper: language_encoder small instead of BAAI/bge-large-en-v1.5." in text
+WHITENING = Definition("mine", "T", "t", ("beauty",),
+                       (Row("off", {"whiten_features": False}), Row("on", {"whiten_features": True})))  # fmt: skip
 
 
-def test_a_definition_without_runs_has_no_section(tmp_path):
-    mine = Definition("mine", "T", "t", ("beauty",), (Row("a", {"lr": 0.5}),))
-    keep_run(tmp_path, "a", {})
-    assert tables.section(mine, kept_runs(tmp_path)) == []
-    assert dataclasses.replace(mine, rows=()).varied() == set()
+def test_sizes_side_by_side_are_those_of_the_masked_test(results):
+    mine = dataclasses.replace(WHITENING, compare=(("on", "off"),), by_size=True)
+    for name, flags in (("a", {}), ("b", {"whiten_features": True})):
+        keep_run(results, name, {"mrl_hidden_sizes": (8, 16), **flags})
+    table = rows_of(section(mine, results))
+    heads = ["NDCG@10 by size, history masked", "seeds", "8", "16", "Recall@10, largest, history masked", "s an epoch"]
+    assert table[0] == heads
+    for row, run in zip(table[2:4], kept_runs(results), strict=True):
+        expected = [run.test.at[size, metric] for size, metric in
+                    ((8, "NDCG@10 masked"), (16, "NDCG@10 masked"), (16, "Recall@10 masked"))]  # fmt: skip
+        assert row[2:5] == [f"{value:.4f}" for value in expected]
+    assert [row[0] for row in table[2:4]] == ["off", "on"]
+
+
+def test_an_experiment_on_validation_shows_validation_only(results):
+    mine = dataclasses.replace(WHITENING, validation=True)
+    for name, flags, value in (("a", {}, 0.25), ("b", {"whiten_features": True}, 0.5), ("c", {"lr": 0.5}, 0.75)):
+        val = {str(m): {"NDCG@10": value * m / 16, "Recall@10": value} for m in (8, 16)}
+        keep_run(results, name, {"mrl_hidden_sizes": (8, 16), **flags}, val=val, tested=False)
+    assert rows_of(section(mine, results)) == [
+        ["validation NDCG@10 by size", "seeds", "8", "16", "Recall@10, largest", "s an epoch"],
+        ["---", "---:", "---:", "---:", "---:", "---:"],
+        ["off", "1", "0.1250", "0.2500", "0.2500", "60"],
+        ["on", "1", "0.2500", "0.5000", "0.5000", "60"],
+    ]
+    assert section(dataclasses.replace(mine, validation=False), results) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def test_figures_are_drawn_of_what_was_run(tmp_path):
-    keep_run(tmp_path / "kept", "a", LANGUAGE)
-    keep_run(tmp_path / "kept", "alone", LANGUAGE | {"mrl_hidden_sizes": (64,)})
-    keep_run(tmp_path / "kept", "tiny", {"dataset_code": "tiny", "mrl_hidden_sizes": (4, 8)})
-    made = draw_figures(kept_runs(tmp_path / "kept"), tmp_path / "media")
+def test_a_figure_is_drawn_for_every_dataset_with_runs(results, tmp_path):
+    keep_run(results, "a", LANGUAGE)
+    without = write_run(tmp_path / "b", LANGUAGE | {"num_epochs": 7})  # other cut-offs: no curve
+    path = without / "test_mrl_metrics.json"
+    less = {m: {k: v for k, v in of.items() if "@10" not in k} for m, of in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(less))
+    keep(without, results)
+    keep_run(results, "alone", LANGUAGE | {"mrl_hidden_sizes": (64,)})
+    keep_run(results, "tiny", {"dataset_code": "tiny", "mrl_hidden_sizes": (4, 8)})
+    made = draw_figures(kept_runs(results), tmp_path / "media")
     assert [path.name for path in made] == ["parameters_saved.png", "sizes-beauty.png"]
     for path in made:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
 
 
-SHORT = {"train_batch_size": 128, "lr": 2e-3, "precision": "bf16", "num_epochs": 12, "early_stopping_patience": 3}
-PLUS = {"precision": "bf16", "preset": "plus"}
-
-
-def test_plus_is_drawn_beside_the_faithful_model_and_models_of_one_size(tmp_path, monkeypatch):
-    small = LANGUAGE | {"mrl_hidden_sizes": (8, 16, 32, 64, 128, 256)}
+def test_plus_is_drawn_beside_the_faithful_model_and_one_size_models(results, tmp_path, monkeypatch):
+    small = LANGUAGE | {"mrl_hidden_sizes": (8, 16, 32, 64, 128, 256), "precision": "bf16"}
+    short = {"train_batch_size": 128, "lr": 2e-3, "num_epochs": 12, "early_stopping_patience": 3}
     sampled = {"num_negatives": 1024, "lru_dropout": 0.6, "lru_attn_dropout": 0.6}
-    keep_run(tmp_path / "kept", "faithful", small | SHORT | sampled)
-    keep_run(tmp_path / "kept", "plus", small | PLUS)
-    keep_run(tmp_path / "kept", "alone", small | PLUS | {"mrl_hidden_sizes": (64,)})
-    keep_run(tmp_path / "kept", "sasrec", {"model_code": "sasrec"}, seed=5)
-    keep_run(tmp_path / "kept", "lrurec", {"model_code": "lrurec"}, seed=6)
+    keep_run(results, "faithful", small | short | sampled)
+    keep_run(results, "plus", small | {"preset": "plus"})
+    keep_run(results, "alone", small | {"preset": "plus", "mrl_hidden_sizes": (64,)})
+    keep_run(results, "sasrec", {"model_code": "sasrec"}, seed=5)
     drawn = []
     true_draw = figures.draw_plus
     monkeypatch.setattr(figures, "draw_plus", lambda *given: (drawn.append(given), true_draw(*given)))
-    made = draw_figures(kept_runs(tmp_path / "kept"), tmp_path / "media")
+    runs = kept_runs(results)
+    made = draw_figures(runs, tmp_path / "media")
     assert [path.name for path in made] == ["parameters_saved.png", "plus-beauty.png"]
-    assert made[-1].read_bytes().startswith(b"\x89PNG")
     ((dataset, curves, separate, levels, _),) = drawn
     assert dataset == "beauty"
-    assert sorted((line.row.name, line.size) for line in curves) == [
-        ("faithful, sampled softmax", 256),
-        ("plus", 256),
-    ]
-    assert [line.size for line in separate] == [64]
-    runs = {run.folder.name: run for run in kept_runs(tmp_path / "kept")}
-    assert levels["SASRec, 64"]["Recall@10"] == runs["beauty-sasrec"].metrics()[64]["Recall@10"]
-    assert levels["LRURec, 64"]["NDCG@10 masked"] == runs["beauty-lrurec"].metrics(masked=True)[64]["NDCG@10"]
+    assert [(row.row.name, row.size) for row in curves] == [("faithful, sampled softmax", 256), ("plus", 256)]
+    assert [row.size for row in separate] == [64]
+    sasrec = {run.name: run for run in runs}["beauty-sasrec"].test
+    assert levels["SASRec, 64"] == {name: sasrec.at[64, name] for name in ("Recall@10", "NDCG@10 masked")}
     assert levels["BSARec, published"] == paper.PUBLISHED["bsarec"]["beauty"]
-    text = "\n".join(tables.section(definitions()["plus"], kept_runs(tmp_path / "kept")))
+    text = "\n".join(section("plus", results))
     assert "](../media/plus-beauty.png)" in text and "| plus - faithful, sampled softmax | NDCG@10 |" in text
 
 
-def test_sizes_side_by_side_are_those_of_the_test_with_the_history_masked(tmp_path):
-    rows = (Row("off", {"whiten_features": False}), Row("on", {"whiten_features": True}))
-    mine = Definition("mine", "T", "t", ("beauty",), rows, compare=(("on", "off"),), by_size=True)
-    for name, flags in (("a", {}), ("b", {"whiten_features": True})):
-        keep_run(tmp_path, name, {"mrl_hidden_sizes": (8, 16), **flags})
-    runs = kept_runs(tmp_path)
-    table = rows_of(tables.section(mine, runs))
-    heads = ["NDCG@10 by size, history masked", "seeds", "8", "16", "Recall@10, largest, history masked", "s an epoch"]
-    assert table[0] == heads
-    for row, run in zip(table[2:4], runs, strict=True):
-        of_sizes = run.metrics(masked=True)
-        expected = [of_sizes[8]["NDCG@10"], of_sizes[16]["NDCG@10"], of_sizes[16]["Recall@10"]]
-        assert row[2:5] == [f"{value:.4f}" for value in expected]
-    assert [row[0] for row in table[2:4]] == ["off", "on"]
+def test_a_deployment_card_is_drawn_and_shown(results, tmp_path):
+    row = {"size": 8, "engine": "torch", "quantize": "none", "bytes": 2_000_000, "resident_mb": 500.0, "load_s": 1.0,
+           "p50_ms": 1.0, "p95_ms": 2.0, "step_p50_ms": 0.5, "batch256_p50_ms": 30.0, "batch256_p95_ms": 40.0,
+           "Recall@10": 0.2, "NDCG@10": 0.1, "same_top10": 1.0, "add_10000_s": None}  # fmt: skip
+    onnx = row | {"engine": "onnx", "quantize": "int8", "NDCG@10": 0.099, "same_top10": 0.5, "same_top10_as_torch": 1}
+    card = {"dataset": "tiny", "users": 9, "large_catalogue": None, "rows": [row, onnx],
+            "environment": {"device": "one core", "commit": None,
+                            "versions": {"torch": "2", "onnxruntime": "1"}}}  # fmt: skip
+    run = write_run(tmp_path / "a", {"dataset_code": "tiny", "mrl_hidden_sizes": (8,)})
+    (run / "deploy.json").write_text(json.dumps(card))
+    keep(run, results)
+    runs = kept_runs(results)
+    text = report.report(runs)
+    start = "| 8 | onnx | int8 | 2.00 | 500 | 1.00 | 1.00 | 2.00 | 0.50 | 30 | 40 | 0.2000 | 0.0990 |"
+    assert f"{start} 1.00% | 50.00% | 100.00% |" in text
+    assert "](../media/deploy-tiny.png)" in text
+    assert draw_figures(runs, tmp_path)[-1].name == "deploy-tiny.png"
 
 
-def test_a_run_whose_cut_offs_lack_10_leaves_its_curve_out(tmp_path):
-    keep_run(tmp_path / "results", "a", LANGUAGE)
-    other = keep_run(tmp_path / "results", "b", LANGUAGE | {"num_epochs": 7})
-    path = other / "test_mrl_metrics.json"
-    without = {m: {k: v for k, v in of.items() if "@10" not in k} for m, of in json.loads(path.read_text()).items()}
-    path.write_text(json.dumps(without))
-    assert tmp_path / "sizes-beauty.png" in draw_figures(kept_runs(tmp_path / "results"), tmp_path)
-
-
-def test_the_report_of_other_results_does_not_replace_the_repositorys(tmp_path, capsys):
-    keep_run(tmp_path / "results", "a", LANGUAGE)
+def test_the_report_of_other_results_does_not_replace_the_repositorys(results, tmp_path):
+    run = write_run(tmp_path / "a", LANGUAGE)
     before = report.OUT.read_bytes()
     with pytest.raises(InputError, match=r"would replace the report of .*; give --out and --media"):
-        report.main(["--results", str(tmp_path / "results")])
+        report.main(["--keep", str(run), "--results", str(results)])
     assert report.OUT.read_bytes() == before
     out = tmp_path / "RESULTS.md"
-    report.main(["--results", str(tmp_path / "results"), "--out", str(out), "--media", str(tmp_path / "media")])
+    elsewhere = ["--results", str(results), "--out", str(out), "--media", str(tmp_path / "media")]
+    with pytest.raises(InputError, match="has no kept runs; --keep RUN adds one"):
+        report.main(elsewhere)
+    report.main(["--keep", str(run), *elsewhere])
     assert out.read_text().startswith("# Results")
-
-
-def test_what_settings_are_chosen_by_is_validation_alone(tmp_path):
-    rows = (Row("off", {"whiten_features": False}), Row("on", {"whiten_features": True}))
-    mine = Definition("mine", "T", "t", ("beauty",), rows, validation=True)
-    for name, flags, value in (("a", {}, 0.25), ("b", {"whiten_features": True}, 0.5), ("c", {"lr": 0.5}, 0.75)):
-        folder = keep_run(tmp_path, name, {"mrl_hidden_sizes": (8, 16), **flags})
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        for record in log:  # the best epoch is the first of three
-            record["val"] = {str(m): {"NDCG@10": value * m / 16 / record["epoch"], "Recall@10": value} for m in (8, 16)}
-        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
-        for path in folder.glob("test_*"):
-            path.unlink()
-    lines = tables.section(mine, kept_runs(tmp_path))
-    assert rows_of(lines) == [
-        ["validation NDCG@10 by size", "seeds", "8", "16", "Recall@10, largest", "s an epoch"],
-        ["---", "---:", "---:", "---:", "---:", "---:"],
-        ["off", "1", "0.1250", "0.2500", "0.2500", "60"],
-        ["on", "1", "0.2500", "0.5000", "0.5000", "60"],
-    ]
-    assert tables.section(dataclasses.replace(mine, validation=False), kept_runs(tmp_path)) == []
-    assert "beauty-c" not in report.report(tmp_path)

@@ -34,7 +34,11 @@ def setting(
     always.
     """
     limits = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
-    metadata = {"help": help, "choices": choices, "limits": {k: v for k, v in limits.items() if v is not None}}
+    metadata: dict[str, Any] = {
+        "help": help,
+        "choices": choices,
+        "limits": {k: v for k, v in limits.items() if v is not None},
+    }
     metadata |= {"numbers": isinstance(default, tuple) and default != () and isinstance(default[0], int)}
     metadata |= {
         "folder_name": folder_name,
@@ -110,7 +114,7 @@ def check_types(settings: type[Settings], values: dict[str, Any], where: str) ->
 
     where: the file, for messages. Raises InputError that names the file and the unknown or wrongly typed setting.
     """
-    known = {f.name: f.default for f in fields(settings)}
+    known: dict[str, Any] = {f.name: f.default for f in fields(settings)}
     if unknown := sorted(set(values) - set(known)):
         raise InputError(f"{where} has unknown settings {unknown}: it was made by another version")
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from common import processes
 from common.errors import InputError
@@ -154,7 +153,11 @@ def encode_all(encoder: Encoder, read: Callable, items: Sequence[Any], rows: lis
 
 
 def progress(batches: Iterable[Any], count: int) -> Iterable[Any]:
-    """The batches, with a bar on rank 0 of how many were taken."""
+    """Show a progress bar over the batches on rank 0, if tqdm is installed (serving does without)."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return batches
     return tqdm(batches, "encoding", count, unit="batch", disable=True if processes.rank() else None)
 
 

@@ -3,9 +3,8 @@
 The cache is one array per dataset and encoder below <cache_root>/<dataset>/, with a JSON file beside it
 (datasets/features/cache.py). Its name and that file carry a key of all that the features depend on: the encoder, its
 weights and precision, the text template or preprocessing, and the ordered items with their texts or pictures. A
-changed input is another key; a damaged file is noticed by its checksum and made again. Encoding that was cut off goes on
-where it was,
-and under torchrun each rank takes a share. N items, F feature width.
+changed input is another key; a damaged file is noticed by its checksum and made again. Encoding that was cut off goes
+on where it was, and under torchrun each rank takes a share. N items, F feature width.
 """
 
 import hashlib

@@ -177,6 +177,7 @@ def model_card(config: dict[str, Any]) -> str:
         "float16": "with the item table in float16",
         "int8": "with the item table and the blocks' matrices in int8",
     }
+    commit = f" (commit `{config['commit']}`)" if config.get("commit") else ""
     usage = _usage("In a clone of the repository", "python -m serving.recommend", "serving")
     if GRAPHS[0] in config["files"]:
         usage += _usage("Installed (`pip install .` in a clone), without torch", "fmrlrec-recommend", "fmrlrec")
@@ -187,8 +188,7 @@ A sequential recommender (fMRLRec, Findings of EMNLP 2024) with {config["size"]}
 
 - Item features: {encoders or "none, the item table is learned"}. Stored {stored[config["quantize"]]}.
 - Test metrics at this size in float32, full ranking, history kept: {", ".join(named) or "not tested"}.
-- `config.json` records the settings{f" (commit `{config['commit']}`)" if config.get("commit") else ""} and the checksums
-  of the other files.
+- `config.json` records how it was made{commit} and the checksums of the files.
 {usage}"""
 
 

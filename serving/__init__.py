@@ -5,9 +5,10 @@
 
 from typing import Any
 
+from common.errors import InputError
 from serving.recommender import Recommender
 
-__all__ = ["Recommender", "__version__"]
+__all__ = ["InputError", "Recommender", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

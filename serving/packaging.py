@@ -2,7 +2,7 @@
 
 In a clone the runtime imports the rooms common/ and datasets/ by these names. Installed, such names would shadow other
 packages (Hugging Face's library is called datasets, too). So the build copies every module that the runtime imports
-into fmrlrec/ and renames the imports. pyproject.toml names this class; setuptools calls it.
+into fmrlrec/ and renames the imports. pyproject.toml names the classes; setuptools calls them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,11 +29,10 @@ class BuildRuntime(build_py):
 
     def run(self) -> None:
         """Write fmrlrec/ into the build folder."""
-        if self.editable_mode:
-            raise SetupError("pip install -e is not supported; use `import serving` in the clone, or pip install .")
         shutil.rmtree(Path(self.build_lib, "fmrlrec"), ignore_errors=True)  # a module may have moved since
         for name, source in runtime_modules().items():
-            target = Path(self.build_lib, *renamed(name).split("."))
+            renamed = re.sub(r"^\w+", lambda room: RENAMED[room[0]], name)
+            target = Path(self.build_lib, *renamed.split("."))
             target = target / "__init__.py" if source.name == "__init__.py" else target.with_suffix(".py")
             target.parent.mkdir(parents=True, exist_ok=True)
             text = IMPORT.sub(lambda found: found[1] + RENAMED[found[2]], source.read_text(encoding="utf-8"))
@@ -41,6 +41,13 @@ class BuildRuntime(build_py):
     def get_source_files(self) -> list[str]:
         """Return the files that a source distribution needs."""
         return [str(path.relative_to(ROOT)) for path in (*runtime_modules().values(), Path(__file__).resolve())]
+
+
+class RefuseEditable(editable_wheel):
+    """Stops `pip install -e`, which would install serving/ without renamed imports."""
+
+    def run(self) -> None:
+        raise SetupError("pip install -e is not supported; use `import serving` in the clone, or pip install .")
 
 
 def runtime_modules() -> dict[str, Path]:
@@ -67,9 +74,3 @@ def imported_names(source: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
-
-
-def renamed(module: str) -> str:
-    """Return a module's name in the package."""
-    room, dot, rest = module.partition(".")
-    return f"{RENAMED[room]}{dot}{rest}"

@@ -204,8 +204,8 @@ class Recommender:
             features = embed_records(records, self.config["features"], language=language_encoder, image=img_encoder)
         except ImportError as error:
             raise InputError(
-                f"an encoder of this model needs a package that is not installed ({error}): pip install "
-                f"'fmrlrec[encoders]' (or [pictures], if the encoder is pixel); in a clone: -r requirements.txt"
+                f"an encoder of this model needs a package that is not installed ({error}); in a clone run pip install "
+                f"-r requirements.txt, or pip install '.[encoders]' for the package ('.[pictures]' for pixel alone)"
             ) from error
         if not self.config["features"]["image"] and any(isinstance(r.get("picture"), str | Path) for r in records):
             warnings.warn("this model was trained on texts alone: the pictures are not used", stacklevel=2)

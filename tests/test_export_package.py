@@ -33,7 +33,7 @@ recommender.add_items(["NEW1", "NEW2"], features)
 [answer] = recommender.recommend([[3, "NEW1"]], top_k=22, exclude_history=False)
 try:
     fmrlrec.Recommender.from_pretrained(folder, "torch")
-except fmrlrec.recommender.InputError as error:
+except fmrlrec.InputError as error:
     refused = str(error)
 print(json.dumps([fmrlrec.__version__, answer.ids, answer.scores, features.tolist(), refused]))
 """

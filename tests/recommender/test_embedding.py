@@ -91,7 +91,7 @@ def test_a_value_that_is_no_list_of_dicts_is_refused(r, products, problem):
 
 def test_a_missing_package_is_named_with_what_to_install(shop, r, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(InputError, match=r"needs a package that is not installed \(.*PIL.*pip install 'fmrlrec\[enc"):
+    with pytest.raises(InputError, match=r"needs a package that is not installed \(.*PIL.*pip install '.\[encoders\]'"):
         r.embed_items(shop.records)
 
 

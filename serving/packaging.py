@@ -68,8 +68,10 @@ def runtime_modules() -> dict[str, Path]:
 
 
 def imported_names(source: Path) -> Iterator[str]:
-    """Yield the modules that a file imports; of `from a import b`, a and a.b, since b may be a module."""
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+    """Yield the modules that a file imports when it runs; of `from a import b`, a and a.b, since b may be a module."""
+    nodes = list(ast.walk(ast.parse(source.read_text(encoding="utf-8"))))
+    for_types = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for node in set(nodes).difference(*map(ast.walk, for_types)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:

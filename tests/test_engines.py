@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from common.errors import InputError
-from model.lru import LRU
 from serving import torch_engine
 from serving.engines import OnnxEngine, Table, open_engine
 from serving.folder import read_folder
@@ -99,32 +98,6 @@ def test_the_models_steps_end_where_encoding_the_history_does(shape):
     for t in range(length):
         z, hidden = model.step(table[items[:, t]], hidden)
         assert_close(z.detach(), expected[:, t].detach(), tolerance=1e-10)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_steps_of_the_lru_are_its_recurrence(bias):
-    torch.manual_seed(0)
-    layer = LRU((3, 8), bias, *NEAR_1)
-    with torch.no_grad():
-        for parameter in (layer.B_re, layer.B_im, layer.C_re, layer.C_im):
-            parameter.uniform_(-1, 1)
-    x = torch.randn(4, 50, 8)
-    expected = layer(x.flatten(0, 1), torch.arange(50).repeat(4), 50).view(4, 50, 8)
-    h = torch.zeros(4, 2, 8)
-    for t in range(50):
-        y, h = layer.step(x[:, t], h)
-        assert_close(y.detach(), expected[:, t].detach())
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_an_engines_steps_end_where_its_encoding_does(exported, name):
-    _, max_len, export = exported
-    engine = open_engine(export, name, threads=1)
-    table, history = engine.table(export), histories_of([max_len] * 3, max_len)
-    hidden = np.zeros((3, export.config["num_blocks"], 2, export.config["size"]), dtype=np.float32)
-    for t in range(max_len):
-        z, hidden = engine.step(history[:, t], hidden, table)
-    assert_close(by_item(engine.rank(z, table, *all_items(table))), ranking(engine, export, history))
 
 
 def test_both_engines_make_the_same_step_from_any_state(exported):
@@ -243,23 +216,6 @@ def test_the_torch_engine_dequantizes_int8(one):
 # spread. The largest score is 2 to 4 times the spread: rms 2 %, and the worst of a few thousand scores 4 times as much,
 # relative to the largest score. The weights alone are half of one product's part: 0.5 % and 2 %.
 BOUNDS = {"onnx": (0.02, 0.08), "torch": (0.005, 0.02)}  # (rms, largest) error / largest score
-
-
-@pytest.mark.parametrize("num_blocks", [1, 3])
-@pytest.mark.parametrize("name", ENGINES)
-def test_int8_scores_are_close_to_float32_scores(tmp_path, name, num_blocks):
-    model = random_model((8, 16, 32), num_blocks, num_items=100, ring=NEAR_1)
-    history = histories_of(range(51), 50, num_items=100)
-    exact, rounded = (
-        ranking(engine, export, history)
-        for kind, engine_name in (("none", "torch"), ("int8", name))
-        for export in [read_folder(write_export(tmp_path / kind, model, max_len=50, quantize=kind))]
-        for engine in [open_engine(export, engine_name, threads=1)]
-    )
-    error = (rounded - exact) / np.abs(exact).max()
-    rms, largest = BOUNDS[name]
-    assert 0 < np.sqrt((error**2).mean()) <= rms
-    assert np.abs(error).max() <= largest
 
 
 def test_an_int8_step_is_close_to_a_float32_step(one):

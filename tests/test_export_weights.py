@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from model import slice_model
 from serving.convert import model_from, serving_weights
 from serving.quantize import dequantize, quantize
 from serving.weights import expected_shapes, float_weight
@@ -39,21 +38,6 @@ def assert_close(found, expected):
 
 
 # ------------------------------------------------------------------------------------------------------------ float32
-
-
-@pytest.mark.parametrize(("sizes", "blocks", "options"), MODELS)
-@torch.inference_mode()
-def test_converted_back_the_weights_are_the_same_model_at_every_size(sizes, blocks, options):
-    model = model_of(sizes, blocks, **options)
-    for size in sizes:
-        small = slice_model(model, size)
-        served = model_from(serving_weights(small, quantized=False), small.sizes, blocks)
-        tokens, position, longest = histories()
-        x = small.items(tokens)
-        assert_close(served.encode(x, position, longest), small.encode(x, position, longest))
-        hidden, x = torch.randn(4, blocks, 2, size), small.items(torch.tensor([0, 3, 7, NUM_ITEMS]))
-        for found, expected in zip(served.step(x, hidden), small.step(x, hidden), strict=True):
-            assert_close(found, expected)
 
 
 def layer_norm(x, sizes, weight, bias):

@@ -37,12 +37,6 @@ def test_answers_come_in_the_order_of_the_histories(r):
     assert r.recommend([]) == []
 
 
-def test_histories_may_be_iterators_tuples_or_arrays(r):
-    expected = r.recommend([[1, 2], [3]])
-    for histories in (iter([(1, 2), (3,)]), (np.array(h) for h in ([1, 2], [3]))):
-        assert r.recommend(histories) == expected
-
-
 def test_the_engines_give_the_same_answers(shop, kind):
     histories = [[3, 17, 3], [], [9, 1, 4, 20, 2], [5]]
     answers = [shop.open(engine, kind).recommend(histories, top_k=N, exclude_history=False) for engine in ENGINES]

@@ -131,21 +131,14 @@ def test_a_model_may_be_saved_over_the_folder_it_came_from(shop, replaced):
 # -------------------------------------------------------------------------------------------------------------- light
 
 
-def test_serving_an_onnx_export_imports_neither_torch_nor_other_packages_of_the_training(shop, tmp_path):
+def test_serving_an_onnx_export_imports_nothing_of_the_training(shop):
+    """tests/test_export_package.py does the rest without torch."""
     serve = (
-        "import sys; import numpy as np\n"
-        "from serving import Recommender\n"
-        "r = Recommender.from_pretrained(sys.argv[1])\n"
-        "state = r.step(r.start(), 3)\n"
-        "a, b = r.recommend([[3], state], top_k=3)\n"
-        "assert a.ids == b.ids, (a, b)\n"
-        "r.add_items(['NEW'], np.ones((1, 1264)))\n"
-        "assert 'NEW' in r.recommend([[]], top_k=21)[0].ids\n"
-        "r.save_pretrained(sys.argv[2])\n"
+        "import sys, serving\n"
+        "serving.Recommender.from_pretrained(sys.argv[1]).recommend([[3]])\n"
         "heavy = ('torch', 'transformers', 'pandas', 'onnx', 'PIL', 'config', 'model', 'datasets', 'trainer')\n"
-        "print(*a.ids, *(name for name in heavy if name in sys.modules))"
+        "sys.exit(str([name for name in heavy if name in sys.modules] or ''))"
     )
-    command = [sys.executable, "-c", serve, str(shop.export("float16")), str(tmp_path / "saved")]
+    command = [sys.executable, "-c", serve, str(shop.export("float16"))]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == shop.open("onnx", "float16").recommend([[3]], top_k=3)[0].ids
+    assert done.stderr.strip() == ""

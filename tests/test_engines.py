@@ -100,14 +100,15 @@ def test_the_models_steps_end_where_encoding_the_history_does(shape):
         assert_close(z.detach(), expected[:, t].detach(), tolerance=1e-10)
 
 
-def test_both_engines_make_the_same_step_from_any_state(exported):
-    _, _, export = exported
-    item = np.array([0, 3, NUM_ITEMS, 3])
-    shape = (4, export.config["num_blocks"], 2, export.config["size"])
-    hidden = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    (z, after), (onnx_z, onnx_after) = (e.step(item, hidden.copy(), e.table(export)) for e in open_both(export))
-    assert_close(onnx_z, z)
-    assert_close(onnx_after, after)
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engines_steps_end_where_its_encoding_does(exported, name):
+    _, max_len, export = exported
+    engine = open_engine(export, name, threads=1)
+    table, history = engine.table(export), histories_of([max_len] * 3, max_len)
+    hidden = np.zeros((3, export.config["num_blocks"], 2, export.config["size"]), dtype=np.float32)
+    for t in range(max_len):
+        z, hidden = engine.step(history[:, t], hidden, table)
+    assert_close(by_item(engine.rank(z, table, *all_items(table))), ranking(engine, export, history))
 
 
 # ----------------------------------------------------------------------------------- the engines, and the model itself
@@ -218,15 +219,21 @@ def test_the_torch_engine_dequantizes_int8(one):
 BOUNDS = {"onnx": (0.02, 0.08), "torch": (0.005, 0.02)}  # (rms, largest) error / largest score
 
 
-def test_an_int8_step_is_close_to_a_float32_step(one):
-    item = np.array([3, 0, 7])
-    hidden = np.random.default_rng(0).normal(size=(3, 2, 2, 32)).astype(np.float32)
-    (z, after), (z8, after8) = (
-        engine.step(item, hidden, engine.table(export))
-        for export, engine in ((one["none"], TorchEngine(one["none"])), (one["int8"], OnnxEngine(one["int8"], 1)))
+@pytest.mark.parametrize("num_blocks", [1, 3])
+@pytest.mark.parametrize("name", ENGINES)
+def test_int8_scores_are_close_to_float32_scores(tmp_path, name, num_blocks):
+    model = random_model((8, 16, 32), num_blocks, num_items=100, ring=NEAR_1)
+    history = histories_of(range(51), 50, num_items=100)
+    exact, rounded = (
+        ranking(engine, export, history)
+        for kind, engine_name in (("none", "torch"), ("int8", name))
+        for export in [read_folder(write_export(tmp_path / kind, model, max_len=50, quantize=kind))]
+        for engine in [open_engine(export, engine_name, threads=1)]
     )
-    assert_close(z8, z, 0.05)
-    assert_close(after8, after, 0.05)
+    error = (rounded - exact) / np.abs(exact).max()
+    rms, largest = BOUNDS[name]
+    assert 0 < np.sqrt((error**2).mean()) <= rms
+    assert np.abs(error).max() <= largest
 
 
 @pytest.mark.parametrize("kind", ["none", "int8"])

@@ -41,14 +41,6 @@ def test_a_model_with_added_items_is_the_same_after_saving_and_opening(shop, eng
         np.testing.assert_array_equal(stored, r._table.rows())
 
 
-def test_a_float16_export_is_saved_in_float16(shop, engine, tmp_path):
-    r = shop.open(engine, "float16")
-    r.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved/items.safetensors").read_bytes() == (
-        shop.export("float16") / "items.safetensors"
-    ).read_bytes()
-
-
 def test_saving_replaces_a_folder_only_with_overwrite(shop, r, tmp_path):
     r.save_pretrained(tmp_path / "saved")
     with pytest.raises(InputError, match="exists; pass --overwrite"):

@@ -1,37 +1,34 @@
-"""What runs a served model: torch or onnxruntime; neither knows of users or item ids. Both compute the same, but for
-exports in eight bits: onnxruntime multiplies in eight bits, torch in float32.
+"""Engines run an export's model on NumPy arrays; they know neither users nor item ids.
 
-An engine's methods take and return numpy arrays. `Table` holds the catalogue as the engine reads it.
-
-    recommend(history [B, L], table, bias, k)   -> scores [B, k], items [B, k]
+    recommend(history [B, L], table, bias, k)      -> scores [B, k], items [B, k]
     step(item [B], hidden [B, blocks, 2, m], table) -> z [B, m], hidden
-    rank(z [B, m], table, bias, k)              -> scores [B, k], items [B, k]
+    rank(z [B, m], table, bias, k)                 -> scores [B, k], items [B, k]
 
-history: item numbers, oldest first, zeros in front; zeros alone: empty. bias [1 or B, N+1]: 0 for candidates, -inf for
-the rest. B users, L steps, N items, m the size.
+history: item numbers, oldest first, left-padded with 0; all zeros: an empty history. bias [1 or B, N+1]: 0 for
+candidates, -inf for all other items and for row 0. B users, L steps, N items, m the size.
+
+The engines agree up to rounding. With int8, onnxruntime multiplies integers and torch multiplies dequantized float32.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from common.errors import InputError
-from serving.folder import GRAPHS, Export
-from serving.quantize import dequantize, quantize
+from serving.folder import GRAPHS, HINT, Export
+from serving.quantize import quantize
 from serving.weights import MATRICES
 
-if TYPE_CHECKING:
-    import torch
-
 ENGINES = ("torch", "onnx")
-RANKED = 1 << 16  # items whose scores the torch engine holds at once, per user
 
 
 class Table:
-    """The item table in memory: [N+1, m] float32, or [m, N+1] int8 with a scale per item, which is what an integer
-    product reads fastest."""
+    """The item table in memory: float32 [N+1, m], or int8 [m, N+1] with a scale per item.
+
+    int8 is stored transposed because onnxruntime's integer product reads it fastest that way.
+    """
 
     def __init__(self, table: np.ndarray, scale: np.ndarray | None) -> None:
         """table: [N+1, m], int8 with `scale` [N+1] or float32 without."""
@@ -42,15 +39,15 @@ class Table:
         return self.values.shape[0 if self.scale is None else 1]
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """As the graphs of serving/graphs.py name them."""
+        """Return the table as inputs of the graphs (serving/graphs.py)."""
         return {"table": self.values} if self.scale is None else {"table": self.values, "table_scale": self.scale}
 
     def rows(self) -> np.ndarray:
-        """[N+1, m] as an export stores it."""
+        """Return [N+1, m], the layout of an export."""
         return self.values if self.scale is None else self.values.T
 
     def extended(self, embeddings: np.ndarray) -> Table:
-        """This table and then `embeddings` [n, m] float32, stored as the others are."""
+        """Return a new table with the rows `embeddings` [n, m] float32 appended in the same storage."""
         if self.scale is None:
             return Table(np.concatenate([self.values, embeddings]), None)
         more, more_scale = quantize(embeddings, axis=1)
@@ -58,7 +55,7 @@ class Table:
 
 
 class Engine(Protocol):
-    """What the Recommender asks of an engine."""
+    """What the Recommender calls; see the top of this file for the shapes."""
 
     def table(self, export: Export) -> Table: ...
     def recommend(
@@ -69,41 +66,61 @@ class Engine(Protocol):
 
 
 def open_engine(export: Export, name: str | None, threads: int) -> Engine:
-    """The engine of this name; None: onnxruntime where the export has graphs, else torch. threads: of onnxruntime, 0
-    for one a core; torch's are the process's. Raises InputError where the engine cannot be had."""
+    """Return the engine of this name; None: onnx if the export has graphs, else torch.
+
+    threads: of onnxruntime, 0: one per core. torch uses the process's threads.
+    Raises InputError if the engine is unknown, lacks a package, or the export has no valid graphs.
+    """
     name = name or ("onnx" if export.has_graphs else "torch")
     if name not in ENGINES:
-        raise InputError(f"engine {name!r} is unknown; take one of {', '.join(ENGINES)}")
-    if name == "onnx" and not export.has_graphs:
-        raise InputError(f"{export.folder} has no ONNX graphs; export it with --format onnx, or take the torch engine")
-    package = {"torch": "torch", "onnx": "onnxruntime"}[name]
+        raise InputError(f"engine {name!r} is unknown; use one of {', '.join(ENGINES)}")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+        raise InputError(f"threads {threads!r} must be a whole number, 0 for one per core")
+    if name == "onnx":
+        return OnnxEngine(export, threads)
     try:
-        return TorchEngine(export) if name == "torch" else OnnxEngine(export, threads)
+        from serving.torch_engine import TorchEngine
     except ImportError as error:
-        raise InputError(f"the {name} engine needs {package}: pip install {package}") from error
+        raise InputError(
+            f"the torch engine needs torch and a clone of the repository ({error}); the onnx engine needs neither: "
+            f"export with --format onnx"
+        ) from error
+    return TorchEngine(export)
 
 
 class OnnxEngine:
     """onnxruntime on the CPU."""
 
     def __init__(self, export: Export, threads: int) -> None:
-        import onnxruntime
+        if not export.has_graphs:
+            raise InputError(f"{export.folder} has no ONNX graphs; export it with --format onnx, or use engine torch")
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise InputError(f"the onnx engine needs onnxruntime ({error}): pip install onnxruntime") from error
 
-        # The weights that were read and checked, not the file as it may be by now; both graphs share them.
+        # Share the weights that were read and checked between both graphs; the file may change later.
         names = [name for name in export.weights if any(f".{matrix}" in name for matrix in MATRICES)]
         weights = [onnxruntime.OrtValue.ortvalue_from_numpy(export.weights[name]) for name in names]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
 
-        def opened(graph: str) -> onnxruntime.InferenceSession:
+        def load(graph: str) -> onnxruntime.InferenceSession:
             path = str(export.folder / graph)
-            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            try:
+                return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime's exceptions share no base class
+                reason = str(error).strip().splitlines()[0]
+                raise InputError(
+                    f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__} ({reason}); update onnxruntime, "
+                    f"or {HINT}"
+                ) from error
 
-        # All at once: a folder that is replaced later must not lend its graphs to this table.
+        # Load all graphs now: if the folder is replaced later, its graphs must not be used with this table.
         recommend, step, rank = GRAPHS
-        self._rank = opened(rank)
+        self._rank = load(rank)
         options.add_external_initializers(names, weights)
-        self._recommend, self._step = opened(recommend), opened(step)
+        self._recommend, self._step = load(recommend), load(step)
 
     def table(self, export: Export) -> Table:
         return Table(export.table, export.scale)
@@ -120,65 +137,3 @@ class OnnxEngine:
 
 def _k(k: int) -> np.ndarray:
     return np.array([k], dtype=np.int64)
-
-
-class TorchEngine:
-    """The model of model/fmrlrec.py itself, in float32 on the CPU."""
-
-    def __init__(self, export: Export) -> None:
-        from serving.weights import model_from
-
-        self.model = model_from(export.weights, tuple(export.config["sizes"]), export.config["num_blocks"])
-
-    def table(self, export: Export) -> Table:
-        """In float32, also of an export in eight bits."""
-        return Table(export.table if export.scale is None else dequantize(export.table, export.scale, axis=1), None)
-
-    def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        import torch
-
-        live = history > 0
-        live[:, -1] = True  # an empty history is token 0 alone
-        lengths = live.sum(axis=1)
-        position = (np.arange(history.shape[1]) - (history.shape[1] - lengths)[:, None])[live]
-        x, last = table.values[history[live]], np.cumsum(lengths) - 1
-        with torch.inference_mode():
-            z = self.model.encode(
-                torch.from_numpy(x), torch.from_numpy(position), int(lengths.max()), torch.from_numpy(last)
-            )
-        return self.rank(z.numpy(), table, bias, k)
-
-    def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
-        import torch
-
-        with torch.inference_mode():
-            z, after = self.model.step(*map(torch.from_numpy, (table.values[item], hidden)))
-        return z.numpy(), after.numpy()
-
-    def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Exact, by chunks of the catalogue, of which the best k are carried on."""
-        import torch
-
-        with torch.inference_mode():
-            scores, items = torch.empty(len(z), 0), torch.empty(len(z), 0, dtype=torch.long)
-            for start in range(0, len(table), RANKED):
-                part = slice(start, start + RANKED)
-                chunk = torch.from_numpy(z) @ torch.from_numpy(table.values[part]).T + torch.from_numpy(bias[:, part])
-                best = _best(chunk, k)
-                scores = torch.cat([scores, chunk.gather(1, best)], dim=1)
-                items = torch.cat([items, best + start], dim=1)
-                best = _best(scores, k)
-                scores, items = scores.gather(1, best), items.gather(1, best)
-        return scores.numpy(), items.numpy()
-
-
-def _best(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Where the k largest of each row are, [B, min(k, columns)], largest first, the first of equal ones first."""
-    import torch
-
-    least = scores.topk(min(k, scores.shape[1])).values[:, -1:]
-    rows = []
-    for row, low in zip(scores, least, strict=True):  # topk alone would take any of those that equal the k-th
-        at = (row >= low).nonzero()[:, 0]
-        rows.append(at[row[at].argsort(descending=True, stable=True)[:k]])
-    return torch.stack(rows)

@@ -1,8 +1,8 @@
-"""Export sizes of a trained run as folders that serve recommendations.
+"""Export sizes of a trained run, each as a folder that serves recommendations.
 
-python -m serving.export --dataset_code demo --size 64 --out exports/demo-64     # of the newest run on it
+python -m serving.export --dataset_code demo --size 64 --out exports/demo-64     # the newest run on demo
 python -m serving.export --run experiments/runs/beauty/... --size all --format onnx --quantize int8
-python -m serving.export --max_bytes 4MB --max_latency_ms 1      # the best size that fits, by the run's deploy.json
+python -m serving.export --max_bytes 4MB --max_latency_ms 1      # the best size that fits, from the run's deploy.json
 """
 
 from __future__ import annotations
@@ -30,51 +30,51 @@ FORMATS = ("torch", "onnx")
 
 
 def arguments_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
-    parser.add_argument("--size", metavar="N,N|all", help="the trained sizes to export (default: the largest)")
+    parser.add_argument("--size", metavar="N,N|all", help="trained sizes to export (default: the largest)")
     parser.add_argument(
         "--max_bytes",
         metavar="BYTES",
-        help="instead: the size with the best test NDCG@10 whose folder has at most so many (2MB)",
+        help="instead of --size: export the size with the best test NDCG@10 among folders of at most BYTES, e.g. 2MB",
     )
     parser.add_argument(
         "--max_latency_ms",
         type=float,
         metavar="MS",
-        help="the same among those that answer one user within so many ms, by benchmarks.deploy",
+        help="the same among sizes that answer one user within MS, as benchmarks.deploy measured",
     )
     parser.add_argument(
-        "--format", choices=FORMATS, default="torch", help="onnx adds graphs that need no torch to run (default: torch)"
+        "--format", choices=FORMATS, default="torch", help="onnx adds graphs, which run without torch (default: torch)"
     )
     parser.add_argument(
         "--quantize",
         choices=TABLES,
         default="float16",
-        help="how numbers are stored: none: all float32; float16: the item table in half precision (default); "
-        "int8: item table and the blocks' matrices in eight bits",
+        help="none: all float32; float16: the item table in half precision (default); int8: item table and the "
+        "blocks' matrices in int8",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where; of several sizes the folder that theirs are made in "
+        "--out", type=Path, metavar="FOLDER", help="output folder; with several sizes the parent of their folders "
         "(default: exports/<dataset>-<size>)",
     )  # fmt: skip
-    add_switch(parser, "overwrite", "replace an export that is there already (default: refuse)")
+    add_switch(parser, "overwrite", "replace an existing export (default: refuse)")
     return parser
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which run."""
+    """Add the flags that choose the run."""
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run (default: the newest)")
     parser.add_argument("--dataset_code", metavar="NAME", help="the newest run on this dataset")
-    parser.add_argument("--data_root", metavar="FOLDER", help="where the dataset lies now (default: as in training)")
+    parser.add_argument("--data_root", metavar="FOLDER", help="where the dataset is now (default: as in training)")
     parser.add_argument(
         "--runs_root", default=Config.runs_root, metavar="FOLDER", help="where runs are (default: %(default)s)"
     )
 
 
 def asked_run(arguments: argparse.Namespace) -> Path:
-    """The run that the flags ask for. Raises InputError where there is none, and for that of a baseline."""
+    """Return the run that the flags choose. Raises InputError if there is none or it is a baseline's."""
     from trainer.find_run import find_trained, with_runtime_flags
     from trainer.runs import read_config
 
@@ -82,13 +82,13 @@ def asked_run(arguments: argparse.Namespace) -> Path:
     run = find_trained(arguments.run, Path(arguments.runs_root), flags | {"model_code": "fmrlrec"})
     trained, _ = read_config(run)
     if trained.model_code != "fmrlrec":
-        raise InputError(f"{run} is a run of {trained.model_code}, which is not served; give one of fmrlrec")
-    with_runtime_flags(trained, flags, run)  # raises where the run is of another dataset
+        raise InputError(f"{run} is a run of {trained.model_code}; only runs of fmrlrec can be exported")
+    with_runtime_flags(trained, flags, run)  # raises if the run is of another dataset
     return run
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """Export, and return the folders."""
+    """Export; return the folders."""
     arguments = arguments_parser().parse_args(argv)
     from trainer.runs import describe_run, read_config
 
@@ -117,14 +117,14 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
 
 def target(arguments: argparse.Namespace, dataset: str, size: int, how_many: int) -> Path:
-    """The folder of one size."""
+    """Return the output folder of one size."""
     if arguments.out and how_many == 1:
         return arguments.out
     return (arguments.out or Path("exports")) / f"{dataset}-{size}"
 
 
 def chosen_sizes(arguments: argparse.Namespace, trained: tuple[int, ...]) -> list[int]:
-    """The sizes that --size, or --max_bytes and --max_latency_ms, ask for. Raises InputError where there is none."""
+    """Return the sizes for --size, or for --max_bytes and --max_latency_ms. Raises InputError if there are none."""
     if arguments.max_bytes is None and arguments.max_latency_ms is None:
         return named_sizes(str(trained[-1]) if arguments.size is None else arguments.size, trained)
     if arguments.size is not None:
@@ -133,20 +133,20 @@ def chosen_sizes(arguments: argparse.Namespace, trained: tuple[int, ...]) -> lis
 
 
 def named_sizes(text: str, trained: tuple[int, ...]) -> list[int]:
-    """The sizes of "64", "8,64" or "all". Raises InputError for one that was not trained."""
+    """Parse "64", "8,64" or "all". Raises InputError for a size that was not trained."""
     if text == "all":
         return list(trained)
     sizes = [part.strip() for part in text.split(",")]
     for size in sizes:
         if size not in map(str, trained):
             raise InputError(
-                f"--size {size or repr(size)} was not trained; the run has {format_value(trained)}, or all"
+                f"--size {size or repr(size)} was not trained; use sizes of {format_value(trained)}, or all"
             )
     return list(dict.fromkeys(map(int, sizes)))
 
 
 def best_size(arguments: argparse.Namespace) -> int:
-    """The size of highest NDCG@10 within the limits, by what benchmarks/deploy.py measured of the run."""
+    """Return the size with the best NDCG@10 within the limits, as benchmarks/deploy.py measured."""
     from trainer.runs import DEPLOYMENT
     from trainer.runs import WEIGHTS as RUN_WEIGHTS
 
@@ -154,11 +154,11 @@ def best_size(arguments: argparse.Namespace) -> int:
     measured = read_json(path, measure)
     try:
         if measured["weights"] != sha256(arguments.run / RUN_WEIGHTS):
-            raise InputError(f"{path} is of other weights than the run has now; {measure}")
+            raise InputError(f"{path} was measured on other weights than the run has now; {measure}")
         columns = ("engine", "quantize", "size", "bytes", "p50_ms", "NDCG@10")
         rows = [tuple(row[column] for column in columns) for row in measured["rows"]]
     except (KeyError, TypeError):
-        raise InputError(f"{path} is not what benchmarks.deploy writes; {measure}") from None
+        raise InputError(f"{path} was not written by benchmarks.deploy; {measure}") from None
     max_bytes = parse_bytes(arguments.max_bytes) if arguments.max_bytes is not None else float("inf")
     max_ms = arguments.max_latency_ms if arguments.max_latency_ms is not None else float("inf")
     fitting = [row for row in rows if row[3] <= max_bytes and row[4] <= max_ms]
@@ -174,7 +174,7 @@ def best_size(arguments: argparse.Namespace) -> int:
         smallest = min(row for row in rows if row[:2] == (arguments.format, arguments.quantize))
         raise InputError(
             f"no size fits as --format {arguments.format} --quantize {arguments.quantize}; size {smallest[2]} has "
-            f"{smallest[3]:,} bytes and {smallest[4]:.2f} ms; what fits: {other or 'nothing else either'}"
+            f"{smallest[3]:,} bytes and {smallest[4]:.2f} ms; variants that fit: {other or 'none'}"
         )
     _, _, size, bytes_, milliseconds, ndcg = max(asked, key=lambda row: row[5])
     print(f"size {size}: {bytes_ / 1e6:.2f} MB, {milliseconds:.2f} ms, NDCG@10 {ndcg:.4f}")
@@ -182,7 +182,7 @@ def best_size(arguments: argparse.Namespace) -> int:
 
 
 def parse_bytes(text: str) -> float:
-    """ "2MB", "500 kB" or "1000000" in bytes."""
+    """Parse "2MB", "500 kB" or "1000000" as bytes."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kmg]?)b?\s*", text, re.IGNORECASE)
     if not match:
         raise InputError(f"--max_bytes {text!r} must be a number of bytes such as 2MB, 500kB or 1000000")
@@ -201,16 +201,18 @@ def export_size(
     quantize: str = "float16",
     overwrite: bool = False,
 ) -> None:
-    """Write one size of a run's model as an export. Raises InputError where weights are not finite or the table does
-    not fit into float16, and as serving/folder.py does."""
+    """Write one size of a run's model as an export.
+
+    Raises InputError if weights are not finite, the table overflows float16, or the folder cannot be written.
+    """
     import torch
 
     from datasets.text import flat_text
     from model import slice_model
+    from serving.convert import serving_weights
     from serving.folder import ITEMS, WEIGHTS, pack_items, pack_weights, write_folder
     from serving.items import make_items
     from serving.quantize import quantize as to_int8
-    from serving.weights import serving_weights
 
     small = slice_model(model, size)
     with torch.inference_mode():
@@ -218,12 +220,12 @@ def export_size(
     weights = serving_weights(small, quantized=False)
     for name, value in {"the item table": table, **weights}.items():
         if not np.isfinite(value).all():
-            raise InputError(f"{name} of {run} is not finite, so it is not exported; train it again")
+            raise InputError(f"{name} of {run} is not finite and cannot be exported; train it again")
     if quantize == "int8":
         (table, scale), weights = to_int8(table, axis=1), serving_weights(small, quantized=True)
     elif quantize == "float16":
         if abs(table).max() > np.finfo(np.float16).max:
-            raise InputError("the item table has values beyond float16's 65504; export it with --quantize none")
+            raise InputError("the item table exceeds float16's 65504; export it with --quantize none")
         table = table.astype(np.float16)
     packed = pack_weights(weights)
     items = make_items(catalog.asins, [flat_text(record.get("title")) for record in catalog.metadata])
@@ -232,13 +234,13 @@ def export_size(
         try:
             from serving.graphs import build_graphs
         except ImportError as error:
-            raise InputError("--format onnx needs the package onnx: pip install onnx") from error
+            raise InputError(f"--format onnx needs the package onnx ({error}): pip install onnx") from error
         files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
     write_folder(folder, description(small, config, catalog, run) | {"quantize": quantize}, files, overwrite)
 
 
 def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:
-    """What config.json says of a sliced model, its files aside."""
+    """Return the content of config.json for a sliced model, except its files."""
     from datasets.features.description import describe_features
     from trainer.runs import EVERY_SIZE, commit
 
@@ -256,7 +258,7 @@ def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> 
         "features": describe_features(config, [part.shape[1] for part in model.items.features]) | widths,
         "run": run.resolve().name,
         "commit": commit(),
-        "metrics": read_json(metrics, "python eval.py --run ... makes it").get(str(size)) if metrics.exists() else None,
+        "metrics": read_json(metrics, "eval.py --run ... writes it").get(str(size)) if metrics.exists() else None,
     }
 
 

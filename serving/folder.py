@@ -1,17 +1,17 @@
-"""An exported model's folder: one size, ready to serve. Nothing in it is pickled.
+"""Write and read an export: the folder of one model size, ready to serve. Nothing in it is pickled.
 
-README.md             what it is, for people
+README.md             model card
 config.json           size, architecture, dataset, encoders, metrics; checksums of the files below
-model.safetensors     the weights as serving/weights.py lists them
-items.safetensors     table   [N+1, m]  the projected item table, float32, float16 or int8; row 0 begins a sequence
-                      scale   [N+1]     of int8 rows
-                      ids     [N, W]    item ids in UTF-8, filled up with zeros
-                      titles  [bytes]   all titles in UTF-8, one after another
-                      title_ends [N]    where each ends
+model.safetensors     the weights listed in serving/weights.py
+items.safetensors     table   [N+1, m]  item table, float32, float16 or int8; row 0 begins a sequence
+                      scale   [N+1]     scale of each row, int8 only
+                      ids     [N, W]    item ids in UTF-8, padded with zeros
+                      titles  [bytes]   all titles in UTF-8, concatenated
+                      title_ends [N]    end of each title
 *.onnx                optional: recommend, step and rank (serving/graphs.py)
 
-N items, m the size, W bytes of the longest id. A folder is written beside its place and renamed, so that it is whole or
-as it was before; for the moment between two renames the former one bears the name that `_former` gives.
+N items, m the size, W bytes of the longest id. A folder is written under a temporary name and renamed, so it is never
+half written. While an export is replaced, the old one is briefly called `_former(folder)`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
 
 from common.errors import InputError
 from common.files import cannot_write, read_json, sha256
@@ -38,23 +41,27 @@ from serving.weights import expected_shapes
 FORMAT, VERSION = "fmrlrec-export", 1
 CONFIG, WEIGHTS, ITEMS, CARD = "config.json", "model.safetensors", "items.safetensors", "README.md"
 GRAPHS = ("recommend.onnx", "step.onnx", "rank.onnx")
-STORED = {"none": ("F32", np.float32), "float16": ("F16", np.float16), "int8": ("I8", np.int8)}  # of the item table
+STORED = {
+    "none": ("F32", np.float32),
+    "float16": ("F16", np.float16),
+    "int8": ("I8", np.int8),
+}  # the table's dtype
 KEYS = {"size", "sizes", "num_blocks", "max_len", "num_items", "dataset", "features", "quantize", "files"}
 HINT = "export the model again: python -m serving.export"
-CHUNK = 1 << 16  # rows of a table that are converted at once
-ABANDONED = 3600  # seconds after which a temporary folder is taken for that of a killed export
+CHUNK = 1 << 16  # rows converted at once
+ABANDONED = 3600  # seconds after which a temporary folder counts as left by a killed export
 
 
 @dataclass(frozen=True)
 class Export:
-    """A folder's content, checked."""
+    """The checked content of an export."""
 
     folder: Path
     config: dict[str, Any]
     weights: dict[str, np.ndarray]
     items: Items
-    table: np.ndarray  # [N+1, m] float32 (also where it is stored as float16) or int8
-    scale: np.ndarray | None  # [N+1] float32 of an int8 table
+    table: np.ndarray  # [N+1, m] float32 (also if stored as float16) or int8
+    scale: np.ndarray | None  # [N+1] float32 if the table is int8
 
     @property
     def has_graphs(self) -> bool:
@@ -65,16 +72,12 @@ class Export:
 
 
 def pack_weights(weights: Mapping[str, np.ndarray]) -> bytes:
-    """The bytes of model.safetensors."""
-    from safetensors.numpy import save
-
+    """Return the bytes of model.safetensors."""
     return save({name: np.ascontiguousarray(value) for name, value in weights.items()})
 
 
 def pack_items(items: Items, table: np.ndarray, scale: np.ndarray | None) -> bytes:
-    """The bytes of items.safetensors."""
-    from safetensors.numpy import save
-
+    """Return the bytes of items.safetensors."""
     tensors = {
         "table": np.ascontiguousarray(table),
         "ids": items.ids.view(np.uint8).reshape(len(items), -1),
@@ -89,17 +92,18 @@ def pack_items(items: Items, table: np.ndarray, scale: np.ndarray | None) -> byt
 def write_folder(
     folder: Path, config: dict[str, Any], files: Mapping[str, bytes | Path], overwrite: bool = False
 ) -> None:
-    """Write an export: files (bytes, or an export's file to copy), config.json with their checksums, and README.md.
+    """Write an export: `files`, config.json with their checksums, and README.md.
 
-    Raises InputError where `folder` exists and `overwrite` is not set, where it is no export, where a file to copy is
-    not what `config` says, and where it cannot be written; what was there before is then as it was.
+    files: name -> bytes, or the path of another export's file to copy.
+    Raises InputError, and changes nothing, if `folder` exists without `overwrite`, is not an export or cannot be
+    written, or if a copied file differs from its checksum in `config`.
     """
-    folder = folder.resolve()  # of a link, what it leads to
+    folder = folder.resolve()  # replace a link's target, not the link
     refuse_existing(folder, overwrite)
     temporary, former = None, _former(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # by a killed export
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # left by killed exports
             if time.time() - left.stat().st_mtime > ABANDONED:
                 shutil.rmtree(left, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
@@ -124,7 +128,7 @@ def write_folder(
             shutil.rmtree(former, ignore_errors=True)
             folder.rename(former)
         temporary.rename(folder)
-        if former.exists():  # gone at once: half of it must not be brought back
+        if former.exists():  # one step, so _restore never finds half of it
             former.rename(temporary)
     except OSError as error:
         _restore(folder)
@@ -135,7 +139,7 @@ def write_folder(
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Raise InputError where something is in the way of an export."""
+    """Raise InputError if `folder` exists and may not be replaced."""
     folder = folder.resolve()
     try:
         _restore(folder)
@@ -144,13 +148,13 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     except OSError as error:
         raise cannot_write(folder, error) from error
     if not overwrite:
-        raise InputError(f"{folder} exists; overwrite it (--overwrite), or choose another place")
+        raise InputError(f"{folder} exists; pass --overwrite (overwrite=True) to replace it, or choose another folder")
     try:
         is_export = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         is_export = False
     if not is_export:
-        raise InputError(f"{folder} is no export, so it is not overwritten; choose another place")
+        raise InputError(f"{folder} is not an export, so it is not overwritten; choose another folder")
 
 
 def _former(folder: Path) -> Path:
@@ -158,13 +162,13 @@ def _former(folder: Path) -> Path:
 
 
 def _restore(folder: Path) -> None:
-    """Bring back the former export where a kill fell between the two renames."""
+    """Bring back the former export if a process was killed between the two renames."""
     if not folder.exists() and _former(folder).exists():
         _former(folder).rename(folder)
 
 
 def model_card(config: dict[str, Any]) -> str:
-    """README.md of an export."""
+    """Return the README.md of an export."""
     features, metrics = config["features"], config["metrics"] or {}
     described = [features[kind]["encoder"] for kind in ("language", "image") if features[kind]]
     encoders = " and ".join(described + [f"`{file['name']}` from a file" for file in features.get("files", ())])
@@ -172,24 +176,33 @@ def model_card(config: dict[str, Any]) -> str:
     stored = {
         "none": "in float32",
         "float16": "with the item table in float16",
-        "int8": "with the item table and the blocks' matrices in eight bits",
+        "int8": "with the item table and the blocks' matrices in int8",
     }
+    commit = f" (commit `{config['commit']}`)" if config.get("commit") else ""
+    usage = _usage("In a clone of the repository", "python -m serving.recommend", "serving")
+    if GRAPHS[0] in config["files"]:
+        usage += _usage("Installed (`pip install .` in a clone), without torch", "fmrlrec-recommend", "fmrlrec")
     return f"""# {config["dataset"]["code"]}, size {config["size"]}
 
-A sequential recommender (fMRLRec, Findings of EMNLP 2024) of {config["size"]} dimensions, cut out of the run
+A sequential recommender (fMRLRec, Findings of EMNLP 2024) with {config["size"]} dimensions, sliced from the run
 `{config["run"]}`. It reads the last {config["max_len"]} items of a history and ranks {config["num_items"]:,} items.
 
-- Items are described by {encoders or "a learned table"}; stored {stored[config["quantize"]]}.
-- Test metrics of this size in float32, full ranking, history kept: {", ".join(named) or "not tested"}.
-- `config.json` says how it was made{f" (commit `{config['commit']}`)" if config.get("commit") else ""} and holds the
-  checksums of the other files.
+- Item features: {encoders or "none, the item table is learned"}. Stored {stored[config["quantize"]]}.
+- Test metrics at this size in float32, full ranking, history kept: {", ".join(named) or "not tested"}.
+- `config.json` records how it was made{commit} and the checksums of the files.
+{usage}"""
+
+
+def _usage(how: str, command: str, package: str) -> str:
+    return f"""
+{how}:
 
 ```sh
-python -m serving.recommend THIS_FOLDER --history ID,ID --top_k 10
+{command} THIS_FOLDER --history ID,ID --top_k 10
 ```
 
 ```python
-from serving import Recommender
+from {package} import Recommender
 
 recommender = Recommender.from_pretrained("THIS_FOLDER")
 recommender.recommend([["ID", "ID"]], top_k=10)
@@ -201,19 +214,21 @@ recommender.recommend([["ID", "ID"]], top_k=10)
 
 
 def read_folder(folder: str | Path) -> Export:
-    """Read and check an export. Raises InputError that names the file, what is wrong and what mends it."""
+    """Read and check an export. Raises InputError that names the damaged file and how to mend it."""
     folder = Path(folder).resolve()
-    if not folder.exists() and _former(folder).exists():  # a kill fell between two renames
+    if not folder.exists() and _former(folder).exists():  # killed between the two renames
         folder = _former(folder)
     if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder} is no exported model (it has no {CONFIG}); python -m serving.export makes one")
+        raise InputError(f"{folder} is not an export (it has no {CONFIG}); python -m serving.export makes one")
     config = read_json(folder / CONFIG, HINT)
+    if "settings" in config:
+        raise InputError(f"{folder} is a run, not an export; export it: python -m serving.export --run {folder}")
     if config.get("format") != FORMAT:
-        raise InputError(f"{folder / CONFIG} describes no exported model; {HINT}")
+        raise InputError(f"{folder / CONFIG} does not describe an export; {HINT}")
     if config.get("version") != VERSION:
         raise InputError(
-            f"{folder} has format version {config.get('version')!r}, this code reads {VERSION}; update the code, or "
-            f"{HINT}"
+            f"{folder} has format version {config.get('version')!r}, this code reads version {VERSION}; update the "
+            f"code, or {HINT}"
         )
     if config.get("sha256") != _config_sha256(config):
         raise InputError(f"{folder / CONFIG} was altered (its checksum differs); {HINT}")
@@ -235,9 +250,8 @@ def read_folder(folder: str | Path) -> Export:
 
 
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    weights = load_file(path)
+    with _named(path):
+        weights = load_file(path)
     int8 = config["quantize"] == "int8"
     features = config["features"]
     shapes = expected_shapes(
@@ -258,9 +272,7 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, np.ndarray | None]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
+    with _named(path), safe_open(path, framework="numpy") as file:
         ids = file.get_tensor("ids")
         items = Items(
             np.ascontiguousarray(ids).view(f"S{ids.shape[1]}")[:, 0],
@@ -271,11 +283,11 @@ def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, 
         scale = file.get_tensor("scale") if config["quantize"] == "int8" else None
         shape, stored = found.get_shape(), STORED[config["quantize"]]
         if found.get_dtype() != stored[0]:
-            raise InputError(f"{path}: the table is {found.get_dtype()} instead of {stored[0]}; {HINT}")
+            raise InputError(f"{path}: table is {found.get_dtype()} instead of {stored[0]}; {HINT}")
     if shape != [rows, size] or len(items.title_ends) != len(items) or (scale is not None and len(scale) != rows):
-        raise InputError(f"{path}: a table of {shape} for {len(items)} items of size {size}; {HINT}")
+        raise InputError(f"{path}: table of shape {shape} for {len(items)} items of size {size}; {HINT}")
     table = np.empty((rows, size), dtype=np.int8 if scale is not None else np.float32)
-    with path.open("rb") as opened:  # read and widened in pieces, so that a large table is in memory once
+    with path.open("rb") as opened:  # convert in chunks, so a large table is in memory once
         length = int.from_bytes(opened.read(8), "little")
         opened.seek(tensor_offsets(opened.read(length))["table"][0])
         for start in range(0, rows, CHUNK):
@@ -284,9 +296,20 @@ def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, 
     return items, table, scale
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise a SafetensorError as an InputError that names the file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}); {HINT}") from error
+
+
 def tensor_offsets(header: bytes) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file lies: name -> (first byte, bytes). header: the JSON that the file begins
-    with, without the 8 bytes that say how long it is."""
+    """Return tensor name -> (first byte, number of bytes) in a safetensors file.
+
+    header: the file's JSON header, without the 8 bytes before it that give its length.
+    """
     tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
     first = 8 + len(header)
     return {

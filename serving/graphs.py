@@ -1,16 +1,15 @@
-"""A served model as three ONNX graphs in real arithmetic, for any number of users, items and (up to max_len) of steps.
+"""Build the three ONNX graphs of an export: real arithmetic, any number of users, items and (up to max_len) steps.
 
 recommend   history [B, L]                    -> scores [B, k], items [B, k]     encode, score, top-k
-step        item [B], hidden [B, blocks, 2, m] -> z [B, m], new_hidden           one more event of every user
-rank        z [B, m]                          -> scores [B, k], items [B, k]
+step        item [B], hidden [B, blocks, 2, m] -> z [B, m], new_hidden           one more event per user
+rank        z [B, m]                          -> scores [B, k], items [B, k]     score, top-k
 
-The catalogue is an input, so that it can grow: `table` [N+1, m] with row 0 for the begin of a sequence, or of a model
-in eight bits `table` [m, N+1] int8 with `table_scale` [N+1]. `bias` [1 or B, N+1] is added to the scores: -inf for what
-must not be recommended, row 0 among it, and 0 for the rest. `k` [1] says how many to return, best first; of equal
-scores the lower item comes first. A history is item numbers from 1 on, oldest first, with 0 in front to fill it up;
-zeros alone are an empty history.
+The catalogue is an input, so it can grow: `table` [N+1, m] float32, row 0 begins a sequence; or, with int8, `table`
+[m, N+1] and `table_scale` [N+1]. `bias` [1 or B, N+1] is added to the scores: 0 for candidates, -inf for all other
+items and for row 0. `k` [1]: how many items to return, best first; of equal scores the lower number comes first. A
+history is item numbers (1-based), oldest first, left-padded with 0; all zeros: an empty history.
 
-The weights lie in model.safetensors beside the graphs, which point into it. B users, L steps, m the size.
+The graphs point into model.safetensors beside them for the weights. B users, L steps, m the size.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from onnx import TensorProto, helper, numpy_helper
 from model.sizes import increments
 from serving.folder import GRAPHS, WEIGHTS, tensor_offsets
 
-OPSET, IR_VERSION = 17, 8  # of 2022
-EPSILON = 1e-5  # of LayerNorm: torch's default
+OPSET, IR_VERSION = 17, 8  # from 2022, so that old onnxruntimes can read them
+EPSILON = 1e-5  # LayerNorm's default in torch
 
-# What an int8 matrix is multiplied with has 2 * 63 + 1 values: with 255, processors without VNNI would overflow the 16
-# bits in which they add two products.
+# Activations are quantized to 2 * 63 + 1 values. With 255, processors without VNNI would overflow: they add two
+# products in 16 bits.
 STEPS = 63
 
 TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int8): TensorProto.INT8}
@@ -37,7 +36,7 @@ TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int8): TensorProto
 def build_graphs(
     weights: dict[str, np.ndarray], packed: bytes, sizes: tuple[int, ...], num_blocks: int, max_len: int
 ) -> dict[str, bytes]:
-    """File name -> ONNX bytes of the three graphs. `packed`: the bytes of model.safetensors with these weights."""
+    """Return file name -> ONNX bytes. packed: the bytes of model.safetensors, which holds `weights`."""
     offsets = tensor_offsets(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
     graphs = (
         _Graph(weights, offsets, sizes).recommend(num_blocks, max_len),
@@ -48,7 +47,7 @@ def build_graphs(
 
 
 class _Graph:
-    """One graph while it is built: every method adds nodes and returns the name of what they compute."""
+    """A graph under construction. Methods add nodes and return the names of their outputs."""
 
     def __init__(
         self, weights: dict[str, np.ndarray], offsets: dict[str, tuple[int, int]], sizes: tuple[int, ...]
@@ -59,7 +58,7 @@ class _Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
 
-    # ------------------------------------------------------------------------------------------------- the three
+    # ------------------------------------------------------------------------------------------------- the graphs
 
     def recommend(self, num_blocks: int, max_len: int) -> onnx.ModelProto:
         x = self.embed("history")  # [B L, m]
@@ -71,7 +70,7 @@ class _Graph:
             u = self.op("Mul", self.op("Reshape", u, batch_first), keep)  # [B, L, 2m]
             if i + 1 < num_blocks:
                 h = self.op("Reshape", self.scan(u, name, max_len), self.constant([-1, 2 * self.m]))
-            else:  # of the last block only the last step is needed
+            else:  # only the last step of the last block is needed
                 h = self.final_state(u, name, max_len)
                 x = self.op("Gather", self.op("Reshape", x, batch_first), self.constant(-1), axis=1)
             x = self.rest_of_block(x, h, name)
@@ -104,12 +103,12 @@ class _Graph:
     # -------------------------------------------------------------------------------------------------- the model
 
     def embed(self, items: str) -> str:
-        """Items as the first block reads them: [B L, m] in float32."""
+        """Return the first block's input [B L, m] float32."""
         x = self.rows(self.op("Reshape", items, self.constant([-1])))
         return self.norm(x, "norm") if self.post_norm else x
 
     def rows(self, flat: str) -> str:
-        """Rows of the item table: [B L, m] in float32."""
+        """Return rows of the item table [B L, m] float32."""
         if not self.int8:
             return self.op("Gather", "table", flat, axis=0)
         columns = self.op("Transpose", self.op("Gather", "table", flat, axis=1), perm=[1, 0])
@@ -117,7 +116,7 @@ class _Graph:
         return self.op("Mul", self.op("Cast", columns, to=TensorProto.FLOAT), scale)
 
     def norm(self, x: str, name: str) -> str:
-        """One LayerNorm per increment: [..., m] -> [..., m]."""
+        """Apply one LayerNorm per increment: [..., m] -> [..., m]."""
         parts, outputs = increments(self.sizes), []
         pieces = [x]
         if len(parts) > 1:
@@ -131,7 +130,7 @@ class _Graph:
         return outputs[0] if len(outputs) == 1 else self.op("Concat", *outputs, axis=-1)
 
     def linear(self, x: str, name: str) -> str:
-        """x W + b: [rows, inputs] -> [rows, outputs]."""
+        """Return x W + b: [rows, inputs] -> [rows, outputs]."""
         if not self.int8:
             return self.op("Gemm", x, self.weight(name), self.weight(f"{name}_bias"))
         product, scale = self.integer_product(x, self.weight(name))
@@ -139,8 +138,10 @@ class _Graph:
         return self.op("Add", wide, self.weight(f"{name}_bias"))
 
     def integer_product(self, x: str, matrix: str) -> tuple[str, str]:
-        """x [rows, inputs] float32 times an int8 matrix [inputs, outputs]: (float32 product, scale of each row), to be
-        multiplied. Each row is quantised by itself, so that no user's scores depend on who else is in the batch."""
+        """Multiply x [rows, inputs] float32 by an int8 matrix; return (product, scale of each row), to be multiplied.
+
+        Each row is quantized by itself, so a user's scores do not depend on the rest of the batch.
+        """
         largest = self.op("ReduceMax", self.op("Abs", x), axes=[-1], keepdims=1)
         scale = self.op(
             "Max", self.op("Div", largest, self.constant(np.float32(STEPS))), self.constant(np.float32(1e-30))
@@ -151,7 +152,7 @@ class _Graph:
         return self.op("Cast", product, to=TensorProto.FLOAT), scale
 
     def rest_of_block(self, x: str, h: str, name: str) -> str:
-        """What follows the recurrence, as Block.after_lru: [rows, m], [rows, 2m] -> [rows, m]."""
+        """Return the block's output, as Block.after_lru: x [rows, m], h [rows, 2m] -> [rows, m]."""
         x = self.op("Add", x, self.linear(h, f"{name}.lru.C"))
         if not self.post_norm:
             return self.op("Add", x, self.feed_forward(self.norm(x, f"{name}.norm2"), name))
@@ -159,7 +160,7 @@ class _Graph:
         return self.norm(self.op("Add", x, self.feed_forward(x, name)), f"{name}.norm2")
 
     def feed_forward(self, x: str, name: str) -> str:
-        """FFN(x): [rows, m] -> [rows, m]."""
+        """Return FFN(x): [rows, m] -> [rows, m]."""
         expanded = self.linear(x, f"{name}.ffn.expand")
         gate, value = self.op("Split", expanded, self.constant([self.m, self.m]), axis=-1, outputs=2)
         silu = self.op("Mul", gate, self.op("Sigmoid", gate))
@@ -168,20 +169,20 @@ class _Graph:
     # --------------------------------------------------------------------------------------------- the recurrence
 
     def carried(self) -> str:
-        """[B, L, 1]: 1 where there is an item, and at the last step even of an empty history; 0 on filling."""
+        """Return the mask [B, L, 1]: 0 on padding, 1 on items and on the last step (also of an empty history)."""
         items = self.op("Cast", self.op("Greater", "history", self.constant(0)), to=TensorProto.FLOAT)
         all_but_last = self.op("Slice", items, self.constant([0]), self.constant([-1]), self.constant([1]))
         last_kept = self.op("Pad", all_but_last, self.constant([0, 0, 0, 1]), self.constant(np.float32(1)))
         return self.op("Unsqueeze", last_kept, self.constant([2]))
 
     def scan(self, u: str, name: str, max_len: int) -> str:
-        """h_t = u_t + λ h_{t-1} over [B, L, 2m], in ceil(log2(max_len)) steps as in model/lru.py."""
+        """Return h_t = u_t + λ h_{t-1} over [B, L, 2m], in ceil(log2(max_len)) steps as in model/lru.py."""
         re, im = self.op("Split", u, self.constant([self.m, self.m]), axis=-1, outputs=2)
         length = self.op("Gather", self.op("Shape", "history"), self.constant([1]))
         first, axis = self.constant([0]), self.constant([1])
         shift = 1
         while shift < max_len:
-            # Zeros in front, the last steps dropped; with negative pads older onnxruntimes fail on short histories.
+            # Shift right by padding and slicing: old onnxruntimes fail on short histories with negative pads.
             pads = self.constant([0, shift, 0, 0, 0, 0])
             past_re, past_im = (self.op("Slice", self.op("Pad", part, pads), first, length, axis) for part in (re, im))
             carried_re, carried_im = self.times(past_re, past_im, *self.power(name, shift))
@@ -190,7 +191,7 @@ class _Graph:
         return self.op("Concat", re, im, axis=-1)
 
     def final_state(self, u: str, name: str, max_len: int) -> str:
-        """h at the last step, Σ_t λ^(L-1-t) u_t: [B, L, 2m] -> [B, 2m]."""
+        """Return h at the last step, Σ_t λ^(L-1-t) u_t: [B, L, 2m] -> [B, 2m]."""
         powers = [self.eigenvalue(name) ** n for n in range(max_len - 1, -1, -1)]
         length = self.op("Gather", self.op("Shape", "history"), self.constant([1]))
         start = self.op("Sub", self.constant([max_len]), length)
@@ -205,29 +206,29 @@ class _Graph:
         return self.op("Concat", *sums, axis=-1)
 
     def times(self, a_re: str, a_im: str, b_re: str, b_im: str) -> tuple[str, str]:
-        """The product of two complex numbers."""
+        """Return the product of two complex numbers."""
         re = self.op("Sub", self.op("Mul", a_re, b_re), self.op("Mul", a_im, b_im))
         return re, self.op("Add", self.op("Mul", a_re, b_im), self.op("Mul", a_im, b_re))
 
     def eigenvalue(self, name: str) -> np.ndarray:
-        """λ [m], complex128."""
+        """Return λ [m], complex128."""
         nu, theta = (np.exp(self.weights[f"{name}.lru.{p}"].astype(np.float64)) for p in ("nu_log", "theta_log"))
         return np.exp(-nu + 1j * theta)
 
     def power(self, name: str, exponent: int) -> tuple[str, str]:
-        """λ^exponent as constants (re, im), each [m]."""
+        """Return λ^exponent as constants (re, im), each [m]."""
         value = self.eigenvalue(name) ** exponent
         return self.constant(value.real.astype(np.float32)), self.constant(value.imag.astype(np.float32))
 
     # ------------------------------------------------------------------------------------------------ the ranking
 
     def rank(self, z: str) -> list[onnx.ValueInfoProto]:
-        """z [B, m] -> the k best of the table; returns the graph's outputs."""
+        """Rank the table for z [B, m]; return the graph's outputs scores and items [B, K]."""
         if self.int8:
             product, scale = self.integer_product(z, "table")
             scores = self.op("Add", self.op("Mul", product, "table_scale"), "bias")
             best, items = self.op("TopK", scores, "k", axis=-1, outputs=2)
-            self.op("Mul", best, scale, output="scores")  # positive: the order is the same
+            self.op("Mul", best, scale, output="scores")  # scale > 0 keeps the order
         else:
             scores = self.op("Add", self.op("Gemm", z, "table", transB=1), "bias")
             best, items = self.op("TopK", scores, "k", axis=-1, outputs=2)
@@ -235,16 +236,16 @@ class _Graph:
         self.op("Identity", items, output="items")
         return [self.floats("scores", ["B", "K"]), self.integers("items", ["B", "K"])]
 
-    # ------------------------------------------------------------------------------------------------ the plumbing
+    # ------------------------------------------------------------------------------------------------ ONNX helpers
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, output: str = "", **attributes: Any) -> Any:
-        """Add a node; its output's name, or the names of its outputs."""
+        """Add a node; return its output's name, or a list of names if outputs > 1."""
         names = [output or f"{kind}_{len(self.nodes)}" + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
         self.nodes.append(helper.make_node(kind, list(inputs), names, name=names[0], **attributes))
         return names if outputs > 1 else names[0]
 
     def constant(self, value: Any) -> str:
-        """A small constant, in the graph itself."""
+        """Add a small constant, stored in the graph itself."""
         array = np.asarray(value)
         name = f"constant_{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
         if array.size > 4:
@@ -253,7 +254,7 @@ class _Graph:
         return name
 
     def weight(self, name: str) -> str:
-        """A weight, which stays in model.safetensors."""
+        """Add a weight that stays in model.safetensors."""
         value, (offset, length) = self.weights[name], self.offsets[name]
         tensor = TensorProto(name=name, data_type=TYPES[value.dtype], dims=value.shape)
         tensor.data_location = TensorProto.EXTERNAL

@@ -1,4 +1,4 @@
-"""What an export can recommend: item ids and titles, as arrays, so that millions of them load at once. N items."""
+"""Item ids and titles of an export, stored as arrays so that millions load at once. N: number of items."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from common.errors import InputError
 
-MAX_ID = 256  # bytes
+MAX_ID = 256  # bytes of UTF-8
 
-ItemId = str | int  # an item's id as the dataset has it, or its number from 1 on
+ItemId = str | int  # the dataset's id, or the item's number (1-based)
 
 
 @dataclass(frozen=True)
 class Items:
-    """Item i (1..N) has ids[i - 1] and title(i)."""
+    """The ids and titles of items 1..N."""
 
-    ids: np.ndarray  # [N] of bytes, UTF-8
-    titles: np.ndarray  # [bytes] uint8, UTF-8, one after another
+    ids: np.ndarray  # [N] bytes, UTF-8
+    titles: np.ndarray  # [bytes] uint8, UTF-8, concatenated
     title_ends: np.ndarray  # [N] int64
 
     def __len__(self) -> int:
@@ -34,20 +34,20 @@ class Items:
         return self.titles[start : self.title_ends[item - 1]].tobytes().decode()
 
     def number(self, item: ItemId) -> int:
-        """The number of an item given by id or number, 0 where it is unknown. Raises InputError for what is neither."""
+        """Return an item's number, 0 if it is unknown. Raises InputError for a value that is no id and no number."""
         if isinstance(item, str):
             return self._find(item)
         if isinstance(item, bool) or not isinstance(item, int | np.integer):
-            raise InputError(f"item {item!r:.80} must be an id (a text) or a number from 1 to {len(self)}")
+            raise InputError(f"item {item!r:.80} must be an id (a string) or a number from 1 to {len(self)}")
         return int(item) if 1 <= item <= len(self) else 0
 
     def known(self, items: Iterable[ItemId]) -> tuple[list[int], list[ItemId]]:
-        """(numbers of the known ones, the unknown ones)."""
+        """Return (numbers of the known items, unknown items)."""
         numbers = [(item, self.number(item)) for item in items]
         return [number for _, number in numbers if number], [item for item, number in numbers if not number]
 
     def unknown(self, items: list[ItemId]) -> str:
-        """What is said of unknown items."""
+        """Describe unknown items for a note or an error."""
         named = ", ".join(f"{item!r:.80}" for item in items[:5]) + (", ..." if len(items) > 5 else "")
         return f"unknown: {named} (of {len(self):,} items)"
 
@@ -64,25 +64,24 @@ class Items:
         return np.argsort(self.ids)
 
     def extended(self, more: Items) -> Items:
-        """These items and then `more`."""
+        """Return these items with `more` appended."""
         ends = np.concatenate([self.title_ends, more.title_ends + len(self.titles)])
         return Items(np.concatenate([self.ids, more.ids]), np.concatenate([self.titles, more.titles]), ends)
 
 
 def make_items(ids: Iterable[str], titles: Iterable[str]) -> Items:
-    """Items of these ids and titles. Raises InputError for an id that cannot be stored or stands twice, and for a title
-    that is no text."""
+    """Return Items with these ids and titles. Raises InputError for an invalid or duplicate id and an invalid title."""
     ids, titles = list(ids), list(titles)
     if len(titles) != len(ids):
-        raise InputError(f"{len(titles)} titles for {len(ids)} items; give one a piece, '' where there is none")
+        raise InputError(f"{len(titles)} titles for {len(ids)} items; give one per item, '' if it has none")
     seen: set[str] = set()
     for item, title in zip(ids, titles, strict=True):
         if not isinstance(item, str) or not 1 <= len(_utf8(item)) <= MAX_ID or "\0" in item:
-            raise InputError(f"item id {item!r:.80} must be a text of 1 to {MAX_ID} bytes in UTF-8 without NUL")
+            raise InputError(f"item id {item!r:.80} must be a string of 1 to {MAX_ID} bytes in UTF-8 without NUL")
         if item in seen:
-            raise InputError(f"item id {item!r} stands twice; ids must be unique")
+            raise InputError(f"item id {item!r} occurs twice; ids must be unique")
         if not isinstance(title, str):
-            raise InputError(f"the title of item {item!r} is {title!r:.80}; give a text, '' where there is none")
+            raise InputError(f"the title of item {item!r} is {title!r:.80}; give a string, '' if it has none")
         seen.add(item)
     encoded = [title.encode("utf-8", "replace") for title in titles]
     return Items(
@@ -93,7 +92,7 @@ def make_items(ids: Iterable[str], titles: Iterable[str]) -> Items:
 
 
 def _utf8(text: str) -> bytes:
-    """The text's bytes; none where it has half of a surrogate pair."""
+    """Encode a string; b"" if it has a lone surrogate."""
     try:
         return text.encode()
     except UnicodeEncodeError:

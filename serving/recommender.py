@@ -1,17 +1,18 @@
-"""An exported model that answers "what next for this user"; runs without torch where the export has ONNX graphs.
+"""Recommend the next items from an export. Needs no torch if the export has ONNX graphs.
 
     r = Recommender.from_pretrained("exports/beauty-64")
     r.recommend([["B004756YJA", "B004ZT0SSG"], []], top_k=10)      # one answer per history
-    state = r.step(r.start(), "B004756YJA")                          # a user whose events come one by one
+    state = r.step(r.start(), "B004756YJA")                          # a user's events one by one
     r.recommend([state])
     r.add_items(["NEW1"], r.embed_items([{"title": "Rose soap"}]))   # new products, no retraining
 
-N items, m the size, F feature width.
+N items, m the size, F feature width. The settings of the export are in `r.config`, ids and titles in `r.items`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,49 +26,50 @@ from serving.items import ItemId, make_items
 from serving.quantize import rounded
 from serving.weights import whitened
 
-SCORES = 1 << 21  # user-item scores that are held at once, beside the users' biases of the same size
-TOGETHER = 64  # histories that are encoded at once; more of them fill each other up without being faster
+SCORES = 1 << 21  # user-item scores held at once; the biases of the same size come on top
+TOGETHER = 64  # histories encoded at once; larger batches add padding and are no faster
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The answer for one history, best first."""
+    """The recommendations for one history, best first."""
 
     ids: list[str]
-    numbers: list[int]  # of the items, from 1 on
+    numbers: list[int]  # item numbers, 1-based
     titles: list[str]
     scores: list[float]
-    notes: list[str]  # what of the history was not understood or not used
+    notes: list[str]  # which parts of the request were skipped
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A user's history as the recurrence remembers it, all of it, where `recommend` reads the last `max_len` items of a
-    list. `step` makes a new one; none is ever changed."""
+    """The recurrence's state after a user's whole history. Immutable: `step` returns a new one."""
 
-    hidden: np.ndarray  # [blocks, 2, m]: the real and the imaginary part of every block's state
-    z: np.ndarray  # [m]: what the history asks for next
-    items: tuple[int, ...]  # all items so far
+    hidden: np.ndarray  # [blocks, 2, m]: real and imaginary part of each block's state
+    z: np.ndarray  # [m]: the sequence representation
+    items: tuple[int, ...]  # item numbers so far
 
 
 class Recommender:
-    """Recommends from an export. `from_pretrained` opens one."""
+    """Recommends from an export; `from_pretrained` opens one."""
 
     def __init__(self, export: Export, engine: Engine) -> None:
         self.config = export.config
         self.items = export.items
         self._folder, self._engine = export.folder, engine
-        # The blocks' weights are the engine's now.
+        # Keep only the weights for new items; the engine has the blocks'.
         self._projection = tuple(export.weights.get(f"projection.{part}") for part in ("weight", "bias"))
         self._whitening = {name: value for name, value in export.weights.items() if name.startswith("whitening.")}
         self._table: Table = engine.table(export)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, engine: str | None = None, threads: int = 0) -> Recommender:
-        """Open an exported folder. engine: "torch" or "onnx"; None takes onnx where the folder has graphs. threads: of
-        onnxruntime, 0 for one a core.
+    def from_pretrained(cls, folder: str | Path, engine: str | None = None, threads: int = 1) -> Recommender:
+        """Open an export.
 
-        Raises InputError where a file is missing, damaged or of a newer format, and where the engine cannot be had.
+        engine: "torch" or "onnx"; None: onnx if the folder has graphs, else torch.
+        threads: of onnxruntime, 0: one per core. Requests are small, so more threads than the default of one mostly
+        spend CPU time waiting; raise it for large batches or catalogues.
+        Raises InputError if a file is missing, damaged or of another version, or the engine is not available.
         """
         path = Path(folder) / CONFIG
         before = path.read_bytes() if path.exists() else None
@@ -76,7 +78,7 @@ class Recommender:
             opened = cls(export, open_engine(export, engine, threads))
         finally:
             if before is not None and (not path.exists() or path.read_bytes() != before):
-                raise InputError(f"{folder} was replaced while it was opened; open it again")
+                raise InputError(f"{folder} was replaced while it was being opened; open it again")
         return opened
 
     def __len__(self) -> int:
@@ -84,7 +86,7 @@ class Recommender:
         return len(self.items)
 
     def __contains__(self, item: ItemId) -> bool:
-        """Whether an item id, or an item's number, is known."""
+        """Return whether an item, by id or number, is in the catalogue."""
         return self.items.number(item) > 0
 
     # ---------------------------------------------------------------------------------------------------- recommend
@@ -96,22 +98,23 @@ class Recommender:
         exclude_history: bool = True,
         candidates: Sequence[ItemId] | None = None,
     ) -> list[Recommendation]:
-        """The `top_k` best items for each history (item ids, oldest first) or State.
+        """Return the `top_k` best items for each history (item ids or numbers, oldest first) or State.
 
-        exclude_history: never recommend what the user had. candidates: rank these alone. Unknown ids are skipped and
-        noted; of a history longer than the trained length the last items are read, and that is noted. Of items with the
-        same score the one of lower number comes first. Raises InputError where fewer than top_k items are left to rank.
+        exclude_history: do not recommend items of the history. candidates: rank only these items; None: all.
+        Unknown ids are skipped, and only the last `max_len` items of a history are read; the answer's `notes` say so.
+        Of items with the same score the lower number comes first.
+        Raises InputError if fewer than `top_k` items are left to rank.
         """
         requests = [self._request(history) for history in _listed(histories, "histories", "[['id', 'id'], []]")]
         notes: list[str] = []
         bias, allowed = self._bias(candidates, notes)
         if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or not 1 <= top_k <= allowed:
-            raise InputError(f"top_k {top_k!r} must be a whole number from 1 to {allowed}, the items there are to rank")
+            raise InputError(f"top_k {top_k!r} must be a whole number from 1 to {allowed}, the number of items to rank")
         answers: dict[int, Recommendation] = {}
         for rows in self._batches(requests):
             batch = [requests[row] for row in rows]
             own = bias if not exclude_history else self._without_history(bias, batch, rows, allowed, top_k)
-            if states := [r.state for r in batch if r.state]:  # of a batch all are, or none is
+            if states := [r.state for r in batch if r.state]:  # a batch has only states or only histories
                 scores, items = self._engine.rank(np.stack([s.z for s in states]), self._table, own, top_k)
             else:
                 scores, items = self._engine.recommend(self._filled([r.items for r in batch]), self._table, own, top_k)
@@ -125,16 +128,15 @@ class Recommender:
                 )
         return [answers[row] for row in range(len(requests))]
 
-    # ------------------------------------------------------------------------------------------------ event by event
+    # ------------------------------------------------------------------------------------------------ events one by one
 
     def start(self, history: Sequence[ItemId] = ()) -> State:
-        """The state after a history, an empty one by default. Unknown ids raise InputError.
+        """Return the state after a history, empty by default. Raises InputError for an unknown id.
 
-        While the history fits into the trained length, `recommend` answers the state as it answers the history; of an
-        export in eight bits nearly so, since each is rounded on its own way.
+        Up to `max_len` items, `recommend` gives the state the same answer as the history (with int8 up to rounding).
         """
         hidden = np.zeros((1, self.config["num_blocks"], 2, self.config["size"]), dtype=np.float32)
-        begin = np.zeros(1, dtype=np.int64)  # token 0, whose state is not carried on
+        begin = np.zeros(1, dtype=np.int64)  # token 0; its state is not carried on
         z, _ = self._engine.step(begin, hidden, self._table)
         state = State(hidden[0], z[0], ())
         for item in _listed(history, "a history", "['id', 'id']"):
@@ -142,27 +144,26 @@ class Recommender:
         return state
 
     def step(self, state: State, item: ItemId) -> State:
-        """The state after one more item, at the cost of one step whatever came before. Raises InputError for an unknown
-        id."""
+        """Return the state after one more item, at constant cost. Raises InputError for an unknown id."""
         self._check_state(state)
         number = self.items.number(item)
         if not number:
-            raise InputError(f"{self.items.unknown([item])}; the state stays as it is")
+            raise InputError(f"{self.items.unknown([item])}; the state is unchanged")
         z, hidden = self._engine.step(np.array([number]), state.hidden[None], self._table)
         return State(hidden[0], z[0], (*state.items, number))
 
     # ----------------------------------------------------------------------------------------------------- new items
 
     def add_items(self, ids: Sequence[str], features: np.ndarray, titles: Sequence[str] | None = None) -> None:
-        """Make new products recommendable, with features [n, F] as `embed_items` or the cache of features gives them;
-        they are whitened here where the training's were. Add many at once: every call copies the item table.
+        """Add new products with their features [n, F], from `embed_items` or the feature cache. No training is needed.
 
-        Raises InputError, with nothing added, for ids that are there already or stand twice, for features of another
-        shape, and where features or what the model makes of them are not finite.
+        Features are whitened here if the model was trained on whitened ones. Add many at once: each call copies the
+        item table. Raises InputError, and adds nothing, for an id that exists or occurs twice, for features of another
+        shape, and if features or the resulting embeddings are not finite.
         """
         weight, bias = self._projection
         if weight is None:
-            raise InputError("this model's item table was learned without features, so items cannot be added to it")
+            raise InputError("this model's item table was learned without features, so no items can be added")
         ids = list(_listed(ids, "ids", "['id', 'id']"))
         more = make_items(ids, [""] * len(ids) if titles is None else _listed(titles, "titles", "['title', 'title']"))
         try:
@@ -175,7 +176,7 @@ class Recommender:
             )
         known = [item for item in ids if self.items.number(item)]
         if known:
-            raise InputError(f"item {known[0]!r} is there already; remove it from the new ones")
+            raise InputError(f"item {known[0]!r} exists already; leave it out")
         with np.errstate(over="ignore", invalid="ignore"):
             embeddings = rounded(whitened(features, self._whitening) @ weight + bias, self.config["quantize"])
         bad = ~(np.isfinite(features).all(axis=1) & np.isfinite(embeddings).all(axis=1))
@@ -184,32 +185,39 @@ class Recommender:
         self._table, self.items = self._table.extended(embeddings), self.items.extended(more)
 
     def embed_items(
-        self, frame: Any, language_encoder: str | None = None, img_encoder: str | None = None
+        self, products: Any, language_encoder: str | None = None, img_encoder: str | None = None
     ) -> np.ndarray:
-        """Return features [n, F] of products, for `add_items`. Embed many at once: every call loads the encoders.
+        """Return features [n, F] of new products, encoded as in training. Embed many at once: each call loads encoders.
 
-        frame: a pandas DataFrame or a list of dicts. A product has the attributes of items' texts (title, brand, ...);
-        if the model read pictures, the path of one as `picture`; and if it read features from files, a list of numbers
-        under the name of each. A missing picture or list gives zeros, as in training. language_encoder, img_encoder:
-        where the encoders' files are now, if they moved since training; other encoders are refused. Needs torch and
-        the encoders' packages. Raises InputError if an encoder cannot be loaded or a product cannot be read.
+        products: a pandas DataFrame or a list of dicts with the text attributes (title, brand, ...); if the model uses
+        pictures, the path `picture`; and if it uses features from files, a list of numbers under the name of each. A
+        missing picture or list gives zeros, as in training.
+        language_encoder, img_encoder: where the encoders of the training are now, if they moved.
+        The lexical encoder needs NumPy, pixel needs Pillow, all others need the packages of the extra `encoders`.
+        Raises InputError for an encoder other than in training, a missing package, and a product without text.
         """
-        records = frame.to_dict("records") if hasattr(frame, "to_dict") else list(_listed(frame, "products", "[{...}]"))
+        if hasattr(products, "to_dict"):
+            products = products.to_dict("records")
+        records = list(_listed(products, "products", "[{'title': 'Rose soap'}]"))
         try:
-            from datasets.features.description import embed_records
+            from datasets.features.description import embed_records  # the only place where serving uses encoders
 
             encoders = {"language_encoder": language_encoder, "img_encoder": img_encoder}
-            return embed_records(records, self.config["features"], encoders)
+            features = embed_records(records, self.config["features"], encoders)
         except ImportError as error:
             raise InputError(
-                f"embedding needs what training needs ({error}): pip install -r requirements.txt"
+                f"an encoder of this model needs a package that is not installed ({error}); in a clone run pip install "
+                f"-r requirements.txt, or pip install '.[encoders]' for the package ('.[pictures]' for pixel alone)"
             ) from error
+        if not self.config["features"]["image"] and any(isinstance(r.get("picture"), str | Path) for r in records):
+            warnings.warn("this model was trained on texts alone: the pictures are not used", stacklevel=2)
+        return features
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write this model, items added since included, as an export of its own."""
+        """Write this model, including added items, as a new export."""
         table = self._table.rows()
         if self.config["quantize"] == "int8" and self._table.scale is None:
-            raise InputError("the torch engine reads an export in eight bits as float32; save it from engine='onnx'")
+            raise InputError("the torch engine has dequantized this int8 export; save it from engine='onnx'")
         if self.config["quantize"] == "float16":
             table = table.astype(np.float16)
         source = self._folder
@@ -232,7 +240,7 @@ class Recommender:
         if unknown:
             notes.append(f"{self.items.unknown(unknown)}; skipped")
         if unknown and not items:
-            notes.append("nothing of the history is known: this is the answer for an empty one")
+            notes.append("no item of the history is known: this is the answer for an empty history")
         if len(items) > longest:
             notes.append(f"the last {longest} of {len(items)} items are read, as in training")
         return _Request(None, tuple(items), notes)
@@ -243,7 +251,7 @@ class Recommender:
             raise InputError("the state is of another model; make one with start()")
 
     def _bias(self, candidates: Sequence[ItemId] | None, notes: list[str]) -> tuple[np.ndarray, int]:
-        """([1, N+1]: 0 for what may be recommended and -inf for the rest, how many may be)."""
+        """Return (bias [1, N+1]: 0 for candidates, -inf for the rest; number of candidates)."""
         bias = np.zeros((1, len(self) + 1), dtype=np.float32)
         allowed = len(self)
         if candidates is not None:
@@ -261,21 +269,21 @@ class Recommender:
     def _without_history(
         self, bias: np.ndarray, batch: list[_Request], rows: list[int], allowed: int, top_k: int
     ) -> np.ndarray:
-        """[B, N+1]: `bias`, which allows so many items, for every user without what they had."""
+        """Return [B, N+1]: `bias`, which allows `allowed` items, with each user's history excluded."""
         own = np.repeat(bias, len(batch), axis=0)
         for at, (row, request) in enumerate(zip(rows, batch, strict=True)):
             had = list(set(request.items))
             left = allowed - np.count_nonzero(bias[0, had] == 0)
             if left < top_k:
                 raise InputError(
-                    f"history {row}: {left} items are left to rank without those of the history, fewer than top_k "
-                    f"{top_k}; ask for fewer, give more candidates, or exclude_history=False"
+                    f"history {row}: {left} items are left to rank without the history, fewer than top_k {top_k}; "
+                    f"lower top_k, give more candidates, or pass exclude_history=False (--keep_history)"
                 )
             own[at, had] = -np.inf
         return own
 
     def _batches(self, requests: list[_Request]) -> Iterable[list[int]]:
-        """Rows that are answered together: states apart from histories, histories of like length."""
+        """Yield the rows of each batch: states apart from histories, histories sorted by length."""
         together = max(1, min(TOGETHER, SCORES // (len(self) + 1)))
         for states in (True, False):
             rows = [row for row, request in enumerate(requests) if (request.state is not None) == states]
@@ -283,7 +291,7 @@ class Recommender:
             yield from (rows[start : start + together] for start in range(0, len(rows), together))
 
     def _filled(self, histories: list[tuple[int, ...]]) -> np.ndarray:
-        """[B, L]: the last items of every history, zeros in front."""
+        """Return [B, L]: the last items of each history, left-padded with 0."""
         longest = min(self.config["max_len"], max([1, *map(len, histories)]))
         filled = np.zeros((len(histories), longest), dtype=np.int64)
         for row, items in enumerate(histories):
@@ -295,12 +303,12 @@ class Recommender:
 @dataclass(frozen=True)
 class _Request:
     state: State | None
-    items: tuple[int, ...]  # all that are known, oldest first
+    items: tuple[int, ...]  # known items, oldest first
     notes: list[str]
 
 
 def _listed(values: Any, what: str, example: str) -> Iterable:
-    """`values`, if it can be a list of something. Raises InputError otherwise."""
-    if isinstance(values, str | bytes | State) or not isinstance(values, Iterable):
+    """Return `values` if it is list-like. Raises InputError for a string, a dict or a single value."""
+    if isinstance(values, str | bytes | State | Mapping) or not isinstance(values, Iterable):
         raise InputError(f"{what} must be a list such as {example}, not {values!r:.80}")
     return values

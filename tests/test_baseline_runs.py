@@ -145,11 +145,11 @@ def test_settings_reach_lrurec(workplace):
 def test_a_baseline_is_not_served_and_has_no_slices_and_what_asks_for_them_says_so(workplace):
     run = run_train("popularity")
     for command in (export.main, deploy.main):
-        with pytest.raises(InputError, match="is a run of popularity, which is not served; give one of fmrlrec"):
+        with pytest.raises(InputError, match="is a run of popularity; only runs of fmrlrec can be exported"):
             command(["--run", str(run)])
         with pytest.raises(InputError, match=r"fits --model_code fmrlrec(.|\n)*: model_code popularity"):
             command([])
-    with pytest.raises(InputError, match="describes no exported model"):
+    with pytest.raises(InputError, match="is a run, not an export"):
         cold_items.main(["test", str(run)])
     with pytest.raises(InputError, match=r"--alone tests slices of fmrlrec; .* is a run of popularity: leave"):
         eval_script.main(["--run", str(run), "--alone"])

@@ -146,7 +146,7 @@ def _open_safetensors(path: Path) -> ArrayFile:
 
 
 def _open_csv(path: Path) -> ArrayFile:
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
 
     hint = f"write a header with {' or '.join(ID_COLUMNS)} first, then one number per column"
 

@@ -1,4 +1,4 @@
-"""A shop that serves exports: its products, a model that reads them, and what its answers are compared by."""
+"""A small shop for tests of the Recommender: products, a model, its exports, and comparisons of answers."""
 
 import dataclasses
 from pathlib import Path
@@ -56,7 +56,7 @@ class Shop:
         return Recommender.from_pretrained(self.export(kind), engine, threads=1)
 
     def first(self, engine: str, kind: str, n: int) -> Recommender:
-        """The same model, of a catalogue that ends after n products."""
+        """Open the same model with a catalogue of the first n products."""
         folder = self.root / f"{kind}-first-{n}"
         if not folder.exists():
             model = random_model(
@@ -68,7 +68,7 @@ class Shop:
         return Recommender.from_pretrained(folder, engine, threads=1)
 
     def scores(self, history: list[int]) -> np.ndarray:
-        """What the model itself gives each item, [N+1], after a history that it reads whole."""
+        """Return the model's own scores [N+1] after a history."""
         tokens = torch.tensor(history or [0])
         with torch.no_grad():
             table = self.model.item_table()
@@ -76,24 +76,24 @@ class Shop:
 
 
 def write_shop_of_ids(folder: Path, shop: Shop, ids: list[str]) -> Path:
-    """An export whose items have these ids."""
+    """Write an export whose items have these ids."""
     model = random_model((4,), num_items=len(ids))
     catalog = dataclasses.replace(shop.catalog, asins=ids, metadata=shop.catalog.metadata[: len(ids)])
     return write_export(folder, model, catalog)
 
 
 def write_id_branch(folder: Path) -> Path:
-    """An export whose item table was learned outright."""
+    """Write an export of a model without features."""
     return write_export(folder, random_model((4, 12), num_items=N), max_len=MAX_LEN)
 
 
-# The histories of two engines or of two ways to the same state are summed in another order; in eight bits that can
-# move an activation by one of its 127 steps.
+# Two engines, or two ways to the same state, sum in another order; with int8 that can move an activation by one of its
+# 127 steps.
 SAME = {"none": 1e-5, "float16": 1e-5, "int8": 5e-3}
 
 
 def assert_same_answer(actual, expected, tolerance=1e-5):
-    """The same scores up to `tolerance` times the largest, of the same items but where their scores are that close."""
+    """Compare scores up to `tolerance` times the largest, and items unless their scores are as close."""
     unit = tolerance * np.abs(expected.scores).max()
     np.testing.assert_allclose(actual.scores, expected.scores, rtol=0, atol=unit)
     of_item = dict(zip(expected.numbers, expected.scores, strict=True))
@@ -102,6 +102,6 @@ def assert_same_answer(actual, expected, tolerance=1e-5):
 
 
 def everything(r: Recommender, history, **options):
-    """The ranking of all items after a history."""
+    """Return the ranking of all items after a history."""
     [answer] = r.recommend([history], **{"top_k": len(r), "exclude_history": False} | options)
     return answer

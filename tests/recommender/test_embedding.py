@@ -1,4 +1,4 @@
-"""Products are embedded as the training embedded them."""
+"""New products are encoded as in training."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.recommender.shop import ATTRIBUTES, HALF, IDS, N, assert_same_answer,
 
 
 class Frame:
-    """As a pandas data frame: a record of every row, NaN where a cell is empty."""
+    """Stands for a pandas DataFrame: one record per row, NaN in empty cells."""
 
     def __init__(self, records: list[dict]) -> None:
         self.rows = records
@@ -28,15 +28,13 @@ class Frame:
         return [{name: record.get(name, float("nan")) for name in columns} for record in self.rows]
 
 
-def test_products_are_embedded_as_the_training_embedded_them(shop, r):
-    np.testing.assert_array_equal(r.embed_items(shop.records).astype(np.float16), shop.features)
+def test_dicts_and_data_frames_are_encoded_as_in_training(shop, r):
+    for products in (shop.records, Frame(shop.records)):
+        np.testing.assert_array_equal(r.embed_items(products).astype(np.float16), shop.features)
+    assert r.embed_items([]).shape == (0, 1264)
 
 
-def test_a_data_frame_is_read_row_by_row(shop, r):
-    np.testing.assert_array_equal(r.embed_items(Frame(shop.records)).astype(np.float16), shop.features)
-
-
-def test_a_product_that_is_embedded_and_added_scores_as_the_one_it_is(shop, engine):
+def test_a_product_encoded_and_added_scores_as_if_it_had_been_trained_on(shop, engine):
     r = shop.first(engine, "none", 16)
     r.add_items(IDS[16:], r.embed_items(shop.records[16:]))
     assert_same_answer(everything(r, [3, 18]), everything(shop.open(engine), [3, 18]), HALF)
@@ -50,7 +48,7 @@ def test_a_product_is_described_by_what_it_has(shop, r):
 
 
 @pytest.mark.parametrize("nothing", [None, float("nan"), ""], ids=repr)
-def test_a_product_without_picture_has_zeros_for_it_as_in_training(shop, r, nothing):
+def test_without_a_picture_its_features_are_zeros_as_in_training(shop, r, nothing):
     records = [shop.records[0], shop.records[1] | {"picture": nothing}]
     embedded = r.embed_items(records)
     np.testing.assert_array_equal(embedded[0].astype(np.float16), shop.features[0])
@@ -58,20 +56,16 @@ def test_a_product_without_picture_has_zeros_for_it_as_in_training(shop, r, noth
     assert not embedded[1, 1024:].any()
 
 
-def test_a_product_with_a_picture_alone_has_the_text_of_an_unknown_item_as_in_training(shop, r):
+def test_without_a_text_but_with_a_picture_the_text_is_that_of_an_unknown_item(shop, r):
     [embedded] = r.embed_items([{"picture": shop.records[4]["picture"]}])
     np.testing.assert_array_equal(embedded[1024:].astype(np.float16), shop.features[4, 1024:])
     np.testing.assert_array_equal(embedded[:1024], LexicalEncoder().encode([NO_TEXT])[0])
 
 
 @pytest.mark.parametrize(
-    "record",
-    [
-        {"title": " ", "price": float("nan"), "colour": "red"},
-        {"title": None, "picture": float("nan")},  # as a data frame has it
-    ],
+    "record", [{}, {"title": " ", "price": float("nan"), "picture": float("nan"), "colour": "red"}]
 )
-def test_a_product_without_text_is_refused_with_what_a_text_is_made_of(shop, r, record):
+def test_a_product_without_text_and_picture_is_refused_with_the_text_attributes(shop, r, record):
     with pytest.raises(InputError, match="record 2 has no text; give it one of title, price, brand, categories"):
         r.embed_items([shop.records[0], record])
 
@@ -87,40 +81,50 @@ def test_a_picture_that_cannot_be_read_is_refused_with_the_reason(shop, r, tmp_p
             r.embed_items(records)
 
 
-@pytest.mark.parametrize("records", [["a lamp"], [{"title": "a"}, None], {"title": "a"}], ids=repr)
-def test_what_is_no_list_of_records_is_refused(r, records):
-    with pytest.raises(InputError, match=r"record [12] is .*; give a dict with title, brand"):
-        r.embed_items(records)
-    with pytest.raises(InputError, match=r"record 2 is None; give"):
-        r.embed_items([{"title": "a"}, None])
-
-
-@pytest.mark.parametrize("records", ["a lamp", None, 3], ids=repr)
-def test_what_is_no_list_of_products_is_refused(r, records):
-    with pytest.raises(InputError, match="products must be a list such as"):
-        r.embed_items(records)
-
-
-def test_without_the_packages_of_the_training_embedding_is_refused_with_what_to_install(r, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets.features.description", None)
-    with pytest.raises(InputError, match=r"embedding needs what training needs .*pip install -r requirements.txt"):
-        r.embed_items([{"title": "a"}])
+@pytest.mark.parametrize(
+    ("products", "problem"),
+    [
+        (["a lamp"], "record 1 is 'a lamp'; give a dict with title, brand"),
+        ([{"title": "a"}, None], "record 2 is None; give a dict"),
+        ({"title": "a"}, r"products must be a list such as \[{'title': 'Rose soap'}\]"),
+        ("a lamp", "products must be a list such as"),
+        (3, "products must be a list such as"),
+    ],
+    ids=repr,
+)
+def test_a_value_that_is_no_list_of_dicts_is_refused(r, products, problem):
+    with pytest.raises(InputError, match=problem):
+        r.embed_items(products)
 
 
 def test_no_products_have_no_features_but_their_width(r):
     assert r.embed_items([]).shape == (0, 1264)
 
 
-def test_a_model_that_reads_texts_alone_leaves_pictures_closed(shop, engine, tmp_path):
+def test_a_missing_package_is_named_with_what_to_install(shop, r, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(InputError, match=r"needs a package that is not installed \(.*PIL.*pip install '.\[encoders\]'"):
+        r.embed_items(shop.records)
+
+
+def test_a_model_that_reads_pictures_alone_needs_no_text(shop, engine, tmp_path):
+    model = random_model((4,), num_items=N, features=shop.features[:, 1024:])
+    folder = write_export(tmp_path / "pictures", model, shop.catalog, use_language_encoder=False, use_img_encoder=True)
+    embedded = Recommender.from_pretrained(folder, engine).embed_items([{"picture": shop.records[0]["picture"]}])
+    np.testing.assert_array_equal(embedded.astype(np.float16), shop.features[:1, 1024:])
+
+
+def test_a_model_trained_on_texts_alone_warns_that_pictures_are_not_used(shop, engine, tmp_path):
     model = random_model((4,), num_items=N, features=shop.features[:, :1024])
     r = Recommender.from_pretrained(write_export(tmp_path / "texts", model, shop.catalog), engine)
-    embedded = r.embed_items([shop.records[0] | {"picture": "no such.png"}])
+    with pytest.warns(UserWarning, match="trained on texts alone: the pictures are not used"):
+        embedded = r.embed_items([shop.records[0] | {"picture": "no such.png"}])
     np.testing.assert_array_equal(embedded.astype(np.float16), shop.features[:1, :1024])
     with pytest.raises(InputError, match="record 1 has no text"):
         r.embed_items([{"picture": shop.records[0]["picture"]}])
 
 
-def test_a_text_is_made_of_the_attributes_that_the_model_was_trained_on(shop, engine, tmp_path):
+def test_texts_are_made_of_the_attributes_of_the_training(shop, engine, tmp_path):
     model = random_model((4,), num_items=N, features=shop.features[:, :1024])
     folder = write_export(tmp_path / "brands", model, shop.catalog, item_attributes=("brand", "title"))
     embed = Recommender.from_pretrained(folder, engine).embed_items
@@ -131,7 +135,7 @@ def test_a_text_is_made_of_the_attributes_that_the_model_was_trained_on(shop, en
         embed([{"price": 1}])
 
 
-def test_a_model_that_read_no_features_embeds_nothing(engine, tmp_path):
+def test_a_model_without_features_encodes_nothing(engine, tmp_path):
     r = Recommender.from_pretrained(write_id_branch(tmp_path / "learned"), engine)
     with pytest.raises(InputError, match="this model read no features, so there is nothing to embed"):
         r.embed_items([{"title": "a"}])
@@ -139,7 +143,7 @@ def test_a_model_that_read_no_features_embeds_nothing(engine, tmp_path):
 
 @pytest.fixture(scope="module")
 def with_bert(shop, tmp_path_factory):
-    """(folder, an export of a model whose texts a small BERT in this folder read, its features of the products)."""
+    """(folder with a small BERT, an export of a model trained with it, features of the products)."""
     root = tmp_path_factory.mktemp("bert")
     bert = write_tiny_bert(root / "bert", {"pooling_mode_mean_tokens": True})
     features = item_features(
@@ -149,40 +153,34 @@ def with_bert(shop, tmp_path_factory):
     return root, write_export(root / "export", model, shop.catalog, language_encoder=str(bert)), features
 
 
-def test_the_encoder_of_the_training_is_found_where_it_lay(shop, with_bert):
-    _, export, features = with_bert
-    np.testing.assert_allclose(
-        Recommender.from_pretrained(export).embed_items(shop.records), features, rtol=HALF, atol=1e-6
-    )
-
-
-def test_an_encoder_that_moved_is_taken_where_it_lies_now(shop, with_bert, tmp_path):
+def test_an_encoder_that_moved_is_read_where_it_is_now(shop, with_bert, tmp_path):
     root, export, features = with_bert
-    moved = (root / "bert").rename(tmp_path / "elsewhere")
     r = Recommender.from_pretrained(export)
+    np.testing.assert_allclose(r.embed_items(shop.catalog.metadata), features, rtol=HALF, atol=1e-6)
+    moved = (root / "bert").rename(tmp_path / "elsewhere")
     try:
-        with pytest.raises(InputError):
-            r.embed_items(shop.records)
-        embedded = r.embed_items(shop.records, language_encoder=str(moved))
+        with pytest.raises(InputError, match="bert' is not there any more; give the folder it is in now as lang"):
+            r.embed_items(shop.catalog.metadata)
+        embedded = r.embed_items(shop.catalog.metadata, language_encoder=str(moved))
     finally:
         moved.rename(root / "bert")
     np.testing.assert_allclose(embedded, features, rtol=HALF, atol=1e-6)
 
 
 @pytest.mark.parametrize("other", ["lexical", "another bert", "another pooling"])
-def test_an_encoder_that_is_not_the_one_of_the_training_is_refused(shop, with_bert, tmp_path, other):
+def test_another_encoder_than_in_training_is_refused(shop, with_bert, tmp_path, other):
     root, export, _ = with_bert
     pooling = {"pooling_mode_cls_token" if other == "another pooling" else "pooling_mode_mean_tokens": True}
     seed = 1 if other == "another bert" else 0
     name = other if other == "lexical" else str(write_tiny_bert(tmp_path / "bert", pooling, seed))
     with pytest.raises(InputError) as raised:
-        Recommender.from_pretrained(export).embed_items(shop.records, language_encoder=name)
+        Recommender.from_pretrained(export).embed_items(shop.catalog.metadata, language_encoder=name)
     message = str(raised.value)
     assert message.startswith(f"the encoder {name!r} is not {str(root / 'bert')!r}, which the model was trained on")
     assert message.endswith("give the path of that one as language_encoder")
 
 
-def test_a_picture_encoder_that_is_not_the_one_of_the_training_is_refused(shop, r):
+def test_another_picture_encoder_than_in_training_is_refused(shop, r):
     with pytest.raises(InputError, match=r"the encoder 'ViT-B-32/openai' is not 'pixel'.* as img_encoder"):
         r.embed_items(shop.records, img_encoder="ViT-B-32/openai")
 
@@ -198,24 +196,6 @@ def test_an_encoder_of_the_hub_is_read_at_the_commit_of_training(shop, engine, t
         tmp_path / "export", model, shop.catalog, language_encoder="org/tiny", item_attributes=("title",)
     )
     r = Recommender.from_pretrained(folder, engine)
-    np.testing.assert_allclose(r.embed_items(shop.records), features, rtol=HALF, atol=1e-6)
+    np.testing.assert_allclose(r.embed_items(shop.catalog.metadata), features, rtol=HALF, atol=1e-6)
     put_in_hub_cache(hub, "org/tiny", "b" * 40, write_tiny_bert(tmp_path / "two", pooling, seed=2))
-    np.testing.assert_allclose(r.embed_items(shop.records), features, rtol=HALF, atol=1e-6)
-
-
-def test_an_encoder_whose_folder_is_gone_is_named(shop, engine, tmp_path):
-    bert = write_tiny_bert(tmp_path / "bert", {"pooling_mode_mean_tokens": True})
-    features = item_features(
-        shop.catalog, language=str(bert), image=None, attributes=("title",), cache_root=tmp_path, say=lambda _: None
-    )
-    model = random_model((4,), num_items=N, features=features)
-    settings = {"language_encoder": str(bert), "item_attributes": ("title",)}
-    folder = write_export(tmp_path / "export", model, shop.catalog, **settings)
-    bert.rename(tmp_path / "moved")
-    r = Recommender.from_pretrained(folder, engine)
-    with pytest.raises(
-        InputError, match="bert' is not there any more; give the folder it is in now as language_encoder"
-    ):
-        r.embed_items(shop.records)
-    moved = r.embed_items(shop.records, language_encoder=str(tmp_path / "moved"))
-    np.testing.assert_allclose(moved, features, rtol=HALF, atol=1e-6)
+    np.testing.assert_allclose(r.embed_items(shop.catalog.metadata), features, rtol=HALF, atol=1e-6)

@@ -8,7 +8,7 @@ from serving import Recommender
 from tests.recommender.shop import IDS, N, assert_same_answer, everything, write_id_branch
 
 
-def test_items_that_are_added_can_be_recommended_and_be_in_histories_at_once(shop, engine):
+def test_added_items_can_be_recommended_and_be_in_histories(shop, engine):
     r = shop.first(engine, "none", 16)
     state = r.start([2])
     r.add_items(["NEW-1", "new 2"], shop.features[16:18], ["First", "Second"])
@@ -21,15 +21,15 @@ def test_items_that_are_added_can_be_recommended_and_be_in_histories_at_once(sho
     assert everything(r, [], candidates=["NEW-1"], top_k=1).ids == ["NEW-1"]
 
 
-@pytest.mark.parametrize("pieces", [[4], [1, 3], [1, 1, 1, 1]], ids=str)
-def test_adding_items_is_exporting_a_catalogue_that_has_them(shop, engine, kind, pieces):
+@pytest.mark.parametrize("pieces", [[4], [1, 3]], ids=str)
+def test_adding_items_equals_exporting_the_larger_catalogue(shop, engine, kind, pieces):
     r, whole = shop.first(engine, kind, N - 4), shop.open(engine, kind)
     start = N - 4
     for piece in pieces:
         end = start + piece
         r.add_items(IDS[start:end], shop.features[start:end], [x["title"] for x in shop.records[start:end]])
         start = end
-    # What lies on the border of two float16 values is rounded to either, as the products' order has it.
+    # A value halfway between two float16 values is rounded to either, depending on the order of summation.
     tolerance = {"none": 1e-5, "float16": 2**-10, "int8": 0}[kind]
     np.testing.assert_allclose(r._table.rows(), whole._table.rows(), rtol=tolerance, atol=1e-6)
     if kind == "float16":
@@ -42,7 +42,7 @@ def test_adding_items_is_exporting_a_catalogue_that_has_them(shop, engine, kind,
             assert (grown.ids, grown.titles) == (expected.ids, expected.titles)
 
 
-def test_an_item_that_is_added_to_a_float16_export_is_rounded_as_the_others_are(shop, engine):
+def test_items_added_to_a_float16_export_are_rounded_to_float16(shop, engine):
     r, exact = (shop.first(engine, kind, 16) for kind in ("float16", "none"))
     for x in (r, exact):
         x.add_items(["NEW"], shop.features[16:17])
@@ -51,14 +51,10 @@ def test_an_item_that_is_added_to_a_float16_export_is_rounded_as_the_others_are(
     assert (rows[0] != rows[1]).any()
 
 
-def test_items_without_titles_have_empty_ones(shop, engine):
+def test_titles_are_optional_and_no_items_can_be_added_too(shop, engine):
     r = shop.first(engine, "none", 16)
     r.add_items(["NEW"], shop.features[16:17])
     assert everything(r, [], candidates=["NEW", 1], top_k=2).titles.count("") == 1
-
-
-def test_no_items_can_be_added_too(shop, engine):
-    r = shop.first(engine, "none", 16)
     before = everything(r, [3])
     r.add_items([], r.embed_items([]))
     assert everything(r, [3]) == before
@@ -71,34 +67,27 @@ MATRIX = np.ones((2, 1264), dtype=np.float32)
 @pytest.mark.parametrize(
     ("ids", "features", "titles", "message"),
     [
-        (["NEW", "NEW"], MATRIX, None, "item id 'NEW' stands twice; ids must be unique"),
-        (["NEW", IDS[4]], MATRIX, None, f"item '{IDS[4]}' is there already; remove it from the new ones"),
+        (["NEW", "NEW"], MATRIX, None, "item id 'NEW' occurs twice; ids must be unique"),
+        (["NEW", IDS[4]], MATRIX, None, f"item '{IDS[4]}' exists already; leave it out"),
         (NEW, MATRIX[:, 1:], None, r"features of shape \[2, 1263\] for 2 items: must be \[2, 1264\]"),
-        (NEW, MATRIX[:1], None, r"features of shape \[1, 1264\] for 2 items: must be \[2, 1264\]"),
         (NEW, MATRIX[0], None, r"features of shape \[1264\] for 2 items"),
         (NEW, MATRIX * [[1], [np.nan]], None, "the features of item 'NEW-2' are not finite, or far too large"),
-        (NEW, MATRIX * [[np.inf], [1]], None, "the features of item 'NEW-1' are not finite, or far too large"),
-        (NEW, MATRIX, ["one"], "1 titles for 2 items; give one a piece"),
-        (["NEW", ""], MATRIX, None, "item id '' must be a text of 1 to 256 bytes"),
-        (["NEW", "a\0"], MATRIX, None, "must be a text of 1 to 256 bytes in UTF-8 without NUL"),
-        (["NEW", "ü" * 129], MATRIX, None, "must be a text of 1 to 256 bytes"),
-        (["NEW", "a\udce9"], MATRIX, None, "must be a text of 1 to 256 bytes in UTF-8"),
-        (["NEW", 7], MATRIX, None, "item id 7 must be a text"),
-        (NEW, MATRIX, ["one", None], "the title of item 'NEW-2' is None; give a text"),
+        (NEW, MATRIX, ["one"], "1 titles for 2 items; give one per item"),
+        (["NEW", "a\0"], MATRIX, None, "must be a string of 1 to 256 bytes in UTF-8 without NUL"),
+        (NEW, MATRIX, ["one", None], "the title of item 'NEW-2' is None; give a string"),
         (NEW, MATRIX, "ab", "titles must be a list such as"),
-        (NEW, [["a"] * 1264] * 2, None, "features must be an array of numbers"),
         (NEW, [[1.0], [1.0, 2.0]], None, "features must be an array of numbers"),
         ("XY", MATRIX, None, r"ids must be a list such as \['id', 'id'\], not 'XY'"),
     ],
 )
-def test_items_that_cannot_be_added_are_refused_and_nothing_is_changed(shop, r, ids, features, titles, message):
+def test_invalid_items_are_refused_and_nothing_changes(shop, r, ids, features, titles, message):
     before, state = everything(r, [3, 17]), r.start([3])
     with pytest.raises(InputError, match=message):
         r.add_items(ids, features, titles)
     assert len(r) == N
     assert everything(r, [3, 17]) == before
     assert r.recommend([["NEW"]], top_k=1)[0].notes[0].startswith("unknown: 'NEW' (of 20 items)")
-    r.add_items(["NEW"], shop.features[:1])  # nothing of it stayed behind
+    r.add_items(["NEW"], shop.features[:1])
     assert r.step(state, "NEW").items == (3, N + 1)
 
 
@@ -111,8 +100,8 @@ def test_features_whose_embedding_overflows_are_refused(shop, engine, kind, larg
     assert len(r) == N
 
 
-def test_items_cannot_be_added_to_a_table_that_was_learned_without_features(engine, tmp_path):
+def test_a_table_learned_without_features_cannot_grow(engine, tmp_path):
     r = Recommender.from_pretrained(write_id_branch(tmp_path / "learned"), engine)
-    with pytest.raises(InputError, match="learned without features, so items cannot be added"):
+    with pytest.raises(InputError, match="learned without features, so no items can be added"):
         r.add_items(["NEW"], np.ones((1, 12), dtype=np.float32))
     assert len(r.recommend([[3]], top_k=3)[0].ids) == 3

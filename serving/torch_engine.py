@@ -1,0 +1,65 @@
+"""The torch engine: the model of model/fmrlrec.py itself, float32 on the CPU. It works in a clone only."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from model import FMRLRec
+from serving.convert import model_from
+from serving.engines import Table
+from serving.folder import Export
+from serving.quantize import dequantize
+
+CHUNK = 1 << 16  # items whose scores are held at once, per user
+
+
+class TorchEngine:
+    """An Engine (serving/engines.py) that runs FMRLRec. An int8 export is dequantized first."""
+
+    def __init__(self, export: Export) -> None:
+        self.model: FMRLRec = model_from(export.weights, tuple(export.config["sizes"]), export.config["num_blocks"])
+
+    def table(self, export: Export) -> Table:
+        return Table(export.table if export.scale is None else dequantize(export.table, export.scale, axis=1), None)
+
+    def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        live = history > 0
+        live[:, -1] = True  # an empty history is token 0 alone
+        lengths = live.sum(axis=1)
+        position = (np.arange(history.shape[1]) - (history.shape[1] - lengths)[:, None])[live]
+        x, last = table.values[history[live]], np.cumsum(lengths) - 1
+        with torch.inference_mode():
+            z = self.model.encode(
+                torch.from_numpy(x), torch.from_numpy(position), int(lengths.max()), torch.from_numpy(last)
+            )
+        return self.rank(z.numpy(), table, bias, k)
+
+    def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
+            z, after = self.model.step(*map(torch.from_numpy, (table.values[item], hidden)))
+        return z.numpy(), after.numpy()
+
+    def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rank exactly, in chunks of the catalogue, keeping the best k so far."""
+        with torch.inference_mode():
+            scores, items = torch.empty(len(z), 0), torch.empty(len(z), 0, dtype=torch.long)
+            for start in range(0, len(table), CHUNK):
+                part = slice(start, start + CHUNK)
+                chunk = torch.from_numpy(z) @ torch.from_numpy(table.values[part]).T + torch.from_numpy(bias[:, part])
+                best = _best(chunk, k)
+                scores = torch.cat([scores, chunk.gather(1, best)], dim=1)
+                items = torch.cat([items, best + start], dim=1)
+                best = _best(scores, k)
+                scores, items = scores.gather(1, best), items.gather(1, best)
+        return scores.numpy(), items.numpy()
+
+
+def _best(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the columns of each row's k largest scores [B, min(k, columns)]; of equal scores the first comes first."""
+    least = scores.topk(min(k, scores.shape[1])).values[:, -1:]
+    rows = []
+    for row, low in zip(scores, least, strict=True):  # topk alone may take any of those equal to the k-th
+        at = (row >= low).nonzero()[:, 0]
+        rows.append(at[row[at].argsort(descending=True, stable=True)[:k]])
+    return torch.stack(rows)

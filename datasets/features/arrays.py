@@ -3,6 +3,8 @@
 Rows are scaled to length 1, as encoders' are. Items that the file lacks have zero vectors.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import zlib
@@ -10,19 +12,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from tqdm import tqdm
 
 from common import processes
 from common.errors import InputError
 from common.files import write_json
-from config import FeatureSettings
 from datasets.features import cache, encode
 from datasets.features.array_files import open_array_file, parts_of
 from datasets.features.encoder import normalised
 from datasets.features.modality import CHUNK, Job, Modality, Record, digest
+
+if TYPE_CHECKING:
+    from config import FeatureSettings
 
 DIGESTS = "digests.json"  # in the cache: path -> size, time and SHA-256, so that a large file is hashed once
 
@@ -82,6 +85,8 @@ class FileModality(Modality):
             checksums = np.zeros(len(asins), np.uint32)  # of each item's row in the file; 0: not there
             places = np.zeros(len(asins), np.int64)
             done = 0
+            from tqdm import tqdm
+
             for ids, rows in tqdm(source.pieces(), f"reading {self.path.name}", unit="piece", disable=None):
                 kept = [(at, row_of[item]) for at, item in enumerate(ids) if item in row_of]
                 for at, row in kept:

@@ -1,14 +1,18 @@
 """How a model's features were made, for an export; and features of new products, made alike. F feature width."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.errors import InputError
-from config import FeatureSettings
 from datasets.features.modality import Modality
 from datasets.features.registry import REGISTRY, modalities
+
+if TYPE_CHECKING:
+    from config import FeatureSettings
 
 
 def describe_features(settings: FeatureSettings, widths: Sequence[int]) -> dict[str, Any]:

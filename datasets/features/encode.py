@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from common import processes
 from common.errors import InputError
@@ -58,6 +57,10 @@ def encode_all(encoder: Encoder, read: Callable, items: Sequence[Any], rows: lis
 
 def progress(batches: Iterable[Any], count: int) -> Iterable[Any]:
     """Yield the batches, with a progress bar on rank 0."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return batches
     return tqdm(batches, "encoding", count, unit="batch", disable=True if processes.rank() else None)
 
 

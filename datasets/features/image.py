@@ -3,23 +3,27 @@
 Encoders: pixel (built in), or any open_clip model as MODEL/PRETRAINED or MODEL/path-to-weights.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from common.errors import InputError
-from config import FeatureSettings
-from datasets.catalog import Catalog, prepare_command
 from datasets.features import cache, encode
 from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import CHUNK, EncodedModality, Job, Record
 from datasets.features.modality import digest as digest_of_texts
 from datasets.item2img import ITEM2IMG
+
+if TYPE_CHECKING:
+    from config import FeatureSettings
+    from datasets.catalog import Catalog
 
 MAX_PIXELS = 50_000_000  # a picture that claims more is not decoded
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # others are not decoded: EPS would start a program
@@ -134,6 +138,8 @@ def _picture(record: Record) -> Path | None:
 
 
 def _no_pictures(catalog: Catalog, why: str) -> str:
+    from datasets.catalog import prepare_command
+
     command = prepare_command(catalog.photos.parents[1], catalog.name, only="pictures")
     return (
         f"{catalog.name} has no picture that can be read ({why}); --no-use_img_encoder trains without pictures, and "

@@ -3,21 +3,25 @@
 text.py, image.py and arrays.py each define one, and registry.py lists them.
 """
 
+from __future__ import annotations
+
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from common import processes
 from common.errors import InputError
-from config import FeatureSettings
-from datasets.catalog import Catalog
 from datasets.features import cache, encode
 from datasets.features.encoder import Encoder
+
+if TYPE_CHECKING:
+    from config import FeatureSettings
+    from datasets.catalog import Catalog
 
 CHUNK = 4096  # rows that are compared at once
 SAME = 1e-3  # features that differ by less are the same; float16 rounds by up to 5e-4

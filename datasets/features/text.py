@@ -3,6 +3,8 @@
 Encoders: lexical (built in), or any Hugging Face text encoder, from the hub or a local folder.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import sys
@@ -12,17 +14,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from common.errors import InputError
-from config import FeatureSettings
 from datasets.features import encode
 from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import EncodedModality, Job, Record
 from datasets.features.modality import digest as digest_of_texts
 from datasets.text import NO_TEXT, item_text
+
+if TYPE_CHECKING:
+    from config import FeatureSettings
 
 POOLINGS = {"mean": "the mean of the tokens", "first token": "the first token"}
 LOADED_SUFFIXES, LOADED_NAMES = (".json", ".safetensors", ".bin", ".model"), ("vocab.txt", "merges.txt", "bpe.codes")

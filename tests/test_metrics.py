@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.metrics import count_ahead, ranking_metrics, target_ranks
+import config
+from trainer.metrics import METRICS, count_ahead, ranking_metrics, target_ranks
 
 INF, NAN = math.inf, math.nan
 
@@ -118,3 +119,12 @@ def test_small_shares_are_not_rounded_to_float32():
     ranks = torch.full((3,), 1e9)
     ranks[0] = 1
     assert ranking_metrics(ranks, (5,))["Recall@5"] == 1 / 3
+
+
+def test_a_new_metric_is_one_function_in_the_table(monkeypatch):
+    monkeypatch.setitem(METRICS, "Last", lambda ranks, k: (ranks == k).double())
+    assert ranking_metrics(torch.tensor([1.0, 3.0]), (3,))["Last@3"] == 0.5
+
+
+def test_the_settings_accept_the_metrics_of_the_table():
+    assert tuple(METRICS) == config.METRICS

@@ -12,12 +12,11 @@ from tqdm import tqdm
 
 from common import processes
 from common.files import write_json
-from config import METRICS
 from dataloader import EvalBatch, EvalRows, eval_batches
 from model import FMRLRec, slice_model
 from model.baselines.counting import Popularity
 from model.fmrl import increments
-from trainer.metrics import count_ahead, ranking_metrics, target_ranks
+from trainer.metrics import METRICS, count_ahead, ranking_metrics, target_ranks
 from trainer.plots import plot_metric_by_size
 from trainer.runs import EVERY_SIZE, LARGEST, USER_RANKS, of_test
 from trainer.step import Trainable

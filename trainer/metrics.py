@@ -1,5 +1,7 @@
 """Recall, NDCG and MRR of full rankings, as exact means over users. B users, N items."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,19 +30,32 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     return 1 + ahead + tied.clamp_min(0) / 2
 
 
-def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
-    """{"Recall@5": ..., "NDCG@5": ..., "MRR@5": ..., ...} of one relevant item a user: means over all users.
+def recall(ranks: Tensor, k: int) -> Tensor:
+    """[rank <= K]: 1 for a hit, otherwise 0."""
+    return (ranks <= k).double()
 
-    Recall@K = [rank <= K], NDCG@K = [rank <= K] / log2(rank + 1), MRR@K = [rank <= K] / rank.
+
+def ndcg(ranks: Tensor, k: int) -> Tensor:
+    """[rank <= K] / log2(rank + 1): NDCG@K of one relevant item."""
+    return recall(ranks, k) / torch.log2(ranks + 1)
+
+
+def mrr(ranks: Tensor, k: int) -> Tensor:
+    """[rank <= K] / rank: the reciprocal rank, 0 beyond K."""
+    return recall(ranks, k) / ranks
+
+
+# name -> function of the ranks [U] float64 and the cut-off K that returns the metric of each user [U]
+METRICS: dict[str, Callable[[Tensor, int], Tensor]] = {"Recall": recall, "NDCG": ndcg, "MRR": mrr}
+
+
+def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
+    """Return {"Recall@5": ..., "NDCG@5": ..., "MRR@5": ..., ...} of METRICS: means over users.
+
+    ranks: [U], from 1, of the one relevant item of each user.
     """
     ranks = ranks.double()
-    metrics = {}
-    for k in ks:
-        hit = (ranks <= k).double()
-        metrics[f"Recall@{k}"] = hit.mean().item()
-        metrics[f"NDCG@{k}"] = (hit / torch.log2(ranks + 1)).mean().item()
-        metrics[f"MRR@{k}"] = (hit / ranks).mean().item()
-    return metrics
+    return {f"{name}@{k}": metric(ranks, k).mean().item() for k in ks for name, metric in METRICS.items()}
 
 
 def cut_offs(ks: tuple[int, ...], metric: str) -> tuple[int, ...]:

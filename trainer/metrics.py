@@ -6,23 +6,12 @@ import torch
 from torch import Tensor
 
 
-def count_ahead(scores: Tensor, target: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the scores [B, C] are ahead of the target's [B, 1], and how many equal it: each [B] float.
-
-    A score that is not a number counts as ahead. buffer: [B, C] float32, of any content; C below 2^24, so that a float
-    counts exactly (comparing into a float and adding up takes a quarter of the time of doing it with booleans).
-    """
-    not_ahead = torch.le(scores, target, out=buffer).sum(dim=1)
-    behind = torch.lt(scores, target, out=buffer).sum(dim=1)
-    return scores.shape[1] - not_ahead, not_ahead - behind
-
-
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """The rank, from 1, of each user's target among all scores: [B, N+1], [B] -> [B] float. For those
-    who have all scores at once, and the plain twin of `count_ahead`.
+    """Return the rank, from 1, of each user's target among all scores: [B, N+1], [B] -> [B] float.
 
-    Items with the target's score share their average rank (so a rank may end in .5). A score that is not a number
-    counts as ahead of the target, and such a target ranks last.
+    The plain twin of `rank_targets` (trainer/evaluation.py), for scores that are all there at once. Items with the
+    target's score share their average rank, so a rank may end in .5. A score of NaN counts as ahead of the target, and
+    a target whose score is NaN ranks last.
     """
     target = scores.gather(1, targets[:, None])
     ahead = (~(scores <= target)).sum(dim=1)

@@ -13,7 +13,7 @@ the rest. B users, L steps, N items, m the size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ENGINES = ("torch", "onnx")
 RANKED = 1 << 16  # items whose scores the torch engine holds at once, per user
+# The fewest rows of a product: fewer take other routines, which round differently, also between equal items.
+TORCH_ROWS, ONNX_ROWS = 4, 2
 
 
 class Table:
@@ -101,6 +103,7 @@ class OnnxEngine:
 
         # All at once: a folder that is replaced later must not lend its graphs to this table.
         recommend, step, rank = GRAPHS
+        self._max_len: int = export.config["max_len"]
         self._rank = opened(rank)
         options.add_external_initializers(names, weights)
         self._recommend, self._step = opened(recommend), opened(step)
@@ -109,17 +112,37 @@ class OnnxEngine:
         return Table(export.table, export.scale)
 
     def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._recommend.run(None, {"history": history, "bias": bias, "k": _k(k), **table.inputs()})
+        """Histories run in lengths of their own, powers of two: the sum over a longer one rounds differently."""
+        length = np.where(history > 0, np.arange(history.shape[1], 0, -1), 1).max(axis=1)
+        steps = np.minimum(2 ** np.ceil(np.log2(length)).astype(np.int64), self._max_len)
+        scores, items = np.empty((len(history), k), np.float32), np.empty((len(history), k), np.int64)
+        for n in np.unique(steps):
+            rows = np.flatnonzero(steps == n)
+            read = np.pad(history[rows, -n:], ((0, 0), (max(0, n - history.shape[1]), 0)))
+            own = bias if len(bias) == 1 else bias[rows]
+            scores[rows], items[rows] = self._ranked(self._recommend, "history", read, table, own, k)
+        return scores, items
 
     def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
         return self._step.run(None, {"item": item, "hidden": hidden, **table.inputs()})
 
     def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._rank.run(None, {"z": z, "bias": bias, "k": _k(k), **table.inputs()})
+        return self._ranked(self._rank, "z", z, table, bias, k)
+
+    @staticmethod
+    def _ranked(
+        session: Any, name: str, rows: np.ndarray, table: Table, bias: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        bias = bias if len(bias) == 1 else _filled_up(bias, ONNX_ROWS)
+        inputs = {name: _filled_up(rows, ONNX_ROWS), "bias": bias, "k": np.array([k], dtype=np.int64), **table.inputs()}
+        scores, items = session.run(None, inputs)
+        return scores[: len(rows)], items[: len(rows)]
 
 
-def _k(k: int) -> np.ndarray:
-    return np.array([k], dtype=np.int64)
+def _filled_up(rows: np.ndarray, fewest: int) -> np.ndarray:
+    """Add rows of zeros until there are `fewest`."""
+    missing = fewest - len(rows)
+    return rows if missing <= 0 else np.concatenate([rows, np.zeros_like(rows, shape=(missing, *rows.shape[1:]))])
 
 
 class TorchEngine:
@@ -137,6 +160,7 @@ class TorchEngine:
     def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
+        users, history = len(history), _filled_up(history, TORCH_ROWS)
         live = history > 0
         live[:, -1] = True  # an empty history is token 0 alone
         lengths = live.sum(axis=1)
@@ -146,7 +170,7 @@ class TorchEngine:
             z = self.model.encode(
                 torch.from_numpy(x), torch.from_numpy(position), int(lengths.max()), torch.from_numpy(last)
             )
-        return self.rank(z.numpy(), table, bias, k)
+        return self.rank(z.numpy()[:users], table, bias, k)
 
     def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
         import torch
@@ -161,9 +185,12 @@ class TorchEngine:
 
         with torch.inference_mode():
             scores, items = torch.empty(len(z), 0), torch.empty(len(z), 0, dtype=torch.long)
-            for start in range(0, len(table), RANKED):
-                part = slice(start, start + RANKED)
-                chunk = torch.from_numpy(z) @ torch.from_numpy(table.values[part]).T + torch.from_numpy(bias[:, part])
+            filled = torch.from_numpy(_filled_up(z, TORCH_ROWS))
+            width = -(-len(table) // -(-len(table) // RANKED))  # chunks of like width: none of a few columns
+            for start in range(0, len(table), width):
+                part = slice(start, start + width)
+                product = (filled @ torch.from_numpy(table.values[part]).T)[: len(z)]
+                chunk = product + torch.from_numpy(bias[:, part])
                 best = _best(chunk, k)
                 scores = torch.cat([scores, chunk.gather(1, best)], dim=1)
                 items = torch.cat([items, best + start], dim=1)

@@ -120,7 +120,9 @@ def shop_of_twins(num_items, num_kinds=200, num_users=20):
     torch.manual_seed(0)
     features = torch.randn(num_kinds, 9)[kind]
     model = FMRLRec(num_items, features, ModelSettings(mrl_hidden_sizes=(8, 16), lru_r_min=0.3, lru_r_max=0.9))
-    return with_random_weights(model, 0.5), random.integers(1, num_items + 1, (num_users, 5)).tolist(), kind
+    sequences = random.integers(1, num_items + 1, (num_users, 5)).tolist()
+    sequences[0][-1] = num_items  # the only item of its chunk in a catalogue of 32,768
+    return with_random_weights(model, 0.5), sequences, kind
 
 
 @pytest.mark.parametrize("num_items", [32_767, 32_768, 100_000])
@@ -148,6 +150,20 @@ def test_a_model_that_tells_no_items_apart_gives_every_target_the_mean_rank(num_
         model.items.projection.weight.zero_()
     for batch_size in (1, 256):
         assert ranks_of(model, sequences, batch_size).unique().tolist() == [(num_items + 1) / 2]
+
+
+def watch_z(monkeypatch):
+    """The list to which every later evaluation adds its users' z."""
+    seen, true = [], evaluation._ranks
+    monkeypatch.setattr(evaluation, "_ranks", lambda *a: seen.append(a[2]) or true(*a))
+    return seen
+
+
+def test_users_are_encoded_to_the_same_bits_whatever_the_batch_size(monkeypatch):
+    model, rows, seen = random_model(), rows_of(random_sequences()), watch_z(monkeypatch)
+    for batch_size in (1, 7, 256):
+        metrics_of(model, rows, batch_size)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
 
 
 def test_ranks_are_those_of_all_exact_scores_at_once():
@@ -332,7 +348,7 @@ def test_ranks_that_cannot_be_read_are_named(tmp_path, damage):
 @pytest.mark.parametrize("world_size", [2, 3, 30])
 def test_ranks_share_the_groups_of_users_out_and_some_may_have_none(monkeypatch, world_size):
     monkeypatch.setattr(evaluation, "GROUP", 4)
-    model, rows = random_model(), rows_of(random_sequences())  # 25 users
+    model, rows, seen = random_model(), rows_of(random_sequences()), watch_z(monkeypatch)  # 25 users
     expected, found = metrics_of(model, rows), []
     monkeypatch.setattr(processes, "world_size", lambda: world_size)
     monkeypatch.setattr(processes, "add_up", lambda part: found.append(part.clone()) or part)
@@ -341,6 +357,7 @@ def test_ranks_share_the_groups_of_users_out_and_some_may_have_none(monkeypatch,
         metrics_of(model, rows)
     total = torch.stack(found)
     assert ((total > 0).sum(dim=0) == 1).all()  # each user by one rank
+    assert torch.equal(torch.cat(seen[1:]), seen[0])  # encoded to the same bits
     monkeypatch.setattr(processes, "add_up", lambda part: total.sum(dim=0))
     assert metrics_of(model, rows) == expected
 

@@ -35,8 +35,12 @@ def ranks_by_counting(z, rows, targets, rounding=0.0, chunk=5):
 
 
 @pytest.mark.parametrize("dim", [1, 8, 100, 512, 1024])
-def test_scores_of_vectors_on_the_grid_are_exact_in_any_order(dim):
+@pytest.mark.parametrize("alike", [False, True], ids=["of all sizes", "with the largest sums"])
+def test_scores_of_vectors_on_the_grid_are_exact_in_any_order(dim, alike):
+    torch.manual_seed(0)
     z, rows = on_grid(random_vectors(3, dim)), on_grid(random_vectors(3, dim, seed=1))
+    if alike:
+        z, rows = (on_grid(1 - torch.rand(3, dim) / 100) for _ in range(2))
     pairs = zip(z.tolist(), rows.tolist(), strict=True)
     expected = [sum(Fraction(a) * Fraction(b) for a, b in zip(*pair, strict=True)) for pair in pairs]
     order = torch.randperm(dim)
@@ -64,8 +68,11 @@ def test_numbers_that_are_not_finite_stay_and_do_not_change_their_neighbours():
 @pytest.mark.parametrize("rounding", [0.0, 1.0], ids=["as computed", "rounded as badly as possible"])
 def test_counted_ranks_are_those_of_all_exact_scores(spread, rounding):
     torch.manual_seed(0)
-    z, rows = on_grid(torch.randn(20, 12)), on_grid(1 + spread * torch.randn(40, 12))
+    z, rows = torch.randn(20, 12), 1 + spread * torch.randn(40, 12)
+    z[:, 11] = 0
+    rows[::3, 11] = 100  # longer, so rounded worse, with scores like the others'
     rows[10:15] = rows[3]
+    z, rows = on_grid(z), on_grid(rows)
     targets = torch.arange(20)
     expected = target_ranks(z.double() @ rows.double().T, targets)
     assert ranks_by_counting(z, rows, targets, rounding).tolist() == expected.tolist()
@@ -77,6 +84,6 @@ def test_a_score_that_is_not_a_number_counts_as_ahead_and_its_target_ranks_last(
     assert [ranks_by_counting(z, rows, torch.tensor([target])).item() for target in range(4)] == [3, 5, 2, 4]
 
 
-def test_an_infinite_score_is_ahead_and_two_of_them_tie():
-    z, rows = on_grid(torch.ones(1, 2)), on_grid(torch.tensor([[0.0, 1.0], [INF, 0.0], [1.0, INF], [3.0, 0.0]]))
+def test_infinite_scores_tie_with_each_other_but_not_with_items_that_are_no_candidates():
+    z, rows = on_grid(torch.ones(1, 2)), on_grid(torch.tensor([[0.0, -INF], [INF, 0.0], [1.0, INF], [3.0, 0.0]]))
     assert [ranks_by_counting(z, rows, torch.tensor([target])).item() for target in range(4)] == [4, 1.5, 1.5, 3]

@@ -12,7 +12,7 @@ The engines agree up to rounding. With int8, onnxruntime multiplies integers and
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from serving.quantize import quantize
 from serving.weights import MATRICES
 
 ENGINES = ("torch", "onnx")
+ONNX_ROWS = 2  # the fewest rows of a product: one alone takes other routines, which round differently
 
 
 class Table:
@@ -118,6 +119,7 @@ class OnnxEngine:
 
         # Load all graphs now: if the folder is replaced later, its graphs must not be used with this table.
         recommend, step, rank = GRAPHS
+        self._max_len: int = export.config["max_len"]
         self._rank = load(rank)
         options.add_external_initializers(names, weights)
         self._recommend, self._step = load(recommend), load(step)
@@ -126,14 +128,34 @@ class OnnxEngine:
         return Table(export.table, export.scale)
 
     def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._recommend.run(None, {"history": history, "bias": bias, "k": _k(k), **table.inputs()})
+        """Histories run in lengths of their own, powers of two: the sum over a longer one rounds differently."""
+        length = np.where(history > 0, np.arange(history.shape[1], 0, -1), 1).max(axis=1)
+        steps = np.minimum(2 ** np.ceil(np.log2(length)).astype(np.int64), self._max_len)
+        scores, items = np.empty((len(history), k), np.float32), np.empty((len(history), k), np.int64)
+        for n in np.unique(steps):
+            rows = np.flatnonzero(steps == n)
+            read = np.pad(history[rows, -n:], ((0, 0), (max(0, n - history.shape[1]), 0)))
+            own = bias if len(bias) == 1 else bias[rows]
+            scores[rows], items[rows] = self._ranked(self._recommend, "history", read, table, own, k)
+        return scores, items
 
     def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
         return self._step.run(None, {"item": item, "hidden": hidden, **table.inputs()})
 
     def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._rank.run(None, {"z": z, "bias": bias, "k": _k(k), **table.inputs()})
+        return self._ranked(self._rank, "z", z, table, bias, k)
+
+    @staticmethod
+    def _ranked(
+        session: Any, name: str, rows: np.ndarray, table: Table, bias: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        bias = bias if len(bias) == 1 else filled_up(bias, ONNX_ROWS)
+        inputs = {name: filled_up(rows, ONNX_ROWS), "bias": bias, "k": np.array([k], dtype=np.int64), **table.inputs()}
+        scores, items = session.run(None, inputs)
+        return scores[: len(rows)], items[: len(rows)]
 
 
-def _k(k: int) -> np.ndarray:
-    return np.array([k], dtype=np.int64)
+def filled_up(rows: np.ndarray, fewest: int) -> np.ndarray:
+    """Add rows of zeros until there are `fewest`."""
+    missing = fewest - len(rows)
+    return rows if missing <= 0 else np.concatenate([rows, np.zeros_like(rows, shape=(missing, *rows.shape[1:]))])

@@ -7,11 +7,12 @@ import torch
 
 from model import FMRLRec
 from serving.convert import model_from
-from serving.engines import Table
+from serving.engines import Table, filled_up
 from serving.folder import Export
 from serving.quantize import dequantize
 
 CHUNK = 1 << 16  # items whose scores are held at once, per user
+ROWS = 4  # the fewest rows of a product: fewer take other routines, which round differently, also between equal items
 
 
 class TorchEngine:
@@ -24,6 +25,7 @@ class TorchEngine:
         return Table(export.table if export.scale is None else dequantize(export.table, export.scale, axis=1), None)
 
     def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        users, history = len(history), filled_up(history, ROWS)
         live = history > 0
         live[:, -1] = True  # an empty history is token 0 alone
         lengths = live.sum(axis=1)
@@ -33,7 +35,7 @@ class TorchEngine:
             z = self.model.encode(
                 torch.from_numpy(x), torch.from_numpy(position), int(lengths.max()), torch.from_numpy(last)
             )
-        return self.rank(z.numpy(), table, bias, k)
+        return self.rank(z.numpy()[:users], table, bias, k)
 
     def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
         with torch.inference_mode():
@@ -44,9 +46,12 @@ class TorchEngine:
         """Rank exactly, in chunks of the catalogue, keeping the best k so far."""
         with torch.inference_mode():
             scores, items = torch.empty(len(z), 0), torch.empty(len(z), 0, dtype=torch.long)
-            for start in range(0, len(table), CHUNK):
-                part = slice(start, start + CHUNK)
-                chunk = torch.from_numpy(z) @ torch.from_numpy(table.values[part]).T + torch.from_numpy(bias[:, part])
+            filled = torch.from_numpy(filled_up(z, ROWS))
+            width = -(-len(table) // -(-len(table) // CHUNK))  # chunks of like width: none of a few columns
+            for start in range(0, len(table), width):
+                part = slice(start, start + width)
+                product = (filled @ torch.from_numpy(table.values[part]).T)[: len(z)]
+                chunk = product + torch.from_numpy(bias[:, part])
                 best = _best(chunk, k)
                 scores = torch.cat([scores, chunk.gather(1, best)], dim=1)
                 items = torch.cat([items, best + start], dim=1)

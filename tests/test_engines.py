@@ -306,6 +306,36 @@ def test_each_user_may_have_other_candidates_even_if_a_chunk_has_none(one, monke
     assert np.sort(items, axis=1).tolist() == [[5, 6, 19], [10, 12, 20]]
 
 
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("users", [1, 3, 64])
+def test_identical_items_come_by_number_whoever_is_in_the_batch(one, name, users):
+    rng = np.random.default_rng(0)
+    kinds, kind = rng.normal(size=(50, 32)).astype(np.float32), rng.integers(0, 50, 12_102)
+    z, table = rng.normal(size=(64, 32)).astype(np.float32), Table(kinds[kind], None)
+    scores = (z.astype(np.float64) @ kinds.T)[:, kind]
+    scores[:, 0] = -np.inf
+    engine = open_engine(one["none"], name, threads=1)
+    bias = all_items(table)[0]
+    for start in range(0, 64, users):
+        part = slice(start, start + users)
+        _, items = engine.rank(z[part], table, bias, 20)
+        np.testing.assert_array_equal(items, np.argsort(-scores[part], axis=1, kind="stable")[:, :20])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_user_alone_is_answered_to_the_last_bit_as_in_a_batch(one, name):
+    engine, rng = open_engine(one["none"], name, threads=1), np.random.default_rng(0)
+    table, history = engine.table(one["none"]), rng.integers(1, NUM_ITEMS + 1, (64, 20))
+    for user, row in enumerate(history):
+        row[: user % 21] = 0
+    scores, items = engine.recommend(history, table, *all_items(table))
+    for user, row in enumerate(history):
+        alone = row[min(user % 21, 19) :]
+        of_user, items_of_user = engine.recommend(alone[None], table, *all_items(table))
+        np.testing.assert_array_equal(items_of_user[0], items[user])
+        np.testing.assert_array_equal(of_user[0], scores[user])
+
+
 # -------------------------------------------------------------------------------------------------- opening an engine
 
 

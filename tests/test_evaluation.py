@@ -1,9 +1,11 @@
 """Full ranking of every user's target, against one user at a time, in float64, with a sort."""
 
 import copy
-import dataclasses
-import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from common import processes
 from common.errors import InputError
 from config import ModelSettings
 from dataloader import eval_batches, eval_rows
-from model import FMRLRec, slice_model
+from model import FMRLRec
 from tests.made_up import as_sequences, with_random_weights
 from trainer import evaluation
-from trainer.evaluation import candidates, check_slice, evaluate, rank_targets, rank_targets_alone
+from trainer.evaluation import candidates, evaluate, rank_targets, rank_targets_alone
+from trainer.exact import on_grid
 from trainer.metrics import target_ranks
 from trainer.user_ranks import load_ranks, save_ranks
 
@@ -82,46 +85,97 @@ def test_every_size_is_ranked_as_one_user_at_a_time_by_sorting(part, mask_histor
         assert metrics[m] == pytest.approx(expected[m], abs=1e-12)
 
 
-@pytest.mark.parametrize("branch", ["both", "id"])
 @pytest.mark.parametrize("mask_history", [False, True])
 @pytest.mark.parametrize("items", [1, 7, NUM_ITEMS])
-@pytest.mark.parametrize("users", [5, 2**16])
 @pytest.mark.parametrize("table_bytes", [0, 2**30])
-def test_chunks_give_what_the_whole_gives(monkeypatch, items, users, table_bytes, mask_history, branch):
-    model, rows = random_model(branch), rows_of(random_sequences())
+def test_chunks_and_batches_give_what_the_whole_gives(monkeypatch, items, table_bytes, mask_history):
+    model, rows = random_model(), rows_of(random_sequences())
     expected = metrics_of(model, rows, mask_history=mask_history)
     monkeypatch.setattr(evaluation, "ITEMS", items)
-    monkeypatch.setattr(evaluation, "USERS", users)
+    monkeypatch.setattr(evaluation, "USERS", 5)
     monkeypatch.setattr(evaluation, "TABLE_BYTES", table_bytes)
-    for size, metrics in metrics_of(model, rows, mask_history=mask_history).items():
-        assert metrics == pytest.approx(expected[size], abs=1e-12)
+    for batch_size in (1, 7, len(rows)):
+        assert metrics_of(model, rows, batch_size, mask_history) == expected
 
 
-@pytest.mark.parametrize(("room", "expected"), [(0, 1), (-1, 0)])
-def test_the_item_table_is_held_where_there_is_room_for_it(monkeypatch, room, expected):
-    model, made = random_model(), []
+@pytest.mark.parametrize(("room", "times"), [(0, 1), (-1, 2)], ids=["held", "projected for targets and for scores"])
+def test_the_item_table_is_held_where_there_is_room_for_it(monkeypatch, room, times):
+    model, projected = random_model(), []
     monkeypatch.setattr(evaluation, "TABLE_BYTES", NUM_ITEMS * SIZES[-1] * 4 + room)
-    true = FMRLRec.item_table
-    monkeypatch.setattr(FMRLRec, "item_table", lambda model: made.append(model) or true(model))
+    true = evaluation._project
+    monkeypatch.setattr(evaluation, "_project", lambda model, start: projected.append(start) or true(model, start))
     metrics_of(model, rows_of(random_sequences()))
-    assert len(made) == expected
+    assert projected == [0] * times
 
 
-@pytest.mark.parametrize("items", [3, NUM_ITEMS + 1])
-def test_equal_items_share_their_average_rank_in_chunks_too(monkeypatch, items):
-    model = random_model("id")
-    with torch.no_grad():  # numbers whose products and sums are exact
-        model.items.table.copy_(torch.randint(-2, 3, model.items.table.shape) / 4)
-        model.items.table[10:30] = model.items.table[10]
-    batches = [dataclasses.replace(a_batch(), targets=torch.arange(8, 16))]
-    z = [torch.randint(-4, 5, (8, SIZES[-1])) / 2.0]
-    monkeypatch.setattr(evaluation, "ITEMS", items)
-    found = evaluation._ranks(model, batches, z, model.item_table().detach(), SIZES, mask_history=False)
-    for size, of_size in zip(SIZES, found, strict=True):
-        scores = z[0][:, :size] @ model.items.table[:, :size].T.detach()
+def ranks_of(model, sequences, batch_size):
+    return torch.stack(list(rank_targets(model, rows_of(sequences), sizes=model.sizes, batch_size=batch_size).values()))
+
+
+def shop_of_twins(num_items, num_kinds=200, num_users=20):
+    """(a model, histories, the kind of every item from 0 on): items of one kind have the same features."""
+    random = np.random.default_rng(0)
+    kind = random.integers(0, num_kinds, num_items)
+    torch.manual_seed(0)
+    features = torch.randn(num_kinds, 9)[kind]
+    model = FMRLRec(num_items, features, ModelSettings(mrl_hidden_sizes=(8, 16), lru_r_min=0.3, lru_r_max=0.9))
+    sequences = random.integers(1, num_items + 1, (num_users, 5)).tolist()
+    sequences[0][-1] = num_items  # the only item of its chunk in a catalogue of 32,768
+    return with_random_weights(model, 0.5), sequences, kind
+
+
+@pytest.mark.parametrize("num_items", [32_767, 32_768, 100_000])
+def test_identical_items_share_their_average_rank_in_catalogues_and_batches_of_any_size(monkeypatch, num_items):
+    monkeypatch.setattr(evaluation, "GROUP", 8)
+    model, sequences, kind = shop_of_twins(num_items)
+    found = ranks_of(model, sequences, 256)
+    double = copy.deepcopy(model).double().eval()
+    table = double.item_table().detach()
+    first = np.unique(kind, return_index=True)[1] + 1  # an item of every kind
+    for user, v in enumerate(sequences):
+        z = double.encode(table[v[:-1]], torch.arange(len(v) - 1), len(v) - 1)[-1].detach()
+        for j, m in enumerate(model.sizes):
+            scores = (table[first, :m] @ z[:m]).numpy()[kind]
+            target = scores[v[-1] - 1]
+            assert found[j, user] == 1 + (scores > target).sum() + ((scores == target).sum() - 1) / 2
+    for batch_size in (1, 7):
+        assert torch.equal(ranks_of(model, sequences, batch_size), found)
+
+
+@pytest.mark.parametrize("num_items", [32_767, 32_768, 100_000])
+def test_a_model_that_tells_no_items_apart_gives_every_target_the_mean_rank(num_items):
+    model, sequences, _ = shop_of_twins(num_items)
+    with torch.no_grad():
+        model.items.projection.weight.zero_()
+    for batch_size in (1, 256):
+        assert ranks_of(model, sequences, batch_size).unique().tolist() == [(num_items + 1) / 2]
+
+
+def watch_z(monkeypatch):
+    """The list to which every later evaluation adds its users' z."""
+    seen, true = [], evaluation._ranks
+    monkeypatch.setattr(evaluation, "_ranks", lambda *a: seen.append(a[2]) or true(*a))
+    return seen
+
+
+def test_users_are_encoded_to_the_same_bits_whatever_the_batch_size(monkeypatch):
+    model, rows, seen = random_model(), rows_of(random_sequences()), watch_z(monkeypatch)
+    for batch_size in (1, 7, 256):
+        metrics_of(model, rows, batch_size)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
+
+
+def test_ranks_are_those_of_all_exact_scores_at_once():
+    model, rows = random_model().eval(), rows_of(random_sequences())
+    found = rank_targets(model, rows, sizes=SIZES, batch_size=7)
+    (batch,) = eval_batches(rows, len(rows), CPU)
+    with torch.no_grad():
+        table = model.item_table()
+        z = model.encode(table[batch.tokens], batch.position, batch.longest, at=batch.last)
+    for m in SIZES:
+        scores = on_grid(z)[:, :m].double() @ on_grid(table)[:, :m].double().T
         scores[:, 0] = -math.inf
-        assert of_size.tolist() == target_ranks(scores, batches[0].targets).tolist()
-    assert (found % 1 == 0.5).any()
+        assert found[m].tolist() == target_ranks(scores, batch.targets).tolist()
 
 
 @pytest.mark.parametrize("items", [3, NUM_ITEMS + 1])
@@ -129,26 +183,17 @@ def test_a_user_whose_scores_are_no_numbers_ranks_last_and_no_other_user_notices
     model, batches = random_model("id"), [a_batch()]
     table, z = model.item_table().detach(), torch.randn(8, SIZES[-1])
     monkeypatch.setattr(evaluation, "ITEMS", items)
-    before = evaluation._ranks(model, batches, [z], table, SIZES, mask_history=False)
+    before = evaluation._ranks(model, batches, z, table, SIZES, mask_history=False)
     z[2, 5] = math.nan  # of the sizes beyond 4
-    found = evaluation._ranks(model, batches, [z], table, SIZES, mask_history=False)
+    found = evaluation._ranks(model, batches, z, table, SIZES, mask_history=False)
     assert found[1:, 2].tolist() == [NUM_ITEMS + 2] * 2
     found[1:, 2] = before[1:, 2]
     assert torch.equal(found, before)
-    scores = torch.full((1, NUM_ITEMS + 1), math.nan)
-    assert target_ranks(scores, torch.tensor([3])).tolist() == [NUM_ITEMS + 2]
 
 
 def test_masking_the_history_changes_the_metrics_of_these_users():
     model, rows = random_model(), rows_of(random_sequences())
     assert metrics_of(model, rows, mask_history=True) != metrics_of(model, rows, mask_history=False)
-
-
-@pytest.mark.parametrize("mask_history", [False, True])
-def test_metrics_are_exact_means_whatever_the_batch_size(mask_history):
-    model, rows = random_model(), rows_of(random_sequences())
-    one, seven, all_users = (metrics_of(model, rows, n, mask_history) for n in (1, 7, len(rows)))
-    assert one == seven == all_users
 
 
 def test_a_subset_of_the_sizes_can_be_asked_for():
@@ -224,59 +269,6 @@ def a_batch():
     return next(eval_batches(rows_of(random_sequences()), 8, CPU))
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_true_slice_passes_the_check(size):
-    model = random_model()
-    check_slice(model, slice_model(model, size), a_batch())
-
-
-@pytest.mark.parametrize("change", [1e-2, math.nan])
-def test_a_slice_with_any_weight_changed_fails_the_check(change):
-    model = random_model()
-    for name, _ in model.named_parameters():
-        small = slice_model(model, 8)
-        with torch.no_grad():
-            small.get_parameter(name).view(-1)[0] += change
-        with pytest.raises(RuntimeError, match="the slice of size 8 scores otherwise than the full model"):
-            check_slice(model, small, a_batch())
-
-
-def test_a_slice_that_scores_otherwise_is_reported_when_all_results_are_written(tmp_path, monkeypatch):
-    def wrong_slice(model, size):
-        small = slice_model(model, size)
-        with torch.no_grad():
-            small.items.projection.bias += 0.1 * (size == 8)
-        return small
-
-    monkeypatch.setattr("trainer.evaluation.slice_model", wrong_slice)
-    rows = rows_of(random_sequences())
-    with pytest.raises(RuntimeError, match="the slice of size 8 scores otherwise"):
-        evaluation.test_every_size(
-            random_model(), rows, tmp_path, batch_size=7, ks=KS, printed=KS, mask_history=False, title="every size",
-            times_trained=rows.targets,
-        )  # fmt: skip
-    assert set(json.loads((tmp_path / "test_mrl_metrics.json").read_text())) == {"4", "8", "16"}
-
-
-@pytest.mark.parametrize("mask_history", [False, True])
-def test_a_test_keeps_the_rank_of_every_user_up_to_the_largest_cutoff(tmp_path, mask_history):
-    model, rows = random_model().eval(), rows_of(random_sequences())
-    counts = np.arange(len(rows)) * 10_000
-    evaluation.test_every_size(
-        model, rows, tmp_path, batch_size=7, ks=KS, printed=(), mask_history=mask_history, title="",
-        times_trained=counts,
-    )  # fmt: skip
-    kept, times = load_ranks(tmp_path / f"test_ranks{'_history_masked' * mask_history}.npz", "")
-    expected = rank_targets(model, rows, sizes=SIZES, batch_size=7, mask_history=mask_history)
-    assert list(kept) == list(SIZES)
-    assert times.tolist() == counts.tolist()
-    for m in SIZES:
-        near = expected[m].numpy() <= max(KS)
-        assert 0 < near.sum() < len(rows)
-        assert kept[m][near].tolist() == expected[m].numpy()[near].tolist()
-        assert np.isinf(kept[m][~near]).all()
-
-
 def test_ranks_are_kept_to_any_cut_off(tmp_path):
     ranks = np.array([1.0, 49_999.5, 50_000.0, 50_001.0])
     save_ranks(tmp_path / "r.npz", {4: ranks}, 50_000, np.zeros(4))
@@ -300,8 +292,9 @@ def test_ranks_that_cannot_be_read_are_named(tmp_path, damage):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 30])
-def test_ranks_share_the_users_out_and_some_may_have_none(monkeypatch, world_size):
-    model, rows = random_model(), rows_of(random_sequences())  # 25 users
+def test_ranks_share_the_groups_of_users_out_and_some_may_have_none(monkeypatch, world_size):
+    monkeypatch.setattr(evaluation, "GROUP", 4)
+    model, rows, seen = random_model(), rows_of(random_sequences()), watch_z(monkeypatch)  # 25 users
     expected, found = metrics_of(model, rows), []
     monkeypatch.setattr(processes, "world_size", lambda: world_size)
     monkeypatch.setattr(processes, "add_up", lambda part: found.append(part.clone()) or part)
@@ -310,5 +303,28 @@ def test_ranks_share_the_users_out_and_some_may_have_none(monkeypatch, world_siz
         metrics_of(model, rows)
     total = torch.stack(found)
     assert ((total > 0).sum(dim=0) == 1).all()  # each user by one rank
+    assert torch.equal(torch.cat(seen[1:]), seen[0])  # encoded to the same bits
     monkeypatch.setattr(processes, "add_up", lambda part: total.sum(dim=0))
     assert metrics_of(model, rows) == expected
+
+
+TWO_PROCESSES = """
+import sys, torch
+from common import processes
+from tests.test_evaluation import ranks_of, shop_of_twins
+
+model, sequences, _ = shop_of_twins(32_768, num_kinds=5_000, num_users=600)
+found = ranks_of(model, sequences, 7)
+if processes.rank() == 0:
+    torch.save(found, sys.argv[1])
+"""
+
+
+def test_two_processes_find_the_ranks_of_one(tmp_path):
+    script, path = tmp_path / "two.py", tmp_path / "ranks.pt"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    root = str(Path(evaluation.__file__).parent.parent)
+    subprocess.run([*torchrun, script, path], check=True, env=os.environ | {"PYTHONPATH": root}, timeout=300)
+    model, sequences, _ = shop_of_twins(32_768, num_kinds=5_000, num_users=600)
+    assert torch.equal(torch.load(path), ranks_of(model, sequences, 256))

@@ -1,4 +1,4 @@
-"""Ranks by counting against ranks by sorting, and metrics against a loop over users."""
+"""Ranks by comparing against ranks by sorting, and metrics against a loop over users."""
 
 import math
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.metrics import count_ahead, ranking_metrics, target_ranks
+import config
+from trainer.metrics import METRICS, ranking_metrics, target_ranks
 
 INF, NAN = math.inf, math.nan
 
@@ -43,17 +44,6 @@ def test_ranks_are_those_of_a_sort(seed):
     generator = torch.Generator().manual_seed(seed)
     scores, targets = torch.randn(20, 31, generator=generator), torch.randint(0, 31, (20,), generator=generator)
     assert target_ranks(scores, targets).tolist() == ranks_by_sorting(scores, targets)
-
-
-@pytest.mark.parametrize("numbers", [(0.0, 1.0), (0.0, 1.0, 2.0, -INF), (NAN, 0.0, 3.0, INF)])
-def test_counting_in_chunks_gives_the_ranks_of_the_whole(numbers):
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.tensor(numbers)[torch.randint(0, len(numbers), (20, 14), generator=generator)]
-    targets = torch.randint(0, 14, (20,), generator=generator)
-    target = scores.gather(1, targets[:, None])
-    chunks = [torch.stack(count_ahead(part, target, torch.empty_like(part))) for part in scores.split(5, dim=1)]
-    ahead, equal = sum(chunks)
-    assert (1 + ahead + (equal - 1).clamp_min(0) / 2).tolist() == target_ranks(scores, targets).tolist()
 
 
 @pytest.mark.parametrize("num_levels", [1, 2, 5])
@@ -118,3 +108,12 @@ def test_small_shares_are_not_rounded_to_float32():
     ranks = torch.full((3,), 1e9)
     ranks[0] = 1
     assert ranking_metrics(ranks, (5,))["Recall@5"] == 1 / 3
+
+
+def test_a_new_metric_is_one_function_in_the_table(monkeypatch):
+    monkeypatch.setitem(METRICS, "Last", lambda ranks, k: (ranks == k).double())
+    assert ranking_metrics(torch.tensor([1.0, 3.0]), (3,))["Last@3"] == 0.5
+
+
+def test_the_settings_accept_the_metrics_of_the_table():
+    assert tuple(METRICS) == config.METRICS

@@ -1,4 +1,9 @@
-"""Full ranking: every user's target among all items, for one model or for every size of a nested one."""
+"""Full ranking: the rank of every user's target among all items, for one model or for every size of a nested one.
+
+Ranks do not depend on batches, chunks of the catalogue or processes. Users are encoded in the same groups of GROUP, and
+items projected in the same chunks of ITEMS, whoever asks; scores are compared as trainer/exact.py says. U users,
+B users of a batch, C items of a chunk, N items, M sizes, D the largest.
+"""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -14,12 +19,14 @@ from model import FMRLRec, slice_model
 from model.base import CountingModel, SequenceModel
 from model.registry import Model
 from model.sizes import increments
-from trainer.metrics import count_ahead, ranking_metrics, target_ranks
+from trainer.exact import count_ahead, exact_scores, longest_row, on_grid
+from trainer.metrics import ranking_metrics, target_ranks
 
 T = TypeVar("T")
-USERS = 2**16  # users that are ranked at once: every dataset of the paper in one go
-ITEMS = 2**15  # items that are scored at once: every catalogue of the paper in one chunk
-TABLE_BYTES = 2**30  # a projected item table up to this is held; otherwise a batch projects what it reads
+GROUP = 2**8  # users encoded together
+USERS = 2**8 * GROUP  # users whose z is held at once: every dataset of the paper in one go
+ITEMS = 2**12  # items projected and scored at once: their scores for 256 users fit into a CPU's cache
+TABLE_BYTES = 2**30  # hold a projected item table up to this size; project larger ones chunk by chunk
 
 
 def evaluate(
@@ -31,7 +38,7 @@ def evaluate(
     ks: tuple[int, ...],
     mask_history: bool = False,
 ) -> dict[int, dict[str, float]]:
-    """Metrics of `model` at each of its `sizes`, of the ranks that `rank_targets` finds."""
+    """Return size -> metrics of the ranks that `rank_targets` finds."""
     found = rank_targets(model, rows, sizes=sizes, batch_size=batch_size, mask_history=mask_history)
     return {m: ranking_metrics(of_size, ks) for m, of_size in found.items()}
 
@@ -45,39 +52,41 @@ def rank_targets(
     batch_size: int,
     mask_history: bool = False,
 ) -> dict[int, Tensor]:
-    """The rank of every user's target at each of `sizes`, [U] float64, from one pass in which sizes share their scores.
+    """Return size -> the rank of every user's target, [U] float64; sizes share their scores in one pass.
 
-    Only the last position is scored. Items are projected once for USERS, in chunks, and a target is ranked by counting
-    what is ahead of it, so that memory grows neither with the catalogue nor with the users. Token 0 is never a
-    candidate; the items of the user's history are none where `mask_history` is set (the target always is one). Under
-    torchrun each rank takes a share of the users, and all return the ranks of all.
+    Only the last position is scored. Token 0 is never a candidate; history items are excluded if `mask_history` is set,
+    except the target. A target is ranked by counting the items ahead of it, so memory grows neither with the catalogue
+    nor with the users. batch_size: users scored at once; it bounds memory and does not change the ranks. Under torchrun
+    each rank takes a share of the groups, and all return the ranks of all users.
     """
     training = model.training
     model.eval()
-    start, stop = processes.share(len(rows))
+    start, stop = (min(GROUP * group, len(rows)) for group in processes.share(-(-len(rows) // GROUP)))
     device = next(itertools.chain(model.parameters(), model.buffers())).device
     found, table = torch.zeros(len(sizes), len(rows), dtype=torch.float64), None
     if not isinstance(model, CountingModel) and 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES:
-        table = model.item_table()
+        table = torch.cat([_project(model, first) for first in range(0, model.num_items + 1, ITEMS)])
     for first in range(start, stop, USERS):
         users = slice(first, min(first + USERS, stop))
-        batches = list(eval_batches(rows.part(users.start, users.stop), batch_size, device))
+        part = rows.part(users.start, users.stop)
+        batches = list(eval_batches(part, batch_size, device))
         if isinstance(model, CountingModel):
             found[:, users] = _ranks_of_counts(model, batches, mask_history)
         else:
-            z = [encode_last(model, batch, table) for batch in _shown(batches, "histories", "batch")]
+            groups = _progress(list(eval_batches(part, GROUP, device)), "histories", "group")
+            z = torch.cat([encode_last(model, group, table) for group in groups])
             found[:, users] = _ranks(model, batches, z, table, sizes, mask_history)
     model.train(training)
     return dict(zip(sizes, processes.add_up(found), strict=True))
 
 
-def _shown(parts: Sequence[T], title: str, unit: str) -> Iterable[T]:
-    """The parts, with a progress bar that goes when they are done."""
+def _progress(parts: Sequence[T], title: str, unit: str) -> Iterable[T]:
+    """Show a progress bar over the parts, on rank 0, until they are done."""
     return tqdm(parts, title, leave=False, unit=unit, disable=True if processes.rank() else None)
 
 
 def encode_last(model: SequenceModel, batch: EvalBatch, table: Tensor | None) -> Tensor:
-    """z [B, D] of every row's last token."""
+    """Return z [B, D] of every row's last token."""
     if table is None:
         tokens, place = batch.tokens.unique(return_inverse=True)
         x = model.items(tokens)[place]
@@ -86,41 +95,55 @@ def encode_last(model: SequenceModel, batch: EvalBatch, table: Tensor | None) ->
     return model.encode(x, batch.position, batch.longest, at=batch.last)
 
 
+def _project(model: SequenceModel, start: int) -> Tensor:
+    """Return the rows of the item table from `start` on, [C, D]. All chunks are projected in the same shape, the last
+    one filled up with token 0, so that equal features have equal rows."""
+    tokens = torch.arange(start, start + ITEMS, device=next(model.parameters()).device)
+    return model.items(tokens * (tokens <= model.num_items))[: model.num_items + 1 - start]
+
+
 def _ranks(
     model: SequenceModel,
     batches: list[EvalBatch],
-    z: list[Tensor],
+    z: Tensor,
     table: Tensor | None,
     sizes: tuple[int, ...],
     mask_history: bool,
 ) -> Tensor:
-    """The rank of every user's target at these sizes, from 1: [M, U]. Items with the target's score share their average
-    rank, so a rank may end in .5; in a catalogue of several chunks, rounding may tell equal scores apart."""
-    chunks = torch.arange(model.num_items + 1, device=z[0].device).split(ITEMS)
-    counts = [z_batch.new_zeros(2, len(sizes), len(z_batch)) for z_batch in z]  # ahead of the target, equal to it
-    targets = [model.items(batch.targets) if len(chunks) > 1 else None for batch in batches]  # each [B, D]
-    for chunk in _shown(chunks, "ranking", "chunk of items"):
-        start, stop = int(chunk[0]), int(chunk[-1]) + 1
-        columns = model.items(chunk) if table is None else table[start:stop]  # [C, D]
-        buffer = columns.new_empty(len(z[0]), len(columns))
-        for batch, z_batch, of_targets, count in zip(batches, z, targets, counts, strict=True):
-            scores = candidates(batch, start, stop, mask_history)
-            row, place = _within(torch.arange(len(z_batch), device=chunk.device), batch.targets, start, stop)
+    """Return the rank, from 1, of every user's target at these sizes: z [U, D] -> [M, U]. Items with the target's score
+    share their average rank, so a rank may end in .5."""
+    parts = on_grid(z).split([len(batch.targets) for batch in batches])
+    target = [part.new_zeros(len(sizes), len(part), dtype=torch.float64) for part in parts]  # its exact score
+    counts = [part.new_zeros(len(sizes), 2, len(part)) for part in parts]  # ahead of the target, tied with it
+    starts = range(0, model.num_items + 1, ITEMS)
+
+    def chunk(start: int) -> Tensor:
+        return on_grid(_project(model, start) if table is None else table[start : start + ITEMS])  # [C, D]
+
+    for start in starts:
+        columns = chunk(start)
+        for batch, z_batch, of_target in zip(batches, parts, target, strict=True):
+            row, place = _targets_within(batch, start, start + len(columns))
+            for j, m in enumerate(sizes):
+                of_target[j, row] = exact_scores(z_batch[row, :m], columns[place, :m])
+    for start in _progress(starts, "ranking", "chunk of items"):
+        columns = chunk(start)
+        longest = [longest_row(columns[:, :m]) for m in sizes]
+        buffers = columns.new_empty(2, len(parts[0]), len(columns))
+        for batch, z_batch, of_target, count in zip(batches, parts, target, counts, strict=True):
+            scores = candidates(batch, start, start + len(columns), mask_history)
+            scores[_targets_within(batch, start, start + len(columns))] = -torch.inf  # it is not counted
             for low, high in increments(model.sizes):
                 scores.addmm_(z_batch[:, low:high], columns[:, low:high].T)
-                if high not in sizes:
-                    continue
-                if of_targets is None:
-                    target = scores.gather(1, batch.targets[:, None])
-                else:
-                    target = (z_batch[:, :high] * of_targets[:, :high]).sum(dim=1, keepdim=True)
-                    scores[row, place] = target[row, 0]
-                count[:, sizes.index(high)] += torch.stack(count_ahead(scores, target, buffer[: len(scores)]))
-    return torch.cat([1 + ahead + (equal - 1).clamp_min(0) / 2 for ahead, equal in counts], dim=1).double().cpu()
+                if high in sizes:
+                    j, buffer = sizes.index(high), buffers[:, : len(scores)]
+                    prefixes = z_batch[:, :high], columns[:, :high]
+                    count[j] += torch.stack(count_ahead(scores, of_target[j], *prefixes, longest[j], buffer))
+    return torch.cat([1 + ahead.double() + tied.double() / 2 for ahead, tied in (c.unbind(1) for c in counts)], 1).cpu()
 
 
 def _ranks_of_counts(model: CountingModel, batches: list[EvalBatch], mask_history: bool) -> Tensor:
-    """The rank of every user's target by a model that only counts: [U]."""
+    """Return the rank of every user's target by a model that only counts: [U]."""
     found = []
     for batch in batches:
         scores = candidates(batch, 0, model.num_items + 1, mask_history) + model.scores(batch.tokens[batch.last])
@@ -129,28 +152,32 @@ def _ranks_of_counts(model: CountingModel, batches: list[EvalBatch], mask_histor
 
 
 def candidates(batch: EvalBatch, start: int, stop: int, mask_history: bool, keep_targets: bool = True) -> Tensor:
-    """[B, stop - start] of the tokens start:stop: 0 for what may be recommended and -inf for the rest, to add the
-    scores to."""
+    """Return [B, stop - start] to add the scores of the tokens start:stop to: 0 for candidates, -inf for the rest."""
     scores = torch.zeros(len(batch.targets), stop - start, device=batch.targets.device)
     if mask_history:
         scores[_within(batch.seen_rows, batch.seen_items, start, stop)] = -torch.inf
         if keep_targets:
-            scores[_within(torch.arange(len(scores), device=scores.device), batch.targets, start, stop)] = 0.0
+            scores[_targets_within(batch, start, stop)] = 0.0
     if start == 0:
         scores[:, 0] = -torch.inf
     return scores
 
 
 def _within(rows: Tensor, items: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """(row, item - start) of the pairs whose item is one of start:stop."""
+    """Return (row, item - start) of the pairs whose item is in start:stop."""
     here = (items >= start) & (items < stop)
     return rows[here], items[here] - start
+
+
+def _targets_within(batch: EvalBatch, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Return (row, target - start) of the users whose target is in start:stop."""
+    return _within(torch.arange(len(batch.targets), device=batch.targets.device), batch.targets, start, stop)
 
 
 def rank_targets_alone(
     model: FMRLRec, rows: EvalRows, *, sizes: tuple[int, ...], batch_size: int, mask_history: bool = False
 ) -> dict[int, Tensor]:
-    """The plain twin of `rank_targets`: slice a stand-alone model of every size and let each rank, at its own cost."""
+    """Rank with a stand-alone slice of every size: the plain twin of the sizes' shared pass in `rank_targets`."""
     return {
         m: rank_targets(slice_model(model, m), rows, sizes=(m,), batch_size=batch_size, mask_history=mask_history)[m]
         for m in sizes

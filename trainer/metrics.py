@@ -1,26 +1,17 @@
 """Recall, NDCG and MRR of full rankings, as exact means over users. B users, N items."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def count_ahead(scores: Tensor, target: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the scores [B, C] are ahead of the target's [B, 1], and how many equal it: each [B] float.
-
-    A score that is not a number counts as ahead. buffer: [B, C] float32, of any content; C below 2^24, so that a float
-    counts exactly (comparing into a float and adding up takes a quarter of the time of doing it with booleans).
-    """
-    not_ahead = torch.le(scores, target, out=buffer).sum(dim=1)
-    behind = torch.lt(scores, target, out=buffer).sum(dim=1)
-    return scores.shape[1] - not_ahead, not_ahead - behind
-
-
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """The rank, from 1, of each user's target among all scores: [B, N+1], [B] -> [B] float. For those
-    who have all scores at once, and the plain twin of `count_ahead`.
+    """Return the rank, from 1, of each user's target among all scores: [B, N+1], [B] -> [B] float.
 
-    Items with the target's score share their average rank (so a rank may end in .5). A score that is not a number
-    counts as ahead of the target, and such a target ranks last.
+    The plain twin of `rank_targets` (trainer/evaluation.py), for scores that are all there at once. Items with the
+    target's score share their average rank, so a rank may end in .5. A score of NaN counts as ahead of the target, and
+    a target whose score is NaN ranks last.
     """
     target = scores.gather(1, targets[:, None])
     ahead = (~(scores <= target)).sum(dim=1)
@@ -28,19 +19,32 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     return 1 + ahead + tied.clamp_min(0) / 2
 
 
-def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
-    """{"Recall@5": ..., "NDCG@5": ..., "MRR@5": ..., ...} of one relevant item a user: means over all users.
+def recall(ranks: Tensor, k: int) -> Tensor:
+    """[rank <= K]: 1 for a hit, otherwise 0."""
+    return (ranks <= k).double()
 
-    Recall@K = [rank <= K], NDCG@K = [rank <= K] / log2(rank + 1), MRR@K = [rank <= K] / rank.
+
+def ndcg(ranks: Tensor, k: int) -> Tensor:
+    """[rank <= K] / log2(rank + 1): NDCG@K of one relevant item."""
+    return recall(ranks, k) / torch.log2(ranks + 1)
+
+
+def mrr(ranks: Tensor, k: int) -> Tensor:
+    """[rank <= K] / rank: the reciprocal rank, 0 beyond K."""
+    return recall(ranks, k) / ranks
+
+
+# name -> function of the ranks [U] float64 and the cut-off K that returns the metric of each user [U]
+METRICS: dict[str, Callable[[Tensor, int], Tensor]] = {"Recall": recall, "NDCG": ndcg, "MRR": mrr}
+
+
+def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
+    """Return {"Recall@5": ..., "NDCG@5": ..., "MRR@5": ..., ...} of METRICS: means over users.
+
+    ranks: [U], from 1, of the one relevant item of each user.
     """
     ranks = ranks.double()
-    metrics = {}
-    for k in ks:
-        hit = (ranks <= k).double()
-        metrics[f"Recall@{k}"] = hit.mean().item()
-        metrics[f"NDCG@{k}"] = (hit / torch.log2(ranks + 1)).mean().item()
-        metrics[f"MRR@{k}"] = (hit / ranks).mean().item()
-    return metrics
+    return {f"{name}@{k}": metric(ranks, k).mean().item() for k in ks for name, metric in METRICS.items()}
 
 
 def cut_offs(ks: tuple[int, ...], metric: str) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ class Baseline(torch.nn.Module):
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(z [B, L, D], item table [N+1, D]) of left-padded tokens [B, L]."""
         table = self.model.item_table()
-        x, valid = table[tokens], tokens > 0
+        x, valid = self.model.dropout(table[tokens]), tokens > 0
         for block in self.model.each_block():
             x = x + block.attn_dropout(self._lru(block.lru, block.norm1(x), valid))
             x = x + self._feed_forward(block.ffn, block.norm2(x))

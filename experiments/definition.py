@@ -22,8 +22,9 @@ from typing import Any
 
 from common.errors import InputError
 from common.settings import check_types, format_value, is_runtime
-from config import EXTENSIONS, NAMED_PRESETS, Config, ineffective_settings, resolve, size_within
+from config import EXTENSIONS, NAMED_PRESETS, Config, resolve, size_within
 from experiments.paper import PUBLISHED
+from trainer.runs import ineffective_settings
 
 FOLDER = Path(__file__).parent / "definitions"
 

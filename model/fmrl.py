@@ -53,12 +53,12 @@ def nested_weight(sizes: tuple[int, ...]) -> Tensor:
 class FMRLLinear(nn.Module):
     """y = (W ⊙ P) x + b (eq. 5): [..., D] -> [..., D]."""
 
-    def __init__(self, sizes: tuple[int, ...]) -> None:
+    def __init__(self, sizes: tuple[int, ...], bias: bool = True) -> None:
         """Raises ValueError if the sizes do not increase."""
         super().__init__()
         self.sizes = sizes
         self.weight = nn.Parameter(nested_weight(sizes))
-        self.bias = nn.Parameter(nested_uniform_(torch.empty(sizes[-1]), sizes))
+        self.bias = nn.Parameter(nested_uniform_(torch.empty(sizes[-1]), sizes)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return nested_linear(x, self.weight, self.bias, self.sizes)

@@ -1,12 +1,14 @@
 """fMRLRec (section 3 of the paper): item table, blocks of LRU and feed-forward network, scores over the catalogue.
 
     E_i = W f_i + b                                                                         item table, model/items.py
-    x   = E_{i_1}, E_{i_2}, ...                                                             a history
+    x   = Dropout(E_{i_1}), Dropout(E_{i_2}), ...                                           a history
     x   = x + Dropout(LRU(LN(x)));   x = x + FFN(LN(x))                                     each block
     z   = x                                                                                 after the last block
     score of item i with the sub-model of size m:  z[:m] · E[i, :m]
 
-Beyond the paper, with post-norm: x = LN(Dropout(x)) first, then x = LN(x + Dropout(LRU(x))); x = LN(x + FFN(x)).
+The paper does not mention the dropout of the embeddings; the released code has it. Its rate is the FFN's, and the
+residual stream carries the dropped values. Beyond the paper, with post-norm: x = LN(x) first, then
+x = LN(x + Dropout(LRU(x))); x = LN(x + FFN(x)).
 
 Histories are packed as in model/lru.py. N items, T tokens, D largest size.
 """
@@ -32,7 +34,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], settings: ModelSettings) -> None:
         super().__init__()
-        self.G, self.W1, self.W2 = FMRLLinear(sizes), FMRLLinear(sizes), FMRLLinear(sizes)
+        self.G, self.W1, self.W2 = (FMRLLinear(sizes, settings.lru_use_bias) for _ in range(3))
         self.dropout = Dropout(settings.lru_dropout, settings.dropout_from)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +110,9 @@ class FMRLRec(SequenceModel):
 
     def read(self, x: Tensor) -> Tensor:
         """Prepare item embeddings for the first block: [T, D] -> [T, D]."""
-        return x if self.norm is None else self.norm(self.dropout(x))
+        if self.settings.embedding_dropout:
+            x = self.dropout(x)
+        return x if self.norm is None else self.norm(x)
 
     def step(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Read one more item of every history, for serving: (z [B, D], hidden).

@@ -33,7 +33,7 @@ def matryoshka_cross_entropy_plain(
     labels: Tensor,
     sizes: tuple[int, ...],
     *,
-    reduction: str = "mean",
+    reduction: str = "sum",
     count: Tensor | None = None,
     objective: Objective = CROSS_ENTROPY,
 ) -> Tensor:
@@ -52,7 +52,7 @@ def matryoshka_cross_entropy(
     labels: Tensor,
     sizes: tuple[int, ...],
     *,
-    reduction: str = "mean",
+    reduction: str = "sum",
     count: Tensor | None = None,
     objective: Objective = CROSS_ENTROPY,
 ) -> Tensor:

@@ -27,9 +27,11 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
                 "lru.C": torch.cat([(lru.C_re * mask).T, -(lru.C_im * mask).T]),
                 "lru.C_bias": zeros if lru.C_bias is None else lru.C_bias,
                 "ffn.expand": torch.cat([(linear.weight * mask).T for linear in (ffn.G, ffn.W1)], dim=1),
-                "ffn.expand_bias": torch.cat([ffn.G.bias, ffn.W1.bias]),
+                "ffn.expand_bias": torch.cat(
+                    [zeros if linear.bias is None else linear.bias for linear in (ffn.G, ffn.W1)]
+                ),
                 "ffn.reduce": (ffn.W2.weight * mask).T,
-                "ffn.reduce_bias": ffn.W2.bias,
+                "ffn.reduce_bias": zeros if ffn.W2.bias is None else ffn.W2.bias,
             }
             weights |= {f"blocks.{i}.{name}": _numpy(value) for name, value in parts.items()}
         if model.norm is not None:

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from common.errors import InputError
-from config import NAMED_PRESETS, Config, ineffective_settings, resolve
+from config import NAMED_PRESETS, Config, resolve
 from experiments.definition import definitions, identity, read_definition, unusual
+from trainer.runs import ineffective_settings
 
 
 def test_every_definition_can_be_read():

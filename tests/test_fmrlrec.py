@@ -176,3 +176,18 @@ def test_every_dropout_of_a_model_spares_the_first_dimensions():
     model = recommender(post_norm=True, lru_dropout=0.4, lru_attn_dropout=0.3, dropout_from=2)
     found = [(layer.p, layer.start) for layer in model.modules() if isinstance(layer, Dropout)]
     assert found == [(0.4, 2)] + 2 * [(0.3, 2), (0.4, 2)]  # of the embeddings; of two blocks
+
+
+@pytest.mark.parametrize("embedding_dropout", [True, False])
+def test_the_residual_stream_carries_the_dropped_embeddings(embedding_dropout):
+    settings = ModelSettings(mrl_hidden_sizes=(2, 4), lru_dropout=0.5, embedding_dropout=embedding_dropout)
+    model, x = FMRLRec(NUM_ITEMS, None, settings).train(), torch.ones(200, 4)
+    dropped = (model.read(x) == 0).float().mean()
+    assert dropped == pytest.approx(0.5 if embedding_dropout else 0.0, abs=0.1)
+    assert torch.equal(model.eval().read(x), x)
+
+
+def test_the_switch_of_biases_reaches_the_feed_forward_network_too():
+    model = FMRLRec(NUM_ITEMS, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_use_bias=False))
+    names = [name for name, _ in model.blocks.named_parameters() if "bias" in name]
+    assert names and all("norm" in name for name in names)

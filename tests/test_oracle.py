@@ -74,25 +74,25 @@ def oracle_dropout(x, p):
 def oracle_encode(w, features, tokens, sizes, num_blocks, p=0.0):
     """z [B, L, D] of tokens [B, L] that are padded on the left with 0; p: dropout."""
     valid = (tokens > 0).to(torch.float64)
-    x = oracle_item_table(w, features)[tokens]
+    x = oracle_dropout(oracle_item_table(w, features)[tokens], p)
     for k in range(num_blocks):
         v = {name.removeprefix(f"blocks.{k}."): weight for name, weight in w.items() if f"blocks.{k}." in name}
         lru = {name.removeprefix("lru."): weight for name, weight in v.items()}
         normed = oracle_layer_norm(x, v["norm1.weight"], v["norm1.bias"], sizes)
         x = x + oracle_dropout(oracle_lru(normed, valid, lru, sizes), p)
         normed = oracle_layer_norm(x, v["norm2.weight"], v["norm2.bias"], sizes)
-        gate = F.silu(oracle_linear(normed, v["ffn.G.weight"], v["ffn.G.bias"], sizes))
-        hidden = gate * oracle_dropout(oracle_linear(normed, v["ffn.W1.weight"], v["ffn.W1.bias"], sizes), p)
-        x = x + oracle_dropout(oracle_linear(hidden, v["ffn.W2.weight"], v["ffn.W2.bias"], sizes), p)
+        gate = F.silu(oracle_linear(normed, v["ffn.G.weight"], v.get("ffn.G.bias"), sizes))
+        hidden = gate * oracle_dropout(oracle_linear(normed, v["ffn.W1.weight"], v.get("ffn.W1.bias"), sizes), p)
+        x = x + oracle_dropout(oracle_linear(hidden, v["ffn.W2.weight"], v.get("ffn.W2.bias"), sizes), p)
     return x
 
 
 def oracle_loss(w, features, tokens, labels, sizes, num_blocks):
-    """The mean over sizes of a cross-entropy over all tokens, at the positions that have a label."""
+    """The sum over sizes of a cross-entropy over all tokens, at the positions that have a label."""
     table = oracle_item_table(w, features)
     z = oracle_encode(w, features, tokens, sizes, num_blocks)[labels > 0]
     losses = [F.cross_entropy(z[:, :m] @ table[:, :m].T, labels[labels > 0]) for m in sizes]
-    return sum(losses) / len(losses)
+    return sum(losses)
 
 
 def padded(rows, length):

@@ -64,7 +64,10 @@ def scores_of(model, catalog, size=None):
 def test_a_run_has_learned_all_that_the_options_add(loaded):
     config, catalog, model = loaded
     assert config.preset == "plus" and config.embedded == SIZES[-1]
-    state, fresh = model.state_dict(), build_model(catalog.num_items, features_of(config, catalog), config)
+    state, fresh = (
+        model.state_dict(),
+        build_model(catalog.num_items, list(map(torch.from_numpy, features_of(config, catalog))), config),
+    )
     for name in ("items.V", "log_scale"):
         assert not torch.equal(state[name], fresh.state_dict()[name]), name
     for name in ("items.whitening.mean_0", "items.whitening.matrix_1"):
@@ -196,7 +199,7 @@ def test_without_options_nothing_is_held_or_asked_for_beside_the_papers(loaded):
     config, catalog, _ = loaded
     plain = dataclasses.replace(config, **{name: getattr(Config, name) for name in EXTENSIONS})
     features = features_of(config, catalog)
-    model = build_model(catalog.num_items, features, plain).train()
+    model = build_model(catalog.num_items, list(map(torch.from_numpy, features)), plain).train()
     assert [part.data_ptr() for part in model.items.features] == [part.ctypes.data for part in features]
     assert model.items.factors(torch.float32).embedding is None
     assert not any(name in key for key in model.state_dict() for name in ("items.V", "log_scale", "whitening"))

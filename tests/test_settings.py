@@ -25,7 +25,8 @@ CHANGED = {
     "lru_num_blocks": 2, "lru_dropout": 0.1, "lru_attn_dropout": 0.1, "lru_use_bias": False, "lru_r_min": 0.05,
     "lru_r_max": 0.9, "seed": 9, "train_batch_size": 12, "num_epochs": 1, "precision": "bf16", "optimizer": "adam",
     "lr": 0.02, "weight_decay": 0.3, "adam_epsilon": 1e-3, "max_grad_norm": 1e-4, "enable_lr_schedule": False,
-    "warmup_steps": 3, "mrl_loss": "sum", "loss": "plain", "first_item_label": False, "num_negatives": 7,
+    "warmup_steps": 3, "mrl_loss": "mean", "embedding_dropout": False, "warmup_from_zero": False,
+    "loss": "plain", "first_item_label": False, "num_negatives": 7,
     "whiten_features": True, "item_embedding": 2, "post_norm": True,
     "dropout_from": 2, "logit_scale": True, "distill": 0.5, "ema_decay": 0.5,
     "preset": "plus",
@@ -33,7 +34,7 @@ CHANGED = {
 # What does not change the weights of a short run: chosen, named, or tested elsewhere.
 ELSEWHERE = {
     "img_encoder", "encoder_precision", "num_heads", "early_stopping", "early_stopping_patience", "val_mask_history",
-    "best_metric", "run_name", "features",
+    "best_metric", "run_name", "validate_untrained", "features",
 }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def run(step, batches, seed=1):
 @pytest.mark.parametrize("features", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_every_precision_learns_and_keeps_float32_weights(precision, features, negatives):
-    batches = [batch for number in range(6) for batch in loader().epoch(number)]
+    batches = [batch for number in range(12) for batch in loader().epoch(number)]
     step = make_step(precision, negatives, features)
     losses, weights = run(step, batches)
     assert sum(losses[-8:]) < 0.99 * sum(losses[:8])

@@ -54,7 +54,9 @@ def update(trainer, batch):
 
 def test_the_learning_rate_warms_up_linearly_then_falls_as_a_cosine(tmp_path):
     trainer = make_trainer(tmp_path, lr=1.0, warmup_steps=4, num_epochs=6)  # 4 steps an epoch: 24 in all
-    assert [trainer.lr_at(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [trainer.lr_at(step) for step in range(4)] == [0.0, 0.25, 0.5, 0.75]
+    sooner = make_trainer(tmp_path, lr=1.0, warmup_steps=4, warmup_from_zero=False)
+    assert [sooner.lr_at(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert trainer.lr_at(4) == 1.0
     assert trainer.lr_at(14) == pytest.approx(0.5)
     assert trainer.lr_at(24) == pytest.approx(0.0)
@@ -410,3 +412,22 @@ def test_the_average_shares_the_frozen_features_and_their_whitening_with_the_mod
     assert average.items.whitening is whitening
     assert [part.data_ptr() for part in average.items.features] == [part.data_ptr() for part in model.items.features]
     assert not {id(parameter) for parameter in average.parameters()} & {id(p) for p in model.parameters()}
+
+
+def test_the_untrained_model_is_validated_if_asked_for_and_may_be_the_best(tmp_path, monkeypatch):
+    values = iter([0.5, 0.1, 0.2])
+    trainer = make_trainer(tmp_path, num_epochs=2, validate_untrained=True)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    monkeypatch.setattr(trainer, "validate", lambda: {8: {"NDCG@10": next(values)}})
+    trainer.fit()
+    assert [record["epoch"] for record in read_log(trainer.run.folder)] == [0, 1, 2]
+    assert trainer.progress.best_epoch == 0
+    load_weights(trainer.model, trainer.run.folder / "best.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("clip", "share"), [(1e-4, 1.0), (1e6, 0.0)])
+def test_the_share_of_clipped_steps_is_logged(tmp_path, clip, share):
+    trainer = make_trainer(tmp_path, num_epochs=2, max_grad_norm=clip)
+    trainer.fit()
+    assert [record["clipped"] for record in read_log(trainer.run.folder)] == [share, share]

@@ -37,7 +37,8 @@ def find_resumed(resume: str, flags: dict[str, Any]) -> TrainingRun:
             runs_root = Path(flags.get("runs_root", Config.runs_root))
             folder = find_run(runs_root, flags, lambda run: "" if unfinished(run) else "is finished")
         saved, sources = read_config(folder)
-        trained = saved.model_code not in COUNTING and len(read_log(folder)) > 1  # the first epoch may be half written
+        log = read_log(folder)
+        trained = saved.model_code not in COUNTING and log and log[-1]["epoch"] > 1  # the first may be half written
         if trained and not (folder / STATE).exists():
             raise InputError(f"{folder} has no {STATE} to continue from, as kept results; train another run")
         sources |= {name: "flag" for name in flags if is_runtime(Config, name)}

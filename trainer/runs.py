@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from typing import Any
 from common.errors import InputError
 from common.files import cannot_write, read_json, write_json
 from common.settings import check_types
-from config import Config
+from config import COUNTING, Config
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
@@ -51,6 +52,14 @@ def of_test(name: str, mask_history: bool) -> str:
 def read_settings(values: dict[str, Any]) -> Config:
     """Return the settings that a run's config.json holds."""
     return Config(**check_types(Config, values, "config.json"))
+
+
+def ineffective_settings(config: Config) -> set[str]:
+    """Return the settings without an effect on what is trained, given the others."""
+    if config.model_code in COUNTING:
+        used = {"dataset_code", "model_code", "run_name", "best_metric", "val_mask_history"}
+        return {f.name for f in fields(Config) if not f.metadata["runtime"] and f.name not in used}
+    return {f.name for f in fields(Config) if f.metadata["used_if"] and not f.metadata["used_if"](config)}
 
 
 def run_label(config: Config) -> str:

@@ -30,6 +30,7 @@ class Step:
     ) -> None:
         """sampler: draws the items of a sampled softmax; None: the exact one. Raises InputError for an unknown loss."""
         self.model, self.optimizer, self.settings, self.sampler = model, optimizer, settings, sampler
+        self.clipped = torch.zeros((), device=next(model.parameters()).device)  # steps whose gradient was clipped
         losses = SAMPLED_LOSSES if sampler else LOSSES
         if settings.loss not in losses:
             raise InputError(f"--loss {settings.loss!r} must be one of {', '.join(losses)}")
@@ -63,7 +64,8 @@ class Step:
 
         all_reduce_gradients(model)
         if settings.max_grad_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            self.clipped += norm > settings.max_grad_norm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # now, since the next forward pass needs the memory
         return loss.detach()

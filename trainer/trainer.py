@@ -80,9 +80,13 @@ class Trainer:
 
     def fit(self) -> Progress:
         """Train to the end. Raises InputError if loss or weights are not finite; the last good checkpoint stays."""
+        if self.config.validate_untrained and self.progress.epoch == 0:
+            self.run.log.records.clear()  # of a run that was cut off in its first epoch
+            self._keep(math.nan, self.validate(), 0.0)
         while not self.finished():
             started = time.perf_counter()
             self.model.train()
+            self.step.clipped.zero_()
             losses: list[Tensor] = []
             for batch in self._batches(losses):
                 self._set_learning_rate()
@@ -138,12 +142,12 @@ class Trainer:
                 group["lr"] = lr
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then half a cosine to 0; or the constant rate."""
+        """Return the learning rate of a step, from 0: linear warm-up, then half a cosine to 0; or the constant rate."""
         config = self.config
         if not config.enable_lr_schedule:
             return config.lr
         if step < config.warmup_steps:
-            return config.lr * (step + 1) / config.warmup_steps
+            return config.lr * (step + (not config.warmup_from_zero)) / config.warmup_steps
         steps = max(1, self.num_steps - config.warmup_steps)
         return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / steps)))
 
@@ -183,18 +187,22 @@ class Trainer:
             "epoch": progress.epoch,
             "step": progress.step,
             "loss": loss,
-            "lr": self.lr_at(progress.step - 1),
+            "lr": self.lr_at(max(0, progress.step - 1)),
+            "clipped": round(float(self.step.clipped) / len(self.loader), 4),  # share of the steps
             "train_seconds": round(train_seconds, 3),
             "seconds": round(progress.seconds, 3),
             "best_epoch": progress.best_epoch,
             "val": {str(m): metrics[m] for m in metrics},
         }
         self.run.log.epoch(record, self._line(record))
-        save_state(folder / STATE, self.state())
+        if progress.epoch:
+            save_state(folder / STATE, self.state())
 
     def _line(self, record: dict[str, Any]) -> str:
         progress, value = self.progress, record["val"][str(self.model.sizes[-1])][self.config.best_metric]
         best = " *" if progress.best_epoch == progress.epoch else "  "
+        if not progress.epoch:
+            return f"untrained: val {self.criterion} {value:.4f}"
         per_epoch = progress.seconds / progress.epoch
         rate = len(self.loader) / max(record["train_seconds"], 1e-9)
         eta = per_epoch * (self.config.num_epochs - progress.epoch)

@@ -14,11 +14,21 @@ from torch import nn
 from common import processes
 from common.devices import device_name
 from common.settings import format_value
-from config import Config, ineffective_settings
+from config import Config
 from datasets.catalog import Catalog
 from trainer.checkpoint import load_state, load_weights
 from trainer.runlog import RunLog, start_wandb
-from trainer.runs import STATE, WEIGHTS, check_data, create_run, features_of, note_resumed, read_log, run_lock
+from trainer.runs import (
+    STATE,
+    WEIGHTS,
+    check_data,
+    create_run,
+    features_of,
+    ineffective_settings,
+    note_resumed,
+    read_log,
+    run_lock,
+)
 
 
 class TrainingRun:

@@ -60,7 +60,7 @@ def sampled_matryoshka_cross_entropy_plain(
     labels: Tensor,
     sizes: tuple[int, ...],
     *,
-    reduction: str = "mean",
+    reduction: str = "sum",
     count: Tensor | None = None,
     objective: Objective = CROSS_ENTROPY,
 ) -> Tensor:
@@ -84,7 +84,7 @@ def sampled_matryoshka_cross_entropy(
     labels: Tensor,
     sizes: tuple[int, ...],
     *,
-    reduction: str = "mean",
+    reduction: str = "sum",
     count: Tensor | None = None,
     objective: Objective = CROSS_ENTROPY,
 ) -> Tensor:

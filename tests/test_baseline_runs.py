@@ -71,7 +71,7 @@ def test_eval_repeats_what_was_found_and_masks_the_history_on_demand(workplace, 
     masked = eval_script.main(["--run", str(run), "--mask_history", "--test_batch_size", "3"])
     assert metrics_in(run, "_history_masked") == masked
     (size,) = masked
-    assert masked[size]["Recall@10"] > tested[size]["Recall@10"]  # 12 items, several of them in the history
+    assert masked[size]["NDCG@10"] > tested[size]["NDCG@10"]  # 12 items, several of them in the history
 
 
 @pytest.mark.parametrize("model", TRAINED)

@@ -53,7 +53,7 @@ def test_the_baseline_has_the_loss_gradients_and_ranks_of_the_model(tmp_path):
     batch = next(TrainLoader(train_rows(sequences, 50), 20, 0, CPU).epoch(1))
     table = model.item_table()
     z = model.encode(table[batch.tokens], batch.position, batch.longest)
-    loss = matryoshka_cross_entropy(z, table, batch.labels, model.sizes)
+    loss = matryoshka_cross_entropy(z, table, batch.labels, model.sizes, reduction="mean")
     rows = [sequences.of(u)[:-2].tolist() for u in range(20)]
     plain = baseline.loss(padded([row[:-1] for row in rows]), padded(rows))
     assert abs(loss.item() - plain.item()) < 1e-10

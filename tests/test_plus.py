@@ -66,7 +66,7 @@ def test_a_run_has_learned_all_that_the_options_add(loaded):
     assert config.preset == "plus" and config.embedded == SIZES[-1]
     state, fresh = (
         model.state_dict(),
-        build_model(catalog.num_items, list(map(torch.from_numpy, features_of(config, catalog))), config),
+        build_model(catalog.num_items, features_of(config, catalog), config),
     )
     for name in ("items.V", "log_scale"):
         assert not torch.equal(state[name], fresh.state_dict()[name]), name
@@ -75,7 +75,7 @@ def test_a_run_has_learned_all_that_the_options_add(loaded):
 
 
 def features_of(config, catalog):
-    return load_features(config, catalog, "cpu")
+    return [torch.from_numpy(part) for part in load_features(config, catalog, "cpu")]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -149,7 +149,7 @@ def test_a_known_product_that_is_added_again_is_its_row_without_its_embedding(lo
     config, catalog, model = loaded
     folder, size = exported
     recommender = Recommender.from_pretrained(folder)
-    raw = np.concatenate([part[:5] for part in features_of(config, catalog)], axis=1, dtype=np.float32)
+    raw = torch.cat([part[:5] for part in features_of(config, catalog)], dim=1).float().numpy()
     recommender.add_items([f"AGAIN{i}" for i in range(5)], raw)
     expected = lengthened(model, size, (model.item_table() - model.items.V)[1:6])
     np.testing.assert_allclose(recommender._table.rows()[-5:], expected, rtol=5e-3, atol=5e-3)
@@ -158,7 +158,7 @@ def test_a_known_product_that_is_added_again_is_its_row_without_its_embedding(lo
 def test_products_that_no_training_saw_are_recommended_beside_those_it_saw(loaded, exported):
     config, catalog, _ = loaded
     recommender = Recommender.from_pretrained(exported[0])
-    raw = np.concatenate(features_of(config, catalog), axis=1, dtype=np.float32)
+    raw = torch.cat(features_of(config, catalog), dim=1).float().numpy()
     recommender.add_items([f"AGAIN{i}" for i in range(ITEMS)], raw)
     histories = [catalog.sequences.of(user)[:-1].tolist() for user in range(len(catalog.sequences))]
     new = [sum(n > ITEMS for n in answer.numbers) for answer in recommender.recommend(histories, top_k=10)]
@@ -199,7 +199,7 @@ def test_without_options_nothing_is_held_or_asked_for_beside_the_papers(loaded):
     config, catalog, _ = loaded
     plain = dataclasses.replace(config, **{name: getattr(Config, name) for name in EXTENSIONS})
     features = features_of(config, catalog)
-    model = build_model(catalog.num_items, list(map(torch.from_numpy, features)), plain).train()
-    assert [part.data_ptr() for part in model.items.features] == [part.ctypes.data for part in features]
+    model = build_model(catalog.num_items, features, plain).train()
+    assert [part.data_ptr() for part in model.items.features] == [part.data_ptr() for part in features]
     assert model.items.factors(torch.float32).embedding is None
     assert not any(name in key for key in model.state_dict() for name in ("items.V", "log_scale", "whitening"))

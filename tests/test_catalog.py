@@ -207,7 +207,7 @@ def test_a_dataset_without_a_long_enough_history_is_refused(folder):
 @pytest.mark.parametrize("text", ["[]", "{}", '{"user2id": {"A": 1}}', '{"item2id": {}}', '{"item2id": ["A"]}', "null"])
 def test_maps_without_items_are_refused(folder, text):
     (folder / "datamaps.json").write_text(text)
-    wrong = "has no 'item2id' map" if text.startswith("{") else "is no JSON object"
+    wrong = "has no 'item2id' map" if text.startswith("{") else "is not a JSON object"
     assert refusal(folder).startswith(f"{folder / 'datamaps.json'} {wrong}; ")
 
 
@@ -365,7 +365,7 @@ def test_photos_that_are_a_link_to_another_disk_are_fine(folder, tmp_path):
 @pytest.mark.parametrize("value", [["a.png"], "a.png", {"1": None}, {"1": 7}, {"1": ["a.png"]}, None], ids=str)
 def test_anything_but_a_map_of_names_is_refused(folder, value):
     write_item2img(folder, value)
-    wrong = "is not a map of names" if isinstance(value, dict) else "is no JSON object"
+    wrong = "is not a map of names" if isinstance(value, dict) else "is not a JSON object"
     assert refusal(folder).startswith(f"{folder / 'item2img.json'} {wrong}; ")
 
 

@@ -180,7 +180,7 @@ def test_resume_refuses_another_configuration_and_takes_runtime_flags(workplace,
 
 def test_the_demo_is_found_below_its_own_data_root_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*built in: leave --data_root out"):
+    with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*leave out --data_root to generate it"):
         train.main(["--data_root", "elsewhere"])
     monkeypatch.setattr(demo, "NUM_ITEMS", 40)
     monkeypatch.setattr(demo, "NUM_USERS", 30)

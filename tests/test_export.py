@@ -109,7 +109,7 @@ def test_the_newest_run_of_all_or_of_a_dataset_is_the_default(run, tmp_path, fla
 
 
 def test_a_dataset_without_runs_or_of_another_run_is_refused(run):
-    with pytest.raises(InputError, match="no run below experiments/runs fits --dataset_code beauty"):
+    with pytest.raises(InputError, match="no run below experiments/runs matches --dataset_code beauty"):
         export.main(["--dataset_code", "beauty"])
     with pytest.raises(InputError, match="--dataset_code beauty differs from"):
         export.main(["--dataset_code", "beauty", "--run", str(run)])

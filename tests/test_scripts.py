@@ -474,9 +474,7 @@ def test_a_log_line_of_an_epoch_that_was_not_kept_is_dropped_on_resuming(workpla
     assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
     for text in ('{"epoch": 1', "[]", '{"epoch": 2, "seconds": 1, "train_seconds": 1}'):
         (run / "log.jsonl").write_text(f"{lines.splitlines()[0]}\n{text}\n")
-        with pytest.raises(
-            InputError, match=r"log\.jsonl:2 is damaged: not a JSON object with .*best_epoch.*; remove"
-        ):
+        with pytest.raises(InputError, match=r"log\.jsonl:2 is damaged: not a JSON object with .*best_epoch.*; remove"):
             train.main(["--resume", str(run)])
 
 

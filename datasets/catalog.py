@@ -109,8 +109,8 @@ def _missing_dataset(root: Path, dataset_code: str) -> str:
     return (
         f"dataset {dataset_code!r} is not at {root / dataset_code} ({found})"
         f"{f'; did you mean {near[0]}?' if near else '.'} To prepare it: "
-        f"{prepare_command(root, dataset_code)}. Or give --data_root FOLDER if it is elsewhere, or --dataset_code demo, "
-        f"which needs no download"
+        f"{prepare_command(root, dataset_code)}. Or give --data_root FOLDER if it is elsewhere, or --dataset_code "
+        f"demo, which needs no download"
     )
 
 

@@ -86,7 +86,7 @@ class FeatureSettings(Settings):
 
 
 def size_within(sizes: tuple[int, ...], width: int) -> int:
-    """Return the largest size <= width, or the smallest size if all exceed it; 0 for a width of 0."""
+    """Return the largest size <= width, or else the smallest size; 0 for width 0."""
     return max((m for m in sizes if m <= width), default=sizes[0]) if width else 0
 
 

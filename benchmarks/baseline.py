@@ -60,7 +60,7 @@ class Baseline(torch.nn.Module):
         return ffn.dropout(W2(F.silu(G(x)) * ffn.dropout(W1(x))))
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over sizes and labelled positions (label 0: none)."""
+        """Return the mean cross-entropy over sizes and labelled positions."""
         z, table = self.encode(tokens)
         logits = torch.stack([z[..., :m] @ table[:, :m].T for m in self.model.sizes])  # [M, B, L, N+1]
         losses = [F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=0) for scores in logits]

@@ -35,7 +35,7 @@ ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_TH
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Export and measure every size, print a table, and write deploy.json and deploy.png into the run."""
+    """Measure every size, print a table, and write deploy.json and deploy.png."""
     parser = Parser(description=__doc__.splitlines()[0])
     add_run_arguments(parser)
     parser.add_argument("--size", default="all", metavar="N,N|all", help="sizes to measure (default: all)")
@@ -140,7 +140,7 @@ def measure_in_subprocess(export: Path, engine: str, histories: list[list[str]])
 
 
 def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, float | None]:
-    """Measure load time, memory and latencies of an export in this process, on one core."""
+    """Measure load time, memory and latencies of an export on one core."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     started = time.perf_counter()
@@ -193,7 +193,10 @@ def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
 
 
 def recommend(export: Path, engine: str, histories: list[list[str]]) -> list:
-    """Return every user's recommendations; as in the paper's test, history items are candidates too."""
+    """Return every user's recommendations.
+
+    As in the paper's test, history items are candidates too.
+    """
     from serving import Recommender
 
     return Recommender.from_pretrained(export, engine).recommend(histories, top_k=TOP_K, exclude_history=False)
@@ -227,7 +230,7 @@ def largest_difference(answers: list, others: list) -> float:
 
 
 def measure_large_catalogue(export: Path, num_items: int, folder: Path, histories: list[list[str]]) -> dict[str, Any]:
-    """Measure the same model with `num_items` items: the real ones, followed by made-up ones."""
+    """Measure the model with `num_items` items: the real ones, then made-up ones."""
     import numpy as np
 
     from serving.folder import ITEMS, pack_items, read_folder, write_folder

@@ -1,4 +1,4 @@
-"""Time feature encoding against the encoder's bare forward pass, and measure the memory for pictures.
+"""Time feature encoding against the bare forward pass, and measure its memory.
 
 python -m benchmarks.features --texts path/to/meta.json.gz --language_encoder path/to/all-MiniLM-L6-v2
 python -m benchmarks.features --help
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table. Raises InputError for --texts without --language_encoder, or the reverse."""
+    """Print the table."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", help="a meta.json.gz with the texts (default: no texts)")
     parser.add_argument("--language_encoder", help="text encoder, as for train.py")
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(kind: str, catalog: Catalog, arguments: argparse.Namespace, folder: Path) -> None:
-    """Print the rates of the bare forward pass and of `load_features`, and their ratio, in each precision."""
+    """Print the rates of the forward pass and of `load_features`, per precision."""
     import numpy as np
 
     from config import FeatureSettings
@@ -142,7 +142,7 @@ def compare(kind: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
 
 
 def text_catalog(path: Path, count: int) -> Catalog:
-    """Return a catalogue of the texts of `count` evenly spaced items of a metadata file."""
+    """Return a catalogue of `count` evenly spaced items' texts in a metadata file."""
     from common.files import read_text
     from config import Config
     from datasets.records import parse_record
@@ -155,7 +155,10 @@ def text_catalog(path: Path, count: int) -> Catalog:
 
 
 def picture_catalog(folder: Path, count: int) -> Catalog:
-    """Return a catalogue of 500 x 500 JPEGs of smooth noise, about the file size of product photos."""
+    """Return a catalogue of 500 x 500 JPEGs of smooth noise.
+
+    Their file size is about that of product photos.
+    """
     import numpy as np
     from PIL import Image
 
@@ -181,7 +184,7 @@ def make_catalog(metadata: list[dict], pictures: list[Path | None] | None, photo
 
 
 def random_weights(model: str, folder: Path) -> str:
-    """Save random weights for an open_clip model, and return the image encoder's name."""
+    """Save random weights of an open_clip model and return the encoder's name."""
     import open_clip
     import torch
 
@@ -191,7 +194,7 @@ def random_weights(model: str, folder: Path) -> str:
 
 
 def peak_memory(count: int, workers: int) -> float:
-    """Return the peak MB of this process and its workers while encoding `count` pictures."""
+    """Encode `count` pictures; return the peak MB of this process and its workers."""
     import resource
 
     from benchmarks.measure import memory_mb

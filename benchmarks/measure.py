@@ -17,7 +17,7 @@ def describe_environment(device: str) -> str:
 
 
 def memory_mb(field: str) -> float:
-    """Return this process's resident memory in MB: now ("VmRSS") or at its peak ("VmHWM").
+    """Return this process's resident memory in MB: "VmRSS" (now), "VmHWM" (peak).
 
     getrusage is no substitute: it reports the parent's peak if that was larger.
     """
@@ -26,7 +26,7 @@ def memory_mb(field: str) -> float:
 
 
 def time_paired(cases: Mapping[str, Callable], runs: int, device: str, calls: int = 1) -> dict[str, list[float]]:
-    """Return the seconds per call of each case in `runs` runs; the cases take turns, after one warm-up run.
+    """Time cases in turn, after one warm-up run; return seconds per call and run.
 
     calls: calls per run, whose mean is taken.
     """

@@ -13,7 +13,10 @@ Page = Callable[["_Handler"], None]
 
 
 class Server(ThreadingHTTPServer):
-    """pages: path -> page; any other path gets a 404. requests: the requested paths, in order."""
+    """A server of pages by path.
+
+    pages: path -> page; any other path gets a 404. requests: the requested paths, in order.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -80,7 +83,7 @@ def redirect(to: str, code: int = 302) -> Page:
 
 
 def in_turn(*pages: Page) -> Page:
-    """Answer the n-th request with the n-th page, and all later ones with the last page."""
+    """Answer the n-th request with the n-th page, and later ones with the last."""
     remaining = list(pages)
 
     def page(handler: _Handler) -> None:
@@ -113,7 +116,10 @@ def stalled(data: bytes = b"") -> Page:
 
 
 def drip(start: bytes, byte: bytes, seconds: float) -> Page:
-    """Send `start`, then the same byte every `seconds`: part of a header, chunk size or body, depending on `start`."""
+    """Send `start`, then the same byte every `seconds`.
+
+    Depending on `start` the bytes belong to a header, a chunk size or a body.
+    """
 
     def page(handler: _Handler) -> None:
         handler.close_connection = True

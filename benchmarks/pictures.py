@@ -1,4 +1,4 @@
-"""Time fetching pictures from a local server with 50 ms latency, without and with failures.
+"""Time fetching pictures from a local server, without and with failures.
 
 python -m benchmarks.pictures            # 1,000 pictures of 500 x 500
 python -m benchmarks.pictures --help
@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def answer_kinds(share: float, count: int) -> list[str]:
-    """Return the kind of answer for each picture: evenly spread failures that cycle through KINDS, the rest good."""
+    """Return the kind of answer for each picture.
+
+    Failures are evenly spread and cycle through KINDS; the rest are good.
+    """
     failures = round(share * count)
     return [
         KINDS[i * failures // count % len(KINDS)] if (i + 1) * failures // count > i * failures // count else "good"
@@ -115,7 +118,7 @@ def serve(share: float, arguments: argparse.Namespace) -> None:
 
 
 def time_fetch(share: float, arguments: argparse.Namespace) -> tuple[float, Counter]:
-    """Return the seconds of a fetch and the verified counts of "file", "missing" and "broken"."""
+    """Return the seconds of a fetch, and the counts of `verify`."""
     from datasets.prepare.http import Policy
     from datasets.prepare.pictures import FetchOptions, prepare_pictures
 
@@ -143,7 +146,10 @@ def time_fetch(share: float, arguments: argparse.Namespace) -> tuple[float, Coun
 
 
 def verify(share: float, arguments: argparse.Namespace, asins: list[str], photos: Path, folder: Path) -> Counter:
-    """Check the manifest, item2img.json and every file against the answers; return the counts of the manifest."""
+    """Check the manifest, item2img.json and every file against the answers.
+
+    Returns the manifest's counts of "file", "missing" and "broken".
+    """
     manifest = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
     files, answers = photographs(arguments.side), answer_kinds(share, arguments.pictures)
     for i, (asin, answer) in enumerate(zip(asins, answers, strict=True)):

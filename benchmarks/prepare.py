@@ -93,7 +93,10 @@ def texts(rng: np.random.Generator, shortest: int, longest: int) -> list[str]:
 
 
 def review_lines(reviews: int, products: int) -> Iterator[str]:
-    """Yield unsorted reviews like Amazon's of 2014, about 1 kB each, with a long tail of users and products."""
+    """Yield unsorted reviews like Amazon's of 2014, about 1 kB each.
+
+    Users and products have a long tail.
+    """
     rng = np.random.default_rng(0)
     text = texts(rng, 20, 220)
     for start in range(0, reviews, CHUNK):

@@ -1,4 +1,4 @@
-"""Time training steps for growing catalogues, histories and batches, and ranking among a million items.
+"""Time training and ranking for growing catalogues, histories and batches.
 
 python -m benchmarks.scaling              # every table; needs 4 GB of disk and a long time for a million items
 python -m benchmarks.scaling --help
@@ -91,7 +91,7 @@ def by_items(arguments: argparse.Namespace) -> None:
 
 
 def by_length(arguments: argparse.Namespace) -> None:
-    """Print the time of a step with 32 users and 10,000 items against the history length."""
+    """Print the time of a step with 32 users against the history length."""
     print(
         "\n| tokens a history | users | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |"
     )
@@ -106,7 +106,7 @@ def by_batch(arguments: argparse.Namespace) -> None:
 
 
 def report(steps: Mapping[str, Callable[[], object]], arguments: argparse.Namespace, second: str) -> None:
-    """Print one row per step: its median and the median of its paired ratios to the first.
+    """Print each step's median and its median paired ratio to the first step.
 
     second: the content of the second column.
     """
@@ -128,7 +128,10 @@ def report(steps: Mapping[str, Callable[[], object]], arguments: argparse.Namesp
 def make_step(
     arguments: argparse.Namespace, items: int, *, batch: int = 32, length: int = 0, negatives: int = 0
 ) -> Callable[[], object]:
-    """Return a training step on made-up users with Beauty's history lengths, or with a fixed `length`."""
+    """Return a training step on made-up users.
+
+    length: tokens of every history; 0: the history lengths of Beauty.
+    """
     import numpy as np
     import torch
 
@@ -178,7 +181,7 @@ def make_model(arguments: argparse.Namespace, items: int) -> FMRLRec:
 
 
 def ranking(arguments: argparse.Namespace) -> None:
-    """Print the time to rank the targets of 1,000 users at all sizes in the largest catalogue."""
+    """Print the time to rank 1,000 users' targets in the largest catalogue."""
     import numpy as np
 
     from dataloader import eval_rows

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """Return two dicts of functions by case: a training step, and the evaluation of all users.
+    """Return functions by case: training steps, and evaluations of all users.
 
     Made-up users have Beauty's history lengths. The baseline evaluates BASELINE_USERS of them.
     """
@@ -143,7 +143,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
 
 
 def print_cases(title: str, seconds: dict[str, list[float]]) -> None:
-    """Print each case's median and the median of its paired speedups over the first case."""
+    """Print each case's median and its median paired speedup over the first case."""
     print(title)
     first = next(iter(seconds.values()))
     for name, values in seconds.items():

@@ -1,4 +1,4 @@
-"""Build command lines from settings: every field of a settings class becomes a flag of that name."""
+"""Build command lines in which every settings field is a flag of that name."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ def _describe_presets(presets: Mapping[str, dict[str, Any]] | None) -> list[str]
 
 
 def run_cli(main: Callable[[], Any]) -> None:
-    """Run a script's main; exit with 2 on an InputError, printed as one line, and with 130 on Ctrl-C.
+    """Run a script's main and turn errors into exit statuses.
 
+    Exits with 2 on an InputError, which is printed as one line, and with 130 on Ctrl-C.
     Under torchrun only rank 0 prints.
     """
     if spec := sys.modules["__main__"].__spec__:  # show "python -m MODULE" in the usage; Python 3.14 does it itself
@@ -148,7 +149,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviations that suggests the nearest flag for an unknown one."""
+    """An ArgumentParser without abbreviations that suggests the nearest flag."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False} | options)

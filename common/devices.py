@@ -9,9 +9,9 @@ from common.errors import InputError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the torch device for "auto", "cpu" or "cuda"; under torchrun each local rank gets its own GPU.
+    """Return the torch device for "auto", "cpu" or "cuda".
 
-    Raises InputError if the GPU does not exist.
+    Under torchrun each local rank gets its own GPU. Raises InputError if the GPU does not exist.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -31,7 +31,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return a description of the device and the number of processes, for a run's env.json."""
+    """Return the device's name and the number of processes, for env.json."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

@@ -2,4 +2,7 @@
 
 
 class InputError(Exception):
-    """Invalid user input. The message names the bad value, what is accepted, and how to fix it."""
+    """Invalid user input.
+
+    The message names the bad value, the accepted values, and how to fix it.
+    """

@@ -1,4 +1,4 @@
-"""Read files with clear errors, and write them atomically: to a temporary file that is then renamed."""
+"""Read files with clear errors and write them atomically."""
 
 import errno
 import gzip
@@ -17,9 +17,10 @@ from common.errors import InputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` on success and is removed on any error.
+    """Yield a temporary path that replaces `path` on success.
 
-    Raises InputError if the folder is not writable or the disk is full.
+    Any error removes the temporary file and leaves `path` unchanged. Raises InputError if the folder is not writable or the
+    disk is full.
     """
     path = Path(path)
     temporary = None

@@ -45,7 +45,7 @@ def command() -> str:
 
 
 def start() -> None:
-    """Initialise the process group on the first call: gloo for CPU tensors, NCCL for GPU tensors."""
+    """Initialise the process group once: gloo for CPU tensors, NCCL for GPU tensors."""
     if world_size() == 1:
         return
     import torch
@@ -72,7 +72,10 @@ def share(count: int) -> tuple[int, int]:
 
 
 def on_main_process(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 only, and return its result or raise its InputError on every rank."""
+    """Call `function` on rank 0 only and return its result on every rank.
+
+    An InputError of `function` is raised on every rank.
+    """
     if world_size() == 1:
         return function()
     import torch
@@ -92,7 +95,7 @@ def on_main_process(function: Callable[[], T]) -> T:
 
 
 def add_up(tensor: "Tensor") -> "Tensor":
-    """Sum a tensor over the ranks in place and return it; every rank gets the same bits."""
+    """Sum a tensor over the ranks in place and return it, bit-identical on all ranks."""
     if world_size() > 1:
         import torch.distributed as dist
 

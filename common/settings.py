@@ -1,4 +1,4 @@
-"""Settings as dataclass fields with a default, a help text and the accepted values.
+"""Settings as dataclass fields with a default, help text and accepted values.
 
 common/cli.py turns every field into a flag.
 """
@@ -58,7 +58,10 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """Base class of all settings. Raises InputError that names the flag of an invalid value."""
+    """Base class of all settings.
+
+    Raises InputError that names the flag of an invalid value.
+    """
 
     def __post_init__(self) -> None:
         for problem in self.problems():

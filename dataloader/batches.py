@@ -1,4 +1,4 @@
-"""Packed batches: a batch's rows are concatenated without padding between them. B rows, T tokens.
+"""Packed batches: rows are concatenated without padding. B rows, T tokens.
 
 In distributed training each rank holds a contiguous share of a batch's rows.
 """
@@ -15,9 +15,9 @@ from dataloader.split import EvalRows, TrainRows, ranges
 
 @dataclass(frozen=True)
 class Batch:
-    """Training rows of one rank, followed by padding: tokens 0 at position 0 without a label.
+    """Training rows of one rank, followed by padding.
 
-    A rank's share may be empty; the batch is then padding only.
+    Padding is token 0 at position 0 without a label. A rank's share may be empty; its batch is then padding only.
     """
 
     tokens: Tensor  # [T] int64; 0: begin of sequence
@@ -42,15 +42,15 @@ class EvalBatch:
 
 
 class TrainLoader:
-    """Training batches in an order that depends only on seed and epoch, so a resumed run sees the same ones.
+    """Training batches in an order that depends only on seed and epoch.
 
-    Rows and the epoch's order live on the device.
+    A resumed run therefore sees the same batches. Rows and the epoch's order live on the device.
     """
 
     def __init__(
         self, rows: TrainRows, batch_size: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
     ) -> None:
-        """batch_size: rows per batch over all ranks; this loader yields the share of `rank`."""
+        """batch_size: rows per batch over all ranks, of which `rank` gets a share."""
         self.offsets, self.num_users = rows.offsets, len(rows)
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.rank, self.world_size = rank, world_size
@@ -99,7 +99,7 @@ def share_rows(offsets: np.ndarray, world_size: int) -> np.ndarray:
 
 
 def bucket(num_tokens: int) -> int:
-    """Return the padded length of a batch: a power of two up to 128, then a multiple of 128.
+    """Return a batch's padded length: a power of two to 128, then a multiple of 128.
 
     This limits the number of batch shapes: a CPU in bfloat16 prepares each new shape for longer than it computes it.
     """

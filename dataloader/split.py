@@ -1,8 +1,8 @@
-"""Leave-one-out split: train on v[:-2], validate on v[-2] given v[:-2], test on v[-1] given v[:-1].
+"""Split every user's sequence leave-one-out.
 
-v are a user's items, oldest first. The model reads the last L items of a history (L: lru_max_len). Rows are ragged and
-stored flat. `position` counts the steps since the LRU's initial state, so rows can be concatenated (model/lru.py).
-U users.
+Train on v[:-2], validate on v[-2] given v[:-2], and test on v[-1] given v[:-1], where v are a user's items, oldest first.
+The model reads the last L items of a history (L: lru_max_len). Rows are ragged and stored flat. `position` counts the
+steps since the LRU's initial state, so rows can be concatenated (model/lru.py). U users.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from datasets.catalog import Sequences
 
 @dataclass(frozen=True)
 class TrainRows:
-    """One training row per user: row u has tokens[offsets[u]:offsets[u + 1]], each labelled with the next item.
+    """One training row per user: row u has tokens[offsets[u]:offsets[u + 1]].
 
-    If all training items fit in L and first items are labels, a row begins with token 0 (begin of sequence), whose
-    label is the first item. Its state is not carried over, so this token and the next one both have position 0.
+    Each token is labelled with the next item. If all training items fit in L and first items are labels, a row begins with
+    token 0 (begin of sequence), whose label is the first item. Its state is not carried over, so this token and the
+    next one both have position 0.
     """
 
     tokens: np.ndarray  # [n] int64
@@ -32,7 +33,7 @@ class TrainRows:
 
 @dataclass(frozen=True)
 class EvalRows:
-    """One evaluation row per user: the model reads items[starts[u]:ends[u]] and ranks targets[u].
+    """One evaluation row per user: read items[starts[u]:ends[u]], rank targets[u].
 
     The complete history is items[begins[u]:ends[u]].
     """
@@ -77,13 +78,13 @@ def train_rows(sequences: Sequences, max_len: int, first_item: bool = True) -> T
 
 
 def train_items(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
-    """Return (users, items) of all training items v[:-2], of any length; users count from 0."""
+    """Return (users, items) of all training items v[:-2]; users count from 0."""
     users, places, _ = ranges(sequences.offsets[:-1], sequences.offsets[1:] - 2)
     return users, sequences.items[places]
 
 
 def eval_rows(sequences: Sequences, max_len: int, part: str) -> EvalRows:
-    """Return histories and targets for "val" (v[-2] given v[:-2]) or "test" (v[-1] given v[:-1])."""
+    """Return histories and targets of the split `part`: "val" or "test"."""
     begins, ends = sequences.offsets[:-1], sequences.offsets[1:] - {"val": 2, "test": 1}[part]
     return EvalRows(sequences.items, begins, np.maximum(begins, ends - max_len), ends, sequences.items[ends])
 
@@ -94,7 +95,10 @@ def times_trained(sequences: Sequences, num_items: int) -> np.ndarray:
 
 
 def ranges(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Concatenate the ranges starts[u]:ends[u]; return (u of each element, the elements, offsets [U + 1])."""
+    """Concatenate the ranges starts[u]:ends[u].
+
+    Returns u of each element, the elements, and offsets [U + 1].
+    """
     lengths = ends - starts
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     rows = np.repeat(np.arange(len(starts)), lengths)

@@ -34,7 +34,7 @@ LAYOUT = "datasets/catalog.py describes the layout"
 
 @dataclass(frozen=True)
 class Sequences:
-    """Ragged user histories: user row u has items[offsets[u]:offsets[u + 1]], oldest first."""
+    """Ragged histories: row u has items[offsets[u]:offsets[u + 1]], oldest first."""
 
     items: np.ndarray  # [n] int64, 1..N
     offsets: np.ndarray  # [U + 1] int64
@@ -49,7 +49,10 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Catalog:
-    """A prepared dataset. Item i (1..N) has asins[i - 1], metadata[i - 1] and pictures[i - 1]."""
+    """A prepared dataset.
+
+    Item i (1..N) has asins[i - 1], metadata[i - 1] and pictures[i - 1].
+    """
 
     name: str
     sequences: Sequences
@@ -71,7 +74,10 @@ class Catalog:
 
 
 def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
-    """Load and check a prepared dataset. Raises InputError that names the file, the line and the fix."""
+    """Load and check a prepared dataset.
+
+    Raises InputError that names the file, the line and the fix.
+    """
     root = Path(data_root)
     folder = root / dataset_code
     notes: list[str] = []
@@ -90,7 +96,10 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """Return the report of datasets.prepare, or {"unfinished": command to continue} after an interruption."""
+    """Return the report of datasets.prepare, or None if there is none.
+
+    After an interruption it is {"unfinished": command to continue}.
+    """
     path = folder / REPORT
     if not path.exists():
         return None
@@ -124,7 +133,7 @@ def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
 
 
 def _load_ids(path: Path) -> tuple[list[str], int]:
-    """Return the ASINs in id order, and the number of users in user2id (0 without it)."""
+    """Return the ASINs in id order, and the number of users in user2id, or 0."""
     maps = read_json(path, LAYOUT)
     item2id = maps.get("item2id")
     if not isinstance(item2id, dict) or not item2id:

@@ -1,4 +1,4 @@
-"""Generate the demo dataset from a seed in seconds, in the prepared layout, without a download.
+"""Generate the demo dataset from a seed, in seconds and without a download.
 
 A user's next item depends on the type and brand of the previous item (a sleeping bag follows a tent), and on the user's
 taste in colour and motif. Text shows type and brand; only pictures show colour and motif. Text with pictures therefore
@@ -111,7 +111,7 @@ def _write_demo(folder: Path, photos: Path) -> None:
 
 
 def _draw_items(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw the items' properties as category numbers, [N] each, and a popularity score [N]."""
+    """Draw the items' properties as category numbers and a popularity, [N] each."""
     counts = {
         "type": sum(map(len, DEPARTMENTS.values())),
         "brand": len(BRANDS),
@@ -164,7 +164,7 @@ def _metadata(asin: str, items: dict[str, np.ndarray], i: int) -> dict[str, Any]
 
 
 def _draw_picture(colour: int, motif: int, rng: np.random.Generator) -> "Image.Image":
-    """Return a 96 x 96 product picture: a coloured motif on a pale background, with random variation."""
+    """Return a 96 x 96 picture of a coloured motif, with random variation."""
     from PIL import Image, ImageDraw
 
     side, scale = 96, 3  # draw at 3x and downscale for smooth edges

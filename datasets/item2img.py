@@ -19,7 +19,7 @@ MANIFEST = "pictures.json"
 def read_item2img(
     folder: Path, photos: Path, asins: list[str], manifest: Mapping[str, Mapping[str, str]] | None = None
 ) -> dict[str, str] | None:
-    """Return ASIN -> path below `photos`, or None if the dataset's folder has no item2img.json.
+    """Return ASIN -> path below `photos`, or None without an item2img.json.
 
     asins: of items 1..N. manifest: entries that come from this manifest are left out.
     Raises InputError for an unknown item, and for a path outside `photos`.

@@ -1,4 +1,7 @@
-"""Read files with one JSON object or Python literal per line, gzipped or not. Nothing is executed."""
+"""Read files with one JSON object or Python literal per line, gzipped or not.
+
+Nothing in a file is executed.
+"""
 
 import ast
 import json
@@ -33,7 +36,7 @@ class RecordFile:
     number: int = 0  # number of the current line, from 1
 
     def texts(self) -> Iterator[str]:
-        """Yield the non-blank lines. Raises InputError if the file cannot be read to its end."""
+        """Yield the non-blank lines. Raises InputError if the file is damaged."""
         try:
             with self.path.open("rb") as raw:
                 start = raw.read(2)
@@ -87,7 +90,7 @@ class RecordFile:
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """Return a line's JSON object or Python literal as a dict, or None if it is neither. Executes nothing."""
+    """Return a line's JSON object or Python literal as a dict, or None."""
     for parse in (orjson.loads, json.loads, ast.literal_eval):  # orjson refuses NaN and lone surrogates
         try:
             record = parse(line)

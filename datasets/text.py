@@ -1,4 +1,4 @@
-"""Build an item's text from its metadata: "Title: ... Price: ... Brand: ... Categories: ..."."""
+"""Build an item's text from metadata: "Title: ... Price: ... Brand: ..."."""
 
 import html
 import math
@@ -22,7 +22,7 @@ def item_text(record: dict[str, Any], attributes: tuple[str, ...]) -> str:
 
 
 def flat_text(value: Any) -> str:
-    """Return a text, a number or a nested list of them as one line; "" if it is empty."""
+    """Return a text, number or nested list of them as one line, "" if empty."""
     # Amazon's category paths share prefixes: keep each category once, in order.
     return ", ".join(dict.fromkeys(_leaves(value)))
 

@@ -1,4 +1,4 @@
-"""Draw the README's figures: the architecture, nested weights, and the demo's metrics."""
+"""Draw the README's figures: architecture, nested weights, metrics of the demo."""
 
 import itertools
 from pathlib import Path

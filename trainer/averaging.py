@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, which is evaluated and saved instead of the last step's."""
+"""Exponential moving average of the weights, for evaluation and saving."""
 
 import copy
 
@@ -8,7 +8,9 @@ from model.base import SequenceModel
 
 
 class WeightAverage:
-    """Σ_s d^(t-s) w_s / Σ_s d^(t-s) over the weights w_s after steps s = 1..t, about the last 1/(1-d) steps.
+    """Weight average Σ_s d^(t-s) w_s / Σ_s d^(t-s) over steps s = 1..t.
+
+    w_s are the weights after step s. The average covers about the last 1/(1-d) steps.
 
     An average of nested weights is nested, so slicing stays exact.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints: best.safetensors (weights) and last.pt (state for --resume, loaded with weights_only)."""
+"""Checkpoints: best.safetensors (weights) and last.pt (state for --resume)."""
 
 import pickle
 from pathlib import Path
@@ -21,7 +21,10 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load weights into a model. Raises InputError for a missing or damaged file or another shape."""
+    """Load weights into a model.
+
+    Raises InputError for a missing or damaged file, or another shape.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -46,7 +49,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """Load last.pt, or return None if no epoch was finished. Raises InputError if it is damaged."""
+    """Load last.pt, or return None if no epoch was finished.
+
+    Raises InputError if it is damaged.
+    """
     if not path.exists():
         return None
     try:

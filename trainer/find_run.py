@@ -1,4 +1,4 @@
-"""Find the run that a command line means: the given folder, or the newest run that matches the flags."""
+"""Find the run that a command line means: a folder, or the newest match."""
 
 import re
 import time
@@ -26,7 +26,7 @@ from trainer.training_run import TrainingRun
 
 
 def find_resumed(resume: str, flags: dict[str, Any]) -> TrainingRun:
-    """Return the run that --resume names, with the given runtime flags, and print its name.
+    """Return the run that --resume names, with the given runtime flags.
 
     resume: a folder, or "latest" for the newest unfinished run that matches the flags. Raises InputError if no run
     matches or it cannot be continued.
@@ -50,7 +50,7 @@ def find_resumed(resume: str, flags: dict[str, Any]) -> TrainingRun:
 
 
 def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:
-    """Return `run` or, if it is empty, the newest run with weights that matches the flags.
+    """Return `run`, or else the newest run with weights that matches the flags.
 
     Raises InputError if no run matches, or if `run` is not a run or has no weights.
     """
@@ -67,7 +67,7 @@ def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any])
 
 
 def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], str]) -> Path:
-    """Return the newest run that matches the flags (ignoring runtime flags) and has no `problem`.
+    """Return the newest run without a `problem` that matches the flags.
 
     problem: returns why a run cannot be used, or "". Raises InputError that lists the newest runs and why none matches.
     """
@@ -108,7 +108,10 @@ def _started(path: Path) -> tuple[str, int]:
 
 
 def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
-    """Return a run's settings with the given runtime flags. Raises InputError if another flag differs from the run."""
+    """Return a run's settings with the given runtime flags.
+
+    Raises InputError if another flag differs from the run.
+    """
     for name, value in expand_preset(flags).items():
         if not is_runtime(Config, name) and getattr(config, name) != value:
             given = name if name in flags else "preset"
@@ -121,7 +124,10 @@ def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Conf
 
 
 def expand_preset(flags: dict[str, Any]) -> dict[str, Any]:
-    """Replace --preset in flags by its settings; "paper" stands for all extensions at their defaults."""
+    """Replace --preset in flags by its settings.
+
+    "paper" stands for all extensions at their defaults.
+    """
     if "preset" not in flags:
         return flags
     named = NAMED_PRESETS[flags["preset"]] or {name: getattr(Config, name) for name in EXTENSIONS}

@@ -38,7 +38,7 @@ def figure(path: Path, panels: int, title: str) -> Iterator[list[Any]]:
 
 
 def size_axes(panel: Any, sizes: list[int]) -> None:
-    """Label the x axis of a panel with model sizes, on a log scale, and start its y axis at 0."""
+    """Show model sizes on a logarithmic x axis, and start the y axis at 0."""
     panel.set_xscale("log", base=2)
     panel.set_xticks(sizes, [str(m) for m in sizes])
     panel.minorticks_off()

@@ -1,4 +1,4 @@
-"""Log a run: one printed line and one JSON line per epoch, and optionally Weights & Biases."""
+"""Log a run: a printed line and a JSON line per epoch, and Weights & Biases."""
 
 import json
 import os
@@ -11,7 +11,10 @@ from trainer.runs import LOG
 
 
 class RunLog:
-    """The log of a run. Rewrites log.jsonl every epoch, so a resumed run lists each epoch once."""
+    """The log of a run.
+
+    Rewrites log.jsonl every epoch, so a resumed run lists each epoch once.
+    """
 
     def __init__(self, run: Path, records: list[dict[str, Any]], wandb_run: Any | None = None) -> None:
         self.path, self.records, self.wandb_run = run / LOG, records, wandb_run
@@ -33,7 +36,10 @@ class RunLog:
 
 
 def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
-    """Start a wandb run in the run's folder; offline without an API key, unless WANDB_MODE is set."""
+    """Start a wandb run in the run's folder.
+
+    WANDB_MODE sets its mode; by default it is online with an API key, else offline.
+    """
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")

@@ -43,7 +43,7 @@ TIME = "%Y%m%d-%H%M%S"  # format of the time in a run's name
 
 
 def result_file(name: str, mask_history: bool) -> str:
-    """Return the name of a test's result file; tests with masked history have names of their own."""
+    """Return a result file's name, which differs for tests with masked history."""
     stem, _, suffix = name.partition(".")
     return f"{stem}_history_masked.{suffix}" if mask_history else name
 
@@ -91,7 +91,10 @@ def create_run(config: Config, sources: dict[str, str], device: str, data: str, 
 
 
 def read_config(run: Path) -> tuple[Config, dict[str, str]]:
-    """Return a run's settings and the source of each. Raises InputError if the folder is not a run."""
+    """Return a run's settings and the source of each.
+
+    Raises InputError if the folder is not a run.
+    """
     saved = read_json(run / CONFIG, "give a run's folder, as train.py prints it")
     if not isinstance(saved.get("settings"), dict):
         raise InputError(f"{run / CONFIG} is not a run's configuration; give a run's folder, as train.py prints it")
@@ -114,7 +117,7 @@ def read_environment(run: Path) -> dict[str, Any]:
 
 
 def features_of(run: Path) -> list[str]:
-    """Return the names of the feature files that a run was trained on; empty if not recorded."""
+    """Return the feature files that a run was trained on, if recorded."""
     return read_environment(run).get("features", [])
 
 
@@ -130,7 +133,10 @@ def check_data(run: Path, data: str) -> None:
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Hold the run's lock. Raises InputError if another process trains the run, or if it is not writable."""
+    """Hold the run's lock.
+
+    Raises InputError if another process trains the run, or if it is not writable.
+    """
     try:
         file = (run / CONFIG).open("rb+")  # NFS locks only files opened for writing
     except OSError as error:
@@ -148,12 +154,15 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def is_finished(epoch: int, best_epoch: int, num_epochs: int, patience: int | None) -> bool:
-    """Return whether training is complete after `epoch` epochs. patience: None without early stopping."""
+    """Return whether training is complete after `epoch` epochs.
+
+    patience: None without early stopping.
+    """
     return epoch >= num_epochs or (patience is not None and epoch - best_epoch >= patience)
 
 
 def unfinished(run: Path) -> str:
-    """Return what a run still lacks, in words: epochs or its test; "" if it is finished."""
+    """Return what a run still lacks, its epochs or its test; "" if it is finished."""
     if progress := untrained(run):
         return progress
     config, _ = read_config(run)

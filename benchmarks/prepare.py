@@ -26,18 +26,10 @@ CHUNK = 20_000  # lines per chunk
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the raw files, prepare them in a separate process, and print a table."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--reviews", type=int, default=10_000_000, metavar="N", help="number of reviews (default: 10,000,000)"
-    )
-    parser.add_argument(
-        "--products", type=int, default=1_000_000, metavar="N", help="number of products (default: 1,000,000)"
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=Path("data/benchmark"), help="data folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="runs; their median is reported (default: 1)"
-    )
+    parser.add_argument("--reviews", type=int, default=10_000_000, metavar="N", help="(default: 10,000,000)")
+    parser.add_argument("--products", type=int, default=1_000_000, metavar="N", help="(default: 1,000,000)")
+    parser.add_argument("--folder", type=Path, default=Path("data/benchmark"), help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs; the median counts (default: 1)")
     arguments = parser.parse_args(argv)
     raw = arguments.folder / f"raw-{arguments.reviews}-{arguments.products}"
     if not (raw / "done").exists():

@@ -30,29 +30,14 @@ TABLES = ("items", "length", "batch", "ranking")
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, each measured in a separate process."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--tables", type=tables, default=",".join(TABLES), help="tables to print (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--items",
-        type=numbers,
-        default="10000,100000,1000000",
-        help="catalogue sizes of table items (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--lengths", type=numbers, default="50,200,1000", help="history lengths of table length (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batches", type=numbers, default="8,32,128,512", help="users per step of table batch (default: %(default)s)"
-    )
+    parser.add_argument("--tables", type=tables, default=",".join(TABLES), help="tables (default: %(default)s)")
+    parser.add_argument("--items", type=numbers, default="10000,100000,1000000", help="items (default: %(default)s)")
+    parser.add_argument("--lengths", type=numbers, default="50,200,1000", help="history lengths (default: %(default)s)")
+    parser.add_argument("--batches", type=numbers, default="8,32,128,512", help="users per step (default: %(default)s)")
     parser.add_argument("--features", type=int, default=2048, help="width of the features (default: 2048)")
-    parser.add_argument(
-        "--negatives", type=int, default=4096, help="sampled items of the sampled softmax (default: 4096)"
-    )
+    parser.add_argument("--negatives", type=int, default=4096, help="items of the sampled softmax (default: 4096)")
     parser.add_argument("--runs", type=int, default=5, help="paired runs of each case (default: 5)")
-    parser.add_argument(
-        "--precision", default="bf16", choices=("fp32", "tf32", "bf16"), help="training precision (default: bf16)"
-    )
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "tf32", "bf16"), help="(default: bf16)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device (default: cpu)")
     parser.add_argument("--table", choices=TABLES, help=argparse.SUPPRESS)  # measure this table only
     parser.add_argument("--folder", type=Path, help="folder for the features (default: a temporary folder)")

@@ -19,8 +19,8 @@ from common.errors import InputError
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` on success.
 
-    Any error removes the temporary file and leaves `path` unchanged. Raises InputError if the folder is not writable or the
-    disk is full.
+    Any error removes the temporary file and leaves `path` unchanged. Raises InputError if the folder is not writable or
+    the disk is full.
     """
     path = Path(path)
     temporary = None

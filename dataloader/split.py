@@ -1,6 +1,6 @@
 """Split every user's sequence leave-one-out.
 
-Train on v[:-2], validate on v[-2] given v[:-2], and test on v[-1] given v[:-1], where v are a user's items, oldest first.
+With a user's items v, oldest first: train on v[:-2], validate on v[-2] given v[:-2], test on v[-1] given v[:-1].
 The model reads the last L items of a history (L: lru_max_len). Rows are ragged and stored flat. `position` counts the
 steps since the LRU's initial state, so rows can be concatenated (model/lru.py). U users.
 """
@@ -17,9 +17,9 @@ from datasets.catalog import Sequences
 class TrainRows:
     """One training row per user: row u has tokens[offsets[u]:offsets[u + 1]].
 
-    Each token is labelled with the next item. If all training items fit in L and first items are labels, a row begins with
-    token 0 (begin of sequence), whose label is the first item. Its state is not carried over, so this token and the
-    next one both have position 0.
+    Each token is labelled with the next item. If all training items fit in L and first items are labels, a row begins
+    with token 0 (begin of sequence), whose label is the first item. Its state is not carried over, so this token and
+    the next one both have position 0.
     """
 
     tokens: np.ndarray  # [n] int64

@@ -30,7 +30,7 @@ def read_item2img(
     hint = f"it maps an item id or ASIN to a path below {photos}"
     item2img = read_json(path, hint)
     if not all(isinstance(name, str) for name in item2img.values()):
-        raise InputError(f"{path} must map names to names; {hint}")
+        raise InputError(f"{path} must map strings to strings; {hint}")
     asin_of = {str(i): asin for i, asin in enumerate(asins, start=1)} | {asin: asin for asin in asins}
     inside, listed = photos.resolve(), {}
     for item, name in item2img.items():

@@ -365,7 +365,7 @@ def test_photos_that_are_a_link_to_another_disk_are_fine(folder, tmp_path):
 @pytest.mark.parametrize("value", [["a.png"], "a.png", {"1": None}, {"1": 7}, {"1": ["a.png"]}, None], ids=str)
 def test_anything_but_a_map_of_names_is_refused(folder, value):
     write_item2img(folder, value)
-    wrong = "must map names to names" if isinstance(value, dict) else "is not a JSON object"
+    wrong = "must map strings to strings" if isinstance(value, dict) else "is not a JSON object"
     assert refusal(folder).startswith(f"{folder / 'item2img.json'} {wrong}; ")
 
 

@@ -10,9 +10,8 @@ from model.base import SequenceModel
 class WeightAverage:
     """Weight average Σ_s d^(t-s) w_s / Σ_s d^(t-s) over steps s = 1..t.
 
-    w_s are the weights after step s. The average covers about the last 1/(1-d) steps.
-
-    An average of nested weights is nested, so slicing stays exact.
+    w_s are the weights after step s. The average covers about the last 1/(1-d) steps. An average of
+    nested weights is nested, so slicing stays exact.
     """
 
     def __init__(self, model: SequenceModel, decay: float) -> None:

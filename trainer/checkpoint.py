@@ -43,7 +43,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Save last.pt."""
-    # Write through a Python file: torch raises another error for a full disk.
+    # Write through a Python file, so that a full disk raises OSError.
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(state, file)
 

@@ -1,8 +1,7 @@
 """Save and load test_ranks.npz: every user's test rank at every size. U users.
 
-Ranks per user allow paired comparisons of runs.
-
-The file also has the number of training interactions of each user's target, to group users by it.
+Ranks per user allow paired comparisons of runs. The file also has the number of
+training interactions of each user's target, to group users by it.
 """
 
 import zipfile
@@ -32,9 +31,8 @@ def save_ranks(path: Path, ranks: dict[int, np.ndarray], cutoff: int, times_trai
 def load_ranks(path: Path, hint: str) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """Return what `save_ranks` saved: size -> ranks [U], and training counts [U].
 
-    Ranks beyond the cutoff are infinite.
-
-    hint: how to fix the problem, the end of the error message. Raises InputError if the file is missing or damaged.
+    Ranks beyond the cutoff are infinite. hint: how to fix the problem, the end of the error message. Raises InputError
+    if the file is missing or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

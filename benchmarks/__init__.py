@@ -1,1 +1,1 @@
-"""Scripts that print a table of measured times, against a baseline measured in the same run."""
+"""Scripts that measure against a baseline in the same run and print a table."""

@@ -1,8 +1,8 @@
-"""The same method the plain way, to measure against: what a straightforward implementation computes.
+"""A straightforward implementation of the method, the baseline of the benchmarks.
 
-Sequences are padded to 50; logits are computed at all positions, for every size on its own, and held at once; B and C
-are complex; the recurrence runs over the padding; evaluation projects the item table for every batch, scores all
-positions and sorts them. Written for the benchmarks, on the weights of an FMRLRec; it is not used otherwise.
+It pads sequences to 50, computes the logits of each size separately at all positions and keeps them all in memory, and
+runs the recurrence with complex B and C over the padding. Evaluation projects the item table for every batch, scores
+all positions and sorts the scores. It shares the weights of an FMRLRec and is used only by benchmarks.
 """
 
 import functools
@@ -19,14 +19,14 @@ from model.sizes import nested_mask
 
 
 class Baseline(torch.nn.Module):
-    """An FMRLRec computed the plain way. B rows, L padded length, N items."""
+    """An FMRLRec with straightforward computation. B rows, L padded length, N items."""
 
     def __init__(self, model: FMRLRec) -> None:
         super().__init__()
         self.model = model
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(z [B, L, D], item table [N+1, D]) of left-padded tokens [B, L]."""
+        """Return z [B, L, D] and the item table [N+1, D] for left-padded tokens [B, L]."""
         table = self.model.item_table()
         x, valid = self.model.dropout(table[tokens]), tokens > 0
         for block in self.model.each_block():
@@ -36,19 +36,19 @@ class Baseline(torch.nn.Module):
 
     @staticmethod
     def _lru(lru: LRU, x: Tensor, valid: Tensor) -> Tensor:
-        assert lru.B_bias_re is not None and lru.B_bias_im is not None and lru.C_bias is not None  # as the paper's
+        assert lru.B_bias_re is not None and lru.B_bias_im is not None and lru.C_bias is not None  # as in the paper
         eigenvalue = torch.complex(*lru.eigenvalues())
         mask = nested_mask(lru.sizes).to(x.device)
         B = torch.complex(lru.B_re * mask, lru.B_im * mask)
         C = torch.complex(lru.C_re * mask, lru.C_im * mask)
         bias = torch.complex(lru.B_bias_re, lru.B_bias_im)
         h = F.linear(x.to(B.dtype), B, bias) * torch.exp(lru.gamma_log)
-        carried, shift = eigenvalue, 1
-        reach = valid.to(x.dtype)[..., None]
+        power, shift = eigenvalue, 1
+        mask = valid.to(x.dtype)[..., None]
         while shift < x.shape[1]:
-            past = F.pad(h[:, :-shift] * reach[:, :-shift], (0, 0, shift, 0))
-            h = h + carried * past
-            carried, shift = carried * carried, shift * 2
+            past = F.pad(h[:, :-shift] * mask[:, :-shift], (0, 0, shift, 0))
+            h = h + power * past
+            power, shift = power * power, shift * 2
         return F.linear(h, C).real + lru.C_bias
 
     @staticmethod
@@ -60,14 +60,14 @@ class Baseline(torch.nn.Module):
         return ffn.dropout(W2(F.silu(G(x)) * ffn.dropout(W1(x))))
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The mean over sizes of a cross-entropy at the positions with a label (label 0: none)."""
+        """Return the mean cross-entropy over sizes and labelled positions."""
         z, table = self.encode(tokens)
         logits = torch.stack([z[..., :m] @ table[:, :m].T for m in self.model.sizes])  # [M, B, L, N+1]
-        losses = [F.cross_entropy(part.flatten(0, 1), labels.flatten(), ignore_index=0) for part in logits]
+        losses = [F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=0) for scores in logits]
         return torch.stack(losses).mean()
 
     def ranks(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Ranks [M, B] of the targets at every size, each size's scores at all positions sorted whole."""
+        """Return ranks [M, B] of the targets at every size, by a full sort of the scores."""
         z, table = self.encode(tokens)
         ranks = []
         for m in self.model.sizes:
@@ -79,5 +79,5 @@ class Baseline(torch.nn.Module):
 
 
 def padded(rows: list[list[int]], length: int = 50) -> Tensor:
-    """Rows of tokens [B, length], padded on the left with 0."""
+    """Pad rows of tokens on the left with 0: [B, length]."""
     return torch.tensor([[0] * (length - len(row)) + row[-length:] for row in rows])

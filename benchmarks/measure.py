@@ -1,4 +1,4 @@
-"""Time, memory and where they were measured."""
+"""Measure time and memory, and describe the environment."""
 
 import platform
 import time
@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
-def where(device: str) -> str:
-    """Versions and device, for a table's head."""
+def describe_environment(device: str) -> str:
+    """Return versions and device, for a table's caption."""
     import torch
 
     from common.devices import device_name, resolve_device
@@ -16,25 +16,30 @@ def where(device: str) -> str:
     return f"torch {torch.__version__}, Python {platform.python_version()}, {name}"
 
 
-def memory(kind: str) -> float:
-    """MB of this process: resident now ("VmRSS") or at its peak ("VmHWM"; getrusage would report the parent's where
-    that was larger)."""
+def memory_mb(field: str) -> float:
+    """Return this process's resident memory in MB: "VmRSS" (now), "VmHWM" (peak).
+
+    getrusage is no substitute: it reports the parent's peak if that was larger.
+    """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition(f"{kind}:")[2].split()[0]) * 1024 / 1e6  # it says kB and means 1,024 bytes
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024 / 1e6  # kB there means 1,024 bytes
 
 
-def paired(cases: Mapping[str, Callable], runs: int, device: str, times: int = 1) -> dict[str, list[float]]:
-    """Seconds of each case, run in turn `runs` times after a warm-up; a run is the mean of so many `times`."""
+def time_paired(cases: Mapping[str, Callable], runs: int, device: str, calls: int = 1) -> dict[str, list[float]]:
+    """Time cases in turn, after one warm-up run; return seconds per call and run.
+
+    calls: calls per run, whose mean is taken.
+    """
     import torch
 
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(runs + 1):
         for name, case in cases.items():
             started = time.perf_counter()
-            for _ in range(times):
+            for _ in range(calls):
                 case()
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn:
-                seconds[name].append((time.perf_counter() - started) / times)
+                seconds[name].append((time.perf_counter() - started) / calls)
     return seconds

@@ -1,4 +1,4 @@
-"""A web server for tests and benchmarks: every path answers in a way of its own, good or bad."""
+"""A web server for tests and benchmarks whose pages give good and bad answers."""
 
 import io
 import struct
@@ -13,7 +13,10 @@ Page = Callable[["_Handler"], None]
 
 
 class Server(ThreadingHTTPServer):
-    """pages: path -> how it answers; others answer 404. requests: the paths that were asked for, in order."""
+    """A server of pages by path.
+
+    pages: path -> page; any other path gets a 404. requests: the requested paths, in order.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -25,7 +28,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *_: object) -> None:
-        """A client that goes is what many tests are about."""
+        """Ignore errors: in many tests the client disconnects."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -44,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(pages: dict[str, Page], latency: float = 0.0) -> Iterator[Server]:
-    """A server in threads of this process; its `url` has no slash at the end."""
+    """Run a server in threads of this process; its `url` does not end with a slash."""
     with Server(pages, latency) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -60,11 +63,13 @@ def serving(pages: dict[str, Page], latency: float = 0.0) -> Iterator[Server]:
 
 
 def good(data: bytes, **headers: str) -> Page:
-    """The data; a header's name has _ for -."""
+    """Answer with the data; _ in a header's name stands for -."""
     return status(200, data, **headers)
 
 
 def status(code: int, data: bytes = b"", **headers: str) -> Page:
+    """Answer with a status code and the data."""
+
     def page(handler: _Handler) -> None:
         _head(handler, code, {"Content-Length": str(len(data))} | headers)
         handler.wfile.write(data)
@@ -73,21 +78,22 @@ def status(code: int, data: bytes = b"", **headers: str) -> Page:
 
 
 def redirect(to: str, code: int = 302) -> Page:
+    """Redirect to another URL."""
     return status(code, Location=to)
 
 
 def in_turn(*pages: Page) -> Page:
-    """The first page to the first request, and so on; the last to all later ones."""
-    left = list(pages)
+    """Answer the n-th request with the n-th page, and later ones with the last."""
+    remaining = list(pages)
 
     def page(handler: _Handler) -> None:
-        (left.pop(0) if len(left) > 1 else left[0])(handler)
+        (remaining.pop(0) if len(remaining) > 1 else remaining[0])(handler)
 
     return page
 
 
 def cut_short(data: bytes, sent: int) -> Page:
-    """`sent` bytes of the data, though the header promises all."""
+    """Send only the first `sent` bytes, fewer than the Content-Length."""
 
     def page(handler: _Handler) -> None:
         _head(handler, 200, {"Content-Length": str(len(data))})
@@ -98,7 +104,7 @@ def cut_short(data: bytes, sent: int) -> Page:
 
 
 def stalled(data: bytes = b"") -> Page:
-    """The header and `data`, then nothing."""
+    """Send the header and `data`, then stall."""
 
     def page(handler: _Handler) -> None:
         _head(handler, 200, {"Content-Length": str(len(data) + 1)})
@@ -110,7 +116,10 @@ def stalled(data: bytes = b"") -> Page:
 
 
 def drip(start: bytes, byte: bytes, seconds: float) -> Page:
-    """`start`, then the byte again and again: of a header, a chunk's size or a body, as `start` leads to."""
+    """Send `start`, then the same byte every `seconds`.
+
+    Depending on `start` the bytes belong to a header, a chunk size or a body.
+    """
 
     def page(handler: _Handler) -> None:
         handler.close_connection = True
@@ -122,7 +131,7 @@ def drip(start: bytes, byte: bytes, seconds: float) -> Page:
 
 
 def endless(chunk: bytes, code: int = 200, **headers: str) -> Page:
-    """The chunk again and again, without a Content-Length."""
+    """Send the chunk forever, without a Content-Length."""
 
     def page(handler: _Handler) -> None:
         handler.close_connection = True
@@ -134,22 +143,24 @@ def endless(chunk: bytes, code: int = 200, **headers: str) -> Page:
 
 
 def ranges(data: bytes, etag: str | None = '"1"', drops: tuple[int, ...] = (), honour: bool = True) -> Page:
-    """A file that can be asked for from any byte on. drops: after how many bytes the first answers break off.
-    honour=False: as a server that knows no ranges."""
-    left = list(drops)
+    """Serve a file with range requests.
+
+    drops: the first answers end after these numbers of bytes. honour=False: ignore range requests.
+    """
+    remaining = list(drops)
 
     def page(handler: _Handler) -> None:
-        start, asked = 0, handler.headers.get("Range")
-        if honour and asked and (etag is None or handler.headers.get("If-Range") == etag):
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        start, requested = 0, handler.headers.get("Range")
+        if honour and requested and (etag is None or handler.headers.get("If-Range") == etag):
+            start = int(requested.removeprefix("bytes=").removesuffix("-"))
         headers = {"Content-Length": str(len(data) - start)} | ({"ETag": etag} if etag else {})
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         _head(handler, 206 if start else 200, headers)
         handler.server.requests[-1] += f" from {start}"
-        handler.wfile.write(data[start:][: left[0] if left else None])
-        handler.close_connection = bool(left)
-        left[:1] = []
+        handler.wfile.write(data[start:][: remaining[0] if remaining else None])
+        handler.close_connection = bool(remaining)
+        remaining[:1] = []
 
     return page
 
@@ -164,19 +175,19 @@ def _head(handler: _Handler, code: int, headers: dict[str, str]) -> None:
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def picture(form: str = "JPEG", side: int = 64, colour: tuple[int, int, int] = (200, 40, 40)) -> bytes:
-    """A square of a gradient in the format."""
+def picture(format: str = "JPEG", side: int = 64, colour: tuple[int, int, int] = (200, 40, 40)) -> bytes:
+    """Return a square gradient in an image format."""
     from PIL import Image
 
     gradient = Image.linear_gradient("L").resize((side, side))
     image = Image.composite(Image.new("RGB", (side, side), colour), Image.new("RGB", (side, side), "white"), gradient)
     buffer = io.BytesIO()
-    image.save(buffer, form)
+    image.save(buffer, format)
     return buffer.getvalue()
 
 
 def flat_png(width: int, height: int) -> bytes:
-    """A whole PNG, all black: about a bit for eight pixels, before the compression, which leaves a thousandth."""
+    """Return a black 1-bit PNG, which compresses about a thousandfold."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

@@ -1,4 +1,4 @@
-"""Time the fetching of pictures from a local server that answers each request after 50 ms, all good and with failures.
+"""Time fetching pictures from a local server, without and with failures.
 
 python -m benchmarks.pictures            # 1,000 pictures of 500 x 500
 python -m benchmarks.pictures --help
@@ -29,41 +29,44 @@ GOOD = ("good", "503 then good")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table. Raises InputError where a manifest or a picture is not as it must be."""
+    """Print the table. Raises InputError if a manifest or a picture is wrong."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=1000, help="pictures (default: 1000)")
-    parser.add_argument("--side", type=int, default=500, help="pixels of a picture's side (default: 500)")
-    parser.add_argument("--latency", type=float, default=0.05, help="seconds before an answer begins (default: 0.05)")
+    parser.add_argument("--pictures", type=int, default=1000, help="number of pictures (default: 1000)")
+    parser.add_argument("--side", type=int, default=500, help="side of a picture in pixels (default: 500)")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds before an answer starts (default: 0.05)")
     parser.add_argument(
         "--failures", type=float, default=0.1, help="share of failures in the second row (default: 0.1)"
     )
-    parser.add_argument("--read", type=float, default=1.0, help="seconds a stalled server is waited for (default: 1)")
-    parser.add_argument("--tries", type=int, default=3, help="tries of a picture (default: 3)")
-    parser.add_argument("--workers", type=int, default=24, help="pictures fetched at a time (default: 24)")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--read", type=float, default=1.0, help="read timeout in seconds (default: 1)")
+    parser.add_argument("--tries", type=int, default=3, help="tries per picture (default: 3)")
+    parser.add_argument("--workers", type=int, default=24, help="concurrent fetches (default: 24)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each case (default: 3)")
     parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.serve is not None:  # a process of its own, which does not share the threads that are measured
+    if arguments.serve is not None:  # in a separate process, to keep its threads out of the timing
         return serve(arguments.serve, arguments)
     import httpx
     import PIL
 
     print(f"Python {platform.python_version()}, httpx {httpx.__version__}, Pillow {PIL.__version__}, "
           f"CPU, {os.cpu_count()} cores")  # fmt: skip
-    print(f"{arguments.pictures:,} pictures of {arguments.side} x {arguments.side}, {arguments.latency * 1e3:.0f} ms a "
-          f"request, {arguments.workers} at a time, {arguments.tries} tries, {arguments.read:g} s for a stalled "
-          f"server; medians of {arguments.runs} runs\n")  # fmt: skip
-    print("| answers | seconds | pictures/s | files | missing | broken | every good picture, manifest true |")
+    print(f"{arguments.pictures:,} pictures of {arguments.side} x {arguments.side}, {arguments.latency * 1e3:.0f} ms "
+          f"latency, {arguments.workers} concurrent fetches, {arguments.tries} tries, read timeout "
+          f"{arguments.read:g} s; medians of {arguments.runs} runs\n")  # fmt: skip
+    print("| answers | seconds | pictures/s | files | missing | broken | pictures and manifest verified |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for title, share in (("all good", 0.0), (f"{arguments.failures:.0%} failures", arguments.failures)):
-        seconds, count = zip(*(fetched(share, arguments) for _ in range(arguments.runs)), strict=True)
+        seconds, count = zip(*(time_fetch(share, arguments) for _ in range(arguments.runs)), strict=True)
         median = statistics.median(seconds)
         print(f"| {title} | {median:.2f} | {arguments.pictures / median:.0f} | {count[0]['file']} | "
               f"{count[0]['missing']} | {count[0]['broken']} | yes |")  # fmt: skip
 
 
-def kinds(share: float, count: int) -> list[str]:
-    """How each picture is answered: a failure of every kind in turn, spread evenly, then good ones."""
+def answer_kinds(share: float, count: int) -> list[str]:
+    """Return the kind of answer for each picture.
+
+    Failures are evenly spread and cycle through KINDS; the rest are good.
+    """
     failures = round(share * count)
     return [
         KINDS[i * failures // count % len(KINDS)] if (i + 1) * failures // count > i * failures // count else "good"
@@ -72,7 +75,7 @@ def kinds(share: float, count: int) -> list[str]:
 
 
 def photographs(side: int, count: int = 16) -> list[bytes]:
-    """JPEGs with edges, gradients and a little noise, as product pictures have."""
+    """Return JPEGs with edges, gradients and some noise, like product pictures."""
     import numpy as np
     from PIL import Image, ImageDraw
 
@@ -92,7 +95,7 @@ def photographs(side: int, count: int = 16) -> list[bytes]:
 
 
 def serve(share: float, arguments: argparse.Namespace) -> None:
-    """Answer /0, /1, ... until the process is ended; prints the URL."""
+    """Print the URL and serve /0, /1, ... until the process is killed."""
     files = photographs(arguments.side)
     bomb = flat_png(10_000, 10_000)
 
@@ -107,15 +110,15 @@ def serve(share: float, arguments: argparse.Namespace) -> None:
             "stalled": lambda: stalled(data[: len(data) // 2]),
         }[kind]()
 
-    answers = kinds(share, arguments.pictures)
+    answers = answer_kinds(share, arguments.pictures)
     pages = {f"/{i}": page(kind, files[i % len(files)]) for i, kind in enumerate(answers)}
     with Server(pages, arguments.latency) as server:
         print(server.url, flush=True)
         server.serve_forever()
 
 
-def fetched(share: float, arguments: argparse.Namespace) -> tuple[float, Counter]:
-    """Seconds, and how many items have a file, none, or a broken one, once that has been verified."""
+def time_fetch(share: float, arguments: argparse.Namespace) -> tuple[float, Counter]:
+    """Return the seconds of a fetch, and the counts of `verify`."""
     from datasets.prepare.http import Policy
     from datasets.prepare.pictures import FetchOptions, prepare_pictures
 
@@ -126,7 +129,7 @@ def fetched(share: float, arguments: argparse.Namespace) -> tuple[float, Counter
         tempfile.TemporaryDirectory() as root,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
     ):
-        assert server.stdout is not None  # it is a pipe
+        assert server.stdout is not None  # stdout is a pipe
         try:
             url = server.stdout.readline().strip()
             asins = [f"B{i:09d}" for i in range(arguments.pictures)]
@@ -139,18 +142,21 @@ def fetched(share: float, arguments: argparse.Namespace) -> tuple[float, Counter
             seconds = time.perf_counter() - started
         finally:
             server.kill()
-        return seconds, verified(share, arguments, asins, photos, folder)
+        return seconds, verify(share, arguments, asins, photos, folder)
 
 
-def verified(share: float, arguments: argparse.Namespace, asins: list[str], photos: Path, folder: Path) -> Counter:
-    """Compare the manifest, item2img.json and every file with what was served."""
+def verify(share: float, arguments: argparse.Namespace, asins: list[str], photos: Path, folder: Path) -> Counter:
+    """Check the manifest, item2img.json and every file against the answers.
+
+    Returns the manifest's counts of "file", "missing" and "broken".
+    """
     manifest = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
-    files, answers = photographs(arguments.side), kinds(share, arguments.pictures)
+    files, answers = photographs(arguments.side), answer_kinds(share, arguments.pictures)
     for i, (asin, answer) in enumerate(zip(asins, answers, strict=True)):
         kind = "file" if answer in GOOD else "missing" if answer == "404" else "broken"
-        whole = kind != "file" or (photos / f"{asin}.jpg").read_bytes() == files[i % len(files)]
-        if list(manifest[asin]) != [kind] or not whole:
-            raise InputError(f"{asin}, whose answer was {answer}, is {manifest[asin]}")
+        intact = kind != "file" or (photos / f"{asin}.jpg").read_bytes() == files[i % len(files)]
+        if list(manifest[asin]) != [kind] or not intact:
+            raise InputError(f"{asin} got the answer {answer!r} but the manifest has {manifest[asin]}")
     names = {asin: entry["file"] for asin, entry in manifest.items() if "file" in entry}
     on_disk = {path.name for path in photos.iterdir()}
     if json.loads((folder / "item2img.json").read_text(encoding="utf-8")) != names or on_disk != set(names.values()):

@@ -1,6 +1,6 @@
-"""Time and memory of datasets/prepare/__main__.py on a made-up raw category.
+"""Measure time and memory of datasets/prepare on made-up raw data.
 
-python -m benchmarks.prepare                      # 10 million reviews, 1 million products: 5 GB of raw files are made
+python -m benchmarks.prepare                      # 10 million reviews, 1 million products; writes 5 GB of raw files
 python -m benchmarks.prepare --reviews 1000000 --products 100000
 """
 
@@ -16,20 +16,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.measure import memory
+from benchmarks.measure import memory_mb
 from common.cli import Parser, run_cli
 from common.errors import InputError
 
-CHUNK = 20_000  # lines that are made at a time
+CHUNK = 20_000  # lines per chunk
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the raw files, prepare them in a process of its own, and print a table."""
+    """Write the raw files, prepare them in a separate process, and print a table."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--reviews", type=int, default=10_000_000, metavar="N", help="(default: 10,000,000)")
     parser.add_argument("--products", type=int, default=1_000_000, metavar="N", help="(default: 1,000,000)")
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark"), help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs; the median counts (default: 1)")
     arguments = parser.parse_args(argv)
     raw = arguments.folder / f"raw-{arguments.reviews}-{arguments.products}"
     if not (raw / "done").exists():
@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         process.start()
         send.close()
         try:
-            took, peak = receive.recv()
+            duration, peak = receive.recv()
         except EOFError:
-            raise InputError("preparing the made-up data failed, as said above; give more --reviews") from None
+            raise InputError("preparing the made-up data failed, see above; give more --reviews") from None
         process.join()
-        seconds.append(took)
+        seconds.append(duration)
         peaks.append(peak)
     size = sum(path.stat().st_size for path in raw.glob("*.gz"))
     print(
@@ -61,16 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(raw: Path, folder: Path, send: Connection) -> None:
-    """Prepare the data, and send seconds and the peak resident MB."""
+    """Prepare the data, and send the seconds and the peak resident MB."""
     from datasets.prepare.__main__ import main as prepare
 
     started = time.perf_counter()
     prepare([f"--data_root={folder}", "--dataset_code=made", "--only=data", f"--raw_root={raw}",
              "--reviews=reviews.json.gz", "--meta=meta.json.gz"])  # fmt: skip
-    send.send((time.perf_counter() - started, memory("VmHWM")))
+    send.send((time.perf_counter() - started, memory_mb("VmHWM")))
 
 
 def write_lines(path: Path, chunks: Iterator[str], total: int) -> None:
+    """Write chunks of lines to a gzipped file."""
     with gzip.open(path, "wb", compresslevel=1) as file, tqdm(total=total, desc=path.name, unit_scale=True) as bar:
         for chunk in chunks:
             file.write(chunk.encode())
@@ -78,18 +79,21 @@ def write_lines(path: Path, chunks: Iterator[str], total: int) -> None:
 
 
 def texts(rng: np.random.Generator, shortest: int, longest: int) -> list[str]:
-    """Made-up texts of so many words."""
+    """Return made-up texts of `shortest` to `longest` words."""
     words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), n)) for n in rng.integers(2, 11, size=5000)]
     return [" ".join(rng.choice(words, n)) for n in rng.integers(shortest, longest, size=5000)]
 
 
 def review_lines(reviews: int, products: int) -> Iterator[str]:
-    """Reviews as Amazon's of 2014, about 1 kB each: a long tail of users and products, sorted by nothing."""
+    """Yield unsorted reviews like Amazon's of 2014, about 1 kB each.
+
+    Users and products have a long tail.
+    """
     rng = np.random.default_rng(0)
     text = texts(rng, 20, 220)
     for start in range(0, reviews, CHUNK):
         n = min(CHUNK, reviews - start)
-        user = (rng.random(n) ** 3 * (reviews // 5)).astype(int)  # some are a hundred times as busy as the median
+        user = (rng.random(n) ** 3 * (reviews // 5)).astype(int)  # some have a hundred times the median
         item = (rng.random(n) ** 3 * products).astype(int)
         times, stars, row = rng.integers(10**9, 14 * 10**8, n), rng.integers(1, 6, n), rng.integers(len(text), size=n)
         yield "".join(
@@ -101,7 +105,7 @@ def review_lines(reviews: int, products: int) -> Iterator[str]:
 
 
 def product_lines(products: int) -> Iterator[str]:
-    """Metadata as Amazon's of 2014, about 1.7 kB each."""
+    """Yield metadata like Amazon's of 2014, about 1.7 kB each."""
     rng = np.random.default_rng(1)
     text = texts(rng, 5, 150)
     for start in range(0, products, CHUNK):

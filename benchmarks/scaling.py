@@ -1,6 +1,6 @@
-"""Time a training step as the catalogue, the histories and the batch grow, and ranking a catalogue of a million items.
+"""Time training and ranking for growing catalogues, histories and batches.
 
-python -m benchmarks.scaling              # every table; 4 GB of disk, and scoring a million items exactly takes long
+python -m benchmarks.scaling              # every table; needs 4 GB of disk and a long time for a million items
 python -m benchmarks.scaling --help
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.measure import memory, paired, where
+from benchmarks.measure import describe_environment, memory_mb, time_paired
 from common.cli import Parser, run_cli
 
 if TYPE_CHECKING:
@@ -28,89 +28,95 @@ TABLES = ("items", "length", "batch", "ranking")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables, each measured in a process of its own."""
+    """Print the tables, each measured in a separate process."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", type=tables, default=",".join(TABLES), help="which (default: %(default)s)")
-    parser.add_argument("--items", type=numbers, default="10000,100000,1000000", help="items of the table of that name")
-    parser.add_argument("--lengths", type=numbers, default="50,200,1000", help="tokens of every history (length)")
-    parser.add_argument("--batches", type=numbers, default="8,32,128,512", help="users in a step (batch)")
+    parser.add_argument("--tables", type=tables, default=",".join(TABLES), help="tables (default: %(default)s)")
+    parser.add_argument("--items", type=numbers, default="10000,100000,1000000", help="items (default: %(default)s)")
+    parser.add_argument("--lengths", type=numbers, default="50,200,1000", help="history lengths (default: %(default)s)")
+    parser.add_argument("--batches", type=numbers, default="8,32,128,512", help="users per step (default: %(default)s)")
     parser.add_argument("--features", type=int, default=2048, help="width of the features (default: 2048)")
-    parser.add_argument("--negatives", type=int, default=4096, help="of --num_negatives (default: 4096)")
-    parser.add_argument("--runs", type=int, default=5, help="paired runs of each (default: 5)")
+    parser.add_argument("--negatives", type=int, default=4096, help="items of the sampled softmax (default: 4096)")
+    parser.add_argument("--runs", type=int, default=5, help="paired runs of each case (default: 5)")
     parser.add_argument("--precision", default="bf16", choices=("fp32", "tf32", "bf16"), help="(default: bf16)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
-    parser.add_argument("--table", choices=TABLES, help=argparse.SUPPRESS)  # print this one, from --folder's features
-    parser.add_argument("--folder", type=Path, help="where features are made (default: a temporary folder)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device (default: cpu)")
+    parser.add_argument("--table", choices=TABLES, help=argparse.SUPPRESS)  # measure this table only
+    parser.add_argument("--folder", type=Path, help="folder for the features (default: a temporary folder)")
     arguments = parser.parse_args(argv)
     if arguments.table:
         {"items": by_items, "length": by_length, "batch": by_batch, "ranking": ranking}[arguments.table](arguments)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         sizes = ",".join(map(str, SIZES))
-        print(f"{where(arguments.device)}; sizes {sizes}, 2 blocks, {arguments.features} features in half precision, "
-              f"{arguments.precision}", flush=True)  # fmt: skip
+        print(f"{describe_environment(arguments.device)}; sizes {sizes}, 2 blocks, "
+              f"{arguments.features} features in half precision, {arguments.precision}", flush=True)  # fmt: skip
         for table in arguments.tables:
             command = [sys.executable, "-m", "benchmarks.scaling", *(sys.argv[1:] if argv is None else argv)]
             subprocess.run([*command, "--table", table, "--folder", folder], check=True)
 
 
 def numbers(text: str) -> list[int]:
-    """The whole numbers of "8,32"; argparse refuses what are none."""
-    return [int(part) for part in text.split(",")]
+    """Parse a list such as "8,32"; argparse reports a ValueError."""
+    return [int(number) for number in text.split(",")]
 
 
 def tables(text: str) -> list[str]:
-    """The tables of "items,batch"."""
+    """Parse a list of tables such as "items,batch"."""
     names = text.split(",")
     if unknown := [name for name in names if name not in TABLES]:
-        raise argparse.ArgumentTypeError(f"there is no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+        raise argparse.ArgumentTypeError(f"table {unknown[0]!r} is unknown; choose from {', '.join(TABLES)}")
     return names
 
 
 def by_items(arguments: argparse.Namespace) -> None:
-    """A step of 32 users against the number of items."""
-    counts = arguments.items
+    """Print the time of a step with 32 users against the number of items."""
     print("\n| items | softmax over | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |")
     for negatives in (arguments.negatives, 0):
-        steps = {f"{n}": step_of(arguments, n, negatives=negatives) for n in counts}
+        steps = {f"{n}": make_step(arguments, n, negatives=negatives) for n in arguments.items}
         report(steps, arguments, f"{negatives:,} drawn" if negatives else "all")
 
 
 def by_length(arguments: argparse.Namespace) -> None:
-    """A step of 32 users against the length of their histories, over 10,000 items."""
+    """Print the time of a step with 32 users against the history length."""
     print(
         "\n| tokens a history | users | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |"
     )
-    steps = {f"{n}": step_of(arguments, 10_000, length=n, negatives=arguments.negatives) for n in arguments.lengths}
+    steps = {f"{n}": make_step(arguments, 10_000, length=n, negatives=arguments.negatives) for n in arguments.lengths}
     report(steps, arguments, "32")
 
 
 def by_batch(arguments: argparse.Namespace) -> None:
-    """A step against the number of users, over 12,101 items."""
+    """Print the time of a step with 12,101 items against the number of users."""
     print("\n| users | softmax over | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |")
-    report({f"{n}": step_of(arguments, 12_101, batch=n) for n in arguments.batches}, arguments, "all")
+    report({f"{n}": make_step(arguments, 12_101, batch=n) for n in arguments.batches}, arguments, "all")
 
 
-def report(steps: Mapping[str, Callable[[], object]], arguments: argparse.Namespace, how: str) -> None:
-    """A row for each step: its median, and the median of its paired ratios to the first."""
+def report(steps: Mapping[str, Callable[[], object]], arguments: argparse.Namespace, second: str) -> None:
+    """Print each step's median and its median paired ratio to the first step.
+
+    second: the content of the second column.
+    """
     peaks = {}
     for name, step in steps.items():
-        for _ in range(2):  # the shapes' first batches
+        for _ in range(2):  # warm up
             step()
-        peaks[name] = memory("VmHWM") / 1e3
-    seconds = paired(steps, arguments.runs, arguments.device)
+        peaks[name] = memory_mb("VmHWM") / 1e3
+    seconds = time_paired(steps, arguments.runs, arguments.device)
     first = next(iter(seconds.values()))
     for name, values in seconds.items():
         ratio = statistics.median(b / a for a, b in zip(first, values, strict=True))
         print(
-            f"| {int(name):,} | {how} | {statistics.median(values):.3f} | {ratio:.2f} | {peaks[name]:.1f} |", flush=True
+            f"| {int(name):,} | {second} | {statistics.median(values):.3f} | {ratio:.2f} | {peaks[name]:.1f} |",
+            flush=True,
         )
 
 
-def step_of(
+def make_step(
     arguments: argparse.Namespace, items: int, *, batch: int = 32, length: int = 0, negatives: int = 0
 ) -> Callable[[], object]:
-    """One training step on made-up users of Beauty's lengths, or of one length."""
+    """Return a training step on made-up users.
+
+    length: tokens of every history; 0: the history lengths of Beauty.
+    """
     import numpy as np
     import torch
 
@@ -124,7 +130,7 @@ def step_of(
     lengths = np.full(users, length + 2) if length else (4 + rng.geometric(0.2, size=users)).clip(max=200)
     offsets = np.concatenate([[0], lengths.cumsum()])
     rows = train_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), length or 50)
-    model = model_of(arguments, items)
+    model = make_model(arguments, items)
     loader = TrainLoader(rows, batch, 0, device)
     settings = TrainingSettings(precision=arguments.precision)
     step = Step(
@@ -137,8 +143,8 @@ def step_of(
     return lambda: step(next(batches))
 
 
-def model_of(arguments: argparse.Namespace, items: int) -> FMRLRec:
-    """The paper's model on features that are mapped from a file."""
+def make_model(arguments: argparse.Namespace, items: int) -> FMRLRec:
+    """Return the paper's model with memory-mapped random features."""
     import numpy as np
     import torch
 
@@ -149,10 +155,10 @@ def model_of(arguments: argparse.Namespace, items: int) -> FMRLRec:
     if not path.exists():
         block = np.random.default_rng(0).normal(size=(10_000, arguments.features)).astype(np.float32)
         block = (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float16)
-        made = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(items, arguments.features))
+        mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(items, arguments.features))
         for start in range(0, items, len(block)):
-            made[start : start + len(block)] = np.roll(block, start // len(block), axis=1)[: items - start]
-        made.flush()
+            mapped[start : start + len(block)] = np.roll(block, start // len(block), axis=1)[: items - start]
+        mapped.flush()
     torch.manual_seed(0)
     return FMRLRec(items, torch.from_numpy(np.load(path, mmap_mode="c")), ModelSettings(mrl_hidden_sizes=SIZES)).to(
         arguments.device
@@ -160,7 +166,7 @@ def model_of(arguments: argparse.Namespace, items: int) -> FMRLRec:
 
 
 def ranking(arguments: argparse.Namespace) -> None:
-    """The exact metrics of 1,000 users at all sizes among the most items of the first table."""
+    """Print the time to rank 1,000 users' targets in the largest catalogue."""
     import numpy as np
 
     from dataloader import eval_rows
@@ -171,11 +177,11 @@ def ranking(arguments: argparse.Namespace) -> None:
     lengths = (4 + rng.geometric(0.2, size=1000)).clip(max=200)
     offsets = np.concatenate([[0], lengths.cumsum()])
     rows = eval_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), 50, "test")
-    model = model_of(arguments, items)
+    model = make_model(arguments, items)
     started = time.perf_counter()
     evaluate(model, rows, sizes=SIZES, batch_size=256, ks=(10,))
     print(f"\nranks of 1,000 users at all sizes among {items:,} items: {time.perf_counter() - started:.0f} s, peak "
-          f"{memory('VmHWM') / 1e3:.1f} GB")  # fmt: skip
+          f"{memory_mb('VmHWM') / 1e3:.1f} GB")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Time a training step and the evaluation of all sizes against the plain baseline, in one run.
+"""Time training steps and the evaluation of all sizes against the plain baseline.
 
-python -m benchmarks.speed            # a made-up catalogue of Beauty's size, the paper's model
+python -m benchmarks.speed            # the paper's model on made-up data of Beauty's size
 python -m benchmarks.speed --help
 """
 
@@ -13,39 +13,39 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks.measure import memory, paired, where
+from benchmarks.measure import describe_environment, memory_mb, time_paired
 from common.cli import Parser, run_cli
 from config import resolve
 
-SOME = 64  # users whom the baseline evaluates, as many as it does at once
-STEPS = 5  # of a kind in a row, as in training: the first pays for the memory that another kind gave back
-PLUS = "bf16-plus"  # with --preset plus, but the exact softmax
-MEMORY_STEPS = 10  # after which the peak is read
+BASELINE_USERS = 64  # users that the baseline evaluates, in one batch
+STEPS = 5  # consecutive steps of one case; its first step must allocate memory again
+PLUS = "bf16-plus"  # --preset plus with the exact softmax
+MEMORY_STEPS = 10  # steps before the peak memory is read
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--users", type=int, default=22363, help="users (default: Beauty's 22363)")
-    parser.add_argument("--items", type=int, default=12101, help="items (default: Beauty's 12101)")
+    parser.add_argument("--users", type=int, default=22363, help="number of users (default: 22363, as in Beauty)")
+    parser.add_argument("--items", type=int, default=12101, help="number of items (default: 12101, as in Beauty)")
     parser.add_argument("--features", type=int, default=2048, help="width of the features (default: 2048)")
-    parser.add_argument("--sizes", default="8,16,32,64,128,256,512,1024", help="sizes (default: the paper's)")
-    parser.add_argument("--blocks", type=int, default=2, help="blocks (default: 2)")
-    parser.add_argument("--batch", type=int, default=32, help="users in a step (default: 32)")
-    parser.add_argument("--runs", type=int, default=5, help="paired runs of each (default: 5)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
+    parser.add_argument("--sizes", default="8,16,32,64,128,256,512,1024", help="nested sizes (default: the paper's)")
+    parser.add_argument("--blocks", type=int, default=2, help="number of blocks (default: 2)")
+    parser.add_argument("--batch", type=int, default=32, help="users per step (default: 32)")
+    parser.add_argument("--runs", type=int, default=5, help="paired runs of each case (default: 5)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device (default: cpu)")
     parser.add_argument("--memory_of", choices=("baseline", "fp32", "bf16", PLUS), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     steps, evaluations = build(arguments)
-    if arguments.memory_of:  # a process of its own: the peak of a process is never given back
+    if arguments.memory_of:  # in a separate process: peak memory never decreases
         for _ in range(MEMORY_STEPS):
             steps[arguments.memory_of]()
-        print(memory("VmHWM") / 1e3)
+        print(memory_mb("VmHWM") / 1e3)
         return
-    print(where(arguments.device))
+    print(describe_environment(arguments.device))
     print(f"{arguments.items} items, features {arguments.features}, sizes {arguments.sizes}, {arguments.blocks} blocks")
     print(f"batch {arguments.batch}; medians of {arguments.runs} paired runs (of {STEPS} steps; one evaluation)")
-    show("training step", paired(steps, arguments.runs, arguments.device, STEPS))
+    print_cases("training step", time_paired(steps, arguments.runs, arguments.device, STEPS))
     for name in steps:
         command = [
             sys.executable,
@@ -57,14 +57,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
         print(f"  {name:24} {float(peak):8.2f} GB peak resident memory")
-    seconds = paired(evaluations, arguments.runs, arguments.device)
-    seconds["baseline"] = [value * arguments.users / SOME for value in seconds["baseline"]]
-    show(f"evaluation of all sizes, {arguments.users} users (the baseline from {SOME} of them)", seconds)
+    seconds = time_paired(evaluations, arguments.runs, arguments.device)
+    seconds["baseline"] = [value * arguments.users / BASELINE_USERS for value in seconds["baseline"]]
+    title = f"evaluation of all sizes, {arguments.users} users (baseline: extrapolated from {BASELINE_USERS} users)"
+    print_cases(title, seconds)
 
 
 def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """({name: one training step}, {name: the evaluation of all users, by the baseline of SOME}) on made-up users of
-    Beauty's lengths."""
+    """Return functions by case: training steps, and evaluations of all users.
+
+    Made-up users have Beauty's history lengths. The baseline evaluates BASELINE_USERS of them.
+    """
     import numpy as np
     import torch
 
@@ -82,11 +85,11 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
 
     rng, device = np.random.default_rng(0), resolve_device(arguments.device)
     torch.manual_seed(0)
-    lengths = (4 + rng.geometric(0.2, size=arguments.users)).clip(max=200)  # mean 8.9, as Beauty's
+    lengths = (4 + rng.geometric(0.2, size=arguments.users)).clip(max=200)  # mean 8.9, as in Beauty
     offsets = np.concatenate([[0], lengths.cumsum()])
     sequences = Sequences(rng.integers(1, arguments.items + 1, size=offsets[-1]), offsets)
     sizes = tuple(map(int, arguments.sizes.split(",")))
-    # As they are kept: of length 1, in half precision.
+    # Unit norm and half precision, like cached features.
     features = torch.nn.functional.normalize(torch.randn(arguments.items, arguments.features)).half()
     model = FMRLRec(
         arguments.items, features, ModelSettings(mrl_hidden_sizes=sizes, lru_num_blocks=arguments.blocks)
@@ -116,8 +119,8 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     @torch.inference_mode()
     def evaluate_plain() -> None:
         model.eval()
-        tokens = padded([sequences.of(u)[:-1].tolist() for u in range(SOME)]).to(device)
-        baseline.ranks(tokens, torch.from_numpy(rows.targets[:SOME]).to(device))
+        tokens = padded([sequences.of(u)[:-1].tolist() for u in range(BASELINE_USERS)]).to(device)
+        baseline.ranks(tokens, torch.from_numpy(rows.targets[:BASELINE_USERS]).to(device))
 
     steps: dict[str, Callable] = {"baseline": plain_step}
     for precision in ("fp32", "bf16"):
@@ -125,22 +128,22 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
         steps[precision] = lambda step=step: step(next(batches))
     if arguments.memory_of in (None, PLUS):
         flags = {"mrl_hidden_sizes": sizes, "lru_num_blocks": arguments.blocks, "precision": "bf16", "preset": "plus"}
-        flags["num_negatives"] = 0  # all items, as the other steps score
+        flags["num_negatives"] = 0  # score all items, like the other cases
         config, _ = resolve({"dataset_code": "beauty", **flags})
         plus = build_model(arguments.items, [features], config).to(device)
         assert isinstance(plus, FMRLRec)
-        step_of_plus, average = build_step(plus, loader, config), WeightAverage(plus, config.ema_decay)
+        train_plus, average = build_step(plus, loader, config), WeightAverage(plus, config.ema_decay)
 
         def plus_step() -> None:
-            step_of_plus(next(batches))
+            train_plus(next(batches))
             average.update(plus, step=1000)
 
         steps[PLUS] = plus_step
     return steps, {"baseline": evaluate_plain, "one pass": evaluate_fast, "every slice alone": evaluate_alone}
 
 
-def show(title: str, seconds: dict[str, list[float]]) -> None:
-    """Print medians, and the median of the paired ratios to the first case."""
+def print_cases(title: str, seconds: dict[str, list[float]]) -> None:
+    """Print each case's median and its median paired speedup over the first case."""
     print(title)
     first = next(iter(seconds.values()))
     for name, values in seconds.items():

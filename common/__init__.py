@@ -1,1 +1,1 @@
-"""The ground floor, which knows nothing of recommenders: settings, command lines, errors, files, processes, devices."""
+"""Shared helpers: settings, command lines, errors, files, processes and devices."""

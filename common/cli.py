@@ -1,4 +1,4 @@
-"""Command lines made from settings: every field of a settings class is a flag of its name."""
+"""Build command lines in which every settings field is a flag of that name."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ def parse_args(
     names: Sequence[str] = (),
     presets: Mapping[str, dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], argparse.Namespace]:
-    """Read a command line. Returns the settings that were given as flags, and the script's own arguments.
+    """Return the settings given as flags, and the script's own arguments.
 
-    sections: each a group of flags under its title. Fields beyond the paper are a group of their own.
-    add_arguments: adds the script's own arguments. names: the only settings that are flags; empty: all. presets: to be
-    described in the help.
+    sections: settings classes; each is one group in --help. Extensions beyond the paper form a separate group.
+    add_arguments: adds the script's own arguments.
+    names: restricts the flags to these settings; empty means all.
+    presets: described at the end of --help.
     Exits with status 2 on a bad flag.
     """
     parser = Parser(
         usage="%(prog)s [--setting value ...]",
         description=description,
         epilog="\n".join(
-            ["A setting that is true or false is set by --NAME, --no-NAME or --NAME=false.", *_describe(presets)]
+            ["Set a boolean with --NAME, --no-NAME, --NAME=true or --NAME=false.", *_describe_presets(presets)]
         ),
         formatter_class=_HelpFormatter,
     )
@@ -57,13 +58,13 @@ def parse_args(
     return given, namespace
 
 
-def _describe(presets: Mapping[str, dict[str, Any]] | None) -> list[str]:
+def _describe_presets(presets: Mapping[str, dict[str, Any]] | None) -> list[str]:
     if not presets:
         return []
     lines = [
         "",
-        "A flag wins over --preset, that over the model's preset, that over the dataset's, and any preset over",
-        "the default. Presets:",
+        "Precedence: flag > --preset > preset of the model > preset of the dataset > default.",
+        "Presets:",
     ]
     for name, preset in presets.items():
         values = ", ".join(f"{setting} {format_value(value)}" for setting, value in preset.items())
@@ -72,12 +73,13 @@ def _describe(presets: Mapping[str, dict[str, Any]] | None) -> list[str]:
 
 
 def run_cli(main: Callable[[], Any]) -> None:
-    """Run a script's main. An InputError is printed as one line (exit status 2); Ctrl-C exits with 130.
+    """Run a script's main and turn errors into exit statuses.
 
-    Under torchrun rank 0 alone prints.
+    Exits with 2 on an InputError, which is printed as one line, and with 130 on Ctrl-C.
+    Under torchrun only rank 0 prints.
     """
-    if of_module := sys.modules["__main__"].__spec__:  # the usage of python -m, as Python 3.14 prints it by itself
-        sys.argv[0] = f"python -m {of_module.name.removesuffix('.__main__')}"
+    if spec := sys.modules["__main__"].__spec__:  # show "python -m MODULE" in the usage; Python 3.14 does it itself
+        sys.argv[0] = f"python -m {spec.name.removesuffix('.__main__')}"
     try:
         main()
     except InputError as error:
@@ -89,14 +91,14 @@ def run_cli(main: Callable[[], Any]) -> None:
 def _fail(message: str, status: int) -> int:
     is_main = int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
     if not is_main and status != 130:
-        time.sleep(10)  # rank 0 most likely fails alike and prints the same; torchrun then ends this process here
+        time.sleep(10)  # rank 0 most likely prints the same error; torchrun then ends this process
     if is_main or status != 130:
         print(message, file=sys.stderr)
     return status
 
 
 def add_switch(group: Any, name: str, help: str) -> None:
-    """Add a flag of a script's own, false by default, spelled like a boolean setting."""
+    """Add a boolean flag, false by default, to a script's own arguments."""
     _add_boolean(group, name, help, False)
 
 
@@ -107,9 +109,9 @@ def _add_flag(group: Any, f: Field) -> None:
     if isinstance(default, bool):
         _add_boolean(group, f.name, help, argparse.SUPPRESS)
     elif isinstance(default, tuple):
-        of = type(default[0]) if default else str
-        metavar = "N,N,..." if of is int else "NAME,NAME,..."
-        group.add_argument(flag, type=_tuple_of(of), metavar=metavar, help=help, **common)
+        element_type = type(default[0]) if default else str
+        metavar = "N,N,..." if element_type is int else "NAME,NAME,..."
+        group.add_argument(flag, type=_tuple_parser(element_type), metavar=metavar, help=help, **common)
     else:
         metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
         options = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"metavar": metavar}
@@ -130,11 +132,11 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def _tuple_of(of: type) -> Callable[[str], tuple]:
+def _tuple_parser(element_type: type) -> Callable[[str], tuple]:
     def parse(text: str) -> tuple:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        elements = [element.strip() for element in text.split(",") if element.strip()]
         try:
-            return tuple(of(part) for part in parts)
+            return tuple(element_type(element) for element in elements)
         except ValueError:
             raise argparse.ArgumentTypeError(f'{text!r} is not a list of whole numbers such as "8,16,32"') from None
 
@@ -147,10 +149,10 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviations and names the nearest known flag when one is unknown."""
+    """An ArgumentParser without abbreviations that suggests the nearest flag."""
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__(**{"allow_abbrev": False} | how)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(argv, namespace)

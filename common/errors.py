@@ -1,5 +1,8 @@
-"""The one exception that is the user's to mend."""
+"""The exception for invalid user input."""
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message names it, what is accepted, and what mends it."""
+    """Invalid user input.
+
+    The message names the bad value, the accepted values, and how to fix it.
+    """

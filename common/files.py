@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name in the same folder, then renamed."""
+"""Read files with clear errors and write them atomically."""
 
 import errno
 import gzip
@@ -17,8 +17,11 @@ from common.errors import InputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it takes the name `path`, on any error it is removed and `path` stays as it
-    was. Raises InputError where the folder cannot be written or the disk is full."""
+    """Yield a temporary path that replaces `path` on success.
+
+    Any error removes the temporary file and leaves `path` unchanged. Raises InputError if the folder is not writable or
+    the disk is full.
+    """
     path = Path(path)
     temporary = None
     try:
@@ -39,36 +42,40 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
-    """What to tell a user of an error in writing."""
+    """Return the InputError for a failed write."""
     denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
     hint = "run where you may write" if denied else "free space or choose another folder"
     return InputError(f"cannot write {path}: {error.strerror or error}; {hint}")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file for people to read, whole or not at all."""
+    """Write an indented JSON file atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, as ids may have
+    except UnicodeEncodeError:  # ids may contain lone surrogates
         text = json.dumps(value, indent=2)
     write_text(path, text + "\n")
 
 
 def read_text(path: Path, hint: str) -> str:
-    """Read a UTF-8 text file, gzipped if its name ends in .gz. `mends`: what to do where it is missing or damaged."""
+    """Return the text of a UTF-8 file, gunzipped if its name ends in .gz.
+
+    hint: how to fix the problem, the end of the error message. Raises InputError if the file is missing, damaged or
+    empty.
+    """
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
@@ -76,7 +83,7 @@ def read_text(path: Path, hint: str) -> str:
         raise InputError(f"{path} does not exist; {hint}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); {hint}") from None
-    except (EOFError, OSError, zlib.error) as error:  # gzip raises EOFError where a file was cut short
+    except (EOFError, OSError, zlib.error) as error:  # gzip raises EOFError for a truncated file
         raise InputError(f"{path} cannot be read ({error}); {hint}") from None
     if not text.strip():
         raise InputError(f"{path} is empty; {hint}")
@@ -84,11 +91,11 @@ def read_text(path: Path, hint: str) -> str:
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """Read a JSON object from a file. `mends`: what to do where it is missing or damaged."""
+    """Return the JSON object in a file; hint and errors as in `read_text`."""
     try:
-        found = json.loads(read_text(path, hint))
+        value = json.loads(read_text(path, hint))
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); {hint}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is no JSON object; {hint}")
-    return found
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object; {hint}")
+    return value

@@ -1,6 +1,6 @@
-"""The processes that torchrun started together: which one this is, how many there are, waiting and adding up.
+"""Distributed helpers for torchrun: ranks, collectives and code for rank 0 only.
 
-In a process of its own everything here is done at once, and torch is not imported. Rank 0 is the first.
+In a single process every function returns at once without importing torch.
 """
 
 import atexit
@@ -16,73 +16,76 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # the others wait while one finishes its share; torchrun ends them where one fails
+TIMEOUT = timedelta(days=1)  # ranks may wait long for a slow share; torchrun ends all of them if one fails
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """The number of this process, from 0 on."""
+    """Return the rank of this process, 0 in a single process."""
     return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, which is that of its GPU."""
+    """Return the rank of this process on its machine, which is also its GPU's index."""
     return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
 
 
-def on_this_machine() -> int:
-    """How many of the processes run on this machine."""
+def local_world_size() -> int:
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
 
 
 def command() -> str:
-    """What started these processes, as a user types it."""
-    return "python" if world_size() == 1 else f"torchrun --nproc_per_node={on_this_machine()}"
+    """Return the command that started these processes, as a user types it."""
+    return "python" if world_size() == 1 else f"torchrun --nproc_per_node={local_world_size()}"
 
 
 def start() -> None:
-    """Meet the others, at the first call: gloo for what lies in memory, NCCL for what lies on a GPU."""
+    """Initialise the process group once: gloo for CPU tensors, NCCL for GPU tensors."""
     if world_size() == 1:
         return
     import torch
     import torch.distributed as dist
-    import torch.distributed.nn  # imported later its defaults would hold the group, whose threads then outlive end()
+    import torch.distributed.nn  # a later import would keep the group, and its threads, alive after end()
 
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=TIMEOUT)
         atexit.register(end)
 
 
 def barrier() -> None:
-    """Wait until all have come here."""
+    """Wait until every rank has reached this call."""
     if world_size() > 1:
         import torch
 
-        add_up(torch.zeros(1))  # in memory, where dist.barrier would want a GPU
+        add_up(torch.zeros(1))  # on the CPU; dist.barrier would need a GPU
 
 
 def share(count: int) -> tuple[int, int]:
-    """(start, stop) of this process's share of so many things, shares one after another in the order of ranks."""
+    """Return (start, stop) of this rank's contiguous share of `count` things."""
     return rank() * count // world_size(), (rank() + 1) * count // world_size()
 
 
-def on_main_process(work: Callable[[], T]) -> T:
-    """What `work()` returns on rank 0, which alone calls it, on every rank; an InputError of it is raised on each."""
+def on_main_process(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 only and return its result on every rank.
+
+    An InputError of `function` is raised on every rank.
+    """
     if world_size() == 1:
-        return work()
+        return function()
     import torch
     import torch.distributed as dist
 
     start()
-    answer: list[Any] = [None, None]  # what work() gave, its InputError
+    answer: list[Any] = [None, None]  # result, message of the InputError
     if rank() == 0:
         try:
-            answer[0] = work()
+            answer[0] = function()
         except InputError as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
@@ -92,7 +95,7 @@ def on_main_process(work: Callable[[], T]) -> T:
 
 
 def add_up(tensor: "Tensor") -> "Tensor":
-    """The sum of a tensor over the ranks, in its place: the same bits on every rank."""
+    """Sum a tensor over the ranks in place and return it, bit-identical on all ranks."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -102,15 +105,15 @@ def add_up(tensor: "Tensor") -> "Tensor":
 
 
 def print_main(line: str) -> None:
-    """Print a line, on rank 0 alone."""
+    """Print a line on rank 0 only."""
     if rank() == 0:
         print(line, flush=True)
 
 
 def end() -> None:
-    """Leave the others, as the process does by itself when it ends."""
+    """Destroy the process group; runs automatically at exit."""
     import torch.distributed as dist
 
-    crashed = hasattr(sys, "last_value")  # then the others may never come to this, and NCCL would wait for them
+    crashed = hasattr(sys, "last_value")  # other ranks may never get here, and NCCL would wait for them
     if dist.is_initialized() and not crashed:
         dist.destroy_process_group()

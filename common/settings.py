@@ -1,6 +1,6 @@
-"""Settings as dataclass fields: each has a default, a help text, and the values that it accepts.
+"""Settings as dataclass fields with a default, help text and accepted values.
 
-`common/cli.py` makes a flag of every field.
+common/cli.py turns every field into a flag.
 """
 
 import itertools
@@ -28,12 +28,15 @@ def setting(
     extension: bool = False,
     used_if: Callable[[Any], bool] | None = None,
 ) -> Any:
-    """Return a dataclass field.
+    """Return a dataclass field for one setting.
 
-    choices, at_least, above, below, at_most: the accepted values; numbers must be finite. A tuple of whole numbers must
-    increase from 1 on. folder_name: a text that names one folder. taken_names: the value is a tuple of NAME=FILE, with
-    other names than these. runtime: how to run, not what is trained; --resume may change it. extension: beyond the
-    paper. used_if: tells from all settings whether this one has an effect; None: always.
+    choices, at_least, above, below, at_most: the accepted values. Numbers must be finite. A tuple of whole numbers must
+    start at 1 or more and increase.
+    folder_name: the value must be the name of a single folder.
+    taken_names: the value is a tuple of NAME=FILE entries that must not use these names.
+    runtime: the setting affects how a run executes, not its result; --resume may change it.
+    extension: the setting goes beyond the paper.
+    used_if: returns whether the setting has an effect, given all settings; None: it always has one.
     """
     limits = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
     metadata: dict[str, Any] = {
@@ -55,7 +58,10 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of all settings. Raises InputError, naming the flag, for a value that is not accepted."""
+    """Base class of all settings.
+
+    Raises InputError that names the flag of an invalid value.
+    """
 
     def __post_init__(self) -> None:
         for problem in self.problems():
@@ -63,32 +69,32 @@ class Settings:
 
     @classmethod
     def group_title(cls) -> str:
-        """Return the title of the flags in --help: the class's name without Settings."""
+        """Return the group title in --help: the class name without "Settings"."""
         return cls.__name__.removesuffix("Settings").lower()
 
     def problems(self) -> Iterator[str]:
-        """Yield a sentence for every value that is not accepted."""
+        """Yield an error message for every invalid value."""
         for f in fields(self):
             if reason := _reason(f.metadata, getattr(self, f.name)):
                 yield f"--{f.name} {_quoted(getattr(self, f.name))}{reason}"
 
 
 def _reason(metadata: Any, value: Any) -> str:
-    """Why a field refuses a value; "" if it is accepted."""
+    """Return why a value is invalid, or "" if it is valid."""
     if metadata["choices"] and value not in metadata["choices"]:
         return f" must be one of {', '.join(metadata['choices'])}"
     if metadata["numbers"] and (not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value))):
-        return ': need whole numbers from 1 on, each larger than the last: "8,16,32"'
+        return ' must be increasing whole numbers from 1 on, such as "8,16,32"'
     if metadata["folder_name"] and (
         value in (".", "..") or any(s in value for s in "/\\\0") or not (value or metadata["may_be_empty"])
     ):
-        return " is not a folder name; leave out / and \\"
+        return " must be a folder name without / and \\"
     if metadata["taken_names"]:
         names = [entry.partition("=")[0] for entry in value]
         if not all(re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*=.+", entry) for entry in value):
-            return " must be NAME=FILE,NAME=FILE with plain words as names, such as visual=visual.npy"
+            return " must be NAME=FILE,NAME=FILE; a name has letters, digits and _, such as visual=visual.npy"
         if taken := [name for name in names if name in metadata["taken_names"] or names.count(name) > 1]:
-            return f": the name {taken[0]!r} is taken; give another one"
+            return f": the name {taken[0]!r} is taken; choose another"
     limits = metadata["limits"]
     tests = {
         "at_least": lambda v, limit: v >= limit,
@@ -109,31 +115,30 @@ def _quoted(value: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return a setting's value as it is given on the command line."""
+    """Return a setting's value in command-line syntax."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def is_runtime(settings: type[Settings], name: str) -> bool:
-    """Return whether a setting says how to run, not what is trained."""
+    """Return whether a setting affects only how a run executes, not its result."""
     return settings.__dataclass_fields__[name].metadata["runtime"]
 
 
-def check_types(settings: type[Settings], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return settings read from a file, with lists as tuples.
+def check_types(settings: type[Settings], values: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return settings read from a file, with lists converted to tuples.
 
-    where: the file, for messages. Raises InputError that names the file and the unknown or wrongly typed setting.
+    path: the file, named in errors. Raises InputError for an unknown setting or a value of the wrong type.
     """
-    known_fields = {f.name: f for f in fields(settings)}
-    known = {name: f.default for name, f in known_fields.items()}
+    known = {f.name: f for f in fields(settings)}
     if unknown := sorted(set(values) - set(known)):
-        raise InputError(f"{where} has unknown settings {unknown}: it was made by another version")
+        raise InputError(f"{path} has unknown settings {unknown}: it was written by another version")
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for name, value in typed.items():
-        default = known[name]
-        fits = type(value) is type(default) or (type(default) is float and type(value) is int)
-        if isinstance(value, tuple) and fits:
-            kind = int if known_fields[name].metadata["numbers"] else str
-            fits = all(type(part) is kind for part in value)
-        if not fits:
-            raise InputError(f"{where} has {name} {value!r}, which is no {type(default).__name__}")
+        default = known[name].default
+        valid = type(value) is type(default) or (type(default) is float and type(value) is int)
+        if isinstance(value, tuple) and valid:
+            element_type = int if known[name].metadata["numbers"] else str
+            valid = all(type(element) is element_type for element in value)
+        if not valid:
+            raise InputError(f"{path} has {name} {value!r}, which must be of type {type(default).__name__}")
     return typed

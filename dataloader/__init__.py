@@ -1,4 +1,4 @@
-"""How sequences become batches: leave-one-out splits, packed rows, batches on a device. No model here."""
+"""Turn sequences into leave-one-out splits and packed batches on a device."""
 
 from dataloader.batches import Batch, EvalBatch, TrainLoader, eval_batches
 from dataloader.split import EvalRows, TrainRows, eval_rows, times_trained, train_items, train_rows

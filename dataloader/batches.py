@@ -1,6 +1,6 @@
-"""Packed batches: the rows of a batch one after another, with nothing between them. B rows, T tokens.
+"""Packed batches: rows are concatenated without padding. B rows, T tokens.
 
-Ranks, processes that train together, share a batch out: each holds a run of its rows.
+In distributed training each rank holds a contiguous share of a batch's rows.
 """
 
 from collections.abc import Iterator
@@ -15,59 +15,59 @@ from dataloader.split import EvalRows, TrainRows, ranges
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to train on, and padding behind them: tokens 0 at position 0 without a label.
+    """Training rows of one rank, followed by padding.
 
-    A rank has a share of the rows, which may be none: then there is nothing but padding.
+    Padding is token 0 at position 0 without a label. A rank's share may be empty; its batch is then padding only.
     """
 
-    tokens: Tensor  # [T] int64; 0 begins a sequence
-    labels: Tensor  # [T] int64; 0: none
-    position: Tensor  # [T] int64, steps since the LRU's state was empty
-    longest: int  # the most tokens of one row
-    share: tuple[int, int]  # where these rows begin in the batch of all ranks, and how many tokens that is padded to
-    num_labels: Tensor  # a scalar int64, of the batch of all ranks
+    tokens: Tensor  # [T] int64; 0: begin of sequence
+    labels: Tensor  # [T] int64; 0: no label
+    position: Tensor  # [T] int64, steps since the LRU's initial state
+    longest: int  # tokens of the longest row
+    share: tuple[int, int]  # offset of the first token in the batch of all ranks, and that batch's padded length
+    num_labels: Tensor  # scalar int64, in the batch of all ranks
 
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Rows to rank."""
+    """Evaluation rows."""
 
     tokens: Tensor  # [T] int64
     position: Tensor  # [T] int64
     longest: int
-    last: Tensor  # [B] int64, where each row's last token is in tokens
+    last: Tensor  # [B] int64, index of each row's last token in tokens
     targets: Tensor  # [B] int64
-    seen_rows: Tensor  # [S] int64, with seen_items: (row, item) of the whole histories
-    seen_items: Tensor  # [S] int64
+    seen_rows: Tensor  # [S] int64, row of each item of the complete histories
+    seen_items: Tensor  # [S] int64, that item
 
 
 class TrainLoader:
-    """Batches of an epoch in an order that depends on seed and epoch alone, so that a resumed run sees the same ones.
+    """Training batches in an order that depends only on seed and epoch.
 
-    The rows live on the device, and so does the epoch's order.
+    A resumed run therefore sees the same batches. Rows and the epoch's order live on the device.
     """
 
     def __init__(
         self, rows: TrainRows, batch_size: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
     ) -> None:
-        """batch_size: rows of a batch, of which this loader gives the share of `rank` of `world_size`."""
+        """batch_size: rows per batch over all ranks, of which `rank` gets a share."""
         self.offsets, self.num_users = rows.offsets, len(rows)
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.rank, self.world_size = rank, world_size
         self.tokens, self.labels, self.position = (
             torch.as_tensor(np.append(array, 0), device=device) for array in (rows.tokens, rows.labels, rows.position)
-        )  # the last is padding
+        )  # the appended 0 is the padding token
 
     def __len__(self) -> int:
-        """Steps in an epoch."""
+        """Return the number of steps per epoch."""
         return -(-self.num_users // self.batch_size)
 
     def label_counts(self, num_items: int) -> Tensor:
-        """How often each token is a label: [N+1]."""
+        """Count how often each token is a label: [N+1]."""
         return self.labels[:-1].bincount(minlength=num_items + 1)
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of one epoch: every user once."""
+        """Yield the batches of one epoch; every user occurs once."""
         order = np.random.default_rng([self.seed, number]).permutation(self.num_users)
         begins, ends = self.offsets[order], self.offsets[order + 1]
         _, index, offsets = ranges(begins, ends)
@@ -80,42 +80,44 @@ class TrainLoader:
             padded.append(np.pad(index[first:last], padding, constant_values=len(self.tokens) - 1))
             longest.append(int(np.diff(batch[low : high + 1]).max(initial=1)))
             shares.append((first - begin, bucket(end - begin)))
-            counts.append(end - begin)  # every token has one
-        # Once an epoch: a copy would make a GPU wait in every step.
-        index = torch.as_tensor(np.concatenate(padded), device=self.device).split([len(part) for part in padded])
+            counts.append(end - begin)  # every token has a label
+        # Copy once per epoch: a copy in every step would make the GPU wait.
+        index = torch.as_tensor(np.concatenate(padded), device=self.device).split([len(tokens) for tokens in padded])
         num_labels = torch.as_tensor(counts, device=self.device).unbind()
-        for i, most, share, labelled in zip(index, longest, shares, num_labels, strict=True):
-            yield Batch(self.tokens[i], self.labels[i], self.position[i], most, share, labelled)
+        for i, length, share, count in zip(index, longest, shares, num_labels, strict=True):
+            yield Batch(self.tokens[i], self.labels[i], self.position[i], length, share, count)
 
 
 def share_rows(offsets: np.ndarray, world_size: int) -> np.ndarray:
-    """Share rows out in runs of about equally many tokens: rank r has the rows cuts[r]:cuts[r + 1].
+    """Split rows into contiguous shares with about the same number of tokens.
 
-    offsets: [B + 1], row b is the tokens offsets[b]:offsets[b + 1]. Returns cuts [world_size + 1], each the end of a
-    row that is nearest to an equal share.
+    offsets: [B + 1]; row b has the tokens offsets[b]:offsets[b + 1].
+    Returns cuts [world_size + 1]; rank r gets the rows cuts[r]:cuts[r + 1].
     """
     middles = (offsets[:-1] + offsets[1:]) / 2
     return np.searchsorted(middles, offsets[-1] * np.arange(world_size + 1) / world_size, side="right")
 
 
 def bucket(num_tokens: int) -> int:
-    """The number of tokens that so many are padded to: a power of two up to 128, then a multiple of it. Batches then
-    come in few shapes; for a new one, a CPU in bfloat16 prepares its products longer than it computes them."""
+    """Return a batch's padded length: a power of two to 128, then a multiple of 128.
+
+    This limits the number of batch shapes: a CPU in bfloat16 prepares each new shape for longer than it computes it.
+    """
     return -(-num_tokens // 128) * 128 if num_tokens > 128 else 2 ** (max(num_tokens, 1) - 1).bit_length()
 
 
 def eval_batches(rows: EvalRows, batch_size: int, device: torch.device) -> Iterator[EvalBatch]:
-    """Every user once, in order."""
+    """Yield evaluation batches with every user once, in order."""
     for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        _, read, offsets = ranges(rows.starts[part], rows.ends[part])
-        seen_rows, seen, _ = ranges(rows.begins[part], rows.ends[part])
+        users = slice(start, start + batch_size)
+        _, read, offsets = ranges(rows.starts[users], rows.ends[users])
+        seen_rows, seen, _ = ranges(rows.begins[users], rows.ends[users])
         lengths = np.diff(offsets)
         arrays = {
             "tokens": rows.items[read],
             "position": np.arange(len(read)) - np.repeat(offsets[:-1], lengths),
             "last": offsets[1:] - 1,
-            "targets": rows.targets[part],
+            "targets": rows.targets[users],
             "seen_rows": seen_rows,
             "seen_items": rows.items[seen],
         }

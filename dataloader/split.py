@@ -1,7 +1,8 @@
-"""Leave-one-out: of a user's items v, train on v[:-2], validate on v[-2] given v[:-2], test on v[-1] given v[:-1].
+"""Split every user's sequence leave-one-out.
 
-A history is its last L items (L: lru_max_len). Rows are ragged and flat; `position` counts the steps since the LRU's
-state was empty, so that rows can be packed one after another (model/lru.py). U users.
+With a user's items v, oldest first: train on v[:-2], validate on v[-2] given v[:-2], test on v[-1] given v[:-1].
+The model reads the last L items of a history (L: lru_max_len). Rows are ragged and stored flat. `position` counts the
+steps since the LRU's initial state, so rows can be concatenated (model/lru.py). U users.
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from datasets.catalog import Sequences
 
 @dataclass(frozen=True)
 class TrainRows:
-    """One row a user: row u is tokens[offsets[u]:offsets[u + 1]], and at each token the item that came next.
+    """One training row per user: row u has tokens[offsets[u]:offsets[u + 1]].
 
-    A row whose training items all fit into L begins with token 0, begin of sequence, whose label is the first item,
-    unless first items are to be no labels. That token's state is not carried on, so both it and the item after it have
-    position 0.
+    Each token is labelled with the next item. If all training items fit in L and first items are labels, a row begins
+    with token 0 (begin of sequence), whose label is the first item. Its state is not carried over, so this token and
+    the next one both have position 0.
     """
 
     tokens: np.ndarray  # [n] int64
@@ -32,11 +33,14 @@ class TrainRows:
 
 @dataclass(frozen=True)
 class EvalRows:
-    """One row a user: read items[starts[u]:ends[u]], rank targets[u]. The whole history is items[begins[u]:ends[u]]."""
+    """One evaluation row per user: read items[starts[u]:ends[u]], rank targets[u].
 
-    items: np.ndarray  # [n] int64, of all users
+    The complete history is items[begins[u]:ends[u]].
+    """
+
+    items: np.ndarray  # [n] int64, all users
     begins: np.ndarray  # [U] int64
-    starts: np.ndarray  # [U] int64, at most L before ends
+    starts: np.ndarray  # [U] int64, at least ends - L
     ends: np.ndarray  # [U] int64
     targets: np.ndarray  # [U] int64
 
@@ -44,7 +48,7 @@ class EvalRows:
         return len(self.targets)
 
     def part(self, start: int, stop: int) -> "EvalRows":
-        """The rows start:stop."""
+        """Return the rows start:stop."""
         begins, starts, ends, targets = (
             rows[start:stop] for rows in (self.begins, self.starts, self.ends, self.targets)
         )
@@ -52,44 +56,49 @@ class EvalRows:
 
 
 def train_rows(sequences: Sequences, max_len: int, first_item: bool = True) -> TrainRows:
-    """The training items v[:-2] of every user as inputs and labels. first_item: a user's first item is a label too;
-    otherwise no token 0 is read, and users with a single training item have no row. Raises InputError if none is
-    left."""
+    """Return the training items v[:-2] of every user as inputs and labels.
+
+    first_item: whether a user's first item is a label. If not, there is no token 0, and users with one training item
+    have no row; raises InputError if no row is left.
+    """
     begins, ends = sequences.offsets[:-1], sequences.offsets[1:] - 2
     if not first_item:
-        several = ends - begins > 1
-        begins, ends = begins[several], ends[several]
+        trainable = ends - begins > 1
+        begins, ends = begins[trainable], ends[trainable]
         if not len(begins):
-            raise InputError("no user has two training items; without --first_item_label there is nothing to learn")
+            raise InputError("no user has two training items, so nothing can be learned; give --first_item_label")
     first_label = np.maximum(begins if first_item else begins + 1, ends - max_len)
     rows, label_at, offsets = ranges(first_label, ends)
     starts_sequence = label_at == begins[rows]
     tokens = np.where(starts_sequence, 0, sequences.items[label_at - 1])
-    # The first token read: the item before the first label, or the first item where a token 0 comes before it.
+    # The first token at position 0: the item before the first label, or the first item if token 0 precedes it.
     first_read = np.maximum(first_label - 1, begins)
     position = np.maximum(label_at - 1 - first_read[rows], 0)
     return TrainRows(tokens, sequences.items[label_at], position, offsets)
 
 
 def train_items(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
-    """All training items v[:-2], however many: (user, item) of each, users from 0."""
+    """Return (users, items) of all training items v[:-2]; users count from 0."""
     users, places, _ = ranges(sequences.offsets[:-1], sequences.offsets[1:] - 2)
     return users, sequences.items[places]
 
 
 def eval_rows(sequences: Sequences, max_len: int, part: str) -> EvalRows:
-    """Histories and targets of "val" (v[-2] given v[:-2]) or "test" (v[-1] given v[:-1])."""
+    """Return histories and targets of the split `part`: "val" or "test"."""
     begins, ends = sequences.offsets[:-1], sequences.offsets[1:] - {"val": 2, "test": 1}[part]
     return EvalRows(sequences.items, begins, np.maximum(begins, ends - max_len), ends, sequences.items[ends])
 
 
 def times_trained(sequences: Sequences, num_items: int) -> np.ndarray:
-    """How often each token is among the training items v[:-2]: [N + 1] int64."""
+    """Count how often each token occurs in the training items v[:-2]: [N + 1] int64."""
     return np.bincount(train_items(sequences)[1], minlength=num_items + 1)
 
 
 def ranges(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ranges starts[u]:ends[u] one after another: (u of each element, the element, offsets [U + 1])."""
+    """Concatenate the ranges starts[u]:ends[u].
+
+    Returns u of each element, the elements, and offsets [U + 1].
+    """
     lengths = ends - starts
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     rows = np.repeat(np.arange(len(starts)), lengths)

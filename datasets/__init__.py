@@ -1,2 +1,4 @@
-"""What the data is: prepared datasets, the demo, and cached features. (Kept light: Hugging Face's library has this name
-too, and its users may import it from here by accident.)"""
+"""Prepared datasets, the demo dataset and cached features.
+
+Import nothing here: Hugging Face's library has the same name, and its users may import this package by accident.
+"""

@@ -1,9 +1,9 @@
-"""A prepared dataset: its layout, loaded and checked.
+"""Load and check a prepared dataset.
 
-    <data_root>/<dataset_code>/sequential_data.txt   a line per user: user item item ..., ids from 1, oldest first
-    <data_root>/<dataset_code>/datamaps.json         item2id (and user2id): Amazon ids -> ids from 1, dense
-    <data_root>/<dataset_code>/meta.json.gz          a line per item: a Python literal or JSON object with an 'asin'
-    <data_root>/<dataset_code>/item2img.json         optional: which picture an item has
+    <data_root>/<dataset_code>/sequential_data.txt   one line per user: user item item ..., ids from 1, oldest first
+    <data_root>/<dataset_code>/datamaps.json         item2id (and user2id): Amazon id -> id, 1..N without gaps
+    <data_root>/<dataset_code>/meta.json.gz          one line per item: a JSON object or Python literal with an 'asin'
+    <data_root>/<dataset_code>/item2img.json         optional: item -> picture
     <data_root>/photos/<dataset_code>/               optional: the pictures
 
 U users, N items, n interactions.
@@ -29,12 +29,12 @@ from datasets.text import flat_text
 MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
 REPORT = "prepare_report.json"
-LAYOUT = "datasets/catalog.py describes the prepared layout"
+LAYOUT = "datasets/catalog.py describes the layout"
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Users' histories, ragged: user row u has items[offsets[u]:offsets[u + 1]], oldest first."""
+    """Ragged histories: row u has items[offsets[u]:offsets[u + 1]], oldest first."""
 
     items: np.ndarray  # [n] int64, 1..N
     offsets: np.ndarray  # [U + 1] int64
@@ -43,43 +43,49 @@ class Sequences:
         return len(self.offsets) - 1
 
     def of(self, row: int) -> np.ndarray:
-        """The items of one user row."""
+        """Return the items of one user row."""
         return self.items[self.offsets[row] : self.offsets[row + 1]]
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """A prepared dataset. Item i (1..N) has asins[i - 1], metadata[i - 1] and pictures[i - 1]."""
+    """A prepared dataset.
+
+    Item i (1..N) has asins[i - 1], metadata[i - 1] and pictures[i - 1].
+    """
 
     name: str
     sequences: Sequences
     asins: list[str]
-    metadata: list[dict[str, Any]]  # {} where an item has none
+    metadata: list[dict[str, Any]]  # {} for an item without metadata
     pictures: list[Path | None] | None  # None: the dataset has no item2img.json
-    photos: Path  # the folder that the pictures lie in
-    notes: list[str]  # what was left out or missing, with counts
+    photos: Path  # folder of the pictures
+    notes: list[str]  # counts of what was dropped or missing
 
     @property
     def num_items(self) -> int:
         return len(self.asins)
 
     def digest(self) -> str:
-        """SHA-256 of what a model is trained and tested on: the sequences and the items' ids, in order."""
+        """Return the SHA-256 of the sequences and the item ids, in order."""
         digest = hashlib.sha256("\0".join(self.asins).encode("utf-8", "surrogatepass"))
         digest.update(self.sequences.items.tobytes() + self.sequences.offsets.astype(np.int64).tobytes())
         return digest.hexdigest()
 
 
 def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
-    """Load and check a prepared dataset. Raises InputError that names the file, the line and what mends it."""
+    """Load and check a prepared dataset.
+
+    Raises InputError that names the file, the line and the fix.
+    """
     root = Path(data_root)
     folder = root / dataset_code
     notes: list[str] = []
     if not any((folder / name).exists() for name in FILES):
-        raise InputError(_not_there(root, dataset_code))
+        raise InputError(_missing_dataset(root, dataset_code))
     report = read_report(folder) or {}
     if "unfinished" in report:
-        raise InputError(f"preparing {folder} was cut off; to go on: {report['unfinished']}")
+        raise InputError(f"preparing {folder} was interrupted; to continue: {report['unfinished']}")
     asins, num_users = _load_ids(folder / "datamaps.json")
     sequences = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)
     metadata = _load_metadata(folder / "meta.json.gz", asins, notes)
@@ -90,32 +96,35 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """Return the report of datasets.prepare; {"unfinished": the command that continues} if it was cut off."""
+    """Return the report of datasets.prepare, or None if there is none.
+
+    After an interruption it is {"unfinished": command to continue}.
+    """
     path = folder / REPORT
     if not path.exists():
         return None
     report = read_json(path, "remove it")
     if not ("unfinished" in report or "prepared" in report):
-        raise InputError(f"{path} is no report of datasets.prepare; remove it")
+        raise InputError(f"{path} is not a report of datasets.prepare; remove it")
     return report
 
 
-def _not_there(root: Path, dataset_code: str) -> str:
-    there = sorted(p.parent.name for p in root.glob("*/sequential_data.txt")) if root.is_dir() else []
-    found = f"prepared there: {', '.join(there)}" if there else "nothing is prepared there"
-    near = difflib.get_close_matches(dataset_code, {*there, *PAPER_SETS, "demo"} - {dataset_code}, n=1)
+def _missing_dataset(root: Path, dataset_code: str) -> str:
+    prepared = sorted(p.parent.name for p in root.glob("*/sequential_data.txt")) if root.is_dir() else []
+    found = f"prepared there: {', '.join(prepared)}" if prepared else "nothing is prepared there"
+    near = difflib.get_close_matches(dataset_code, {*prepared, *PAPER_SETS, "demo"} - {dataset_code}, n=1)
     if dataset_code == "demo":
-        return f"the demo is not at {root / dataset_code} ({found}); it is built in: leave --data_root out"
+        return f"the demo is not at {root / dataset_code} ({found}); leave out --data_root to generate it"
     return (
         f"dataset {dataset_code!r} is not at {root / dataset_code} ({found})"
         f"{f'; did you mean {near[0]}?' if near else '.'} To prepare it: "
-        f"{prepare_command(root, dataset_code)}. Or give --data_root the folder that holds it, or --dataset_code demo, "
-        f"which needs no download"
+        f"{prepare_command(root, dataset_code)}. Or give --data_root FOLDER if it is elsewhere, or --dataset_code "
+        f"demo, which needs no download"
     )
 
 
 def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
-    """What to type to prepare a dataset, or one step of it."""
+    """Return the command that prepares a dataset, or one step of it."""
     command = f"python -m datasets.prepare --dataset_code {dataset_code}"
     command += "" if root.resolve() == Path(Config.data_root).resolve() else f" --data_root {root}"
     if only:
@@ -124,7 +133,7 @@ def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
 
 
 def _load_ids(path: Path) -> tuple[list[str], int]:
-    """ASINs in the order of their ids, and how many users there are at least."""
+    """Return the ASINs in id order, and the number of users in user2id, or 0."""
     maps = read_json(path, LAYOUT)
     item2id = maps.get("item2id")
     if not isinstance(item2id, dict) or not item2id:
@@ -158,25 +167,25 @@ def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]
             raise InputError(f"{path}:{number}: {line[:60]!r} is not 'user item item ...' in whole numbers") from None
         if not 1 <= user < 2**63 or user in lines:
             reason = "ids start at 1" if user < 1 else "ids end at 2**63 - 1"
-            reason = f"the user has line {lines[user]} already" if user in lines else reason
+            reason = f"the user is already on line {lines[user]}" if user in lines else reason
             raise InputError(f"{path}:{number}: user {user}: {reason}")
         lines[user] = number
         bad = next((i for i in items if not 1 <= i <= num_items), None)
         if bad is not None:
-            raise InputError(f"{path}:{number}: item {bad} is not in datamaps.json, whose item2id has 1..{num_items}")
+            raise InputError(f"{path}:{number}: item {bad} is not in datamaps.json; its item2id has 1..{num_items}")
         if len(items) < MIN_ITEMS:
             short += 1
             continue
         rows.append(items)
     if len(lines) < num_users:
         raise InputError(
-            f"{path} has {len(lines)} users, but datamaps.json's user2id has {num_users}: the file was cut short; "
-            f"bring it again"
+            f"{path} has {len(lines)} users, but datamaps.json's user2id has {num_users}: the file is truncated; "
+            f"copy it again"
         )
     if not rows:
-        raise InputError(f"{path}: no user has {MIN_ITEMS} items or more (one each to train, validate and test on)")
+        raise InputError(f"{path}: no user has at least {MIN_ITEMS} items (one each to train, validate and test on)")
     if short:
-        notes.append(f"{short} users with fewer than {MIN_ITEMS} items left out")
+        notes.append(f"{short} users with fewer than {MIN_ITEMS} items dropped")
     offsets = np.cumsum([0] + [len(row) for row in rows])
     flat = np.fromiter((item for row in rows for item in row), dtype=np.int64, count=offsets[-1])
     return Sequences(flat, offsets)
@@ -192,7 +201,7 @@ def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[
     for line in file.texts():
         record = parse_record(line)
         if record is None or not isinstance(record.get("asin"), str):
-            file.is_bad()
+            file.count_bad()
         elif record["asin"] in row_of:
             metadata[row_of[record["asin"]]] = record
     notes.extend(file.check("records with an 'asin'"))
@@ -203,7 +212,7 @@ def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[
 
 
 def describe(catalog: Catalog) -> str:
-    """One line: what the dataset holds."""
+    """Return a one-line summary of the dataset."""
     lengths = np.diff(catalog.sequences.offsets)
     with_text = Counter(key for record in catalog.metadata for key, value in record.items() if flat_text(value))
     shares = ", ".join(

@@ -1,8 +1,8 @@
-"""The demo catalogue: a small shop made from a seed in seconds, in the prepared layout, without any download.
+"""Generate the demo dataset from a seed, in seconds and without a download.
 
-What a user takes next depends on the product type of the item before (a tent calls for a sleeping bag), on its brand,
-and on the user's taste in colour and motif. Type and brand stand in the text, colour and motif are seen only in the
-picture. So text and pictures together tell more than text, text more than pictures, and both more than popularity.
+A user's next item depends on the type and brand of the previous item (a sleeping bag follows a tent), and on the user's
+taste in colour and motif. Text shows type and brand; only pictures show colour and motif. Text with pictures therefore
+predicts better than text, text better than pictures, and each better than popularity.
 """
 
 import gzip
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 DEMO_ROOT = Path("data")
 SEED, NUM_ITEMS, NUM_USERS = 2024, 800, 3000
-VERSION = 1  # of what is generated: another one is made anew
+VERSION = 1  # of the generator; data of another version is generated again
 
-# department -> its product types; a type is followed by the next of its department
+# department -> product types; each type is followed by the next one in its department
 DEPARTMENTS = {
     "Camping": ("Tent", "Sleeping Bag", "Camping Stove", "Lantern"),
     "Kitchen": ("Chef Knife", "Cutting Board", "Frying Pan", "Apron"),
@@ -37,7 +37,7 @@ DEPARTMENTS = {
     "Music": ("Ukulele", "Capo", "Music Stand", "Guitar Strap"),
 }
 BRANDS = ("Alder", "Birch & Co.", "Corvid", "Dunmore", "Eider", "Fernway", "Gale", "Hollis")
-GRADES = {"Everyday": 9.99, "Classic": 19.99, "Premium": 49.99}  # and what they cost
+GRADES = {"Everyday": 9.99, "Classic": 19.99, "Premium": 49.99}  # grade -> price
 COLOURS = {
     "red": (200, 55, 55),
     "orange": (230, 140, 45),
@@ -50,36 +50,38 @@ COLOURS = {
 }
 MOTIFS = ("disc", "square", "triangle", "star", "ring", "stripes")
 
-# How strongly each property draws a user to the next item (added to the log-odds).
+# Weight of each property in the log-odds of the next item.
 FOLLOWS_TYPE, SAME_BRAND, LIKED_COLOUR, LIKED_MOTIF, POPULARITY = 4.0, 1.5, 2.5, 1.5, 0.6
 
 
 def prepare_demo(root: Path = DEMO_ROOT) -> Path:
-    """Write the demo below `root` unless it is there, and return `root` (a data_root)."""
+    """Write the demo below `root` unless it exists, and return `root` (a data_root)."""
     folder, photos = root / "demo", root / "photos" / "demo"
     mark = folder / "generated.json"
     recipe = {"version": VERSION, "seed": SEED, "items": NUM_ITEMS, "users": NUM_USERS}
     if mark.is_file() and mark.read_bytes() == json.dumps(recipe).encode():
         return root
     if (folder / "sequential_data.txt").exists() and not mark.exists():
-        raise InputError(f"{folder} holds another dataset, but demo is the built-in one's name; rename the folder")
+        raise InputError(f"{folder} holds another dataset, but the name demo is reserved; rename the folder")
     try:
         write_text(mark, "unfinished")
         photos.mkdir(parents=True, exist_ok=True)
         _write_demo(folder, photos)
     except OSError as error:
-        raise InputError(f"cannot write the demo below {root}: {error}; run where there is space to write") from None
+        raise InputError(
+            f"cannot write the demo below {root}: {error}; run in a writable folder with free space"
+        ) from None
     write_text(mark, json.dumps(recipe))
     return root
 
 
 def load_demo() -> Catalog:
-    """The built-in catalogue, made at first use."""
+    """Return the demo catalogue, generating it on first use."""
     root = processes.on_main_process(prepare_demo)
     try:
         return load_catalog(root, "demo")
     except InputError as error:
-        raise InputError(f"{error}. Remove {root / 'demo'}: it is made again") from None
+        raise InputError(f"{error}. Remove {root / 'demo'} to generate it again") from None
 
 
 def _write_demo(folder: Path, photos: Path) -> None:
@@ -109,7 +111,7 @@ def _write_demo(folder: Path, photos: Path) -> None:
 
 
 def _draw_items(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The items' properties as numbers, [N] each."""
+    """Draw the items' properties as category numbers and a popularity, [N] each."""
     counts = {
         "type": sum(map(len, DEPARTMENTS.values())),
         "brand": len(BRANDS),
@@ -122,11 +124,11 @@ def _draw_items(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def _simulate_users(items: dict[str, np.ndarray], rng: np.random.Generator) -> dict[int, list[int]]:
-    """User id -> item ids, oldest first; no user takes an item twice."""
+    """Return user id -> item ids, oldest first; no user takes an item twice."""
     per_department = len(next(iter(DEPARTMENTS.values())))
     types = items["type"]
     follower = types // per_department * per_department + (types + 1) % per_department  # [N]
-    lengths = 5 + rng.geometric(0.2, size=NUM_USERS).clip(max=25)  # 6 at least, with a long tail
+    lengths = 5 + rng.geometric(0.2, size=NUM_USERS).clip(max=25)  # at least 6, with a long tail
     colour, motif = rng.integers(len(COLOURS), size=NUM_USERS), rng.integers(len(MOTIFS), size=NUM_USERS)
     taste = (
         LIKED_COLOUR * (items["colour"] == colour[:, None])
@@ -162,10 +164,10 @@ def _metadata(asin: str, items: dict[str, np.ndarray], i: int) -> dict[str, Any]
 
 
 def _draw_picture(colour: int, motif: int, rng: np.random.Generator) -> "Image.Image":
-    """A 96 x 96 product picture: the motif in its colour on a pale ground, never quite the same twice."""
+    """Return a 96 x 96 picture of a coloured motif, with random variation."""
     from PIL import Image, ImageDraw
 
-    side, scale = 96, 3  # drawn larger, then reduced, for smooth edges
+    side, scale = 96, 3  # draw at 3x and downscale for smooth edges
     ground = tuple(int(v) for v in rng.integers(232, 250, size=3))
     paint = tuple(
         int(v) for v in (np.array(list(COLOURS.values())[colour]) + rng.integers(-14, 15, size=3)).clip(0, 255)

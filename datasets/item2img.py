@@ -1,9 +1,9 @@
-"""item2img.json: which picture an item has, as prepared by datasets/prepare/pictures.py or by other means.
+"""Read item2img.json, which maps items to pictures.
 
     <dataset_code>/item2img.json   item id or ASIN -> path below photos/<dataset_code>/
-    <dataset_code>/pictures.json   what datasets/prepare/pictures.py found out about every item, the manifest
+    <dataset_code>/pictures.json   manifest of datasets/prepare/pictures.py: the status of every item's picture
 
-The first is the user's where there are pictures from elsewhere; otherwise it is written from the second.
+datasets/prepare/pictures.py writes item2img.json from the manifest; users with pictures of their own write it by hand.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ MANIFEST = "pictures.json"
 
 
 def read_item2img(
-    folder: Path, photos: Path, asins: list[str], written: Mapping[str, Mapping[str, str]] | None = None
+    folder: Path, photos: Path, asins: list[str], manifest: Mapping[str, Mapping[str, str]] | None = None
 ) -> dict[str, str] | None:
-    """ASIN -> path below `photos` of a dataset's folder; None where it has no item2img.json.
+    """Return ASIN -> path below `photos`, or None without an item2img.json.
 
-    asins: of items 1..N. written: a manifest, what comes from it is left out. Raises InputError for an item that is
-    none of those and a path that leads out of `photos`.
+    asins: of items 1..N. manifest: entries that come from this manifest are left out.
+    Raises InputError for an unknown item, and for a path outside `photos`.
     """
     path = folder / ITEM2IMG
     if not path.exists():
@@ -30,11 +30,11 @@ def read_item2img(
     hint = f"it maps an item id or ASIN to a path below {photos}"
     item2img = read_json(path, hint)
     if not all(isinstance(name, str) for name in item2img.values()):
-        raise InputError(f"{path} is not a map of names; {hint}")
+        raise InputError(f"{path} must map strings to strings; {hint}")
     asin_of = {str(i): asin for i, asin in enumerate(asins, start=1)} | {asin: asin for asin in asins}
     inside, listed = photos.resolve(), {}
     for item, name in item2img.items():
-        if written and written.get(item) == {"file": name}:
+        if manifest and manifest.get(item) == {"file": name}:
             continue
         if item not in asin_of:
             raise InputError(f"{path}: item {item!r} is not in datamaps.json; {hint}")

@@ -1,4 +1,4 @@
-"""The dataset that the settings name: a prepared one, or the built-in demo."""
+"""Load the dataset that the settings name: a prepared one or the demo."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from datasets.demo import load_demo
 
 
 def load_dataset(settings: DataSettings) -> Catalog:
-    """Load a dataset and print what it holds; the demo is generated if it is not there yet.
+    """Load a dataset and print a summary; generate the demo if it does not exist.
 
-    Raises InputError that names the file, the line and what mends it.
+    Raises InputError that names the file, the line and the fix.
     """
-    in_usual_place = Path(settings.data_root).resolve() == Path(Config.data_root).resolve()
-    if settings.dataset_code == "demo" and in_usual_place:
+    default_root = Path(settings.data_root).resolve() == Path(Config.data_root).resolve()
+    if settings.dataset_code == "demo" and default_root:
         catalog = load_demo()
     else:
         catalog = load_catalog(settings.data_root, settings.dataset_code)

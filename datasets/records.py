@@ -1,4 +1,7 @@
-"""A file of records, one a line, each JSON or a Python literal, gzipped or not: read line by line, never executed."""
+"""Read files with one JSON object or Python literal per line, gzipped or not.
+
+Nothing in a file is executed.
+"""
 
 import ast
 import json
@@ -12,26 +15,28 @@ from isal import igzip, isal_zlib  # three times as fast as gzip here
 
 from common.errors import InputError
 
-MAX_BAD_SHARE = 0.01  # of lines that are no records
-MAX_LINE = 1 << 24  # bytes; a longer line is no record
+MAX_BAD_SHARE = 0.01  # maximum share of bad lines
+MAX_LINE = 1 << 24  # bytes; a longer line is bad
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a zip archive", b"BZ": "bzip2", b"\xfd7": "xz"}
 
 
 @dataclass
 class RecordFile:
-    """Reads one file of records and counts what it meets on the way. `mends`: what to do where the file is missing or
-    damaged."""
+    """Reader of one file of records that counts bad lines.
+
+    hint: how to fix a missing or damaged file, the end of the error messages.
+    """
 
     path: Path
     hint: str
-    lines: int = 0  # that are not blank
-    bad: int = 0  # of these, no records as wanted
-    not_utf8: int = 0  # of these, not UTF-8: read as Windows-1252
-    first_bad: list[int] = field(default_factory=list)
-    number: int = 0  # of the line at hand, from 1 on
+    lines: int = 0  # non-blank lines
+    bad: int = 0  # non-blank lines that are not the expected records
+    not_utf8: int = 0  # non-blank lines that are not UTF-8 and were read as Windows-1252
+    first_bad: list[int] = field(default_factory=list)  # numbers of the first bad lines
+    number: int = 0  # number of the current line, from 1
 
     def texts(self) -> Iterator[str]:
-        """The lines, without blank ones. Raises InputError where the file cannot be read to its end."""
+        """Yield the non-blank lines. Raises InputError if the file is damaged."""
         try:
             with self.path.open("rb") as raw:
                 start = raw.read(2)
@@ -48,7 +53,7 @@ class RecordFile:
                             yield text
         except FileNotFoundError:
             raise InputError(f"{self.path} does not exist; {self.hint}") from None
-        # igzip raises EOFError where a file was cut short
+        # igzip raises EOFError for a truncated file
         except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]  # typed as an instance, is a class
             raise InputError(f"{self.path} cannot be read beyond line {self.number} ({error}); {self.hint}") from None
 
@@ -59,21 +64,23 @@ class RecordFile:
             self.not_utf8 += 1
             return line.decode("cp1252", errors="replace")
 
-    def is_bad(self) -> None:
-        """Count the line at hand as no record."""
+    def count_bad(self) -> None:
+        """Count the current line as bad."""
         self.bad += 1
         if len(self.first_bad) < 5:
             self.first_bad.append(self.number)
 
-    def check(self, wanted: str) -> list[str]:
-        """What was left out, in words. Raises InputError where the file is empty or more than 1 % of its lines are no
-        records. `wanted`: what a line must be."""
+    def check(self, expected: str) -> list[str]:
+        """Return messages about the lines that were left out or decoded differently.
+
+        expected: what the lines should be. Raises InputError if the file is empty or more than 1% of its lines are bad.
+        """
         if not self.lines:
             raise InputError(f"{self.path} is empty; {self.hint}")
         notes = []
         if self.bad:
-            shown = ", ".join(map(str, self.first_bad)) + (", ..." if self.bad > len(self.first_bad) else "")
-            problem = f"{self.path.name}: {self.bad:,} of {self.lines:,} lines are no {wanted} (lines {shown})"
+            numbers = ", ".join(map(str, self.first_bad)) + (", ..." if self.bad > len(self.first_bad) else "")
+            problem = f"{self.path.name}: {self.bad:,} of {self.lines:,} lines are not {expected} (lines {numbers})"
             if self.bad > MAX_BAD_SHARE * self.lines:
                 raise InputError(f"{self.path.parent / problem}; more than {MAX_BAD_SHARE:.0%} is refused. {self.hint}")
             notes.append(problem)
@@ -83,7 +90,7 @@ class RecordFile:
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """A line, JSON or a Python literal, as a dict; None where it is neither. Nothing in it is executed."""
+    """Return a line's JSON object or Python literal as a dict, or None."""
     for parse in (orjson.loads, json.loads, ast.literal_eval):  # orjson refuses NaN and lone surrogates
         try:
             record = parse(line)

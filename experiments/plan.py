@@ -12,7 +12,16 @@ from common.errors import InputError
 from common.settings import format_value
 from config import EXTENSIONS, Config, resolve
 from experiments.definition import Definition, Row, definitions, identity
-from trainer.runs import CONFIG, EVERY_SIZE, USER_RANKS, of_test, read_config, read_environment, unfinished, untrained
+from trainer.runs import (
+    CONFIG,
+    EVERY_SIZE,
+    USER_RANKS,
+    read_config,
+    read_environment,
+    result_file,
+    unfinished,
+    untrained,
+)
 
 if TYPE_CHECKING:
     from experiments.store import KeptRun
@@ -151,7 +160,7 @@ def missing_tests(run: Path) -> list[list[str]]:
     return [
         ["--mask_history"] if masked else []
         for masked in (False, True)
-        if not all((run / of_test(name, masked)).exists() for name in (EVERY_SIZE, USER_RANKS))
+        if not all((run / result_file(name, masked)).exists() for name in (EVERY_SIZE, USER_RANKS))
     ]
 
 

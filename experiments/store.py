@@ -30,10 +30,10 @@ from trainer.runs import (
     DEPLOYMENT,
     EVERY_SIZE,
     USER_RANKS,
-    of_test,
     read_config,
     read_environment,
     read_log,
+    result_file,
     unfinished,
     untrained,
 )
@@ -182,7 +182,7 @@ def _metric_rows(name: str, run: Path, config: Config) -> list[dict[str, Any]]:
     (best,) = (record for record in log if record["epoch"] == log[-1]["best_epoch"])
     found = {("val", PROTOCOLS[config.val_mask_history]): best.get("val", {})}
     for masked, protocol in enumerate(PROTOCOLS):
-        path = run / of_test(EVERY_SIZE, bool(masked))
+        path = run / result_file(EVERY_SIZE, bool(masked))
         if path.exists():
             found["test", protocol] = read_json(path, "test the run again")
     return [
@@ -215,7 +215,7 @@ def _keep_ranks(name: str, run: Path, config: Config, data: str | None, results:
     before = _arrays(path)
     found: dict[str, np.ndarray] = {}
     for masked, protocol in enumerate(PROTOCOLS):
-        arrays = dict(_arrays(run / of_test(USER_RANKS, bool(masked))))
+        arrays = dict(_arrays(run / result_file(USER_RANKS, bool(masked))))
         if arrays:
             found[f"{TRAINED}/{data}"] = arrays.pop(TRAINED)
             found |= {f"{name}/{protocol}/{size}": doubled for size, doubled in arrays.items()}

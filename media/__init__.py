@@ -1,1 +1,1 @@
-"""Figures of the README and the report, and the code that draws the former."""
+"""Figures of the README and the report, and the code that draws the README's."""

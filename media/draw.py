@@ -1,7 +1,7 @@
-"""Draw the README's figures that need no kept results.
+"""Draw the README's figures that need no saved results.
 
 python -m media.draw                                  # architecture.png and nesting.png
-python -m media.draw --demo_run experiments/runs/...  # also demo.png, from a run's files
+python -m media.draw --demo_run experiments/runs/...  # also demo.png, from a run of the demo
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ MEDIA = Path(__file__).parent
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw into media/."""
+    """Draw the figures into media/."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--demo_run", type=Path, metavar="FOLDER", help="run of the demo to draw demo.png from")
-    parser.add_argument("--out", type=Path, default=MEDIA, metavar="FOLDER", help="folder to write to (default: media)")
+    parser.add_argument("--demo_run", type=Path, metavar="FOLDER", help="also draw demo.png, from this run of the demo")
+    parser.add_argument("--out", type=Path, default=MEDIA, metavar="FOLDER", help="output folder (default: media)")
     arguments = parser.parse_args(argv)
     from media.pictures import draw_architecture, draw_demo, draw_nesting  # slow imports
 

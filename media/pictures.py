@@ -1,4 +1,4 @@
-"""The README's figures of the architecture, of nested weights, and of the demo."""
+"""Draw the README's figures: architecture, nested weights, metrics of the demo."""
 
 import itertools
 from pathlib import Path
@@ -18,7 +18,7 @@ FROZEN, LEARNED, NESTED, INK = "#e3e6ea", "#fbe3c0", "#cfe6e0", "#27313b"
 
 
 def draw_architecture(path: Path) -> None:
-    """Draw how items and a history pass through the model."""
+    """Draw the model: from items and a user's history to scores."""
     figure, axes = plt.subplots(figsize=(11, 4.6), layout="constrained")
     axes.set_xlim(0, 110)
     axes.set_ylim(0, 46)
@@ -49,7 +49,7 @@ def draw_architecture(path: Path) -> None:
     arrow((38, 25.5), (40.5, 25.5), (40.5, 29.5), (43, 29.5))
     arrow((57, 31), (62, 31))
 
-    box(1, 5, 16, 8, "history of a user\ni₁ i₂ … iₖ", "white")
+    box(1, 5, 16, 8, "user history\ni₁ i₂ … iₖ", "white")
     box(22, 5, 14, 8, "embeddings\nrows of E", LEARNED)
     box(43, 1.5, 27, 15, "", "#f6faf9")
     axes.text(68, 3, "× blocks", ha="right", fontsize=8.5, color=INK)
@@ -66,26 +66,26 @@ def draw_architecture(path: Path) -> None:
 
     for x, colour, text in (
         (1, FROZEN, "frozen"),
-        (13, LEARNED, "first m columns kept"),
+        (13, LEARNED, "sliced to m columns"),
         (36, NESTED, "nested weights"),
     ):
         axes.add_patch(Rectangle((x, 43), 2.2, 2.2, fc=colour, ec=INK, lw=0.8))
         axes.text(x + 3.2, 44.1, text, va="center", fontsize=8.5, color=INK)
-    meaning = "N items   F features of an item   D the largest size   z the user   LRU linear recurrent unit"
-    axes.text(109, 44.1, meaning, ha="right", va="center", fontsize=8.5, color=INK)
+    legend = "N items   F feature width   D largest size   z user state   LRU linear recurrent unit"
+    axes.text(109, 44.1, legend, ha="right", va="center", fontsize=8.5, color=INK)
     _save(figure, path)
 
 
 def draw_nesting(path: Path) -> None:
-    """Draw the mask of a weight: every leading square is the weight of a smaller model."""
+    """Draw a weight's mask: each leading square is the weight of a smaller model."""
     sizes = (8, 16, 32, 64)
     figure, panels = plt.subplots(1, len(sizes), figsize=(11, 3), layout="constrained")
-    parts, dim = increments(sizes), sizes[-1]
+    ranges, dim = increments(sizes), sizes[-1]
     shades = plt.get_cmap("viridis")([0.9 - 0.75 * j / (len(sizes) - 1) for j in range(len(sizes))])
     mask = nested_mask(sizes)
     for panel, m in zip(panels, sizes, strict=True):
-        for j, (low, high) in enumerate(parts):
-            for inner_low, inner_high in parts:
+        for j, (low, high) in enumerate(ranges):
+            for inner_low, inner_high in ranges:
                 if mask[low, inner_low]:
                     used = high <= m and inner_high <= m
                     panel.add_patch(
@@ -110,7 +110,7 @@ def draw_nesting(path: Path) -> None:
 
 
 def draw_demo(run: Path, path: Path) -> None:
-    """Draw metrics against size of a demo run, from its files."""
+    """Plot metrics against size from a demo run's files."""
     metrics = read_json(run / EVERY_SIZE, "give the folder of a finished run")
     results = {int(size): values for size, values in metrics.items()}
     ks = tuple(sorted({int(name.partition("@")[2]) for values in results.values() for name in values}))

@@ -73,7 +73,7 @@ def test_a_gz_name_on_a_plain_file_does_not_mislead(tmp_path):
 def test_a_line_without_user_item_or_time_is_counted_and_named(tmp_path, line):
     reviews = reviews_at(tmp_path, [*GOOD[:500], line, *GOOD[500:]])
     assert len(reviews.user) == 1000
-    assert "1 of 1,001 lines are no reviews with a user, an item and a time (lines 501)" in reviews.notes[0]
+    assert "1 of 1,001 lines are not reviews with a user, an item and a time (lines 501)" in reviews.notes[0]
 
 
 def test_more_than_one_bad_line_in_a_hundred_is_refused_with_its_file(tmp_path):
@@ -101,7 +101,7 @@ def test_a_file_that_begins_with_a_mark_of_utf8_and_time_0_are_fine(tmp_path):
 
 def test_a_line_without_end_is_read_in_pieces_and_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "MAX_LINE", 1000)
-    assert "10 of 10 lines are no reviews" in refusal(tmp_path, ['{"reviewerID": "' + "U" * 9900], "reviews.json")
+    assert "10 of 10 lines are not reviews" in refusal(tmp_path, ['{"reviewerID": "' + "U" * 9900], "reviews.json")
 
 
 def test_an_absent_or_odd_rating_is_no_number(tmp_path):
@@ -199,7 +199,7 @@ def test_a_product_with_odd_characters_in_its_id_is_found(tmp_path, asin):
 
 def test_reviews_are_no_metadata(tmp_path):
     path = write_raw(tmp_path / "reviews.json", GOOD)
-    with pytest.raises(InputError, match="lines are no products with an id"):
+    with pytest.raises(InputError, match="lines are not products with an id"):
         read_products(path, frozenset({"I1"}))
 
 
@@ -208,7 +208,7 @@ def test_code_in_metadata_is_not_executed(tmp_path):
         {"asin": f"A{n}"} for n in range(200)
     ]
     _, notes = read_products(write_raw(tmp_path / "meta.json", lines, literals=True), frozenset({"A1"}))
-    assert "1 of 201 lines are no products" in notes[0]
+    assert "1 of 201 lines are not products" in notes[0]
     assert not (tmp_path / "ran").exists()
 
 
@@ -217,13 +217,13 @@ def test_a_literal_that_is_no_text_is_counted_as_no_product(tmp_path, title):
     lines = [f"{{'asin': 'A', 'title': {title}}}", *({"asin": f"A{n}"} for n in range(200))]
     products, notes = products_in(write_raw(tmp_path / "meta.json", lines, literals=True), {"A", "A1"})
     assert set(products) == {"A1"}
-    assert "1 of 201 lines are no products" in notes[0]
+    assert "1 of 201 lines are not products" in notes[0]
 
 
 def test_lines_cut_after_their_id_are_counted_whether_wanted_or_not(tmp_path):
     lines = [f"{{'asin': 'A{n}', 'title': 'Ten" for n in range(5)] + [{"asin": "A"}] * 100
     path = write_raw(tmp_path / "meta.json", lines, literals=True)
-    with pytest.raises(InputError, match=r"5 of 105 lines are no products"):
+    with pytest.raises(InputError, match=r"5 of 105 lines are not products"):
         read_products(path, frozenset({"A"}))
 
 

@@ -147,7 +147,7 @@ def test_a_baseline_is_not_served_and_has_no_slices_and_what_asks_for_them_says_
     for command in (export.main, deploy.main):
         with pytest.raises(InputError, match="is a run of popularity; only runs of fmrlrec can be exported"):
             command(["--run", str(run)])
-        with pytest.raises(InputError, match=r"fits --model_code fmrlrec(.|\n)*: model_code popularity"):
+        with pytest.raises(InputError, match=r"matches --model_code fmrlrec(.|\n)*: model_code popularity"):
             command([])
     with pytest.raises(InputError, match="is a run, not an export"):
         cold_items.main(["test", str(run)])

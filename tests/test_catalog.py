@@ -180,25 +180,25 @@ def test_a_user_id_beyond_64_bits_is_refused_with_that_reason(folder):
 @pytest.mark.parametrize("first", ["4 1 2 3", "4 1 2"], ids=["long", "too short to be kept"])
 def test_a_user_with_two_lines_is_named_with_both(folder, first):
     write_sequences(folder, "1 1 2 3", first, "4 3 2 1")
-    assert refusal(folder) == f"{folder / 'sequential_data.txt'}:3: user 4: the user has line 2 already"
+    assert refusal(folder) == f"{folder / 'sequential_data.txt'}:3: user 4: the user is already on line 2"
 
 
 def test_users_with_fewer_than_3_items_are_left_out_and_counted(folder):
     write_sequences(folder, "1 1 2", "2 1 2 3", "3 4", "5", "6 5 4 3 2")
     catalog = load(folder)
     assert [catalog.sequences.of(row).tolist() for row in range(2)] == [[1, 2, 3], [5, 4, 3, 2]]
-    assert catalog.notes == ["3 users with fewer than 3 items left out"]
+    assert catalog.notes == ["3 users with fewer than 3 items dropped"]
 
 
 def test_sequences_that_were_cut_short_are_refused(folder):
     path = folder / "sequential_data.txt"
     path.write_bytes(path.read_bytes()[:-20])
-    assert "users, but datamaps.json's user2id has 6: the file was cut short; bring it again" in refusal(folder)
+    assert "users, but datamaps.json's user2id has 6: the file is truncated; copy it again" in refusal(folder)
 
 
 def test_a_dataset_without_a_long_enough_history_is_refused(folder):
     write_sequences(folder, "1 1 2", "2 1 3")
-    assert "no user has 3 items or more" in refusal(folder)
+    assert "no user has at least 3 items" in refusal(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------- maps
@@ -207,7 +207,7 @@ def test_a_dataset_without_a_long_enough_history_is_refused(folder):
 @pytest.mark.parametrize("text", ["[]", "{}", '{"user2id": {"A": 1}}', '{"item2id": {}}', '{"item2id": ["A"]}', "null"])
 def test_maps_without_items_are_refused(folder, text):
     (folder / "datamaps.json").write_text(text)
-    wrong = "has no 'item2id' map" if text.startswith("{") else "is no JSON object"
+    wrong = "has no 'item2id' map" if text.startswith("{") else "is not a JSON object"
     assert refusal(folder).startswith(f"{folder / 'datamaps.json'} {wrong}; ")
 
 
@@ -278,7 +278,7 @@ def test_a_few_malformed_lines_are_left_out_counted_and_named(folder):
     lines = records(1000)
     lines[2], lines[40], lines[999] = "{'asin': ", "{'title': 'no asin'}", "{'asin': 12}"
     write_metadata(folder, lines)
-    assert "meta.json.gz: 3 of 1,000 lines are no records with an 'asin' (lines 3, 41, 1000)" in load(folder).notes
+    assert "meta.json.gz: 3 of 1,000 lines are not records with an 'asin' (lines 3, 41, 1000)" in load(folder).notes
 
 
 def test_of_many_malformed_lines_the_first_five_are_named(folder):
@@ -365,7 +365,7 @@ def test_photos_that_are_a_link_to_another_disk_are_fine(folder, tmp_path):
 @pytest.mark.parametrize("value", [["a.png"], "a.png", {"1": None}, {"1": 7}, {"1": ["a.png"]}, None], ids=str)
 def test_anything_but_a_map_of_names_is_refused(folder, value):
     write_item2img(folder, value)
-    wrong = "is not a map of names" if isinstance(value, dict) else "is no JSON object"
+    wrong = "must map strings to strings" if isinstance(value, dict) else "is not a JSON object"
     assert refusal(folder).startswith(f"{folder / 'item2img.json'} {wrong}; ")
 
 

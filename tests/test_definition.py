@@ -37,7 +37,7 @@ HEAD = 'title = "T"\ntext = "t"\ndatasets = ["beauty"]\n'
     ("text", "problem"),
     [
         (HEAD + "[rows]\na = { lru_blocks = 2 }", r"unknown settings \['lru_blocks'\]"),
-        (HEAD + '[rows]\na = { lru_num_blocks = "2" }', "lru_num_blocks '2', which is no int"),
+        (HEAD + '[rows]\na = { lru_num_blocks = "2" }', "lru_num_blocks '2', which must be of type int"),
         (HEAD + "[rows]\na = { lru_num_blocks = 0 }", "--lru_num_blocks 0 must be at least 1"),
         (HEAD + 'compare = [["a", "c"]]\n[rows]\na = { }', r"compares unknown rows \['c'\]; its rows are \['a'\]"),
         (HEAD + "colour = 1\n[rows]\na = { }", "colour"),

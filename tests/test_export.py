@@ -109,7 +109,7 @@ def test_the_newest_run_of_all_or_of_a_dataset_is_the_default(run, tmp_path, fla
 
 
 def test_a_dataset_without_runs_or_of_another_run_is_refused(run):
-    with pytest.raises(InputError, match="no run below experiments/runs fits --dataset_code beauty"):
+    with pytest.raises(InputError, match="no run below experiments/runs matches --dataset_code beauty"):
         export.main(["--dataset_code", "beauty"])
     with pytest.raises(InputError, match="--dataset_code beauty differs from"):
         export.main(["--dataset_code", "beauty", "--run", str(run)])
@@ -423,14 +423,14 @@ def measured(run, tmp_path_factory):
     """A run with a measured card; each engine and storage is timed once, for all sizes."""
     copy, costs = Path(shutil.copytree(run, tmp_path_factory.mktemp("measured") / run.name)), {}
 
-    def once(exported, engine, histories, true=deploy.in_a_process_of_its_own):
+    def once(exported, engine, histories, true=deploy.measure_in_subprocess):
         kind = engine, config_of(exported)["quantize"]
         if kind not in costs:
             costs[kind] = true(exported, engine, histories)
         return costs[kind]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deploy, "in_a_process_of_its_own", once)
+        patch.setattr(deploy, "measure_in_subprocess", once)
         deploy.main(["--run", str(copy), "--size", "4,16", "--requests", "3", "--catalogue", "1000"])
     return copy
 
@@ -483,7 +483,9 @@ def test_a_card_with_an_ndcg_of_zero_is_printed(measured):
 
 
 def test_the_large_catalogue_begins_with_the_real_items(learned, tmp_path):
-    row = deploy.large_catalogue(learned, 1000, tmp_path / "large", [["B000000001", "B000000030"], ["B000000002"]])
+    row = deploy.measure_large_catalogue(
+        learned, 1000, tmp_path / "large", [["B000000001", "B000000030"], ["B000000002"]]
+    )
     assert row["items"] == 1000 and row["p50_ms"] > 0 and row["add_10000_s"] is None  # no features, no new items
     small, large = read_folder(learned), read_folder(tmp_path / "large")
     assert len(large.items) == 1000 and large.items.id(ITEMS) == small.items.id(ITEMS)
@@ -493,5 +495,5 @@ def test_the_large_catalogue_begins_with_the_real_items(learned, tmp_path):
 @pytest.mark.parametrize("flag", ["--users 0", "--requests 1", "--catalogue 9"])
 def test_too_small_a_measurement_is_refused(run, flag):
     name, value = flag.split()
-    with pytest.raises(InputError, match=rf"{name} {value} must be \d+ or more"):
+    with pytest.raises(InputError, match=rf"{name} {value} must be at least \d+"):
         deploy.main(["--run", str(run), name, value])

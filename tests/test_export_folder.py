@@ -103,7 +103,7 @@ def test_a_copied_file_is_checked_against_its_checksum(tmp_path):
     ("text", "problem"),
     [
         (None, "out is not an export .it has no config.json.; python -m serving.export makes one"),
-        ("[]", f"config.json is no JSON object; {AGAIN}"),
+        ("[]", f"config.json is not a JSON object; {AGAIN}"),
         ('{"format": "another"}', f"config.json does not describe an export; {AGAIN}"),
         ('{"settings": {}}', "out is a run, not an export; export it: python -m serving.export --run .*/out"),
     ],

@@ -194,7 +194,7 @@ def test_a_file_that_is_not_json_is_named_with_what_mends_it(tmp_path, text):
 @pytest.mark.parametrize("value", [[1, None], "a", 1, None])
 def test_json_that_is_no_object_is_refused(tmp_path, value):
     (tmp_path / "a.json").write_text(json.dumps(value))
-    with pytest.raises(InputError, match=rf"a\.json is no JSON object; {HINT}"):
+    with pytest.raises(InputError, match=rf"a\.json is not a JSON object; {HINT}"):
         read_json(tmp_path / "a.json", HINT)
 
 

@@ -398,7 +398,7 @@ def test_numbers_that_mean_nothing_are_refused(flag, capsys):
     assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "wrong"), [("{}", "is no report of datasets.prepare"), ("[]", "is no JSON object")])
+@pytest.mark.parametrize(("text", "wrong"), [("{}", "is not a report of .*"), ("[]", "is not a JSON object")])
 def test_a_report_that_is_none_is_named(raw, text, wrong):
     folder = prepare(raw)
     (folder / "prepare_report.json").write_text(text, encoding="utf-8")

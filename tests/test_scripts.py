@@ -130,7 +130,7 @@ def test_eval_finds_the_newest_run_that_fits_the_flags(workplace, capsys):
     assert f"run {second}" in capsys.readouterr().out
     run_eval("--dataset_code tiny --seed 1")
     assert f"run {first}" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"no run .* fits --seed 3(.|\n)*second: seed 2(.|\n)*first: seed 1"):
+    with pytest.raises(InputError, match=r"no run .* matches --seed 3(.|\n)*second: seed 2(.|\n)*first: seed 1"):
         run_eval("--seed 3")
     (second / "best.safetensors").unlink()
     run_eval("")
@@ -180,7 +180,7 @@ def test_resume_refuses_another_configuration_and_takes_runtime_flags(workplace,
 
 def test_the_demo_is_found_below_its_own_data_root_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*built in: leave --data_root out"):
+    with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*leave out --data_root to generate it"):
         train.main(["--data_root", "elsewhere"])
     monkeypatch.setattr(demo, "NUM_ITEMS", 40)
     monkeypatch.setattr(demo, "NUM_USERS", 30)
@@ -202,9 +202,9 @@ def test_a_run_that_is_kept_as_a_result_is_not_trained_over(workplace):
     for name in ("last.pt", "best.safetensors"):
         (run / name).unlink()
     before = contents(run)
-    with pytest.raises(InputError, match=r"has no last.pt to continue from, as kept results; train another run"):
+    with pytest.raises(InputError, match=r"has no last.pt to continue from, only results; train another run"):
         train.main(["--resume", str(run)])
-    with pytest.raises(InputError, match=r"best.safetensors does not exist: .* was kept as a result, without weights"):
+    with pytest.raises(InputError, match=r"best.safetensors does not exist: .* only its results were kept"):
         run_eval(f"--run {run}")
     assert contents(run) == before
 
@@ -363,7 +363,7 @@ def test_damaged_weights_are_made_anew_as_the_message_says(workplace):
     run = run_train("--num_epochs 1")
     before = (run / "best.safetensors").read_bytes()
     (run / "best.safetensors").write_bytes(before[:100])
-    with pytest.raises(InputError, match=r"is damaged .*; remove it with last.pt and log.jsonl, and train.py --resume"):
+    with pytest.raises(InputError, match=r"is damaged .*; remove it, last.pt and log.jsonl, .* train.py --resume"):
         run_eval(f"--run {run}")
     for name in ("best.safetensors", "last.pt", "log.jsonl"):
         (run / name).unlink()
@@ -375,7 +375,7 @@ def test_a_run_without_weights_is_refused_before_anything_is_read(workplace, mon
     run = run_train("--num_epochs 1")
     (run / "best.safetensors").unlink()
     monkeypatch.setattr(loading, "load_dataset", lambda *_, **__: pytest.fail("read"))
-    with pytest.raises(InputError, match=r"best.safetensors does not exist: .* or was kept as a result"):
+    with pytest.raises(InputError, match=r"best.safetensors does not exist: .* or only its results were kept"):
         run_eval(f"--run {run}")
 
 
@@ -430,7 +430,7 @@ def test_a_preset_finds_runs_that_have_its_settings_whatever_named_them(workplac
         assert capsys.readouterr().out.count(f"run {run}\n") == 2
     with pytest.raises(InputError, match=r"--preset plus differs from .*, which has whiten_features False"):
         run_eval(f"--preset plus --run {newer}")
-    with pytest.raises(InputError, match=r"fits --seed 7 --preset plus\. (.|\n)*post_norm False"):
+    with pytest.raises(InputError, match=r"matches --seed 7 --preset plus\. (.|\n)*post_norm False"):
         run_eval("--preset plus --seed 7")
 
 
@@ -474,7 +474,7 @@ def test_a_log_line_of_an_epoch_that_was_not_kept_is_dropped_on_resuming(workpla
     assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
     for text in ('{"epoch": 1', "[]", '{"epoch": 2, "seconds": 1, "train_seconds": 1}'):
         (run / "log.jsonl").write_text(f"{lines.splitlines()[0]}\n{text}\n")
-        with pytest.raises(InputError, match=r"log\.jsonl:2 is damaged: no JSON object with .*best_epoch.*; remove it"):
+        with pytest.raises(InputError, match=r"log\.jsonl:2 is damaged: not a JSON object with .*best_epoch.*; remove"):
             train.main(["--resume", str(run)])
 
 

@@ -261,14 +261,14 @@ def test_what_the_first_cannot_write_ends_both_alike(folder):
 
 def test_a_run_that_another_process_trains_is_refused_on_both(folder):
     for rank in outcome(folder, "held"):
-        assert re.match(r"InputError another process trains \S+-two now; wait for it, or end it", rank["said"])
+        assert re.match(r"InputError another process is training \S+-two; wait for it, or stop it", rank["said"])
 
 
 def test_what_is_wrong_is_said_once_and_ends_all(folder):
     (folder / "file").touch()
     done = torchrun(REPOSITORY / "train.py", f"{TINY} --runs_root file", folder)
     assert done.returncode != 0
-    assert done.stderr.count("error: cannot make the run's folder file/tiny") == 1
+    assert done.stderr.count("error: cannot create the run folder file/tiny") == 1
     assert "(exitcode: 2) local_rank: 0" in done.stderr and "rank1" not in done.stderr
 
 

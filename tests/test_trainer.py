@@ -296,7 +296,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     save_weights(
         FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_num_blocks=1)), tmp_path / "best.safetensors", {}
     )
-    with pytest.raises(InputError, match=r"does not fit the model that the run's config.json describes"):
+    with pytest.raises(InputError, match=r"does not fit the model in the run's config.json"):
         load_weights(
             FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1)), tmp_path / "best.safetensors"
         )

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights: what is validated, tested and kept in place of the last step's."""
+"""Exponential moving average of the weights, for evaluation and saving."""
 
 import copy
 
@@ -8,19 +8,21 @@ from model.base import SequenceModel
 
 
 class WeightAverage:
-    """Σ_s d^(t-s) w_s / Σ_s d^(t-s) over the weights w_s after the steps s = 1..t: the last 1/(1-d) count most.
+    """Weight average Σ_s d^(t-s) w_s / Σ_s d^(t-s) over steps s = 1..t.
 
-    An average of nested weights is nested, so slicing stays exact."""
+    w_s are the weights after step s. The average covers about the last 1/(1-d) steps. An average of
+    nested weights is nested, so slicing stays exact.
+    """
 
     def __init__(self, model: SequenceModel, decay: float) -> None:
-        """decay: d, above 0 and below 1."""
-        frozen = (*model.buffers(), model.items.whitening)  # features above all
-        self.model = copy.deepcopy(model, {id(part): part for part in frozen}).requires_grad_(False)
+        """decay: d, between 0 and 1 (exclusive)."""
+        frozen = (*model.buffers(), model.items.whitening)  # share the features and other constants
+        self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen}).requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
     def update(self, model: SequenceModel, step: int) -> None:
-        """Take the weights after step t = `step`, from 1, in."""
-        share = (1 - self.decay) / (1 - self.decay**step)  # 1 of the first: what was there before does not count
+        """Update the average with the weights after step `step` (1-based)."""
+        share = (1 - self.decay) / (1 - self.decay**step)  # 1 at step 1, which discards the initial weights
         for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(weight, share)

@@ -1,4 +1,4 @@
-"""Which run a command line means: the given folder, or the newest run that fits the flags."""
+"""Find the run that a command line means: a folder, or the newest match."""
 
 import re
 import time
@@ -26,9 +26,10 @@ from trainer.training_run import TrainingRun
 
 
 def find_resumed(resume: str, flags: dict[str, Any]) -> TrainingRun:
-    """Return the run that --resume names, with the runtime flags given now, and print which one it is.
+    """Return the run that --resume names, with the given runtime flags.
 
-    resume: a folder, or "latest" for the newest unfinished run that fits the flags. Raises InputError.
+    resume: a folder, or "latest" for the newest unfinished run that matches the flags. Raises InputError if no run
+    matches or it cannot be continued.
     """
 
     def find() -> tuple[Path, Config, dict[str, str]]:
@@ -40,7 +41,7 @@ def find_resumed(resume: str, flags: dict[str, Any]) -> TrainingRun:
         log = read_log(folder)
         trained = saved.model_code not in COUNTING and log and log[-1]["epoch"] > 1  # the first may be half written
         if trained and not (folder / STATE).exists():
-            raise InputError(f"{folder} has no {STATE} to continue from, as kept results; train another run")
+            raise InputError(f"{folder} has no {STATE} to continue from, only results; train another run")
         sources |= {name: "flag" for name in flags if is_runtime(Config, name)}
         return folder, with_runtime_flags(saved, flags, folder), sources
 
@@ -50,60 +51,68 @@ def find_resumed(resume: str, flags: dict[str, Any]) -> TrainingRun:
 
 
 def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:
-    """`run`, or without one the newest run that fits the flags and has weights; raises InputError as `find_run`, and
-    where `run` has none."""
+    """Return `run`, or else the newest run with weights that matches the flags.
+
+    Raises InputError if no run matches, or if `run` is not a run or has no weights.
+    """
 
     def problem(run: Path) -> str:
         return "" if (run / WEIGHTS).exists() else f"has no {WEIGHTS} yet"
 
     if not run:
         return find_run(runs_root, flags, problem)
-    read_config(Path(run))  # raises where it is no run
+    read_config(Path(run))  # raises if it is not a run
     if not (Path(run) / WEIGHTS).exists():
         raise no_weights(Path(run) / WEIGHTS)
     return Path(run)
 
 
 def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], str]) -> Path:
-    """The newest run whose settings equal the given flags (runtime flags aside) and that has no `problem`.
+    """Return the newest run without a `problem` that matches the flags.
 
-    Raises InputError that shows the newest runs and why each is not it.
+    problem: returns why a run cannot be used, or "". Raises InputError that lists the newest runs and why none matches.
     """
-    wanted = {name: value for name, value in expand_preset(flags).items() if not is_runtime(Config, name)}
-    near = []
+    required = {name: value for name, value in expand_preset(flags).items() if not is_runtime(Config, name)}
+    rejected = []
     paths = list(runs_root.glob(f"*/*/{CONFIG}"))
-    for path in sorted(paths, key=_begun, reverse=True):
+    for path in sorted(paths, key=_started, reverse=True):
         run = path.parent
         try:
             config, _ = read_config(run)
         except InputError as error:
-            near.append(f"  {run}: {error}")
+            rejected.append(f"  {run}: {error}")
             continue
-        differs = [f"{k} {format_value(getattr(config, k))}" for k, v in wanted.items() if getattr(config, k) != v]
+        differs = [f"{k} {format_value(getattr(config, k))}" for k, v in required.items() if getattr(config, k) != v]
         reason = ", ".join(differs) or problem(run)
         if not reason:
             return run
-        near.append(f"  {run}: {reason}")
-    asked = " ".join(f"--{k} {format_value(v)}" for k, v in flags.items() if not is_runtime(Config, k))
-    if not near:
+        rejected.append(f"  {run}: {reason}")
+    given = " ".join(f"--{k} {format_value(v)}" for k, v in flags.items() if not is_runtime(Config, k))
+    if not rejected:
         raise InputError(f"there is no run below {runs_root.resolve()}; train one: python train.py")
-    listed = "\n".join(near[:5])
+    listed = "\n".join(rejected[:5])
     raise InputError(
-        f"no run below {runs_root} {f'fits {asked}' if asked else 'can be taken'}. The newest ones, and why not:\n"
+        f"no run below {runs_root} {f'matches {given}' if given else 'can be used'}. The newest runs and the reasons:\n"
         f"{listed}"
     )
 
 
-def _begun(path: Path) -> tuple[str, int]:
-    """When the run of a config.json was begun: the time in its folder's name, where it still has one, and that of the
-    file, for runs of the same second."""
+def _started(path: Path) -> tuple[str, int]:
+    """Return the start time of a config.json's run as a sort key.
+
+    The time in the folder's name comes first, or the file's time if the folder was renamed; the file's time orders runs
+    of the same second.
+    """
     stat, name = path.stat(), path.parent.name
-    found = re.match(r"\d{8}-\d{6}", name)
-    return found[0] if found else time.strftime(TIME, time.localtime(stat.st_mtime)), stat.st_mtime_ns
+    in_name = re.match(r"\d{8}-\d{6}", name)
+    return in_name[0] if in_name else time.strftime(TIME, time.localtime(stat.st_mtime)), stat.st_mtime_ns
 
 
 def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
-    """A run's settings with the runtime flags given now. Raises InputError if another flag differs from the run."""
+    """Return a run's settings with the given runtime flags.
+
+    Raises InputError if another flag differs from the run.
+    """
     for name, value in expand_preset(flags).items():
         if not is_runtime(Config, name) and getattr(config, name) != value:
             given = name if name in flags else "preset"
@@ -116,7 +125,10 @@ def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Conf
 
 
 def expand_preset(flags: dict[str, Any]) -> dict[str, Any]:
-    """Replace --preset among flags by the settings that it names; "paper" names all extensions, switched off."""
+    """Replace --preset in flags by its settings.
+
+    "paper" stands for all extensions at their defaults.
+    """
     if "preset" not in flags:
         return flags
     named = NAMED_PRESETS[flags["preset"]] or {name: getattr(Config, name) for name in EXTENSIONS}

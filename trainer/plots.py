@@ -1,4 +1,4 @@
-"""Figures: how every one looks, and that of a run."""
+"""The style of all figures, and the figure of a run."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ STYLE: dict[RcKeyType, Any] = {"font.size": 10, "axes.spines.top": False, "axes.
 
 @contextmanager
 def figure(path: Path, panels: int, title: str) -> Iterator[list[Any]]:
-    """Panels side by side to draw in, written as PNG at the end."""
+    """Yield a row of axes to draw in, and save the figure as PNG at the end."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
-        drawn, axes = plt.subplots(
+        fig, axes = plt.subplots(
             1, panels, figsize=(9 if panels > 1 else 6.5, 3.8), layout="constrained", squeeze=False
         )
         try:
             yield list(axes[0])
-            drawn.suptitle(title, fontsize=11)
+            fig.suptitle(title, fontsize=11)
             with replacing(path) as temporary:
-                drawn.savefig(temporary, format="png", dpi=150)
+                fig.savefig(temporary, format="png", dpi=150)
         finally:
-            plt.close(drawn)
+            plt.close(fig)
 
 
 def size_axes(panel: Any, sizes: list[int]) -> None:
-    """Make a panel's x axis that of model sizes, and its y axis begin at 0."""
+    """Show model sizes on a logarithmic x axis, and start the y axis at 0."""
     panel.set_xscale("log", base=2)
     panel.set_xticks(sizes, [str(m) for m in sizes])
     panel.minorticks_off()
@@ -47,14 +47,14 @@ def size_axes(panel: Any, sizes: list[int]) -> None:
 
 
 def shades(count: int) -> Any:
-    """Colours in an order, light to dark: [count, 4]."""
+    """Return `count` colours from light to dark: [count, 4]."""
     import matplotlib.pyplot as plt
 
     return plt.get_cmap("viridis")([0.85 * (1 - i / max(1, count - 1)) for i in range(count)])
 
 
 def plot_metric_by_size(results: dict[int, dict[str, float]], ks: tuple[int, ...], title: str, path: Path) -> None:
-    """Recall and NDCG against model size, a line per K, written as PNG."""
+    """Plot Recall and NDCG against model size, one line per K, as PNG."""
     sizes = list(results)
     with figure(path, 2, title) as panels:
         for panel, metric in zip(panels, ("Recall", "NDCG"), strict=True):

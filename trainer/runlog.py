@@ -1,4 +1,4 @@
-"""Where a run says how it goes: one readable line and one JSON line an epoch, and Weights & Biases if asked for."""
+"""Log a run: a printed line and a JSON line per epoch, and Weights & Biases."""
 
 import json
 import os
@@ -11,13 +11,16 @@ from trainer.runs import LOG
 
 
 class RunLog:
-    """Writes log.jsonl whole at every epoch, so that a resumed run has each epoch once."""
+    """The log of a run.
+
+    Rewrites log.jsonl every epoch, so a resumed run lists each epoch once.
+    """
 
     def __init__(self, run: Path, records: list[dict[str, Any]], wandb_run: Any | None = None) -> None:
         self.path, self.records, self.wandb_run = run / LOG, records, wandb_run
 
     def epoch(self, record: dict[str, Any], line: str) -> None:
-        """Keep an epoch's record and print its line."""
+        """Save an epoch's record and print its line."""
         self.records.append(record)
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
         print(line, flush=True)
@@ -25,7 +28,7 @@ class RunLog:
             self.wandb_run.log(record, step=record["epoch"])
 
     def finish(self, results: dict[int, dict[str, float]]) -> None:
-        """Give the test metrics, size -> metrics, to Weights & Biases, and close its run."""
+        """Send the test metrics (size -> metrics) to Weights & Biases and finish its run."""
         if self.wandb_run:
             metrics = {f"test/{m}/{name}": value for m in results for name, value in results[m].items()}
             self.wandb_run.summary.update(metrics)
@@ -33,13 +36,16 @@ class RunLog:
 
 
 def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
-    """A wandb run that lives in the run's folder; offline unless a key is set or WANDB_MODE says otherwise."""
+    """Start a wandb run in the run's folder.
+
+    WANDB_MODE sets its mode; by default it is online with an API key, else offline.
+    """
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    begin = partial(wandb.init, project="fmrlrec", name=run.name, id=run.name, dir=run, config=settings, resume="allow")
+    start = partial(wandb.init, project="fmrlrec", name=run.name, id=run.name, dir=run, config=settings, resume="allow")
     try:
-        return begin(mode=mode)  # type: ignore[arg-type]  # whatever the user gave: wandb says what it takes
+        return start(mode=mode)  # type: ignore[arg-type]  # wandb checks the user's mode
     except wandb.Error as error:
         print(f"Weights & Biases cannot be reached ({error}); logging offline below {run / 'wandb'}", flush=True)
-        return begin(mode="offline")
+        return start(mode="offline")

@@ -1,18 +1,18 @@
-"""A run is a folder, <runs_root>/<dataset_code>/<time>-<run_name>/, with
+"""Run folders: <runs_root>/<dataset_code>/<time>-<run_name>/ with these files.
 
-config.json              the settings and where each came from
-env.json                 versions, device, commit, command line, and which data and features; the same of each --resume
-log.jsonl                a line an epoch
-best.safetensors         the weights of the best epoch by validation
-last.pt                  what --resume needs (a model that only counts has none: it counts again)
-test_metrics.json        the largest size on the test set
-test_mrl_metrics.json    every size
-test_list_metrics.json   the recommended lists: eval.py --list_metrics
+config.json              settings and the source of each
+env.json                 versions, device, commit, command line, data and features; also of every --resume
+log.jsonl                one line per epoch
+best.safetensors         weights of the best epoch by validation
+last.pt                  state for --resume (popularity and itemknn have none: they count again)
+test_metrics.json        test metrics of the largest size
+test_mrl_metrics.json    test metrics of every size
+test_list_metrics.json   metrics of the recommended lists: eval.py --list_metrics
 test_ranks.npz           every user's rank up to the last cut-off, at every size (trainer/user_ranks.py)
-…_history_masked.*       the same where the history is no candidate: eval.py --mask_history
-*.png                    metric against size
-deploy.json, deploy.png  what serving every size costs: benchmarks/deploy.py
-cold_items.json          how well items that no training saw are found: experiments/cold_items.py
+…_history_masked.*       the same without the history among the candidates: eval.py --mask_history
+*.png                    metrics against size
+deploy.json, deploy.png  serving cost of every size: benchmarks/deploy.py
+cold_items.json          metrics on items unseen in training: experiments/cold_items.py
 """
 
 import json
@@ -39,18 +39,18 @@ LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", 
 LIST_METRICS = "test_list_metrics.json"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
 COLD_ITEMS = "cold_items.json"
-LOGGED = {"epoch", "best_epoch", "seconds", "train_seconds"}  # in every line of log.jsonl
-TIME = "%Y%m%d-%H%M%S"  # of a run's name
+LOGGED = {"epoch", "best_epoch", "seconds", "train_seconds"}  # keys of every line in log.jsonl
+TIME = "%Y%m%d-%H%M%S"  # format of the time in a run's name
 
 
-def of_test(name: str, mask_history: bool) -> str:
-    """What the file LARGEST, EVERY_SIZE or USER_RANKS is called in a test with the history masked or kept."""
-    stem, _, ending = name.partition(".")
-    return f"{stem}_history_masked.{ending}" if mask_history else name
+def result_file(name: str, mask_history: bool) -> str:
+    """Return a result file's name, which differs for tests with masked history."""
+    stem, _, suffix = name.partition(".")
+    return f"{stem}_history_masked.{suffix}" if mask_history else name
 
 
 def read_settings(values: dict[str, Any]) -> Config:
-    """Return the settings that a run's config.json holds."""
+    """Return the settings in a run's config.json."""
     return Config(**check_types(Config, values, "config.json"))
 
 
@@ -63,12 +63,12 @@ def ineffective_settings(config: Config) -> set[str]:
 
 
 def run_label(config: Config) -> str:
-    """Return the modalities of fmrlrec's items in a word, or the baseline's name."""
+    """Return a short name: the modalities of an fmrlrec run, or the baseline's name."""
     return config.branch if config.model_code == "fmrlrec" else config.model_code
 
 
 def describe_model(config: Config) -> str:
-    """Return what items are described by, or the baseline's name, for titles."""
+    """Return the modalities in words, or the baseline's name, for titles."""
     if config.model_code != "fmrlrec":
         return config.model_code
     words = {"both": "text and pictures", "language": "text", "image": "pictures", "id": "a learned table"}
@@ -76,8 +76,10 @@ def describe_model(config: Config) -> str:
 
 
 def create_run(config: Config, sources: dict[str, str], device: str, data: str, features: list[str]) -> Path:
-    """Make a new run's folder with its config.json and env.json. data: the dataset's digest; features: the names of the
-    files that are read."""
+    """Create a new run folder with config.json and env.json.
+
+    data: the dataset's digest. features: the names of the feature files. Raises InputError if it cannot be created.
+    """
     name = config.run_name or f"{run_label(config)}-{config.mrl_hidden_sizes[-1]}"
     parent = Path(config.runs_root) / config.dataset_code
     stem = f"{time.strftime(TIME)}-{name}"
@@ -89,7 +91,7 @@ def create_run(config: Config, sources: dict[str, str], device: str, data: str, 
             continue
         except OSError as error:
             raise InputError(
-                f"cannot make the run's folder {run}: {error.strerror}; give another --runs_root"
+                f"cannot create the run folder {run}: {error.strerror}; give another --runs_root"
             ) from None
         break
     write_json(run / ENVIRONMENT, environment(device) | {"data": data, "features": features})
@@ -98,49 +100,54 @@ def create_run(config: Config, sources: dict[str, str], device: str, data: str, 
 
 
 def read_config(run: Path) -> tuple[Config, dict[str, str]]:
-    """A run's settings, and where each came from. Raises InputError where the folder is no run."""
+    """Return a run's settings and the source of each.
+
+    Raises InputError if the folder is not a run.
+    """
     saved = read_json(run / CONFIG, "give a run's folder, as train.py prints it")
     if not isinstance(saved.get("settings"), dict):
         raise InputError(f"{run / CONFIG} is not a run's configuration; give a run's folder, as train.py prints it")
     try:
         return read_settings(saved["settings"]), saved.get("sources", {})
     except InputError as error:
-        raise InputError(f"{run}: {error}; {ENVIRONMENT} names the commit that reads it, or train anew") from None
+        raise InputError(f"{run}: {error}; use the commit in its {ENVIRONMENT}, or train again") from None
 
 
 def note_resumed(run: Path, device: str) -> None:
-    """Add to a run's env.json where and by which code it goes on."""
+    """Add the current environment to a run's env.json."""
     path = run / ENVIRONMENT
     saved = read_environment(run)
     write_json(path, saved | {"resumed": [*saved.get("resumed", []), environment(device)]})
 
 
 def read_environment(run: Path) -> dict[str, Any]:
-    """A run's env.json. Raises InputError where the folder is no run."""
+    """Return a run's env.json. Raises InputError if the folder is not a run."""
     return read_json(run / ENVIRONMENT, "give a run's folder, as train.py prints it")
 
 
 def features_of(run: Path) -> list[str]:
-    """The names of the features' files that a run was trained on; none where it was not noted."""
+    """Return the feature files that a run was trained on, if recorded."""
     return read_environment(run).get("features", [])
 
 
 def check_data(run: Path, data: str) -> None:
-    """Raise InputError if a run was trained on a dataset of another digest."""
+    """Raise InputError if a run was trained on a dataset with another digest."""
     saved = read_environment(run)
     if saved.get("data", data) != data:
         raise InputError(
             f"the dataset (digest {data}) is not the one that {run} was trained on ({saved['data']}); give its "
-            f"--data_root, or train anew"
+            f"--data_root, or train again"
         )
 
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Keep other processes from training the run meanwhile. Raises InputError where one does already, or where nothing
-    can be written."""
+    """Hold the run's lock.
+
+    Raises InputError if another process trains the run, or if it is not writable.
+    """
     try:
-        file = (run / CONFIG).open("rb+")  # to be written, as NFS wants of what is locked
+        file = (run / CONFIG).open("rb+")  # NFS locks only files opened for writing
     except OSError as error:
         raise cannot_write(run / CONFIG, error) from error
     with file:
@@ -149,19 +156,22 @@ def run_lock(run: Path) -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another process trains {run} now; wait for it, or end it") from None
-        except (ImportError, OSError):  # a system or a file system without locks
+            raise InputError(f"another process is training {run}; wait for it, or stop it") from None
+        except (ImportError, OSError):  # this system or file system has no locks
             pass
         yield
 
 
 def is_finished(epoch: int, best_epoch: int, num_epochs: int, patience: int | None) -> bool:
-    """Whether a run that has done `epoch` epochs has nothing left to train."""
+    """Return whether training is complete after `epoch` epochs.
+
+    patience: None without early stopping.
+    """
     return epoch >= num_epochs or (patience is not None and epoch - best_epoch >= patience)
 
 
 def unfinished(run: Path) -> str:
-    """What a run still lacks, in words: epochs, or the test at their end if it asked for one; "" for a finished one."""
+    """Return what a run still lacks, its epochs or its test; "" if it is finished."""
     if progress := untrained(run):
         return progress
     config, _ = read_config(run)
@@ -169,13 +179,13 @@ def unfinished(run: Path) -> str:
 
 
 def describe_run(run: Path) -> str:
-    """A run for a user to read, with what it still lacks."""
+    """Return a run's folder and, if it is unfinished, what it lacks."""
     progress = unfinished(run)
     return f"run {run}{f', unfinished: {progress}' if progress else ''}"
 
 
 def untrained(run: Path) -> str:
-    """The epochs that a run still lacks, in words; "" where there are none."""
+    """Return a run's progress, such as "epoch 3 of 9"; "" if training is complete."""
     config, _ = read_config(run)
     log = read_log(run)
     done, best = (log[-1]["epoch"], log[-1]["best_epoch"]) if log else (0, 0)
@@ -186,7 +196,7 @@ def untrained(run: Path) -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions, device, commit and command line."""
+    """Return versions, device, commit and command line."""
     packages = ("torch", "numpy", "transformers", "open_clip_torch", "safetensors", "onnx", "onnxruntime")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -201,7 +211,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this code, where it lies in a git repository."""
+    """Return the commit of this code, or None outside a git repository."""
     return _git("rev-parse", "HEAD")
 
 
@@ -223,7 +233,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl."""
+    """Return the records in a run's log.jsonl. Raises InputError for a damaged line."""
     path = run / LOG
     if not path.exists():
         return []
@@ -235,13 +245,15 @@ def read_log(run: Path) -> list[dict[str, Any]]:
         except (ValueError, AttributeError):
             missing = LOGGED
         if missing:
-            raise InputError(f"{path}:{number} is damaged: no JSON object with {', '.join(sorted(missing))}; remove it")
+            raise InputError(
+                f"{path}:{number} is damaged: not a JSON object with {', '.join(sorted(missing))}; remove it"
+            )
     return records
 
 
 def no_weights(path: Path) -> InputError:
-    """What to tell a user of weights that are not there."""
+    """Return the InputError for missing weights."""
     return InputError(
-        f"{path} does not exist: the run has no finished epoch yet (train.py --resume goes on), or was kept as a "
-        f"result, without weights (train another one)"
+        f"{path} does not exist: the run has no finished epoch (continue with train.py --resume), or only its results "
+        f"were kept (train another run)"
     )

@@ -14,7 +14,7 @@ from trainer.evaluation import ITEMS, Model, encode_last, rank_targets, rank_tar
 from trainer.list_metrics import list_metrics_of_sizes
 from trainer.metrics import ranking_metrics
 from trainer.plots import plot_metric_by_size
-from trainer.runs import EVERY_SIZE, LARGEST, LIST_METRICS, USER_RANKS, describe_model, of_test, read_config
+from trainer.runs import EVERY_SIZE, LARGEST, LIST_METRICS, USER_RANKS, describe_model, read_config, result_file
 from trainer.user_ranks import save_ranks
 
 PARITY = 1e-5  # how far a slice's scores may lie from the full model's prefix, relative to the largest score
@@ -49,17 +49,17 @@ def test_every_size(
     if processes.rank() == 0:
         title = f"{config.dataset_code}, {describe_model(config)}: test{', history masked' if mask_history else ''}"
         of_users = {m: of_size.numpy() for m, of_size in ranks.items()}
-        save_ranks(folder / of_test(USER_RANKS, mask_history), of_users, max(ks), counts[rows.targets])
+        save_ranks(folder / result_file(USER_RANKS, mask_history), of_users, max(ks), counts[rows.targets])
         print_table(results, [f"{metric}@{k}" for k in config.metric_ks[:2] for metric in METRICS])
-        write_json(folder / of_test(LARGEST, mask_history), results[max(results)])
-        path = folder / of_test(EVERY_SIZE, mask_history)
+        write_json(folder / result_file(LARGEST, mask_history), results[max(results)])
+        path = folder / result_file(EVERY_SIZE, mask_history)
         write_json(path, {str(m): metrics for m, metrics in results.items()})
         plot_metric_by_size(results, ks, title, path.with_suffix(".png"))
         print(f"written: {path} and {path.with_suffix('.png').name}", flush=True)
         if list_metrics:
             found = list_metrics_of_sizes(model, rows, torch.from_numpy(counts), config.metric_ks[:2], mask_history)
             print_table(found, list(found[model.sizes[-1]]))
-            write_json(folder / of_test(LIST_METRICS, mask_history), {str(m): found[m] for m in found})
+            write_json(folder / result_file(LIST_METRICS, mask_history), {str(m): found[m] for m in found})
     if isinstance(model, FMRLRec):  # a baseline has nothing to slice
         batch = next(eval_batches(rows, config.test_batch_size, next(model.parameters()).device))
         for m in model.sizes:

@@ -1,5 +1,8 @@
-"""test_ranks.npz of a run: every user's rank in the test, 0 beyond the last cut-off, so that runs can be compared
-user by user, and users told apart by how often their item was trained on. U users."""
+"""Save and load test_ranks.npz: every user's test rank at every size. U users.
+
+Ranks per user allow paired comparisons of runs. The file also has the number of
+training interactions of each user's target, to group users by it.
+"""
 
 import zipfile
 import zlib
@@ -10,28 +13,31 @@ import numpy as np
 from common.errors import InputError
 from common.files import replacing
 
-TRAINED = "times_trained"  # the array beside those of the sizes
+TRAINED = "times_trained"  # name of the array of training counts
 
 
 def save_ranks(path: Path, ranks: dict[int, np.ndarray], cutoff: int, times_trained: np.ndarray) -> None:
-    """Write size -> ranks [U], from 1 and possibly ending in .5, of which those beyond `cutoff` are not told apart; and
-    how often each user's item occurs in training [U]."""
-    kind = np.min_scalar_type(2 * cutoff)
-    halves = {str(m): np.where(of_size <= cutoff, 2 * of_size, 0).astype(kind) for m, of_size in ranks.items()}
+    """Save size -> ranks [U] and how often each user's target occurs in training [U].
+
+    Ranks start at 1 and may end in .5 (ties). They are stored doubled, as integers; 0 is a rank beyond `cutoff`.
+    """
+    dtype = np.min_scalar_type(2 * cutoff)
+    doubled = {str(m): np.where(r <= cutoff, 2 * r, 0).astype(dtype) for m, r in ranks.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        arrays = {**halves, TRAINED: times_trained.astype(np.uint32)}
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # none of the names is allow_pickle
+        arrays = {**doubled, TRAINED: times_trained.astype(np.uint32)}
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
 
 
 def load_ranks(path: Path, hint: str) -> tuple[dict[int, np.ndarray], np.ndarray]:
-    """What `save_ranks` wrote: size -> ranks [U], infinite beyond the cutoff; how often each item occurs in training.
-    Raises InputError that says what `mends` it where there is no such file."""
+    """Return what `save_ranks` saved: size -> ranks [U], and training counts [U].
+
+    Ranks beyond the cutoff are infinite. hint: how to fix the problem, the end of the error message. Raises InputError
+    if the file is missing or damaged.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        times_trained = arrays.pop(TRAINED)
-        return {int(m): np.where(halves > 0, halves / 2, np.inf) for m, halves in arrays.items()}, times_trained.astype(
-            np.int64
-        )
+        times_trained = arrays.pop(TRAINED).astype(np.int64)
+        return {int(m): np.where(r > 0, r / 2, np.inf) for m, r in arrays.items()}, times_trained
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}); {hint}") from None

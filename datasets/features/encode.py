@@ -67,7 +67,7 @@ def progress(batches: Iterable[Any], count: int) -> Iterable[Any]:
 def num_workers(workers: int, batches: int) -> int:
     """Return the number of workers worth starting, at most `workers`, for this rank's batches and cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(workers, cores // processes.on_this_machine() - 1, batches // BATCHES_A_WORKER))
+    return max(0, min(workers, cores // processes.local_world_size() - 1, batches // BATCHES_A_WORKER))
 
 
 def _ahead(read: Callable, batches: Iterable[list[Any]], workers: int, pin_memory: bool) -> Iterator[Any]:

@@ -82,7 +82,7 @@ def read_reviews(path: Path) -> Reviews:
             keys = next((k for k in REVIEW_KEYS if all(key in record for key in k[:3])), None)
         review = _review(record, keys) if record and keys else None
         if review is None:
-            file.is_bad()
+            file.count_bad()
             continue
         user.append(users.setdefault(review[0], len(users)))
         item.append(items.setdefault(review[1], len(items)))
@@ -131,11 +131,11 @@ def read_products(path: Path, wanted: Set[str]) -> tuple[dict[str, str], list[st
         asin = next((record[key] for key in ITEM_KEYS if isinstance(record.get(key), str)), None) if record else None
         try:
             if record is None or asin is None or any(keys[0] in record for keys in REVIEW_KEYS):
-                file.is_bad()
+                file.count_bad()
             elif asin in wanted:
                 products[asin] = json.dumps(product(asin, record))
         except (TypeError, ValueError, RecursionError):  # a literal may hold bytes, sets and anything nested
-            file.is_bad()
+            file.count_bad()
     return products, file.check("products with an id")
 
 

@@ -68,7 +68,7 @@ def prepare_pictures(
     """
     photos, dataset_folder = Path(photos), Path(dataset_folder)
     before = _read_manifest(dataset_folder / MANIFEST)
-    by_user = read_item2img(dataset_folder, photos, asins, written=before) or {}
+    by_user = read_item2img(dataset_folder, photos, asins, manifest=before) or {}
     pickled = dataset_folder / "item2img_dict.pkl"
     manifest = find_pictures(asins, photos, pickled if pickled.exists() else None)
     for asin in asins:

@@ -114,7 +114,9 @@ def _record(asin: str, i: int, rng: np.random.Generator) -> dict:
     return record
 
 
-def write_tiny_bert(folder: Path, pooling: dict | None = None, seed: int = 0, layers: int = 2) -> Path:
+def write_tiny_bert(
+    folder: Path, pooling: dict | None = None, seed: int = 0, layers: int = 2, positions: int = 12
+) -> Path:
     """A randomly initialised BERT of width 16 that reads 12 tokens, with its tokenizer, as transformers saves one.
     `pooling`: what its 1_Pooling/config.json says; None writes no such file."""
     import torch
@@ -131,7 +133,7 @@ def write_tiny_bert(folder: Path, pooling: dict | None = None, seed: int = 0, la
         num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=32,
-        max_position_embeddings=12,
+        max_position_embeddings=positions,
         initializer_range=0.5,  # far enough from 0 that attention depends on every token
     )
     with torch.random.fork_rng():

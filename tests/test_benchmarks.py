@@ -123,7 +123,7 @@ def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, 
 
 def test_the_features_benchmark_prints_rates_ratios_and_cosines(tmp_path):
     metadata = write_prepared(tmp_path, "tiny", items=20) / "meta.json.gz"
-    bert = write_tiny_bert(tmp_path / "bert")
+    bert = write_tiny_bert(tmp_path / "bert", positions=64)
     command = [sys.executable, "-m", "benchmarks.features", "--texts", metadata, "--language_encoder", bert]
     command += ["--img_model", "none", "--runs", "1"]
     printed = subprocess.check_output(command, cwd=REPOSITORY, text=True, timeout=120)

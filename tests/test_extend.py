@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 import trainer.metrics
@@ -57,10 +56,9 @@ def test_the_loss_trains_a_nested_model(monkeypatch):
     run("A loss", LOSSES, "smoothed", monkeypatch)
     settings = ModelSettings(mrl_hidden_sizes=(4, 8), lru_dropout=0.0, lru_attn_dropout=0.0)
     losses = step_losses(MODELS["fmrlrec"](5, [torch.randn(5, 6)], settings), loss="smoothed")
-    assert losses[-1] < 0.8 < losses[0]
+    assert losses[-1] < 1.6 < losses[0]  # the sum of two sizes
 
 
-@pytest.mark.skipif(not hasattr(trainer.metrics, "METRICS"), reason="trainer.metrics has no table of metrics yet")
 def test_the_metric_is_one_number_per_user(monkeypatch):
     hit = run("A metric", trainer.metrics.METRICS, "Hit", monkeypatch)
     assert hit(torch.tensor([1.0, 10.0, 10.5]), 10).tolist() == [1, 1, 0]

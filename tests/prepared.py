@@ -143,6 +143,26 @@ def write_tiny_bert(folder: Path, pooling: dict | None = None, seed: int = 0, la
     return folder
 
 
+TINY_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.5},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def write_tiny_clip(folder: Path) -> str:
+    """Write a small random CLIP and return its name for open_clip, tiny-clip/<weights>."""
+    import open_clip
+    import torch
+
+    (folder / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(folder / "tiny-clip.json")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(open_clip.create_model("tiny-clip").state_dict(), folder / "weights.pt")
+    return f"tiny-clip/{folder / 'weights.pt'}"
+
+
 def put_in_hub_cache(hub: Path, name: str, commit: str, model: Path) -> None:
     """Lay a model's folder into a Hugging Face cache, as a download of `name` that is now at `commit` would."""
     repository = hub / f"models--{name.replace('/', '--')}"

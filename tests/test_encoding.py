@@ -135,12 +135,8 @@ def catalog_of(data_root: Path) -> Catalog:
 
 @pytest.mark.slow
 def test_after_a_kill_only_missing_batches_are_encoded_to_the_same_bytes(data_root, tmp_path):
-    feature_parts(
-        catalog_of(data_root),
-        **LEXICAL | {"language": None, "image": "pixel"},
-        batch_size=2,
-        cache_root=tmp_path / "whole",
-    )
+    pixel = LEXICAL | {"language": None, "image": "pixel", "batch_size": 2}
+    feature_parts(catalog_of(data_root), **pixel, cache_root=tmp_path / "whole")
     killed = run(data_root, tmp_path / "killed", image="pixel", until=BATCHES - 1)
     assert killed.returncode == -signal.SIGKILL
     assert encoded(killed) == BATCHES - 1
@@ -156,7 +152,7 @@ def test_after_a_kill_only_missing_batches_are_encoded_to_the_same_bytes(data_ro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["batch size", "rows", "mark", "plan", "cut"])
-def test_a_partial_file_is_used_only_for_the_same_batches_with_intact_rows(
+def test_a_partial_file_is_used_only_for_the_same_batches_and_if_intact(
     data_root, begun, tmp_path, monkeypatch, change
 ):
     [partial], [done] = begun.glob("tiny/*.partial.npy"), begun.glob("tiny/*.done.npy")
@@ -223,6 +219,17 @@ def test_half_precision_keeps_the_direction_of_unit_vectors():
 
 
 @pytest.mark.slow
+def test_two_ranks_finish_what_one_process_began_and_both_end_at_an_input_error(data_root, begun, whole):
+    for path in (data_root / "photos/tiny").iterdir():
+        path.unlink()
+    two = run(data_root, begun, "lexical", "pixel", ranks=2)
+    assert encoded(two) == BATCHES - BEGUN
+    assert arrays(begun) == whole
+    assert two.returncode != 0
+    assert two.stderr.count("InputError: tiny has no picture that can be read") == 2
+
+
+@pytest.mark.slow
 def test_two_ranks_make_the_bytes_that_one_process_makes(data_root, bert, tmp_path):
     both = LEXICAL | {"language": str(bert), "image": "pixel"}
     feature_parts(catalog_of(data_root), **both, batch_size=2, cache_root=tmp_path / "one")
@@ -266,9 +273,7 @@ def features(data_root, bert, tmp_path):
 
 
 @pytest.mark.parametrize(("there", "best"), [("fp32", "bf16"), ("bf16", "fp16")])
-def test_auto_takes_the_cached_precision_rather_than_the_best_of_the_device(
-    features, tmp_path, monkeypatch, there, best
-):
+def test_auto_takes_the_cached_precision_rather_than_the_fastest(features, tmp_path, monkeypatch, there, best):
     made = features(precision=there)
     monkeypatch.setattr(encoder, "best_precision", lambda device: best)
     np.testing.assert_array_equal(features(precision="auto"), made)
@@ -310,16 +315,14 @@ def test_lexical_and_pixel_ignore_the_precision(data_root, tmp_path):
     assert len(arrays(tmp_path / "cache")) == 2
 
 
-@pytest.mark.parametrize("kind", ["lexical", "pixel", "transformers", "open_clip"])
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
 def test_workers_change_no_bit(data_root, bert, clip, kind):
     catalog = catalog_of(data_root)
-    if kind in ("lexical", "transformers"):
-        encoder = LexicalEncoder() if kind == "lexical" else text.load_encoder(str(bert), "cpu")
-        titles = [record["title"] for record in catalog.metadata]
-        read, items = TextModality.read, titles if kind == "lexical" else encoder.tokenize(titles)
+    if kind == "transformers":
+        encoder, read = text.load_encoder(str(bert), "cpu"), TextModality.read
+        items = encoder.tokenize([record["title"] for record in catalog.metadata])
     else:
-        encoder = PixelEncoder() if kind == "pixel" else image.load_encoder(clip, "cpu")
-        read, items = ImageModality.read, catalog.pictures
+        encoder, read, items = image.load_encoder(clip, "cpu"), ImageModality.read, catalog.pictures
     batches = [items[start : start + 7] for start in range(0, len(items), 7)]
     plain, ahead = (np.concatenate([*encode_batches(encoder, read, batches, workers=n)]) for n in (0, 1))
     np.testing.assert_array_equal(ahead, plain)

@@ -5,11 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.picture_server import Server, serving
 from tests.prepared import write_prepared, write_tiny_clip
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which tests do
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_curves() -> Iterator[None]:
+    """Write an empty picture instead of a test's curve, which takes longer than the training of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.testing.plot_metric_by_size", lambda *given: Image.new("L", (1, 1)).save(given[-1]))
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a GPU computes is what the CPU does. Where there is none, all of this is skipped."""
+"""Compute on a GPU as on the CPU; skipped without a GPU."""
 
 import json
 import shlex
@@ -30,17 +30,17 @@ NO_DROPOUT = "--lru_dropout 0 --lru_attn_dropout 0"  # which every device draws 
 
 
 def trained(case, device, flags=""):
-    """A run of a case."""
+    """Train a case and return its run."""
     return train.main(shlex.split(f"{CASES[case]} --device {device} --run_name {case}-{device} {flags}"))
 
 
 def metrics(run):
-    """What the test found, by size."""
+    """Return the test metrics of a run by size."""
     return json.loads((run / EVERY_SIZE).read_text())
 
 
 def losses_and_gradients(device):
-    """Of the exact softmax and of a sampled one, with all that either can be asked for."""
+    """Return the exact and the sampled loss with every option, and their gradients."""
     draw = torch.Generator().manual_seed(0)
     z, weight, own, V = (
         torch.randn(shape, generator=draw).to(device).requires_grad_()
@@ -63,7 +63,7 @@ def test_losses_and_their_gradients_are_those_of_the_cpu():
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_is_that_of_the_cpu(workplace, case):
-    """Batches of a shape that was met twice are played back from a recording."""
+    """Batches of a repeated shape are replayed from a CUDA graph."""
     flags = "" if case == "itemknn" else NO_DROPOUT
     logs = [[(line.get("loss", 0), line["val"]) for line in read_log(trained(case, d, flags))] for d in (GPU, "cpu")]
     torch.testing.assert_close(*logs, rtol=1e-3, atol=1e-3)

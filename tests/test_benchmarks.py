@@ -116,7 +116,7 @@ def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, 
     prepare.main(small)
     raw = tmp_path / "raw-3000-100" / "reviews.json.gz"
     made = raw.stat().st_mtime_ns
-    prepare.main([*small, "--repeats", "2"])
+    prepare.main(small)
     assert raw.stat().st_mtime_ns == made
     assert capsys.readouterr().out.splitlines()[-1].startswith("| 3,000 | 100 | 0.0 |")
     assert (tmp_path / "made" / "sequential_data.txt").exists()

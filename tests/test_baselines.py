@@ -24,7 +24,6 @@ from model.baselines.sasrec import SASRec
 from model.dropout import set_share
 from model.registry import MODELS, CountingModel, build_model
 from serving import export
-from tests.cut_off import cut_off_after
 from trainer import testing
 from trainer.load_run import load_run
 from trainer.runs import read_config, read_log, unfinished
@@ -156,14 +155,6 @@ def test_a_token_reads_its_own_history_up_to_itself(name):
     assert torch.equal(reads, own)
 
 
-def test_sasrec_tells_positions_apart_but_not_histories_of_one_token():
-    model, x = a_model("sasrec"), packed((1,))[0].expand(3, -1)
-    same = model.encode(x, torch.zeros(3, dtype=torch.int64), 1)
-    assert torch.equal(same[0], same[1])
-    apart = model.encode(x, torch.arange(3), 3)
-    assert (apart[0] - apart[1]).abs().max() > 1e-3
-
-
 # ----------------------------------------------------------------------------------------------------------- training
 
 
@@ -286,15 +277,6 @@ def test_a_baseline_is_trained_and_evaluated_like_any_model(workplace, model):
     masked = eval_script.main(["--run", str(run), "--mask_history", "--test_batch_size", "3"])
     assert metrics_in(run, "_history_masked") == masked
     assert masked[size]["Recall@10"] > tested[size]["Recall@10"]  # 12 items, several of them in the history
-
-
-def test_a_run_that_was_cut_off_is_resumed_to_the_same_weights(workplace):
-    whole = run_train("sasrec")
-    with cut_off_after(1):
-        run_train("sasrec", "--run_name cut")
-    cut = train.main(["--resume", "latest"])
-    assert cut.name.endswith("cut")
-    assert (cut / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,7 @@ def hugging_face_datasets_is_installed() -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hugging_face_datasets_is_installed(), reason="pip install datasets")
 def test_transformers_and_open_clip_work_where_this_datasets_hides_hugging_faces(mean_bert, clip):
     code = (

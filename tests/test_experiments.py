@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,7 +300,7 @@ def test_sigterm_ends_the_running_script_and_starts_no_other(workplace, monkeypa
     monkeypatch.setattr(run, "REPOSITORY", workplace)
 
     def end():
-        while not began.exists():
+        while not (began.exists() and began.read_text()):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -520,13 +521,10 @@ def test_recall_counts_a_target_by_its_place_in_the_answer(items, asked):
 
         def recommend(self, histories, top_k, exclude_history):
             assert top_k == asked and not exclude_history
-            return [Answer(place) for (place,) in histories]
-
-    class Answer:
-        def __init__(self, place):
-            self.numbers = np.arange(asked) + 1000
-            self.numbers[place] = 7
-            self.ids = [str(number) for number in self.numbers]
+            answers = [
+                [*range(1000, 1000 + place), 7, *range(2000, 2000 + asked - place - 1)] for (place,) in histories
+            ]
+            return [SimpleNamespace(numbers=np.array(a), ids=[str(number) for number in a]) for a in answers]
 
     found = cold_items.recalls(Answers(), [([9], 7), ([10], "7"), ([49], 7), ([asked - 1], 8)])
     assert found == {"count": 4, "Recall@10": 0.25, "Recall@50": 0.75, "Recall@100": 0.75}

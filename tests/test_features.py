@@ -213,15 +213,6 @@ def test_the_commit_that_the_first_encoding_downloads_is_noted(catalog, shop, hu
     assert sidecar_of(shop.file)["commit"] == "a" * 40
 
 
-def test_a_cache_without_the_commit_of_its_hub_encoder_is_made_again(catalog, shop, hub, tmp_path):
-    put_in_hub_cache(hub, "org/tiny", "a" * 40, write_tiny_bert(tmp_path / "one", FIRST))
-    before = shop.features(catalog, language="org/tiny")
-    path = shop.file.with_suffix(".json")
-    path.write_text(path.read_text().replace('"commit"', '"commiu"'))
-    np.testing.assert_array_equal(shop.features(catalog, language="org/tiny"), before)
-    assert any("made again" in line for line in shop.said)
-
-
 def test_the_name_of_a_cache_tells_dataset_and_encoder(catalog, shop, tmp_path):
     shop.features(catalog, image="pixel")
     shop.features(dataclasses.replace(catalog, name="other"))
@@ -303,25 +294,6 @@ def test_a_full_disk_is_reported_in_one_line_and_leaves_no_partial_file(catalog,
     assert shop.files() == []
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: cannot write {shop.cache_root}")
-
-
-def test_runs_that_start_at_the_same_time_share_one_cache(catalog, shop, encoded):
-    results = []
-
-    def run():
-        results.append(Shop(shop.cache_root).features(catalog))
-
-    threads = [threading.Thread(target=run) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    encoded.clear()
-    final = shop.features(catalog)
-    assert encoded == []
-    assert len(results) == 6
-    assert all(np.array_equal(result, final) for result in results)
-    assert len(shop.files()) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

@@ -333,7 +333,7 @@ def test_weights_of_siglip_from_a_file_are_given_pictures_as_in_its_training(cli
 
 
 @pytest.mark.parametrize("name", ["no-such-model/openai", "ViT-B-32", ""])
-def test_an_unknown_picture_model_is_refused_with_what_is_accepted(name):
+def test_an_unknown_picture_model_is_refused_with_the_accepted_forms(name):
     message = refusal(image_encoder, name)
     assert message.startswith(f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights")
 

@@ -212,7 +212,7 @@ def test_a_number_beyond_float16_is_an_error_and_never_infinite(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_finish_what_one_process_began_and_both_end_at_an_input_error(data_root, begun, whole):
+def test_two_ranks_finish_the_cache_of_one_process_and_end_at_an_input_error(data_root, begun, whole):
     for path in (data_root / "photos/tiny").iterdir():
         path.unlink()
     two = run(data_root, begun, "lexical", "pixel", ranks=2)
@@ -234,7 +234,7 @@ def test_two_ranks_make_the_bytes_that_one_process_makes(data_root, bert, tmp_pa
     assert len(arrays(tmp_path / "one")) == 2
 
 
-def test_a_second_process_waits_for_the_first_and_reads_what_it_made(data_root, tmp_path):
+def test_a_second_process_waits_for_the_first_and_reads_its_features(data_root, tmp_path):
     from filelock import FileLock
 
     item_features(catalog_of(data_root), **LEXICAL, cache_root=tmp_path / "cache")

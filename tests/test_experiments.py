@@ -76,7 +76,7 @@ def test_the_settings_in_which_rows_differ_are_varied(tmp_path):
     assert definitions()["baselines"].varied() == set(Config.__dataclass_fields__)  # other models differ in all
 
 
-def test_a_preset_in_a_definition_stands_for_the_settings_it_names(tmp_path):
+def test_a_preset_in_a_definition_sets_its_settings(tmp_path):
     text = HEAD + '[rows]\na = { preset = "plus", distill = 0.25 }\nb = { preset = "paper" }\nc = { preset = "plus" }'
     a, b, c = read_definition(written(tmp_path, text)).rows
     assert a.settings == NAMED_PRESETS["plus"] | {"distill": 0.25}

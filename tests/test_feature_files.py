@@ -248,7 +248,7 @@ def write_pickle(folder: Path) -> Path:
         (lambda folder: folder / "absent.npy", "does not exist"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_name_and_what_is_wrong(catalog, tmp_path, write, message):
+def test_a_bad_file_is_refused_with_its_name_and_fault(catalog, tmp_path, write, message):
     path = write(tmp_path)
     refused = refusal(catalog, path)
     assert message in refused

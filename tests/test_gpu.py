@@ -57,12 +57,12 @@ def losses_and_gradients(device):
     return [part.cpu() for part in (exact, sampled, *gradients)]
 
 
-def test_losses_and_their_gradients_are_those_of_the_cpu():
+def test_a_gpu_computes_the_losses_and_gradients_of_the_cpu():
     torch.testing.assert_close(losses_and_gradients(GPU), losses_and_gradients("cpu"), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_training_is_that_of_the_cpu(workplace, case):
+def test_a_gpu_trains_as_the_cpu(workplace, case):
     """Batches of a repeated shape are replayed from a CUDA graph."""
     flags = "" if case == "itemknn" else NO_DROPOUT
     logs = [[(line.get("loss", 0), line["val"]) for line in read_log(trained(case, d, flags))] for d in (GPU, "cpu")]
@@ -70,7 +70,7 @@ def test_a_training_is_that_of_the_cpu(workplace, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_is_tested_on_the_cpu_as_on_the_gpu(workplace, case):
+def test_the_cpu_evaluates_a_run_as_the_gpu(workplace, case):
     run = trained(case, GPU)
     found = metrics(run)
     eval_script.main(["--run", str(run), "--device", "cpu"])
@@ -78,7 +78,7 @@ def test_a_run_is_tested_on_the_cpu_as_on_the_gpu(workplace, case):
 
 
 @pytest.mark.parametrize("case", ["faithful", "plus"])
-def test_a_training_that_was_cut_off_goes_on_to_the_same_weights(workplace, case):
+def test_a_training_that_was_cut_off_is_resumed_to_the_same_weights(workplace, case):
     whole = trained(case, GPU)
     with cut_off_after(1):
         trained(case, GPU, "--run_name cut")

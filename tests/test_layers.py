@@ -99,7 +99,7 @@ def test_the_papers_model_has_the_parameters_of_the_released_one(num_blocks, exp
     assert count_parameters(model) == expected
 
 
-def test_parameters_are_counted_without_what_the_mask_hides_and_complex_ones_once():
+def test_parameters_are_counted_without_masked_ones_and_complex_ones_once():
     model = FMRLRec(4, None, ModelSettings(mrl_hidden_sizes=(2, 3), lru_num_blocks=1))
     table, norms, rings = 5 * 3, 2 * 2 * 3, 3 * 3
     square_weights, biases = 5 * (2 * 2 + 1 * 3), 5 * 3
@@ -310,7 +310,7 @@ def test_without_bias_an_impulse_is_answered_by_C_times_the_powers_of_lambda_tim
     torch.testing.assert_close(layer(x, torch.arange(9), 9), expected)
 
 
-def test_the_bias_of_B_is_scaled_by_gamma_and_that_of_C_is_added_to_the_output():
+def test_gamma_scales_the_bias_of_B_and_not_the_bias_of_C():
     layer = random_layer(6, bias=True)
     C = torch.complex(layer.C_re, layer.C_im)
     state = layer.gamma_log.exp() * torch.complex(layer.B_bias_re, layer.B_bias_im)

@@ -316,7 +316,7 @@ def test_rows_of_the_same_name_are_numbered_and_described(results):
     ) in lines
 
 
-def test_runs_on_other_data_or_without_ranks_are_not_compared_by_users(results):
+def test_runs_on_other_data_or_without_ranks_are_not_compared(results):
     keep_run(results, "one", {"lru_num_blocks": 1}, data="other")
     keep_run(results, "two", {})
     assert section("depth", results) == []

@@ -214,7 +214,7 @@ def test_both_ranks_end_alike_and_the_first_alone_prints(folder, case, printed, 
     assert first == second
 
 
-def test_no_thread_of_the_group_outlives_it(folder):
+def test_no_thread_outlives_the_process_group(folder):
     """A thread that drops a tensor as the interpreter ends would abort the process."""
     for threads in outcome(folder, "threads"):
         assert "python" in threads and not [name for name in threads if "gloo" in name]

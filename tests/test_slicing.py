@@ -201,7 +201,7 @@ def exported(run, request):
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnx"])
-def test_an_export_recommends_what_the_model_scores_highest(loaded, exported, engine):
+def test_an_export_recommends_the_items_of_the_highest_scores(loaded, exported, engine):
     _, catalog, model = loaded
     folder, size = exported
     expected = scores_of(slice_model(model, size), catalog)[:, 1:]
@@ -218,9 +218,6 @@ def lengthened(model, size, rows):
     table = model.item_table()[1:, :size].detach()
     lengths = [np.linalg.norm(part, axis=1).mean() for part in (table, table - model.items.V[1:, :size].detach())]
     return rows[:, :size].detach().numpy() * lengths[0] / lengths[1]
-
-
-# ------------------------------------------------------------------------------------------------------------------ off
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnx"])

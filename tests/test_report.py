@@ -155,6 +155,8 @@ def test_a_run_that_cannot_be_kept_is_refused(results, name, old, new, problem):
         ("runs.jsonl", '"epochs"', '"epoch"', r"runs.jsonl:1 lacks 'epochs'"),
         ("runs.jsonl", '"lr":', '"rate":', r"runs.jsonl:1 \(run beauty-a\): .*unknown settings \['rate'\]"),
         ("metrics.csv", "beauty-a,beauty,test,kept,8,0.", "beauty-a,beauty,test,kept,8,o.", r"metrics.csv:2 .*metric"),
+        ("metrics.csv", "test,kept,8,", "test,kept,8.5,", r"metrics.csv:2 has a size"),
+        ("metrics.csv", "kept,8,", "kept,8,,", r"metrics.csv:2 has more cells than the header"),
         ("metrics.csv", "beauty,val", "beauty,valid", r"metrics.csv:\d+ has a split other than val and test"),
         ("metrics.csv", "kept,16,", "kept,8,", r"metrics.csv:3 repeats another line"),
         ("ranks/beauty.npz", None, None, r"ranks/beauty.npz cannot be read"),
@@ -456,8 +458,7 @@ def test_a_deployment_card_is_drawn_and_shown(results, tmp_path):
     assert draw_figures(runs, tmp_path)[-1].name == "deploy-tiny.png"
 
 
-def test_the_report_of_other_results_does_not_replace_the_repositorys(results, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "draw_figures", lambda runs, media: [])
+def test_the_report_of_other_results_does_not_replace_the_repositorys(results, tmp_path):
     run = write_run(tmp_path / "a", LANGUAGE)
     before = report.OUT.read_bytes()
     with pytest.raises(InputError, match=r"would replace the report of .*; give --out and --media"):

@@ -310,6 +310,7 @@ def test_pictures_that_changed_since_the_training_are_reported(workplace, capsys
 
 
 def test_a_resumed_run_notes_the_device_and_commit(workplace, monkeypatch):
+    monkeypatch.setattr(runs, "commit", lambda: "fedcba9876543210")
     with cut_off_after(1):
         run_train()
     (run,) = (workplace / "experiments/runs/tiny").iterdir()
@@ -321,7 +322,7 @@ def test_a_resumed_run_notes_the_device_and_commit(workplace, monkeypatch):
     (resumed,) = saved.pop("resumed")
     assert saved == began
     assert resumed["commit"] == "0123456789abcdef" and resumed["device"] == began["device"]
-    assert f"`{began['commit'][:10]}`, `0123456789`" in tables.where_made([saved, resumed])
+    assert "`fedcba9876`, `0123456789`" in tables.where_made([saved, resumed])
 
 
 def test_a_run_that_cannot_be_written_is_named(run, monkeypatch):

@@ -1,20 +1,29 @@
-"""What tests of several files are given: a folder to train in, a web server, a cache of the hub."""
+"""Fixtures of several test files: a folder to train in, a web server, an empty cache of the hub, a small CLIP."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.picture_server import Server, serving
-from tests.prepared import write_prepared
+from tests.prepared import write_prepared, write_tiny_clip
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which tests do
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_curves() -> Iterator[None]:
+    """Write an empty picture instead of a test's curve, which takes longer than the training of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.testing.plot_metric_by_size", lambda *given: Image.new("L", (1, 1)).save(given[-1]))
+        yield
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """An empty folder to run in, with data/tiny prepared."""
+    """Change to an empty folder with data/tiny prepared, and return it."""
     monkeypatch.chdir(tmp_path)
     write_prepared(tmp_path / "data", "tiny", users=20, items=12, pictures=True)
     return tmp_path
@@ -22,15 +31,21 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def web(monkeypatch) -> Iterator[Server]:
-    """A server whose pages a test sets."""
+    """Return a running web server; a test sets its pages."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving({}) as server:
         yield server
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> str:
+    """Return the name of a small random open_clip model whose weights are a file."""
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """An empty cache of the Hugging Face hub, without network."""
+    """Return an empty cache of the Hugging Face hub, offline."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""A training that is cut off, for tests."""
+"""Interrupt a training in a test."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from trainer.trainer import Trainer
 
 @contextmanager
 def cut_off_after(epochs: int) -> Iterator[None]:
-    """Ctrl-C, which is awaited, in a training within, once so many epochs are kept."""
+    """Interrupt the training in this context after `epochs` epochs, and catch the KeyboardInterrupt."""
     keep = Trainer._keep
 
     def interrupt(self, *arguments):

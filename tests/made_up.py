@@ -1,4 +1,4 @@
-"""Models of random weights and catalogues without files, for tests."""
+"""Make models of random weights and catalogues without files for tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ NEAR_1 = (0.9, 0.999)  # a ring of eigenvalues that forget slowly: every step of
 
 
 def with_random_weights(model: FMRLRec, largest: float = 0.4) -> FMRLRec:
-    """The model without zeros or ones among its weights, not even where the mask hides them; its eigenvalues stay."""
+    """Draw every weight of a model anew, masked ones too, but its eigenvalues, and return it."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.endswith(("nu_log", "theta_log")):
@@ -36,7 +36,7 @@ def random_model(
     seed: int = 0,
     post_norm: bool = False,
 ) -> FMRLRec:
-    """A model of random weights, eigenvalues on the ring."""
+    """Return a model of random weights with eigenvalues on the ring."""
     torch.manual_seed(seed)
     parts = [features] if isinstance(features, np.ndarray | torch.Tensor) else features
     model = FMRLRec(
@@ -55,18 +55,18 @@ def random_model(
 
 
 def as_sequences(histories: Sequence[Sequence[int]]) -> Sequences:
-    """Histories, one of each user."""
+    """Return the histories, one per user, as Sequences."""
     return Sequences(np.concatenate(histories).astype(np.int64), np.cumsum([0, *map(len, histories)]))
 
 
 def made_up_catalog(num_items: int) -> Catalog:
-    """Items A1, A2, ... whose titles are Item 1, Item 2, ..."""
+    """Return a catalogue of items A1, A2, ... with the titles Item 1, Item 2, ..."""
     ids, records = [f"A{i}" for i in range(1, num_items + 1)], [{"title": f"Item {i}"} for i in range(1, num_items + 1)]
     return Catalog("made-up", as_sequences([[1]]), ids, records, None, Path("photos"), [])
 
 
 def made_up_run(folder: Path, config: Config) -> TrainingRun:
-    """A run in a folder of its own, with the log that the folder holds."""
+    """Return a run in a folder, with the log in that folder."""
     folder.mkdir(exist_ok=True)
     run = TrainingRun(config, {})
     run.folder, run.log = folder, RunLog(folder, read_log(folder))

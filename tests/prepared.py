@@ -1,4 +1,4 @@
-"""What tests have on disk: a prepared dataset, and a text encoder of a few hundred weights."""
+"""Write small inputs for tests: a prepared dataset, a text encoder and a CLIP of a few hundred weights."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ COLOURS = ((200, 40, 40), (40, 160, 60), (50, 80, 190), (230, 200, 60), (120, 60
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Return the bytes of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -60,8 +60,8 @@ def write_prepared(
 ) -> Path:
     """Write a prepared dataset as datasets/catalog.py reads it, and return its folder <data_root>/<name>.
 
-    Histories are random, 3 to 8 items long (fewer where there are fewer items), without repetition. Every item has a
-    title and categories, two of three a price and a brand. With `pictures` each has a 16 x 16 picture.
+    Histories are random, without repetition, 3 to 8 items long or as long as there are items. Every item has a title
+    and categories, two of three have a price and a brand. With `pictures` each has a picture of 16 x 16 pixels.
     """
     rng = np.random.default_rng(seed)
     folder, photos = Path(data_root) / name, Path(data_root) / "photos" / name
@@ -81,24 +81,24 @@ def write_prepared(
 
 
 def write_maps(folder: Path, item2id: dict[str, str], users: int = 1) -> None:
-    """datamaps.json with these items and users 1..users."""
+    """Write datamaps.json with these items and users 1..users."""
     maps = {"user2id": {f"USER{u}": str(u) for u in range(1, users + 1)}, "item2id": item2id}
     (folder / "datamaps.json").write_text(json.dumps(maps), encoding="utf-8")
 
 
 def write_metadata(folder: Path, records: list[dict | str]) -> None:
-    """meta.json.gz: dicts as Python literals, as Amazon wrote them; strings as they are."""
+    """Write meta.json.gz: dicts as Python literals, as Amazon did, and strings as they are."""
     lines = "".join((record if isinstance(record, str) else repr(record)) + "\n" for record in records)
     (folder / "meta.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
 def write_item2img(folder: Path, item2img: object) -> None:
-    """item2img.json."""
+    """Write item2img.json."""
     (folder / "item2img.json").write_text(json.dumps(item2img), encoding="utf-8")
 
 
 def draw_picture(path: Path, colour: tuple[int, int, int], corner: int = 4, side: int = 16) -> None:
-    """A square of the colour on white; `corner` is where it begins."""
+    """Write a square of the colour on white that begins at `corner`."""
     from PIL import Image
 
     pixels = np.full((side, side, 3), 255, dtype=np.uint8)
@@ -117,14 +117,17 @@ def _record(asin: str, i: int, rng: np.random.Generator) -> dict:
 def write_tiny_bert(
     folder: Path, pooling: dict | None = None, seed: int = 0, layers: int = 2, positions: int = 12
 ) -> Path:
-    """A randomly initialised BERT of width 16 that reads 12 tokens, with its tokenizer, as transformers saves one.
-    `pooling`: what its 1_Pooling/config.json says; None writes no such file."""
+    """Write a random BERT of width 16 that reads `positions` tokens, and its tokenizer, in the format of transformers.
+
+    pooling: content of its 1_Pooling/config.json; None writes no such file.
+    """
     import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder.mkdir(parents=True)
     letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{c}" for c in letters)]
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "text", "title", ":")
+    vocabulary = [*special, *WORDS, *letters, *(f"##{c}" for c in letters)]
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     config = BertConfig(
@@ -145,13 +148,33 @@ def write_tiny_bert(
     return folder
 
 
+TINY_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.5},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def write_tiny_clip(folder: Path) -> str:
+    """Write a small random CLIP and return its name for open_clip, tiny-clip/<weights>."""
+    import open_clip
+    import torch
+
+    (folder / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(folder / "tiny-clip.json")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(open_clip.create_model("tiny-clip").state_dict(), folder / "weights.pt")
+    return f"tiny-clip/{folder / 'weights.pt'}"
+
+
 def put_in_hub_cache(hub: Path, name: str, commit: str, model: Path) -> None:
-    """Lay a model's folder into a Hugging Face cache, as a download of `name` that is now at `commit` would."""
+    """Copy a model's folder into a Hugging Face cache, like a download of `name` at `commit`."""
     repository = hub / f"models--{name.replace('/', '--')}"
     shutil.copytree(model, repository / "snapshots" / commit)
     (repository / "refs").mkdir(exist_ok=True)
     (repository / "refs/main").write_text(commit, encoding="utf-8")
-    if not (model / "1_Pooling").exists():  # what the hub said is not there is remembered by an empty file
+    if not (model / "1_Pooling").exists():  # an empty file marks a file that the hub lacks
         absent = repository / ".no_exist" / commit / "1_Pooling"
         absent.mkdir(parents=True)
         (absent / "config.json").touch()

@@ -1,20 +1,32 @@
-"""The baselines against plain twins: one history, one token, one pair at a time."""
+"""Compare the baselines with their equations, and train, evaluate and resume them by the scripts."""
 
 import copy
+import json
+import shlex
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from config import COUNTING, ModelSettings, TrainingSettings
+import eval as eval_script
+import train
+from benchmarks import deploy
+from common.errors import InputError
+from config import COUNTING, MODEL_PRESETS, ModelSettings, TrainingSettings
 from dataloader import Batch
+from datasets.catalog import load_catalog
+from experiments import cold_items
 from model.baselines import sasrec
 from model.baselines.counting import SHRINKAGE, ItemKNN, Popularity
 from model.baselines.lrurec import DenseLRU
-from model.baselines.sasrec import SelfAttention, tokens_after
+from model.baselines.sasrec import SASRec
 from model.dropout import set_share
 from model.registry import MODELS, CountingModel, build_model
+from serving import export
+from trainer import testing
+from trainer.load_run import load_run
+from trainer.runs import read_config, read_log, unfinished
 from trainer.step import Step
 
 NUM_ITEMS, DIM, MAX_LEN = 20, 8, 9
@@ -28,7 +40,7 @@ def make_model(name, dim=DIM, **options):
 
 
 def a_model(name, **options):
-    """A model in float64 whose weights are far from 0."""
+    """Return a model in float64 with weights far from 0."""
     model = make_model(name, **{"num_heads": 2 if name == "sasrec" else 1} | options)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -38,7 +50,7 @@ def a_model(name, **options):
 
 
 def packed(lengths=LENGTHS):
-    """x, position, longest of histories of these lengths, one after another."""
+    """Return x, position and longest of histories of these lengths, packed one after another."""
     x = torch.randn(sum(lengths), DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return x, torch.cat([torch.arange(length) for length in lengths]), max(lengths)
 
@@ -47,29 +59,11 @@ TRAINED = ["sasrec", "lrurec", "gru4rec"]
 trained = pytest.mark.parametrize("name", TRAINED)
 
 
-# ----------------------------------------------------------------------------------------------- the equations in words
+# ------------------------------------------------------------------------------------------------------- the equations
 
 
-@pytest.mark.parametrize("rows", [2, 256])
-@pytest.mark.parametrize("num_heads", [1, 4])
-def test_packed_attention_is_causal_attention_of_each_history_alone(monkeypatch, num_heads, rows):
-    monkeypatch.setattr(sasrec, "ROWS", rows)
-    torch.manual_seed(0)
-    attention, (x, position, longest) = SelfAttention(DIM, num_heads).double(), packed()
-    plain = nn.MultiheadAttention(DIM, num_heads, bias=False, batch_first=True).double()
-    linears = attention.W_Q, attention.W_K, attention.W_V
-    with torch.no_grad():
-        plain.in_proj_weight.copy_(torch.cat([linear.weight for linear in linears]))
-        plain.out_proj.weight.copy_(torch.eye(DIM))
-    q = torch.randn_like(x)
-    expected = []
-    for q_own, own in zip(q.split(LENGTHS), x.split(LENGTHS), strict=True):
-        later = torch.ones(len(own), len(own), dtype=torch.bool).triu(1)
-        expected.append(plain(q_own, own, own, attn_mask=later, need_weights=False)[0])
-    torch.testing.assert_close(attention(q, x, position, longest), torch.cat(expected))
-
-
-def test_sasrec_is_what_its_docstring_says():
+def test_sasrec_is_the_equations_of_its_docstring(monkeypatch):
+    monkeypatch.setattr(sasrec, "ROWS", 2)  # attention in chunks
     model = a_model("sasrec")
     x = packed((5,))[0]
 
@@ -91,7 +85,7 @@ def test_sasrec_is_what_its_docstring_says():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_dense_lru_is_the_recurrence_in_complex_numbers_token_by_token(bias):
+def test_the_dense_lru_is_the_complex_recurrence(bias):
     torch.manual_seed(0)
     lru, (x, position, longest) = DenseLRU(DIM, 12, bias, 0.5, 0.99).double(), packed()
     B, C = torch.complex(lru.B_re, lru.B_im), torch.complex(lru.C_re, lru.C_im)
@@ -99,15 +93,15 @@ def test_the_dense_lru_is_the_recurrence_in_complex_numbers_token_by_token(bias)
     c = lru.C_bias if bias else 0
     eigenvalue = torch.exp(torch.complex(-torch.exp(lru.nu_log), torch.exp(lru.theta_log)))
     assert (eigenvalue.abs() > 0.5).all() and (eigenvalue.abs() < 0.99).all()
-    expected = []
+    expected, h = [], None
     for x_t, steps in zip(x.to(torch.complex128), position, strict=True):
-        before = h if steps > 0 else torch.zeros(12, dtype=torch.complex128)  # noqa: F821
+        before = h if steps > 0 else torch.zeros(12, dtype=torch.complex128)
         h = eigenvalue * before + lru.gamma_log.exp() * (B @ x_t + b)
         expected.append((C @ h).real + c)
     torch.testing.assert_close(lru(x, position, longest), torch.stack(expected))
 
 
-def test_lrurec_is_what_its_docstring_says():
+def test_lrurec_is_the_equations_of_its_docstring():
     model, (x, position, longest) = a_model("lrurec"), packed()
     norm = lambda x, module: F.layer_norm(x, (DIM,), module.weight, module.bias)  # noqa: E731
     h = norm(x, model.norm)
@@ -120,12 +114,11 @@ def test_lrurec_is_what_its_docstring_says():
     assert (shapes["lru.B_re"], shapes["W1.weight"]) == ([2 * DIM, DIM], [4 * DIM, DIM])  # as published
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2])
-def test_gru4rec_is_a_gru_over_each_history_token_by_token(num_blocks):
-    model = a_model("gru4rec", lru_num_blocks=num_blocks)
+def test_gru4rec_is_a_gru_over_each_history():
+    model = a_model("gru4rec", lru_num_blocks=2)
     position = torch.cat([torch.arange(4), torch.tensor([0, 0, 1])])  # a begin token, whose state is not carried on
     x = torch.randn(7, DIM, dtype=torch.float64)
-    expected, h = [], [None] * num_blocks
+    expected, h = [], [None] * 2
     for x_t, steps in zip(x, position, strict=True):
         for k, gru in enumerate(model.layers):
             before = h[k] if steps > 0 else torch.zeros(DIM, dtype=torch.float64)
@@ -137,18 +130,22 @@ def test_gru4rec_is_a_gru_over_each_history_token_by_token(num_blocks):
     torch.testing.assert_close(model.encode(x, position, 4), torch.stack(expected))
 
 
-# ------------------------------------------------------------------------------------------------- what a history reads
+# ----------------------------------------------------------------------------------------------------- packed histories
 
 
 @trained
-def test_a_packed_history_is_answered_as_alone(name):
-    model, (x, position, longest) = a_model(name), packed()
-    alone = [model.encode(own, torch.arange(len(own)), len(own)) for own in x.split(LENGTHS)]
-    torch.testing.assert_close(model.encode(x, position, longest), torch.cat(alone))
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_a_packed_history_is_encoded_as_alone_and_at_some_tokens_as_at_all(name, num_blocks):
+    model, (x, position, longest) = a_model(name, lru_num_blocks=num_blocks), packed()
+    alone = torch.cat([model.encode(own, torch.arange(len(own)), len(own)) for own in x.split(LENGTHS)])
+    at = torch.tensor([0, 20, 7, 7])
+    torch.testing.assert_close(model.encode(x, position, longest), alone)
+    torch.testing.assert_close(model.encode(x, position, 16), alone)  # longest may be larger
+    torch.testing.assert_close(model.encode(x, position, longest, at=at), alone[at])
 
 
 @trained
-def test_a_token_reads_its_own_history_up_to_itself_and_nothing_else(name):
+def test_a_token_reads_its_own_history_up_to_itself(name):
     model, (x, position, longest) = a_model(name), packed()
     reads = (
         torch.autograd.functional.jacobian(lambda x: model.encode(x, position, longest), x).abs().sum(dim=(1, 3)) > 0
@@ -156,33 +153,6 @@ def test_a_token_reads_its_own_history_up_to_itself_and_nothing_else(name):
     token = torch.arange(len(x))
     own = (token <= token[:, None]) & (token >= (token - position)[:, None])
     assert torch.equal(reads, own)
-
-
-@trained
-@pytest.mark.parametrize("num_blocks", [1, 2])
-def test_answers_for_some_tokens_are_those_among_all(name, num_blocks):
-    model, (x, position, longest) = a_model(name, lru_num_blocks=num_blocks), packed()
-    at = torch.tensor([0, 20, 7, 7])
-    torch.testing.assert_close(model.encode(x, position, longest, at=at), model.encode(x, position, longest)[at])
-
-
-@trained
-def test_longest_may_be_larger_than_the_longest_history(name):
-    model, (x, position, longest) = a_model(name), packed()
-    torch.testing.assert_close(model.encode(x, position, 16), model.encode(x, position, longest))
-
-
-def test_positions_count_back_from_the_end_of_every_history():
-    _, position, _ = packed((3, 1, 1, 2))
-    assert tokens_after(position).tolist() == [2, 1, 0, 0, 0, 1, 0]
-
-
-def test_sasrec_tells_positions_apart_but_not_histories_of_one_token():
-    model, x = a_model("sasrec"), packed((1,))[0].expand(3, -1)
-    same = model.encode(x, torch.zeros(3, dtype=torch.int64), 1)
-    assert torch.equal(same[0], same[1])
-    apart = model.encode(x, torch.arange(3), 3)
-    assert (apart[0] - apart[1]).abs().max() > 1e-3
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -203,8 +173,7 @@ def test_shares_of_a_batch_have_the_dropout_of_the_batch(name):
     assert (model.eval().encode(x, position, longest) - whole).abs().max() > 0.1
 
 
-@trained
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "precision"), [*((name, "fp32") for name in TRAINED), ("sasrec", "bf16")])
 def test_training_learns_what_comes_next(name, precision):
     model = make_model(name, dim=16, lru_dropout=0.1, lru_attn_dropout=0.1)
     step = Step(model, torch.optim.AdamW(model.parameters(), lr=0.03), TrainingSettings(precision=precision))
@@ -249,7 +218,7 @@ def test_itemknn_ranks_by_the_shrunk_cosine_with_the_last_item_then_by_popularit
     assert five[1] > five[2] == five[4] > five[3] > five[5] == -1  # no user had it: popularity
 
 
-def test_itemknn_counts_as_all_pairs_of_all_users_one_by_one():
+def test_itemknn_counts_every_pair_of_every_user():
     generator = torch.Generator().manual_seed(0)
     users = torch.randint(0, 30, (200,), generator=generator).sort().values
     items = torch.randint(1, 13, (200,), generator=generator)
@@ -261,12 +230,113 @@ def test_itemknn_counts_as_all_pairs_of_all_users_one_by_one():
     expected = together / ((n[:, None] * n).sqrt() + SHRINKAGE)
     expected.fill_diagonal_(0)
     torch.testing.assert_close(model.scores(torch.arange(15)).clamp_min(0), expected)
-
-
-@pytest.mark.parametrize("kind", [Popularity, ItemKNN])
-def test_counts_are_loaded_into_a_model_that_has_counted_nothing(kind):
-    model, other = kind(5), kind(5)
-    model.count(USERS, ITEMS)
+    other = ItemKNN(14)
     other.load_state_dict(copy.deepcopy(model.state_dict()))
-    last = torch.arange(6)
-    assert torch.equal(other.scores(last), model.scores(last))
+    assert torch.equal(other.scores(torch.arange(15)), model.scores(torch.arange(15)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+TINY = "--dataset_code tiny --device cpu --lr 0.01 --warmup_steps 1 --train_batch_size 8 --lru_num_blocks 1"
+COUNTED = {"popularity": Popularity, "itemknn": ItemKNN}
+
+
+def run_train(model, flags=""):
+    epochs = "" if model in COUNTED else "--num_epochs 2 --mrl_hidden_sizes 8"
+    return train.main(shlex.split(f"--model_code {model} {TINY} {epochs} {flags}"))
+
+
+def metrics_in(run, suffix=""):
+    found = json.loads((run / f"test_mrl_metrics{suffix}.json").read_text())
+    return {int(size): metrics for size, metrics in found.items()}
+
+
+@pytest.mark.parametrize("model", MODEL_PRESETS)
+def test_a_baseline_is_trained_and_evaluated_like_any_model(workplace, model):
+    run = run_train(model)
+    config, sources = read_config(run)
+    size = config.mrl_hidden_sizes[-1]
+    assert run.name.endswith(f"-{model}-{size}")
+    assert (config.branch, sources["use_img_encoder"]) == ("id", "preset")
+    assert {p.name for p in run.iterdir()} - {"last.pt"} == {
+        "config.json",
+        "env.json",
+        "log.jsonl",
+        "best.safetensors",
+        "test_metrics.json",
+        "test_mrl_metrics.json",
+        "test_mrl_metrics.png",
+        "test_ranks.npz",
+    }
+    assert unfinished(run) == ""
+    assert read_log(run)[-1]["val"].keys() == {str(size)}
+    tested = metrics_in(run)
+    assert tested == {size: json.loads((run / "test_metrics.json").read_text())}
+    (run / "test_mrl_metrics.json").unlink()
+    assert eval_script.main(["--model_code", model]) == tested == metrics_in(run)
+    masked = eval_script.main(["--run", str(run), "--mask_history", "--test_batch_size", "3"])
+    assert metrics_in(run, "_history_masked") == masked
+    assert masked[size]["NDCG@10"] > tested[size]["NDCG@10"]  # 12 items, several of them in the history
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "expected"),
+    [
+        ("sasrec", "--num_heads 4 --lru_num_blocks 3 --lru_max_len 7 --num_negatives 5", (3, 4, 7)),
+        ("lrurec", "--lru_num_blocks 3 --no-lru_use_bias --lru_r_min 0.6 --lru_r_max 0.61 --lr 1e-6", (3, None, True)),
+    ],
+)
+def test_settings_reach_a_baseline(workplace, model, flags, expected):
+    run = run_train(model, f"--num_epochs 1 --lru_dropout 0.1 --lru_attn_dropout 0.2 {flags}")
+    _, _, model = load_run(run)
+    block = model.blocks[-1]
+    assert (model.sizes, model.dropout.p, block.dropout.p, block.attn_dropout.p) == ((8,), 0.1, 0.1, 0.2)
+    if isinstance(model, SASRec):
+        assert (len(model.blocks), block.attention.num_heads, len(model.positions)) == expected
+    else:
+        modulus = torch.exp(-torch.exp(block.lru.nu_log))
+        in_ring = bool(modulus.min() > 0.599 and modulus.max() < 0.611)
+        assert (len(model.blocks), block.lru.B_bias_re, in_ring) == expected
+
+
+@pytest.mark.parametrize(("model", "cut_at"), [("itemknn", "count"), ("popularity", "test_run")])
+def test_a_counting_run_that_was_cut_off_is_counted_again_and_tested(workplace, monkeypatch, model, cut_at):
+    def stop(*arguments, **named):
+        raise KeyboardInterrupt
+
+    whole = run_train(model)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*((COUNTED[model], "count") if cut_at == "count" else (testing, "test_every_size")), stop)
+        run_train(model, "--run_name cut")
+    cut = train.main(["--resume", "latest"])
+    assert cut.name.endswith("cut") and [line["epoch"] for line in read_log(cut)] == [1]
+    assert metrics_in(cut) == metrics_in(whole)
+    with pytest.raises(InputError, match="is finished"):
+        train.main(["--resume", "latest"])
+
+
+def test_all_training_items_are_counted_however_old(workplace):
+    run = run_train("popularity", "--lru_max_len 1")
+    sequences = load_catalog("data", "tiny").sequences
+    counts = np.bincount(np.concatenate([sequences.of(u)[:-2] for u in range(20)]), minlength=13)
+    _, _, model = load_run(run)
+    assert model.counts.tolist() == counts.tolist()
+
+
+def test_a_baseline_is_neither_exported_nor_sliced(workplace):
+    run = run_train("popularity")
+    for command in (export.main, deploy.main):
+        with pytest.raises(InputError, match="is a run of popularity; only runs of fmrlrec can be exported"):
+            command(["--run", str(run)])
+        with pytest.raises(InputError, match=r"matches --model_code fmrlrec(.|\n)*: model_code popularity"):
+            command([])
+    with pytest.raises(InputError, match="is a run, not an export"):
+        cold_items.main(["test", str(run)])
+    with pytest.raises(InputError, match=r"--alone tests slices of fmrlrec; .* is a run of popularity: leave"):
+        eval_script.main(["--run", str(run), "--alone"])
+
+
+def test_a_counting_model_is_validated_with_the_history_masked_on_demand(workplace):
+    kept, masked = (read_log(run_train("popularity", flags))[0]["val"] for flags in ("", "--val_mask_history"))
+    assert masked["1"]["Recall@50"] >= kept["1"]["Recall@50"]
+    assert masked["1"]["NDCG@10"] > kept["1"]["NDCG@10"]

@@ -1,4 +1,4 @@
-"""The benchmarks measure the same method two ways."""
+"""Run the benchmarks on small inputs, and compare the speed baseline with the model."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import pictures, prepare, scaling, speed
+from benchmarks import features, pictures, prepare, scaling, speed
 from benchmarks.baseline import Baseline, padded
 from config import ModelSettings
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def in_one_process(benchmark: ModuleType, monkeypatch) -> None:
-    """Make a benchmark call its main where it would start itself as a process: that process would import torch anew."""
+    """Call a benchmark's main in this process instead of starting processes that import torch anew."""
 
     def run(command, capture_output=False, **_):
         assert command[:3] == [sys.executable, "-m", benchmark.__name__]
@@ -73,12 +73,6 @@ def test_the_baseline_has_the_loss_gradients_and_ranks_of_the_model(tmp_path):
             assert torch.equal(target_ranks(scores, batch.targets), found.double())
 
 
-@pytest.mark.parametrize("benchmark", [pictures, prepare, scaling, speed], ids=lambda module: module.__name__)
-def test_a_benchmark_is_a_command(benchmark):
-    command = [sys.executable, "-m", benchmark.__name__, "--help"]
-    assert "usage" in subprocess.check_output(command, cwd=REPOSITORY, text=True, timeout=60)
-
-
 def test_the_speed_benchmark_prints_every_case_with_its_ratio(monkeypatch, capsys):
     in_one_process(speed, monkeypatch)
     small = "--users 300 --items 50 --features 8 --sizes 2,4 --blocks 1 --batch 8 --runs 1"
@@ -89,7 +83,7 @@ def test_the_speed_benchmark_prints_every_case_with_its_ratio(monkeypatch, capsy
     assert printed.count("GB peak resident memory") == 4
 
 
-def test_the_scaling_benchmark_prints_a_row_for_every_number_and_ranks_the_largest_catalogue(monkeypatch, capsys):
+def test_the_scaling_benchmark_prints_a_row_for_every_case(monkeypatch, capsys):
     in_one_process(scaling, monkeypatch)
     monkeypatch.setattr(scaling, "SIZES", (4, 8))
     small = "--items 30,60 --lengths 3,5 --batches 1,2 --features 4 --negatives 7 --runs 1"
@@ -102,7 +96,14 @@ def test_the_scaling_benchmark_prints_a_row_for_every_number_and_ranks_the_large
     assert "ranks of 1,000 users at all sizes among 60 items" in printed
 
 
-def test_the_pictures_benchmark_meets_every_failure_and_verifies_what_is_left(capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark", [pictures, speed], ids=lambda module: module.__name__)
+def test_a_benchmark_is_a_command(benchmark):
+    command = [sys.executable, "-m", benchmark.__name__, "--help"]
+    assert "usage" in subprocess.check_output(command, cwd=REPOSITORY, text=True, timeout=60)
+
+
+def test_the_pictures_benchmark_downloads_despite_failures(capsys):
     small = "--pictures 14 --side 32 --latency 0 --failures 0.5 --read 0.3 --tries 2 --runs 1"
     pictures.main(small.split())
     first, second = capsys.readouterr().out.splitlines()[-2:]
@@ -115,18 +116,17 @@ def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, 
     prepare.main(small)
     raw = tmp_path / "raw-3000-100" / "reviews.json.gz"
     made = raw.stat().st_mtime_ns
-    prepare.main([*small, "--repeats", "2"])
+    prepare.main(small)
     assert raw.stat().st_mtime_ns == made
     assert capsys.readouterr().out.splitlines()[-1].startswith("| 3,000 | 100 | 0.0 |")
     assert (tmp_path / "made" / "sequential_data.txt").exists()
 
 
-def test_the_features_benchmark_prints_rates_ratios_and_cosines(tmp_path):
+def test_the_features_benchmark_prints_rates_and_cosines(tmp_path, capsys):
     metadata = write_prepared(tmp_path, "tiny", items=20) / "meta.json.gz"
     bert = write_tiny_bert(tmp_path / "bert", positions=64)
-    command = [sys.executable, "-m", "benchmarks.features", "--texts", metadata, "--language_encoder", bert]
-    command += ["--img_model", "none", "--runs", "1"]
-    printed = subprocess.check_output(command, cwd=REPOSITORY, text=True, timeout=120)
+    features.main(["--texts", str(metadata), "--language_encoder", str(bert), "--img_model", "none", "--runs", "1"])
+    printed = capsys.readouterr().out
     rates = r"^  {}  bare forward +[\d.]+/s   whole path +[\d.]+/s   [\d.]+%$"
     assert all(re.search(rates.format(precision), printed, flags=re.MULTILINE) for precision in ("fp32", "bf16"))
     assert "cosine of fp32 and bf16: least 0.9" in printed

@@ -1,4 +1,4 @@
-"""Frozen encoders: a text or a picture in, one vector of length 1 out, from local files alone."""
+"""Encode a text or a picture by a frozen encoder as a vector of length 1, from local files alone."""
 
 import importlib.metadata
 import json
@@ -21,7 +21,7 @@ from datasets.features.image import load_encoder as image_encoder
 from datasets.features.text import fingerprint as language_fingerprint
 from datasets.features.text import hub_commit
 from datasets.features.text import load_encoder as language_encoder
-from tests.prepared import put_in_hub_cache, write_tiny_bert
+from tests.prepared import TINY_CLIP, put_in_hub_cache, write_tiny_bert
 
 REPOSITORY = Path(__file__).parent.parent
 MEAN = {"word_embedding_dimension": 16, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
@@ -37,12 +37,6 @@ def mean_bert(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def first_bert(tmp_path_factory) -> Path:
     return write_tiny_bert(tmp_path_factory.mktemp("encoders") / "first-bert", FIRST)
-
-
-@pytest.fixture(params=["mean", "first"])
-def bert(request) -> Path:
-    """A local text encoder of either pooling."""
-    return request.getfixturevalue(f"{request.param}_bert")
 
 
 def copied(model: Path, tmp_path: Path) -> Path:
@@ -67,7 +61,7 @@ def refusal(make, name: str) -> str:
 
 
 @pytest.mark.parametrize("size", [1e-44, 1, 3e38])
-def test_no_feature_is_beyond_what_float16_reaches_whatever_a_model_computes(size):
+def test_normalised_vectors_fit_float16_at_any_scale(size):
     vectors = np.random.default_rng(0).uniform(-size, size, (100, 64)).astype(np.float32)
     with np.errstate(over="ignore"):
         assert np.abs(normalised(vectors)).max() < 2
@@ -77,13 +71,10 @@ def test_no_feature_is_beyond_what_float16_reaches_whatever_a_model_computes(siz
 
 
 def test_lexical_gives_the_same_vector_in_every_process():
-    code = (
-        "import sys; from datasets.features.text import LexicalEncoder\n"
-        "sys.stdout.buffer.write(LexicalEncoder().encode([sys.argv[1]]).tobytes())"
-    )
-    command, environment = [sys.executable, "-c", code, LONG], {**os.environ, "PYTHONHASHSEED": "12"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, check=True, timeout=60)
-    assert done.stdout == language_encoder("lexical", "cpu").encode([LONG]).tobytes()
+    code = "from datasets.features.text import LexicalEncoder as E; print(E().encode(['red tent']).tobytes().hex())"
+    environment = {**os.environ, "PYTHONHASHSEED": "12"}
+    done = subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, text=True, timeout=60)
+    assert done.strip() == language_encoder("lexical", "cpu").encode(["red tent"]).tobytes().hex()
 
 
 @pytest.mark.parametrize(
@@ -100,27 +91,13 @@ def test_lexical_puts_like_texts_nearer_than_unlike_ones(text, nearer, farther):
     assert a @ b > a @ c + 0.05
 
 
-def test_lexical_weighs_a_repeated_word_less_than_in_proportion():
+def test_lexical_damps_repetition_and_leaves_a_text_without_words_at_zero():
     once, repeated = language_encoder("lexical", "cpu").encode(["tent lamp", "tent " * 50 + "lamp"])
     assert 0.69 < once @ repeated < 0.85  # 0.63 in proportion, 0.95 if repetition did not count
-
-
-def test_lexical_leaves_a_text_without_words_at_zero():
     assert not language_encoder("lexical", "cpu").encode(["!?"]).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------- pixel
-
-
-@pytest.mark.parametrize("mode", ["1", "P", "CMYK", "F"])
-def test_pixel_reads_pictures_of_every_mode(mode):
-    assert_unit(image_encoder("pixel", "cpu").encode([draw("red").convert(mode)]))
-
-
-def test_pixel_does_not_depend_on_what_else_is_in_the_batch_nor_on_chance():
-    encoder = image_encoder("pixel", "cpu")
-    batch = encoder.encode([draw("red"), draw("blue")])
-    np.testing.assert_array_equal(batch[1], encoder.encode([draw("blue")])[0])
 
 
 @pytest.mark.parametrize(
@@ -128,13 +105,16 @@ def test_pixel_does_not_depend_on_what_else_is_in_the_batch_nor_on_chance():
     [
         (draw("red"), draw("red", at=24), draw("blue", at=20)),  # colour
         (draw("red"), draw("red", at=24), draw("red", "rectangle", at=20)),  # shape
-        (draw("red"), draw("red").resize((300, 300)), draw("orange")),  # whatever the size
+        (draw("red"), draw("red").resize((300, 300)), draw("orange")),  # at any size
+        *((draw("red"), draw("red").convert(mode), draw("blue")) for mode in ("P", "CMYK")),
     ],
-    ids=["colour", "shape", "size"],
+    ids=["colour", "shape", "size", "palette", "CMYK"],
 )
 def test_pixel_puts_like_pictures_nearer_than_unlike_ones(picture, nearer, farther):
-    a, b, c = image_encoder("pixel", "cpu").encode([picture, nearer, farther])
+    vectors = a, b, c = image_encoder("pixel", "cpu").encode([picture, nearer, farther])
     assert a @ b > a @ c
+    assert_unit(vectors)
+    np.testing.assert_array_equal(image_encoder("pixel", "cpu").encode([farther])[0], c)  # whatever the batch
 
 
 # --------------------------------------------------------------------------------------------------- Hugging Face texts
@@ -154,36 +134,24 @@ def plain_vector(state: np.ndarray) -> np.ndarray:
     return state / np.linalg.norm(state)
 
 
-@pytest.mark.parametrize("text", [SHORT, LONG])
-def test_mean_pooling_is_the_mean_of_the_tokens(mean_bert, text):
-    [vector] = language_encoder(str(mean_bert), "cpu").encode([text])
-    np.testing.assert_allclose(vector, plain_vector(plain_states(mean_bert, text).mean(axis=0)), atol=1e-6)
-
-
-@pytest.mark.parametrize("text", [SHORT, LONG])
-def test_first_token_pooling_is_the_first_token(first_bert, text):
-    [vector] = language_encoder(str(first_bert), "cpu").encode([text])
-    np.testing.assert_allclose(vector, plain_vector(plain_states(first_bert, text)[0]), atol=1e-6)
-
-
-def test_an_encoder_that_does_not_say_how_it_pools_gives_the_first_token(first_bert, tmp_path):
-    model = copied(first_bert, tmp_path)
-    shutil.rmtree(model / "1_Pooling")
-    [vector] = language_encoder(str(model), "cpu").encode([SHORT])
-    np.testing.assert_allclose(vector, plain_vector(plain_states(first_bert, SHORT)[0]), atol=1e-6)
-
-
 @pytest.mark.parametrize(
-    ("newer", "older"),
+    ("pooling", "pools", "by"),
     [
-        ({"embedding_dimension": 16, "pooling_mode": "mean", "include_prompt": True}, MEAN),
-        ({"embedding_dimension": 16, "pooling_mode": "cls", "include_prompt": True}, FIRST),
+        (MEAN, lambda states: states.mean(axis=0), "the mean of the tokens: 1_Pooling/config.json"),
+        (FIRST, lambda states: states[0], "the first token: 1_Pooling/config.json"),
+        (None, lambda states: states[0], "the first token: the default, as the model has no 1_Pooling/config.json"),
+        ({"pooling_mode": "mean"}, lambda states: states.mean(axis=0), "the mean of the tokens: 1_Pooling/config.json"),
+        ({"pooling_mode": "cls"}, lambda states: states[0], "the first token: 1_Pooling/config.json"),
     ],
+    ids=["mean", "first token", "default", "mean by its newer name", "first token by its newer name"],
 )
-def test_the_newer_way_to_name_a_pooling_is_understood(tmp_path, newer, older):
-    models = [write_tiny_bert(tmp_path / name, pooling) for name, pooling in (("new", newer), ("old", older))]
-    vectors = [language_encoder(str(model), "cpu").encode([LONG]) for model in models]
-    np.testing.assert_array_equal(*vectors)
+def test_a_text_is_its_tokens_pooled_as_the_model_says(tmp_path, pooling, pools, by):
+    model = write_tiny_bert(tmp_path / "bert", pooling)
+    encoder = language_encoder(str(model), "cpu")
+    assert encoder.note == f"{model} pools by {by}"
+    vectors = encoder.encode([SHORT, LONG])
+    for sentence, vector in zip((SHORT, LONG), vectors, strict=True):
+        np.testing.assert_allclose(vector, plain_vector(pools(plain_states(model, sentence))), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -201,52 +169,44 @@ def test_a_pooling_that_is_not_supported_is_refused(tmp_path, pooling):
     assert "pooling" in message.lower()
 
 
-def test_padding_does_not_change_a_texts_vector(bert):
-    encoder = language_encoder(str(bert), "cpu")
+def test_padding_does_not_change_a_texts_vector(mean_bert):
+    encoder = language_encoder(str(mean_bert), "cpu")
     beside_long_ones = encoder.encode([LONG, SHORT, LONG])[1]
     np.testing.assert_allclose(beside_long_ones, encoder.encode([SHORT])[0], atol=1e-6)
 
 
-def test_a_long_text_is_cut_at_what_the_model_reads(bert):
-    encoder = language_encoder(str(bert), "cpu")
-    cut, whole, other = encoder.encode(["lamp " * 10 + "knife " * 500, "lamp " * 10, "lamp " * 9 + "knife"])
+@pytest.mark.parametrize(("maximum", "words"), [(None, 10), (4, 2)])
+def test_a_long_text_is_cut_where_the_model_says(mean_bert, tmp_path, maximum, words):
+    model = copied(mean_bert, tmp_path)
+    if maximum:
+        (model / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": maximum}))
+    texts = ["lamp " * words + "knife " * 500, "lamp " * words, "lamp " * (words - 1) + "knife"]
+    cut, whole, other = language_encoder(str(model), "cpu").encode(texts)
     np.testing.assert_allclose(cut, whole, atol=1e-6)
-    assert np.abs(cut - other).max() > 1e-3  # the 10th word is still read
+    assert np.abs(cut - other).max() > 1e-3  # the last word is still read
 
 
-def test_the_fingerprint_follows_the_weights_not_the_folders_name(bert, tmp_path):
-    model = copied(bert, tmp_path)
-    assert language_fingerprint(str(model)) == language_fingerprint(str(bert))
-    weights = bytearray((model / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (model / "model.safetensors").write_bytes(weights)
-    assert language_fingerprint(str(model)) != language_fingerprint(str(bert))
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "1_Pooling/config.json"])
-def test_the_fingerprint_follows_the_other_files_too(bert, tmp_path, name):
-    model = copied(bert, tmp_path)
-    with (model / name).open("a") as file:
-        file.write(" ")
-    assert language_fingerprint(str(model)) != language_fingerprint(str(bert))
-
-
-def test_the_fingerprint_ignores_files_that_are_not_loaded(bert, tmp_path):
-    model = copied(bert, tmp_path)
+def test_the_fingerprint_follows_the_files_that_are_loaded_not_the_folders_name(mean_bert, tmp_path):
+    model, original = copied(mean_bert, tmp_path), language_fingerprint(str(mean_bert))
     (model / ".git").mkdir()
     for name in (".DS_Store", ".git/HEAD", "README.md", "notes.txt"):
         (model / name).write_text("x")
-    assert language_fingerprint(str(model)) == language_fingerprint(str(bert))
+    assert language_fingerprint(str(model)) == original
+    for name in ("model.safetensors", "tokenizer.json", "config.json", "1_Pooling/config.json"):
+        content = (model / name).read_bytes()
+        (model / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert language_fingerprint(str(model)) != original, name
+        (model / name).write_bytes(content)
 
 
-def test_an_encoder_knows_the_fingerprint_that_is_known_without_loading_it(bert):
-    assert language_encoder(str(bert), "cpu").fingerprint == language_fingerprint(str(bert))
+def test_a_loaded_encoder_has_the_fingerprint_computed_without_loading_it(mean_bert):
+    assert language_encoder(str(mean_bert), "cpu").fingerprint == language_fingerprint(str(mean_bert))
     assert language_encoder("lexical", "cpu").fingerprint == language_fingerprint("lexical")
     assert image_encoder("pixel", "cpu").fingerprint == image_fingerprint("pixel")
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-encoder", "nobody/no-such-encoder@v1", "./no/such/folder"])
-def test_an_encoder_that_cannot_be_had_is_refused_with_what_needs_no_network(name):
+def test_an_unavailable_encoder_is_refused_with_the_offline_choices(name):
     message = refusal(language_encoder, name)
     assert message.startswith(f"--language_encoder {name!r} cannot be loaded")
     assert "local folder" in message
@@ -283,7 +243,7 @@ def test_an_incomplete_local_encoder_is_refused(first_bert, tmp_path, damage):
     assert refusal(language_encoder, str(model)).startswith(f"--language_encoder {str(model)!r} cannot be loaded")
 
 
-def test_an_encoder_whose_unused_pooler_has_no_weights_is_fine(first_bert, tmp_path):
+def test_the_unused_pooler_needs_no_weights(first_bert, tmp_path):
     from safetensors.torch import load_file, save_file
 
     model = copied(first_bert, tmp_path)
@@ -302,18 +262,8 @@ def test_an_encoder_in_the_hubs_cache_is_that_encoder_with_its_pooling(hub, mean
     expected = language_encoder(str(mean_bert), "cpu").encode([LONG])
     np.testing.assert_array_equal(language_encoder(name, "cpu").encode([LONG]), expected)
     assert hub_commit(name) == "a" * 40
-
-
-def test_a_revision_that_is_not_in_the_hubs_cache_is_refused(hub, mean_bert):
-    put_in_hub_cache(hub, "org/tiny", "a" * 40, mean_bert)
     assert "'org/tiny@v2' cannot be loaded" in refusal(language_encoder, "org/tiny@v2")
     assert hub_commit("org/tiny@v2") is None
-
-
-def test_a_cached_encoder_whose_pooling_is_not_known_is_refused_rather_than_guessed(hub, mean_bert):
-    put_in_hub_cache(hub, "org/tiny", "a" * 40, mean_bert)
-    shutil.rmtree(hub / "models--org--tiny" / "snapshots" / ("a" * 40) / "1_Pooling")
-    assert "1_Pooling/config.json is not in the local cache" in refusal(language_encoder, "org/tiny")
 
 
 def test_a_trained_sentence_encoder_puts_related_sentences_nearer():
@@ -325,53 +275,39 @@ def test_a_trained_sentence_encoder_puts_related_sentences_nearer():
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2
 
 
+def test_a_cached_encoder_of_unknown_pooling_is_refused(hub, mean_bert):
+    put_in_hub_cache(hub, "org/tiny", "a" * 40, mean_bert)
+    shutil.rmtree(hub / "models--org--tiny" / "snapshots" / ("a" * 40) / "1_Pooling")
+    assert "1_Pooling/config.json is not in the local cache" in refusal(language_encoder, "org/tiny")
+
+
 # --------------------------------------------------------------------------------------------------- open_clip pictures
 
-TINY_CLIP = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.5},
-    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
-}
 
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> tuple[str, Path]:
-    """A small random CLIP: its name in open_clip and the file of its weights."""
+def test_open_clip_encodes_pictures_as_its_model_does(clip):
     import open_clip
     import torch
 
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
-    open_clip.add_model_config(folder / "tiny-clip.json")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.save(open_clip.create_model("tiny-clip").state_dict(), folder / "weights.pt")
-    return "tiny-clip", folder / "weights.pt"
-
-
-def test_open_clip_gives_a_vector_of_length_1_for_every_picture(clip):
-    encoder = image_encoder("{}/{}".format(*clip), "cpu")
-    vectors = encoder.encode([draw("red"), draw("blue").convert("L"), Image.new("RGB", (7, 90), "green")])
-    assert vectors.shape == (3, encoder.dim) == (3, 24)
-    assert_unit(vectors)
-
-
-def test_open_clip_from_a_file_is_that_model_and_deterministic(clip):
-    import open_clip
-    import torch
-
-    name, weights = clip
+    name, weights = clip_parts(clip)
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     model.load_state_dict(torch.load(weights))
     with torch.inference_mode():
         expected = model.eval().encode_image(preprocess(draw("red"))[None])[0].numpy()
-    for _ in range(2):
-        [vector] = image_encoder(f"{name}/{weights}", "cpu").encode([draw("red")])
-        np.testing.assert_allclose(vector, plain_vector(expected), atol=1e-6)
+    encoder = image_encoder(clip, "cpu")
+    vectors = encoder.encode([draw("red"), draw("blue").convert("L"), Image.new("RGB", (7, 90), "green")])
+    assert vectors.shape == (3, encoder.dim) == (3, 24)
+    assert_unit(vectors)
+    np.testing.assert_allclose(vectors[0], plain_vector(expected), atol=1e-6)
+
+
+def clip_parts(clip: str) -> tuple[str, Path]:
+    """Split a CLIP's name into its model and the file of its weights."""
+    name, _, weights = clip.partition("/")
+    return name, Path(weights)
 
 
 def test_the_fingerprint_of_open_clip_follows_model_and_weights(clip, tmp_path):
-    name, weights = clip
+    name, weights = clip_parts(clip)
     moved = Path(shutil.copy(weights, tmp_path / weights.name))
     assert image_fingerprint(f"{name}/{weights}") == image_fingerprint(f"{name}/{moved}")
     moved.write_bytes(weights.read_bytes() + b"x")
@@ -381,14 +317,14 @@ def test_the_fingerprint_of_open_clip_follows_model_and_weights(clip, tmp_path):
     assert image_encoder(f"{name}/{weights}", "cpu").fingerprint == image_fingerprint(f"{name}/{weights}")
 
 
-def test_weights_of_siglip_from_a_file_see_pictures_as_siglip_does(clip, tmp_path, monkeypatch):
+def test_weights_of_siglip_from_a_file_are_given_pictures_as_in_its_training(clip, tmp_path, monkeypatch):
     """SigLIP was trained on whole pictures squashed to a square, with pixels from -1 to 1; CLIP on centre crops."""
     import open_clip
     import torch
 
-    name = "ViT-L-16-SigLIP-256"
+    name, (_, weights) = "ViT-L-16-SigLIP-256", clip_parts(clip)
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, TINY_CLIP)  # as small, under its name
-    preprocess = image_encoder(f"{name}/{clip[1]}", "cpu").preprocess
+    preprocess = image_encoder(f"{name}/{weights}", "cpu").preprocess
     wide = Image.new("RGB", (96, 32), "white")
     ImageDraw.Draw(wide).rectangle((0, 0, 31, 32), fill="black")
     pixels = preprocess(wide)
@@ -397,32 +333,29 @@ def test_weights_of_siglip_from_a_file_see_pictures_as_siglip_does(clip, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["no-such-model/openai", "ViT-B-32", ""])
-def test_an_unknown_picture_model_is_refused_with_what_is_accepted(name):
+def test_an_unknown_picture_model_is_refused_with_the_accepted_forms(name):
     message = refusal(image_encoder, name)
     assert message.startswith(f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights")
 
 
 @pytest.mark.parametrize("weights", ["no-such-tag", "laion2b_s34b_b79k"])
-def test_picture_weights_that_cannot_be_had_are_refused_with_what_needs_no_network(hub, weights):
+def test_unavailable_picture_weights_are_refused_with_the_offline_choices(hub, weights):
     message = refusal(image_encoder, f"ViT-B-32/{weights}")
     assert message.startswith(f"--img_encoder 'ViT-B-32/{weights}' cannot be loaded")
     assert "path-to-weights of a local file" in message
     assert "'pixel'" in message
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", "cut"], ids=["empty", "text", "cut"])
-def test_picture_weights_that_are_damaged_are_refused(clip, tmp_path, content):
-    name, weights = clip
-    whole = weights.read_bytes()
-    (tmp_path / "weights.pt").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
-    assert "cannot be loaded" in refusal(image_encoder, f"{name}/{tmp_path / 'weights.pt'}")
-
-
-def test_picture_weights_of_another_model_are_refused(clip, tmp_path):
+@pytest.mark.parametrize("content", ["empty", "text", "cut", "another model"])
+def test_damaged_picture_weights_are_refused(clip, tmp_path, content):
     import torch
 
-    torch.save({"visual.proj": torch.zeros(3, 3)}, tmp_path / "other.pt")
-    assert "cannot be loaded" in refusal(image_encoder, f"{clip[0]}/{tmp_path / 'other.pt'}")
+    (name, weights), path = clip_parts(clip), tmp_path / "weights.pt"
+    whole = weights.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"no weights"}.get(content, whole[: len(whole) // 2]))
+    if content == "another model":
+        torch.save({"visual.proj": torch.zeros(3, 3)}, path)
+    assert "cannot be loaded" in refusal(image_encoder, f"{name}/{path}")
 
 
 # ------------------------------------------------------------------------------------- beside Hugging Face's `datasets`
@@ -436,6 +369,7 @@ def hugging_face_datasets_is_installed() -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hugging_face_datasets_is_installed(), reason="pip install datasets")
 def test_transformers_and_open_clip_work_where_this_datasets_hides_hugging_faces(mean_bert, clip):
     code = (
@@ -449,8 +383,8 @@ def test_transformers_and_open_clip_work_where_this_datasets_hides_hugging_faces
         "print(text.load_encoder(bert, 'cpu').encode(['red tent']).tolist())\n"
         "print(image.load_encoder(clip, 'cpu').encode([Image.new('RGB', (40, 40), 'red')]).shape)\n"
     )
-    name, weights = clip
-    arguments = (mean_bert, weights.with_name(f"{name}.json"), f"{name}/{weights}")
+    name, weights = clip_parts(clip)
+    arguments = (mean_bert, weights.with_name(f"{name}.json"), clip)
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -460,7 +394,10 @@ def test_transformers_and_open_clip_work_where_this_datasets_hides_hugging_faces
     assert shape == "(1, 24)"
 
 
-def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(tmp_path):
+# -------------------------------------------------------------------------------------------------- code and metadata
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path):
     model = write_tiny_bert(tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "strange", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
@@ -470,7 +407,7 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_goes_on_after_its_pooling_is_refused(tmp_path):
+def test_a_model_with_layers_after_its_pooling_is_refused(tmp_path):
     model = write_tiny_bert(tmp_path / "model", MEAN)
     types = ["sentence_transformers.models." + name for name in ("Transformer", "Pooling", "Dense")]
     (model / "modules.json").write_text(json.dumps([{"idx": i, "type": t} for i, t in enumerate(types)]))
@@ -492,22 +429,8 @@ def test_the_pooling_is_read_from_the_folder_that_modules_json_names(tmp_path):
     )
 
 
-def test_an_encoder_that_does_not_say_how_it_pools_says_that_it_takes_the_default(tmp_path):
-    model = write_tiny_bert(tmp_path / "model")
-    assert language_encoder(str(model), "cpu").note == (
-        f"{model} pools by the first token: the default, as the model has no 1_Pooling/config.json"
-    )
-
-
-def test_texts_are_cut_where_the_model_says(tmp_path):
-    model = write_tiny_bert(tmp_path / "model", MEAN)
-    (model / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 4}))
-    short, long = language_encoder(str(model), "cpu").encode(["red warm", "red warm light tent lamp"])
-    assert np.allclose(short, long, atol=1e-6)
-
-
 @pytest.mark.parametrize(("proxy", "offline"), [("", True), ("http://proxy.example:3128", False)])
-def test_a_hub_whose_name_does_not_resolve_is_not_asked_unless_a_proxy_may_resolve_it(monkeypatch, proxy, offline):
+def test_a_hub_that_does_not_resolve_is_asked_only_by_a_proxy(monkeypatch, proxy, offline):
     from huggingface_hub import constants
 
     def unresolved(*_):
@@ -523,7 +446,7 @@ def test_a_hub_whose_name_does_not_resolve_is_not_asked_unless_a_proxy_may_resol
     assert constants.HF_HUB_OFFLINE is offline
 
 
-def test_a_local_folder_does_not_ask_whether_there_is_a_network(tmp_path, monkeypatch):
+def test_a_local_folder_needs_no_network(tmp_path, monkeypatch):
     def asked(*_):
         raise AssertionError("the network was asked for")
 

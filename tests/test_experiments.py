@@ -1,5 +1,7 @@
-"""The runner of experiments: it does what is missing."""
+"""Define experiments, run what is missing of them, and test cold items."""
 
+import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -7,19 +9,124 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import eval as evaluate
 import train
 from common.errors import InputError
-from experiments import plan, run
-from experiments.definition import Definition, Row, definitions, identity
+from config import NAMED_PRESETS, Config, resolve
+from datasets.catalog import load_catalog
+from experiments import cold_items, plan, report, run
+from experiments.definition import Definition, Row, definitions, identity, read_definition, unusual
 from experiments.store import keep, kept_runs
+from serving import export
 from tests.prepared import write_prepared
 
+# ---------------------------------------------------------------------------------------------------------- definitions
+
+
+def test_every_definition_of_this_repository_can_be_read():
+    found = definitions()
+    assert {"table2", "table3", "sizes", "independent", "depth", "loss", "first_label", "released"} <= set(found)
+    for definition in found.values():
+        assert set(definition.datasets) <= {"beauty", "clothing", "sports", "toys"}
+    rows = [resolve(row.settings | {"dataset_code": "beauty"})[0] for row in found["table3"].rows]
+    assert [config.branch for config in rows] == ["both", "language", "image", "id"]
+    assert rows[0] == resolve({"dataset_code": "beauty"})[0]
+
+
+def written(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+HEAD = 'title = "T"\ntext = "t"\ndatasets = ["beauty"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (HEAD + "[rows]\na = { lru_blocks = 2 }", r"unknown settings \['lru_blocks'\]"),
+        (HEAD + '[rows]\na = { lru_num_blocks = "2" }', "lru_num_blocks '2', which is no int"),
+        (HEAD + "[rows]\na = { lru_num_blocks = 0 }", "--lru_num_blocks 0 must be at least 1"),
+        (HEAD + 'compare = [["a", "c"]]\n[rows]\na = { }', r"compares unknown rows \['c'\]; its rows are \['a'\]"),
+        (HEAD + "colour = 1\n[rows]\na = { }", "colour"),
+        (HEAD + "[rows]\na = { size = 7 }", "size 7; its sizes are 8,16"),
+        (HEAD + '[rows]\na = { published = "sasrek" }', "published 'sasrek'; known are .*sasrec"),
+        (HEAD, "it lacks 'rows'"),
+        ("title = ", "is not a valid experiment"),
+    ],
+)
+def test_an_invalid_definition_is_named_with_its_file(tmp_path, text, problem):
+    with pytest.raises(InputError, match=rf"mine\.toml.*{problem}"):
+        read_definition(written(tmp_path, text))
+
+
+def test_the_settings_in_which_rows_differ_are_varied(tmp_path):
+    rows = "[settings]\nlr = 1e-3\n[rows]\na = { seed = 1, lru_num_blocks = 1 }\nb = { seed = 1, lru_num_blocks = 2 }\n"
+    definition = read_definition(written(tmp_path, HEAD + rows + "c = { seed = 1, num_epochs = 3 }"))
+    assert definition.varied() == {"lru_num_blocks", "num_epochs"}
+    assert [row.settings["lr"] for row in definition.rows] == [1e-3] * 3
+    rows = "[settings]\nenable_lr_schedule = true\n[rows]\na = { }\nb = { enable_lr_schedule = false }\n"
+    assert read_definition(written(tmp_path, HEAD + rows)).varied() == {"enable_lr_schedule", "warmup_steps"}
+    assert definitions()["baselines"].varied() == set(Config.__dataclass_fields__)  # other models differ in all
+
+
+def test_a_preset_in_a_definition_sets_its_settings(tmp_path):
+    text = HEAD + '[rows]\na = { preset = "plus", distill = 0.25 }\nb = { preset = "paper" }\nc = { preset = "plus" }'
+    a, b, c = read_definition(written(tmp_path, text)).rows
+    assert a.settings == NAMED_PRESETS["plus"] | {"distill": 0.25}
+    assert (b.settings, c.settings) == ({}, NAMED_PRESETS["plus"])
+    by_name, by_flags = resolve({"preset": "plus"})[0], resolve(c.settings)[0]
+    definition = read_definition(tmp_path / "mine.toml")
+    assert definition.fits(c, by_name) and definition.fits(c, by_flags)
+    assert not definition.fits(a, by_name) and not definition.fits(b, by_name)
+
+
+def test_a_row_fits_no_run_with_extensions_that_it_does_not_name():
+    (row,) = (row for row in definitions()["depth"].rows if row.name == "2 blocks")
+    beauty = {"dataset_code": "beauty"}
+    assert definitions()["depth"].fits(row, resolve(beauty)[0])
+    for flags in ({"whiten_features": True}, {"item_embedding": 64}, {"distill": 0.1}, {"preset": "plus"}):
+        assert not definitions()["depth"].fits(row, resolve(beauty | flags)[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "change", "same"),
+    [
+        ({"use_img_encoder": False}, {"img_encoder": "other"}, True),
+        ({}, {"img_encoder": "other"}, False),
+        ({}, {"device": "cpu", "val_batch_size": 3, "run_name": "x"}, True),
+        ({}, {"seed": 1}, False),
+        ({"use_language_encoder": False}, {"language_encoder": "x", "item_attributes": ("brand",)}, True),
+        ({}, {"item_attributes": ("brand",)}, False),
+        ({"model_code": "fmrlrec"}, {"num_heads": 2}, True),
+        ({"model_code": "sasrec"}, {"num_heads": 2}, False),
+        ({"model_code": "sasrec"}, {"lru_r_max": 0.995, "lru_use_bias": False}, True),
+        ({"model_code": "lrurec"}, {"lru_r_max": 0.995}, False),
+        ({"model_code": "popularity"}, {"lr": 0.5}, True),
+        ({"model_code": "popularity"}, {"best_metric": "MRR@5"}, False),
+    ],
+    ids=str,
+)
+def test_runs_are_the_same_if_they_differ_in_ineffective_settings_alone(flags, change, same):
+    config = resolve(flags)[0]
+    assert (identity(dataclasses.replace(config, **change)) == identity(config)) == same
+
+
+def test_unusual_settings_differ_from_defaults_and_presets():
+    beauty, _ = resolve({"dataset_code": "beauty", "lr": 0.5, "lru_dropout": 0.6, "seed": 7})
+    assert unusual(beauty, {"seed"}) == {"lr": 0.5}
+
+
+# ----------------------------------------------------------------------------------------------------------- the runner
+
 FLAGS = (
-    "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 2,4 --num_epochs 2 "
+    "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 2,4 --num_epochs 1 "
     "--device cpu --results kept"
 )
 
@@ -57,29 +164,22 @@ def names(folder):
     return [run.name for run in kept_runs(folder)]
 
 
-def test_there_is_a_job_for_every_seed_dataset_and_row():
+def test_every_seed_dataset_and_row_has_a_job():
     jobs = planned(["table3"], seeds=[1, 2])
     assert len({str(identity(job.config)) for job in jobs}) == len(jobs) == 2 * 4 * 4
+    assert [len(job.names) for job in planned(["independent"], ["beauty"])] == [8, *[1] * 8]  # nested, then alone
+    jobs = planned(["table2"], ["sports", "mine"])
+    assert [job.config.dataset_code for job in jobs] == ["sports", "mine"]
+    assert jobs[0].config.lru_r_max == 0.2  # the preset of sports
 
 
-def test_rows_that_ask_for_the_same_training_share_a_job():
+def test_rows_of_the_same_training_share_a_job():
     jobs = planned(["depth", "loss", "table2"], ["beauty"])
     assert [job.names for job in jobs] == [
         ["depth/1 block"],
         ["depth/2 blocks", "loss/mean", "table2/fMRLRec"],
         ["loss/sum"],
     ]
-
-
-def test_nested_sizes_are_one_training_and_those_alone_one_each():
-    jobs = planned(["independent"], ["beauty"])
-    assert [len(job.names) for job in jobs] == [8, *[1] * 8]
-
-
-def test_datasets_can_be_given_that_the_definition_does_not_name():
-    jobs = planned(["table2"], ["sports", "mine"])
-    assert [job.config.dataset_code for job in jobs] == ["sports", "mine"]
-    assert jobs[0].config.lru_r_max == 0.2  # the preset of sports
 
 
 @pytest.mark.parametrize(
@@ -93,18 +193,18 @@ def test_datasets_can_be_given_that_the_definition_does_not_name():
         ("depth --preset plus", "--preset plus contradicts depth"),
     ],
 )
-def test_what_cannot_be_run_is_named(workplace, arguments, problem):
+def test_an_invalid_choice_of_runs_is_refused(workplace, arguments, problem):
     with pytest.raises(InputError, match=problem):
         run_experiments(arguments)
 
 
-def test_seed_is_not_a_flag_but_seeds_is(workplace, capsys):
+def test_the_flag_for_seeds_is_suggested_for_seed(workplace, capsys):
     with pytest.raises(SystemExit):
         run_experiments("depth --seed 3")
     assert "did you mean --seeds?" in capsys.readouterr().err
 
 
-def test_a_dry_run_lists_the_runs_and_does_nothing(workplace, calls, capsys):
+def test_a_dry_run_lists_the_runs_only(workplace, calls, capsys):
     jobs = run_experiments("depth --seeds 1,2,1 --dry_run")
     assert [job.state for job in jobs] == ["to start"] * 4
     listed = capsys.readouterr().out
@@ -119,13 +219,14 @@ def test_a_dry_run_lists_the_runs_and_does_nothing(workplace, calls, capsys):
         ("", "data/tiny/sequential_data.txt:1: '1 2 abc 3' is not 'user item item"),
     ],
 )
-def test_a_dry_run_says_what_is_wrong_with_the_data(workplace, calls, capsys, flags, problem):
+def test_a_dry_run_reports_bad_data(workplace, calls, capsys, flags, problem):
     (workplace / "data/tiny/sequential_data.txt").write_text("1 2 abc 3\n")
     run_experiments(f"depth --dry_run {flags}")
     assert f"2 runs: 2 to start\n{problem}" in capsys.readouterr().out
 
 
-def test_missing_runs_are_trained_tested_twice_and_kept_and_others_skipped(workplace, calls, capsys):
+def test_missing_runs_are_trained_tested_twice_and_kept(workplace, calls, capsys):
+    planned_before = run_experiments("depth --dry_run")
     jobs = run_experiments("depth")
     assert [call[0] for call in calls] == ["train.py", "eval.py"] * 2
     assert all("--mask_history" in call for call in calls[1::2])
@@ -138,13 +239,9 @@ def test_missing_runs_are_trained_tested_twice_and_kept_and_others_skipped(workp
     assert not calls
     assert [job.state for job in again] == ["finished"] * 2
     assert "2 runs: 2 finished\n" in capsys.readouterr().out
-
-
-def test_kept_results_alone_make_a_run_finished(workplace, calls):
-    run_experiments("depth")
+    run.work(planned_before, Path("kept"))  # as a second runner that planned before the first was done
     (workplace / "experiments").rename(workplace / "elsewhere")
-    calls.clear()
-    assert [job.state for job in run_experiments("depth")] == ["finished"] * 2
+    assert {job.state for job in [*planned_before, *run_experiments("depth")]} == {"finished"}
     assert not calls
 
 
@@ -185,19 +282,6 @@ def test_a_failed_run_is_named_and_the_others_go_on(workplace, calls, monkeypatc
     assert len(names(Path("kept"))) == 1
 
 
-def test_a_run_without_user_ranks_is_tested_again(workplace, calls):
-    (job,) = run_experiments("depth --rows '1 block'")
-    before = (job.run / "test_mrl_metrics.json").read_bytes()
-    for name in ("test_ranks.npz", "test_ranks_history_masked.npz"):
-        (job.run / name).unlink()
-    shutil.rmtree("kept")
-    calls.clear()
-    jobs = run_experiments("depth --rows '1 block'")
-    assert [[call[0], "--mask_history" in call] for call in calls] == [["eval.py", False], ["eval.py", True]]
-    assert [job.state for job in jobs] == ["finished"]
-    assert (job.run / "test_mrl_metrics.json").read_bytes() == before
-
-
 def test_a_run_on_other_data_does_not_count(workplace, calls):
     (job,) = run_experiments("depth --rows '1 block'")
     write_prepared(workplace / "data", "tiny", users=20, items=12, pictures=True, seed=1)
@@ -216,7 +300,7 @@ def test_sigterm_ends_the_running_script_and_starts_no_other(workplace, monkeypa
     monkeypatch.setattr(run, "REPOSITORY", workplace)
 
     def end():
-        while not began.exists():
+        while not (began.exists() and began.read_text()):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -251,6 +335,29 @@ def test_every_device_has_one_run_at_a_time(workplace, monkeypatch):
     assert max(most) == 2
 
 
+@pytest.mark.parametrize("folder_exists", [True, False])
+def test_a_missing_test_is_made_while_the_run_folder_exists(workplace, calls, folder_exists):
+    (job,) = run_experiments("depth --rows '1 block'")
+    before = (job.run / "test_mrl_metrics.json").read_bytes()
+    shutil.rmtree("kept")
+    for path in job.run.glob("test_*_history_masked.*"):
+        path.unlink()
+    keep(job.run, Path("kept"))
+    if not folder_exists:
+        shutil.rmtree("experiments")
+    calls.clear()
+    (job,) = run_experiments("depth --rows '1 block'")
+    assert job.state == ("finished" if folder_exists else "kept in part")
+    assert [call[0] for call in calls] == ["eval.py"] * folder_exists
+    if folder_exists:
+        (job.run / "test_ranks.npz").unlink()
+        shutil.rmtree("kept")
+        calls.clear()
+        run_experiments("depth --rows '1 block'")
+        assert [[call[0], "--mask_history" in call] for call in calls] == [["eval.py", False]]
+        assert (job.run / "test_mrl_metrics.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(("visible", "expected"), [("2,5", ["2", "5"]), (None, ["0", "1"])])
 def test_only_visible_gpus_are_used(monkeypatch, visible, expected):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -273,33 +380,7 @@ def test_a_run_folder_of_another_version_is_ignored_and_named(workplace, calls, 
     assert "unknown settings ['learning_rate']" in capsys.readouterr().err
 
 
-def test_a_missing_test_is_made_only_while_the_run_folder_exists(workplace, calls):
-    (job,) = run_experiments("depth --rows '1 block'")
-    shutil.rmtree("kept")
-    for path in job.run.glob("test_*_history_masked.*"):
-        path.unlink()
-    keep(job.run, Path("kept"))
-    calls.clear()
-    assert [job.state for job in run_experiments("depth --rows '1 block'")] == ["finished"]
-    assert [call[0] for call in calls] == ["eval.py"]
-    shutil.rmtree("kept")
-    for path in job.run.glob("test_*_history_masked.*"):
-        path.unlink()
-    keep(job.run, Path("kept"))
-    shutil.rmtree("experiments")
-    calls.clear()
-    assert [job.state for job in run_experiments("depth --rows '1 block'")] == ["kept in part"]
-    assert not calls
-
-
-def test_a_results_folder_that_cannot_be_written_is_named_before_training(workplace, calls):
-    Path("kept").write_text("a file")
-    with pytest.raises(InputError, match="cannot write kept"):
-        run_experiments("depth")
-    assert not calls
-
-
-def test_a_run_that_cannot_be_kept_does_not_stop_the_others(workplace, calls, monkeypatch, capsys):
+def test_results_that_cannot_be_written_are_named(workplace, calls, monkeypatch, capsys):
     true, tried = run.keep, []
 
     def keep(of_run, results, tests):
@@ -308,29 +389,24 @@ def test_a_run_that_cannot_be_kept_does_not_stop_the_others(workplace, calls, mo
             raise InputError("cannot write kept")
         true(of_run, results, tests)
 
-    monkeypatch.setattr(run, "keep", keep)
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run, "keep", keep)
         run_experiments("depth")
     assert "failed: cannot write kept: tiny, seed 42: depth/1 block" in capsys.readouterr().err
-    assert len(names(Path("kept"))) == 1
-
-
-def test_a_run_that_another_runner_has_finished_meanwhile_is_skipped(workplace, calls):
-    jobs = run_experiments("depth --dry_run")
-    run_experiments("depth")
+    assert len(names(Path("kept"))) == 1  # the other run
+    shutil.rmtree("kept")
+    Path("kept").write_text("a file")
     calls.clear()
-    run.work(jobs, Path("kept"))
+    with pytest.raises(InputError, match="cannot write kept"):
+        run_experiments("depth")
     assert not calls
-    assert {job.state for job in jobs} == {"finished"}
 
 
+@pytest.mark.slow
 def test_the_scripts_run_as_processes(workplace):
     (job,) = run_experiments("depth --rows '1 block'")
     assert job.state == "finished"
     assert "NDCG@10 masked" in kept_runs(Path("kept"))[0].test
-
-
-# ------------------------------------------------------------------------------------------------ chosen on validation
 
 
 @pytest.fixture
@@ -342,19 +418,12 @@ def screening(monkeypatch):
     return mine
 
 
-def test_an_experiment_on_validation_never_tests(workplace, calls, screening):
-    jobs = run_experiments("screening")
-    assert [call[0] for call in calls] == ["train.py"] * 2
-    assert [job.state for job in jobs] == ["finished"] * 2
-    assert not list(workplace.glob("**/test_*"))
-    for run_ in kept_runs(Path("kept")):
-        assert not run_.tested and (run_.validation["NDCG@10"] >= 0).all()
-    calls.clear()
-    assert [job.state for job in run_experiments("screening")] == ["finished"] * 2
-    assert not calls
-
-
 def test_an_untested_run_is_tested_once_an_experiment_asks_for_it(workplace, calls, screening):
+    jobs = run_experiments("screening,depth --rows 'off;on;2 blocks' --dry_run")
+    assert [(job.names, job.tests) for job in jobs] == [
+        (["screening/off", "depth/2 blocks"], True),
+        (["screening/on"], False),
+    ]
     run_experiments("screening --rows off")
     calls.clear()
     run_experiments("depth --rows '2 blocks'")  # the same training
@@ -363,19 +432,105 @@ def test_an_untested_run_is_tested_once_an_experiment_asks_for_it(workplace, cal
     assert kept.complete()
 
 
-def test_an_untested_kept_run_without_its_folder_is_trained_again_for_a_test(workplace, calls, screening):
-    run_experiments("screening --rows off")
+def test_an_experiment_on_validation_never_tests(workplace, calls, screening):
+    jobs = run_experiments("screening")
+    assert [call[0] for call in calls] == ["train.py"] * 2
+    assert [job.state for job in jobs] == ["finished"] * 2
+    assert not list(workplace.glob("**/test_*"))
+    for run_ in kept_runs(Path("kept")):
+        assert not run_.tested and (run_.validation["NDCG@10"] >= 0).all()
+    calls.clear()
     shutil.rmtree("experiments")
-    (job,) = run_experiments("depth --rows '2 blocks' --dry_run")
+    assert [job.state for job in run_experiments("screening")] == ["finished"] * 2
+    assert not calls
+    (job,) = run_experiments("depth --rows '2 blocks' --dry_run")  # asks for a test, which needs the folder
     assert (job.run, job.state) == (None, "to start")
-    (job,) = run_experiments("screening --rows off --dry_run")
-    assert job.state == "finished"
 
 
-def test_a_run_that_any_experiment_wants_tested_is_tested(workplace, calls, screening):
-    jobs = run_experiments("screening,depth --rows 'off;on;2 blocks'")
-    assert [(job.names, job.tests) for job in jobs] == [
-        (["screening/off", "depth/2 blocks"], True),
-        (["screening/on"], False),
+# ----------------------------------------------------------------------------------------------------------- cold items
+
+COLD_FLAGS = shlex.split(
+    "--language_encoder lexical --no-use_img_encoder --lru_num_blocks 1 --mrl_hidden_sizes 4,8 --num_epochs 1 "
+    "--val_batch_size 8"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return data_root, the whole catalogue, the one without a fifth of its items, and held_out.json."""
+    root = tmp_path_factory.mktemp("data")
+    write_prepared(root, "whole", users=40, items=150)
+    cold_items.main(["make", "--dataset_code", "whole", "--from_root", str(root), "--data_root", str(root),
+                     "--share", "0.2"])  # fmt: skip
+    held = json.loads((root / "whole-cold/held_out.json").read_text())
+    return root, load_catalog(root, "whole"), load_catalog(root, "whole-cold"), held
+
+
+def histories_of(catalog):
+    return [[catalog.asins[i - 1] for i in catalog.sequences.of(row)] for row in range(len(catalog.sequences))]
+
+
+def test_held_out_items_leave_the_order_and_metadata_of_the_others(made):
+    _, whole, cold, held = made
+    out = {record["asin"] for record in held["items"]}
+    assert len(out) == 30
+    assert cold.asins == [asin for asin in whole.asins if asin not in out]
+    assert [record["title"] for record in cold.metadata] == [
+        record["title"] for record in whole.metadata if record["asin"] not in out
     ]
-    assert [call[0] for call in calls] == ["train.py", "eval.py", "train.py"]
+    without = [[asin for asin in history if asin not in out] for history in histories_of(whole)]
+    assert histories_of(cold) == [history for history in without if len(history) >= 3]
+
+
+def test_users_whose_last_item_is_held_out_are_the_test(made):
+    _, whole, _, held = made
+    out = {record["asin"] for record in held["items"]}
+    expected = [
+        {"history": [asin for asin in history if asin not in out], "target": history[-1]}
+        for history in histories_of(whole)
+        if history[-1] in out
+    ]
+    assert held["users"] == [user for user in expected if user["history"]]
+    assert len(held["users"]) >= 3
+
+
+def test_held_out_items_are_added_to_an_export_and_ranked_among_all(made, tmp_path, monkeypatch):
+    root, _, cold, held = made
+    monkeypatch.chdir(tmp_path)
+    run = train.main(["--dataset_code", "whole-cold", "--data_root", str(root), *COLD_FLAGS])
+    (folder,) = export.main(["--run", str(run), "--out", str(tmp_path / "cold")])
+    found = cold_items.main(["test", str(folder), "--data_root", str(root), "--out", str(run / "cold_items.json")])
+    assert found == json.loads((run / "cold_items.json").read_text())
+    assert (found["items"], found["held_out"], found["size"]) == (150, 30, 8)
+    never, trained, chance = (found["users"][name] for name in ("never trained", "trained", "chance"))
+    assert never["count"] == chance["count"] == len(held["users"])
+    assert trained["count"] <= len(cold.sequences)
+    assert chance["Recall@50"] == 50 / 150
+    for result in (never, trained):
+        assert 0 <= result["Recall@10"] <= result["Recall@50"] <= result["Recall@100"] <= 1
+    elsewhere = ["--results", str(tmp_path / "kept"), "--out", str(tmp_path / "R.md"), "--media", str(tmp_path)]
+    report.main(["--keep", str(run), *elsewhere])
+    assert f"| never trained | {never['count']} | {never['Recall@10']:.4f} |" in (tmp_path / "R.md").read_text()
+
+
+@pytest.mark.parametrize(("items", "asked"), [(5000, 100), (60, 60)])
+def test_recall_counts_a_target_by_its_place_in_the_answer(items, asked):
+    class Answers:
+        def __len__(self):
+            return items
+
+        def recommend(self, histories, top_k, exclude_history):
+            assert top_k == asked and not exclude_history
+            answers = [
+                [*range(1000, 1000 + place), 7, *range(2000, 2000 + asked - place - 1)] for (place,) in histories
+            ]
+            return [SimpleNamespace(numbers=np.array(a), ids=[str(number) for number in a]) for a in answers]
+
+    found = cold_items.recalls(Answers(), [([9], 7), ([10], "7"), ([49], 7), ([asked - 1], 8)])
+    assert found == {"count": 4, "Recall@10": 0.25, "Recall@50": 0.75, "Recall@100": 0.75}
+
+
+@pytest.mark.parametrize("share", ["1", "nan", "0.001"])
+def test_a_share_without_any_item_is_refused(made, share):
+    with pytest.raises(InputError, match="--share"):
+        cold_items.main(["make", "--dataset_code", "whole", "--from_root", str(made[0]), "--share", share])

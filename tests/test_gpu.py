@@ -1,4 +1,4 @@
-"""What a GPU computes is what the CPU does. Where there is none, all of this is skipped."""
+"""Compute on a GPU as on the CPU; skipped without a GPU."""
 
 import json
 import shlex
@@ -30,17 +30,17 @@ NO_DROPOUT = "--lru_dropout 0 --lru_attn_dropout 0"  # which every device draws 
 
 
 def trained(case, device, flags=""):
-    """A run of a case."""
+    """Train a case and return its run."""
     return train.main(shlex.split(f"{CASES[case]} --device {device} --run_name {case}-{device} {flags}"))
 
 
 def metrics(run):
-    """What the test found, by size."""
+    """Return the test metrics of a run by size."""
     return json.loads((run / EVERY_SIZE).read_text())
 
 
 def losses_and_gradients(device):
-    """Of the exact softmax and of a sampled one, with all that either can be asked for."""
+    """Return the exact and the sampled loss with every option, and their gradients."""
     draw = torch.Generator().manual_seed(0)
     z, weight, own, V = (
         torch.randn(shape, generator=draw).to(device).requires_grad_()
@@ -57,20 +57,20 @@ def losses_and_gradients(device):
     return [part.cpu() for part in (exact, sampled, *gradients)]
 
 
-def test_losses_and_their_gradients_are_those_of_the_cpu():
+def test_a_gpu_computes_the_losses_and_gradients_of_the_cpu():
     torch.testing.assert_close(losses_and_gradients(GPU), losses_and_gradients("cpu"), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_training_is_that_of_the_cpu(workplace, case):
-    """Batches of a shape that was met twice are played back from a recording."""
+def test_a_gpu_trains_as_the_cpu(workplace, case):
+    """Batches of a repeated shape are replayed from a CUDA graph."""
     flags = "" if case == "itemknn" else NO_DROPOUT
     logs = [[(line.get("loss", 0), line["val"]) for line in read_log(trained(case, d, flags))] for d in (GPU, "cpu")]
     torch.testing.assert_close(*logs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_is_tested_on_the_cpu_as_on_the_gpu(workplace, case):
+def test_the_cpu_evaluates_a_run_as_the_gpu(workplace, case):
     run = trained(case, GPU)
     found = metrics(run)
     eval_script.main(["--run", str(run), "--device", "cpu"])
@@ -78,7 +78,7 @@ def test_a_run_is_tested_on_the_cpu_as_on_the_gpu(workplace, case):
 
 
 @pytest.mark.parametrize("case", ["faithful", "plus"])
-def test_a_training_that_was_cut_off_goes_on_to_the_same_weights(workplace, case):
+def test_a_training_that_was_cut_off_is_resumed_to_the_same_weights(workplace, case):
     whole = trained(case, GPU)
     with cut_off_after(1):
         trained(case, GPU, "--run_name cut")

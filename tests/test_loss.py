@@ -1,5 +1,6 @@
-"""The losses: each fast twin against its plain twin, over an item table, its factors, and a sample of it."""
+"""The losses: each fast twin against its plain twin, their definitions, and the sampled softmax."""
 
+import math
 from itertools import accumulate, chain, pairwise
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.extensions.objective import CROSS_ENTROPY, Objective
-from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
+from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
+from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample, sampled_matryoshka_cross_entropy
 from model.fast import logits
 from model.fast.cross_entropy import columns_multiplied_out
 from model.items import Factors
@@ -22,7 +23,6 @@ LOG_SCALE = torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64, requires_grad=Tr
 OBJECTIVES = {
     "the paper's": CROSS_ENTROPY,
     "scale": Objective(LOG_SCALE),
-    "distillation": Objective(distill=0.4),
     "distillation alone": Objective(distill=1.0),
     "both": Objective(LOG_SCALE, 0.3),
 }
@@ -33,7 +33,7 @@ def losses_of(kind):
 
 
 def random_case(kind, shape=SHAPE, dtype=torch.float64, products=None, seed=0):
-    """((z, item table, labels, sizes), leaves); some positions have no label. products: dtype of the products."""
+    """Return (z, item table, labels, sizes) and its leaves; some positions lack a label. products: their dtype."""
     positions, num_items, sizes, width = shape
     generator, products = torch.Generator().manual_seed(seed), products or dtype
 
@@ -64,7 +64,7 @@ def value_and_gradients(loss, case, leaves, objective=CROSS_ENTROPY, **options):
 
 
 def hold(monkeypatch, case, positions):
-    """Keep the logits of so many positions in memory at once."""
+    """Limit the logits in memory to those of `positions` positions."""
     z, table, _, sizes = case
     columns = (
         len(table.items) + 1 if isinstance(table, Sample) else len(table[0] if isinstance(table, tuple) else table)
@@ -74,7 +74,7 @@ def hold(monkeypatch, case, positions):
 
 
 def assert_relatively_close(actual, expected, tolerance):
-    """Equal up to `tolerance` times the largest expected value."""
+    """Compare up to `tolerance` times the largest expected value."""
     for a, e in zip(actual, expected, strict=True):
         assert (a.dtype, a.shape) == (e.dtype, e.shape)
         assert (a - e).abs().max() <= tolerance * e.abs().max()
@@ -98,19 +98,26 @@ def test_the_fast_loss_has_the_value_and_gradients_of_the_plain_one(monkeypatch,
     assert_twins(kind, case, leaves, objective)
 
 
-@pytest.mark.parametrize("shape", [FEW_POSITIONS, MANY_POSITIONS, (131, 20, (1, 3, 40), 7), (3, 8, (5,), 4)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tolerance"),
+    [
+        (FEW_POSITIONS, torch.float64, 1e-12),
+        (MANY_POSITIONS, torch.float64, 1e-12),
+        ((131, 20, (1, 3, 40), 7), torch.float32, 1e-4),
+        ((3, 8, (5,), 4), torch.float64, 1e-12),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-def test_twins_agree_in_either_precision_whatever_stays_a_product(monkeypatch, kind, shape, dtype, tolerance):
+def test_twins_agree_whatever_stays_a_product(monkeypatch, kind, shape, dtype, tolerance):
     case, leaves = random_case(kind, shape, dtype)
     hold(monkeypatch, case, 50)
     assert_twins(kind, case, leaves, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_bfloat16_the_fast_gradients_err_no_more_than_twice_the_plain_ones(kind, seed):
-    shape = (131, 60, (1, 3, 40), 7)
+def test_in_bfloat16_the_fast_gradients_err_no_more_than_twice_the_plain_ones(kind):
+    seed, shape = 0, (131, 60, (1, 3, 40), 7)
     exact = value_and_gradients(losses_of(kind)["plain"], *random_case(kind, shape, seed=seed))
     narrow = random_case(kind, shape, torch.float32, torch.bfloat16, seed)
     fast, plain = (value_and_gradients(losses_of(kind)[name], *narrow) for name in ("fast", "plain"))
@@ -120,40 +127,33 @@ def test_in_bfloat16_the_fast_gradients_err_no_more_than_twice_the_plain_ones(ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_gradients_the_value_is_the_same(kind):
-    case, _ = random_case(kind)
-    expected = losses_of(kind)["fast"](*case)
-    with torch.no_grad():
-        assert losses_of(kind)["fast"](*case) == expected
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_too_large_to_exponentiate_give_a_finite_loss_and_finite_gradients(kind):
+def test_large_logits_give_a_finite_loss_and_finite_gradients(kind):
     (z, *rest), (_, *leaves) = random_case(kind, dtype=torch.float32)
     z = (1000 * z).detach().requires_grad_()
     found = value_and_gradients(losses_of(kind)["fast"], (z, *rest), [z, *leaves], OBJECTIVES["both"])
     assert all(part.isfinite().all() for part in found)
 
 
-# ---------------------------------------------------------------------------------- both twins, by what they promise
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_inference_mode_is_the_same_and_later_training_works(monkeypatch, kind):
+    monkeypatch.setattr(logits, "_buffers", {})
+    case, leaves = random_case(kind)
+    with torch.inference_mode():
+        loss = losses_of(kind)["fast"](*case)
+    assert value_and_gradients(losses_of(kind)["fast"], case, leaves)[0] == loss
 
+
+# ---------------------------------------------------------------------------------------------------------- definitions
 
 both = pytest.mark.parametrize("name", ["fast", "plain"])
 
 
 @both
-def test_the_loss_is_the_sum_or_mean_of_one_cross_entropy_over_all_tokens_per_size(name):
+def test_the_loss_is_the_sum_or_mean_of_the_cross_entropies_of_the_sizes(name):
     (z, table, labels, sizes), _ = random_case("table")
     of = [F.cross_entropy((z[:, :m] @ table[:, :m].T)[labels > 0], labels[labels > 0]) for m in sizes]
     torch.testing.assert_close(LOSSES[name](z, table, labels, sizes), sum(of))
     torch.testing.assert_close(LOSSES[name](z, table, labels, sizes, reduction="mean"), sum(of) / 3)
-
-
-def test_factors_multiply_out_to_the_projection_plus_V_in_the_first_dimensions():
-    (_, factors, _, _), _ = random_case("V of the first size")
-    expected = F.linear(factors.features, factors.weight)
-    expected[:, :2] += factors.embedding
-    torch.testing.assert_close(factors.table(), expected)
 
 
 @both
@@ -173,7 +173,7 @@ def test_shares_of_a_batch_add_up_to_the_batch(kind, name):
 
 @both
 @pytest.mark.parametrize("kind", ["table", "sample"])
-def test_sizes_that_do_not_end_at_the_width_and_an_unknown_reduction_are_refused(kind, name):
+def test_wrong_sizes_and_an_unknown_reduction_are_refused(kind, name):
     (z, table, labels, sizes), _ = random_case(kind)
     with pytest.raises(ValueError, match=r"the largest of the sizes \(2, 5\) is not the width 12 of z"):
         losses_of(kind)[name](z, table, labels, sizes[:-1])
@@ -181,11 +181,11 @@ def test_sizes_that_do_not_end_at_the_width_and_an_unknown_reduction_are_refused
         losses_of(kind)[name](z, table, labels, sizes, reduction="max")
 
 
-# ----------------------------------------------------------------------------------------- what makes the fast one fast
+# -------------------------------------------------------------------------------------------------------------- memory
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor made within."""
+    """Record the number of elements of the largest tensor."""
 
     numbers = 0
 
@@ -196,7 +196,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_the_logits_of_more_than_a_chunk_of_positions_are_never_in_memory(monkeypatch):
+def test_memory_holds_the_logits_of_one_chunk_of_positions(monkeypatch):
     positions, num_items, chunk = 40, 99, 4
     case, leaves = random_case("table", (positions, num_items, (2, 5), 0))
     hold(monkeypatch, case, chunk)
@@ -209,20 +209,17 @@ def test_the_logits_of_more_than_a_chunk_of_positions_are_never_in_memory(monkey
     assert found == {"fast": buffers * (num_items + 1), "plain": positions * (num_items + 1)}
 
 
-@pytest.mark.parametrize("least", [1, 4])
-@pytest.mark.parametrize("bytes_held", [1, 350, 10_000])
-def test_chunks_cover_every_position_once_within_their_bound_in_equal_shares(monkeypatch, bytes_held, least):
-    monkeypatch.setattr(logits, "CHUNK_BYTES", bytes_held)
+@pytest.mark.parametrize(("least", "expected"), [(1, [2, 2, 2, 2, 2, 1]), (4, [4, 4, 3]), (99, [11])])
+def test_chunks_are_equal_within_a_bound_of_bytes_or_of_least_positions(monkeypatch, least, expected):
+    monkeypatch.setattr(logits, "CHUNK_BYTES", 350)
     monkeypatch.setattr(logits, "LEAST", least)
-    for positions in range(1, 12):
-        covered = [list(range(positions))[chunk] for chunk in logits.row_chunks(positions, 100)]
-        assert list(chain(*covered)) == list(range(positions))
-        assert len({len(part) for part in covered[:-1]}) <= 1 and all(covered)
-        assert len(covered[0]) <= max(least, bytes_held // 100)
+    covered = [list(range(11))[chunk] for chunk in logits.row_chunks(11, 100)]
+    assert list(chain(*covered)) == list(range(11))
+    assert [len(part) for part in covered] == expected
 
 
 def multiplications(positions, width, sizes, out, embedded):
-    """Per item, with a V in the first `embedded` dimensions and the first `out` columns multiplied out."""
+    """Count the multiplications per item with V in `embedded` dimensions and `out` columns multiplied out."""
     total = 0
     for low, high in pairwise((0, *sizes)):
         if high <= max(out, embedded):
@@ -231,9 +228,9 @@ def multiplications(positions, width, sizes, out, embedded):
     return total
 
 
-def test_columns_are_multiplied_out_where_that_costs_least_by_counting_every_product():
+def test_columns_are_multiplied_out_if_that_costs_fewer_multiplications():
     random = torch.Generator().manual_seed(0)
-    for _ in range(300):
+    for _ in range(100):
         positions, width, *parts = torch.randint(1, 200, (6,), generator=random).tolist()
         sizes = tuple(accumulate(parts))
         for embedded in (0, *sizes):
@@ -241,7 +238,7 @@ def test_columns_are_multiplied_out_where_that_costs_least_by_counting_every_pro
             assert costs[columns_multiplied_out(positions, width, sizes, embedded)] == min(costs.values())
 
 
-def test_memory_is_reused_on_a_cpu_alone_where_no_cuda_graph_writes_to_it(monkeypatch):
+def test_buffers_are_reused_on_the_cpu_only(monkeypatch):
     monkeypatch.setattr(logits, "_buffers", {})
     logits.reused_buffer((2, 3), torch.float32, torch.device("meta"))
     assert not logits._buffers
@@ -251,9 +248,88 @@ def test_memory_is_reused_on_a_cpu_alone_where_no_cuda_graph_writes_to_it(monkey
     assert logits.reused_buffer((6,), torch.float64, torch.device("cpu")).dtype == torch.float64
 
 
-def test_a_loss_computed_in_inference_mode_does_not_keep_a_later_one_from_training(monkeypatch):
-    monkeypatch.setattr(logits, "_buffers", {})
-    case, leaves = random_case("table")
-    with torch.inference_mode():
-        LOSSES["fast"](*case)
-    value_and_gradients(LOSSES["fast"], case, leaves)
+# ---------------------------------------------------------------------------------------------- scales and distillation
+
+
+@both
+@pytest.mark.parametrize("kind", ["table", "sample"])
+def test_scales_of_one_without_distillation_are_the_papers_loss(kind, name):
+    case, leaves = random_case(kind)
+    same = Objective(torch.zeros(3, dtype=torch.float64, requires_grad=True), 0.0)
+    *found, _ = value_and_gradients(losses_of(kind)[name], case, leaves, same)
+    expected = value_and_gradients(losses_of(kind)["plain"], case, leaves, CROSS_ENTROPY)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_distillation_targets_the_largest_size_without_a_gradient_to_it():
+    generator = torch.Generator().manual_seed(0)
+    small, large = (torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    label = torch.tensor([1, 0, 5, 5])
+    losses = losses_plain([small, large], label, label >= 0, Objective(distill=0.25))
+    own = F.cross_entropy(small, label, reduction="sum")
+    taught = -(large.softmax(1) * small.log_softmax(1)).sum()
+    of_large = F.cross_entropy(large, label, reduction="sum")
+    torch.testing.assert_close(losses, torch.stack([0.75 * own + 0.25 * taught, of_large]))
+    by_large, expected = (torch.autograd.grad(loss, large)[0] for loss in (losses.sum(), of_large))
+    torch.testing.assert_close(by_large, expected)
+
+
+# -------------------------------------------------------------------------------------------------- the sampled softmax
+
+SAMPLED_SIZES = (2, 5, 12)
+
+
+def sampled_case(num_negatives=17, dtype=torch.float64):
+    """Return z, table, labels and sampler."""
+    generator = torch.Generator().manual_seed(0)
+    z, table = (0.3 * torch.randn(n, SAMPLED_SIZES[-1], generator=generator, dtype=dtype) for n in (30, 41))
+    labels = torch.randint(1, 41, (30,), generator=generator)
+    return (
+        z.requires_grad_(),
+        table.requires_grad_(),
+        labels,
+        NegativeSampler(labels.bincount(minlength=41), num_negatives),
+    )
+
+
+def test_draws_follow_the_distribution_and_never_include_token_0():
+    sampler = NegativeSampler(torch.tensor([99, 6, 0, 3, 1]), 200_000)
+    expected = [(6 / 10 + 1 / 4) / 2, 1 / 8, (3 / 10 + 1 / 4) / 2, (1 / 10 + 1 / 4) / 2]
+    assert sampler.q.tolist() == pytest.approx(expected)
+    torch.manual_seed(0)
+    items, log_kq = sampler.draw()
+    share = items.bincount(minlength=5).double() / len(items)
+    assert share.tolist() == pytest.approx([0, *expected], abs=0.005)
+    assert log_kq.tolist()[:50] == pytest.approx([math.log(200_000 * expected[i - 1]) for i in items[:50]], rel=1e-5)
+
+
+def test_the_ends_of_a_uniform_draw_are_items(monkeypatch):
+    sampler = NegativeSampler(torch.tensor([5, 1, 1]), 3)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.tensor([0.0, 0.5, 1.0], **options))
+    assert sampler.draw()[0].tolist() == [1, 2, 2]  # rounding may turn a number just below 1 into 1
+
+
+def test_many_draws_give_the_loss_and_gradients_of_the_whole_catalogue():
+    z, table, labels, sampler = sampled_case(num_negatives=400_000)
+    torch.manual_seed(0)
+    items, log_kq = sampler.draw()
+    sampled = sampled_matryoshka_cross_entropy(
+        z, Sample(table[labels], table[items], items, log_kq), labels, SAMPLED_SIZES
+    )
+    # Without token 0, which takes part in the exact loss but is never drawn.
+    exact = sum(F.cross_entropy(z[:, :m] @ table[1:, :m].T, labels - 1) for m in SAMPLED_SIZES)
+    for s, e in zip(*([loss, *torch.autograd.grad(loss, (z, table))] for loss in (sampled, exact)), strict=True):
+        assert (s - e).abs().max() <= 0.02 * e.abs().max()
+
+
+def test_in_bfloat16_a_labels_own_logit_and_its_gradient_stay_in_float32():
+    z, table, labels, sampler = sampled_case(dtype=torch.float32)
+    items, log_kq = sampler.draw()
+    own = table[labels].detach().requires_grad_()
+    loss = sampled_matryoshka_cross_entropy(
+        z, Sample(own, table[items].bfloat16(), items, log_kq), labels, (SAMPLED_SIZES[-1],)
+    )
+    (gradient,) = torch.autograd.grad(loss, own)
+    assert gradient.dtype == torch.float32
+    cosine = F.cosine_similarity(gradient.double(), z.detach().double(), dim=1)  # the gradient is a multiple of z
+    assert (cosine + 1).abs().max() < 1e-9

@@ -1,4 +1,4 @@
-"""Kept results, and the report's tables and figures made from them."""
+"""Keep results of runs, and make the report's tables and figures from them."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from common.errors import InputError
 from config import ModelSettings, resolve
@@ -18,7 +19,9 @@ from experiments.definition import Definition, Row, definitions
 from experiments.figures import draw_figures
 from experiments.significance import paired_bootstrap, user_metrics
 from experiments.store import keep, kept_runs
+from media import draw
 from model import FMRLRec, count_parameters
+from trainer import plots
 from trainer.metrics import ranking_metrics
 from trainer.user_ranks import save_ranks
 
@@ -77,8 +80,12 @@ LANGUAGE = {"use_img_encoder": False}
 # --------------------------------------------------------------------------------------------------------------- store
 
 
-def test_every_metric_of_a_run_is_a_cell_of_one_csv(results):
+def test_a_run_is_rows_of_one_csv_and_a_line_of_one_jsonl(results):
     run = keep_run(results, "a", LANGUAGE)
+    (record,) = map(json.loads, (results / "runs.jsonl").read_text().splitlines())
+    assert record["settings"] == json.loads((run / "config.json").read_text())["settings"]
+    assert record["environment"] == json.loads((run / "env.json").read_text())
+    assert (record["run"], record["best_epoch"], record["seconds"]) == ("beauty-a", 1, 60.0 * record["epochs"])
     keep_run(results, "b", {"mrl_hidden_sizes": (4, 8)}, seed=1)
     frame = pd.read_csv(results / "metrics.csv").set_index(["run", "split", "protocol", "size"])
     for protocol, suffix in (("kept", ""), ("masked", "_history_masked")):
@@ -88,15 +95,7 @@ def test_every_metric_of_a_run_is_a_cell_of_one_csv(results):
     assert frame.loc[("beauty-b", "val", "kept", 8), "NDCG@10"] == 0.25
 
 
-def test_settings_and_environment_of_a_run_are_a_line_of_one_jsonl(results):
-    run = keep_run(results, "a", LANGUAGE)
-    (record,) = map(json.loads, (results / "runs.jsonl").read_text().splitlines())
-    assert record["settings"] == json.loads((run / "config.json").read_text())["settings"]
-    assert record["environment"] == json.loads((run / "env.json").read_text())
-    assert (record["run"], record["best_epoch"], record["seconds"]) == ("beauty-a", 1, 60.0 * record["epochs"])
-
-
-def test_ranks_are_kept_only_of_runs_that_an_experiment_compares(results):
+def test_ranks_are_kept_only_for_runs_that_an_experiment_compares(results):
     keep_run(results, "compared", {})
     keep_run(results, "not", {"distill": 0.7})
     compared, other = kept_runs(results)
@@ -106,7 +105,7 @@ def test_ranks_are_kept_only_of_runs_that_an_experiment_compares(results):
     assert other.ranks() is None and other.complete()
 
 
-def test_a_metric_that_older_runs_lack_is_a_column_of_its_own(results):
+def test_a_metric_that_older_runs_lack_gets_its_own_column(results):
     keep_run(results, "a", LANGUAGE)
     run = write_run(results.parent / "new", LANGUAGE, seed=43)
     path = run / "test_mrl_metrics.json"
@@ -121,34 +120,30 @@ def test_a_run_is_kept_again_only_if_it_has_something_new(results):
     with pytest.raises(InputError, match=r"beauty-a is kept already in .* nothing new"):
         keep(run, results)
     again = write_run(results.parent / "elsewhere" / "a", {})
-    shutil.copy(again / "test_mrl_metrics_history_masked.json", run)
-    shutil.copy(again / "test_ranks_history_masked.npz", run)
+    for name in ("test_mrl_metrics_history_masked.json", "test_ranks_history_masked.npz"):
+        shutil.copy(again / name, run)
     assert not kept_runs(results)[0].complete()
     keep(run, results)
     (kept,) = kept_runs(results)
     assert kept.complete()
 
 
-def test_another_run_of_the_same_name_is_refused(results):
-    keep_run(results, "a", {})
-    other = write_run(results.parent / "elsewhere" / "a", {}, seed=1)
-    (other / "env.json").write_text((other / "env.json").read_text().replace('"started": "a"', '"started": "later"'))
-    with pytest.raises(InputError, match="another run is kept as beauty-a"):
+@pytest.mark.parametrize(
+    ("name", "old", "new", "problem"),
+    [
+        ("env.json", '"started": "a"', '"started": "later"', "another run is kept as beauty-a"),
+        ("env.json", '"commit"', '"commiu"', "cannot be kept: its record lacks 'commit' in its environment"),
+        ("log.jsonl", '"epoch": 40', '"epoch": 1', r"is not finished \(epoch 1 of 40\); train.py --resume"),
+    ],
+)
+def test_a_run_that_cannot_be_kept_is_refused(results, name, old, new, problem):
+    keep_run(results, "a", {"num_epochs": 40}, masked=False)
+    other = write_run(results.parent / "elsewhere" / "a", {"num_epochs": 40})
+    text = (other / name).read_text()
+    assert old in text
+    (other / name).write_text(text.replace(old, new))
+    with pytest.raises(InputError, match=problem):
         keep(other, results)
-
-
-def test_a_run_without_its_facts_is_refused(results):
-    run = write_run(results.parent / "a", {})
-    (run / "env.json").write_text('{"command": []}')
-    with pytest.raises(InputError, match="cannot be kept: its record lacks 'commit' in its environment"):
-        keep(run, results)
-
-
-def test_an_unfinished_run_is_refused(results):
-    run = write_run(results.parent / "a", {"num_epochs": 2})
-    (run / "log.jsonl").write_text((run / "log.jsonl").read_text().splitlines()[0] + "\n")
-    with pytest.raises(InputError, match=r"is not finished \(epoch 1 of 2\); train.py --resume"):
-        keep(run, results)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +156,10 @@ def test_an_unfinished_run_is_refused(results):
         ("runs.jsonl", '"lr":', '"rate":', r"runs.jsonl:1 \(run beauty-a\): .*unknown settings \['rate'\]"),
         ("metrics.csv", "beauty-a,beauty,test,kept,8,0.", "beauty-a,beauty,test,kept,8,o.", r"metrics.csv:2 .*metric"),
         ("metrics.csv", "test,kept,8,", "test,kept,8.5,", r"metrics.csv:2 has a size"),
+        ("metrics.csv", "kept,8,", "kept,8,,", r"metrics.csv:2 has more cells than the header"),
         ("metrics.csv", "beauty,val", "beauty,valid", r"metrics.csv:\d+ has a split other than val and test"),
         ("metrics.csv", "kept,16,", "kept,8,", r"metrics.csv:3 repeats another line"),
         ("ranks/beauty.npz", None, None, r"ranks/beauty.npz cannot be read"),
-        ("metrics.csv", "kept,8,", "kept,8,,", r"metrics.csv:2 has more cells than the header"),
         ("metrics.csv", "masked,8,", "masked,8,,", r"metrics.csv cannot be read .* line 4"),
     ],
 )
@@ -187,15 +182,15 @@ def test_the_results_of_this_repository_can_be_read():
 # -------------------------------------------------------------------------------------------------------- significance
 
 
-@pytest.mark.parametrize("name", ["Recall@10", "NDCG@50", "MRR@5"])
-def test_the_metrics_of_users_average_to_those_of_the_test(name):
+def test_the_metrics_of_users_average_to_those_of_the_test():
     ranks = np.random.default_rng(0).integers(2, 120, size=1000) / 2
-    expected = ranking_metrics(torch.tensor(ranks), (5, 10, 50))[name]
-    assert user_metrics(ranks, name).mean() == pytest.approx(expected, rel=1e-12)
-    assert user_metrics(np.array([np.inf]), name).tolist() == [0]
+    expected = ranking_metrics(torch.tensor(ranks), (5, 10, 50))
+    for name in ("Recall@10", "NDCG@50", "MRR@5"):
+        assert user_metrics(ranks, name).mean() == pytest.approx(expected[name], rel=1e-12)
+        assert user_metrics(np.array([np.inf]), name).tolist() == [0]
 
 
-def test_the_bootstrap_is_that_of_users_drawn_one_by_one():
+def test_the_bootstrap_resamples_users(monkeypatch):
     random = np.random.default_rng(1)
     a, b = random.integers(0, 3, size=(2, 300)) / 2
     drawn = [(a - b)[random.integers(0, 300, size=300)].mean() for _ in range(20_000)]
@@ -204,21 +199,11 @@ def test_the_bootstrap_is_that_of_users_drawn_one_by_one():
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.01)
     side = min(np.mean(np.array(drawn) <= 0), np.mean(np.array(drawn) >= 0))
     assert found.p == pytest.approx(2 * side, abs=0.03)
-
-
-def test_a_difference_of_every_user_is_certain_and_none_is_not():
-    values = np.random.default_rng(2).random(200)
-    better = paired_bootstrap(values + 0.1, values)
-    assert better.p < 0.001
-    assert better.low > 0.09
-    assert paired_bootstrap(values, values) == (0, 0, 0, 1)
-
-
-def test_the_number_of_draws_in_memory_changes_nothing(monkeypatch):
-    a, b = np.random.default_rng(5).random((2, 100))
-    expected = paired_bootstrap(a, b, draws=1000)
-    monkeypatch.setattr("experiments.significance.AT_ONCE", 7)
-    assert paired_bootstrap(a, b, draws=1000) == expected
+    certain = paired_bootstrap(a + 0.1, a)
+    assert certain.p < 0.001 and certain.low > 0.09
+    assert paired_bootstrap(a, a) == (0, 0, 0, 1)
+    monkeypatch.setattr("experiments.significance.AT_ONCE", 777)
+    assert paired_bootstrap(a, b) == found
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -235,8 +220,8 @@ def test_figure_4_comes_out_to_the_digit():
     assert [largest for largest, *_ in parameters.figure4()] == list(paper.SAVED) == [128, 256, 512, 1024, 2048]
 
 
-@pytest.mark.parametrize("sizes", [(8,), (4, 12, 20)])
-def test_what_models_here_hold_is_what_is_counted(sizes):
+def test_parameters_are_counted_as_the_models_hold_them():
+    sizes = (4, 12, 20)
     model = FMRLRec(3, torch.zeros(3, parameters.FEATURES), ModelSettings(mrl_hidden_sizes=sizes))
     projection = sum(p.numel() for p in model.items.parameters())
     numbers = sum(p.numel() for p in model.parameters())
@@ -261,7 +246,7 @@ def test_seeds_are_averaged_beside_the_published_value(results):
     assert row[8:11] == [f"{mean:.4f} ± {statistics.stdev(values):.4f}", "0.0449", f"{mean / 0.0449 - 1:+.1%}"]
 
 
-def test_a_table_has_runs_that_differ_only_in_what_the_experiment_varies(results):
+def test_a_table_compares_runs_that_differ_only_in_the_varied_settings(results):
     for name, flags in {
         "one": {"lru_num_blocks": 1},
         "two": {},
@@ -270,7 +255,7 @@ def test_a_table_has_runs_that_differ_only_in_what_the_experiment_varies(results
         "two-long": {"num_epochs": 7},  # has no partner
         "sports": {"dataset_code": "sports"},
     }.items():
-        keep_run(results, name, flags)
+        keep_run(results, name, flags, masked=False)
     lines = section("depth", results)
     assert [line for line in lines if line.startswith("### ")] == [
         "### depth on beauty, lr default",
@@ -280,7 +265,11 @@ def test_a_table_has_runs_that_differ_only_in_what_the_experiment_varies(results
         "- Settings: the dataset's presets.",
         "- Settings: lr 0.001.",
     ]
-    assert [row[0] for row in rows_of(lines)].count("2 blocks") == 2 * 2
+    assert [row[0] for row in rows_of(lines)].count("2 blocks") == 2  # and none with the history masked
+    for blocks in (1, 2):
+        keep_run(results, f"other-{blocks}", {"lru_num_blocks": blocks}, data="other")
+    headings = [line for line in section("depth", results) if line.startswith("### ")]
+    assert headings[::2] == ["### depth on beauty, data d, lr default", "### depth on beauty, data other, lr default"]
 
 
 def test_no_two_headings_of_the_report_are_equal():
@@ -288,17 +277,12 @@ def test_no_two_headings_of_the_report_are_equal():
     assert len(headings) == len(set(headings)) > 20
 
 
-def test_headings_of_runs_on_other_versions_of_the_data_differ(results):
-    for data in ("first", "second"):
-        for blocks in (1, 2):
-            keep_run(results, f"{data}-{blocks}", {"lru_num_blocks": blocks}, data=data)
-    headings = [line for line in section("depth", results) if line.startswith("### ")]
-    assert headings == ["### depth on beauty, data first", "### depth on beauty, data second"]
-
-
 def test_a_row_without_its_partner_is_shown_only_beside_published_values(results):
     keep_run(results, "a", LANGUAGE)
     assert any("language" in row[0] for row in rows_of(section("table3", results)))
+    rows = rows_of(section("sizes", results))
+    assert [row[1] for row in rows[2:]] == [str(m) for m in (8, 16, 32, 64, 128, 256, 512, 1024)]
+    assert [row[-3] for row in rows[2:4]] == ["0.0150", "0.0180"]
     for name in ("depth", "independent", "loss"):
         assert section(name, results) == []
 
@@ -314,7 +298,7 @@ def test_a_nested_size_is_compared_with_the_model_trained_alone(results):
     assert row[2].startswith(f"{expected:+.4f}") and row[3] == f"{expected:+.4f} .. {expected:+.4f}"
 
 
-def test_a_row_says_how_many_of_its_seeds_have_a_metric_and_lists_every_commit(results):
+def test_a_row_counts_its_seeds_with_a_metric_and_lists_every_commit(results):
     keep_run(results, "one", LANGUAGE)
     keep_run(results, "two", LANGUAGE, seed=43, masked=False, commit="fedcba98765")
     text = "\n".join(section("table3", results))
@@ -322,7 +306,7 @@ def test_a_row_says_how_many_of_its_seeds_have_a_metric_and_lists_every_commit(r
     assert "commit `0123456789`, `fedcba9876`" in text
 
 
-def test_rows_of_one_name_are_numbered_and_described(results):
+def test_rows_of_the_same_name_are_numbered_and_described(results):
     keep_run(results, "one", LANGUAGE)
     keep_run(results, "two", LANGUAGE | {"lr": 0.5, "language_encoder": "small"})
     lines = section("baselines", results)
@@ -334,7 +318,7 @@ def test_rows_of_one_name_are_numbered_and_described(results):
     ) in lines
 
 
-def test_runs_on_other_data_or_without_ranks_are_not_compared_by_users(results):
+def test_runs_on_other_data_or_without_ranks_are_not_compared(results):
     keep_run(results, "one", {"lru_num_blocks": 1}, data="other")
     keep_run(results, "two", {})
     assert section("depth", results) == []
@@ -361,19 +345,6 @@ def test_users_are_binned_by_how_often_their_target_was_trained_on(results):
     means = [sum(some) / n for some, n in zip(ndcg, (1, 3, 2, 2), strict=True)]
     assert found[1::2] == [f"{mean:.4f}" for mean in means]
     assert found[2::2] == ["1.0000", f"{2 / 3:.4f}", "1.0000", "1.0000"]
-
-
-def test_every_size_stands_beside_the_papers_figure(results):
-    keep_run(results, "a", LANGUAGE)
-    rows = rows_of(section("sizes", results))
-    assert [row[1] for row in rows[2:]] == [str(m) for m in (8, 16, 32, 64, 128, 256, 512, 1024)]
-    assert [row[-3] for row in rows[2:4]] == ["0.0150", "0.0180"]
-
-
-def test_without_a_masked_test_there_is_no_masked_table(results):
-    keep_run(results, "one", {"lru_num_blocks": 1}, masked=False)
-    keep_run(results, "two", {}, masked=False)
-    assert "masked" not in "\n".join(section("depth", results))
 
 
 WHITENING = Definition("mine", "T", "t", ("beauty",),
@@ -423,8 +394,24 @@ def test_a_figure_is_drawn_for_every_dataset_with_runs(results, tmp_path):
     made = draw_figures(kept_runs(results), tmp_path / "media")
     assert [path.name for path in made] == ["parameters_saved.png", "sizes-beauty.png"]
     for path in made:
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert path.stat().st_size > 10_000
+        assert_drawn(path)
+
+
+def assert_drawn(path, width=800):
+    with Image.open(path) as picture:
+        assert picture.width > width
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_the_pictures_of_the_readme_are_drawn_from_a_run(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    metrics = {f"{name}@{k}": 0.1 for name in ("Recall", "NDCG", "MRR") for k in (5, 10)}
+    (run / "test_mrl_metrics.json").write_text(json.dumps({"8": metrics, "16": metrics}))
+    draw.main(["--out", str(tmp_path), "--demo_run", str(run)])
+    plots.plot_metric_by_size({8: metrics, 16: metrics}, (5, 10), "a run", tmp_path / "curve.png")
+    for name in ("architecture.png", "nesting.png", "demo.png", "curve.png"):
+        assert_drawn(tmp_path / name)
 
 
 def test_plus_is_drawn_beside_the_faithful_model_and_one_size_models(results, tmp_path, monkeypatch):

@@ -1,77 +1,70 @@
-"""Train once, deploy at any size: a slice is a model of its own that scores as the full model's prefix."""
+"""Train once, deploy at any size: slices of models, with and without the extensions beyond the paper."""
 
-import random
+import dataclasses
+import shlex
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from config import ModelSettings
+import train
+from config import EXTENSIONS, Config, ModelSettings
 from dataloader import eval_batches, eval_rows
+from datasets.features.load import load_features
 from model import FMRLRec, count_parameters, slice_model
+from model.extensions.whitening import whiten
+from model.registry import build_model
+from serving import Recommender, export
+from tests.cut_off import cut_off_after
 from tests.made_up import as_sequences, with_random_weights
+from tests.prepared import write_prepared
+from trainer.checkpoint import load_state
 from trainer.evaluation import evaluate
+from trainer.load_run import load_run
 
 NUM_ITEMS, MAX_LEN, KS = 40, 10, (1, 5, 10)
-SIZE_LISTS = [tuple(sorted(random.Random(seed).sample(range(1, 48), k=seed + 2))) for seed in (0, 3)]
-CPU = torch.device("cpu")
+SIZE_LISTS = [(25, 27), (3, 9, 20, 21, 47)]
+BRANCHES = ["both", "id"]
 
 
 def random_model(sizes, branch="both", use_bias=True, seed=0, **options):
-    """A model without zeros or ones among its weights, not even where the mask hides them."""
+    """Return a model with random weights, masked ones too."""
     torch.manual_seed(seed)
     features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
     settings = ModelSettings(mrl_hidden_sizes=sizes, lru_use_bias=use_bias, lru_r_min=0.3, lru_r_max=0.9, **options)
     return with_random_weights(FMRLRec(NUM_ITEMS, features, settings)).eval()
 
 
-def random_rows(num_users=15):
-    random = np.random.default_rng(0)
-    histories = [random.integers(1, NUM_ITEMS + 1, size=length) for length in random.integers(3, 25, size=num_users)]
-    return eval_rows(as_sequences(histories), MAX_LEN, "test")
-
-
-def prefix_scores(model, size):
-    """Scores of all items for every user from the first `size` dimensions."""
-    (batch,) = eval_batches(random_rows(), 100, CPU)
-    table = model.item_table()
-    z = model.encode(table[batch.tokens], batch.position, batch.longest)[batch.last]
-    return (z[:, :size] @ table[:, :size].T).detach()
-
-
-def assert_scores_equal(small, large, size):
-    expected = prefix_scores(large, size)
-    assert (prefix_scores(small, size) - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-@pytest.mark.parametrize("branch", ["both", "id"])
-@pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("post_norm", [True, False])
+@pytest.mark.parametrize(
+    ("branch", "use_bias", "post_norm"), [("both", True, False), ("id", True, True), ("both", False, True)]
+)
 @pytest.mark.parametrize("sizes", SIZE_LISTS, ids=str)
-def test_a_slice_scores_as_the_full_models_prefix(sizes, post_norm, use_bias, branch):
-    model = random_model(sizes, branch, use_bias, post_norm=post_norm)
-    for size in sizes:
-        assert_scores_equal(slice_model(model, size), model, size)
+def test_a_slice_has_the_scores_and_metrics_of_the_full_models_prefix(sizes, branch, use_bias, post_norm):
+    model, random = random_model(sizes, branch, use_bias, post_norm=post_norm), np.random.default_rng(0)
+    histories = [random.integers(1, NUM_ITEMS + 1, size=length) for length in random.integers(3, 25, size=15)]
+    rows = eval_rows(as_sequences(histories), MAX_LEN, "test")
+    (batch,) = eval_batches(rows, 100, torch.device("cpu"))
 
+    @torch.no_grad()
+    def scores(model, size):
+        table = model.item_table()
+        z = model.encode(table[batch.tokens], batch.position, batch.longest)[batch.last]
+        return z[:, :size] @ table[:, :size].T
 
-@pytest.mark.parametrize("branch", ["both", "id"])
-@pytest.mark.parametrize("sizes", SIZE_LISTS, ids=str)
-def test_a_slice_has_the_metrics_of_the_full_models_prefix(sizes, branch):
-    model, rows = random_model(sizes, branch), random_rows()
     expected = evaluate(model, rows, sizes=sizes, batch_size=4, ks=KS)
     for size in sizes:
-        small = slice_model(model, size)
+        small, prefix = slice_model(model, size), scores(model, size)
+        assert (scores(small, size) - prefix).abs().max() <= 1e-5 * prefix.abs().max()
         assert evaluate(small, rows, sizes=(size,), batch_size=4, ks=KS) == {size: expected[size]}
 
 
-@pytest.mark.parametrize("by_way_of", [20, 33])
-@pytest.mark.parametrize("size", [8, 20])
-@pytest.mark.parametrize("branch", ["both", "id"])
+@pytest.mark.parametrize(("size", "by_way_of"), [(8, 20), (8, 33), (20, 33)])
+@pytest.mark.parametrize("branch", BRANCHES)
 def test_a_slice_or_slice_of_a_slice_keeps_the_top_left_of_every_weight(branch, size, by_way_of):
     model = random_model((3, 8, 20, 33), branch, dropout_from=2)
     small = slice_model(slice_model(model, by_way_of), size)
+    assert slice_model(model.train(), size).training
     assert small.settings == replace(model.settings, mrl_hidden_sizes=(3, 8, 20)[: 2 + (size == 20)])
     small = small.state_dict()
     for name, weight in model.state_dict().items():
@@ -80,9 +73,9 @@ def test_a_slice_or_slice_of_a_slice_keeps_the_top_left_of_every_weight(branch, 
         assert torch.equal(small[name], weight[tuple(slice(0, n) for n in kept)])
 
 
-@pytest.mark.parametrize("branch", ["both", "id"])
+@pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("size", [3, 20])
-def test_a_slice_is_as_large_as_a_model_made_at_its_size(size, branch):
+def test_a_slice_owns_the_memory_of_a_model_of_its_size(size, branch):
     model = random_model((3, 8, 20), branch)
     fresh = random_model(tuple(m for m in model.sizes if m <= size), branch)
     small = slice_model(model, size)
@@ -90,31 +83,20 @@ def test_a_slice_is_as_large_as_a_model_made_at_its_size(size, branch):
     assert count_parameters(small) == count_parameters(fresh)
     stored = [tensor.untyped_storage().nbytes() for tensor in small.state_dict().values()]
     assert stored == [tensor.numel() * tensor.element_size() for tensor in small.state_dict().values()]
-
-
-@pytest.mark.parametrize("size", [3, 20])
-def test_a_slice_shares_no_memory_with_the_model(size):
-    model = random_model((3, 8, 20))
     of_model, of_slice = (
-        {weight.untyped_storage().data_ptr() for weight in of.state_dict().values()}
-        for of in (model, slice_model(model, size))
+        {weight.untyped_storage().data_ptr() for weight in of.state_dict().values()} for of in (model, small)
     )
     assert not of_model & of_slice
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_slice_is_in_the_mode_of_the_model(training):
-    assert slice_model(random_model((3, 8)).train(training), 3).training is training
-
-
 @pytest.mark.parametrize("size", [0, 4, 20])
-def test_a_size_that_was_not_trained_is_refused_with_the_sizes_there_are(size):
+def test_an_untrained_size_is_refused_with_the_trained_ones(size):
     with pytest.raises(ValueError, match=f"size {size} was not trained; the model has 3, 8$"):
         slice_model(slice_model(random_model((3, 8, 20)), 8), size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_slices_share_the_frozen_features_as_they_are(dtype):
+def test_slices_share_the_frozen_features_without_a_copy(dtype):
     features = [torch.randn(NUM_ITEMS, 9).half(), torch.randn(NUM_ITEMS, 4).bfloat16()]
     model = FMRLRec(NUM_ITEMS, features, ModelSettings(mrl_hidden_sizes=(3, 8, 20)))
     for parameter in model.parameters():
@@ -125,18 +107,141 @@ def test_slices_share_the_frozen_features_as_they_are(dtype):
     assert {parameter.dtype for parameter in small.parameters()} == {dtype}
 
 
-def test_slicing_never_copies_the_features():
-    model = FMRLRec(NUM_ITEMS, torch.randn(NUM_ITEMS, 9000).half(), ModelSettings(mrl_hidden_sizes=(3, 8)))
-    largest = 0
+# ----------------------------------------------------------------------------------------------- all extensions at once
 
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                largest = max(largest, result.numel())
-            return result
+PLUS_SIZES, ITEMS = (2, 4, 8), 40
+EVERYTHING = (
+    "--dataset_code tiny --language_encoder lexical --img_encoder pixel --preset plus --dropout_from 2 --device cpu "
+    "--mrl_hidden_sizes 2,4,8 --num_epochs 3 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --lru_max_len 6 "
+    "--num_negatives 7"
+)
 
-    with Largest():
-        slice_model(model, 3)
-    assert largest <= max(parameter.numel() for parameter in model.parameters())
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """Change to a folder with data/tiny prepared."""
+    folder = tmp_path_factory.mktemp("home")
+    write_prepared(folder / "data", "tiny", users=40, items=ITEMS, pictures=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    """Return a run with texts, pictures and every extension."""
+    return home / train.main(shlex.split(EVERYTHING))
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    """Return the settings, catalogue and model of the run."""
+    return load_run(run)
+
+
+def features_of(config, catalog):
+    return [torch.from_numpy(part) for part in load_features(config, catalog, "cpu")]
+
+
+@torch.no_grad()
+def scores_of(model, catalog, size=None):
+    """Return the scores [U, N+1] of every user's history by the first `size` dimensions."""
+    (batch,) = eval_batches(eval_rows(catalog.sequences, 6, "test"), 1000, torch.device("cpu"))
+    table = model.item_table()
+    z = model.encode(table[batch.tokens], batch.position, batch.longest)[batch.last]
+    return z[:, :size] @ table[:, :size].T
+
+
+def test_a_run_trains_the_weights_of_every_extension(loaded):
+    config, catalog, model = loaded
+    assert config.preset == "plus" and config.embedded == PLUS_SIZES[-1]
+    state, fresh = model.state_dict(), build_model(catalog.num_items, features_of(config, catalog), config)
+    for name in ("items.V", "log_scale"):
+        assert not torch.equal(state[name], fresh.state_dict()[name]), name
+    for name in ("items.whitening.mean_0", "items.whitening.matrix_1"):
+        torch.testing.assert_close(state[name], fresh.state_dict()[name])
+
+
+def test_without_extensions_a_model_has_the_papers_weights_alone(loaded):
+    config, catalog, _ = loaded
+    plain = dataclasses.replace(config, **{name: getattr(Config, name) for name in EXTENSIONS})
+    features = features_of(config, catalog)
+    model = build_model(catalog.num_items, features, plain).train()
+    assert [part.data_ptr() for part in model.items.features] == [part.data_ptr() for part in features]
+    assert not any(name in key for key in model.state_dict() for name in ("items.V", "log_scale", "whitening"))
+
+
+@pytest.mark.parametrize("size", PLUS_SIZES)
+def test_a_slice_scores_as_the_models_prefix_and_has_its_own_scales(loaded, size):
+    _, catalog, model = loaded
+    small = slice_model(model, size)
+    torch.testing.assert_close(scores_of(small, catalog), scores_of(model, catalog, size), rtol=1e-5, atol=1e-5)
+    assert torch.equal(small.log_scale, model.log_scale[: len(small.sizes)])
+    assert torch.equal(small.items.V, model.items.V[:, :size])
+
+
+def test_a_run_that_was_cut_off_is_resumed_to_the_same_weights(run):
+    with cut_off_after(1):
+        train.main(shlex.split(f"{EVERYTHING} --run_name cut"))
+    cut = train.main(["--resume", "latest"])
+    states = [load_state(path / "last.pt")["model"] for path in (run, cut)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert (run / "test_mrl_metrics.json").read_bytes() == (cut / "test_mrl_metrics.json").read_bytes()
+
+
+# -------------------------------------------------------------------------------------------------------------- serving
+
+
+@pytest.fixture(scope="module", params=[4, 8])
+def exported(run, request):
+    """Return an export's folder and its size."""
+    folder = run.parent / f"export-{request.param}"
+    export.main(shlex.split(f"--run {run} --size {request.param} --format onnx --quantize none --out {folder}"))
+    return folder, request.param
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_an_export_recommends_the_items_of_the_highest_scores(loaded, exported, engine):
+    _, catalog, model = loaded
+    folder, size = exported
+    expected = scores_of(slice_model(model, size), catalog)[:, 1:]
+    histories = [catalog.sequences.of(user)[:-1].tolist() for user in range(len(catalog.sequences))]
+    recommender = Recommender.from_pretrained(folder, engine)
+    for scores, answer in zip(expected, recommender.recommend(histories, 5, exclude_history=False), strict=True):
+        best = scores.topk(5)
+        np.testing.assert_allclose(answer.scores, best.values, rtol=1e-4, atol=1e-4)
+        assert answer.numbers == (best.indices + 1).tolist()
+
+
+def lengthened(model, size, rows):
+    """Return rows without an embedding, cut to a size and rescaled to the mean norm of the catalogue's."""
+    table = model.item_table()[1:, :size].detach()
+    lengths = [np.linalg.norm(part, axis=1).mean() for part in (table, table - model.items.V[1:, :size].detach())]
+    return rows[:, :size].detach().numpy() * lengths[0] / lengths[1]
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_a_new_product_is_whitened_projected_and_rescaled(loaded, exported, engine):
+    config, catalog, model = loaded
+    folder, size = exported
+    recommender = Recommender.from_pretrained(folder, engine)
+    assert recommender.config["features"]["whitened"] == [1024, 240]
+    product = {"title": "Warm Red Lamp", "brand": "Alder", "picture": "data/photos/tiny/B000000001.png"}
+    features = recommender.embed_items([product, catalog.metadata[2] | {"picture": None}])
+    recommender.add_items(["NEW", "WITHOUT PICTURE"], features)
+    parts = torch.from_numpy(features).split([part.shape[1] for part in model.items.features], dim=1)
+    transforms = model.items.whitening.transforms()
+    whitened = torch.cat([whiten(part, *how) for part, how in zip(parts, transforms, strict=True)], dim=1)
+    assert not whitened[1, parts[0].shape[1] :].any()
+    projected = lengthened(model, size, model.items.projection(whitened))
+    np.testing.assert_allclose(recommender._table.rows()[-2:], projected, rtol=1e-4, atol=1e-5)
+
+    raw = torch.cat(features_of(config, catalog), dim=1)[:5].float().numpy()
+    recommender.add_items([f"AGAIN{i}" for i in range(5)], raw)  # known products: their rows without the embedding
+    expected = lengthened(model, size, (model.item_table() - model.items.V)[1:6])
+    np.testing.assert_allclose(recommender._table.rows()[-5:], expected, rtol=5e-3, atol=5e-3)
+
+    recommender.save_pretrained(folder.parent / f"more-{engine}-{size}")
+    again = Recommender.from_pretrained(folder.parent / f"more-{engine}-{size}", engine)
+    (answer,) = again.recommend([["B000000003"]], top_k=ITEMS + 7, exclude_history=False)
+    assert sorted(answer.numbers) == list(range(1, ITEMS + 8))

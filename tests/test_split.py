@@ -1,4 +1,4 @@
-"""Leave-one-out, row by row against plain Python, and how rows become batches."""
+"""Split histories by leave-one-out, and pack rows into batches, against plain Python."""
 
 from itertools import chain, pairwise
 
@@ -12,20 +12,20 @@ from dataloader.batches import bucket, share_rows
 from tests.made_up import as_sequences
 
 CPU = torch.device("cpu")
-MAX_LENS = [1, 2, 7, 50, 200]
+MAX_LENS = [1, 7, 50, 200]
 
 
 def random_sequences(seed=0):
-    """One sequence of every third length from 3 to 120, and those around 50 training items, in random order."""
+    """Return sequences of every third length from 3 to 120 and of about 50 training items, in random order."""
     random = np.random.default_rng(seed)
     lengths = [*range(3, 121, 3), 4, 50, 52, 53, 55]
     return [random.integers(1, 1000, size=n).tolist() for n in random.permutation(lengths)]
 
 
 def plain_train_row(v, max_len):
-    """(tokens, labels, position) of one user: the last max_len training items, each predicted from those before it.
+    """Return tokens, labels and position of one user: the last max_len training items, each predicted from the earlier.
 
-    Where no training item is left out, the first is predicted from token 0, after which the state is empty again.
+    If all training items fit, the first is predicted from token 0, whose state is not carried on.
     """
     items = v[:-2]
     if len(items) <= max_len:
@@ -38,7 +38,7 @@ def plain_train_row(v, max_len):
 
 
 def rows_of(rows):
-    """(tokens, labels, position) of every row."""
+    """Return tokens, labels and position of every row."""
     return [
         tuple(array[low:high].tolist() for array in (rows.tokens, rows.labels, rows.position))
         for low, high in pairwise(rows.offsets)
@@ -46,7 +46,7 @@ def rows_of(rows):
 
 
 def rows_of_batch(batch):
-    """(tokens, labels, position) of every row; all rows fit, so each begins with token 0, with a label."""
+    """Return tokens, labels and position of every row; all rows fit, so each begins with token 0 and a label."""
     starts = [t for t in range(len(batch.tokens)) if batch.tokens[t] == 0 and batch.labels[t] != 0]
     starts.append(int((batch.labels != 0).sum()))
     return [
@@ -56,27 +56,26 @@ def rows_of_batch(batch):
 
 
 @pytest.mark.parametrize("max_len", MAX_LENS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_training_rows_are_those_of_one_user_at_a_time(seed, max_len):
-    sequences = random_sequences(seed)
+def test_training_rows_are_those_of_one_user_at_a_time(max_len):
+    sequences = random_sequences()
     rows = train_rows(as_sequences(sequences), max_len)
     assert len(rows) == len(sequences)
     assert rows_of(rows) == [plain_train_row(v, max_len) for v in sequences]
 
 
-def test_a_user_of_three_items_trains_on_the_first_alone():
-    assert rows_of(train_rows(as_sequences([[7, 8, 9]]), 50)) == [([0], [7], [0])]
+@pytest.mark.parametrize(
+    ("history", "row"),
+    [
+        ([7, 8, 9], ([0], [7], [0])),
+        ([1, 2, 3, 4, 8, 9], ([0, 1, 2, 3], [1, 2, 3, 4], [0, 0, 1, 2])),  # fits
+        ([1, 2, 3, 4, 5, 8, 9], ([1, 2, 3, 4], [2, 3, 4, 5], [0, 1, 2, 3])),  # does not fit
+    ],
+)
+def test_a_row_leaves_out_the_last_two_items_and_begins_with_token_0_if_it_fits(history, row):
+    assert rows_of(train_rows(as_sequences([history]), 4)) == [row]
 
 
-def test_a_row_that_fits_begins_with_token_0_whose_state_is_not_carried_on():
-    assert rows_of(train_rows(as_sequences([[1, 2, 3, 4, 8, 9]]), 4)) == [([0, 1, 2, 3], [1, 2, 3, 4], [0, 0, 1, 2])]
-
-
-def test_a_row_that_does_not_fit_begins_with_the_item_before_its_first_label():
-    assert rows_of(train_rows(as_sequences([[1, 2, 3, 4, 5, 8, 9]]), 4)) == [([1, 2, 3, 4], [2, 3, 4, 5], [0, 1, 2, 3])]
-
-
-def test_without_the_first_item_as_a_label_the_token_0_is_gone_and_the_rest_stays():
+def test_without_the_first_label_rows_lack_token_0():
     sequences = [v for v in random_sequences() if len(v) > 3]
     rows, kept = (rows_of(train_rows(as_sequences(sequences), 7, first)) for first in (True, False))
     for (tokens, labels, position), without in zip(rows, kept, strict=True):
@@ -85,7 +84,7 @@ def test_without_the_first_item_as_a_label_the_token_0_is_gone_and_the_rest_stay
     assert any(tokens[0] == 0 for tokens, *_ in rows)
 
 
-def test_without_the_first_item_as_a_label_a_user_of_one_training_item_has_no_row():
+def test_without_the_first_label_a_user_of_one_training_item_has_no_row():
     sequences = as_sequences([[7, 8, 9], [1, 2, 3, 4]])
     assert rows_of(train_rows(sequences, 50, first_item=False)) == [([1], [2], [0])]
     with pytest.raises(InputError, match=r"no user has two training items.*--first_item_label"):
@@ -97,34 +96,8 @@ def test_times_trained_counts_the_training_items_alone():
     assert counts.tolist() == [0, 2, 3, 0, 0, 1, 0]
 
 
-def test_the_last_two_items_of_a_user_are_never_trained_on():
-    rows = train_rows(as_sequences([[1, 2, 3, 98, 99], [4, 98, 99]]), 50)
-    assert not {98, 99} & {*rows.tokens.tolist(), *rows.labels.tolist()}
-
-
-@pytest.mark.parametrize(("part", "left_out"), [("val", 2), ("test", 1)])
-@pytest.mark.parametrize("max_len", MAX_LENS)
-def test_evaluation_reads_the_last_items_before_the_target(max_len, part, left_out):
-    sequences = random_sequences()
-    rows = eval_rows(as_sequences(sequences), max_len, part)
-    assert len(rows) == len(sequences)
-    for u, v in enumerate(sequences):
-        known = v[:-left_out]
-        assert rows.items[rows.starts[u] : rows.ends[u]].tolist() == known[-max_len:]
-        assert rows.items[rows.begins[u] : rows.ends[u]].tolist() == known
-        assert rows.targets[u] == v[-left_out]
-
-
-def test_a_user_of_three_items_is_validated_and_tested_on_its_last_two():
-    sequences = as_sequences([[7, 8, 9]])
-    (val,), (test,) = (list(eval_batches(eval_rows(sequences, 50, part), 4, CPU)) for part in ("val", "test"))
-    assert (val.tokens.tolist(), val.targets.tolist()) == ([7], [8])
-    assert (test.tokens.tolist(), test.targets.tolist()) == ([7, 8], [9])
-
-
 @pytest.mark.parametrize("part", ["val", "test"])
-@pytest.mark.parametrize("batch_size", [1, 7, 1000])
-@pytest.mark.parametrize("max_len", [3, 50])
+@pytest.mark.parametrize(("max_len", "batch_size"), [(50, 1), (3, 7), (50, 7), (3, 1000)])
 def test_evaluation_batches_hold_every_user_once_in_order(max_len, batch_size, part):
     sequences = random_sequences()
     left_out = {"val": 2, "test": 1}[part]
@@ -147,13 +120,13 @@ NUM_USERS = 23
 
 
 def loader_of_known_users(batch_size=4, seed=0, max_len=50):
-    """User u has u % 5 + 1 training items, of which the first is u + 1: rows that fit tell whose they are."""
+    """Return a loader in which user u has u % 5 + 1 training items, the first u + 1, and the users' histories."""
     lists = [[u + 1, *range(100, 100 + u % 5), 98, 99] for u in range(NUM_USERS)]
     return TrainLoader(train_rows(as_sequences(lists), max_len), batch_size, seed, CPU), lists
 
 
 def users_of(batches):
-    """The users in the order in which an epoch visits them."""
+    """Return the users in the order of an epoch."""
     return [labels[0] - 1 for batch in batches for _, labels, _ in rows_of_batch(batch)]
 
 
@@ -166,12 +139,14 @@ def test_an_epoch_visits_every_user_once(batch_size):
     assert [len(rows_of_batch(batch)) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
 
 
-def test_a_training_batch_holds_the_rows_of_its_users():
+def test_a_training_batch_holds_the_rows_of_its_users_then_padding():
     loader, lists = loader_of_known_users()
     for batch in loader.epoch(3):
-        users = users_of([batch])
+        users, length = users_of([batch]), int((batch.labels > 0).sum())
         assert rows_of_batch(batch) == [plain_train_row(lists[u], 50) for u in users]
         assert batch.longest == max(len(lists[u]) - 2 for u in users)
+        assert len(batch.tokens) == len(batch.labels) == len(batch.position) == bucket(length)
+        assert not any(part[length:].any() for part in (batch.tokens, batch.labels, batch.position))
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
@@ -182,23 +157,9 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     again, _ = loader_of_known_users(seed=5, batch_size=6)
     assert users_of(again.epoch(2)) == expected
     assert users_of(loader.epoch(2)) == expected
-
-
-@pytest.mark.parametrize(("seed", "epoch"), [(5, 3), (6, 2), (0, 0)])
-def test_another_seed_or_epoch_is_another_order(seed, epoch):
-    loader, _ = loader_of_known_users(seed=5)
-    other, _ = loader_of_known_users(seed=seed)
-    order = users_of(loader.epoch(2))
-    assert order != list(range(NUM_USERS))
-    assert users_of(other.epoch(epoch)) != order
-
-
-def test_a_batch_is_padded_to_one_of_few_shapes_behind_its_rows():
-    sequences = as_sequences(random_sequences())
-    for batch in TrainLoader(train_rows(sequences, 50), 6, seed=0, device=CPU).epoch(1):
-        length = int((batch.labels > 0).sum())
-        assert len(batch.tokens) == len(batch.labels) == len(batch.position) == bucket(length)
-        assert not any(part[length:].any() for part in (batch.tokens, batch.labels, batch.position))
+    assert expected != list(range(NUM_USERS))
+    for other_seed, epoch in ((5, 3), (6, 2), (0, 0)):
+        assert users_of(loader_of_known_users(seed=other_seed)[0].epoch(epoch)) != expected
 
 
 def test_every_label_is_counted_and_every_item_has_a_count():
@@ -209,8 +170,8 @@ def test_every_label_is_counted_and_every_item_has_a_count():
     assert counts[0] == 0
 
 
-def test_buckets_are_few_and_no_more_than_one_step_larger():
-    assert bucket(0) == 1  # the share of a rank may be nothing but padding
+def test_batches_are_padded_to_few_lengths():
+    assert bucket(0) == 1  # the share of a rank may be padding only
     assert [bucket(n) for n in (1, 2, 3, 16, 17, 128, 129, 256, 257)] == [1, 2, 4, 16, 32, 128, 256, 256, 384]
     assert all(n <= bucket(n) < n + min(n, 128) for n in range(1, 5000))
 
@@ -229,9 +190,8 @@ def test_the_batches_of_an_epoch_hold_every_labelled_token_once(max_len):
     assert sorted(triples) == sorted(expected)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 8])
-@pytest.mark.parametrize("batch_size", [1, 6, 100])
-def test_ranks_share_every_batch_out_in_its_order(world_size, batch_size):
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 1), (3, 6), (8, 100)])
+def test_ranks_share_every_batch_in_its_order(world_size, batch_size):
     rows = train_rows(as_sequences(random_sequences()), 50)
     wholes = TrainLoader(rows, batch_size, seed=0, device=CPU).epoch(1)
     loaders = [TrainLoader(rows, batch_size, 0, CPU, rank, world_size).epoch(1) for rank in range(world_size)]
@@ -251,8 +211,8 @@ def test_ranks_share_every_batch_out_in_its_order(world_size, batch_size):
         assert max(share.longest for share in shares) == whole.longest
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_shares_are_runs_of_rows_within_half_a_row_of_equal(world_size):
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_shares_are_consecutive_rows_within_half_a_row_of_equal(world_size):
     lengths = np.random.default_rng(0).integers(1, 51, size=40)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     cuts = share_rows(offsets, world_size)

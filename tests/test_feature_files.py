@@ -1,4 +1,4 @@
-"""Features from a file: every format gives the same rows, every fault one clear error, and a run trains on them."""
+"""Read items' features from a file: every format gives the same rows, every fault one clear error."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 import eval as eval_script
 import train
 from common.errors import InputError
-from config import Config, FeatureSettings
 from datasets.catalog import Catalog, load_catalog
 from datasets.features import arrays
 from serving import Recommender
@@ -96,10 +95,15 @@ def refusal(catalog: Catalog, path: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- formats
 
+
+def write_npy_with_json(folder: Path, rows=ROWS, ids=IDS) -> Path:
+    return write_npy(folder, rows, ids, endings="json")
+
+
 WRITERS = [write_npy, write_safetensors, write_tensors, write_csv, write_parquet, write_lists, write_amazon]
 
 
-@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("write", [*WRITERS, write_npy_with_json])
 def test_every_format_gives_the_items_rows_in_order_and_of_length_1(catalog, tmp_path, monkeypatch, write):
     monkeypatch.setattr("datasets.features.array_files.PIECE", 5)
     rows = read(catalog, write(tmp_path))
@@ -107,12 +111,7 @@ def test_every_format_gives_the_items_rows_in_order_and_of_length_1(catalog, tmp
     np.testing.assert_array_equal(rows[:, :WIDTH], EXPECTED.astype(np.float16))
 
 
-def test_ids_of_a_npy_file_may_be_a_json_list(catalog, tmp_path):
-    rows = read(catalog, write_npy(tmp_path, endings="json"))
-    np.testing.assert_array_equal(rows, EXPECTED.astype(np.float16))
-
-
-def test_ids_in_a_table_are_texts_even_if_they_look_like_numbers(tmp_path):
+def test_ids_in_a_table_stay_texts_even_if_they_look_like_numbers(tmp_path):
     catalog = load_catalog(write_prepared(tmp_path / "data", items=3).parent, "tiny")
     catalog.asins[:] = ["0012", "NA", "7"]
     rows = read(catalog, write_csv(tmp_path, ROWS[:3], catalog.asins))
@@ -126,7 +125,7 @@ def test_text_and_pictures_come_before_files_in_the_given_order(catalog, tmp_pat
     assert [part.shape[1] for part in parts] == [1024, WIDTH, 2]
 
 
-def test_items_that_the_file_lacks_have_zeros_and_are_counted_each_time(catalog, tmp_path):
+def test_items_missing_from_the_file_have_zeros_and_are_counted_at_every_use(catalog, tmp_path):
     path, said = write_npy(tmp_path, ROWS[:N - 2], IDS[:N - 2]), []  # fmt: skip
     for _ in range(2):
         rows = read(catalog, path, said.append)
@@ -170,7 +169,7 @@ def test_a_number_that_is_not_finite_is_refused_with_its_place(catalog, tmp_path
 
 
 @pytest.mark.parametrize("write", [write for write in WRITERS if write is not write_tensors])
-def test_an_id_with_two_different_rows_is_refused_and_with_the_same_row_twice_is_fine(catalog, tmp_path, write):
+def test_an_id_may_repeat_its_row_but_not_have_another(catalog, tmp_path, write):
     twice = [*IDS[:-1], IDS[3]]
     path = write(tmp_path, changed(ROWS, N + 1, ROWS[3]), twice)
     assert read(catalog, path).any(axis=1).all()
@@ -181,16 +180,15 @@ def test_an_id_with_two_different_rows_is_refused_and_with_the_same_row_twice_is
     assert f"{second} has other numbers for {IDS[3]} than" in message and f" {first}; keep one" in message
 
 
-def test_a_file_without_any_item_is_refused_with_what_ids_look_like(catalog, tmp_path):
+def test_a_file_without_any_known_item_is_refused_with_an_example_id(catalog, tmp_path):
     message = refusal(catalog, write_npy(tmp_path, ROWS[:2], ["X", "Y"]))
     assert f"has 2 products and none of the {N} items, whose ids are such as 'B000000001'" in message
 
 
-def test_a_npy_file_without_ids_is_refused_with_the_names_of_the_missing_files(catalog, tmp_path):
-    path = write_npy(tmp_path)
-    (tmp_path / "visual.ids.txt").unlink()
-    message = refusal(catalog, path)
-    assert "visual.ids.txt (an id per line) or visual.ids.json (a list)" in message
+def write_without_ids(folder: Path) -> Path:
+    path = write_npy(folder)
+    (folder / "visual.ids.txt").unlink()
+    return path
 
 
 def write_ragged_lists(folder: Path) -> Path:
@@ -230,6 +228,7 @@ def write_pickle(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
+        (write_without_ids, "visual.ids.txt (an id per line) or visual.ids.json (a list)"),
         (write_ragged_lists, "row 3 has 1 numbers, others 2"),
         (write_ragged_tensors, "tensor 'B' has shape [2], others [3]"),
         (write_text("a.csv", "asin,f0,f1\nA,1,2\nB,3\n"), "line 3: column 'f1' has"),
@@ -249,7 +248,7 @@ def write_pickle(folder: Path) -> Path:
         (lambda folder: folder / "absent.npy", "does not exist"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_name_and_what_is_wrong(catalog, tmp_path, write, message):
+def test_a_bad_file_is_refused_with_its_name_and_fault(catalog, tmp_path, write, message):
     path = write(tmp_path)
     refused = refusal(catalog, path)
     assert message in refused
@@ -263,28 +262,12 @@ def test_a_bad_file_is_refused_with_its_name_and_what_is_wrong(catalog, tmp_path
         (("my visual=a.npy",), "must be NAME=FILE"),
         (("a=x.npy", "a=y.npy"), "the name 'a' is taken"),
         (("image=x.npy",), "the name 'image' is taken"),
+        (("brand=a.npy",), "'brand' is one of --item_attributes"),
     ],
 )
-def test_a_wrong_name_is_refused_by_the_settings(features, message):
+def test_a_wrong_name_is_refused(catalog, tmp_path, features, message):
     with pytest.raises(InputError, match=f"--features .*{message}"):
-        FeatureSettings(features=features)
-
-
-def test_the_name_of_an_attribute_of_the_text_is_refused(catalog, tmp_path):
-    with pytest.raises(InputError, match="'brand' is one of --item_attributes"):
-        feature_parts(catalog, files=("brand=a.npy",), cache_root=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("settings", "branch"),
-    [
-        ({"use_img_encoder": False}, "language+visual"),
-        ({}, "language+image+visual"),
-        ({"use_img_encoder": False, "use_language_encoder": False}, "visual"),
-    ],
-)
-def test_the_branch_names_the_files(settings, branch):
-    assert Config(features=("visual=a.npy",), **settings).branch == branch
+        feature_parts(catalog, files=features, cache_root=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- training and serving
@@ -292,7 +275,7 @@ def test_the_branch_names_the_files(settings, branch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """(A folder with data/tiny and visual.npy, a run in it that read text and visual.npy)."""
+    """Return a folder with data/tiny and visual.npy, and a run in it trained on the texts and visual.npy."""
     folder = tmp_path_factory.mktemp("trained")
     write_prepared(folder / "data", users=20, items=N)
     write_npy(folder)
@@ -309,7 +292,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def at_work(trained, monkeypatch) -> Path:
-    """The run, from its folder."""
+    """Change to the folder of the run and return the run."""
     monkeypatch.chdir(trained[0])
     return trained[1]
 
@@ -319,12 +302,6 @@ def test_a_run_on_a_file_names_it_and_keeps_its_digest(at_work):
     content = arrays.file_sha256(Path("visual.npy"))
     [_, name] = json.loads((at_work / "env.json").read_text())["features"]
     assert name.startswith(f"file-visual-{content}-")
-
-
-def test_every_slice_of_it_tests_as_the_one_pass(at_work):
-    together = json.loads((at_work / "test_mrl_metrics.json").read_text())
-    alone = eval_script.main(["--run", str(at_work), "--alone"])
-    assert {str(size): metrics for size, metrics in alone.items()} == together
 
 
 def test_a_run_whose_file_changed_is_refused(at_work):
@@ -342,25 +319,21 @@ def recommender(at_work, tmp_path) -> Recommender:
     return Recommender.from_pretrained(tmp_path / "export")
 
 
-def test_an_export_describes_the_file(recommender):
+def test_an_export_describes_the_file_and_takes_vectors_of_new_products(recommender, at_work):
     features = recommender.config["features"]
     assert features["files"] == [{"name": "visual", "sha256": arrays.file_sha256(Path("visual.npy")), "dim": WIDTH}]
     assert (features["dim"], features["whitened"]) == (1024 + WIDTH, [1024, WIDTH])
-
-
-def test_new_products_give_their_vector_under_the_files_name(recommender, at_work):
-    catalog = load_catalog("data", "tiny")
-    records = [record | {"visual": ROWS[N - 1 - i].tolist()} for i, record in enumerate(catalog.metadata[:3])]
-    features = recommender.embed_items(records)
-    np.testing.assert_array_equal(features[:, 1024:].astype(np.float16), EXPECTED[:3].astype(np.float16))
-    recommender.add_items(["NEW1", "NEW2", "NEW3"], features)
+    records = [
+        record | {"visual": ROWS[N - 1 - i].tolist()}
+        for i, record in enumerate(load_catalog("data", "tiny").metadata[:3])
+    ]
+    for nothing in ({}, {"visual": None}, {"visual": float("nan")}):
+        records.append({"title": "Red lamp"} | nothing)
+    rows = recommender.embed_items(records)
+    np.testing.assert_array_equal(rows[:3, 1024:].astype(np.float16), EXPECTED[:3].astype(np.float16))
+    assert rows[3:, :1024].any(axis=1).all() and not rows[3:, 1024:].any()
+    recommender.add_items([f"NEW{i}" for i in range(6)], rows)
     assert recommender.recommend([["NEW1"]], top_k=3)[0].ids
-
-
-@pytest.mark.parametrize("nothing", [{}, {"visual": None}, {"visual": float("nan")}], ids=repr)
-def test_a_new_product_without_a_vector_has_zeros_as_in_training(recommender, nothing):
-    [row] = recommender.embed_items([{"title": "Red lamp"} | nothing])
-    assert row[:1024].any() and not row[1024:].any()
 
 
 @pytest.mark.parametrize("vector", [[1.0, 2.0], [1, 2, 3, float("inf")], "red", [[1.0] * WIDTH]], ids=repr)

@@ -133,7 +133,7 @@ def test_a_new_product_is_whitened_and_projected_to_the_length_of_others_without
     transforms = model.items.whitening.transforms()
     whitened = torch.cat([whiten(part, *how) for part, how in zip(parts, transforms, strict=True)], dim=1)
     assert not whitened[1, parts[0].shape[1] :].any()
-    rows = recommender._table.rows()[-2:]
+    rows = recommender.items.table.rows()[-2:]
     projected = lengthened(model, size, model.items.projection(whitened))
     np.testing.assert_allclose(rows, projected, rtol=1e-4, atol=1e-5)
     recommender.save_pretrained(folder.parent / f"more-{engine}-{size}")
@@ -149,7 +149,7 @@ def test_a_known_product_that_is_added_again_is_its_row_without_its_embedding(lo
     raw = np.concatenate([part[:5] for part in features_of(config, catalog)], axis=1, dtype=np.float32)
     recommender.add_items([f"AGAIN{i}" for i in range(5)], raw)
     expected = lengthened(model, size, (model.item_table() - model.items.V)[1:6])
-    np.testing.assert_allclose(recommender._table.rows()[-5:], expected, rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(recommender.items.table.rows()[-5:], expected, rtol=5e-3, atol=5e-3)
 
 
 def test_products_that_no_training_saw_are_recommended_beside_those_it_saw(loaded, exported):

@@ -158,7 +158,9 @@ def test_an_encoder_that_moved_is_read_where_it_is_now(shop, with_bert, tmp_path
     r = Recommender.from_pretrained(export)
     np.testing.assert_allclose(r.embed_items(shop.catalog.metadata), features, rtol=HALF, atol=1e-6)
     moved = (root / "bert").rename(tmp_path / "elsewhere")
+    np.testing.assert_allclose(r.embed_items(shop.catalog.metadata), features, rtol=HALF, atol=1e-6)  # it is loaded
     try:
+        r = Recommender.from_pretrained(export)
         with pytest.raises(InputError, match="bert' is not there any more; give the folder it is in now as lang"):
             r.embed_items(shop.catalog.metadata)
         embedded = r.embed_items(shop.catalog.metadata, language_encoder=str(moved))

@@ -42,8 +42,11 @@ class Growing:
 
     def with_room(self, least: int = 1) -> Growing:
         """Return the same rows with room for `least` more, copied if there is none."""
-        if self._used[0] == self.length and self.length + least <= len(self.buffer):
-            return self
+        has_room = self._used[0] == self.length and self.length + least <= len(self.buffer)
+        return self if has_room else self.copied(least)
+
+    def copied(self, least: int = 1) -> Growing:
+        """Return a copy of the rows with room for `least` more at least."""
         shape = (self.length + least + spare_rows(self.length), *self.buffer.shape[1:])
         buffer = np.zeros(shape, self.buffer.dtype, order="C" if self.buffer.flags.c_contiguous else "F")
         buffer[: self.length] = self.values
@@ -121,11 +124,14 @@ class Table:
     def with_room(self, least: int = 1) -> Table:
         """Return this table with room for `least` more rows; copied if there is none."""
         rows = self._rows.with_room(least)
-        if self._scale is None or rows is self._rows:
-            return self._of(rows, self._scale)
+        return self if rows is self._rows else self._of(rows, self._scale and self._scale_for(rows))
+
+    def _scale_for(self, rows: Growing) -> Growing:
+        """Return a copy of the scales with the same room as `rows`."""
+        assert self._scale is not None
         scale = np.zeros(len(rows.buffer), np.float32)  # 0: scores of the room are 0, so a bias of -inf excludes them
         scale[: len(self)] = self._scale.values
-        return self._of(rows, Growing(scale, len(self)))
+        return Growing(scale, len(self))
 
     def extended(self, embeddings: np.ndarray) -> Table:
         """Return a table with the rows `embeddings` [n, m] float32 appended in the same storage.
@@ -140,13 +146,13 @@ class Table:
 
     def replaced(self, numbers: np.ndarray, embeddings: np.ndarray) -> Table:
         """Return a copy with other rows [n, m] float32 at `numbers`."""
-        rows, scale = self.rows().copy(order="K"), self.row_scales()
+        rows, scale = self._rows.copied(), self._scale
         if scale is None:
-            rows[numbers] = embeddings
-            return Table(rows, None).with_room()
-        scale = scale.copy()
-        rows[numbers], scale[numbers] = quantize(embeddings, axis=1)
-        return Table(rows, scale).with_room()
+            rows.values[numbers] = embeddings
+            return self._of(rows, None)
+        scale = self._scale_for(rows)
+        rows.values[numbers], scale.values[numbers] = quantize(embeddings, axis=1)
+        return self._of(rows, scale)
 
 
 def bias_before_scaling(z: np.ndarray, table: Table, bias: np.ndarray) -> np.ndarray:

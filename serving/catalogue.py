@@ -20,8 +20,6 @@ from common.errors import InputError
 from serving.engines import Table
 from serving.items import ItemId, Items, make_items
 
-FEW = 8  # up to one item in 8 is ranked from gathered rows; more are ranked from the whole table
-
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
@@ -146,60 +144,3 @@ class Catalogue:
         if not added:
             return self.exported
         return self.exported.extended(make_items([self.id(i) for i in added], [self.title(i) for i in added]))
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """The items of a filter in one catalogue, removed ones left out."""
-
-    count: int
-    numbers: np.ndarray | None  # sorted; None: all
-    boost: np.ndarray | None
-    bias: np.ndarray | None  # [1, table.width]: 0 or the boost, -inf for all others; None: few items, to be gathered
-
-    def listed(self, catalogue: Catalogue) -> np.ndarray:
-        """Return the item numbers, also if that is all items."""
-        return np.flatnonzero(catalogue.bias[0] == 0) if self.numbers is None else self.numbers
-
-    def boost_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Return what is added to the scores of some items [n]."""
-        if self.boost is None:
-            return np.zeros(len(numbers), dtype=np.float32)
-        padded = np.append(self.boost, np.float32(0))
-        return padded[np.minimum(numbers - 1, len(self.boost))]
-
-
-class Filter:
-    """Which items may be recommended, and what is added to their scores; `Recommender.filter` makes one.
-
-    It holds item numbers, so it stays valid while items are added, updated and removed. It keeps what it computed for
-    the newest catalogue, so using it again costs nothing.
-    """
-
-    def __init__(self, numbers: np.ndarray | None, boost: np.ndarray | None, notes: Sequence[str] = ()) -> None:
-        """numbers: allowed items, sorted and unique; None: all. boost [n]: for items 1..n; later ones get 0."""
-        self.numbers, self.boost, self.notes = numbers, boost, list(notes)
-        self._last: tuple[Catalogue, Choice] | None = None
-
-    def choice(self, catalogue: Catalogue) -> Choice:
-        """Return the filter's items in this catalogue."""
-        last = self._last
-        if last is None or last[0] is not catalogue:
-            last = self._last = (catalogue, self._choose(catalogue))
-        return last[1]
-
-    def _choose(self, catalogue: Catalogue) -> Choice:
-        count, numbers, bias = catalogue.count, self.numbers, catalogue.bias
-        if numbers is not None:
-            numbers = numbers[: np.searchsorted(numbers, len(catalogue), side="right")]
-            numbers = numbers[~catalogue.is_removed(numbers)]
-            count = len(numbers)
-            if count * FEW <= len(catalogue):
-                return Choice(count, numbers, self.boost, None)
-            bias = np.full_like(bias, -np.inf)
-            bias[0, numbers] = 0
-        if self.boost is not None:
-            bias = bias.copy() if numbers is None else bias
-            shared = self.boost[: len(catalogue)]
-            bias[0, 1 : len(shared) + 1] += shared
-        return Choice(count, numbers, self.boost, bias)

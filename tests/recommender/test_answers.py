@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from serving import recommender, torch_engine
+from serving import ranking, torch_engine
 from tests.recommender.shop import IDS, MAX_LEN, N, assert_same_answer, everything
 
 LONG = [3, 17, 5, 9, 1, 4, 20, 2]  # longer than MAX_LEN
@@ -67,7 +67,7 @@ def test_a_large_catalogue_is_ranked_in_several_batches_with_the_same_answers(r,
     for method in ("recommend", "rank"):
         watched = watching(getattr(r._now.engine, method), lambda rows, table: asked.append(len(rows) * len(table)))
         monkeypatch.setattr(r._now.engine, method, watched)
-    monkeypatch.setattr(recommender, "SCORES", scores_at_once)
+    monkeypatch.setattr(ranking, "SCORES", scores_at_once)
     monkeypatch.setattr(torch_engine, "CHUNK", 3)
     for actual, answer in zip(r.recommend(histories, top_k=8), expected, strict=True):
         assert_same_answer(actual, answer)
@@ -78,7 +78,7 @@ def test_histories_of_similar_length_are_encoded_together(shop, monkeypatch):
     r, shapes = shop.open("onnx"), []
     watched = watching(r._now.engine.recommend, lambda rows, table: shapes.append(rows.shape))
     monkeypatch.setattr(r._now.engine, "recommend", watched)
-    monkeypatch.setattr(recommender, "TOGETHER", 2)
+    monkeypatch.setattr(ranking, "TOGETHER", 2)
     r.recommend([[1], [1, 2, 3, 4], [2], [2, 3, 4, 5], [], [1] * 9], top_k=3)
     assert shapes == [(2, 1), (2, 4), (2, MAX_LEN)]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from serving import catalogue
+from serving import filters
 from tests.recommender.shop import IDS, SAME, N, assert_same_answer, everything
 
 FEW, MANY = [IDS[7], 2], [IDS[7], 2, 19, 2, 5, 11]  # ranked from gathered rows, and from the whole table
@@ -50,7 +50,7 @@ def test_few_candidates_are_gathered_and_the_table_is_not_scored(shop, monkeypat
     r, widths = shop.open("onnx"), []
     recommend = r._now.engine.recommend
     monkeypatch.setattr(r._now.engine, "recommend", lambda *a: widths.append(a[1].width) or recommend(*a))
-    monkeypatch.setattr("serving.recommender.FEWEST_COLUMNS", 1)
+    monkeypatch.setattr("serving.ranking.FEWEST_COLUMNS", 1)
     r.recommend([[3, 4]], top_k=1, candidates=FEW)
     assert widths == [5]  # token 0, two candidates, two items of the history
 
@@ -111,6 +111,6 @@ def test_an_invalid_filter_or_boost_is_refused(r, ask, problem):
 
 def test_the_limit_between_gathering_and_masking_changes_no_answer(r, monkeypatch):
     expected = r.recommend([[3], [9]], candidates=MANY)
-    monkeypatch.setattr(catalogue, "FEW", 1)
+    monkeypatch.setattr(filters, "FEW", 1)
     for actual, answer in zip(r.recommend([[3], [9]], candidates=MANY), expected, strict=True):
         assert_same_answer(actual, answer)

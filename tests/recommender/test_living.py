@@ -168,7 +168,7 @@ def replace_by(folder, shop, seed):
 
 def test_a_folder_is_opened_again_only_if_it_changed(shop, engine, folder):
     r = Recommender.from_pretrained(folder, engine)
-    before, state, model = everything(r, [3]), r.start([3]), r.model
+    before, state, model, rule = everything(r, [3]), r.start([3]), r.model, r.filter([1, 2])
     assert not r.reload() and everything(r, [3]) == before
     replace_by(folder, shop, seed=2)
     assert everything(r, [3]) == before
@@ -176,6 +176,8 @@ def test_a_folder_is_opened_again_only_if_it_changed(shop, engine, folder):
     assert everything(r, [3]) == everything(Recommender.from_pretrained(folder, engine), [3]) != before
     with pytest.raises(InputError, match=f"made by the model '{model}', this is '{r.model}'"):
         r.step(state, 1)
+    with pytest.raises(InputError, match="the filter was made before the export was reloaded; make it again"):
+        r.recommend([[3]], candidates=rule)
 
 
 def test_a_link_that_points_to_another_export_is_followed(shop, folder, tmp_path):

@@ -1,4 +1,4 @@
-"""The card of a run's family of models: what every size costs to serve on one core, and how well it recommends.
+"""Measure what each size of a run costs to serve on one core, and how well it recommends.
 
 python -m benchmarks.deploy                                          # of the newest run
 python -m benchmarks.deploy --run experiments/runs/beauty/...        # writes deploy.json and deploy.png into the run
@@ -7,6 +7,7 @@ python -m benchmarks.deploy --run experiments/runs/beauty/...        # writes de
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -30,20 +31,21 @@ from serving.export import add_run_arguments, asked_run, export_size, named_size
 VARIANTS = (("torch", "none"), ("torch", "float16"), ("onnx", "float16"), ("onnx", "int8"))
 TOP_K = 10
 BATCHES = 20  # of 256 users, timed
-ADDED = 10_000  # items added
+ADDED = 10_000  # items added at once
+FEW = 100  # candidates
 ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Export, measure, print and write the card."""
+    """Export, measure, print and write the results; return them."""
     parser = Parser(description=__doc__.splitlines()[0])
     add_run_arguments(parser)
-    parser.add_argument("--size", default="all", metavar="N,N|all", help="its sizes to measure (default: all)")
+    parser.add_argument("--size", default="all", metavar="N,N|all", help="sizes to measure (default: all)")
     parser.add_argument("--users", type=int, metavar="N", help="test on the first N users (default: all)")
-    parser.add_argument("--requests", type=int, default=500, metavar="N", help="single users timed (default: 500)")
+    parser.add_argument("--requests", type=int, default=500, metavar="N", help="single users to time (default: 500)")
     parser.add_argument(
-        "--catalogue", type=int, default=1_000_000, metavar="N", help="items of the large catalogue that the size "
-        "nearest to 64 is timed with (default: 1000000)",
+        "--catalogue", type=int, default=1_000_000, metavar="N", help="items of a large catalogue, timed with the size "
+        "nearest to 64 (default: 1000000)",
     )  # fmt: skip
     parser.add_argument("--measure", nargs=2, metavar=("EXPORT", "ENGINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that deploy.json holds."""
+    """Return the content of deploy.json."""
     from common.devices import cpu_name
     from model import FMRLRec
     from trainer.load_run import load_run
@@ -123,7 +125,7 @@ def measured_card(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_a_process_of_its_own(export: Path, engine: str, histories: list[list[str]]) -> dict[str, float | None]:
-    """`measure` in a fresh Python on one core."""
+    """Run `measure` in a new Python process on one core."""
     command = [sys.executable, "-m", "benchmarks.deploy", "--measure", str(export), engine]
     environment = (
         os.environ | ONE_CORE | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
@@ -137,7 +139,7 @@ def in_a_process_of_its_own(export: Path, engine: str, histories: list[list[str]
 
 
 def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, float | None]:
-    """Load time, resident memory and latencies of an export in this process, on one core."""
+    """Return load time, memory and latencies of an export, measured in this process on one core."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     started = time.perf_counter()
@@ -158,12 +160,16 @@ def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, 
     steps = timed([partial(event, history[-1]) for history in histories])
     batch = (histories * (256 // len(histories) + 1))[:256]
     together = timed([lambda: recommender.recommend(batch, top_k=TOP_K)] * BATCHES)
-    peak, added = memory("VmHWM"), None
+    few = [recommender.items.id(number) for number in range(1, min(FEW, len(recommender)) + 1)]
+    among = timed([partial(recommender.recommend, [history], TOP_K, True, few) for history in histories])
+    peak, added, added_one = memory("VmHWM"), None, None
     if width := recommender.config["features"]["dim"]:
         features = np.random.default_rng(0).normal(size=(ADDED, width)).astype(np.float32)
         started = time.perf_counter()
         recommender.add_items([f"added {number}" for number in range(ADDED)], features)
         added = time.perf_counter() - started
+        names = map("one {}".format, itertools.count())
+        added_one = statistics.median(timed([lambda: recommender.add_items([next(names)], features[:1])] * BATCHES))
     return {
         "load_s": loaded,
         "torch_imported": torch_imported,
@@ -174,12 +180,14 @@ def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, 
         "step_p50_ms": statistics.median(steps),
         "batch256_p50_ms": statistics.median(together),
         "batch256_p95_ms": statistics.quantiles(together, n=20)[-1],
+        "candidates100_p50_ms": statistics.median(among),
         "add_10000_s": added,
+        "add_1_ms": added_one,
     }
 
 
 def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Milliseconds of each call, after one that warms up."""
+    """Return the milliseconds of each call, after a warm-up call."""
     calls[0]()
     milliseconds = []
     for call in calls:
@@ -190,15 +198,14 @@ def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
 
 
 def answer(export: Path, engine: str, histories: list[list[str]]) -> list:
-    """Every user's recommendations, their history kept among the candidates as the paper tests."""
+    """Return all users' recommendations; the history is kept among the candidates, as the paper tests."""
     from serving import Recommender
 
     return Recommender.from_pretrained(export, engine).recommend(histories, top_k=TOP_K, exclude_history=False)
 
 
 def accuracy(answers: list, targets: list[int]) -> dict[str, float]:
-    """Recall@10 and NDCG@10 of answers. Of items with the same score the lower number comes first, where eval.py gives
-    them their average rank."""
+    """Return Recall@10 and NDCG@10. Of items with the same score the lower number comes first; eval.py averages."""
     import torch
 
     from trainer.metrics import ranking_metrics
@@ -210,19 +217,19 @@ def accuracy(answers: list, targets: list[int]) -> dict[str, float]:
 
 
 def same_items(answers: list, others: list) -> float:
-    """The share of users who get the same ten items."""
+    """Return the share of users who get the same ten items."""
     same = [set(one.numbers) == set(other.numbers) for one, other in zip(answers, others, strict=True)]
     return sum(same) / len(same)
 
 
 def largest_difference(answers: list, others: list) -> float:
-    """How far the ten best scores are off, over all users."""
+    """Return the largest difference of the ten best scores, over all users."""
     pairs = zip(answers, others, strict=True)
     return max(abs(a - b) for one, other in pairs for a, b in zip(one.scores, other.scores, strict=True))
 
 
 def large_catalogue(export: Path, num_items: int, folder: Path, histories: list[list[str]]) -> dict[str, Any]:
-    """The same model before a catalogue of `num_items`, the real items first and made-up ones after them."""
+    """Measure the same model with a catalogue of `num_items`: the real items, then made-up ones."""
     import numpy as np
 
     from serving.folder import ITEMS, pack_items, read_folder, write_folder
@@ -244,7 +251,7 @@ def large_catalogue(export: Path, num_items: int, folder: Path, histories: list[
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row, while it is measured."""
+    """Return one row as text."""
     return (
         f"{row['size']:5d} {row['engine']:5} {row['quantize']:7}  {row['bytes'] / 1e6:7.2f} MB  "
         f"load {row['load_s']:.2f} s  p50 {row['p50_ms']:.2f} ms  NDCG@10 {row['NDCG@10']:.4f}  "

@@ -18,7 +18,6 @@ import binascii
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -92,12 +91,12 @@ def create_app(recommender: Recommender) -> Any:
         options = body.model_dump(include={"top_k", "exclude_history", "candidates"})
         answer = await batcher.ask(_state(body.state) if body.state else body.history, options)
         metrics.add("fmrlrec_unknown_ids_total", by=answer.unknown)
-        return JSONResponse(asdict(answer))
+        return JSONResponse(vars(answer))
 
     @app.post("/similar")
     def similar(body: Similar) -> JSONResponse:
         metrics.add("fmrlrec_unknown_ids_total", by=len(recommender.items.known(body.items)[1]))
-        return JSONResponse([asdict(answer) for answer in recommender.similar_items(body.items, body.top_k)])
+        return JSONResponse([vars(answer) for answer in recommender.similar_items(body.items, body.top_k)])
 
     @app.post("/events")
     def events(body: Event) -> dict[str, str]:

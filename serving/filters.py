@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class Filter:
         """numbers: allowed items, sorted and unique; None: all. boost [n]: for items 1..n; later ones get 0."""
         self.numbers, self.boost, self.notes = numbers, boost, list(notes)
         self._exported = catalogue.exported
-        self._last: tuple[Catalogue, Choice] | None = None
+        self._last: tuple[weakref.ref[Catalogue], Choice] | None = None  # keeps no old table in memory
 
     def choice(self, catalogue: Catalogue, gather: bool = False) -> Choice:
         """Return the filter's items in this catalogue. gather: even if there are many.
@@ -53,10 +54,10 @@ class Filter:
         Raises InputError if the catalogue is of another export, whose items have other numbers.
         """
         last = self._last
-        if last is None or last[0] is not catalogue:
+        if last is None or last[0]() is not catalogue:
             if catalogue.exported is not self._exported:
                 raise InputError("the filter was made before the export was reloaded; make it again: filter()")
-            last = self._last = (catalogue, self._choose(catalogue, gather))
+            last = self._last = (weakref.ref(catalogue), self._choose(catalogue, gather))
         return last[1]
 
     def _choose(self, catalogue: Catalogue, gather: bool) -> Choice:

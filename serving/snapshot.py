@@ -62,10 +62,14 @@ def model_name(config: Mapping[str, Any]) -> str:
 
 
 def check_state(now: Snapshot, state: State) -> None:
+    """Raise InputError for a state of another model, or with items that this catalogue does not have."""
     if state.model != now.model:
         raise InputError(
             f"the state was made by the model {state.model!r}, this is {now.model!r}; encode the history again: start()"
         )
+    shape = now.config["num_blocks"], 2, now.config["size"]
+    if state.hidden.shape != shape or state.z.shape != shape[2:]:
+        raise InputError("the state is damaged: it has another size than its model; encode the history again: start()")
     if (largest := max(state.items, default=0)) > len(now.catalogue):
         raise InputError(
             f"the state remembers item {largest}, this catalogue has {len(now.catalogue)}; reload the catalogue that "

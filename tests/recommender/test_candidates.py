@@ -1,5 +1,8 @@
 """Which items are candidates, and what is added to their scores."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -76,6 +79,15 @@ def test_a_filter_follows_the_catalogue(shop, engine):
     change = {i: score - before[i] for i, score in zip(raised.numbers, raised.scores, strict=True)}
     assert change.pop(17) == pytest.approx(0, abs=1e-5)  # added later
     assert change.keys() == set(range(1, 17)) - {2} and list(change.values()) == pytest.approx([1] * 15, abs=1e-4)
+
+
+def test_a_filter_keeps_no_former_catalogue_in_memory(shop):
+    r = shop.open("onnx")
+    rule, former = r.filter(MANY), weakref.ref(r.items)
+    r.recommend([[3]], candidates=rule)
+    r.update_items([4], shop.features[[9]])
+    gc.collect()
+    assert former() is None
 
 
 @pytest.mark.parametrize("candidates", [None, FEW, MANY, [MANY]], ids=str)

@@ -97,10 +97,6 @@ def test_a_value_that_is_no_list_of_dicts_is_refused(r, products, problem):
         r.embed_items(products)
 
 
-def test_no_products_have_no_features_but_their_width(r):
-    assert r.embed_items([]).shape == (0, 1264)
-
-
 def test_a_missing_package_is_named_with_what_to_install(shop, r, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(InputError, match=r"needs a package that is not installed \(.*PIL.*pip install '.\[encoders\]'"):

@@ -67,13 +67,9 @@ MATRIX = np.ones((2, 1264), dtype=np.float32)
 @pytest.mark.parametrize(
     ("ids", "features", "titles", "message"),
     [
-        (["NEW", "NEW"], MATRIX, None, "item id 'NEW' occurs twice; ids must be unique"),
         (["NEW", IDS[4]], MATRIX, None, f"item '{IDS[4]}' exists already; leave it out"),
         (NEW, MATRIX[:, 1:], None, r"features of shape \[2, 1263\] for 2 items: must be \[2, 1264\]"),
-        (NEW, MATRIX[0], None, r"features of shape \[1264\] for 2 items"),
         (NEW, MATRIX * [[1], [np.nan]], None, "the features of item 'NEW-2' are not finite, or far too large"),
-        (NEW, MATRIX, ["one"], "1 titles for 2 items; give one per item"),
-        (["NEW", "a\0"], MATRIX, None, "must be a string of 1 to 256 bytes in UTF-8 without NUL"),
         (NEW, MATRIX, ["one", None], "the title of item 'NEW-2' is None; give a string"),
         (NEW, MATRIX, "ab", "titles must be a list such as"),
         (NEW, [[1.0], [1.0, 2.0]], None, "features must be an array of numbers"),

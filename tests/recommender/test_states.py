@@ -111,6 +111,13 @@ def test_a_state_of_another_model_is_refused(r, engine, tmp_path, sizes, num_blo
             ask()
 
 
+def test_a_forged_state_is_refused(r):
+    small = np.zeros((r.config["num_blocks"], 2, 3), dtype=np.float32)
+    forged = State.from_bytes(State(small, np.zeros(3, dtype=np.float32), (1,), r.model).to_bytes())
+    with pytest.raises(InputError, match="the state is damaged: it has another size than its model"):
+        r.step(forged, 1)
+
+
 def test_a_state_stays_valid_while_the_catalogue_changes(shop, engine):
     r, other = (shop.first(engine, "none", 16) for _ in range(2))
     r.add_items(["NEW"], shop.features[16:17])

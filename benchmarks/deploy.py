@@ -1,12 +1,13 @@
-"""Measure the serving cost on one core and the accuracy of every size of a run.
+"""Measure what each size of a run costs to serve on one core, and how well it recommends.
 
-python -m benchmarks.deploy                                          # the newest run
+python -m benchmarks.deploy                                          # of the newest run
 python -m benchmarks.deploy --run experiments/runs/beauty/...        # writes deploy.json and deploy.png into the run
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -26,26 +27,25 @@ from common.files import sha256, write_json
 from common.settings import format_value
 from serving.export import add_run_arguments, asked_run, export_size, named_sizes
 
-# (engine, --quantize); the first is the reference for the others
+# (engine, how numbers are stored); the first is what the others are compared with
 VARIANTS = (("torch", "none"), ("torch", "float16"), ("onnx", "float16"), ("onnx", "int8"))
 TOP_K = 10
-BATCHES = 20  # timed batches of 256 users
-ADDED = 10_000  # items added to the catalogue
+BATCHES = 20  # of 256 users, timed
+ADDED = 10_000  # items added at once
+FEW = 100  # candidates
 ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure every size, print a table, and write deploy.json and deploy.png."""
+    """Export, measure, print and write the results; return them."""
     parser = Parser(description=__doc__.splitlines()[0])
     add_run_arguments(parser)
     parser.add_argument("--size", default="all", metavar="N,N|all", help="sizes to measure (default: all)")
     parser.add_argument("--users", type=int, metavar="N", help="test on the first N users (default: all)")
+    parser.add_argument("--requests", type=int, default=500, metavar="N", help="single users to time (default: 500)")
     parser.add_argument(
-        "--requests", type=int, default=500, metavar="N", help="timed requests of a single user (default: 500)"
-    )
-    parser.add_argument(
-        "--catalogue", type=int, default=1_000_000, metavar="N", help="items of the large catalogue, timed with the "
-        "size nearest to 64 (default: 1000000)",
+        "--catalogue", type=int, default=1_000_000, metavar="N", help="items of a large catalogue, timed with the size "
+        "nearest to 64 (default: 1000000)",
     )  # fmt: skip
     parser.add_argument("--measure", nargs=2, metavar=("EXPORT", "ENGINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     for name, least in {"users": 1, "requests": 2, "catalogue": TOP_K}.items():
         if (value := getattr(arguments, name)) is not None and value < least:
-            raise InputError(f"--{name} {value} must be at least {least}")
+            raise InputError(f"--{name} {value} must be {least} or more")
     from experiments.deployment import card_table, plot_card
     from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE, describe_run
 
@@ -76,17 +76,17 @@ def measure_card(arguments: argparse.Namespace) -> dict[str, Any]:
 
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
     config, catalog, model = load_run(arguments.run, flags)
-    assert isinstance(model, FMRLRec)  # asked_run accepts no other model
+    assert isinstance(model, FMRLRec)  # asked_run refused others
     sizes = named_sizes(arguments.size, config.mrl_hidden_sizes)
     if catalog.num_items < TOP_K:
         raise InputError(f"{config.dataset_code} has {catalog.num_items} items, fewer than the {TOP_K} to recommend")
     users = range(min(arguments.users or len(catalog.sequences), len(catalog.sequences)))
     histories = [[catalog.asins[item - 1] for item in catalog.sequences.of(user)[:-1]] for user in users]
     targets = [int(catalog.sequences.of(user)[-1]) for user in users]
-    # At least two: percentiles need them.
-    requests, rows, large = (histories * 2)[: max(2, min(arguments.requests, len(histories)))], [], None
+    # Of at least two: a percentile needs them.
+    some, rows, large = (histories * 2)[: max(2, min(arguments.requests, len(histories)))], [], None
     for size in sizes:
-        reference: list = []
+        plain: list = []
         for engine, quantize in VARIANTS:
             with tempfile.TemporaryDirectory() as folder:
                 export = Path(folder, f"{config.dataset_code}-{size}")
@@ -96,22 +96,23 @@ def measure_card(arguments: argparse.Namespace) -> dict[str, Any]:
                 )  # fmt: skip
                 row = {"size": size, "engine": engine, "quantize": quantize}
                 row["bytes"] = sum(path.stat().st_size for path in export.iterdir())
-                row |= measure_in_subprocess(export, engine, requests)
-                answers = recommend(export, engine, histories)
-                reference = reference or answers
-                row |= accuracy(answers, targets) | {"same_top10": same_items(answers, reference)}
+                row |= measure_in_subprocess(export, engine, some)
+                answers = answer(export, engine, histories)
+                plain = plain or answers
+                row |= accuracy(answers, targets) | {"same_top10": same_items(answers, plain)}
                 if engine == "onnx":
-                    by_torch = recommend(export, "torch", histories)
+                    by_torch = answer(export, "torch", histories)
                     row |= {
                         "same_top10_as_torch": same_items(answers, by_torch),
                         "largest_difference_from_torch": largest_difference(answers, by_torch),
                     }
                 rows.append(row)
-                print(format_row(row), flush=True)
+                print(line(row), flush=True)
                 if size == min(sizes, key=lambda m: abs(m - 64)) and (engine, quantize) == ("onnx", "float16"):
-                    copy = Path(folder, "large")
-                    large = {"size": size}
-                    large |= measure_large_catalogue(export, arguments.catalogue, copy, histories[:100])
+                    before = measure_large_catalogue(
+                        export, arguments.catalogue, Path(folder, "large"), histories[:100]
+                    )
+                    large = {"size": size} | before
     return {
         "dataset": config.dataset_code,
         "run": arguments.run.resolve().name,
@@ -126,7 +127,7 @@ def measure_card(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_in_subprocess(export: Path, engine: str, histories: list[list[str]]) -> dict[str, float | None]:
-    """Call `measure` in a new Python process on one core."""
+    """Run `measure` in a new Python process on one core."""
     command = [sys.executable, "-m", "benchmarks.deploy", "--measure", str(export), engine]
     environment = (
         os.environ | ONE_CORE | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
@@ -140,7 +141,7 @@ def measure_in_subprocess(export: Path, engine: str, histories: list[list[str]])
 
 
 def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, float | None]:
-    """Measure load time, memory and latencies of an export on one core."""
+    """Return load time, memory and latencies of an export, measured in this process on one core."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     started = time.perf_counter()
@@ -155,18 +156,22 @@ def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, 
     single = timed([partial(recommender.recommend, [history], top_k=TOP_K) for history in histories])
     resident, state = memory_mb("VmRSS"), recommender.start(histories[0])
 
-    def step(item: str) -> None:
+    def event(item: str) -> None:
         recommender.recommend([recommender.step(state, item)], top_k=TOP_K)
 
-    steps = timed([partial(step, history[-1]) for history in histories])
+    steps = timed([partial(event, history[-1]) for history in histories])
     batch = (histories * (256 // len(histories) + 1))[:256]
-    batches = timed([lambda: recommender.recommend(batch, top_k=TOP_K)] * BATCHES)
-    peak, added = memory_mb("VmHWM"), None
+    together = timed([lambda: recommender.recommend(batch, top_k=TOP_K)] * BATCHES)
+    few = [recommender.items.id(number) for number in range(1, min(FEW, len(recommender)) + 1)]
+    among = timed([partial(recommender.recommend, [history], TOP_K, True, few) for history in histories])
+    peak, added, added_one = memory_mb("VmHWM"), None, None
     if width := recommender.config["features"]["dim"]:
         features = np.random.default_rng(0).normal(size=(ADDED, width)).astype(np.float32)
         started = time.perf_counter()
         recommender.add_items([f"added {number}" for number in range(ADDED)], features)
         added = time.perf_counter() - started
+        names = map("one {}".format, itertools.count())
+        added_one = statistics.median(timed([lambda: recommender.add_items([next(names)], features[:1])] * BATCHES))
     return {
         "load_s": loaded,
         "torch_imported": torch_imported,
@@ -175,14 +180,16 @@ def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, 
         "p50_ms": statistics.median(single),
         "p95_ms": statistics.quantiles(single, n=20)[-1],
         "step_p50_ms": statistics.median(steps),
-        "batch256_p50_ms": statistics.median(batches),
-        "batch256_p95_ms": statistics.quantiles(batches, n=20)[-1],
+        "batch256_p50_ms": statistics.median(together),
+        "batch256_p95_ms": statistics.quantiles(together, n=20)[-1],
+        "candidates100_p50_ms": statistics.median(among),
         "add_10000_s": added,
+        "add_1_ms": added_one,
     }
 
 
 def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Return the milliseconds of each call, after one warm-up call."""
+    """Return the milliseconds of each call, after a warm-up call."""
     calls[0]()
     milliseconds = []
     for call in calls:
@@ -192,21 +199,15 @@ def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
     return milliseconds
 
 
-def recommend(export: Path, engine: str, histories: list[list[str]]) -> list:
-    """Return every user's recommendations.
-
-    As in the paper's test, history items are candidates too.
-    """
+def answer(export: Path, engine: str, histories: list[list[str]]) -> list:
+    """Return all users' recommendations; the history is kept among the candidates, as the paper tests."""
     from serving import Recommender
 
     return Recommender.from_pretrained(export, engine).recommend(histories, top_k=TOP_K, exclude_history=False)
 
 
 def accuracy(answers: list, targets: list[int]) -> dict[str, float]:
-    """Return Recall@10 and NDCG@10 of recommendations.
-
-    Tied items rank by their number here; eval.py gives them their average rank.
-    """
+    """Return Recall@10 and NDCG@10. Of items with the same score the lower number comes first; eval.py averages."""
     import torch
 
     from trainer.metrics import ranking_metrics
@@ -224,23 +225,23 @@ def same_items(answers: list, others: list) -> float:
 
 
 def largest_difference(answers: list, others: list) -> float:
-    """Return the largest difference between the users' ten best scores."""
+    """Return the largest difference of the ten best scores, over all users."""
     pairs = zip(answers, others, strict=True)
     return max(abs(a - b) for one, other in pairs for a, b in zip(one.scores, other.scores, strict=True))
 
 
 def measure_large_catalogue(export: Path, num_items: int, folder: Path, histories: list[list[str]]) -> dict[str, Any]:
-    """Measure the model with `num_items` items: the real ones, then made-up ones."""
+    """Measure the same model with a catalogue of `num_items`: the real items, then made-up ones."""
     import numpy as np
 
     from serving.folder import ITEMS, pack_items, read_folder, write_folder
     from serving.items import make_items
 
     real = read_folder(export)
-    num_made_up = max(0, num_items - len(real.items))
+    more = max(0, num_items - len(real.items))
     rng = np.random.default_rng(0)
-    made_up = rng.normal(real.table.mean(), real.table.std(), (num_made_up, real.table.shape[1])).astype(np.float16)
-    items = make_items([f"made up {number}" for number in range(num_made_up)], ["A made-up product"] * num_made_up)
+    made_up = rng.normal(real.table.mean(), real.table.std(), (more, real.table.shape[1])).astype(np.float16)
+    items = make_items([f"made up {number}" for number in range(more)], ["A made-up product"] * more)
     table = np.concatenate([real.table.astype(np.float16), made_up])
     files = {name: export / name for name in real.config["files"]}
     files |= {ITEMS: pack_items(real.items.extended(items), table, None)}
@@ -251,8 +252,8 @@ def measure_large_catalogue(export: Path, num_items: int, folder: Path, historie
     return {"items": count, **row}
 
 
-def format_row(row: dict[str, Any]) -> str:
-    """Return one row as a line of text."""
+def line(row: dict[str, Any]) -> str:
+    """Return one row as text."""
     return (
         f"{row['size']:5d} {row['engine']:5} {row['quantize']:7}  {row['bytes'] / 1e6:7.2f} MB  "
         f"load {row['load_s']:.2f} s  p50 {row['p50_ms']:.2f} ms  NDCG@10 {row['NDCG@10']:.4f}  "

@@ -112,7 +112,10 @@ def reach(export: str, data_root: Path) -> dict[str, Any]:
     recommender.add_items(ids, recommender.embed_items(held["items"]))
     rows = eval_rows(catalog.sequences, recommender.config["max_len"], "test")
     trained = times_trained(catalog.sequences, catalog.num_items) > 0
-    warm = [(catalog.sequences.of(row)[:-1].tolist(), int(t)) for row, t in enumerate(rows.targets) if trained[t]]
+    histories = [
+        [catalog.asins[item - 1] for item in catalog.sequences.of(row)[:-1]] for row in range(len(rows.targets))
+    ]
+    warm = [(histories[row], int(target)) for row, target in enumerate(rows.targets) if trained[target]]
     cold = [(user["history"], user["target"]) for user in held["users"]]
     users = {"never trained": cold, "trained": warm}
     return {

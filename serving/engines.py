@@ -4,8 +4,9 @@
     step(item [B], hidden [B, blocks, 2, m], table) -> z [B, m], hidden
     rank(z [B, m], table, bias, k)                 -> scores [B, k], items [B, k]
 
-history: item numbers, oldest first, left-padded with 0; all zeros: an empty history. bias [1 or B, N+1]: 0 for
-candidates, -inf for all other items and for row 0. B users, L steps, N items, m the size.
+history: item numbers, oldest first, left-padded with 0; all zeros: an empty history. bias [1 or B, table.width]: 0
+for candidates, -inf for all other items, for row 0 and from N+1 on. Other numbers are added to the scores, except by
+onnxruntime with int8 (bias_before_scaling). B users, L steps, N items, m the size.
 
 The engines agree up to rounding. With int8, onnxruntime multiplies integers and torch multiplies dequantized float32.
 """
@@ -17,27 +18,88 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.errors import InputError
-from serving.folder import GRAPHS, HINT, Export
-from serving.quantize import quantize
+from serving.folder import GRAPHS, HINT, Export, spare_rows
+from serving.quantize import STEPS, dequantize, quantize
 from serving.weights import MATRICES
 
 ENGINES = ("torch", "onnx")
 ONNX_ROWS = 2  # the fewest rows of a product: one alone takes other routines, which round differently
 
 
-class Table:
-    """The item table in memory: float32 [N+1, m], or int8 [m, N+1] with a scale per item.
+class Growing:
+    """The first rows of an array that has room for more. Neither they nor their number ever change.
 
-    int8 is stored transposed because onnxruntime's integer product reads it fastest that way.
+    `extended` writes into the room, so that both share the memory. One thread at a time may extend.
     """
 
-    def __init__(self, table: np.ndarray, scale: np.ndarray | None) -> None:
-        """table: [N+1, m], int8 with `scale` [N+1] or float32 without."""
-        self.values = table if scale is None else np.ascontiguousarray(table.T)
-        self.scale = scale
+    def __init__(self, buffer: np.ndarray, length: int, used: list[int] | None = None) -> None:
+        """buffer: its first `length` rows count. used: [rows written so far], shared by all that share the buffer."""
+        self.buffer, self.length = buffer, length
+        self._used = [length] if used is None else used
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.buffer[: self.length]
+
+    def with_room(self, least: int = 1) -> Growing:
+        """Return the same rows with room for `least` more, copied if there is none."""
+        has_room = self._used[0] == self.length and self.length + least <= len(self.buffer)
+        return self if has_room else self.copied(least)
+
+    def copied(self, least: int = 1) -> Growing:
+        """Return a copy of the rows with room for `least` more at least."""
+        shape = (self.length + least + spare_rows(self.length), *self.buffer.shape[1:])
+        buffer = np.zeros(shape, self.buffer.dtype, order="C" if self.buffer.flags.c_contiguous else "F")
+        buffer[: self.length] = self.values
+        return Growing(buffer, self.length)
+
+    def extended(self, more: np.ndarray) -> Growing:
+        """Return these rows with `more` appended, copied only if there is no room."""
+        grown = self.with_room(len(more))
+        end = self.length + len(more)
+        grown.buffer[self.length : end] = more
+        grown._used[0] = end
+        return Growing(grown.buffer, end, grown._used)
+
+
+class Table:
+    """The item table in memory: float32 [N+1, m], or int8 [m, width] with a scale per item. It never changes.
+
+    int8 is stored transposed because onnxruntime's integer product reads it fastest that way. Room for more rows is
+    then a part of the columns: width >= N+1.
+    """
+
+    def __init__(self, table: np.ndarray, scale: np.ndarray | None, buffer: np.ndarray | None = None) -> None:
+        """table: [N+1, m], int8 with `scale` [N+1] or float32 without. buffer: begins with a float32 `table` and has
+        room for more rows."""
+        if scale is not None:
+            table = np.asfortranarray(table)
+        self._rows = Growing(table if buffer is None else buffer, len(table))
+        self._scale = None if scale is None else Growing(scale, len(scale))
+
+    @classmethod
+    def _of(cls, rows: Growing, scale: Growing | None) -> Table:
+        table = cls.__new__(cls)
+        table._rows, table._scale = rows, scale
+        return table
 
     def __len__(self) -> int:
-        return self.values.shape[0 if self.scale is None else 1]
+        return self._rows.length
+
+    @property
+    def width(self) -> int:
+        """The number of scores per user. Those from N+1 on are of no item, so the bias must be -inf there."""
+        return len(self) if self._scale is None else len(self._rows.buffer)
+
+    @property
+    def values(self) -> np.ndarray:
+        """[N+1, m] float32, or [m, width] int8."""
+        return self._rows.values if self._scale is None else self._rows.buffer.T
+
+    @property
+    def scale(self) -> np.ndarray | None:
+        """The scale of each column [width] of an int8 table."""
+        return None if self._scale is None else self._scale.buffer
 
     def inputs(self) -> dict[str, np.ndarray]:
         """Return the table as inputs of the graphs (serving/graphs.py)."""
@@ -45,14 +107,63 @@ class Table:
 
     def rows(self) -> np.ndarray:
         """Return [N+1, m], the layout of an export."""
-        return self.values if self.scale is None else self.values.T
+        return self._rows.values
+
+    def row_scales(self) -> np.ndarray | None:
+        """Return [N+1] of an int8 table."""
+        return None if self._scale is None else self._scale.values
+
+    def vectors(self, numbers: np.ndarray | slice) -> np.ndarray:
+        """Return rows in float32."""
+        rows = self.rows()[numbers]
+        return rows if self._scale is None else dequantize(rows, self._scale.values[numbers], axis=1)
+
+    def gathered(self, numbers: np.ndarray) -> Table:
+        """Return the table of some rows."""
+        return Table(self.rows()[numbers], None if self._scale is None else self._scale.values[numbers])
+
+    def with_room(self, least: int = 1) -> Table:
+        """Return this table with room for `least` more rows; copied if there is none."""
+        rows = self._rows.with_room(least)
+        return self if rows is self._rows else self._of(rows, self._scale and self._scale_for(rows))
+
+    def _scale_for(self, rows: Growing) -> Growing:
+        """Return a copy of the scales with the same room as `rows`."""
+        assert self._scale is not None
+        scale = np.zeros(len(rows.buffer), np.float32)  # 0: scores of the room are 0, so a bias of -inf excludes them
+        scale[: len(self)] = self._scale.values
+        return Growing(scale, len(self))
 
     def extended(self, embeddings: np.ndarray) -> Table:
-        """Return a new table with the rows `embeddings` [n, m] float32 appended in the same storage."""
-        if self.scale is None:
-            return Table(np.concatenate([self.values, embeddings]), None)
+        """Return a table with the rows `embeddings` [n, m] float32 appended in the same storage.
+
+        Both share their memory if there is room.
+        """
+        table = self.with_room(len(embeddings))
+        if table._scale is None:
+            return self._of(table._rows.extended(embeddings), None)
         more, more_scale = quantize(embeddings, axis=1)
-        return Table(np.concatenate([self.values.T, more]), np.concatenate([self.scale, more_scale]))
+        return self._of(table._rows.extended(more), table._scale.extended(more_scale))
+
+    def replaced(self, numbers: np.ndarray, embeddings: np.ndarray) -> Table:
+        """Return a copy with other rows [n, m] float32 at `numbers`."""
+        rows, scale = self._rows.copied(), self._scale
+        if scale is None:
+            rows.values[numbers] = embeddings
+            return self._of(rows, None)
+        scale = self._scale_for(rows)
+        rows.values[numbers], scale.values[numbers] = quantize(embeddings, axis=1)
+        return self._of(rows, scale)
+
+
+def bias_before_scaling(z: np.ndarray, table: Table, bias: np.ndarray) -> np.ndarray:
+    """Return the bias [B, width] for `rank` that adds `bias` to the scores; of an int8 table, ranked by onnxruntime.
+
+    The graph multiplies a user's scores by the scale of the user's activations after it adds the bias.
+    """
+    if table.scale is None:
+        return bias
+    return bias / np.maximum(np.abs(z).max(axis=1, keepdims=True) / np.float32(STEPS), np.float32(1e-30))
 
 
 class Engine(Protocol):
@@ -125,7 +236,7 @@ class OnnxEngine:
         self._recommend, self._step = load(recommend), load(step)
 
     def table(self, export: Export) -> Table:
-        return Table(export.table, export.scale)
+        return Table(export.table, export.scale, export.buffer if export.scale is None else None)
 
     def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Histories run in lengths of their own, powers of two: the sum over a longer one rounds differently."""

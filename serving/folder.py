@@ -8,6 +8,7 @@ items.safetensors     table   [N+1, m]  item table, float32, float16 or int8; ro
                       ids     [N, W]    item ids in UTF-8, padded with zeros
                       titles  [bytes]   all titles in UTF-8, concatenated
                       title_ends [N]    end of each title
+                      removed [n]       numbers of removed items; version 2, written only if there are any
 *.onnx                optional: recommend, step and rank (serving/graphs.py)
 
 N items, m the size, W bytes of the longest id. A folder is written under a temporary name and renamed, so it is never
@@ -39,6 +40,7 @@ from serving.items import Items
 from serving.weights import expected_shapes
 
 FORMAT, VERSION = "fmrlrec-export", 1
+WITH_REMOVED = 2  # the version of an export with removed items, which earlier code would recommend
 CONFIG, WEIGHTS, ITEMS, CARD = "config.json", "model.safetensors", "items.safetensors", "README.md"
 GRAPHS = ("recommend.onnx", "step.onnx", "rank.onnx")
 STORED = {
@@ -60,8 +62,14 @@ class Export:
     config: dict[str, Any]
     weights: dict[str, np.ndarray]
     items: Items
-    table: np.ndarray  # [N+1, m] float32 (also if stored as float16) or int8
+    buffer: np.ndarray  # [N+1 and spare rows, m] float32 (also if stored as float16) or int8
     scale: np.ndarray | None  # [N+1] float32 if the table is int8
+    removed: np.ndarray  # numbers of removed items, sorted
+
+    @property
+    def table(self) -> np.ndarray:
+        """The item table [N+1, m]."""
+        return self.buffer[: len(self.items) + 1]
 
     @property
     def has_graphs(self) -> bool:
@@ -76,7 +84,7 @@ def pack_weights(weights: Mapping[str, np.ndarray]) -> bytes:
     return save({name: np.ascontiguousarray(value) for name, value in weights.items()})
 
 
-def pack_items(items: Items, table: np.ndarray, scale: np.ndarray | None) -> bytes:
+def pack_items(items: Items, table: np.ndarray, scale: np.ndarray | None, removed: np.ndarray | None = None) -> bytes:
     """Return the bytes of items.safetensors."""
     tensors = {
         "table": np.ascontiguousarray(table),
@@ -85,8 +93,15 @@ def pack_items(items: Items, table: np.ndarray, scale: np.ndarray | None) -> byt
         "title_ends": items.title_ends,
     }
     if scale is not None:
-        tensors["scale"] = scale
+        tensors["scale"] = np.ascontiguousarray(scale)
+    if removed is not None and len(removed):
+        tensors["removed"] = removed
     return save(tensors)
+
+
+def spare_rows(rows: int) -> int:
+    """Return how many more rows a table of `rows` rows gets room for. Untouched room takes no memory."""
+    return 64 + rows // 32
 
 
 def write_folder(
@@ -107,7 +122,8 @@ def write_folder(
             if time.time() - left.stat().st_mtime > ABANDONED:
                 shutil.rmtree(left, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-        written = {**config, "format": FORMAT, "version": VERSION, "files": {}}
+        version = WITH_REMOVED if config.get("num_removed") else VERSION
+        written = {**config, "format": FORMAT, "version": version, "files": {}}
         for name, content in files.items():
             path = temporary / name
             if isinstance(content, Path):
@@ -170,6 +186,7 @@ def _restore(folder: Path) -> None:
 def model_card(config: dict[str, Any]) -> str:
     """Return the README.md of an export."""
     features, metrics = config["features"], config["metrics"] or {}
+    ranked = config["num_items"] - config.get("num_removed", 0)
     described = [features[kind]["encoder"] for kind in ("language", "image") if features[kind]]
     encoders = " and ".join(described + [f"`{file['name']}` from a file" for file in features.get("files", ())])
     named = [f"{name} {metrics[name]:.4f}" for name in ("NDCG@10", "Recall@10") if name in metrics]
@@ -185,7 +202,7 @@ def model_card(config: dict[str, Any]) -> str:
     return f"""# {config["dataset"]["code"]}, size {config["size"]}
 
 A sequential recommender (fMRLRec, Findings of EMNLP 2024) with {config["size"]} dimensions, sliced from the run
-`{config["run"]}`. It reads the last {config["max_len"]} items of a history and ranks {config["num_items"]:,} items.
+`{config["run"]}`. It reads the last {config["max_len"]} items of a history and ranks {ranked:,} items.
 
 - Item features: {encoders or "none, the item table is learned"}. Stored {stored[config["quantize"]]}.
 - Test metrics at this size in float32, full ranking, history kept: {", ".join(named) or "not tested"}.
@@ -225,10 +242,10 @@ def read_folder(folder: str | Path) -> Export:
         raise InputError(f"{folder} is a run, not an export; export it: python -m serving.export --run {folder}")
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG} does not describe an export; {HINT}")
-    if config.get("version") != VERSION:
+    if config.get("version") not in (VERSION, WITH_REMOVED):
         raise InputError(
-            f"{folder} has format version {config.get('version')!r}, this code reads version {VERSION}; update the "
-            f"code, or {HINT}"
+            f"{folder} has format version {config.get('version')!r}, this code reads versions {VERSION} and "
+            f"{WITH_REMOVED}; update the code, or {HINT}"
         )
     if config.get("sha256") != _config_sha256(config):
         raise InputError(f"{folder / CONFIG} was altered (its checksum differs); {HINT}")
@@ -245,8 +262,7 @@ def read_folder(folder: str | Path) -> Export:
         if sha256(path) != expected["sha256"]:
             raise InputError(f"{path} was altered (its checksum differs); {HINT}")
     weights = _read_weights(folder / WEIGHTS, config)
-    items, table, scale = _read_items(folder / ITEMS, config)
-    return Export(folder, config, weights, items, table, scale)
+    return Export(folder, config, weights, *_read_items(folder / ITEMS, config))
 
 
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -271,7 +287,7 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
     return weights
 
 
-def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, np.ndarray | None]:
+def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, np.ndarray | None, np.ndarray]:
     with _named(path), safe_open(path, framework="numpy") as file:
         ids = file.get_tensor("ids")
         items = Items(
@@ -281,19 +297,22 @@ def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, 
         )
         rows, size, found = len(items) + 1, config["size"], file.get_slice("table")
         scale = file.get_tensor("scale") if config["quantize"] == "int8" else None
+        removed = file.get_tensor("removed") if config["version"] == WITH_REMOVED else np.zeros(0, np.int64)
         shape, stored = found.get_shape(), STORED[config["quantize"]]
         if found.get_dtype() != stored[0]:
             raise InputError(f"{path}: table is {found.get_dtype()} instead of {stored[0]}; {HINT}")
     if shape != [rows, size] or len(items.title_ends) != len(items) or (scale is not None and len(scale) != rows):
         raise InputError(f"{path}: table of shape {shape} for {len(items)} items of size {size}; {HINT}")
-    table = np.empty((rows, size), dtype=np.int8 if scale is not None else np.float32)
+    if len(removed) and not (removed.min() >= 1 and removed.max() < rows):
+        raise InputError(f"{path}: removed has numbers beyond 1 to {rows - 1}; {HINT}")
+    table = np.empty((rows + spare_rows(rows), size), dtype=np.int8 if scale is not None else np.float32)
     with path.open("rb") as opened:  # convert in chunks, so a large table is in memory once
         length = int.from_bytes(opened.read(8), "little")
         opened.seek(tensor_offsets(opened.read(length))["table"][0])
         for start in range(0, rows, CHUNK):
-            piece = table[start : start + CHUNK]
+            piece = table[start : min(start + CHUNK, rows)]
             piece[:] = np.fromfile(opened, dtype=stored[1], count=piece.size).reshape(piece.shape)
-    return items, table, scale
+    return items, table, scale, removed
 
 
 @contextmanager

@@ -22,13 +22,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from model.sizes import increments
 from serving.folder import GRAPHS, WEIGHTS, tensor_offsets
+from serving.quantize import STEPS
 
 OPSET, IR_VERSION = 17, 8  # from 2022, so that old onnxruntimes can read them
 EPSILON = 1e-5  # LayerNorm's default in torch
-
-# Activations are quantized to 2 * 63 + 1 values. With 255, processors without VNNI would overflow: they add two
-# products in 16 bits.
-STEPS = 63
 
 TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int8): TensorProto.INT8}
 

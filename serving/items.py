@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from common.errors import InputError
 
 MAX_ID = 256  # bytes of UTF-8
 
-ItemId = str | int  # the dataset's id, or the item's number (1-based)
+ItemId = str | int  # the dataset's id, or the item's number (serving/catalogue.py)
 
 
 @dataclass(frozen=True)
@@ -33,35 +33,28 @@ class Items:
         start = self.title_ends[item - 2] if item > 1 else 0
         return self.titles[start : self.title_ends[item - 1]].tobytes().decode()
 
-    def number(self, item: ItemId) -> int:
-        """Return an item's number, 0 if it is unknown. Raises InputError for a value that is no id and no number."""
-        if isinstance(item, str):
-            return self._find(item)
-        if isinstance(item, bool) or not isinstance(item, int | np.integer):
-            raise InputError(f"item {item!r:.80} must be an id (a string) or a number from 1 to {len(self)}")
-        return int(item) if 1 <= item <= len(self) else 0
-
-    def known(self, items: Iterable[ItemId]) -> tuple[list[int], list[ItemId]]:
-        """Return (numbers of the known items, unknown items)."""
-        numbers = [(item, self.number(item)) for item in items]
-        return [number for _, number in numbers if number], [item for item, number in numbers if not number]
-
-    def unknown(self, items: list[ItemId]) -> str:
-        """Describe unknown items for a note or an error."""
-        named = ", ".join(f"{item!r:.80}" for item in items[:5]) + (", ..." if len(items) > 5 else "")
-        return f"unknown: {named} (of {len(self):,} items)"
-
-    def _find(self, item: str) -> int:
-        key = item.encode("utf-8", "surrogatepass")
-        if not key or b"\0" in key or len(key) > self.ids.itemsize:
-            return 0
-        at = np.searchsorted(self.ids, key, sorter=self._order)
-        found = at < len(self) and self.ids[self._order[at]] == key
-        return int(self._order[at]) + 1 if found else 0
+    def find(self, ids: Sequence[str]) -> list[int]:
+        """Return the number of each id, 0 if it is unknown."""
+        if not len(self) or not ids:
+            return [0] * len(ids)
+        encoded = (item.encode("utf-8", "surrogatepass") for item in ids)
+        keys = np.array(
+            [b"" if b"\0" in key or len(key) > self.ids.itemsize else key for key in encoded], dtype=self.ids.dtype
+        )
+        at = np.minimum(np.searchsorted(self.ids, keys, sorter=self._order), len(self) - 1)
+        found = self._order[at]
+        return np.where((self.ids[found] == keys) & (keys != b""), found + 1, 0).tolist()
 
     @cached_property
     def _order(self) -> np.ndarray:
         return np.argsort(self.ids)
+
+    @cached_property
+    def numeric(self) -> bool:
+        """Whether every id is a whole number, such as "4711"."""
+        characters = self.ids.view(np.uint8)
+        digits = ((characters >= ord("0")) & (characters <= ord("9"))) | (characters == 0)
+        return len(self) > 0 and bool(digits.all())
 
     def extended(self, more: Items) -> Items:
         """Return these items with `more` appended."""

@@ -18,7 +18,7 @@ from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRIES = ("serving", "serving.recommender", "serving.recommend")
+ENTRIES = ("serving", "serving.recommender", "serving.recommend", "serving.http")
 RENAMED = {"serving": "fmrlrec", "common": "fmrlrec.common", "datasets": "fmrlrec.datasets"}  # copied rooms
 TRAINING = {"config", "dataloader", "model", "trainer"}  # a module that imports one of them stays in the clone
 IMPORT = re.compile(r"^(\s*from )(serving|common|datasets)(?=[. ])", re.MULTILINE)

@@ -4,6 +4,10 @@ import numpy as np
 
 TABLES = ("none", "float16", "int8")  # storage of the item table; int8 also quantizes the blocks' matrices
 
+# Activations are quantized to 2 * 63 + 1 values. With 255, processors without VNNI would overflow: they add two
+# products in 16 bits.
+STEPS = 63
+
 
 def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (q int8, scale float32) with values ≈ q * scale and |q| <= 127.

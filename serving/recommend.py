@@ -32,16 +32,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     recommender = Recommender.from_pretrained(arguments.folder, arguments.engine)
+    items = recommender.items
 
     def split(text: str) -> list[str | int]:
         parts = [part.strip() for part in text.split(",") if part.strip()]
-        # A number, unless the dataset has an id that looks like one.
-        return [int(p) if p not in recommender and p.isdecimal() and str(int(p[:18])) == p else p for p in parts]
+        # A number, unless the catalogue has an id that looks like one.
+        return [int(p) if not items.number(p) and p.isdecimal() and str(int(p[:18])) == p else p for p in parts]
 
     history = split(arguments.history)
-    if history and not any(item in recommender for item in history):
+    if history and not any(items.numbers(history)):
         raise InputError(
-            f"--history {arguments.history!r}: {recommender.items.unknown(history)}; give ids of this catalogue, "
+            f"--history {arguments.history!r}: {items.unknown(history)}; give ids of this catalogue, "
             f"separated by commas, or leave --history out for a new user"
         )
     (answer,) = recommender.recommend(
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     for note in answer.notes:
         print(f"note: {note}", file=sys.stderr)
-    width = max(map(len, answer.ids))
+    width = max(map(len, answer.ids), default=0)
     for rank, (item, title, score) in enumerate(zip(answer.ids, answer.titles, answer.scores, strict=True), start=1):
         print(f"{rank:4d}  {score:9.4f}  {item:{width}}  {title}")
 

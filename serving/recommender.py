@@ -6,61 +6,45 @@
     r.recommend([state])
     r.add_items(["NEW1"], r.embed_items([{"title": "Rose soap"}]))   # new products, no retraining
 
-N items, m the size, F feature width. The settings of the export are in `r.config`, ids and titles in `r.items`.
+Any number of threads may call one Recommender. Each call reads one snapshot of model and catalogue, so it sees all of
+a change or nothing of it. Changes take turns.
+
+N items, m the size, F feature width. The settings of the export are in `r.config`, ids and titles in `r.items`. Items
+are given by id or number as serving/catalogue.py says.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.errors import InputError
-from serving.engines import Engine, Table, open_engine
-from serving.folder import CONFIG, GRAPHS, ITEMS, WEIGHTS, Export, pack_items, read_folder, write_folder
+from common.files import read_json
+from serving.catalogue import Catalogue
+from serving.engines import Engine, open_engine
+from serving.filters import Filter, filters_of, listed, make_filter
+from serving.folder import CONFIG, GRAPHS, HINT, ITEMS, WEIGHTS, Export, pack_items, read_folder, write_folder
 from serving.items import ItemId, make_items
-from serving.quantize import rounded
-from serving.weights import whitened
+from serving.ranking import Recommendation, batches, make_answer, ranked, read_request, vectors_of
+from serving.snapshot import Snapshot, check_state, project
+from serving.states import State, encode
 
-SCORES = 1 << 21  # user-item scores held at once; the biases of the same size come on top
-TOGETHER = 64  # histories encoded at once; larger batches add padding and are no faster
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """The recommendations for one history, best first."""
-
-    ids: list[str]
-    numbers: list[int]  # item numbers, 1-based
-    titles: list[str]
-    scores: list[float]
-    notes: list[str]  # which parts of the request were skipped
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """The recurrence's state after a user's whole history. Immutable: `step` returns a new one."""
-
-    hidden: np.ndarray  # [blocks, 2, m]: real and imaginary part of each block's state
-    z: np.ndarray  # [m]: the sequence representation
-    items: tuple[int, ...]  # item numbers so far
+CHUNK = 1 << 16  # items compared at once
 
 
 class Recommender:
     """Recommends from an export; `from_pretrained` opens one."""
 
     def __init__(self, export: Export, engine: Engine) -> None:
-        self.config = export.config
-        self.items = export.items
-        self._folder, self._engine = export.folder, engine
-        # Keep only the weights for new items; the engine has the blocks'.
-        self._projection = tuple(export.weights.get(f"projection.{part}") for part in ("weight", "bias"))
-        self._whitening = {name: value for name, value in export.weights.items() if name.startswith("whitening.")}
-        self._table: Table = engine.table(export)
+        self._now = Snapshot.of(export, engine)  # read it once per call
+        self._lock = threading.Lock()  # held by whoever replaces it
+        self._opened: tuple[Path, str | None, int] = (export.folder, None, 1)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, engine: str | None = None, threads: int = 1) -> Recommender:
@@ -79,15 +63,47 @@ class Recommender:
         finally:
             if before is not None and (not path.exists() or path.read_bytes() != before):
                 raise InputError(f"{folder} was replaced while it was being opened; open it again")
+        opened._opened = (Path(folder).absolute(), engine, threads)
         return opened
 
+    def reload(self) -> bool:
+        """Open the folder again if its export changed; return whether it did. Calls meanwhile get the old answers.
+
+        Items that were added, updated or removed since, and not saved, are as in the folder afterwards.
+        Raises InputError as `from_pretrained` does; the open model then stays.
+        """
+        folder, engine, threads = self._opened
+        with self._lock:
+            path = folder / CONFIG
+            if path.exists() and read_json(path, HINT).get("sha256") == self._now.config.get("sha256"):
+                return False
+            self._now = Recommender.from_pretrained(folder, engine, threads)._now
+            return True
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The export's config.json."""
+        return self._now.config
+
+    @property
+    def items(self) -> Catalogue:
+        """The catalogue at this moment; it stays as it is while items change."""
+        return self._now.catalogue
+
+    @property
+    def model(self) -> str:
+        """The name of the model, which its states carry."""
+        return self._now.model
+
     def __len__(self) -> int:
-        """The number of items."""
-        return len(self.items)
+        """The number of items that can be recommended."""
+        return self.items.count
 
     def __contains__(self, item: ItemId) -> bool:
-        """Return whether an item, by id or number, is in the catalogue."""
-        return self.items.number(item) > 0
+        """Return whether an item can be recommended."""
+        catalogue = self.items
+        number = catalogue.number(item)
+        return number > 0 and not catalogue.is_removed(number)
 
     # ---------------------------------------------------------------------------------------------------- recommend
 
@@ -96,98 +112,169 @@ class Recommender:
         histories: Iterable[Sequence[ItemId] | State],
         top_k: int = 10,
         exclude_history: bool = True,
-        candidates: Sequence[ItemId] | None = None,
+        candidates: Filter | Sequence[ItemId] | Sequence[Sequence[ItemId]] | None = None,
+        boost: np.ndarray | None = None,
     ) -> list[Recommendation]:
-        """Return the `top_k` best items for each history (item ids or numbers, oldest first) or State.
+        """Return the `top_k` best items for each history (items, oldest first) or State.
 
-        exclude_history: do not recommend items of the history. candidates: rank only these items; None: all.
-        Unknown ids are skipped, and only the last `max_len` items of a history are read; the answer's `notes` say so.
-        Of items with the same score the lower number comes first.
-        Raises InputError if fewer than `top_k` items are left to rank.
+        exclude_history: do not recommend items of the history.
+        candidates: rank only these items: one list for all histories, a list for each, or a `filter`; None: all.
+        boost: numbers added to the scores of items 1, 2, ...; give it to `filter` if it is used again.
+        Unknown ids are skipped, only the last `max_len` items of a history are read, and an answer is shorter if fewer
+        items are left to rank; the answer's `notes` say so. Of items with the same score the lower number comes first.
         """
-        requests = [self._request(history) for history in _listed(histories, "histories", "[['id', 'id'], []]")]
-        notes: list[str] = []
-        bias, allowed = self._bias(candidates, notes)
-        if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or not 1 <= top_k <= allowed:
-            raise InputError(f"top_k {top_k!r} must be a whole number from 1 to {allowed}, the number of items to rank")
+        now = self._now
+        requests = [read_request(now, history) for history in listed(histories, "histories", "[['id', 'id'], []]")]
+        _check_top_k(top_k)
+        filters = filters_of(now.catalogue, candidates, boost, len(requests))
+        choices = [each.choice(now.catalogue, gather=len(filters) > 1) for each in filters]
         answers: dict[int, Recommendation] = {}
-        for rows in self._batches(requests):
+        for rows in batches(requests, choices, len(now.catalogue) + 1):
             batch = [requests[row] for row in rows]
-            own = bias if not exclude_history else self._without_history(bias, batch, rows, allowed, top_k)
-            if states := [r.state for r in batch if r.state]:  # a batch has only states or only histories
-                scores, items = self._engine.rank(np.stack([s.z for s in states]), self._table, own, top_k)
-            else:
-                scores, items = self._engine.recommend(self._filled([r.items for r in batch]), self._table, own, top_k)
-            for row, request, score, item in zip(rows, batch, scores, items, strict=True):
-                answers[row] = Recommendation(
-                    [self.items.id(i) for i in item],
-                    item.tolist(),
-                    [self.items.title(i) for i in item],
-                    score.tolist(),
-                    [*request.notes, *notes],
-                )
+            own = choices if len(choices) == 1 else [choices[row] for row in rows]
+            had = [frozenset(request.items) if exclude_history else frozenset() for request in batch]
+            counts = [choice.count for choice in own] * (len(batch) if len(own) == 1 else 1)
+            # Rank enough items that the history can be left out afterwards.
+            k = max(min(count, top_k + len(items)) for count, items in zip(counts, had, strict=True))
+            scores, items = ranked(now, batch, own, k)
+            for at, row in enumerate(rows):
+                pairs = zip(items[at].tolist(), scores[at].tolist(), strict=True)
+                best = [(i, score) for i, score in pairs if score > -np.inf and i not in had[at]][:top_k]
+                notes = [*batch[at].notes, *filters[row if len(filters) > 1 else 0].notes]
+                answers[row] = make_answer(now.catalogue, best, top_k, notes, batch[at].unknown)
         return [answers[row] for row in range(len(requests))]
+
+    def similar_items(
+        self, items: Sequence[ItemId], top_k: int = 10, candidates: Filter | Sequence[ItemId] | None = None
+    ) -> list[Recommendation]:
+        """Return for each item the `top_k` others whose vectors have the largest cosine with its own.
+
+        candidates: as in `recommend`, for all items. Raises InputError for an unknown id.
+        """
+        now = self._now
+        catalogue, table = now.catalogue, now.catalogue.table
+        numbers = _known(catalogue, items, "items")
+        _check_top_k(top_k)
+        [chosen] = filters_of(catalogue, candidates, None, 1)
+        choice = chosen.choice(catalogue)
+        among = np.arange(1, len(catalogue) + 1) if choice.numbers is None else choice.numbers
+        allowed = catalogue.bias[0, among] == 0
+        answers = []
+        for number in numbers:
+            own = table.vectors(np.array([number]))[0]
+            scores = np.full(len(among), -np.inf, dtype=np.float32)
+            for start in range(0, len(among), CHUNK):
+                part = among[start : start + CHUNK]
+                whole = choice.numbers is None
+                rows = table.vectors(slice(part[0], part[-1] + 1) if whole else part)
+                norms = np.sqrt(np.einsum("nm,nm->n", rows, rows) * (own @ own))
+                scores[start : start + CHUNK] = rows @ own / np.maximum(norms, np.finfo(np.float32).tiny)
+            scores[~allowed | (among == number)] = -np.inf
+            least = np.partition(scores, -min(top_k, len(scores)))[-min(top_k, len(scores))] if len(scores) else 0
+            best = np.flatnonzero((scores >= least) & (scores > -np.inf))
+            best = best[np.argsort(-scores[best], kind="stable")][:top_k]
+            pairs = list(zip(among[best].tolist(), scores[best].tolist(), strict=True))
+            answers.append(make_answer(catalogue, pairs, top_k, list(chosen.notes)))
+        return answers
+
+    def filter(self, items: Sequence[ItemId] | np.ndarray | None = None, boost: np.ndarray | None = None) -> Filter:
+        """Return a filter to give to `recommend` as candidates, again and again.
+
+        items: ids, or a mask [N] of items 1..N; None: all. Items that are added later are not allowed by a mask or ids.
+        boost [N]: numbers added to the scores; items that are added later get 0.
+        """
+        return make_filter(self.items, items, boost)
+
+    # ------------------------------------------------------------------------------------------------------- vectors
+
+    def item_vectors(self, items: Sequence[ItemId] | None = None) -> np.ndarray:
+        """Return vectors [n, m] float32 of some items, or of items 1..N. A score is a user's vector times an item's."""
+        catalogue = self.items
+        if items is None:
+            return catalogue.table.vectors(slice(1, None)).copy()
+        return catalogue.table.vectors(np.array(_known(catalogue, items, "items"), dtype=np.int64))
+
+    def user_vectors(self, histories: Iterable[Sequence[ItemId] | State]) -> np.ndarray:
+        """Return vectors [n, m] float32 of users; histories as in `recommend`, unknown items are skipped."""
+        now = self._now
+        requests = [read_request(now, history) for history in listed(histories, "histories", "[['id', 'id'], []]")]
+        vectors = np.zeros((len(requests), now.config["size"]), dtype=np.float32)
+        for rows in batches(requests, [], 1):
+            vectors[rows] = vectors_of(now, [requests[row] for row in rows])
+        return vectors
 
     # ------------------------------------------------------------------------------------------------ events one by one
 
     def start(self, history: Sequence[ItemId] = ()) -> State:
-        """Return the state after a history, empty by default. Raises InputError for an unknown id.
+        """Return the state after a history of any length, empty by default. Raises InputError for an unknown id.
 
-        Up to `max_len` items, `recommend` gives the state the same answer as the history (with int8 up to rounding).
+        Up to `max_len` items, `recommend` gives the state the same answer as the history, up to rounding.
         """
-        hidden = np.zeros((1, self.config["num_blocks"], 2, self.config["size"]), dtype=np.float32)
-        begin = np.zeros(1, dtype=np.int64)  # token 0; its state is not carried on
-        z, _ = self._engine.step(begin, hidden, self._table)
-        state = State(hidden[0], z[0], ())
-        for item in _listed(history, "a history", "['id', 'id']"):
-            state = self.step(state, item)
-        return state
+        now = self._now
+        numbers = _known(now.catalogue, history, "a history")
+        items = np.array([numbers or [0]], dtype=np.int64)
+        z, hidden = encode(now.engine, now.catalogue.table, now.eigenvalues, items)
+        return State(hidden[0], z[0], tuple(numbers), now.model)
 
     def step(self, state: State, item: ItemId) -> State:
         """Return the state after one more item, at constant cost. Raises InputError for an unknown id."""
-        self._check_state(state)
-        number = self.items.number(item)
+        now = self._now
+        check_state(now, state)
+        number = now.catalogue.number(item)
         if not number:
-            raise InputError(f"{self.items.unknown([item])}; the state is unchanged")
-        z, hidden = self._engine.step(np.array([number]), state.hidden[None], self._table)
-        return State(hidden[0], z[0], (*state.items, number))
+            raise InputError(f"{now.catalogue.unknown([item])}; the state is unchanged")
+        z, hidden = now.engine.step(np.array([number]), state.hidden[None], now.catalogue.table)
+        return State(hidden[0], z[0], (*state.items, number), now.model)
 
-    # ----------------------------------------------------------------------------------------------------- new items
+    # ----------------------------------------------------------------------------------------------- a living catalogue
 
     def add_items(self, ids: Sequence[str], features: np.ndarray, titles: Sequence[str] | None = None) -> None:
         """Add new products with their features [n, F], from `embed_items` or the feature cache. No training is needed.
 
-        Features are whitened here if the model was trained on whitened ones. Add many at once: each call copies the
-        item table. Raises InputError, and adds nothing, for an id that exists or occurs twice, for features of another
-        shape, and if features or the resulting embeddings are not finite.
+        Features are whitened here if the model was trained on whitened ones. An id that was removed comes back under
+        its old number. The table has room for 1 in 32 more items; only when it is full is it copied.
+        Raises InputError, and adds nothing, for an id that exists or occurs twice, for features of another shape, and
+        if features or the resulting embeddings are not finite.
         """
-        weight, bias = self._projection
-        if weight is None:
-            raise InputError("this model's item table was learned without features, so no items can be added")
-        ids = list(_listed(ids, "ids", "['id', 'id']"))
-        more = make_items(ids, [""] * len(ids) if titles is None else _listed(titles, "titles", "['title', 'title']"))
-        try:
-            features = np.asarray(features, dtype=np.float32)
-        except (TypeError, ValueError):
-            raise InputError(f"features must be an array of numbers, not {features!r:.80}") from None
-        if features.shape != (len(ids), len(weight)):
-            raise InputError(
-                f"features of shape {list(features.shape)} for {len(ids)} items: must be {[len(ids), len(weight)]}"
-            )
-        known = [item for item in ids if self.items.number(item)]
-        if known:
-            raise InputError(f"item {known[0]!r} exists already; leave it out")
-        with np.errstate(over="ignore", invalid="ignore"):
-            embeddings = rounded(whitened(features, self._whitening) @ weight + bias, self.config["quantize"])
-        bad = ~(np.isfinite(features).all(axis=1) & np.isfinite(embeddings).all(axis=1))
-        if bad.any():
-            raise InputError(f"the features of item {ids[int(bad.argmax())]!r} are not finite, or far too large")
-        self._table, self.items = self._table.extended(embeddings), self.items.extended(more)
+        ids = list(listed(ids, "ids", "['id', 'id']"))
+        more = make_items(ids, [""] * len(ids) if titles is None else listed(titles, "titles", "['title', 'title']"))
+        with self._lock:
+            embeddings = project(self._now, ids, features)
+            self._now = replace(self._now, catalogue=self._now.catalogue.added(more, embeddings))
+
+    def update_items(
+        self, ids: Sequence[ItemId], features: np.ndarray | None = None, titles: Sequence[str] | None = None
+    ) -> None:
+        """Give items other features [n, F] or titles; None: as they are. Items keep their numbers.
+
+        Update many at once: each call with features copies the item table. Raises InputError, and changes nothing, for
+        an unknown, removed or repeated id and for features that `add_items` refuses.
+        """
+        with self._lock:
+            catalogue = self._now.catalogue
+            numbers = np.array(_known(catalogue, ids, "ids"), dtype=np.int64)
+            names = [catalogue.id(number) for number in numbers]
+            checked = make_items(names, [""] * len(names) if titles is None else listed(titles, "titles", "['title']"))
+            if (removed := catalogue.is_removed(numbers)).any():
+                raise InputError(f"item {names[int(removed.argmax())]!r} is removed; bring it back by add_items")
+            embeddings = None if features is None else project(self._now, names, features)
+            titles = None if titles is None else [checked.title(i) for i in range(1, len(checked) + 1)]
+            self._now = replace(self._now, catalogue=catalogue.updated(numbers, embeddings, titles))
+
+    def remove_items(self, ids: Sequence[ItemId]) -> None:
+        """Never recommend these items again. Histories may still hold them, and `add_items` may bring them back.
+
+        Raises InputError, and removes nothing, for an unknown id.
+        """
+        with self._lock:
+            catalogue = self._now.catalogue
+            numbers = np.array(_known(catalogue, ids, "ids"), dtype=np.int64)
+            self._now = replace(self._now, catalogue=catalogue.without(numbers))
 
     def embed_items(
         self, products: Any, language_encoder: str | None = None, img_encoder: str | None = None
     ) -> np.ndarray:
-        """Return features [n, F] of new products, encoded as in training. Embed many at once: each call loads encoders.
+        """Return features [n, F] of new products, encoded as in training. Encoders are loaded once.
 
         products: a pandas DataFrame or a list of dicts with the text attributes (title, brand, ...); if the model uses
         pictures, the path `picture`; and if it uses features from files, a list of numbers under the name of each. A
@@ -198,117 +285,51 @@ class Recommender:
         """
         if hasattr(products, "to_dict"):
             products = products.to_dict("records")
-        records = list(_listed(products, "products", "[{'title': 'Rose soap'}]"))
+        records = list(listed(products, "products", "[{'title': 'Rose soap'}]"))
+        now, key = self._now, (language_encoder, img_encoder)
         try:
-            from datasets.features.description import embed_records  # the only place where serving uses encoders
+            from datasets.features import description  # the only place where serving uses encoders
 
-            encoders = {"language_encoder": language_encoder, "img_encoder": img_encoder}
-            features = embed_records(records, self.config["features"], encoders)
+            if key not in now.encoders:
+                encoders = {"language_encoder": language_encoder, "img_encoder": img_encoder}
+                now.encoders[key] = description.described_modalities(now.config["features"], encoders)
+            features = description.embed_records(records, now.config["features"], now.encoders[key])
         except ImportError as error:
             raise InputError(
                 f"an encoder of this model needs a package that is not installed ({error}); in a clone run pip install "
                 f"-r requirements.txt, or pip install '.[encoders]' for the package ('.[pictures]' for pixel alone)"
             ) from error
-        if not self.config["features"]["image"] and any(isinstance(r.get("picture"), str | Path) for r in records):
+        if not now.config["features"]["image"] and any(isinstance(r.get("picture"), str | Path) for r in records):
             warnings.warn("this model was trained on texts alone: the pictures are not used", stacklevel=2)
         return features
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write this model, including added items, as a new export."""
-        table = self._table.rows()
-        if self.config["quantize"] == "int8" and self._table.scale is None:
+        """Write this model with its catalogue as it is now, as a new export. Removed items stay removed."""
+        now = self._now
+        config, catalogue = now.config, now.catalogue
+        table, scale = catalogue.table.rows(), catalogue.table.row_scales()
+        if config["quantize"] == "int8" and scale is None:
             raise InputError("the torch engine has dequantized this int8 export; save it from engine='onnx'")
-        if self.config["quantize"] == "float16":
+        if config["quantize"] == "float16":
             table = table.astype(np.float16)
-        source = self._folder
         files: dict[str, bytes | Path] = {
-            name: source / name for name in (WEIGHTS, *GRAPHS) if name in self.config["files"]
+            name: now.folder / name for name in (WEIGHTS, *GRAPHS) if name in config["files"]
         }
-        files[ITEMS] = pack_items(self.items, table, self._table.scale)
-        write_folder(Path(folder), self.config | {"num_items": len(self)}, files, overwrite)
-
-    # ------------------------------------------------------------------------------------------------------ batches
-
-    def _request(self, history: Sequence[ItemId] | State) -> _Request:
-        longest, notes = self.config["max_len"], []
-        if isinstance(history, State):
-            self._check_state(history)
-            if len(history.items) > longest:
-                notes.append(f"the state remembers {len(history.items)} items, training had at most {longest}")
-            return _Request(history, history.items, notes)
-        items, unknown = self.items.known(_listed(history, "each of the histories", "['id', 'id']"))
-        if unknown:
-            notes.append(f"{self.items.unknown(unknown)}; skipped")
-        if unknown and not items:
-            notes.append("no item of the history is known: this is the answer for an empty history")
-        if len(items) > longest:
-            notes.append(f"the last {longest} of {len(items)} items are read, as in training")
-        return _Request(None, tuple(items), notes)
-
-    def _check_state(self, state: State) -> None:
-        shape = (self.config["num_blocks"], 2, self.config["size"])
-        if state.hidden.shape != shape or max(state.items, default=0) > len(self):
-            raise InputError("the state is of another model; make one with start()")
-
-    def _bias(self, candidates: Sequence[ItemId] | None, notes: list[str]) -> tuple[np.ndarray, int]:
-        """Return (bias [1, N+1]: 0 for candidates, -inf for the rest; number of candidates)."""
-        bias = np.zeros((1, len(self) + 1), dtype=np.float32)
-        allowed = len(self)
-        if candidates is not None:
-            numbers, unknown = self.items.known(_listed(candidates, "candidates", "['id', 'id']"))
-            if unknown:
-                notes.append(f"candidates {self.items.unknown(unknown)}; skipped")
-            if not numbers:
-                raise InputError("no candidate is known, so there is nothing to rank; give ids of this catalogue")
-            bias[:] = -np.inf
-            bias[0, numbers] = 0
-            allowed = len(set(numbers))
-        bias[0, 0] = -np.inf
-        return bias, allowed
-
-    def _without_history(
-        self, bias: np.ndarray, batch: list[_Request], rows: list[int], allowed: int, top_k: int
-    ) -> np.ndarray:
-        """Return [B, N+1]: `bias`, which allows `allowed` items, with each user's history excluded."""
-        own = np.repeat(bias, len(batch), axis=0)
-        for at, (row, request) in enumerate(zip(rows, batch, strict=True)):
-            had = list(set(request.items))
-            left = allowed - np.count_nonzero(bias[0, had] == 0)
-            if left < top_k:
-                raise InputError(
-                    f"history {row}: {left} items are left to rank without the history, fewer than top_k {top_k}; "
-                    f"lower top_k, give more candidates, or pass exclude_history=False (--keep_history)"
-                )
-            own[at, had] = -np.inf
-        return own
-
-    def _batches(self, requests: list[_Request]) -> Iterable[list[int]]:
-        """Yield the rows of each batch: states apart from histories, histories sorted by length."""
-        together = max(1, min(TOGETHER, SCORES // (len(self) + 1)))
-        for states in (True, False):
-            rows = [row for row, request in enumerate(requests) if (request.state is not None) == states]
-            rows.sort(key=lambda row: len(requests[row].items))
-            yield from (rows[start : start + together] for start in range(0, len(rows), together))
-
-    def _filled(self, histories: list[tuple[int, ...]]) -> np.ndarray:
-        """Return [B, L]: the last items of each history, left-padded with 0."""
-        longest = min(self.config["max_len"], max([1, *map(len, histories)]))
-        filled = np.zeros((len(histories), longest), dtype=np.int64)
-        for row, items in enumerate(histories):
-            if items:
-                filled[row, -len(items[-longest:]) :] = items[-longest:]
-        return filled
+        files[ITEMS] = pack_items(catalogue.all_items(), table, scale, catalogue.removed)
+        changed = {"num_items": len(catalogue)}
+        if len(catalogue.removed) or "num_removed" in config:
+            changed["num_removed"] = len(catalogue.removed)
+        write_folder(Path(folder), config | changed, files, overwrite)
 
 
-@dataclass(frozen=True)
-class _Request:
-    state: State | None
-    items: tuple[int, ...]  # known items, oldest first
-    notes: list[str]
+def _check_top_k(top_k: Any) -> None:
+    if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or top_k < 1:
+        raise InputError(f"top_k {top_k!r} must be a whole number from 1")
 
 
-def _listed(values: Any, what: str, example: str) -> Iterable:
-    """Return `values` if it is list-like. Raises InputError for a string, a dict or a single value."""
-    if isinstance(values, str | bytes | State | Mapping) or not isinstance(values, Iterable):
-        raise InputError(f"{what} must be a list such as {example}, not {values!r:.80}")
-    return values
+def _known(catalogue: Catalogue, items: Any, what: str) -> list[int]:
+    """Return the numbers of items. Raises InputError if one is unknown."""
+    numbers, unknown = catalogue.known(listed(items, what, "['id', 'id']"))
+    if unknown:
+        raise InputError(f"{catalogue.unknown(unknown)}; leave unknown items out")
+    return numbers

@@ -22,7 +22,9 @@ class TorchEngine:
         self.model: FMRLRec = model_from(export.weights, tuple(export.config["sizes"]), export.config["num_blocks"])
 
     def table(self, export: Export) -> Table:
-        return Table(export.table if export.scale is None else dequantize(export.table, export.scale, axis=1), None)
+        if export.scale is None:
+            return Table(export.table, None, export.buffer)
+        return Table(dequantize(export.table, export.scale, axis=1), None)
 
     def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         users, history = len(history), filled_up(history, ROWS)

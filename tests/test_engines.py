@@ -59,8 +59,8 @@ def histories_of(lengths, longest, num_items=NUM_ITEMS) -> np.ndarray:
 
 def all_items(table: Table) -> tuple[np.ndarray, int]:
     """Return (bias, k) that rank every item."""
-    bias = np.zeros((1, len(table)), dtype=np.float32)
-    bias[0, 0] = -np.inf
+    bias = np.full((1, table.width), -np.inf, dtype=np.float32)
+    bias[0, 1 : len(table)] = 0
     return bias, len(table) - 1
 
 
@@ -236,20 +236,37 @@ def test_int8_scores_are_close_to_float32_scores(tmp_path, name, num_blocks):
     assert np.abs(error).max() <= largest
 
 
+# ------------------------------------------------------------------------------------------------------------- a table
+
+
+def table_of(rows: np.ndarray, kind: str) -> Table:
+    return Table(*quantize(rows, axis=1)) if kind == "int8" else Table(rows, None)
+
+
 @pytest.mark.parametrize("kind", ["none", "int8"])
 def test_a_table_that_grew_is_the_table_of_all_its_rows(kind):
     rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-
-    def table_of(rows):
-        return Table(*quantize(rows, axis=1)) if kind == "int8" else Table(rows, None)
-
-    whole, grown = table_of(rows), table_of(rows[:6]).extended(rows[6:])
+    whole, grown = table_of(rows, kind), table_of(rows[:6], kind).extended(rows[6:8]).extended(rows[8:])
     assert len(grown) == len(whole) == 9
-    assert whole.inputs().keys() == grown.inputs().keys()
-    for name, value in whole.inputs().items():
-        np.testing.assert_array_equal(grown.inputs()[name], value)
-        assert grown.inputs()[name].flags.c_contiguous
     np.testing.assert_array_equal(grown.rows(), whole.rows())
+    np.testing.assert_array_equal(grown.vectors(np.array([8, 0])), whole.vectors(slice(None))[[8, 0]])
+    for name, value in whole.inputs().items():
+        np.testing.assert_array_equal(grown.inputs()[name][..., : value.shape[-1]], value)
+        assert grown.inputs()[name].flags.c_contiguous
+
+
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_tables_share_their_rows_and_only_the_newest_has_more(kind):
+    rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    old = table_of(rows[:6], kind).with_room()
+    before, one, other = old.rows().copy(), old.extended(rows[6:7]), old.extended(rows[8:])
+    assert np.shares_memory(one.rows(), old.rows())
+    assert not np.shares_memory(other.rows(), old.rows())  # the room was taken
+    changed = one.replaced(np.array([2]), rows[8:])
+    np.testing.assert_array_equal(old.rows(), before)
+    for table, at in ((other, 6), (changed, 2)):
+        np.testing.assert_array_equal(table.vectors(np.array([at])), table_of(rows, kind).vectors(np.array([8])))
+    np.testing.assert_array_equal(one.vectors(np.array([6])), table_of(rows, kind).vectors(np.array([6])))
 
 
 # -------------------------------------------------------------------------------------------------------- equal scores
@@ -263,8 +280,8 @@ def test_of_items_with_equal_embeddings_the_lower_number_comes_first(one, name, 
     distinct = rng.integers(-1, 2, size=(9, 32)).astype(np.float32)
     which = rng.integers(0, 9, size=300)
     grown, first = engine.table(one[kind]).extended(distinct[which]), NUM_ITEMS + 1
-    bias = np.full((1, len(grown)), -np.inf, dtype=np.float32)
-    bias[0, first:] = 0
+    bias = np.full((1, grown.width), -np.inf, dtype=np.float32)
+    bias[0, first : len(grown)] = 0
     z = rng.integers(-63, 64, size=(7, 32)).astype(np.float32)
     for users in (z[:1], z):
         scores, items = engine.rank(users, grown, bias, 300)

@@ -441,7 +441,7 @@ def test_the_card_has_a_row_of_plausible_numbers_for_every_size_and_variant(meas
         (size, *variant) for size in (4, 16) for variant in deploy.VARIANTS
     ]
     costs = ("bytes", "load_s", "resident_mb", "peak_mb", "p50_ms", "p95_ms", "step_p50_ms", "add_10000_s")
-    costs += ("batch256_p50_ms", "batch256_p95_ms")
+    costs += ("batch256_p50_ms", "batch256_p95_ms", "candidates100_p50_ms", "add_1_ms")
     for row in [*card["rows"], card["large_catalogue"] | {"bytes": 1}]:
         assert all(row[name] > 0 and math.isfinite(row[name]) for name in costs)
         assert row["resident_mb"] <= row["peak_mb"]

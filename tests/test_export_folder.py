@@ -154,7 +154,7 @@ def test_the_readme_may_be_edited(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"version": 2}, "has format version 2, this code reads version 1; update the code, or "),
+        ({"version": 3}, "has format version 3, this code reads versions 1 and 2; update the code, or "),
         ({"version": None}, "has format version None, "),
         ({"num_blocks": ...}, "config.json has no 'num_blocks'; "),
         ({"files": {}}, "config.json lists 'model.safetensors' wrongly or not at all; "),

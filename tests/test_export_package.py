@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
+OPTIONS = ("--no-deps", "--no-build-isolation")
+
 SERVE = """
 import json, sys
 target, folder, products = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -41,26 +43,23 @@ print(json.dumps([fmrlrec.__version__, answer.ids, answer.scores, features.tolis
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder that a copy of the clone was installed into, without dependencies."""
+    """A folder that the files which the Dockerfile copies were installed into, without dependencies."""
     setuptools = pytest.importorskip("setuptools", "77", reason="building needs setuptools>=77")
     pytest.importorskip("pip", reason="installing needs pip")
     clone, target = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("installed")
-    for name in ("serving", "common", "datasets", "model"):
-        shutil.copytree(REPOSITORY / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "LICENSE", "config.py"):
-        shutil.copy(REPOSITORY / name, clone)
+    copied = re.findall(r"^COPY (.+) \S+$", (REPOSITORY / "serving/Dockerfile").read_text(), re.MULTILINE)
+    for name in " ".join(copied).split():
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, clone)
     stale = clone / "build/lib/fmrlrec/stale.py"  # left by an earlier build
     stale.parent.mkdir(parents=True)
     stale.touch()
     command = [
         sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
+        *["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target"],
         target,
         ".",
     ]
@@ -77,7 +76,7 @@ def shop(tmp_path_factory):
 def test_the_package_holds_what_serving_imports_and_nothing_of_the_training(installed):
     assert {path.name for path in installed.iterdir()} == {"fmrlrec", "fmrlrec-0.9.0.dist-info", "bin"}
     files = {str(path.relative_to(installed / "fmrlrec")) for path in (installed / "fmrlrec").rglob("*.py")}
-    assert files >= {"__init__.py", "recommender.py", "recommend.py", "engines.py", "common/errors.py"}
+    assert files >= {"__init__.py", "recommender.py", "recommend.py", "http.py", "engines.py", "common/errors.py"}
     assert not files & {"export.py", "graphs.py", "convert.py", "torch_engine.py", "packaging.py", "stale.py"}
     assert len(files) == len(runtime_modules())
     for file in files:
@@ -112,8 +111,22 @@ def test_the_installed_command_prints_what_the_clones_command_prints(installed, 
     assert outputs[0].stdout == outputs[1].stdout and len(outputs[0].stdout.splitlines()) == 4
 
 
+def test_the_installed_server_needs_no_torch(installed, shop):
+    code = (
+        "import sys\nsys.path.insert(0, sys.argv[1])\n"
+        "for name in ('torch', 'serving', 'common', 'config', 'datasets', 'model'): sys.modules[name] = None\n"
+        "from fmrlrec import Recommender, http\n"
+        "print([route.path for route in http.create_app(Recommender.from_pretrained(sys.argv[2])).routes])"
+    )
+    command = [sys.executable, "-I", "-c", code, installed, shop.export("float16")]
+    done = subprocess.run(command, cwd=shop.root, capture_output=True, text=True, check=False)
+    assert "/recommend" in done.stdout, done.stderr
+
+
 def test_the_packages_requirements_are_those_of_the_clone():
     lines = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
     required = {line.partition("#")[0].strip() for line in lines}
     extras = PROJECT["optional-dependencies"]
     assert {*PROJECT["dependencies"], *extras["pictures"], *extras["encoders"]} <= required
+    development = (REPOSITORY / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    assert set(extras["http"]) <= {line.partition("#")[0].strip() for line in development}

@@ -234,12 +234,12 @@ def test_a_new_product_is_whitened_projected_and_rescaled(loaded, exported, engi
     whitened = torch.cat([whiten(part, *how) for part, how in zip(parts, transforms, strict=True)], dim=1)
     assert not whitened[1, parts[0].shape[1] :].any()
     projected = lengthened(model, size, model.items.projection(whitened))
-    np.testing.assert_allclose(recommender._table.rows()[-2:], projected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(recommender.items.table.rows()[-2:], projected, rtol=1e-4, atol=1e-5)
 
     raw = torch.cat(features_of(config, catalog), dim=1)[:5].float().numpy()
     recommender.add_items([f"AGAIN{i}" for i in range(5)], raw)  # known products: their rows without the embedding
     expected = lengthened(model, size, (model.item_table() - model.items.V)[1:6])
-    np.testing.assert_allclose(recommender._table.rows()[-5:], expected, rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(recommender.items.table.rows()[-5:], expected, rtol=5e-3, atol=5e-3)
 
     recommender.save_pretrained(folder.parent / f"more-{engine}-{size}")
     again = Recommender.from_pretrained(folder.parent / f"more-{engine}-{size}", engine)

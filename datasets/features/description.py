@@ -42,23 +42,22 @@ def described_modalities(description: Mapping[str, Any], encoders: Mapping[str, 
 
 
 def embed_records(
-    records: list[dict[str, Any]], description: Mapping[str, Any], encoders: Mapping[str, str | None]
+    records: list[dict[str, Any]], description: Mapping[str, Any], modalities: Sequence[Modality]
 ) -> np.ndarray:
     """Return features [n, F] float32 of new products, made as `describe_features` says.
 
     A record has the attributes of the text, the path of a picture under `picture`, and the vector of each features
-    file under its name. encoders: as of `described_modalities`. Raises InputError if an encoder is not the one of the
-    training or a record lacks what it needs.
+    file under its name. modalities: from `described_modalities`; each loads its encoder once. Raises InputError
+    if an encoder is not the one of the training or a record lacks what it needs.
     """
     if not description["dim"]:
         raise InputError("this model read no features, so there is nothing to embed")
     if not records:
         return np.zeros((0, description["dim"]), dtype=np.float32)
-    found = described_modalities(description, encoders)
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise InputError(f"record {number} is {record!r:.80}; give a dict with title, brand, ...")
-        lacking = next((modality.required for modality in found if modality.required), "")
-        if lacking and not any(modality.has_input(record) for modality in found):
+        lacking = next((modality.required for modality in modalities if modality.required), "")
+        if lacking and not any(modality.has_input(record) for modality in modalities):
             raise InputError(f"record {number} has {lacking}")
-    return np.concatenate([modality.embed(records) for modality in found], axis=1)
+    return np.concatenate([modality.embed(records) for modality in modalities], axis=1)

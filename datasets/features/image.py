@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -118,11 +118,16 @@ class ImageModality(EncodedModality):
     def has_input(self, record: Record) -> bool:
         return _picture(record) is not None
 
-    def embed(self, records: Sequence[Record]) -> np.ndarray:
+    @cached_property
+    def trained_encoder(self) -> Encoder:
+        """The encoder of the training, loaded once. Raises InputError if it is another one."""
         assert self.trained is not None  # made by from_description
         self.check_encoder(self.trained)
+        return load_encoder(self.encoder, "cpu")
+
+    def embed(self, records: Sequence[Record]) -> np.ndarray:
+        encoder = self.trained_encoder
         pictures = [_picture(record) for record in records]
-        encoder = load_encoder(self.encoder, "cpu")
         features = encode.encode_all(encoder, self.read, pictures, self.batches(pictures, 32))
         for number, (path, row) in enumerate(zip(pictures, features, strict=True), start=1):
             if path is not None and not row.any():  # without a path it is a zero vector, as in training

@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -120,13 +120,18 @@ class TextModality(EncodedModality):
     def has_input(self, record: Record) -> bool:
         return item_text(dict(record), self.attributes) != NO_TEXT
 
-    def embed(self, records: Sequence[Record]) -> np.ndarray:
+    @cached_property
+    def trained_encoder(self) -> Encoder:
+        """The encoder of the training, loaded once. Raises InputError if it is another one."""
         assert self.trained is not None  # made by from_description
         self.check_encoder(self.trained)
         name = self.encoder
         if name == self.trained["encoder"] and self.trained["commit"] and "@" not in name:
             name = f"{name}@{self.trained['commit']}"  # the hub's model may have changed since
-        encoder = load_encoder(name, "cpu")
+        return load_encoder(name, "cpu")
+
+    def embed(self, records: Sequence[Record]) -> np.ndarray:
+        encoder = self.trained_encoder
         tokenized = encoder.tokenize([item_text(dict(record), self.attributes) for record in records])
         return encode.encode_all(encoder, self.read, tokenized, self.batches(tokenized, 32))
 

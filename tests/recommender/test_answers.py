@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from serving import recommender, torch_engine
+from serving import ranking, torch_engine
 from tests.recommender.shop import IDS, MAX_LEN, N, assert_same_answer, everything
 
 LONG = [3, 17, 5, 9, 1, 4, 20, 2]  # longer than MAX_LEN
@@ -65,9 +65,9 @@ def test_a_large_catalogue_is_ranked_in_several_batches_with_the_same_answers(r,
     histories = [[5, 2, 9], [], r.start([8]), [1], [7, 7, 7, 7, 7], r.start([3, 1]), [2, 5], [9]]
     expected, asked = r.recommend(histories, top_k=8), []
     for method in ("recommend", "rank"):
-        watched = watching(getattr(r._engine, method), lambda rows, table: asked.append(len(rows) * len(table)))
-        monkeypatch.setattr(r._engine, method, watched)
-    monkeypatch.setattr(recommender, "SCORES", scores_at_once)
+        watched = watching(getattr(r._now.engine, method), lambda rows, table: asked.append(len(rows) * len(table)))
+        monkeypatch.setattr(r._now.engine, method, watched)
+    monkeypatch.setattr(ranking, "SCORES", scores_at_once)
     monkeypatch.setattr(torch_engine, "CHUNK", 3)
     for actual, answer in zip(r.recommend(histories, top_k=8), expected, strict=True):
         assert_same_answer(actual, answer)
@@ -76,9 +76,9 @@ def test_a_large_catalogue_is_ranked_in_several_batches_with_the_same_answers(r,
 
 def test_histories_of_similar_length_are_encoded_together(shop, monkeypatch):
     r, shapes = shop.open("onnx"), []
-    watched = watching(r._engine.recommend, lambda rows, table: shapes.append(rows.shape))
-    monkeypatch.setattr(r._engine, "recommend", watched)
-    monkeypatch.setattr(recommender, "TOGETHER", 2)
+    watched = watching(r._now.engine.recommend, lambda rows, table: shapes.append(rows.shape))
+    monkeypatch.setattr(r._now.engine, "recommend", watched)
+    monkeypatch.setattr(ranking, "TOGETHER", 2)
     r.recommend([[1], [1, 2, 3, 4], [2], [2, 3, 4, 5], [], [1] * 9], top_k=3)
     assert shapes == [(2, 1), (2, 4), (2, MAX_LEN)]
 
@@ -111,27 +111,6 @@ def test_each_users_history_is_excluded_and_the_rest_keeps_order_and_scores(r):
         np.testing.assert_allclose(answer.scores, [s for _, s in kept], rtol=1e-5)
 
 
-def test_only_candidates_are_ranked_in_the_order_of_the_whole_ranking(r):
-    whole = everything(r, [3])
-    answer = everything(r, [3], candidates=[IDS[7], 2, 19, 2], top_k=3)
-    assert answer.numbers == [i for i in whole.numbers if i in (2, 8, 19)]
-    assert answer.notes == []
-    [answer] = r.recommend([[2]], top_k=2, candidates=[IDS[7], 2, 19])  # without the history
-    assert sorted(answer.numbers) == [8, 19]
-
-
-def test_every_answer_notes_unknown_candidates(r):
-    for answer in r.recommend([[1], ["no"]], top_k=1, candidates=[4, "nope"]):
-        assert answer.numbers == [4]
-        assert answer.notes[-1] == "candidates unknown: 'nope' (of 20 items); skipped"
-
-
-@pytest.mark.parametrize("candidates", [[], ["nope", 99]])
-def test_without_a_known_candidate_the_request_is_refused(r, candidates):
-    with pytest.raises(InputError, match="no candidate is known, so there is nothing to rank"):
-        r.recommend([[1]], top_k=1, candidates=candidates)
-
-
 @pytest.mark.parametrize("value", ["B7-long", {"B7-long": 1}, 7], ids=repr)
 def test_a_string_a_dict_or_a_number_is_not_a_list_of_items(r, value):
     for ask in (
@@ -143,23 +122,18 @@ def test_a_string_a_dict_or_a_number_is_not_a_list_of_items(r, value):
             ask()
 
 
-@pytest.mark.parametrize("top_k", [0, N + 1, 2.0, "3", None, True], ids=repr)
-def test_an_impossible_top_k_is_refused_with_the_possible_range(r, top_k):
-    with pytest.raises(InputError, match=r"top_k .* must be a whole number from 1 to 20, the number of items to rank"):
+@pytest.mark.parametrize("top_k", [0, 2.0, "3", True], ids=repr)
+def test_an_impossible_top_k_is_refused(r, top_k):
+    with pytest.raises(InputError, match=r"top_k .* must be a whole number from 1"):
         r.recommend([[]], top_k=top_k)
 
 
-def test_top_k_is_limited_by_the_candidates_and_may_be_numpys(r):
-    with pytest.raises(InputError, match=r"top_k 3 must be a whole number from 1 to 2,"):
-        r.recommend([[]], top_k=3, candidates=[5, 6, 5, "nope"])
-    assert r.recommend([[1]], top_k=np.int64(3)) == r.recommend([[1]], top_k=3)
-
-
-def test_a_history_that_leaves_too_few_items_is_named(r):
-    histories = [[1, 2, 3], list(range(1, 9)), [1], [4], [1] * 30]
-    with pytest.raises(InputError, match=r"history 1: 12 items are left to rank .* fewer than top_k 13; .*--keep_h"):
-        r.recommend(histories, top_k=13)
-    assert len(r.recommend(histories, top_k=12)[1].ids) == 12
+def test_a_user_with_too_few_items_left_gets_fewer_and_a_note_and_the_others_all(r):
+    histories = [[1, 2, 3], list(range(1, 9)), r.start([4]), r.start(range(1, N + 1))]
+    answers = r.recommend(histories, top_k=np.int64(13))
+    assert [len(answer.ids) for answer in answers] == [13, 12, 13, 0]
+    assert answers[0].notes == []
+    assert answers[1].notes[-1] == "only 12 items are left to rank, fewer than top_k 13"
+    assert_same_answer(answers[1], r.recommend([histories[1]], top_k=12)[0])
     assert len(r.recommend(histories, top_k=13, exclude_history=False)[1].ids) == 13
-    with pytest.raises(InputError, match=r"history 1: 0 items are left to rank"):
-        r.recommend([[2], r.start([3, 4])], top_k=1, candidates=[3, 4])
+    assert len(r.recommend([[]], top_k=N + 5)[0].ids) == N

@@ -37,13 +37,22 @@ def test_a_string_is_always_an_id(shop, engine, tmp_path, ids):
     assert ids[0] in r and 1 in r and "3" not in r and 5 not in r
 
 
+def test_if_all_ids_are_whole_numbers_a_number_is_an_id(shop, engine, tmp_path):
+    r = Recommender.from_pretrained(write_shop_of_ids(tmp_path / "numeric", shop, ["42", "7", "1", "007"]), engine)
+    assert r.start([7, "7", np.int32(1), "007"]).items == (2, 2, 3, 4)
+    assert 42 in r and 2 not in r and "2" not in r
+    [answer] = r.recommend([[4, 42]])
+    assert answer.notes[0] == "unknown: 4 (of 4 items); skipped"
+
+
 @pytest.mark.parametrize(
-    "unknown", ["", "a\0b", IDS[0] + "\0", IDS[0][:-1], IDS[1] + "g", "a\udce9", "1", "x" * 70, 0, -1, N + 1], ids=repr
+    "unknown", ["", "a\0b", IDS[0] + "\0", IDS[0][:-1], IDS[1] + "g", "a\udce9", "1", "x" * 70, 0, N + 1], ids=repr
 )
 def test_an_unknown_item_is_skipped_and_noted(r, unknown):
     [answer, other] = r.recommend([[3, unknown, 17], [3, 17]])
     assert answer.notes == [f"unknown: {unknown!r} (of 20 items); skipped"]
-    assert dataclasses.replace(answer, notes=[]) == other  # which has no note
+    assert answer.unknown == 1
+    assert dataclasses.replace(answer, notes=[], unknown=0) == other  # which has no note
 
 
 def test_of_many_unknown_items_five_are_named(r):
@@ -54,7 +63,7 @@ def test_of_many_unknown_items_five_are_named(r):
 def test_a_history_without_known_items_gets_the_answer_of_an_empty_one_with_a_note(r):
     [answer, empty] = r.recommend([["no", "such"], []])
     assert answer.notes[1] == "no item of the history is known: this is the answer for an empty history"
-    assert dataclasses.replace(answer, notes=[]) == empty
+    assert dataclasses.replace(answer, notes=[], unknown=0) == empty
 
 
 @pytest.mark.parametrize("item", [True, np.bool_(True), np.float32(3), None, b"3", [3]], ids=repr)

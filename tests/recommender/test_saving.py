@@ -37,8 +37,8 @@ def test_a_model_with_added_items_is_the_same_after_saving_and_opening(shop, eng
             assert dict(zip(answer.ids, answer.titles, strict=True)) == dict(
                 zip(expected.ids, expected.titles, strict=True)
             )
-        stored = opened._table.rows() if (name, kind) != ("torch", "int8") else r._table.rows()
-        np.testing.assert_array_equal(stored, r._table.rows())
+        stored = opened.items.table.rows() if (name, kind) != ("torch", "int8") else r.items.table.rows()
+        np.testing.assert_array_equal(stored, r.items.table.rows())
 
 
 def test_saving_replaces_a_folder_only_with_overwrite(shop, r, tmp_path):

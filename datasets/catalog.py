@@ -120,7 +120,7 @@ def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
     command += "" if root.resolve() == Path(Config.data_root).resolve() else f" --data_root {root}"
     if only:
         return f"{command} --only {only}"
-    return command if dataset_code in PAPER_SETS else f"{command} --raw_root FOLDER --reviews FILE --meta FILE"
+    return command if dataset_code in PAPER_SETS else f"{command} --events FILE --items FILE"
 
 
 def _load_ids(path: Path) -> tuple[list[str], int]:

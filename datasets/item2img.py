@@ -1,9 +1,10 @@
-"""item2img.json: which picture an item has, as prepared by datasets/prepare/pictures.py or by other means.
+"""Which picture an item has, as prepared by datasets/prepare/pictures.py or by other means.
 
     <dataset_code>/item2img.json   item id or ASIN -> path below photos/<dataset_code>/
-    <dataset_code>/pictures.json   what datasets/prepare/pictures.py found out about every item, the manifest
+    <dataset_code>/pictures.json   the manifest of datasets/prepare/pictures.py
+    <dataset_code>/item2img_dict.pkl   ASIN -> path on any machine, as VIP5 ships it; read if there is no item2img.json
 
-The first is the user's where there are pictures from elsewhere; otherwise it is written from the second.
+A user writes the first for pictures from elsewhere; otherwise it is written from the manifest.
 """
 
 from collections.abc import Mapping
@@ -13,20 +14,26 @@ from common.errors import InputError
 from common.files import read_json
 
 ITEM2IMG = "item2img.json"
+PICKLED = "item2img_dict.pkl"
 MANIFEST = "pictures.json"
 
 
 def read_item2img(
     folder: Path, photos: Path, asins: list[str], written: Mapping[str, Mapping[str, str]] | None = None
 ) -> dict[str, str] | None:
-    """ASIN -> path below `photos` of a dataset's folder; None where it has no item2img.json.
+    """Return ASIN -> path below `photos`; None if the dataset's folder lists no pictures.
 
-    asins: of items 1..N. written: a manifest, what comes from it is left out. Raises InputError for an item that is
-    none of those and a path that leads out of `photos`.
+    asins: of items 1..N. written: a manifest; its entries, and the pickled list, are left out. Raises InputError for an
+    unknown item and a path that leads out of `photos`.
     """
-    path = folder / ITEM2IMG
+    path, pickled = folder / ITEM2IMG, folder / PICKLED
     if not path.exists():
-        return None
+        if written is not None or not pickled.exists():
+            return None
+        from datasets.prepare.pictures import find_pictures
+
+        manifest = find_pictures(asins, photos, pickled)
+        return {asin: entry["file"] for asin, entry in manifest.items() if "file" in entry}
     hint = f"it maps an item id or ASIN to a path below {photos}"
     item2img = read_json(path, hint)
     if not all(isinstance(name, str) for name in item2img.values()):

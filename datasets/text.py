@@ -19,7 +19,9 @@ _TAGS = (
     "table|tbody|thead|center|strong|small|big|script|style|input|button|iframe|noscript|label|section|object|embed|param"
 )
 BLOCK = re.compile(r"<(script|style)\b[^>]*>.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)", re.IGNORECASE | re.DOTALL)
-TAG = re.compile(rf"</?(?:{_TAGS})\b(?:\s[^<>]*|\s*/)?(?:>|$)", re.IGNORECASE)  # the last may be cut off
+TAG = re.compile(  # the last may be cut off
+    rf"</?(?:{_TAGS})\b(?:\s[^<>]*|\s*/)?>|<(?:{_TAGS})\s[^<>]*=[^<>]*$|</(?:{_TAGS})$", re.IGNORECASE
+)
 CODE = re.compile(
     r"getTime\(|\bfunction\s*\w*\(|\bvar \w+ ?=|\bdocument\.\w+\(|[.#][\w-][\w\s.#:>,-]*\{\s*[a-z-]+\s*:[^{}]*(?:\}|$)"
 )

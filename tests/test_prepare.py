@@ -85,7 +85,7 @@ def test_the_published_sequences_come_back_byte_for_byte(tmp_path, name, categor
 def test_any_other_category_is_made_from_the_files_that_are_named(raw):
     (raw / "meta_Beauty.json.gz").rename(raw / "m.gz")
     (raw / "reviews_Beauty_5.json.gz").rename(raw / "r.gz")
-    folder = prepare(raw, "--reviews=r.gz", f"--meta={raw / 'm.gz'}", dataset="office")
+    folder = prepare(raw, "--events=r.gz", f"--items={raw / 'm.gz'}", dataset="office")
     assert len(load_catalog(folder.parent, "office").sequences) == 10
 
 
@@ -121,7 +121,7 @@ def test_ratings_and_repeats_are_filtered_as_the_flags_say(raw):
     write_raw(raw / "reviews_Beauty_5.json.gz", lines)
     folder = prepare(raw, "--min_rating=2", "--repeats=drop")
     filters = read_json(folder / "prepare_report.json", "")["prepared"]["filters"]
-    assert [step["after"] for step in filters[1:3]] == ["ratings below 2 left out", "repeats left out"]
+    assert [step["after"] for step in filters[-3:-1]] == ["ratings below 2 left out", "repeats left out"]
     assert filters[-1]["interactions"] == 50
     assert "made with repeats 'drop'" in refusal(raw, "--min_rating=2")
     assert "made with min_rating 2.0" in refusal(raw, "--repeats=drop")
@@ -131,7 +131,7 @@ def test_a_user_id_or_item_id_with_odd_characters_comes_through(tmp_path):
     odd = ["../../etc/passwd", "a b", "C:\\x", "né\u2028", "\ud800", "NUL\0"]
     write_raw(tmp_path / "raw" / "r.json", reviews_of([(f"{u}/{u}", odd) for u in odd]))
     write_raw(tmp_path / "raw" / "m.json", [{"asin": asin, "title": asin} for asin in odd])
-    folder = prepare(tmp_path / "raw", "--reviews=r.json", "--meta=m.json", dataset="odd")
+    folder = prepare(tmp_path / "raw", "--events=r.json", "--items=m.json", dataset="odd")
     catalog = load_catalog(folder.parent, "odd")
     assert catalog.asins == odd
     assert [record["title"] for record in catalog.metadata] == odd
@@ -255,7 +255,7 @@ def test_pictures_of_odd_ids_stay_with_their_items_when_these_get_other_numbers(
     write_raw(Path("r.json"), reviews_of([*rare, *((f"U{u}", odd[:5]) for u in range(9))]))
     with serving({f"/{i}.png": good(picture((40 * i, 0, 0))) for i in range(6)}) as server:
         write_raw(Path("m.json"), [{"asin": asin, "imUrl": f"{server.url}/{i}.png"} for i, asin in enumerate(odd)])
-        flags = ["--dataset_code=odd", "--reviews=r.json", "--meta=m.json", "--allow_private_addresses"]
+        flags = ["--dataset_code=odd", "--events=r.json", "--items=m.json", "--allow_private_addresses"]
         main([*flags, "--only=data,pictures", "--min_uc=4", "--min_sc=4"])
         folder = main([*flags, "--only=data,pictures", "--overwrite"])
     catalog = load_catalog("data", "odd")
@@ -286,7 +286,7 @@ def test_other_settings_or_files_are_refused_until_they_may_overwrite(raw):
     first = contents(folder)
     assert "made with min_uc 5" in refusal(raw, "--min_uc=4")
     write_raw(raw / "reviews_Beauty_5.json.gz", reviews_of(HISTORIES, seed=1))
-    assert "made with reviews" in refusal(raw)
+    assert "made with events" in refusal(raw)
     assert contents(folder) == first
     prepare(raw, "--min_uc=4", "--min_sc=4", "--overwrite")
     assert len(load_catalog(folder.parent, "beauty").sequences) == 30
@@ -416,11 +416,11 @@ def test_a_raw_file_that_is_not_there_is_named_with_those_that_are(raw):
     message = refusal(raw)
     assert "meta_Beauty.json.gz or meta_Beauty.json is not in" in message
     assert "other.json.gz" in message
-    assert "--meta FILE" in message
+    assert "--items FILE" in message
 
 
 def test_another_category_without_its_files_is_told_the_flags(raw):
-    assert "--raw_root FOLDER --reviews FILE --meta FILE" in refusal(raw, dataset="office")
+    assert "--events FILE, and --items FILE" in refusal(raw, dataset="office")
 
 
 def test_a_misspelt_dataset_is_met_with_the_nearest_and_leaves_nothing_behind(raw):
@@ -429,8 +429,8 @@ def test_a_misspelt_dataset_is_met_with_the_nearest_and_leaves_nothing_behind(ra
 
 
 def test_swapped_files_are_recognised(raw):
-    flags = ["--reviews=meta_Beauty.json.gz", "--meta=reviews_Beauty_5.json.gz"]
-    assert "holds no reviews" in refusal(raw, *flags)
+    flags = ["--events=meta_Beauty.json.gz", "--items=reviews_Beauty_5.json.gz"]
+    assert "holds no events" in refusal(raw, *flags)
     assert not (raw.parent / "data" / "beauty" / FILES[0]).exists()
 
 
@@ -439,7 +439,7 @@ def test_a_damaged_raw_file_leaves_the_prepared_data_as_they_were(raw):
     first = contents(folder)
     path = raw / "meta_Beauty.json.gz"
     path.write_bytes(path.read_bytes()[:-9])
-    assert "cannot be read beyond line" in refusal(raw, "--overwrite")
+    assert "cannot be read" in refusal(raw, "--overwrite")
     assert contents(folder) == first
 
 

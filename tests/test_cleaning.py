@@ -1,10 +1,10 @@
-"""An item's text, as the text encoder reads it."""
+"""An item's text: cleaned of markup and code, as the text encoder reads it."""
 
 import math
 
 import pytest
 
-from datasets.text import NO_TEXT, item_text
+from datasets.text import NO_TEXT, is_junk, item_text
 
 ALL = ("title", "price", "brand", "categories")
 RECORD = {
@@ -49,13 +49,57 @@ def test_an_item_of_which_nothing_is_known_has_a_text_of_its_own(record):
     assert NO_TEXT.strip()
 
 
-def test_html_entities_are_decoded_once():
-    assert item_text({"title": "Salt &amp; Pepper &quot;Duo&quot; &#39;14"}, ALL) == 'Title: Salt & Pepper "Duo" \'14'
-    assert item_text({"title": "&amp;lt;b&amp;gt;"}, ALL) == "Title: &lt;b&gt;"
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("Salt &amp; Pepper &quot;Duo&quot; &#39;14", 'Salt & Pepper "Duo" \'14'),
+        ("Loel&amp;reg; &amp;amp; Co.", "Loel® & Co."),
+        ("<b>Soft</b><br /> dress", "Soft dress"),
+        ("&lt;b&gt;Soft&lt;/b&gt; dress", "Soft dress"),
+        ('<span class="a-list-item">Hand wash only', "Hand wash only"),
+        ("Tent <!-- page 2 --> for two<script>var a = 1 < 2;</script>", "Tent for two"),
+        ("Tent<style>.a{b:c}</style>", "Tent"),
+        ("by\n    \n    Microsoft", "Microsoft"),
+        ("by Terry", "by Terry"),
+        ("I <3 tents", "I <3 tents"),
+        ("sizes <5 and >2, a<b", "sizes <5 and >2, a<b"),
+        ("Nano {2: red}", "Nano {2: red}"),
+        ("Nancy Null", "Nancy Null"),
+    ],
+)
+def test_entities_and_markup_leave_readable_text(raw, clean):
+    assert item_text({"title": raw, "categories": [[raw, "Toys"]]}, ALL) == f"Title: {clean} Categories: {clean}, Toys"
 
 
-def test_html_entities_are_decoded_within_lists():
-    assert item_text({"categories": [["Toys &amp; Games"]]}, ALL) == "Categories: Toys & Games"
+@pytest.mark.parametrize(
+    "junk",
+    [
+        '<span class="a-size-medium a-color-secondary"',
+        "</span></span></span>",
+        "var aPageStart = (new Date()).getTime();",
+        ".a-box-inner{background-color:#fff}#alm_price .a-icon{width:1px}",
+        "None",
+        "nan",
+        "NULL",
+        "-inf",
+        float("inf"),
+    ],
+)
+def test_markup_code_and_words_for_nothing_are_missing(junk):
+    record = {"title": junk, "price": junk, "brand": [junk], "categories": [["Toys", junk]]}
+    assert item_text(record, ALL) == "Categories: Toys"
+    assert [is_junk(record, attribute) for attribute in ALL] == [True, True, True, False]
+    assert not is_junk({"title": " ", "brand": [None, []]}, "title")
+
+
+@pytest.mark.parametrize("price", ["see cart", "9" * 41])
+def test_a_price_needs_a_digit_and_is_short(price):
+    assert item_text({"title": "Tent", "price": price}, ALL) == "Title: Tent"
+
+
+def test_lists_and_dicts_become_readable_text():
+    details = {"Brand": "Acme", "Sizes": ["S", "M"], "Weight": None, "Box": {"Depth": 3}}
+    assert item_text({"details": details}, ("details",)) == "Details: Brand: Acme, Sizes: S, M, Box: Depth: 3"
 
 
 def test_line_breaks_and_runs_of_blanks_become_one_blank():

@@ -17,12 +17,11 @@ from datasets.prepare.readers import json_files
 from tests.raw import review, review_2023, write_raw
 
 START = 1_400_000_000
-ROWS = [
-    (f"A{u}USER", f"B{i:09d}", float(1 + (u + i) % 5), START + 86_400 * (u + i)) for u in range(4) for i in range(3)
-]
+PAIRS = [(u, i) for u in range(4) for i in range(3)]
+ROWS = [(f"A{u}USER", f"B{i:09d}", float(1 + (u + i) % 5), START + 86_400 * (u + i)) for u, i in PAIRS]
 NAMES = ["user_id", "item_id", "rating", "timestamp"]
 TABLE = pd.DataFrame(ROWS, columns=NAMES)
-NUMBERS = [(u, i, 5, START + u + i) for u in range(4) for i in range(3)]
+NUMBERS = [(u, i, 5, START + u + i) for u, i in PAIRS]
 GOOD = [review(f"U{n % 40}", f"I{n % 30}", 1000 + n) for n in range(1000)]
 AS_JSON = [dict(zip(NAMES, row, strict=True)) for row in ROWS]
 

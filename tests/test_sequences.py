@@ -84,9 +84,7 @@ def test_copies_of_a_line_are_one_event_and_counted():
     assert histories(made) == {"U": ["a", "b", "a", "a"]}
     assert made.notes[0] == "2 events are copies of another: counted once"
     assert made.filters[1] == {"after": "copies of a line left out", "users": 1, "items": 2, "interactions": 4}
-    assert histories(make(rows, lines=[1, 2, 1, 4, 5, 6])) == {
-        "U": ["a", "b", "a", "a", "a"]
-    }  # one differs in its text
+    assert histories(make(rows, lines=[1, 2, 1, 4, 5, 6])) == {"U": ["a", "b", "a", "a", "a"]}
 
 
 def test_the_notes_tell_repeats_and_ties():
@@ -97,7 +95,7 @@ def test_the_notes_tell_repeats_and_ties():
         "1 of 2 users (50.0%) have the item before their target as the target again",
         "1 of 2 users (50.0%) have their last two events at the same time: --ties file decides which is the target",
     ]
-    assert make(rows[3:5] + [("V", "c", 3)]).notes == []
+    assert make([*rows[3:5], ("V", "c", 3)]).notes == []
 
 
 def test_ties_are_shuffled_alike_each_time():

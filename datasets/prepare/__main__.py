@@ -40,7 +40,7 @@ SETTINGS = (
     *("data_root", "use_language_encoder", "language_encoder", "item_attributes", "use_img_encoder", "features"),
     *("img_encoder", "encoder_precision", "encoder_batch_size", "encoder_workers", "device"),
 )
-NO_ITEMS = "give --items, or train a model that knows items by their ids: --model lrurec"
+NO_ITEMS = "give --items, or train a model that knows items by their ids: --model_code lrurec"
 BESIDE = ("raw", "photos", "features")  # what else lies in a data_root
 
 

@@ -44,7 +44,7 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, co
     events = read_events(events_file, columns)
     made, notes = make_sequences(events, **filters), events.notes
     del events  # a third of the memory
-    items = Items({}, {}, ["no --items: items have no texts and pictures, only ids"])
+    items = Items({}, {}, [])
     if items_file:
         items = read_items(items_file, frozenset(made.items), columns)
         if not items.records:
@@ -106,9 +106,7 @@ def copy_pictures(pictures: Mapping[str, str], source: Path, photos: Path) -> li
             with replacing(copy) as temporary:
                 shutil.copyfile(path, temporary)
     found = f"pictures: {len(pictures) - len(missing):,} of {len(pictures):,} paths copied to {photos}"
-    if not missing:
-        return [found]
-    return [f"{found}; {missing[0]!r} and others are no pictures below {source}"]
+    return [f"{found}; the others, such as {missing[0]!r}, are no pictures below {source}" if missing else found]
 
 
 def checksum(path: Path) -> str:

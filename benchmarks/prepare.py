@@ -1,6 +1,6 @@
 """Time and memory of datasets.prepare on made-up raw files of one catalogue in three formats.
 
-python -m benchmarks.prepare                                           # 10 million events, 1 million items: 6 GB of files
+python -m benchmarks.prepare                  # 10 million events, 1 million items: 6 GB of files
 python -m benchmarks.prepare --reviews 1000000 --products 100000 --formats csv,parquet
 """
 

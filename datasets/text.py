@@ -22,9 +22,8 @@ BLOCK = re.compile(r"<(script|style)\b[^>]*>.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)",
 TAG = re.compile(  # the last may be cut off
     rf"</?(?:{_TAGS})\b(?:\s[^<>]*|\s*/)?>|<(?:{_TAGS})\s[^<>]*=[^<>]*$|</(?:{_TAGS})$", re.IGNORECASE
 )
-CODE = re.compile(
-    r"getTime\(|\bfunction\s*\w*\(|\bvar \w+ ?=|\bdocument\.\w+\(|[.#][\w-][\w\s.#:>,-]*\{\s*[a-z-]+\s*:[^{}]*(?:\}|$)"
-)
+SCRIPT = re.compile(r"getTime\(|\bfunction\s*\w*\(|\bvar \w+ ?=|\bdocument\.\w+\(")
+STYLE = re.compile(r"[.#][\w-][\w\s.#:>,-]*\{\s*[a-z-]+\s*:[^{}]*(?:\}|$)")
 BY_LINE = re.compile(r"^\s*by\s*\n\s*", re.IGNORECASE)  # "by\n    Microsoft", a brand on a page of 2018
 MAX_PRICE = 40  # characters; a longer price is page code
 
@@ -56,6 +55,8 @@ def is_junk(record: dict[str, Any], attribute: str) -> bool:
 
 def flat_text(value: Any) -> str:
     """Return a text, number, or nested list or dict of them as one line of clean text; "" for none."""
+    if isinstance(value, str):
+        return clean_text(value)
     # Amazon's category paths share their heads: name each category once, in order.
     return ", ".join(dict.fromkeys(_leaves(value)))
 
@@ -80,7 +81,7 @@ def clean_text(text: str) -> str:
         text = decoded
     if "<" in text:
         text = TAG.sub(" ", BLOCK.sub(" ", text))
-    if CODE.search(text):
+    if ("{" in text and STYLE.search(text)) or (("(" in text or "=" in text) and SCRIPT.search(text)):
         return ""
     text = " ".join(BY_LINE.sub("", text).split())
     text = text.encode("utf-8", "replace").decode()  # half an emoji is no text

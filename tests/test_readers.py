@@ -13,7 +13,7 @@ from common.errors import InputError
 from datasets import records
 from datasets.prepare.events import read_events
 from datasets.prepare.items import attributes, full_size, item_record, picture_urls, read_items
-from datasets.prepare.readers import json_files
+from datasets.prepare.readers import json_files, tables
 from tests.raw import review, review_2023, write_raw
 
 START = 1_400_000_000
@@ -131,8 +131,8 @@ def test_a_folder_of_parquet_parts_is_read_part_by_part(tmp_path):
 
 @pytest.mark.parametrize("name", ["CSV", "parquet", "JSON array", "JSON lines with usual names"])
 def test_chunks_make_no_difference(tmp_path, monkeypatch, name):
-    for module in ("base", "json_files", "tables", "text"):
-        monkeypatch.setattr(f"datasets.prepare.readers.{module}.CHUNK", 5)
+    monkeypatch.setattr(tables, "CHUNK", 5)
+    monkeypatch.setattr(json_files, "LINES", 5)
     monkeypatch.setattr(json_files, "PIECE", 90)
     assert rows_of(read_events(file_of(tmp_path, FORMATS[name]))) == ROWS
 

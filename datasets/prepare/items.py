@@ -66,8 +66,9 @@ def read_items(path: Path, wanted: Set[str], columns: Columns | None = None) -> 
         elif item in wanted:
             try:
                 known = attributes(record, columns)
-                found.records[item] = json.dumps(item_record(item, known, picture_urls(record, columns)))
-                junk[item] = [name for name in known if is_junk(known, name)]
+                kept = item_record(item, known, picture_urls(record, columns))
+                found.records[item] = json.dumps(kept)
+                junk[item] = [name for name in known.keys() - kept.keys() if is_junk(known, name)]
             except (TypeError, ValueError, RecursionError):  # a literal may hold bytes, sets and anything nested
                 file.is_bad(problem=f"item {item!r} holds more than JSON can")
                 continue
@@ -117,8 +118,9 @@ def attributes(record: Mapping[str, Any], columns: Columns | None = None) -> dic
     known, used = {}, {find_id(record, columns or {}), *_picture_keys(record, columns)}
     for name, usual in NAMES.items():
         keys = [by_plain[key] for key in usual if key in by_plain]
-        best = next((key for key in keys if attribute_text({name: record[key]}, name)), keys[0] if keys else None)
-        if best is not None:
+        if keys:
+            with_text = (key for key in keys if len(keys) > 1 and attribute_text({name: record[key]}, name))
+            best = next(with_text, keys[0])
             known[name] = record[best]
             used |= {best} if name != "brand" or plain(best) == "brand" else set()
     if isinstance(known.get("categories"), str) and "|" in known["categories"]:

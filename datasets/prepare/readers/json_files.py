@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError
-from datasets.prepare.readers.base import CHUNK, HINT, Head
+from datasets.prepare.readers.base import HINT, Head
 from datasets.prepare.readers.columns import Columns, find_columns, find_id, no_events, plain
 from datasets.prepare.readers.text import Histories
 from datasets.records import MAX_LINE, RecordFile, open_data, parse_record
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 KEYED = re.compile(r'\{\s*"\d+"\s*:\s*[\[{]')
+LINES = 50_000  # records in a chunk
 PIECE = 1 << 20  # characters read at a time
 FIELDS = ("user", "item", "time", "rating")
 
@@ -44,7 +45,7 @@ def chunks(
             rows.append((None, None, None, None, line, file.number))
         else:
             rows.append((*map(record.get, names), line, file.number))
-        if len(rows) == CHUNK:
+        if len(rows) == LINES:
             yield frame()
             rows = []
     if keys is None and seen is not None:

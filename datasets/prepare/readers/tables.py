@@ -39,7 +39,7 @@ def _as_windows_1252(error: UnicodeError) -> tuple[str, int]:
     return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
 
 
-def read_csv(file: RecordFile, chunk: int = CHUNK, **how: Any) -> Iterator["pd.DataFrame"]:
+def read_csv(file: RecordFile, chunk: int, **how: Any) -> Iterator["pd.DataFrame"]:
     """Yield a text table in chunks. The index is the line. Raises InputError for a row with too many cells."""
     import pandas as pd
 
@@ -95,7 +95,7 @@ class Table:
         named = {found[column]: column for column in USUAL if column in found}
         dtype = {found["user"]: "str", found["item"]: "str"}
         # All columns are read, as pandas checks the number of cells only then.
-        for frame in read_csv(file, sep=separator, dtype=dtype, low_memory=False):
+        for frame in read_csv(file, CHUNK, sep=separator, dtype=dtype, low_memory=False):
             yield frame[list(named)].rename(columns=named)
 
     def items(self, file: RecordFile, columns: Columns) -> Iterator[dict[str, Any]]:
@@ -127,7 +127,7 @@ class Headerless:
         step = len(self.separator)
         cells = {step * place: name for place, name in enumerate(self.fields)}
         dtype = {place: "str" for place, name in cells.items() if name in ("user", "item")}
-        for frame in read_csv(file, sep=self.separator[0], header=None, usecols=list(cells), dtype=dtype):
+        for frame in read_csv(file, CHUNK, sep=self.separator[0], header=None, usecols=list(cells), dtype=dtype):
             yield frame.rename(columns=cells)
 
     def items(self, file: RecordFile, columns: Columns) -> Iterator[dict[str, Any]]:
@@ -159,7 +159,7 @@ class AmazonRatings:
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
         fields = self.order(Head.of(file.path), columns)
-        for frame in read_csv(file, sep=",", header=None, dtype={0: "str", 1: "str"}):
+        for frame in read_csv(file, CHUNK, sep=",", header=None, dtype={0: "str", 1: "str"}):
             yield frame.rename(columns=dict(enumerate(fields)))
 
     def order(self, head: Head, columns: Columns) -> tuple[str, str, str, str]:

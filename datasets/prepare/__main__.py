@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--columns",
         type=_columns,
+        default={},
         metavar="NAME=COLUMN,...",
         help="columns of user, item, time, rating in the events, of id, picture in the items (default: usual names)",
     )

@@ -27,8 +27,8 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, co
     command: what continues if this is cut off.
     """
     filters = {name: getattr(arguments, name) for name in FILTERS}
-    columns = arguments.columns or {}
-    recipe: dict[str, Any] = {"version": VERSION, **filters, **({"columns": columns} if columns else {})}
+    columns = arguments.columns
+    recipe: dict[str, Any] = {"version": VERSION, **filters, "columns": columns}
     asked = arguments.raw_root or arguments.events or arguments.items
     if not asked and _is_prepared(folder, recipe, arguments.overwrite):
         return

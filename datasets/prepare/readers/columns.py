@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import InputError
 
-# Compared without case, blanks and signs: userId is user_id. A RecBole type such as ":token" does not count.
+# Compared without case, blanks and signs: userId is user_id.
 USUAL = {
     "user": ("userid", "user", "reviewerid", "visitorid", "customerid", "memberid"),
     "item": ("parentasin", "asin", "itemid", "item", "productid", "product", "movieid", "articleid", "sku"),
@@ -26,7 +26,7 @@ Columns = Mapping[str, str]
 @lru_cache(maxsize=10_000)
 def plain(name: object) -> str:
     """Return a column's name as USUAL spells it."""
-    return re.sub(r"[^a-z0-9]", "", str(name).partition(":")[0].lower())
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
 def find_columns(path: Path, header: Iterable[object], given: Columns) -> dict[str, str] | None:

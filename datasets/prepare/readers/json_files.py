@@ -85,7 +85,7 @@ class JsonArray:
             return False
         record = parse_record(head.lines[0])
         if record is None:  # the object goes over many lines, or beyond the beginning of the file
-            return re.match(r'\{\s*"[^"]*"\s*:\s*\[\s*\{', text) is not None
+            return LIST_OF_OBJECTS.search(text) is not None and (len(head.lines) == 1 or head.lines[0].strip() == "{")
         is_one = len(head.lines) == 1 and find_id(record, {}) is None
         return is_one and any(isinstance(v, list) and v and isinstance(v[0], dict) for v in record.values())
 

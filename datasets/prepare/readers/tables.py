@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SEPARATORS = (",", "\t", ";", "|")
 ASIN = re.compile(r"B[0-9A-Z]{9}|\d{9}[\dX]")  # an Amazon product, or a book's ISBN
+TYPE = re.compile(r":(?:token|float)(?:_seq)?$")  # in the header of RecBole's files
 ITEMS_CHUNK = 10_000
 
 
@@ -79,10 +80,10 @@ class Table:
         return separator_of(head.lines[0]) in head.lines[0]
 
     def header(self, path: Path) -> tuple[str, list[str]]:
-        """Return the separator and the columns. Raises InputError if two have one name."""
+        """Return the separator and the columns, without RecBole's types. Raises InputError if two have one name."""
         line = Head.of(path).lines[0]
         separator = separator_of(line)
-        names = next(csv.reader([line], delimiter=separator))
+        names = [TYPE.sub("", name) for name in next(csv.reader([line], delimiter=separator))]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"{path} has two columns {twice!r}; rename one in the header")
         return separator, names
@@ -95,16 +96,14 @@ class Table:
         named = {found[column]: column for column in USUAL if column in found}
         dtype = {found["user"]: "str", found["item"]: "str"}
         # All columns are read, as pandas checks the number of cells only then.
-        for frame in read_csv(file, CHUNK, sep=separator, dtype=dtype, low_memory=False):
+        for frame in read_csv(file, CHUNK, sep=separator, header=0, names=names, dtype=dtype, low_memory=False):
             yield frame[list(named)].rename(columns=named)
 
     def items(self, file: RecordFile, columns: Columns) -> Iterator[dict[str, Any]]:
         separator, names = self.header(file.path)
-        clean = {name: name.partition(":")[0] for name in names}
         if find_id(names, columns) is None:
             raise no_items(file.path, names)
-        frames = read_csv(file, ITEMS_CHUNK, sep=separator, dtype="str")
-        return records(frame.rename(columns=clean) for frame in frames)
+        return records(read_csv(file, ITEMS_CHUNK, sep=separator, header=0, names=names, dtype="str"))
 
 
 def no_items(path: Path, names: list[str]) -> InputError:
@@ -201,7 +200,7 @@ class Parquet:
         try:
             with pq.ParquetFile(part) as table:
                 yield table
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise InputError(f"{part} cannot be read as parquet ({error}); {HINT}") from None
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:

@@ -3,7 +3,7 @@
     <data_root>/<dataset_code>/sequential_data.txt   a line per user: user item item ..., ids from 1, oldest first
     <data_root>/<dataset_code>/datamaps.json         item2id (and user2id): Amazon ids -> ids from 1, dense
     <data_root>/<dataset_code>/meta.json.gz          a line per item: a Python literal or JSON object with an 'asin'
-    <data_root>/<dataset_code>/item2img.json         optional: which picture an item has
+    <data_root>/<dataset_code>/item2img.json         optional: which picture an item has (or item2img_dict.pkl)
     <data_root>/photos/<dataset_code>/               optional: the pictures
 
 U users, N items, n interactions.
@@ -24,7 +24,7 @@ from config import Config
 from datasets.item2img import read_item2img
 from datasets.prepare.amazon import PAPER_SETS
 from datasets.records import RecordFile, parse_record
-from datasets.text import flat_text
+from datasets.text import attribute_text
 
 MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
@@ -43,7 +43,7 @@ class Sequences:
         return len(self.offsets) - 1
 
     def of(self, row: int) -> np.ndarray:
-        """The items of one user row."""
+        """Return the items of one user row."""
         return self.items[self.offsets[row] : self.offsets[row + 1]]
 
 
@@ -55,7 +55,7 @@ class Catalog:
     sequences: Sequences
     asins: list[str]
     metadata: list[dict[str, Any]]  # {} where an item has none
-    pictures: list[Path | None] | None  # None: the dataset has no item2img.json
+    pictures: list[Path | None] | None  # None: the dataset lists no pictures
     photos: Path  # the folder that the pictures lie in
     notes: list[str]  # what was left out or missing, with counts
 
@@ -64,14 +64,14 @@ class Catalog:
         return len(self.asins)
 
     def digest(self) -> str:
-        """SHA-256 of what a model is trained and tested on: the sequences and the items' ids, in order."""
+        """Return the SHA-256 of the sequences and the items' ids, in order."""
         digest = hashlib.sha256("\0".join(self.asins).encode("utf-8", "surrogatepass"))
         digest.update(self.sequences.items.tobytes() + self.sequences.offsets.astype(np.int64).tobytes())
         return digest.hexdigest()
 
 
 def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
-    """Load and check a prepared dataset. Raises InputError that names the file, the line and what mends it."""
+    """Load and check a prepared dataset. Raises InputError that names the file, the line and the mend."""
     root = Path(data_root)
     folder = root / dataset_code
     notes: list[str] = []
@@ -115,7 +115,7 @@ def _not_there(root: Path, dataset_code: str) -> str:
 
 
 def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
-    """What to type to prepare a dataset, or one step of it."""
+    """Return the command that prepares a dataset, or one step of it."""
     command = f"python -m datasets.prepare --dataset_code {dataset_code}"
     command += "" if root.resolve() == Path(Config.data_root).resolve() else f" --data_root {root}"
     if only:
@@ -124,7 +124,7 @@ def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
 
 
 def _load_ids(path: Path) -> tuple[list[str], int]:
-    """ASINs in the order of their ids, and how many users there are at least."""
+    """Return ASINs in the order of their ids, and the least number of users."""
     maps = read_json(path, LAYOUT)
     item2id = maps.get("item2id")
     if not isinstance(item2id, dict) or not item2id:
@@ -203,9 +203,9 @@ def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[
 
 
 def describe(catalog: Catalog) -> str:
-    """One line: what the dataset holds."""
+    """Return one line that tells what the dataset holds."""
     lengths = np.diff(catalog.sequences.offsets)
-    with_text = Counter(key for record in catalog.metadata for key, value in record.items() if flat_text(value))
+    with_text = Counter(key for record in catalog.metadata for key in record if attribute_text(record, key))
     shares = ", ".join(
         f"{key} {with_text[key] / catalog.num_items:.0%}"
         for key in ("title", "price", "brand", "categories")

@@ -284,6 +284,10 @@ def test_bad_events_are_refused_in_one_sentence(tmp_path, content, words):
         assert part in message
 
 
+def test_a_folder_without_parquet_files_is_refused(tmp_path):
+    assert "is a folder without parquet files" in refusal(tmp_path)
+
+
 def test_a_column_that_a_flag_names_must_be_there(tmp_path):
     assert "has no column 'when' (--columns time=when)" in refusal(file_of(tmp_path, csv()), time="when")
 
@@ -356,14 +360,16 @@ def test_an_attribute_of_markup_or_code_is_missing_and_counted(tmp_path):
     raw = [{"asin": "A", "title": span, "brand": "None"}, {"asin": "B", "title": span, "price": ""}]
     items, notes = found_in(write_raw(tmp_path / "meta.json", raw), {"A", "B"})
     assert items == {"A": {"asin": "A"}, "B": {"asin": "B"}}
-    assert notes == ["title: 2 of 2 items have only markup, code or words for nothing: missing",
-                     "brand: 1 of 2 items have only markup, code or words for nothing: missing"]  # fmt: skip
+    assert notes == ["brand: 1 of 2 items have only markup, code or words for nothing: missing",
+                     "title: 2 of 2 items have only markup, code or words for nothing: missing"]  # fmt: skip
 
 
 def test_an_item_is_found_by_its_parent_id_or_by_a_column_that_a_flag_names(tmp_path):
     path = write_raw(tmp_path / "meta.jsonl", [{"parent_asin": "A", "title": "Tent", "details": {"asin": "Z"}}])
     assert found_in(path, {"A"})[0]["A"]["title"] == "Tent"
     assert found_in(path, {"Z"})[0] == {}
+    shop = [{"item_id": item, "title": "Tent", "details": {"asin": "Z"}} for item in ("A", "B")]
+    assert set(found_in(write_raw(tmp_path / "shop.jsonl", shop), {"B"})[0]) == {"B"}
     path = file_of(tmp_path, b"code,id,name\nA,1,Tent\n")
     assert found_in(path, {"A"}, id="code")[0] == {"A": {"asin": "A", "id": "1", "title": "Tent"}}
     assert found_in(path, {"1"})[0]["1"]["code"] == "A"

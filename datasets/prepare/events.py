@@ -42,7 +42,7 @@ def read_events(path: Path, columns: "Columns | None" = None) -> Events:
     from datasets.prepare.readers import find_reader
     from datasets.prepare.readers.base import HINT
 
-    file = RecordFile(path, HINT)
+    file = RecordFile(path, f"{HINT}, with times as numbers or ISO 8601 text such as 2024-05-31T10:00:00")
     coded = {"user": Codes(), "item": Codes()}
     times, time, rating, line = Times(), array("d"), array("f"), array("q")
     with tqdm(desc=f"reading {path.name}", unit="event", unit_scale=True, disable=None) as bar:

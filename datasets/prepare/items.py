@@ -58,7 +58,7 @@ def read_items(path: Path, wanted: Set[str], columns: Columns | None = None) -> 
     file, columns = RecordFile(path, HINT), columns or {}
     found, junk = Items({}, {}, []), dict[str, list[str]]()
     reader = find_reader(path)
-    records = _wanted_lines(file, wanted) if isinstance(reader, JsonLines) else reader.items(file, columns)
+    records = _wanted_lines(file, wanted, columns) if isinstance(reader, JsonLines) else reader.items(file, columns)
     for record in tqdm(records, desc=f"reading {path.name}", unit="item", unit_scale=True, disable=None):
         item = item_id(record, columns)
         if item is None or any(plain(key) in EVENT_KEYS for key in record):
@@ -75,23 +75,27 @@ def read_items(path: Path, wanted: Set[str], columns: Columns | None = None) -> 
             if picture := _picture_path(record, columns):
                 found.pictures[item] = picture
     found.notes += file.check("items with an id")
+    counts = Counter(name for names in junk.values() for name in names)
     found.notes += [
-        f"{name}: {count:,} of {len(found.records):,} items have only markup, code or words for nothing: missing"
-        for name, count in Counter(name for names in junk.values() for name in names).most_common()
+        f"{name}: {counts[name]:,} of {len(found.records):,} items have only markup, code or words for nothing: missing"
+        for name in sorted(counts)
     ]
     return found
 
 
-def _wanted_lines(file: RecordFile, wanted: Set[str]) -> Iterator[dict[str, Any]]:
-    """Yield the records of JSON lines. Most items are not wanted: their lines are not parsed."""
+def _wanted_lines(file: RecordFile, wanted: Set[str], columns: Columns) -> Iterator[dict[str, Any]]:
+    """Yield the records of JSON lines. Most of Amazon's items are not wanted: their lines are not parsed."""
+    of_amazon: bool | None = None
     for line in file.texts():
-        ids = {item for _, item in ID_IN_LINE.findall(line)}
+        ids = {item for _, item in ID_IN_LINE.findall(line)} if of_amazon else {""}
         if ids and "" not in ids and wanted.isdisjoint(ids) and line.endswith("}"):
             continue
         record = parse_record(line)
         if record is None:
             file.is_bad(problem=repr(line[:60]))
         else:
+            if of_amazon is None:
+                of_amazon = plain(find_id(record, columns)) in ("asin", "parentasin")
             yield record
 
 

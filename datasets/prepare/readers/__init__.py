@@ -17,13 +17,13 @@ A new format is a new object in READERS.
 from pathlib import Path
 
 from common.errors import InputError
-from datasets.prepare.readers.base import Head, Reader
+from datasets.prepare.readers.base import HINT, Head, Reader
 from datasets.prepare.readers.json_files import JsonArray, JsonLines, KeyedJson
 from datasets.prepare.readers.tables import HEADERLESS, AmazonRatings, Parquet, Table
 from datasets.prepare.readers.text import SequenceText
 
 READERS: tuple[Reader, ...] = (
-    Parquet(),
+    Parquet(),  # the only one that reads folders
     KeyedJson(),
     JsonArray(),
     JsonLines(),
@@ -37,11 +37,14 @@ READERS: tuple[Reader, ...] = (
 def find_reader(path: Path) -> Reader:
     """Return the reader of a file's format. Raises InputError if there is none."""
     head = Head.of(path)
-    if not path.is_dir() and not head.lines:
-        raise InputError(f"{path} is empty; give the whole file as it was published or exported")
+    if path.is_dir():
+        if not READERS[0].recognises(head):
+            raise InputError(f"{path} is a folder without parquet files; give one of its files")
+        return READERS[0]
+    if not head.lines:
+        raise InputError(f"{path} is empty; {HINT}")
     for reader in READERS:
         if reader.recognises(head):
             return reader
-    holds = "it has no parquet files" if path.is_dir() else f"it begins with {head.lines[0][:60]!r}"
-    names = ", ".join(dict.fromkeys(reader.name for reader in READERS))
-    raise InputError(f"{path} is of no known format ({holds}); accepted are {names}")
+    names = ", ".join(reader.name for reader in READERS)
+    raise InputError(f"{path} is of no known format (it begins with {head.lines[0][:60]!r}); accepted are {names}")

@@ -67,7 +67,7 @@ def no_events(path: Path, names: Iterable[object]) -> InputError:
     return InputError(
         f"{path} holds no events: it has the columns {shown(names)}, but a user, an item and a time are needed, such "
         f"as user_id, item_id, timestamp (or reviewerID, asin, unixReviewTime); name them: "
-        f"--columns user=...,item=...,time=..."
+        f"--columns user=...,item=...,time=..., or add the header line if it is missing"
     )
 
 

@@ -100,7 +100,7 @@ def ids(column: "pd.Series") -> "pd.Series":
 
     if pd.api.types.is_integer_dtype(column.dtype):
         return column.astype("str")
-    if pd.api.types.is_string_dtype(column.dtype) and column.dtype != object:
+    if pd.api.types.infer_dtype(column, skipna=column.dtype != object) == "string":
         return column.where(column != "")
     # map() would infer a type that refuses lone surrogates.
     return pd.Series([_id(value) for value in column], index=column.index, dtype=object)
@@ -126,7 +126,7 @@ class Times:
 
         if pd.api.types.is_datetime64_any_dtype(column.dtype):
             return _milliseconds(pd.to_datetime(column, utc=True))
-        if column.dtype == object:
+        if column.dtype == object and pd.api.types.infer_dtype(column) != "integer":
             column = column.where(~column.map(lambda value: isinstance(value, bool)))
         numbers = pd.to_numeric(column, errors="coerce").astype("float64")
         if self.are_numbers is None and column.notna().any():

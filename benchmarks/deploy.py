@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     for name, least in {"users": 1, "requests": 2, "catalogue": TOP_K}.items():
         if (value := getattr(arguments, name)) is not None and value < least:
-            raise InputError(f"--{name} {value} must be {least} or more")
+            raise InputError(f"--{name} {value} must be at least {least}")
     from experiments.deployment import card_table, plot_card
     from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE, describe_run
 

@@ -1,7 +1,7 @@
-"""Measure time and memory of datasets/prepare on made-up raw data.
+"""Time and memory of datasets.prepare on made-up raw files of one catalogue in three formats.
 
-python -m benchmarks.prepare                      # 10 million reviews, 1 million products; writes 5 GB of raw files
-python -m benchmarks.prepare --reviews 1000000 --products 100000
+python -m benchmarks.prepare                  # 10 million events, 1 million items: 6 GB of files
+python -m benchmarks.prepare --reviews 1000000 --products 100000 --formats csv,parquet
 """
 
 import gzip
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,59 +20,93 @@ from tqdm import tqdm
 from benchmarks.measure import memory_mb
 from common.cli import Parser, run_cli
 from common.errors import InputError
+from common.files import sha256
 
-CHUNK = 20_000  # lines per chunk
+CHUNK = 20_000  # lines that are made at a time
+FILES = {"json": "reviews.json.gz", "csv": "events.csv", "parquet": "events.parquet"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the raw files, prepare them in a separate process, and print a table."""
+    """Make the raw files, prepare each format in a process of its own, and print a table."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reviews", type=int, default=10_000_000, metavar="N", help="(default: 10,000,000)")
-    parser.add_argument("--products", type=int, default=1_000_000, metavar="N", help="(default: 1,000,000)")
+    parser.add_argument("--reviews", type=int, default=10_000_000, metavar="N", help="events (default: 10,000,000)")
+    parser.add_argument("--products", type=int, default=1_000_000, metavar="N", help="items (default: 1,000,000)")
+    parser.add_argument("--formats", default=",".join(FILES), metavar="NAME,...", help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark"), help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs; the median counts (default: 1)")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs, of which the median counts")
     arguments = parser.parse_args(argv)
+    formats = arguments.formats.split(",")
+    if unknown := set(formats) - set(FILES):
+        raise InputError(f"--formats {unknown.pop()!r} is none of {', '.join(FILES)}")
     raw = arguments.folder / f"raw-{arguments.reviews}-{arguments.products}"
-    if not (raw / "done").exists():
-        raw.mkdir(parents=True, exist_ok=True)
-        write_lines(raw / "reviews.json.gz", review_lines(arguments.reviews, arguments.products), arguments.reviews)
-        write_lines(raw / "meta.json.gz", product_lines(arguments.products), arguments.products)
-        (raw / "done").touch()
-    seconds, peaks = [], []
-    for _ in range(arguments.repeats):
-        shutil.rmtree(arguments.folder / "made", ignore_errors=True)
-        receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
-        process = multiprocessing.get_context("spawn").Process(target=measure, args=(raw, arguments.folder, send))
-        process.start()
-        send.close()
-        try:
-            duration, peak = receive.recv()
-        except EOFError:
-            raise InputError("preparing the made-up data failed, see above; give more --reviews") from None
+    make_files(raw, formats, arguments.reviews, arguments.products)
+    print(f"Python {platform.python_version()}, numpy {np.__version__}, {platform.processor() or platform.machine()}\n")
+    print("| events | items | format | raw file GB | seconds | peak GB | same bytes |")
+    print("| ---: | ---: | --- | ---: | ---: | ---: | --- |")
+    first = None
+    for name in formats:
+        runs = [run(raw, FILES[name], arguments.folder) for _ in range(arguments.repeats)]
+        seconds, peak = np.median(runs, axis=0)
+        made = sha256(arguments.folder / "made" / "sequential_data.txt")
+        first = first or made
+        size = (raw / FILES[name]).stat().st_size / 1e9
+        print(
+            f"| {arguments.reviews:,} | {arguments.products:,} | {name} | {size:.2f} | {seconds:.0f} | "
+            f"{peak / 1e3:.2f} | {'yes' if made == first else 'no'} |",
+            flush=True,
+        )
+
+
+def run(raw: Path, events: str, folder: Path) -> tuple[float, float]:
+    """Prepare the data in a process of its own, and return seconds and the peak resident MB."""
+    shutil.rmtree(folder / "made", ignore_errors=True)
+    receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=measure, args=(raw, events, folder, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise InputError("preparing the made-up data failed, as said above; give more --reviews") from None
+    finally:
         process.join()
-        seconds.append(duration)
-        peaks.append(peak)
-    size = sum(path.stat().st_size for path in raw.glob("*.gz"))
-    print(
-        f"\nPython {platform.python_version()}, numpy {np.__version__}, {platform.processor() or platform.machine()}\n"
-    )
-    print("| reviews | products | raw files GB | seconds | peak GB |\n| ---: | ---: | ---: | ---: | ---: |")
-    print(f"| {arguments.reviews:,} | {arguments.products:,} | {size / 1e9:.1f} | {np.median(seconds):.0f} | "
-          f"{np.median(peaks) / 1e3:.1f} |")  # fmt: skip
 
 
-def measure(raw: Path, folder: Path, send: Connection) -> None:
-    """Prepare the data, and send the seconds and the peak resident MB."""
+def measure(raw: Path, events: str, folder: Path, send: Connection) -> None:
+    """Prepare the data, and send seconds and the peak resident MB."""
     from datasets.prepare.__main__ import main as prepare
 
     started = time.perf_counter()
     prepare([f"--data_root={folder}", "--dataset_code=made", "--only=data", f"--raw_root={raw}",
-             "--reviews=reviews.json.gz", "--meta=meta.json.gz"])  # fmt: skip
+             f"--events={events}", "--items=meta.json.gz"])  # fmt: skip
     send.send((time.perf_counter() - started, memory_mb("VmHWM")))
 
 
+def make_files(raw: Path, formats: list[str], reviews: int, products: int) -> None:
+    """Write the files that are missing."""
+    import pandas as pd
+
+    raw.mkdir(parents=True, exist_ok=True)
+    if not (raw / "meta.json.gz").exists():
+        write_lines(raw / "meta.json.gz", product_lines(products), products)
+    for name in formats:
+        path, part = raw / FILES[name], raw / f"{FILES[name]}.part"
+        if path.exists():
+            continue
+        if name == "json":
+            write_lines(part, review_lines(reviews, products), reviews)
+        else:
+            columns = ("user_id", "item_id", "timestamp", "rating")
+            table = pd.concat(
+                pd.DataFrame(dict(zip(columns, chunk, strict=True))) for chunk in events(reviews, products)
+            )
+            table["user_id"] = table["user_id"].map("A{:013X}".format)
+            table["item_id"] = table["item_id"].map("B{:09d}".format)
+            table.to_csv(part, index=False) if name == "csv" else table.to_parquet(part, index=False)
+        part.rename(path)
+
+
 def write_lines(path: Path, chunks: Iterator[str], total: int) -> None:
-    """Write chunks of lines to a gzipped file."""
     with gzip.open(path, "wb", compresslevel=1) as file, tqdm(total=total, desc=path.name, unit_scale=True) as bar:
         for chunk in chunks:
             file.write(chunk.encode())
@@ -79,33 +114,37 @@ def write_lines(path: Path, chunks: Iterator[str], total: int) -> None:
 
 
 def texts(rng: np.random.Generator, shortest: int, longest: int) -> list[str]:
-    """Return made-up texts of `shortest` to `longest` words."""
+    """Made-up texts of so many words."""
     words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), n)) for n in rng.integers(2, 11, size=5000)]
     return [" ".join(rng.choice(words, n)) for n in rng.integers(shortest, longest, size=5000)]
 
 
-def review_lines(reviews: int, products: int) -> Iterator[str]:
-    """Yield unsorted reviews like Amazon's of 2014, about 1 kB each.
-
-    Users and products have a long tail.
-    """
+def events(reviews: int, products: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield users, items, times and ratings: a long tail of users and items, sorted by nothing."""
     rng = np.random.default_rng(0)
-    text = texts(rng, 20, 220)
     for start in range(0, reviews, CHUNK):
         n = min(CHUNK, reviews - start)
-        user = (rng.random(n) ** 3 * (reviews // 5)).astype(int)  # some have a hundred times the median
+        user = (rng.random(n) ** 3 * (reviews // 5)).astype(int)  # some are a hundred times as busy as the median
         item = (rng.random(n) ** 3 * products).astype(int)
-        times, stars, row = rng.integers(10**9, 14 * 10**8, n), rng.integers(1, 6, n), rng.integers(len(text), size=n)
+        yield user, item, rng.integers(10**9, 14 * 10**8, n), rng.integers(1, 6, n)
+
+
+def review_lines(reviews: int, products: int) -> Iterator[str]:
+    """Reviews as Amazon's of 2014, about 1 kB each."""
+    rng = np.random.default_rng(2)
+    text = texts(rng, 20, 220)
+    for columns in events(reviews, products):
+        rows: Any = zip(*(column.tolist() for column in columns), rng.integers(len(text), size=CHUNK), strict=False)
         yield "".join(
             f'{{"reviewerID": "A{u:013X}", "asin": "B{i:09d}", "reviewerName": "A. Name", "helpful": [0, 0], '
             f'"reviewText": "{text[t]}", "overall": {s}.0, "summary": "{text[t][:30]}", "unixReviewTime": {at}, '
             f'"reviewTime": "01 30, 2014"}}\n'
-            for u, i, at, s, t in zip(*(c.tolist() for c in (user, item, times, stars, row)), strict=True)
+            for u, i, at, s, t in rows
         )
 
 
 def product_lines(products: int) -> Iterator[str]:
-    """Yield metadata like Amazon's of 2014, about 1.7 kB each."""
+    """Metadata as Amazon's of 2014, about 1.7 kB each."""
     rng = np.random.default_rng(1)
     text = texts(rng, 5, 150)
     for start in range(0, products, CHUNK):

@@ -3,7 +3,7 @@
     <data_root>/<dataset_code>/sequential_data.txt   one line per user: user item item ..., ids from 1, oldest first
     <data_root>/<dataset_code>/datamaps.json         item2id (and user2id): Amazon id -> id, 1..N without gaps
     <data_root>/<dataset_code>/meta.json.gz          one line per item: a JSON object or Python literal with an 'asin'
-    <data_root>/<dataset_code>/item2img.json         optional: item -> picture
+    <data_root>/<dataset_code>/item2img.json         optional: item -> picture (or item2img_dict.pkl)
     <data_root>/photos/<dataset_code>/               optional: the pictures
 
 U users, N items, n interactions.
@@ -24,7 +24,7 @@ from config import Config
 from datasets.item2img import read_item2img
 from datasets.prepare.amazon import PAPER_SETS
 from datasets.records import RecordFile, parse_record
-from datasets.text import flat_text
+from datasets.text import attribute_text
 
 MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
@@ -129,7 +129,7 @@ def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
     command += "" if root.resolve() == Path(Config.data_root).resolve() else f" --data_root {root}"
     if only:
         return f"{command} --only {only}"
-    return command if dataset_code in PAPER_SETS else f"{command} --raw_root FOLDER --reviews FILE --meta FILE"
+    return command if dataset_code in PAPER_SETS else f"{command} --events FILE --items FILE"
 
 
 def _load_ids(path: Path) -> tuple[list[str], int]:
@@ -214,7 +214,7 @@ def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[
 def describe(catalog: Catalog) -> str:
     """Return a one-line summary of the dataset."""
     lengths = np.diff(catalog.sequences.offsets)
-    with_text = Counter(key for record in catalog.metadata for key, value in record.items() if flat_text(value))
+    with_text = Counter(key for record in catalog.metadata for key in record if attribute_text(record, key))
     shares = ", ".join(
         f"{key} {with_text[key] / catalog.num_items:.0%}"
         for key in ("title", "price", "brand", "categories")

@@ -1,7 +1,8 @@
-"""Read item2img.json, which maps items to pictures.
+"""Read which picture an item has.
 
-    <dataset_code>/item2img.json   item id or ASIN -> path below photos/<dataset_code>/
-    <dataset_code>/pictures.json   manifest of datasets/prepare/pictures.py: the status of every item's picture
+    <dataset_code>/item2img.json       item id or ASIN -> path below photos/<dataset_code>/
+    <dataset_code>/pictures.json       manifest of datasets/prepare/pictures.py: the status of every item's picture
+    <dataset_code>/item2img_dict.pkl   ASIN -> path on any machine, as VIP5 ships it; read if there is no item2img.json
 
 datasets/prepare/pictures.py writes item2img.json from the manifest; users with pictures of their own write it by hand.
 """
@@ -13,20 +14,26 @@ from common.errors import InputError
 from common.files import read_json
 
 ITEM2IMG = "item2img.json"
+PICKLED = "item2img_dict.pkl"
 MANIFEST = "pictures.json"
 
 
 def read_item2img(
     folder: Path, photos: Path, asins: list[str], manifest: Mapping[str, Mapping[str, str]] | None = None
 ) -> dict[str, str] | None:
-    """Return ASIN -> path below `photos`, or None without an item2img.json.
+    """Return ASIN -> path below `photos`; None if the dataset's folder lists no pictures.
 
-    asins: of items 1..N. manifest: entries that come from this manifest are left out.
-    Raises InputError for an unknown item, and for a path outside `photos`.
+    asins: of items 1..N. manifest: its entries, and the pickled list, are left out. Raises InputError for an unknown
+    item and a path that leads out of `photos`.
     """
-    path = folder / ITEM2IMG
+    path, pickled = folder / ITEM2IMG, folder / PICKLED
     if not path.exists():
-        return None
+        if manifest is not None or not pickled.exists():
+            return None
+        from datasets.prepare.pictures import find_pictures
+
+        found = find_pictures(asins, photos, pickled)
+        return {asin: entry["file"] for asin, entry in found.items() if "file" in entry}
     hint = f"it maps an item id or ASIN to a path below {photos}"
     item2img = read_json(path, hint)
     if not all(isinstance(name, str) for name in item2img.values()):

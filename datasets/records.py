@@ -1,61 +1,98 @@
-"""Read files with one JSON object or Python literal per line, gzipped or not.
-
-Nothing in a file is executed.
-"""
+"""Data files, read line by line and never executed: gzip, zstd or plain, each line JSON or a Python literal."""
 
 import ast
+import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 from isal import igzip, isal_zlib  # three times as fast as gzip here
 
 from common.errors import InputError
 
-MAX_BAD_SHARE = 0.01  # maximum share of bad lines
-MAX_LINE = 1 << 24  # bytes; a longer line is bad
-MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a zip archive", b"BZ": "bzip2", b"\xfd7": "xz"}
+MAX_BAD_SHARE = 0.01  # of lines that cannot be used
+MAX_LINE = 1 << 24  # bytes; a longer line cannot be used
+WRONG_FILES = {
+    b"version https://git-lfs": "a Git LFS pointer, not the data; bring the file itself: git lfs pull",
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+    b"PK\x03\x04": "a zip archive or an Excel workbook; unpack it, or save the sheet as CSV",
+    b"BZh": "bzip2; unpack it: bunzip2 FILE",
+    b"\xfd7z": "xz; unpack it: unxz FILE",
+    b"7z": "a 7-Zip archive; unpack it",
+    b"Rar!": "a RAR archive; unpack it",
+    b"SQLite format": "an SQLite database; export the table as CSV",
+    b"\x89HDF": "an HDF5 file; save the table as CSV or parquet",
+    b"ORC": "an ORC file; save the table as parquet",
+    **dict.fromkeys(
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a pickle, which may run code; save it as CSV, parquet or JSON",
+    ),
+    b"<!DOCTYPE": "a web page, not the data; download the file itself",
+    b"<html": "a web page, not the data; download the file itself",
+}
+
+
+@contextmanager
+def open_data(path: Path, hint: str, line: Any = None) -> Iterator[IO[bytes]]:
+    """Open a data file for reading bytes; gzip and zstd are unpacked, whatever the file's name.
+
+    Raises InputError if it is missing, damaged (then names `line.number`, if given) or of a kind that is not read.
+    """
+    try:
+        with path.open("rb") as raw:
+            start = raw.read(32)
+            raw.seek(0)
+            wrong = next((kind for mark, kind in WRONG_FILES.items() if start.startswith(mark)), None)
+            if wrong:
+                raise InputError(f"{path} is {wrong}")
+            if start.startswith(b"\x1f\x8b"):
+                with igzip.open(raw) as file:
+                    yield file
+            elif start.startswith(b"\x28\xb5\x2f\xfd"):
+                import pyarrow  # type: ignore[import-untyped]
+
+                with io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20) as file:
+                    yield file
+            else:
+                yield raw
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; {hint}") from None
+    # igzip raises EOFError where a file was cut short
+    except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]  # typed as an instance, is a class
+        where = f" beyond line {line.number}" if line else ""
+        raise InputError(f"{path} cannot be read{where} ({error}); {hint}") from None
 
 
 @dataclass
 class RecordFile:
-    """Reader of one file of records that counts bad lines.
+    """Reads a file line by line and counts the lines that cannot be used.
 
-    hint: how to fix a missing or damaged file, the end of the error messages.
+    hint: what to do if the file is missing or damaged.
     """
 
     path: Path
     hint: str
-    lines: int = 0  # non-blank lines
-    bad: int = 0  # non-blank lines that are not the expected records
-    not_utf8: int = 0  # non-blank lines that are not UTF-8 and were read as Windows-1252
-    first_bad: list[int] = field(default_factory=list)  # numbers of the first bad lines
-    number: int = 0  # number of the current line, from 1
+    lines: int = 0  # not counting blank ones
+    bad: int = 0  # of these, cannot be used
+    not_utf8: int = 0  # of these, read as Windows-1252
+    first_bad: list[int] = field(default_factory=list)
+    number: int = 0  # of the current line, 1-based
+    problem: str = ""  # of the first bad line
 
     def texts(self) -> Iterator[str]:
-        """Yield the non-blank lines. Raises InputError if the file is damaged."""
-        try:
-            with self.path.open("rb") as raw:
-                start = raw.read(2)
-                raw.seek(0)
-                kind = next((kind for mark, kind in MARKS.items() if start == mark), None)
-                if kind:
-                    raise InputError(f"{self.path} is {kind}, not lines of UTF-8 (gzipped or not); {self.hint}")
-                with igzip.open(raw) if start == b"\x1f\x8b" else raw as file:
-                    for line in iter(lambda: file.readline(MAX_LINE), b""):
-                        self.number += 1
-                        text = self._decode(line).strip()
-                        if text:
-                            self.lines += 1
-                            yield text
-        except FileNotFoundError:
-            raise InputError(f"{self.path} does not exist; {self.hint}") from None
-        # igzip raises EOFError for a truncated file
-        except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]  # typed as an instance, is a class
-            raise InputError(f"{self.path} cannot be read beyond line {self.number} ({error}); {self.hint}") from None
+        """Yield the lines without blank ones. Raises InputError if the file cannot be read to its end."""
+        with open_data(self.path, self.hint, self) as file:
+            for line in iter(lambda: file.readline(MAX_LINE), b""):
+                self.number += 1
+                text = self._decode(line).strip()
+                if text:
+                    self.lines += 1
+                    yield text
 
     def _decode(self, line: bytes) -> str:
         try:
@@ -64,23 +101,27 @@ class RecordFile:
             self.not_utf8 += 1
             return line.decode("cp1252", errors="replace")
 
-    def count_bad(self) -> None:
-        """Count the current line as bad."""
+    def count_bad(self, number: int | None = None, problem: str = "") -> None:
+        """Count a line, by default the current one, as one that cannot be used."""
         self.bad += 1
+        self.problem = self.problem or problem
         if len(self.first_bad) < 5:
-            self.first_bad.append(self.number)
+            self.first_bad.append(self.number if number is None else number)
 
     def check(self, expected: str) -> list[str]:
-        """Return messages about the lines that were left out or decoded differently.
+        """Return notes on the lines that were left out. expected: what a line must be.
 
-        expected: what the lines should be. Raises InputError if the file is empty or more than 1% of its lines are bad.
+        Raises InputError if the file is empty or more than 1 % of its lines cannot be used.
         """
         if not self.lines:
             raise InputError(f"{self.path} is empty; {self.hint}")
         notes = []
         if self.bad:
             numbers = ", ".join(map(str, self.first_bad)) + (", ..." if self.bad > len(self.first_bad) else "")
-            problem = f"{self.path.name}: {self.bad:,} of {self.lines:,} lines are not {expected} (lines {numbers})"
+            why = f"; the first: {self.problem}" if self.problem else ""
+            problem = (
+                f"{self.path.name}: {self.bad:,} of {self.lines:,} lines are not {expected} (lines {numbers}{why})"
+            )
             if self.bad > MAX_BAD_SHARE * self.lines:
                 raise InputError(f"{self.path.parent / problem}; more than {MAX_BAD_SHARE:.0%} is refused. {self.hint}")
             notes.append(problem)
@@ -90,7 +131,7 @@ class RecordFile:
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """Return a line's JSON object or Python literal as a dict, or None."""
+    """Return a line, JSON or a Python literal, as a dict; None if it is neither. Nothing in it is executed."""
     for parse in (orjson.loads, json.loads, ast.literal_eval):  # orjson refuses NaN and lone surrogates
         try:
             record = parse(line)

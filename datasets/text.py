@@ -1,38 +1,88 @@
-"""Build an item's text from metadata: "Title: ... Price: ... Brand: ..."."""
+"""An item's text, from its metadata: "Title: ... Price: ... Brand: ... Categories: ...".
+
+Every text of an item is cleaned here, whether datasets.prepare wrote the metadata or a person did: entities are
+decoded, tags, scripts and styles removed, and blanks collapsed. Page code and words for nothing ("None", "nan") are
+missing attributes.
+"""
 
 import html
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
-NO_TEXT = "unknown item"  # the text of an item without any attribute
+NO_TEXT = "unknown item"  # the text of an item without any known attribute
+NOTHING = {"none", "nan", "null", "undefined", "n/a", "inf", "-inf", "infinity", "-infinity"}
+
+_TAGS = (
+    "a|b|i|u|p|s|br|hr|em|h[1-6]|li|ol|ul|dl|dt|dd|td|th|tr|div|img|sub|sup|pre|span|font|form|html|head|body|meta|link|"
+    "table|tbody|thead|center|strong|small|big|script|style|input|button|iframe|noscript|label|section|object|embed|param"
+)
+BLOCK = re.compile(r"<(script|style)\b[^>]*>.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)", re.IGNORECASE | re.DOTALL)
+TAG = re.compile(  # the last may be cut off
+    rf"</?(?:{_TAGS})\b(?:\s[^<>]*|\s*/)?>|<(?:{_TAGS})\s[^<>]*=[^<>]*$|</(?:{_TAGS})$", re.IGNORECASE
+)
+SCRIPT = re.compile(r"getTime\(|\bfunction\s*\w*\(|\bvar \w+ ?=|\bdocument\.\w+\(")
+STYLE = re.compile(r"[.#][\w-][\w\s.#:>,-]*\{\s*[a-z-]+\s*:[^{}]*(?:\}|$)")
+BY_LINE = re.compile(r"^\s*by\s*\n\s*", re.IGNORECASE)  # "by\n    Microsoft", a brand on a page of 2018
+MAX_PRICE = 40  # characters; a longer price is page code
 
 
 def item_text(record: dict[str, Any], attributes: tuple[str, ...]) -> str:
-    """Return the item's attributes in the given order as one line.
-
-    Decodes HTML entities and joins nested lists such as Amazon's category paths.
-    """
+    """Return the item's known attributes, in the given order, as one line; NO_TEXT if none is known."""
     fields = []
     for attribute in attributes:
-        value = flat_text(record.get(attribute))
+        value = attribute_text(record, attribute)
         if value:
             fields.append(f"{attribute.capitalize()}: {value}")
     return " ".join(fields) or NO_TEXT
 
 
+def attribute_text(record: dict[str, Any], attribute: str) -> str:
+    """Return one attribute as clean text, "" if it is missing. A price needs a digit."""
+    text = flat_text(record.get(attribute))
+    if attribute == "price" and not (len(text) <= MAX_PRICE and any(c.isdigit() for c in text)):
+        return ""
+    return text
+
+
+def is_junk(record: dict[str, Any], attribute: str) -> bool:
+    """Return whether the attribute holds something, but only markup, code or words for nothing."""
+    return not attribute_text(record, attribute) and any(
+        leaf.strip() for leaf in _leaves(record.get(attribute), clean=False)
+    )
+
+
 def flat_text(value: Any) -> str:
-    """Return a text, number or nested list of them as one line, "" if empty."""
-    # Amazon's category paths share prefixes: keep each category once, in order.
+    """Return a text, number, or nested list or dict of them as one line of clean text; "" for none."""
+    if isinstance(value, str):
+        return clean_text(value)
+    # Amazon's category paths share their heads: name each category once, in order.
     return ", ".join(dict.fromkeys(_leaves(value)))
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def _leaves(value: Any, clean: bool = True) -> Iterator[str]:
     if isinstance(value, list | tuple):
-        for element in value:
-            yield from _leaves(element)
+        for part in value:
+            yield from _leaves(part, clean)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if text := ", ".join(dict.fromkeys(_leaves(part, clean))):
+                yield f"{clean_text(str(key)) if clean else key}: {text}"
     elif value is not None and not (isinstance(value, float) and math.isnan(value)):
-        text = " ".join(html.unescape(str(value)).split())
-        text = text.encode("utf-8", "replace").decode()  # replaces lone surrogates
+        text = clean_text(str(value)) if clean else str(value)
         if text:
             yield text
+
+
+def clean_text(text: str) -> str:
+    """Return a text without entities, markup and runs of blanks; "" if it is code or a word for nothing."""
+    while "&" in text and (decoded := html.unescape(text)) != text:  # entities may be escaped twice
+        text = decoded
+    if "<" in text:
+        text = TAG.sub(" ", BLOCK.sub(" ", text))
+    if ("{" in text and STYLE.search(text)) or (("(" in text or "=" in text) and SCRIPT.search(text)):
+        return ""
+    text = " ".join(BY_LINE.sub("", text).split())
+    text = text.encode("utf-8", "replace").decode()  # half an emoji is no text
+    return "" if text.lower() in NOTHING else text

@@ -118,7 +118,9 @@ def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, 
     made = raw.stat().st_mtime_ns
     prepare.main(small)
     assert raw.stat().st_mtime_ns == made
-    assert capsys.readouterr().out.splitlines()[-1].startswith("| 3,000 | 100 | 0.0 |")
+    out = capsys.readouterr().out
+    assert out.count("| yes |") == 6
+    assert out.splitlines()[-1].startswith("| 3,000 | 100 | parquet | 0.00 |")
     assert (tmp_path / "made" / "sequential_data.txt").exists()
 
 

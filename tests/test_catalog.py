@@ -1,6 +1,8 @@
 """A prepared dataset: what is read, what is left out with a note, and what is refused by file and line."""
 
+import gzip
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +66,6 @@ def test_a_prepared_folder_is_read_as_it_was_written(tmp_path):
     assert catalog.notes == []
 
 
-def test_the_folder_of_the_test_helper_is_a_prepared_dataset(tmp_path):
-    write_prepared(tmp_path, "other", users=8, items=12, pictures=True)
-    catalog = load_catalog(str(tmp_path), "other")
-    assert (len(catalog.sequences), catalog.num_items, catalog.notes) == (8, 12, [])
-    assert all(path.is_file() for path in catalog.pictures)
-
-
 def test_ids_may_be_texts_or_numbers(folder):
     by_text = load(folder).asins
     write_maps(folder, {asin: number for number, asin in enumerate(by_text, start=1)})
@@ -108,7 +103,8 @@ def test_an_unknown_dataset_is_refused_with_what_is_there(tmp_path):
     assert "'beuty'" in message
     assert str(tmp_path / "beuty") in message
     assert "beauty, sports" in message
-    assert "--data_root" in message
+    assert "To prepare it: python -m datasets.prepare --dataset_code beuty --data_root" in message
+    assert "--events FILE --items FILE" in message
 
 
 @pytest.mark.parametrize("data_root", ["", "not there"])
@@ -118,63 +114,46 @@ def test_an_empty_or_missing_data_root_is_refused_with_the_way_to_the_demo(tmp_p
     assert "--dataset_code demo" in message
 
 
-@pytest.mark.parametrize("name", ["sequential_data.txt", "datamaps.json"])
-def test_a_missing_file_is_named(folder, name):
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("sequential_data.txt", None, "does not exist"),
+        ("datamaps.json", None, "does not exist"),
+        ("meta.json.gz", b"", "is empty"),
+        ("sequential_data.txt", b"", "is empty"),
+        ("sequential_data.txt", "1 1 2 3 é\n".encode("latin-1"), "is not UTF-8"),
+        ("datamaps.json", b"{'item2id': {'A': 1}}", "is not JSON"),
+        ("meta.json.gz", gzip.compress(b"{'asin': 'B1'}\n")[:-9], "cannot be read"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_named(folder, name, content, words):
     (folder / name).unlink()
-    assert refusal(folder).startswith(f"{folder / name} does not exist")
-
-
-@pytest.mark.parametrize("name", ["sequential_data.txt", "datamaps.json", "meta.json.gz"])
-def test_an_empty_file_is_named(folder, name):
-    (folder / name).write_bytes(b"")
-    assert refusal(folder).startswith(f"{folder / name} is empty")
-
-
-@pytest.mark.parametrize("name", ["sequential_data.txt", "datamaps.json"])
-def test_a_file_that_is_not_utf8_is_named(folder, name):
-    (folder / name).write_bytes("1 1 2 3 é\n".encode("latin-1"))
-    assert refusal(folder).startswith(f"{folder / name} is not UTF-8")
-
-
-def test_metadata_that_was_cut_short_are_refused(folder):
-    path = folder / "meta.json.gz"
-    path.write_bytes(path.read_bytes()[:-20])
-    assert refusal(folder).startswith(f"{path} cannot be read")
+    if content is not None:
+        (folder / name).write_bytes(content)
+    assert refusal(folder).startswith(f"{folder / name} {words}")
 
 
 # ------------------------------------------------------------------------------------------------------------ sequences
 
 
-@pytest.mark.parametrize("line", ["2 1 two 3", "2 1 2.5 3", "2,1,2,3", "2 1_0 2 3", "user item item item"])
+@pytest.mark.parametrize("line", ["2 1 two 3", "2 1 2.5 3", "2 1_0 2 3"])
 def test_a_line_that_is_no_sequence_is_named_and_shown(folder, line):
-    write_sequences(folder, "1 1 2 3", line)
-    assert refusal(folder).startswith(f"{folder / 'sequential_data.txt'}:2: {line!r}")
+    write_sequences(folder, "1 1 2 3", "", line)
+    assert refusal(folder).startswith(f"{folder / 'sequential_data.txt'}:3: {line!r}")
 
 
-def test_the_line_that_is_named_counts_blank_lines_too(folder):
-    write_sequences(folder, "", "1 1 2 3", "", "2 1 x 3")
-    assert "sequential_data.txt:4:" in refusal(folder)
+@pytest.mark.parametrize(("user", "reason"), [(0, "ids start at 1"), (2**63, "ids end at 2**63 - 1")])
+def test_a_user_id_out_of_range_is_named_with_its_line(folder, user, reason):
+    write_sequences(folder, "1 1 2 3", f"{user} 1 2 3")
+    assert refusal(folder) == f"{folder / 'sequential_data.txt'}:2: user {user}: {reason}"
 
 
-@pytest.mark.parametrize("item", [0, -1, 6, 10**30])
+@pytest.mark.parametrize("item", [0, 6, 10**30])
 def test_an_item_outside_the_maps_is_named_with_its_line_and_the_range(folder, item):
     write_sequences(folder, "1 1 2 3", f"2 1 2 3 {item}")
     message = refusal(folder)
     assert message.startswith(f"{folder / 'sequential_data.txt'}:2: item {item} ")
     assert "1..5" in message
-
-
-@pytest.mark.parametrize("user", [0, -3])
-def test_a_user_id_below_1_is_named_with_its_line(folder, user):
-    write_sequences(folder, "1 1 2 3", f"{user} 1 2 3")
-    assert refusal(folder) == f"{folder / 'sequential_data.txt'}:2: user {user}: ids start at 1"
-
-
-def test_a_user_id_beyond_64_bits_is_refused_with_that_reason(folder):
-    write_sequences(folder, f"{2**63} 1 2 3")
-    message = refusal(folder)
-    assert f"user {2**63}" in message
-    assert "start at 1" not in message
 
 
 @pytest.mark.parametrize("first", ["4 1 2 3", "4 1 2"], ids=["long", "too short to be kept"])
@@ -204,29 +183,19 @@ def test_a_dataset_without_a_long_enough_history_is_refused(folder):
 # ----------------------------------------------------------------------------------------------------------------- maps
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"user2id": {"A": 1}}', '{"item2id": {}}', '{"item2id": ["A"]}', "null"])
+@pytest.mark.parametrize("text", ["[]", '{"user2id": {"A": 1}}', '{"item2id": ["A"]}'])
 def test_maps_without_items_are_refused(folder, text):
     (folder / "datamaps.json").write_text(text)
     wrong = "has no 'item2id' map" if text.startswith("{") else "is not a JSON object"
     assert refusal(folder).startswith(f"{folder / 'datamaps.json'} {wrong}; ")
 
 
-def test_maps_that_are_not_json_are_refused(folder):
-    (folder / "datamaps.json").write_text("{'item2id': {'A': 1}}")
-    assert refusal(folder).startswith(f"{folder / 'datamaps.json'} is not JSON")
-
-
-@pytest.mark.parametrize("number", ["0", -1, "5", "2", 1.5, "one", "", None, True])
+@pytest.mark.parametrize("number", ["0", "5", "2", 1.5, "one", None, True, "9" * 5000])
 def test_item_ids_that_are_not_1_to_n_each_once_are_refused_by_name(folder, number):
     write_maps(folder, {"A": "1", "B": "2", "C": "3", "D": number})
     message = refusal(folder)
     assert message.startswith(f"{folder / 'datamaps.json'}: item 'D' has id {number!r}")
     assert "1..4" in message
-
-
-def test_an_item_id_of_5000_digits_is_refused_by_name(folder):
-    write_maps(folder, {"A": "9" * 5000})
-    assert refusal(folder).startswith(f"{folder / 'datamaps.json'}: item 'A' has id")
 
 
 # ------------------------------------------------------------------------------------------------------------- metadata
@@ -259,7 +228,6 @@ def test_python_code_in_metadata_is_never_executed(folder, tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param("not a record", id="words"),
         pytest.param("['asin', 'B1']", id="list"),
         pytest.param("{'asin': 'B1'", id="cut"),
         pytest.param("{'asin': 'B1', 'price': 1 / 2}", id="calculation"),
@@ -279,27 +247,6 @@ def test_a_few_malformed_lines_are_left_out_counted_and_named(folder):
     lines[2], lines[40], lines[999] = "{'asin': ", "{'title': 'no asin'}", "{'asin': 12}"
     write_metadata(folder, lines)
     assert "meta.json.gz: 3 of 1,000 lines are not records with an 'asin' (lines 3, 41, 1000)" in load(folder).notes
-
-
-def test_of_many_malformed_lines_the_first_five_are_named(folder):
-    write_metadata(folder, ["?"] * 7 + records(993))
-    assert any("7 of 1,000" in note and "(lines 1, 2, 3, 4, 5, ...)" in note for note in load(folder).notes)
-
-
-def test_a_malformed_line_is_named_as_an_editor_numbers_it(folder):
-    write_metadata(folder, ["", "", *records(150), "?"])
-    assert any("(lines 153)" in note for note in load(folder).notes)
-
-
-@pytest.mark.parametrize(("bad", "refused"), [(1, False), (2, True)])
-def test_more_than_one_malformed_line_in_a_hundred_is_refused(folder, bad, refused):
-    write_metadata(folder, ["?"] * bad + records(100 - bad))
-    if refused:
-        message = refusal(folder)
-        assert message.startswith(f"{folder / 'meta.json.gz'}: 2 of 100 lines")
-        assert "more than 1% is refused" in message
-    else:
-        load(folder)
 
 
 def test_items_without_metadata_are_counted(folder):
@@ -330,18 +277,30 @@ def test_pictures_are_found_by_item_id_and_by_asin(folder):
     assert pictures[1] is pictures[3] is pictures[4] is None
 
 
-@pytest.mark.parametrize("item", ["0", "6", "UNKNOWN", ""])
-def test_a_picture_of_an_unknown_item_is_refused_by_name(folder, item):
-    write_item2img(folder, {item: "a.png"})
-    assert refusal(folder).startswith(f"{folder / 'item2img.json'}: item {item!r} is not in datamaps.json")
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ({"6": "a.png"}, "item2img.json: item '6' is not in datamaps.json"),
+        ({"1": "../../x.png"}, "item2img.json: picture '../../x.png' of item '1' lies outside"),
+        ({"1": "/etc/hostname"}, "item2img.json: picture '/etc/hostname' of item '1' lies outside"),
+        ({"1": "a\0b.png"}, "item2img.json: picture 'a\\x00b.png' of item '1' lies outside"),
+        ({"1": None}, "item2img.json must map strings to strings"),
+        (["a.png"], "item2img.json is not a JSON object"),
+    ],
+)
+def test_a_list_of_pictures_that_cannot_be_is_refused(folder, listed, words):
+    write_item2img(folder, listed)
+    assert words in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["../../x.png", "/etc/hostname", "../tiny-other/x.png", "a/../../x.png"])
-def test_a_picture_outside_the_photos_is_refused_by_name(folder, name):
-    write_item2img(folder, {"1": name})
-    message = refusal(folder)
-    assert message.startswith(f"{folder / 'item2img.json'}: picture {name!r} of item '1' lies outside")
-    assert str(folder.parent / "photos" / folder.name) in message
+def test_a_pickled_list_of_pictures_is_read_as_it_is(folder):
+    asins, photos = load(folder).asins, folder.parent / "photos" / folder.name
+    photos.mkdir(parents=True)
+    (photos / "first.jpg").touch()
+    (folder / "item2img_dict.pkl").write_bytes(
+        pickle.dumps({asins[0]: "/home/x/photos/first.jpg", asins[1]: "gone.jpg"})
+    )
+    assert load(folder).pictures == [photos / "first.jpg", None, None, None, None]
 
 
 def test_a_link_that_leaves_the_photos_is_refused(folder, tmp_path):
@@ -360,20 +319,6 @@ def test_photos_that_are_a_link_to_another_disk_are_fine(folder, tmp_path):
     (tmp_path / "photos" / folder.name).symlink_to(tmp_path / "disk")
     write_item2img(folder, {"1": "a.png"})
     assert load(folder).pictures[0].is_file()
-
-
-@pytest.mark.parametrize("value", [["a.png"], "a.png", {"1": None}, {"1": 7}, {"1": ["a.png"]}, None], ids=str)
-def test_anything_but_a_map_of_names_is_refused(folder, value):
-    write_item2img(folder, value)
-    wrong = "must map strings to strings" if isinstance(value, dict) else "is not a JSON object"
-    assert refusal(folder).startswith(f"{folder / 'item2img.json'} {wrong}; ")
-
-
-def test_a_picture_whose_name_no_file_can_have_is_refused_by_name(folder):
-    write_item2img(folder, {"1": "a\0b.png"})
-    message = refusal(folder)
-    assert "item2img.json" in message
-    assert "'1'" in message
 
 
 # -------------------------------------------------------------------------------------------------------- real datasets

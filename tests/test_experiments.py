@@ -51,7 +51,7 @@ HEAD = 'title = "T"\ntext = "t"\ndatasets = ["beauty"]\n'
     ("text", "problem"),
     [
         (HEAD + "[rows]\na = { lru_blocks = 2 }", r"unknown settings \['lru_blocks'\]"),
-        (HEAD + '[rows]\na = { lru_num_blocks = "2" }', "lru_num_blocks '2', which is no int"),
+        (HEAD + '[rows]\na = { lru_num_blocks = "2" }', "lru_num_blocks '2', which must be of type int"),
         (HEAD + "[rows]\na = { lru_num_blocks = 0 }", "--lru_num_blocks 0 must be at least 1"),
         (HEAD + 'compare = [["a", "c"]]\n[rows]\na = { }', r"compares unknown rows \['c'\]; its rows are \['a'\]"),
         (HEAD + "colour = 1\n[rows]\na = { }", "colour"),
@@ -177,8 +177,8 @@ def test_rows_of_the_same_training_share_a_job():
     jobs = planned(["depth", "loss", "table2"], ["beauty"])
     assert [job.names for job in jobs] == [
         ["depth/1 block"],
-        ["depth/2 blocks", "loss/mean", "table2/fMRLRec"],
-        ["loss/sum"],
+        ["depth/2 blocks", "loss/sum", "table2/fMRLRec"],
+        ["loss/mean"],
     ]
 
 
@@ -235,7 +235,7 @@ def test_missing_runs_are_trained_tested_twice_and_kept(workplace, calls, capsys
     assert all(run.complete() and run.ranks(masked=True) for run in found)
     calls.clear()
     capsys.readouterr()
-    again = run_experiments("depth,loss --rows '1 block; mean'")
+    again = run_experiments("depth,loss --rows '1 block; sum'")
     assert not calls
     assert [job.state for job in again] == ["finished"] * 2
     assert "2 runs: 2 finished\n" in capsys.readouterr().out

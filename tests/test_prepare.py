@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -82,11 +83,45 @@ def test_the_published_sequences_come_back_byte_for_byte(tmp_path, name, categor
     assert report["summary"]["warnings"] == []
 
 
-def test_any_other_category_is_made_from_the_files_that_are_named(raw):
-    (raw / "meta_Beauty.json.gz").rename(raw / "m.gz")
-    (raw / "reviews_Beauty_5.json.gz").rename(raw / "r.gz")
-    folder = prepare(raw, "--reviews=r.gz", f"--meta={raw / 'm.gz'}", dataset="office")
-    assert len(load_catalog(folder.parent, "office").sequences) == 10
+def test_a_shop_needs_its_events_and_items_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    events = [(user, item, f"2024-01-{day:02}") for user, items in HISTORIES for day, item in enumerate(items, start=1)]
+    pd.DataFrame(events, columns=["customer_id", "product_id", "date"]).to_parquet("shop.parquet")
+    Path("img").mkdir()
+    Path("img/a.png").write_bytes(picture((1, 2, 3)))
+    rows = ["Product ID,Name,Price,colour,photo", "ITEM0,Tent,9.5,red,img/a.png", "ITEM1,<b>,see cart,,/etc/passwd"]
+    Path("products.csv").write_text("\n".join(rows))
+    folder = main(["--events=shop.parquet", "--items=products.csv", "--dataset_code=shop", *BUILT_IN])
+    catalog = load_catalog("data", "shop")
+    names = [[catalog.asins[i - 1] for i in catalog.sequences.of(row)] for row in range(10)]
+    assert names == [items for _, items in HISTORIES]
+    assert catalog.metadata[:2] == [
+        {"asin": "ITEM0", "colour": "red", "title": "Tent", "price": "9.5"},
+        {"asin": "ITEM1"},
+    ]
+    assert catalog.pictures[0].read_bytes() == picture((1, 2, 3))
+    assert catalog.pictures[1] is None
+    summary = read_json(folder / "prepare_report.json", "")["summary"]
+    assert (summary["items_with"]["colour"], summary["picture_sides"]["median"]) == (0.2, 30)
+    printed = capsys.readouterr().out
+    assert "1 of 2 paths copied to data/photos/shop; the others, such as '/etc/passwd', are no pictures" in printed
+    assert "note: title: 1 of 2 items have only markup, code or words for nothing: missing" in printed
+    assert "pictures' shorter side: smallest 30" in printed
+    assert "100.0% are smaller than 64 pixels" in printed
+
+
+def test_without_items_a_dataset_has_ids_alone(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = main([f"--events={raw / 'reviews_Beauty_5.json.gz'}", "--dataset_code=ids", "--no-use_img_encoder"])
+    assert not (folder / "meta.json.gz").exists()
+    assert load_catalog("data", "ids").notes == ["no meta.json.gz: items have no text"]
+    assert "ids has no metadata, so there is no text to encode; give --items" in capsys.readouterr().out
+
+
+def test_columns_are_part_of_what_was_prepared(raw):
+    flags = ("--events=reviews_Beauty_5.json.gz", "--columns=user=reviewerID,item=asin,time=unixReviewTime")
+    prepare(raw, *flags, dataset="shop")
+    assert "made with columns" in refusal(raw, flags[0], "--columns=user=reviewerID", dataset="shop")
 
 
 def test_the_report_says_what_every_filter_left_and_where_the_paper_differs(raw, capsys):
@@ -103,17 +138,6 @@ def test_the_report_says_what_every_filter_left_and_where_the_paper_differs(raw,
     assert "items with title 80.0%, price 80.0%" in out
 
 
-def test_the_report_counts_pictures_that_are_there(raw):
-    folder = prepare(raw)
-    (folder / "item2img.json").write_text('{"ITEM0": "here.png", "ITEM1": "gone.png"}', encoding="utf-8")
-    photos = folder.parent / "photos" / "beauty"
-    photos.mkdir(parents=True)
-    (photos / "here.png").write_bytes(picture((1, 2, 3)))
-    summary = read_json(prepare(raw) / "prepare_report.json", "")["summary"]
-    assert (summary["counts"]["pictures"], summary["items_with"]["picture"]) == (1, 0.2)
-    assert "1 pictures, but the paper's Table 1 has 12,023" in summary["warnings"]
-
-
 def test_ratings_and_repeats_are_filtered_as_the_flags_say(raw):
     repeated = [(user, [*items, items[0]]) for user, items in HISTORIES]
     lines = reviews_of(repeated)
@@ -121,7 +145,7 @@ def test_ratings_and_repeats_are_filtered_as_the_flags_say(raw):
     write_raw(raw / "reviews_Beauty_5.json.gz", lines)
     folder = prepare(raw, "--min_rating=2", "--repeats=drop")
     filters = read_json(folder / "prepare_report.json", "")["prepared"]["filters"]
-    assert [step["after"] for step in filters[1:3]] == ["ratings below 2 left out", "repeats left out"]
+    assert [step["after"] for step in filters[-3:-1]] == ["ratings below 2 left out", "repeats left out"]
     assert filters[-1]["interactions"] == 50
     assert "made with repeats 'drop'" in refusal(raw, "--min_rating=2")
     assert "made with min_rating 2.0" in refusal(raw, "--repeats=drop")
@@ -131,7 +155,7 @@ def test_a_user_id_or_item_id_with_odd_characters_comes_through(tmp_path):
     odd = ["../../etc/passwd", "a b", "C:\\x", "né\u2028", "\ud800", "NUL\0"]
     write_raw(tmp_path / "raw" / "r.json", reviews_of([(f"{u}/{u}", odd) for u in odd]))
     write_raw(tmp_path / "raw" / "m.json", [{"asin": asin, "title": asin} for asin in odd])
-    folder = prepare(tmp_path / "raw", "--reviews=r.json", "--meta=m.json", dataset="odd")
+    folder = prepare(tmp_path / "raw", "--events=r.json", "--items=m.json", dataset="odd")
     catalog = load_catalog(folder.parent, "odd")
     assert catalog.asins == odd
     assert [record["title"] for record in catalog.metadata] == odd
@@ -248,62 +272,30 @@ def test_a_list_of_pictures_by_the_user_is_never_deleted(raw):
     assert (folder / "item2img.json.old").read_text(encoding="utf-8") == mine
 
 
-def test_pictures_of_odd_ids_stay_with_their_items_when_these_get_other_numbers(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    odd = [f"item/{i}" for i in range(6)]
-    rare = [(f"V{u}", [odd[5], *odd[:3]]) for u in range(4)]  # which a 5-core leaves out
-    write_raw(Path("r.json"), reviews_of([*rare, *((f"U{u}", odd[:5]) for u in range(9))]))
-    with serving({f"/{i}.png": good(picture((40 * i, 0, 0))) for i in range(6)}) as server:
-        write_raw(Path("m.json"), [{"asin": asin, "imUrl": f"{server.url}/{i}.png"} for i, asin in enumerate(odd)])
-        flags = ["--dataset_code=odd", "--reviews=r.json", "--meta=m.json", "--allow_private_addresses"]
-        main([*flags, "--only=data,pictures", "--min_uc=4", "--min_sc=4"])
-        folder = main([*flags, "--only=data,pictures", "--overwrite"])
-    catalog = load_catalog("data", "odd")
-    assert catalog.num_items == 5
-    for asin, path in zip(catalog.asins, catalog.pictures, strict=True):
-        assert path.read_bytes() == picture((40 * odd.index(asin), 0, 0)), asin
-    assert len(server.requests) == 6
-    assert folder == Path("data/odd")
-
-
-def test_a_second_time_nothing_is_read(raw, capsys):
-    folder = prepare(raw)
-    first, written = contents(folder), (folder / FILES[0]).stat().st_mtime_ns
-    assert prepare(raw) == folder
-    assert "is prepared already" in capsys.readouterr().out
-    assert (contents(folder), (folder / FILES[0]).stat().st_mtime_ns) == (first, written)
-
-
-def test_prepared_data_need_their_raw_files_no_more(raw):
-    folder = prepare(raw)
-    for path in raw.iterdir():
-        path.unlink()
-    assert main(["--dataset_code=beauty", f"--data_root={folder.parent}", "--only=data"]) == folder
-
-
 def test_other_settings_or_files_are_refused_until_they_may_overwrite(raw):
     folder = prepare(raw)
     first = contents(folder)
     assert "made with min_uc 5" in refusal(raw, "--min_uc=4")
     write_raw(raw / "reviews_Beauty_5.json.gz", reviews_of(HISTORIES, seed=1))
-    assert "made with reviews" in refusal(raw)
+    assert "made with events" in refusal(raw)
     assert contents(folder) == first
     prepare(raw, "--min_uc=4", "--min_sc=4", "--overwrite")
     assert len(load_catalog(folder.parent, "beauty").sequences) == 30
-
-
-def test_data_made_by_other_means_are_not_touched(raw):
-    folder = prepare(raw)
-    (folder / "prepare_report.json").unlink()
-    first = contents(folder)
-    assert "made by other means; --overwrite" in refusal(raw)
-    assert contents(folder) == first
-
-
-def test_a_file_that_was_changed_since_is_not_taken_for_prepared(raw):
-    folder = prepare(raw)
     (folder / "sequential_data.txt").write_text("1 1 2 3\n", encoding="utf-8")
-    assert "sequential_data.txt, changed since" in refusal(raw)
+    assert "sequential_data.txt, changed since" in refusal(raw, "--min_uc=4", "--min_sc=4")
+    (folder / "prepare_report.json").unlink()
+    assert "made by other means; --overwrite" in refusal(raw)
+
+
+def test_a_second_time_nothing_is_read_and_raw_files_are_needed_no_more(raw, capsys):
+    folder = prepare(raw)
+    first, written = contents(folder), (folder / FILES[0]).stat().st_mtime_ns
+    assert prepare(raw) == folder
+    assert "is prepared already" in capsys.readouterr().out
+    for path in raw.iterdir():
+        path.unlink()
+    assert main(["--dataset_code=beauty", f"--data_root={folder.parent}", "--only=data"]) == folder
+    assert (contents(folder), (folder / FILES[0]).stat().st_mtime_ns) == (first, written)
 
 
 def test_killed_before_any_change_to_the_disk_and_run_again_it_makes_the_same_bytes(raw, tmp_path):
@@ -381,6 +373,8 @@ def test_a_dataset_must_be_named_and_demo_needs_none(capsys):
         (["--only=pictures", "--no-use_img_encoder"], "leave out one of the two"),
         (["--dataset_code=photos"], "choose another name"),
         (["--raw_root=nowhere"], "--raw_root nowhere is not a folder"),
+        (["--only=data,pixels"], "'data,pixels': give one or more of data, pictures, features"),
+        (["--only=features"], "python -m datasets.prepare --dataset_code beauty"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(flags, problem, tmp_path, monkeypatch):
@@ -406,31 +400,32 @@ def test_a_report_that_is_none_is_named(raw, text, wrong):
         load_catalog(folder.parent, "beauty")
 
 
-def test_an_unknown_step_is_named():
-    with pytest.raises(InputError, match="'data,pixels': give one or more of data, pictures, features"):
-        main(["--dataset_code=beauty", "--only=data,pixels"])
-
-
 def test_a_raw_file_that_is_not_there_is_named_with_those_that_are(raw):
     (raw / "meta_Beauty.json.gz").rename(raw / "other.json.gz")
     message = refusal(raw)
     assert "meta_Beauty.json.gz or meta_Beauty.json is not in" in message
     assert "other.json.gz" in message
-    assert "--meta FILE" in message
-
-
-def test_another_category_without_its_files_is_told_the_flags(raw):
-    assert "--raw_root FOLDER --reviews FILE --meta FILE" in refusal(raw, dataset="office")
+    assert "--items FILE" in message
 
 
 def test_a_misspelt_dataset_is_met_with_the_nearest_and_leaves_nothing_behind(raw):
-    assert "did you mean beauty?" in refusal(raw, dataset="beuty")
+    message = refusal(raw, dataset="beuty")
+    assert "did you mean beauty?" in message
+    assert "--events FILE, and --items FILE" in message
     assert not (raw.parent / "data").exists()
 
 
-def test_swapped_files_are_recognised(raw):
-    flags = ["--reviews=meta_Beauty.json.gz", "--meta=reviews_Beauty_5.json.gz"]
-    assert "holds no reviews" in refusal(raw, *flags)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--events=meta_Beauty.json.gz"], "holds no events"),
+        (["--items=other.json"], "has none of the 5 items of reviews_Beauty_5.json.gz"),
+        (["--min_uc=50"], "would leave"),
+    ],
+)
+def test_what_cannot_be_prepared_is_refused_before_anything_is_written(raw, flags, words):
+    write_raw(raw / "other.json", [{"asin": "OTHER"}])
+    assert words in refusal(raw, *flags)
     assert not (raw.parent / "data" / "beauty" / FILES[0]).exists()
 
 
@@ -439,7 +434,7 @@ def test_a_damaged_raw_file_leaves_the_prepared_data_as_they_were(raw):
     first = contents(folder)
     path = raw / "meta_Beauty.json.gz"
     path.write_bytes(path.read_bytes()[:-9])
-    assert "cannot be read beyond line" in refusal(raw, "--overwrite")
+    assert "cannot be read" in refusal(raw, "--overwrite")
     assert contents(folder) == first
 
 
@@ -471,24 +466,6 @@ def test_a_dataset_in_a_folder_that_is_only_read_has_its_features_cached_elsewhe
     assert len(list(Path("data/features/beauty").glob("*.npy"))) == 1  # the text's: there are no pictures
 
 
-def test_a_folder_that_cannot_be_written_is_named(raw, tmp_path):
-    (tmp_path / "data").write_text("a file where the folder should be", encoding="utf-8")
-    assert f"cannot write {tmp_path / 'data'}" in refusal(raw)
-
-
-def test_pictures_or_features_of_data_that_are_not_there_are_refused_with_the_command(tmp_path):
-    with pytest.raises(InputError, match=r"python -m datasets.prepare --dataset_code beauty"):
-        main(["--dataset_code=beauty", f"--data_root={tmp_path}", "--only=features"])
-    assert not (tmp_path / "beauty").exists()
-
-
-def test_train_on_nothing_prepared_says_which_command_to_run():
-    done = subprocess.run([sys.executable, REPO / "train.py", "--dataset_code=beauty", "--data_root=nowhere"],
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 2
-    assert "python -m datasets.prepare --dataset_code beauty --data_root nowhere" in done.stderr
-
-
 def test_help_answers_without_heavy_imports():
     script = """
 import sys, datasets.prepare.__main__ as prepare
@@ -501,13 +478,3 @@ finally:
     assert done.stdout.endswith("set()\n"), done.stderr
     assert "--min_uc" in done.stdout
     assert "--lr " not in done.stdout
-
-
-def test_metadata_of_another_category_are_recognised(raw):
-    write_raw(raw / "meta_Beauty.json.gz", [{"asin": "OTHER"}])
-    assert "has none of the 5 items of reviews_Beauty_5.json.gz" in refusal(raw)
-
-
-def test_a_k_core_of_nothing_is_refused_before_anything_is_written(raw):
-    assert "would leave" in refusal(raw, "--min_uc=50")
-    assert not (raw.parent / "data" / "beauty" / FILES[0]).exists()

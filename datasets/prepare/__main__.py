@@ -1,11 +1,16 @@
-"""Prepare a dataset: Amazon's raw files to sequences, metadata, pictures and features.
+"""Prepare a dataset: events and items of any known format to sequences, texts, pictures and features.
 
-python -m datasets.prepare --dataset_code beauty                        # fetches everything that is not here
-python -m datasets.prepare --dataset_code beauty --raw_root ~/amazon    # raw files that are here already
-python -m datasets.prepare --dataset_code office --raw_root ~/amazon --reviews R.json.gz --meta M.json.gz
+python -m datasets.prepare --dataset_code beauty                        # fetches everything that is missing
+python -m datasets.prepare --dataset_code beauty --raw_root ~/amazon    # the raw files are there
+python -m datasets.prepare --events shop.parquet --items products.csv --dataset_code shop
 torchrun --nproc_per_node=2 -m datasets.prepare --dataset_code beauty --only features
 
-It goes on where it was cut off. The result is the layout of datasets/catalog.py, and a report, prepare_report.json.
+Formats are recognised by content: JSON lines (Amazon 2014, 2018, 2023), JSON arrays, CSV and TSV, parquet or a folder
+of parquet parts, Amazon's ratings without header, RecBole, MovieLens, LETTER, and text with a line `user item item ...`
+per user; gzip and zstd are unpacked. Columns are found by usual names (user_id, item_id, timestamp, rating, ...) or
+named by --columns. Times are numbers or ISO 8601 text.
+
+It continues after an interruption. The result is the layout of datasets/catalog.py and a report, prepare_report.json.
 """
 
 import argparse
@@ -26,7 +31,7 @@ from common.files import cannot_write, write_json, write_text
 from config import SECTIONS, Config, resolve
 from datasets.catalog import FILES, REPORT, load_catalog, prepare_command, read_report
 from datasets.item2img import ITEM2IMG, MANIFEST
-from datasets.prepare.amazon import BASE_URL, PAPER_SETS, picture_urls
+from datasets.prepare.amazon import BASE_URL, PAPER_SETS
 from datasets.prepare.raw import FILTERS, not_known, prepare_data
 from datasets.prepare.summary import in_words, summarise
 
@@ -35,6 +40,7 @@ SETTINGS = (
     *("data_root", "use_language_encoder", "language_encoder", "item_attributes", "use_img_encoder", "features"),
     *("img_encoder", "encoder_precision", "encoder_batch_size", "encoder_workers", "device"),
 )
+NO_ITEMS = "give --items, or train a model that knows items by their ids: --model_code lrurec"
 BESIDE = ("raw", "photos", "features")  # what else lies in a data_root
 
 
@@ -55,16 +61,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the raw files are; neither they nor pictures are fetched then (default: fetched into "
         "<data_root>/raw)",
     )
-    group.add_argument("--reviews", metavar="FILE", help="the reviews, below raw_root (default: the category's 5-core)")
-    group.add_argument("--meta", metavar="FILE", help="the products' metadata, below raw_root")
+    group.add_argument(
+        "--events",
+        "--reviews",
+        metavar="FILE",
+        help="who had which item when: a file, or a folder of parquet parts, also below raw_root (default: the "
+        "category's 5-core)",
+    )
+    group.add_argument(
+        "--items",
+        "--meta",
+        metavar="FILE",
+        help="the items' attributes and pictures; without it a model knows items by their ids alone",
+    )
+    group.add_argument(
+        "--columns",
+        type=_columns,
+        default={},
+        metavar="NAME=COLUMN,...",
+        help="columns of user, item, time, rating in the events, of id, picture in the items (default: usual names)",
+    )
     group.add_argument("--base_url", default=BASE_URL, metavar="URL", help=f"where to fetch them (default: {BASE_URL})")
-    group = parser.add_argument_group("which reviews count")
+    group = parser.add_argument_group("which events count")
     default = "(default: %(default)s)"
-    group.add_argument("--min_uc", type=_count, metavar="N", help=f"reviews of a user at least {default}")
-    group.add_argument("--min_sc", type=_count, metavar="N", help=f"reviews of an item at least {default}")
+    group.add_argument("--min_uc", type=_count, metavar="N", help=f"events of a user at least {default}")
+    group.add_argument("--min_sc", type=_count, metavar="N", help=f"events of an item at least {default}")
     group.add_argument("--min_rating", type=_rating, metavar="X", help=f"leave out ratings below this {default}")
     group.add_argument(
-        "--repeats", choices=("keep", "drop"), help=f"keep or drop a user's later reviews of the same item {default}"
+        "--repeats", choices=("keep", "drop"), help=f"keep or drop a user's later events with the same item {default}"
+    )
+    group.add_argument(
+        "--ties",
+        choices=("file", "shuffle", "drop_user"),
+        help="order of a user's events at the same time: as in the file, or shuffled; or leave out users whose last "
+        f"two events tie {default}",
     )
     parser.set_defaults(**FILTERS)
     group = parser.add_argument_group("pictures")
@@ -88,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     _check_dataset(config.dataset_code)
     if "data" not in steps:
         load_catalog(config.data_root, config.dataset_code)  # says what is missing before anything is made
-    elif not (config.dataset_code in PAPER_SETS or (arguments.reviews and arguments.meta) or folder.exists()):
+    elif not (config.dataset_code in PAPER_SETS or arguments.events or folder.exists()):
         raise InputError(not_known(config.dataset_code))
     first = processes.rank() == 0  # the others of torchrun share in the encoding
     changes = first and steps != ("features",)
@@ -106,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def _steps(arguments: argparse.Namespace, config: Config) -> tuple[str, ...]:
-    """What to do. Raises InputError for flags of steps that are left out."""
+    """Return the steps to run. Raises InputError for flags of steps that are left out."""
     if arguments.only is None:
         return STEPS if config.use_img_encoder else ("data", "features")
     steps = tuple(step.strip() for step in arguments.only.split(",") if step.strip())
@@ -116,7 +146,7 @@ def _steps(arguments: argparse.Namespace, config: Config) -> tuple[str, ...]:
         )
     if "pictures" in steps and not config.use_img_encoder:
         raise InputError("--only pictures and --no-use_img_encoder: leave out one of the two")
-    given = [name for name in ("overwrite", "reviews", "meta") if getattr(arguments, name)]
+    given = [name for name in ("overwrite", "events", "items", "columns") if getattr(arguments, name)]
     given += [name for name, usual in FILTERS.items() if getattr(arguments, name) != usual]
     given += ["raw_root"] if arguments.raw_root and "pictures" not in steps else []
     if given and "data" not in steps:
@@ -131,6 +161,17 @@ def _check_dataset(dataset_code: str) -> None:
         raise InputError(
             f"--dataset_code {dataset_code!r}: a data_root has another folder of this name; choose another name"
         )
+
+
+def _columns(text: str) -> dict[str, str]:
+    from datasets.prepare.readers.columns import NAMES, parse_columns
+
+    try:
+        return parse_columns(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form user=COLUMN,item=COLUMN,...; names are {', '.join(NAMES)}"
+        ) from None
 
 
 def _count(text: str) -> int:
@@ -155,7 +196,7 @@ def _rate(text: str) -> float:
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold the dataset's lock, which ends with the process. Raises InputError that says who holds it."""
+    """Hold the dataset's lock, which ends with the process. Raises InputError that names the holder."""
     from filelock import FileLock, Timeout
 
     holder = folder.with_name(f".{folder.name}.prepared_by")
@@ -183,7 +224,8 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def fetch_all_pictures(config: Config, arguments: argparse.Namespace, folder: Path) -> None:
-    """Pictures that are not here, from the addresses in the metadata."""
+    """Fetch missing pictures from the addresses in the metadata."""
+    from datasets.prepare.items import picture_urls
     from datasets.prepare.pictures import FetchOptions, prepare_pictures
 
     catalog = load_catalog(config.data_root, config.dataset_code)
@@ -210,14 +252,19 @@ def encode(config: Config) -> None:
         config = replace(config, use_img_encoder=False)
         command = prepare_command(Path(config.data_root), config.dataset_code, only="pictures")
         print(f"there are no pictures, so {config.branch} alone is encoded; to fetch pictures: {command}", flush=True)
+    if config.use_language_encoder and not any(catalog.metadata):
+        print(f"{config.dataset_code} has no metadata, so there is no text to encode; {NO_ITEMS}", flush=True)
+        return
     parts = load_features(config, catalog, resolve_device(config.device))
     for part in parts if processes.rank() == 0 else ():
         print(f"features of {part.shape[0]:,} items, {part.shape[1]} wide: {part.filename}", flush=True)
 
 
 def report(config: Config, folder: Path, needed: bool) -> None:
-    """Read the dataset as train.py would, and print and keep what it holds; where that is not needed, a folder that
-    cannot be written is fine."""
+    """Read the dataset as train.py would, and print and write what it holds.
+
+    A folder that cannot be written raises InputError only if the report is needed.
+    """
     before = read_report(folder) or {}
     found = {
         "prepared": before.get("prepared"),  # None: by other means

@@ -1,9 +1,12 @@
-"""The data step of datasets/prepare/__main__.py: raw files to the three files that datasets/catalog.py reads."""
+"""The data step of datasets.prepare: raw files to the files that datasets/catalog.py reads."""
 
 import argparse
 import difflib
 import gzip
+import hashlib
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +15,49 @@ from common.files import cannot_write, read_json, replacing, sha256, write_json,
 from config import Config
 from datasets.catalog import FILES, REPORT, read_report
 from datasets.item2img import ITEM2IMG, MANIFEST
-from datasets.prepare.amazon import PAPER_SETS, raw_names, read_products, read_reviews
-from datasets.prepare.sequences import make_sequences
+from datasets.prepare.amazon import PAPER_SETS, raw_names
 
-FILTERS = {"min_uc": 5, "min_sc": 5, "min_rating": 0.0, "repeats": "keep"}
-VERSION = 1  # of what is made from raw files: another one is made anew
+FILTERS = {"min_uc": 5, "min_sc": 5, "min_rating": 0.0, "repeats": "keep", "ties": "file"}
+VERSION = 2  # of what is made from raw files: another one is made anew
 
 
 def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, command: str) -> None:
-    """Raw files to the three files of the layout, unless they are there, made in the same way. command: what goes on
-    where this is cut off."""
+    """Make the layout's files from raw files, unless they are there, made in the same way.
+
+    command: what continues if this is cut off.
+    """
     filters = {name: getattr(arguments, name) for name in FILTERS}
-    recipe: dict[str, Any] = {"version": VERSION, **filters}
-    asked = arguments.raw_root or arguments.reviews or arguments.meta
+    columns = arguments.columns
+    recipe: dict[str, Any] = {"version": VERSION, **filters, "columns": columns}
+    asked = arguments.raw_root or arguments.events or arguments.items
     if not asked and _is_prepared(folder, recipe, arguments.overwrite):
         return
-    (reviews_file, reviews_sum), (meta_file, meta_sum) = raw_files(config, arguments)
-    recipe["reviews"] = {"file": reviews_file.name, "sha256": reviews_sum}
-    recipe["meta"] = {"file": meta_file.name, "sha256": meta_sum}
+    events_file, items_file = raw_files(config, arguments)
+    recipe["events"] = {"file": events_file.name, "sha256": checksum(events_file)}
+    recipe["items"] = {"file": items_file.name, "sha256": checksum(items_file)} if items_file else None
     if asked and _is_prepared(folder, recipe, arguments.overwrite):
         return
-    reviews = read_reviews(reviews_file)
-    made, notes = make_sequences(reviews, **filters), reviews.notes
-    del reviews  # a third of the memory
-    products, more = read_products(meta_file, frozenset(made.items))
-    if not products:
-        raise InputError(
-            f"{meta_file} has none of the {len(made.items):,} items of {reviews_file.name}; give the metadata of the "
-            f"same category and release: --meta FILE"
-        )
+    from datasets.prepare.events import read_events
+    from datasets.prepare.items import Items, read_items
+    from datasets.prepare.sequences import make_sequences
+
+    events = read_events(events_file, columns)
+    made, notes = make_sequences(events, **filters), events.notes
+    del events  # a third of the memory
+    items = Items({}, {}, [])
+    if items_file:
+        items = read_items(items_file, frozenset(made.items), columns)
+        if not items.records:
+            raise InputError(
+                f"{items_file} has none of the {len(made.items):,} items of {events_file.name}; give the items of the "
+                f"same source: --items FILE, their ids in --columns id=..."
+            )
 
     try:
         _forget_pictures(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
-    write_json(folder / REPORT, {"unfinished": command})  # until the three files belong together
+    write_json(folder / REPORT, {"unfinished": command})  # until the files belong together
     with replacing(folder / FILES[0]) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in range(len(made.sequences)):
             file.write(f"{row + 1} {' '.join(map(str, made.sequences.of(row).tolist()))}\n")
@@ -56,21 +67,60 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, co
     }
     maps |= {f"id2{name}": {number: text for text, number in maps[f"{name}2id"].items()} for name in ("user", "item")}
     write_text(folder / FILES[1], json.dumps(maps))
-    with (
-        replacing(folder / FILES[2]) as temporary,
-        temporary.open("wb") as raw,
-        gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,  # no name and time in it: the same bytes each time
-    ):
-        for asin in made.items:
-            if asin in products:
-                file.write(products[asin].encode() + b"\n")
-    files = {name: sha256(folder / name) for name in FILES}
-    prepared = {"recipe": recipe, "files": files, "filters": made.filters, "notes": [*notes, *more]}
+    if items_file:
+        with (
+            replacing(folder / FILES[2]) as temporary,
+            temporary.open("wb") as raw,
+            gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,  # no name and time in it: the same bytes each time
+        ):
+            for item in made.items:
+                if item in items.records:
+                    file.write(items.records[item].encode() + b"\n")
+        notes += copy_pictures(items.pictures, items_file.parent, Path(config.data_root) / "photos" / folder.name)
+    else:
+        (folder / FILES[2]).unlink(missing_ok=True)
+    files = {name: sha256(folder / name) for name in FILES if (folder / name).exists()}
+    prepared = {
+        "recipe": recipe, "files": files, "filters": made.filters, "notes": [*notes, *made.notes, *items.notes]
+    }  # fmt: skip
     write_json(folder / REPORT, {"prepared": prepared})
 
 
+def copy_pictures(pictures: Mapping[str, str], source: Path, photos: Path) -> list[str]:
+    """Copy pictures that the table of items names by paths, and return notes.
+
+    A path counts if it stays below `source`, the table's folder, and ends as a picture does.
+    """
+    if not pictures:
+        return []
+    from datasets.prepare.pictures import READ, file_stem
+
+    inside, missing = source.resolve(), []
+    for item, name in pictures.items():
+        path = (source / name).resolve() if "\0" not in name else source
+        if not (path.is_relative_to(inside) and path.suffix.lower() in READ and path.is_file()):
+            missing.append(name)
+            continue
+        copy = photos / f"{file_stem(item)}{path.suffix.lower()}"
+        if not copy.exists() or copy.stat().st_size != path.stat().st_size:
+            with replacing(copy) as temporary:
+                shutil.copyfile(path, temporary)
+    found = f"pictures: {len(pictures) - len(missing):,} of {len(pictures):,} paths copied to {photos}"
+    return [f"{found}; the others, such as {missing[0]!r}, are no pictures below {source}" if missing else found]
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a folder's parquet parts. Raises InputError if it was fetched otherwise."""
+    from datasets.prepare.fetch import check_file
+
+    if not path.is_dir():
+        return check_file(path)
+    parts = (f"{part.relative_to(path)} {sha256(part)}\n" for part in sorted(path.rglob("*.parquet")))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
 def _forget_pictures(folder: Path) -> None:
-    """Set aside what names the pictures of other items; the pictures themselves stay."""
+    """Set aside the lists of other items' pictures; the pictures themselves stay."""
     before = read_report(folder)
     if not any((folder / name).exists() for name in FILES) or (before and "unfinished" in before):
         return
@@ -86,8 +136,10 @@ def _forget_pictures(folder: Path) -> None:
 
 
 def _is_prepared(folder: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder holds what the recipe makes. Raises InputError where it holds something else, unless that is
-    to be overwritten."""
+    """Return whether the folder holds what the recipe makes.
+
+    Raises InputError if it holds something else that may not be overwritten.
+    """
     before = read_report(folder) or {}
     if "unfinished" in before or overwrite:
         return False
@@ -107,40 +159,46 @@ def _is_prepared(folder: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
     raise InputError(f"{folder} holds {difference}; --overwrite makes them anew, --only pictures,features keeps them")
 
 
-def raw_files(config: Config, arguments: argparse.Namespace) -> list[tuple[Path, str]]:
-    """The files of reviews and of metadata and their SHA-256; fetched where they are not here and may be fetched."""
-    from datasets.prepare.fetch import check_file, fetch_file
+def raw_files(config: Config, arguments: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Return the files of events and of items; they are fetched if they are missing and may be fetched.
+
+    Only the paper's datasets need no flags, and only they need a file of items.
+    """
+    from datasets.prepare.fetch import fetch_file
 
     root = arguments.raw_root.expanduser() if arguments.raw_root else Path(config.data_root) / "raw"
     if arguments.raw_root and not root.is_dir():
         raise InputError(f"--raw_root {root} is not a folder; give the one that holds the raw files")
     paper = PAPER_SETS.get(config.dataset_code)
     names = raw_names(paper.category) if paper else ((), ())
-    found = []
-    for flag, given, usual in zip(("reviews", "meta"), (arguments.reviews, arguments.meta), names, strict=True):
+    found: list[Path | None] = []
+    for flag, given, usual in zip(("events", "items"), (arguments.events, arguments.items), names, strict=True):
         if not given and not usual:
-            raise InputError(not_known(config.dataset_code))
+            if flag == "events":
+                raise InputError(not_known(config.dataset_code))
+            found.append(None)
+            continue
         mine = Path(given).expanduser() if given else None
         paths = [root / mine, mine] if mine else [root / name for name in usual]
-        path = next((path for path in paths if path.is_file()), None)
+        path = next((path for path in paths if path.is_file() or (mine and path.is_dir())), None)
         if path is None and not arguments.raw_root and not given:
             path = paths[0]
             fetch_file(f"{arguments.base_url.rstrip('/')}/{path.name}", path)
         if path is None:
-            here = ", ".join(sorted(p.name for p in root.glob("*.json*"))[:8]) if root.is_dir() else ""
+            here = ", ".join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else ""
             wanted = given or " or ".join(usual)
-            raise InputError(
-                f"{wanted} is not in {root} ({here or 'which has no .json files'}); name it: --{flag} FILE"
-            )
-        found.append((path, check_file(path)))
-    return found
+            raise InputError(f"{wanted} is not in {root} ({here or 'which is empty'}); name it: --{flag} FILE")
+        found.append(path)
+    events, items = found
+    assert events is not None
+    return events, items
 
 
 def not_known(dataset_code: str) -> str:
-    """What to tell a user who names a dataset without its files."""
+    """Return the error for a dataset that is named without its files."""
     near = difflib.get_close_matches(dataset_code, PAPER_SETS, n=1)
     return (
         f"--dataset_code {dataset_code!r} is none of {', '.join(PAPER_SETS)}"
         + (f" (did you mean {near[0]}?)" if near else "")
-        + "; to prepare another dataset, give its files: --raw_root FOLDER --reviews FILE --meta FILE"
+        + "; to prepare another dataset, give its files: --events FILE, and --items FILE if there is one"
     )

@@ -1,6 +1,6 @@
-"""Reviews to sequences: filters down to the k-core, histories in the order of time, users and items numbered.
+"""Events to sequences: filters down to the k-core, histories in the order of time, users and items numbered.
 
-n reviews, U users, N items.
+n events, U users, N items.
 """
 
 from bisect import bisect_left
@@ -12,7 +12,7 @@ import numpy as np
 
 from common.errors import InputError
 from datasets.catalog import MIN_ITEMS, Sequences
-from datasets.prepare.amazon import Reviews
+from datasets.prepare.events import Events
 
 
 @dataclass(frozen=True)
@@ -23,56 +23,125 @@ class Prepared:
     users: list[str]  # [U]
     items: list[str]  # [N]; item i is items[i - 1]
     filters: list[dict[str, Any]]  # users, items and interactions after each
+    notes: list[str]  # on copies, repeats and ties
 
 
 def make_sequences(
-    reviews: Reviews, *, min_uc: int, min_sc: int, min_rating: float = 0.0, repeats: str = "keep"
+    events: Events,
+    *,
+    min_uc: int,
+    min_sc: int,
+    min_rating: float = 0.0,
+    repeats: str = "keep",
+    ties: str = "file",
 ) -> Prepared:
-    """Leave out reviews rated below `min_rating` (0: none), with `repeats` "drop" all but the first of a user for an
-    item, and then, again and again, users with fewer than `min_uc` reviews and items with fewer than `min_sc`.
+    """Filter events down to the k-core, and order and number them.
 
-    A history is in the order of time, reviews of the same time in that of the file. Users are numbered in the order of
-    their first line in the file, items in that of their first appearance when the users' histories are read in turn.
-    Raises InputError where nothing is left, naming a k that would leave something.
+    Copies of a line are one event. Events rated below `min_rating` are left out (0: none); with `repeats` "drop" all
+    but a user's first event with an item; and then, until none is left, users with fewer than `min_uc` events and items
+    with fewer than `min_sc`.
+
+    A history is in the order of time. Events of one user at the same time stay in the file's order with `ties` "file",
+    and are shuffled (always alike) with "shuffle"; "drop_user" leaves out users whose last two events have the same
+    time, as nothing but the file's order tells which is the target. Users are numbered in the order of their first
+    line, items in the order of their first appearance when the users' histories are read in turn.
+
+    Raises InputError if nothing is left, naming a k that would leave something.
     """
     filters: list[dict[str, Any]] = []
 
     def count(name: str, rows: np.ndarray) -> None:
-        users, items = (len(np.unique(column[rows])) for column in (reviews.user, reviews.item))
+        users, items = (len(np.unique(column[rows])) for column in (events.user, events.item))
         filters.append({"after": name, "users": users, "items": items, "interactions": len(rows)})
 
-    rows = np.lexsort((reviews.time, reviews.user))  # stable, so that equal times stay in the file's order
+    rows = np.lexsort((events.time, events.user))  # stable, so that equal times stay in the file's order
     count("reading", rows)
+    once = drop_copies(events, rows)
+    notes = [f"{len(rows) - len(once):,} events are copies of another: counted once"] if len(once) < len(rows) else []
+    rows = once
+    if notes:
+        count("copies of a line left out", rows)
     if min_rating > 0:
-        rows = rows[reviews.rating[rows] >= min_rating]  # a review without rating fails too
+        rows = rows[events.rating[rows] >= min_rating]  # an event without rating fails too
         count(f"ratings below {min_rating:g} left out", rows)
+    if ties == "shuffle":
+        chance = np.random.default_rng(0).permutation(len(events.time))
+        rows = rows[np.lexsort((chance[rows], events.time[rows], events.user[rows]))]
     if repeats == "drop":
-        pairs = reviews.user[rows].astype(np.int64) * len(reviews.items) + reviews.item[rows]
-        rows = rows[np.sort(np.unique(pairs, return_index=True)[1])]
+        rows = rows[first_of_pairs(events, rows)]
         count("repeats left out", rows)
-    core = k_core(reviews.user[rows], reviews.item[rows], min_uc, min_sc)
-    if not len(core):
-        raise InputError(_nothing_left(reviews.user[rows], reviews.item[rows], min_uc, min_sc))
-    rows = rows[core]
-    count(f"{min_uc}-core of users, {min_sc}-core of items", rows)
+    before = rows
+    while True:
+        core = k_core(events.user[rows], events.item[rows], min_uc, min_sc)
+        if not len(core) and len(rows) < len(before):
+            raise InputError("no user's last two events have different times; --ties file or shuffle keeps the users")
+        if not len(core):
+            message = _nothing_left(events.user[before], events.item[before], min_uc, min_sc)
+            raise InputError("; ".join([message, *notes]))
+        rows = rows[core]
+        tied = last_two(events.user[rows], events.time[rows])
+        if ties != "drop_user" or not len(tied):
+            break
+        rows = rows[~np.isin(events.user[rows], tied)]
+    dropped = " without users whose last two tie" if ties == "drop_user" else ""
+    count(f"{min_uc}-core of users, {min_sc}-core of items{dropped}", rows)
 
-    user, item = reviews.user[rows], reviews.item[rows]
+    user, item = events.user[rows], events.item[rows]
     users, lengths = np.unique(user, return_counts=True)
     if lengths.max() < MIN_ITEMS:
         raise InputError(
-            f"no user has {MIN_ITEMS} reviews or more (one each to train, validate and test on); lower --min_sc"
+            f"no user has {MIN_ITEMS} events or more (one each to train, validate and test on); lower --min_sc"
         )
+    repeated = len(rows) - len(first_of_pairs(events, rows))
+    if repeated:
+        notes.append(
+            f"{repeated:,} interactions repeat an item of the same user; --repeats drop keeps the first, as the "
+            f"benchmark splits of Amazon 2023 do"
+        )
+    notes += [
+        f"{len(found):,} of {len(users):,} users ({len(found) / len(users):.1%}) {what}"
+        for found, what in (
+            (last_two(user, item), "have the item before their target as the target again"),
+            (tied, f"have their last two events at the same time: --ties {ties} decides which is the target"),
+        )
+        if len(found)
+    ]
     items, first, code = np.unique(item, return_index=True, return_inverse=True)
     order = np.argsort(first)  # items by first appearance
     number = np.empty(len(items), dtype=np.int64)
     number[order] = np.arange(1, len(items) + 1)
     sequences = Sequences(number[code], np.concatenate([[0], np.cumsum(lengths)]))
-    names = [reviews.users[u] for u in users], [reviews.items[i] for i in items[order]]
-    return Prepared(sequences, *names, filters)
+    names = [events.users[u] for u in users], [events.items[i] for i in items[order]]
+    return Prepared(sequences, *names, filters, notes)
+
+
+def drop_copies(events: Events, rows: np.ndarray) -> np.ndarray:
+    """Return rows, sorted by user and time, without all but the first copy of each line."""
+    import pandas as pd
+
+    same = (np.diff(events.user[rows]) == 0) & (np.diff(events.time[rows]) == 0)
+    near = np.flatnonzero(np.r_[False, same] | np.r_[same, False])  # only these can be copies
+    columns = {name: getattr(events, name)[rows[near]] for name in ("user", "item", "time", "rating")}
+    if events.line is not None:
+        columns["line"] = events.line[rows[near]]
+    return np.delete(rows, near[pd.DataFrame(columns).duplicated().to_numpy()])
+
+
+def first_of_pairs(events: Events, rows: np.ndarray) -> np.ndarray:
+    """Return the places in `rows` of the first event of each user with each item."""
+    pairs = events.user[rows].astype(np.int64) * len(events.items) + events.item[rows]
+    return np.sort(np.unique(pairs, return_index=True)[1])
+
+
+def last_two(user: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Return the users whose last two rows have the same value. Rows are sorted by user."""
+    ends = np.flatnonzero(np.r_[np.diff(user) != 0, True]) if len(user) else np.empty(0, dtype=int)
+    ends = ends[ends > 0]
+    return user[ends[(user[ends - 1] == user[ends]) & (value[ends - 1] == value[ends])]]
 
 
 def k_core(user: np.ndarray, item: np.ndarray, min_uc: int, min_sc: int) -> np.ndarray:
-    """The rows [n'] of the largest set of reviews [n] in which every user has `min_uc` and every item `min_sc`."""
+    """Return the rows [n'] of the largest set of events [n] with `min_uc` of every user and `min_sc` of every item."""
     rows = np.arange(len(user))
     while True:
         users, items = user[rows], item[rows]
@@ -83,13 +152,13 @@ def k_core(user: np.ndarray, item: np.ndarray, min_uc: int, min_sc: int) -> np.n
 
 
 def _nothing_left(user: np.ndarray, item: np.ndarray, min_uc: int, min_sc: int) -> str:
-    """What would leave something: the smallest change to one of the two, or to both."""
+    """Return the error that names the smallest change to one of the two, or to both, that leaves something."""
     if not len(user):
-        return "no review is left before the k-core: lower --min_rating"
+        return "no event is left before the k-core: lower --min_rating"
     uc, sc = (min(k, int(np.bincount(column).max())) for k, column in ((min_uc, user), (min_sc, item)))
 
     def largest(pair: Callable[[int], tuple[int, int]], most: int) -> tuple[int, int]:
-        """The pair of the largest k up to `most` that leaves something; of 0 where none does."""
+        """Return the pair of the largest k up to `most` that leaves something; of 0 if none does."""
         return pair(bisect_left(range(1, most + 1), True, key=lambda k: not len(k_core(user, item, *pair(k)))))
 
     pairs = [
@@ -99,6 +168,6 @@ def _nothing_left(user: np.ndarray, item: np.ndarray, min_uc: int, min_sc: int) 
     ]
     better = min((pair for pair in pairs if 0 not in pair), key=lambda pair: min_uc + min_sc - sum(pair))
     return (
-        f"the k-core leaves none of {len(user):,} reviews; --min_uc {better[0]} --min_sc {better[1]} would leave "
+        f"the k-core leaves none of {len(user):,} events; --min_uc {better[0]} --min_sc {better[1]} would leave "
         f"{len(k_core(user, item, *better)):,} of them"
     )

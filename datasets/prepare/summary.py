@@ -1,20 +1,26 @@
-"""What a prepared dataset holds, in numbers and in words: the report of datasets/prepare/__main__.py."""
+"""The report of datasets.prepare: what a prepared dataset holds, in numbers and in words."""
 
+from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from datasets.catalog import Catalog
 from datasets.prepare.amazon import PAPER_SETS
-from datasets.text import flat_text
+from datasets.text import attribute_text, is_junk
 
 ATTRIBUTES = ("title", "price", "brand", "categories", "description")
+NO_TEXT = {"asin", "images", "imUrl", "related"}  # of the metadata, no attributes to encode
+SIDES = {"smallest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "largest": 1.0}
+SAMPLED = 2_000  # pictures whose size is read
+SMALL = 64  # pixels; the encoders read about 250
 QUANTILES = {"shortest": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "longest": 1.0}
 
 
 def summarise(catalog: Catalog) -> dict[str, Any]:
-    """Counts, quantiles of the histories' lengths, the share of items with each attribute, and for the paper's datasets
-    its Table 1 and a warning for every count that differs."""
+    """Return counts, quantiles of the histories' lengths and of the pictures' sizes, the share of items with each
+    attribute, and for the paper's datasets its Table 1 and a warning for every count that differs."""
     lengths = np.diff(catalog.sequences.offsets)
     counts = {
         "users": len(catalog.sequences),
@@ -22,7 +28,13 @@ def summarise(catalog: Catalog) -> dict[str, Any]:
         "pictures": None if catalog.pictures is None else sum(p is not None and p.is_file() for p in catalog.pictures),
         "interactions": int(lengths.sum()),
     }
-    known = {a: sum(bool(flat_text(record.get(a))) for record in catalog.metadata) for a in ATTRIBUTES}
+    known, junk = Counter[str](dict.fromkeys(ATTRIBUTES, 0)), Counter[str]()
+    for record in catalog.metadata:
+        for name in record.keys() - NO_TEXT:
+            if attribute_text(record, name):
+                known[name] += 1
+            elif is_junk(record, name):
+                junk[name] += 1
     if counts["pictures"] is not None:
         known["picture"] = counts["pictures"]
     paper = PAPER_SETS.get(catalog.name)
@@ -30,9 +42,14 @@ def summarise(catalog: Catalog) -> dict[str, Any]:
     return {
         "counts": counts,
         "history_lengths": {name: float(np.quantile(lengths, q)) for name, q in QUANTILES.items()},
-        "items_with": {name: round(number / catalog.num_items, 4) for name, number in known.items()},
+        "items_with": {name: round(known[name] / catalog.num_items, 4) for name in sorted(known, key=_order)},
         "items_without_metadata": sum(not record for record in catalog.metadata),
-        "notes": catalog.notes,
+        "picture_sides": _sides(catalog),
+        "notes": catalog.notes
+        + [
+            f"{name}: {count:,} items have only markup, code or words for nothing: missing"
+            for name, count in sorted(junk.items())
+        ],
         "paper_table_1": table,
         "warnings": [
             f"{number:,} {name}, but the paper's Table 1 has {table[name]:,}"
@@ -42,8 +59,31 @@ def summarise(catalog: Catalog) -> dict[str, Any]:
     }
 
 
+def _order(name: str) -> tuple[int, str]:
+    """Sort the paper's attributes first, then the picture, then others by name."""
+    first = (*ATTRIBUTES, "picture")
+    return (first.index(name), "") if name in first else (len(first), name)
+
+
+def _sides(catalog: Catalog) -> dict[str, float] | None:
+    """Return quantiles of the pictures' shorter side in pixels, and the share below SMALL; None without pictures."""
+    pictures = [path for path in catalog.pictures or [] if path is not None and path.is_file()]
+    if not pictures:
+        return None
+    from PIL import Image
+
+    sides = []
+    for path in pictures[:: -(-len(pictures) // SAMPLED)]:
+        with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path) as picture:
+            sides.append(min(picture.size))
+    if not sides:
+        return None
+    shares = {name: float(np.quantile(sides, q)) for name, q in SIDES.items()}
+    return shares | {"small": round(float(np.mean(np.array(sides) < SMALL)), 4)}
+
+
 def in_words(report: dict[str, Any], dataset_code: str) -> str:
-    """A report in lines for people."""
+    """Return a report in lines for people."""
     summary = report["summary"]
     lines = []
     if filters := (report["prepared"] or {}).get("filters"):
@@ -57,6 +97,9 @@ def in_words(report: dict[str, Any], dataset_code: str) -> str:
     lines.append(f"{dataset_code}: {counts}")
     lines.append("history lengths: " + ", ".join(f"{name} {n:g}" for name, n in summary["history_lengths"].items()))
     lines.append("items with " + ", ".join(f"{name} {share:.1%}" for name, share in summary["items_with"].items()))
+    if sides := summary["picture_sides"]:
+        small = f"; {sides['small']:.1%} are smaller than {SMALL} pixels" if sides["small"] else ""
+        lines.append("pictures' shorter side: " + ", ".join(f"{name} {sides[name]:g}" for name in SIDES) + small)
     lines += [f"note: {note}" for note in [*(report["prepared"] or {}).get("notes", []), *summary["notes"]]]
     lines += [f"warning: {warning}" for warning in summary["warnings"]]
     if summary["paper_table_1"] and not summary["warnings"]:

@@ -1,0 +1,150 @@
+"""Events of users with items, from a file of any known format: datasets/prepare/readers describes them.
+
+n events, U users, N items.
+"""
+
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.records import RecordFile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from datasets.prepare.readers.columns import Columns
+
+
+@dataclass(frozen=True)
+class Events:
+    """Events in the order of their file. Event r: user users[user[r]] had item items[item[r]]."""
+
+    users: list[str]  # [U] in the order of their first line
+    items: list[str]  # [N] likewise
+    user: np.ndarray  # [n] int32
+    item: np.ndarray  # [n] int32
+    time: np.ndarray  # [n] float64, in the file's unit (text: milliseconds since 1970)
+    rating: np.ndarray  # [n] float32, NaN if there is none
+    line: np.ndarray | None  # [n] int64: equal for copies of one line; None: the four columns tell
+    notes: list[str]  # what was left out, with counts
+
+
+def read_events(path: Path, columns: "Columns | None" = None) -> Events:
+    """Read all events with a user, an item and a time of 0 (1970) or later.
+
+    columns: names of the file's columns, from --columns. Raises InputError if the file is damaged or holds something
+    else.
+    """
+    from datasets.prepare.readers import find_reader
+    from datasets.prepare.readers.base import HINT
+
+    file = RecordFile(path, f"{HINT}, with times as numbers or ISO 8601 text such as 2024-05-31T10:00:00")
+    coded = {"user": Codes(), "item": Codes()}
+    times, time, rating, line = Times(), array("d"), array("f"), array("q")
+    with tqdm(desc=f"reading {path.name}", unit="event", unit_scale=True, disable=None) as bar:
+        for chunk in find_reader(path).events(file, columns or {}):
+            bar.update(len(chunk))
+            found = {name: ids(chunk[name]) for name in coded} | {"time": times.read(chunk["time"])}
+            good = np.logical_and.reduce([column.notna().to_numpy() for column in found.values()])
+            _count_bad(file, chunk, found, np.flatnonzero(~good))
+            for name, codes in coded.items():
+                codes.add(found[name][good])
+            time.frombytes(found["time"].to_numpy()[good].tobytes())
+            rating.frombytes(ratings(chunk)[good].tobytes())
+            if "line" in chunk:
+                line.frombytes(chunk["line"].to_numpy(np.int64)[good].tobytes())
+    notes = file.check("events with a user, an item and a time")
+    return Events(
+        users=list(coded["user"].number),
+        items=list(coded["item"].number),
+        user=np.asarray(coded["user"].codes),
+        item=np.asarray(coded["item"].codes),
+        time=np.asarray(time),
+        rating=np.asarray(rating),
+        line=np.asarray(line) if line else None,
+        notes=notes,
+    )
+
+
+def _count_bad(file: RecordFile, chunk: "pd.DataFrame", found: dict[str, "pd.Series"], rows: np.ndarray) -> None:
+    for row in rows[:5]:
+        column = next(name for name, values in found.items() if values.isna().iloc[row])
+        value = chunk[column].iloc[row]
+        nothing = value is None or value != value
+        file.count_bad(chunk.index[row], f"no {column}" if nothing else f"{column} {str(value)[:60]!r}")
+    file.bad += len(rows[5:])
+
+
+class Codes:
+    """Numbers ids from 0 in the order of their first appearance."""
+
+    def __init__(self) -> None:
+        self.number: dict[str, int] = {}
+        self.codes = array("i")
+
+    def add(self, names: "pd.Series") -> None:
+        import pandas as pd
+
+        codes, uniques = pd.factorize(names)
+        numbers = [self.number.setdefault(name, len(self.number)) for name in uniques]
+        self.codes.frombytes(np.asarray(numbers, dtype=np.int32)[codes].tobytes())
+
+
+def ids(column: "pd.Series") -> "pd.Series":
+    """Return ids as text; missing if empty or neither text nor a whole number."""
+    import pandas as pd
+
+    if pd.api.types.is_integer_dtype(column.dtype):
+        return column.astype("str")
+    if pd.api.types.infer_dtype(column, skipna=column.dtype != object) == "string":
+        return column.where(column != "")
+    # map() would infer a type that refuses lone surrogates.
+    return pd.Series([_id(value) for value in column], index=column.index, dtype=object)
+
+
+def _id(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value or None
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+class Times:
+    """Reads times. The first chunk decides whether a file has numbers or ISO 8601 text."""
+
+    def __init__(self) -> None:
+        self.are_numbers: bool | None = None
+
+    def read(self, column: "pd.Series") -> "pd.Series":
+        """Return times as float64, missing if they are neither, before 1970 or not finite."""
+        import pandas as pd
+
+        if pd.api.types.is_datetime64_any_dtype(column.dtype):
+            return _milliseconds(pd.to_datetime(column, utc=True))
+        if column.dtype == object and pd.api.types.infer_dtype(column) != "integer":
+            column = column.where(~column.map(lambda value: isinstance(value, bool)))
+        numbers = pd.to_numeric(column, errors="coerce").astype("float64")
+        if self.are_numbers is None and column.notna().any():
+            self.are_numbers = bool(numbers.notna().sum() * 2 >= column.notna().sum())
+        if self.are_numbers is False:
+            return _milliseconds(pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce"))
+        return numbers.where((numbers >= 0) & (numbers < 2.0**63))
+
+
+def _milliseconds(times: "pd.Series") -> "pd.Series":
+    since = times.dt.as_unit("us").astype("int64") / 1000
+    return since.where(times.notna() & (since >= 0))
+
+
+def ratings(chunk: "pd.DataFrame") -> np.ndarray:
+    """Return ratings as float32, NaN for none."""
+    import pandas as pd
+
+    if "rating" not in chunk:
+        return np.full(len(chunk), np.nan, dtype=np.float32)
+    return pd.to_numeric(chunk["rating"], errors="coerce").to_numpy(np.float32, na_value=np.nan)

@@ -1,0 +1,191 @@
+"""Items' attributes, from a file of any known format: datasets/prepare/readers describes them.
+
+Names become those of Amazon's 2014 release: title, price, brand, categories, description, and images for addresses of
+pictures. Every other attribute keeps its name, so that --item_attributes can name it.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from datasets.prepare.readers import JsonLines, find_reader
+from datasets.prepare.readers.base import HINT
+from datasets.prepare.readers.columns import PICTURE, Columns, find_id, plain
+from datasets.records import RecordFile, parse_record
+from datasets.text import attribute_text, is_junk
+
+MAX_PICTURES = 4  # addresses kept per item
+MIN_SIDE = 256  # pixels; a smaller picture is a thumbnail
+
+# Our name of an attribute -> the usual names, best first, without case and signs.
+NAMES = {
+    "title": ("title", "name", "itemname", "productname", "producttitle"),
+    "price": ("price",),
+    "brand": ("brand", "store", "manufacturer", "vendor"),
+    "categories": ("categories", "category", "genres", "maincategory", "maincat"),
+    "description": ("description",),
+    "features": ("features", "feature"),
+    "main_category": ("maincategory", "maincat"),
+}
+# Ids, and lists of other products and of films: long, and of no use as text.
+LEFT_OUT = {"asin", "parentasin", "imurl", "imageurl", "imageurlhighres", "images", "related", "alsobuy", "alsoview",
+            "alsobought", "alsoviewed", "similaritem", "videos"}  # fmt: skip
+EVENT_KEYS = {"reviewerid", "userid", "reviewtext"}  # a record with one of these is an event
+ID_IN_LINE = re.compile(r"""asin["']\s*:(?:\s*(["'])([\w-]+)\1)?""")  # an odd id gives an empty one
+
+
+@dataclass
+class Items:
+    """The wanted items that the file has."""
+
+    records: dict[str, str]  # by id, as JSON
+    pictures: dict[str, str]  # by id: the path of a picture, as the file names it
+    notes: list[str]  # what was left out, with counts
+
+
+def read_items(path: Path, wanted: Set[str], columns: Columns | None = None) -> Items:
+    """Read the items with one of the `wanted` ids. The last record of an id counts.
+
+    columns: `id` and `picture` name the file's columns. Raises InputError if the file is damaged or holds something
+    else.
+    """
+    file, columns = RecordFile(path, HINT), columns or {}
+    found, junk = Items({}, {}, []), dict[str, list[str]]()
+    reader = find_reader(path)
+    records = _wanted_lines(file, wanted, columns) if isinstance(reader, JsonLines) else reader.items(file, columns)
+    for record in tqdm(records, desc=f"reading {path.name}", unit="item", unit_scale=True, disable=None):
+        item = item_id(record, columns)
+        if item is None or any(plain(key) in EVENT_KEYS for key in record):
+            file.count_bad(problem="no id" if item is None else "an event")
+        elif item in wanted:
+            try:
+                known = attributes(record, columns)
+                kept = item_record(item, known, picture_urls(record, columns))
+                found.records[item] = json.dumps(kept)
+                junk[item] = [name for name in known.keys() - kept.keys() if is_junk(known, name)]
+            except (TypeError, ValueError, RecursionError):  # a literal may hold bytes, sets and anything nested
+                file.count_bad(problem=f"item {item!r} holds more than JSON can")
+                continue
+            if picture := _picture_path(record, columns):
+                found.pictures[item] = picture
+    found.notes += file.check("items with an id")
+    counts = Counter(name for names in junk.values() for name in names)
+    found.notes += [
+        f"{name}: {counts[name]:,} of {len(found.records):,} items have only markup, code or words for nothing: missing"
+        for name in sorted(counts)
+    ]
+    return found
+
+
+def _wanted_lines(file: RecordFile, wanted: Set[str], columns: Columns) -> Iterator[dict[str, Any]]:
+    """Yield the records of JSON lines. Most of Amazon's items are not wanted: their lines are not parsed."""
+    of_amazon: bool | None = None
+    for line in file.texts():
+        ids = {item for _, item in ID_IN_LINE.findall(line)} if of_amazon else {""}
+        if ids and "" not in ids and wanted.isdisjoint(ids) and line.endswith("}"):
+            continue
+        record = parse_record(line)
+        if record is None:
+            file.count_bad(problem=repr(line[:60]))
+        else:
+            if of_amazon is None:
+                of_amazon = plain(find_id(record, columns)) in ("asin", "parentasin")
+            yield record
+
+
+def item_id(record: Mapping[str, Any], columns: Columns) -> str | None:
+    """Return the id of an item, None if it has none. A parent product comes before its variant."""
+    key = find_id(record, columns)
+    value = record[key] if key else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return str(value) or None
+    return None
+
+
+def item_record(item: str, known: dict[str, Any], urls: list[str]) -> dict[str, Any]:
+    """Return what the prepared metadata hold: asin, the attributes with a text, and images (addresses)."""
+    with_text = {name: value for name, value in known.items() if attribute_text(known, name)}
+    return {"asin": item} | with_text | ({"images": urls} if urls else {})
+
+
+def attributes(record: Mapping[str, Any], columns: Columns | None = None) -> dict[str, Any]:
+    """Return the attributes of a raw record under our names, as they are."""
+    by_plain = {plain(key): key for key in reversed(list(record))}
+    known, used = {}, {find_id(record, columns or {}), *_picture_keys(record, columns)}
+    for name, usual in NAMES.items():
+        keys = [by_plain[key] for key in usual if key in by_plain]
+        if keys:
+            with_text = (key for key in keys if len(keys) > 1 and attribute_text({name: record[key]}, name))
+            best = next(with_text, keys[0])
+            known[name] = record[best]
+            used |= {best} if name != "brand" or plain(best) == "brand" else set()
+    if isinstance(known.get("categories"), str) and "|" in known["categories"]:
+        known["categories"] = known["categories"].split("|")  # MovieLens: Comedy|Drama
+    others = {key: _unpack(value) for key, value in record.items() if key not in used and plain(key) not in LEFT_OUT}
+    return others | known
+
+
+def _unpack(value: Any) -> Any:
+    """Return an object that was written as JSON text, as Hugging Face's tables hold `details`."""
+    return (parse_record(value) or value) if isinstance(value, str) and value.startswith("{") else value
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+SIZE = re.compile(r"\._(?=[A-Z])([^/]*?)_(?=\.\w+$)")  # "._SX38_SY50_CR,0,0,38,50_.jpg", as Amazon's servers scale
+SIDE = re.compile(r"[SU][A-Z](\d+)")
+
+
+def picture_urls(record: Mapping[str, Any], columns: Columns | None = None) -> list[str]:
+    """Return the addresses of an item's pictures, the one to fetch first in front.
+
+    The main picture comes first. Before the address of a thumbnail stands the address of the full picture.
+    """
+    urls: list[Any] = []
+    images = record.get("images")
+    if isinstance(images, dict):  # {"large": [...], "thumb": [...]} instead of [{"large": ..., "thumb": ...}]
+        columns_of = {size: column for size, column in images.items() if isinstance(column, list)}
+        images = [
+            {size: column[row] for size, column in columns_of.items() if row < len(column)}
+            for row in range(max(map(len, columns_of.values()), default=0))
+        ]
+    if isinstance(images, list):
+        sized = [image for image in images if isinstance(image, dict)]
+        sized.sort(key=lambda image: image.get("variant") != "MAIN")
+        urls += [image.get(size) for image in sized for size in ("large", "hi_res", "thumb")]
+        urls += [image for image in images if isinstance(image, str)]
+    for key in _picture_keys(record, columns):
+        value = record[key]
+        urls += value if isinstance(value, list) else [value]
+    good = (url.strip() for url in urls if isinstance(url, str) and url.strip().startswith(("https://", "http://")))
+    # Amazon's stand-in for "no picture" would be a picture that thousands of products share.
+    both = (address for url in good if "/no-img-" not in url for address in (full_size(url), url))
+    return list(dict.fromkeys(both))[:MAX_PICTURES]
+
+
+def full_size(url: str) -> str:
+    """Return the address without the size suffix of a thumbnail; other addresses as they are."""
+    suffix = SIZE.search(url)
+    sides = [int(side) for side in SIDE.findall(suffix[1])] if suffix else []
+    return SIZE.sub("", url) if sides and max(sides) < MIN_SIDE else url
+
+
+def _picture_keys(record: Mapping[str, Any], columns: Columns | None) -> list[str]:
+    if columns and "picture" in columns:
+        return [columns["picture"]] if columns["picture"] in record else []
+    usual = ("imUrl", "imageURLHighRes", "imageURL", "image")
+    others = [key for key in record if plain(key) in PICTURE and key not in (*usual, "images")]
+    return [key for key in usual if key in record] + others
+
+
+def _picture_path(record: Mapping[str, Any], columns: Columns) -> str | None:
+    values = (record[key] for key in _picture_keys(record, columns))
+    return next((v.strip() for v in values if isinstance(v, str) and v.strip() and "://" not in v), None)

@@ -1,0 +1,481 @@
+"""Readers: files of every format give the same events and items, and a damaged one is named with its mend."""
+
+import gzip
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from common.errors import InputError
+from datasets import records
+from datasets.prepare.events import read_events
+from datasets.prepare.items import attributes, full_size, item_record, picture_urls, read_items
+from datasets.prepare.readers import json_files, tables
+from tests.raw import review, review_2023, write_raw
+
+START = 1_400_000_000
+PAIRS = [(u, i) for u in range(4) for i in range(3)]
+ROWS = [(f"A{u}USER", f"B{i:09d}", float(1 + (u + i) % 5), START + 86_400 * (u + i)) for u, i in PAIRS]
+NAMES = ["user_id", "item_id", "rating", "timestamp"]
+TABLE = pd.DataFrame(ROWS, columns=NAMES)
+NUMBERS = [(u, i, 5, START + u + i) for u, i in PAIRS]
+GOOD = [review(f"U{n % 40}", f"I{n % 30}", 1000 + n) for n in range(1000)]
+AS_JSON = [dict(zip(NAMES, row, strict=True)) for row in ROWS]
+
+
+def lines(separator: str, rows=ROWS, header: str = "") -> bytes:
+    return (header + "".join(separator.join(map(str, row)) + "\n" for row in rows)).encode()
+
+
+def csv(**columns) -> bytes:
+    return TABLE.assign(**columns).to_csv(index=False).encode()
+
+
+def parquet(table: pd.DataFrame) -> bytes:
+    return table.to_parquet(index=False)
+
+
+def file_of(tmp_path, content: bytes, name="events"):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+def rows_of(events) -> list[tuple]:
+    users, items = np.array(events.users, dtype=object), np.array(events.items, dtype=object)
+    columns = users[events.user], items[events.item], events.rating, events.time
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def refusal(path, **columns) -> str:
+    with pytest.raises(InputError) as raised:
+        read_events(path, columns)
+    return str(raised.value)
+
+
+def refused(tmp_path, raw, name="reviews.json.gz") -> str:
+    return refusal(write_raw(tmp_path / name, raw))
+
+
+# ----------------------------------------------------------------------------------------------------------- events
+
+FORMATS = {
+    "JSON lines of 2014 and 2018": "".join(json.dumps(review(u, i, t, r)) + "\n" for u, i, r, t in ROWS).encode(),
+    "Python literals": "".join(f"{review(u, i, t, r)}\n" for u, i, r, t in ROWS).encode(),
+    "JSON lines with usual names": "".join(json.dumps(record) + "\n" for record in AS_JSON).encode(),
+    "JSON array": json.dumps(AS_JSON, indent=1).encode(),
+    "object around an array": json.dumps({"count": 12, "reviews": AS_JSON}).encode(),
+    "object around an array, indented": json.dumps({"reviews": AS_JSON}, indent=1).encode(),
+    "CSV": csv(),
+    "TSV with other names": lines("\t", header="visitorid\tproduct id\tStars\tevent_time\n"),
+    "semicolons and quotes": TABLE.to_csv(index=False, sep=";", quoting=1).encode(),
+    "RecBole": lines("\t", header="user_id:token\titem_id:token\trating:float\ttimestamp:float\n"),
+    "parquet": parquet(TABLE),
+    "parquet with more columns": parquet(TABLE.assign(text="fine")[["text", *reversed(NAMES)]]),
+    "Amazon 2014 without header": lines(",", ROWS),
+    "Amazon 2018 without header": lines(",", [(i, u, r, t) for u, i, r, t in ROWS]),
+}
+
+
+@pytest.mark.parametrize("content", FORMATS.values(), ids=FORMATS.keys())
+def test_every_format_gives_the_same_events(tmp_path, content):
+    events = read_events(file_of(tmp_path, content))
+    assert rows_of(events) == ROWS
+    assert events.notes == []
+
+
+MOVIELENS = {
+    "u.data": lines("\t", NUMBERS),
+    "ratings.dat": lines("::", NUMBERS),
+    "ratings.csv": lines(",", NUMBERS, "userId,movieId,rating,timestamp\n"),
+    "parquet of numbers": parquet(pd.DataFrame(NUMBERS, columns=NAMES)),
+}
+
+
+@pytest.mark.parametrize("content", MOVIELENS.values(), ids=MOVIELENS.keys())
+def test_numbers_are_ids_too(tmp_path, content):
+    assert rows_of(read_events(file_of(tmp_path, content))) == [(str(u), str(i), r, t) for u, i, r, t in NUMBERS]
+
+
+@pytest.mark.parametrize(
+    "content", [b"7 3 1 2\n9 2 2\n", b'{"7": [3, 1, 2], "9": ["2", "2"]}'], ids=["S3Rec", "LETTER"]
+)
+def test_sequences_without_times_keep_their_order(tmp_path, content):
+    events = read_events(file_of(tmp_path, content))
+    assert [row[:2] for row in rows_of(events)] == [("7", "3"), ("7", "1"), ("7", "2"), ("9", "2"), ("9", "2")]
+    assert np.all(np.diff(events.time) > 0)
+
+
+def test_a_review_of_2023_belongs_to_the_parent_product(tmp_path):
+    assert rows_of(read_events(write_raw(tmp_path / "r", [review_2023("U", "A", 10)]))) == [("U", "A", 5, 10_000)]
+
+
+@pytest.mark.parametrize("content", [FORMATS["CSV"], FORMATS["JSON array"], FORMATS["JSON lines with usual names"]])
+def test_gzip_and_zstd_are_unpacked_whatever_the_name(tmp_path, content):
+    zstd = pa.compress(content, codec="zstd", asbytes=True)
+    for packed in (gzip.compress(content), zstd):
+        assert rows_of(read_events(file_of(tmp_path, packed, "events.csv"))) == ROWS
+
+
+def test_a_folder_of_parquet_parts_is_read_part_by_part(tmp_path):
+    for number, part in enumerate(np.array_split(np.arange(len(ROWS)), 3)):
+        folder = tmp_path / "events" / f"day={number}"
+        folder.mkdir(parents=True)
+        TABLE.iloc[part].to_parquet(folder / "part-0.parquet", index=False)
+    (tmp_path / "events" / "_SUCCESS").touch()
+    assert rows_of(read_events(tmp_path / "events")) == ROWS
+
+
+@pytest.mark.parametrize("name", ["CSV", "parquet", "JSON array", "JSON lines with usual names"])
+def test_chunks_make_no_difference(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tables, "CHUNK", 5)
+    monkeypatch.setattr(json_files, "LINES", 5)
+    monkeypatch.setattr(json_files, "PIECE", 90)
+    assert rows_of(read_events(file_of(tmp_path, FORMATS[name]))) == ROWS
+
+
+ISO = [pd.Timestamp(t, unit="s", tz="UTC").isoformat() for *_, t in ROWS]
+TIMES = {
+    "text": ([str(t) for *_, t in ROWS], 1),
+    "float": ([float(t) for *_, t in ROWS], 1),
+    "milliseconds": ([t * 1000 for *_, t in ROWS], 1000),
+    "ISO 8601": (ISO, 1000),
+    "ISO 8601 of another zone": ([t.replace("+00:00", "Z") for t in ISO], 1000),
+}
+
+
+@pytest.mark.parametrize(("times", "unit"), TIMES.values(), ids=TIMES.keys())
+def test_times_may_be_text_floats_milliseconds_or_dates(tmp_path, times, unit):
+    raw = [record | {"timestamp": time} for record, time in zip(AS_JSON, times, strict=True)]
+    frame = pd.DataFrame(raw)
+    contents = [json.dumps(raw).encode(), frame.to_csv(index=False).encode(), parquet(frame)]
+    if isinstance(times[0], str) and "T" in times[0]:
+        contents.append(parquet(frame.assign(timestamp=pd.to_datetime(frame["timestamp"]))))
+    for content in contents:
+        assert read_events(file_of(tmp_path, content)).time.tolist() == [t * unit for *_, t in ROWS]
+
+
+def test_columns_of_any_name_are_named_by_a_flag(tmp_path):
+    renamed = TABLE.rename(columns=dict(zip(NAMES, ["who", "what", "how", "when"], strict=True)))
+    given = {"user": "who", "item": "what", "time": "when", "rating": "how"}
+    for content in (renamed.to_csv(index=False).encode(), parquet(renamed), renamed.to_json(orient="records").encode()):
+        assert rows_of(read_events(file_of(tmp_path, content), given)) == ROWS
+
+
+def test_the_order_of_ratings_without_header_can_be_given(tmp_path):
+    path = file_of(tmp_path, b"x1,y1,5.0,1400000000\n")
+    assert "could each be the items; say which: --columns user=1,item=2" in refusal(path)
+    assert read_events(path, {"user": "2", "item": "1"}).users == ["y1"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not a record",
+        '["a", "list"]',
+        '{"reviewerID": "U"',
+        '{"reviewerID": "", "asin": "A", "unixReviewTime": 1}',
+        '{"reviewerID": "U", "asin": ["A"], "unixReviewTime": 1}',
+        '{"reviewerID": "U", "asin": "A", "unixReviewTime": -1}',
+        '{"reviewerID": "U", "asin": "A", "unixReviewTime": null}',
+        '{"reviewerID": "U", "asin": "A", "unixReviewTime": true}',
+        '{"reviewerID": "U", "asin": "A", "unixReviewTime": "yesterday"}',
+        "[" * 100_000,
+    ],
+)
+def test_a_line_without_user_item_or_time_is_counted_and_named(tmp_path, line):
+    events = read_events(write_raw(tmp_path / "reviews.json.gz", [*GOOD[:500], line, *GOOD[500:]]))
+    assert len(events.user) == 1000
+    assert "1 of 1,001 lines are not events with a user, an item and a time (lines 501; the first: " in events.notes[0]
+
+
+def test_a_cell_that_is_no_time_is_counted_with_its_line(tmp_path):
+    times = [str(START + n) for n in range(150)]
+    times[99] = "soon"
+    frame = pd.DataFrame({"user": "U", "item": "A", "time": times})
+    notes = read_events(file_of(tmp_path, frame.to_csv(index=False).encode(), "e.csv")).notes
+    assert notes == ["e.csv: 1 of 150 lines are not events with a user, an item and a time (lines 101; "
+                     "the first: time 'soon')"]  # fmt: skip
+
+
+def test_one_bad_line_in_a_hundred_is_not_too_many(tmp_path):
+    assert len(read_events(write_raw(tmp_path / "r", [*GOOD[:99], "?"])).user) == 99
+    message = refused(tmp_path, [*GOOD[:98], "?"])
+    assert str(tmp_path / "reviews.json.gz") in message
+    assert "more than 1% is refused" in message
+
+
+def test_a_file_that_begins_with_a_mark_of_utf8_and_time_0_are_fine(tmp_path):
+    path = tmp_path / "reviews.json"
+    path.write_text('\ufeff{"reviewerID": "U", "asin": "A", "unixReviewTime": 0, "overall": NaN}\n', encoding="utf-8")
+    assert read_events(path).time.tolist() == [0]
+
+
+def test_a_line_without_end_is_read_in_pieces_and_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE", 1000)
+    assert "10 of 10 lines are not events" in refused(tmp_path, ['{"reviewerID": "' + "U" * 9900], "reviews.json")
+
+
+def test_an_absent_or_odd_rating_is_no_number(tmp_path):
+    raw = [GOOD[0], {**GOOD[1], "overall": "five"}, {k: v for k, v in GOOD[2].items() if k != "overall"}]
+    ratings = read_events(write_raw(tmp_path / "r", raw)).rating.tolist()
+    assert [math.isnan(rating) for rating in ratings] == [False, True, True]
+
+
+def test_bytes_that_are_not_utf8_are_read_as_windows_1252(tmp_path):
+    raw = [f'{{"reviewerID": "U{n}", "asin": "A", "unixReviewTime": 1}}' for n in range(200)]
+    raw.append('{"reviewerID": "Zoë", "asin": "A", "unixReviewTime": 2}')
+    events = read_events(file_of(tmp_path, "\n".join(raw).encode("cp1252"), "reviews.json"))
+    assert events.users[-1] == "Zoë"
+    assert events.notes == ["reviews.json: 1 lines are not UTF-8: read as Windows-1252"]
+    assert read_events(file_of(tmp_path, "user,item,time\nZoë,A,1\n".encode("cp1252"))).users == ["Zoë"]
+
+
+# ------------------------------------------------------------------------------------------------------- bad events
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ("a".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (b"PK\3\4", "a zip archive or an Excel workbook; unpack it"),
+        (b"BZh9", "is bzip2; unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid ", "a Git LFS pointer, not the data; .*git lfs pull"),
+        (b"\x80\x04\x95", "a pickle, which may run code"),
+        (b"<!DOCTYPE html>", "a web page, not the data"),
+        (b"one word\n", "of no known format .it begins with 'one word'.; accepted are parquet"),
+        (b"", "is empty"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_with_its_mend(tmp_path, head, words):
+    with pytest.raises(InputError, match=words):
+        read_events(file_of(tmp_path, head))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([{"asin": "A", "title": "Tent"}] * 3, ("holds no events", "'asin', 'title'", "--columns user=...")),
+        (b"sku,when\nA,1\n", ("holds no events: it has the columns 'sku', 'when'", "--columns user=...")),
+        (parquet(TABLE[["rating"]]), ("holds no events: it has the columns 'rating'",)),
+        (csv(event_time=1), ("several columns for the time, 'timestamp', 'event_time'", "--columns time=timestamp")),
+        (b"user,item,time,time\n1,2,3,4\n", ("two columns 'time'; rename one",)),
+        (b"user,item,time\nU,A,1\nU,A,1,2,3\n", ("Expected 3 fields in line 3, saw 5", "as many cells as the first")),
+        (b"user,item,time\nU,A,1,2\n", ("has more cells in its rows than in its header",)),
+        (b"user,item,time\n", ("is empty",)),
+        (b"user,item,time\nU,A,\nV,B,\n", ("2 of 2 lines are not events", "lines 2, 3; the first: no time")),
+        (FORMATS["JSON array"][:-40], ("is no whole JSON array: object 12 cannot be read",)),
+        (FORMATS["parquet"][:-9], ("cannot be read as parquet",)),
+        (gzip.compress(FORMATS["CSV"] * 90)[:-20], ("cannot be read", "give the whole file")),
+        (pa.compress(FORMATS["CSV"] * 90, codec="zstd", asbytes=True)[:-9], ("cannot be read", "give the whole file")),
+        (b'{"7": [1, 2', ("is not JSON",)),
+        (b'{"7": [1], "8": {}}', ("1 of 2 lines are not events", "'8' has no list of items")),
+    ],
+)  # fmt: skip
+def test_bad_events_are_refused_in_one_sentence(tmp_path, content, words):
+    path = write_raw(tmp_path / "r", content) if isinstance(content, list) else file_of(tmp_path, content)
+    message = refusal(path)
+    assert str(path) in message
+    assert "\n" not in message
+    for part in words:
+        assert part in message
+
+
+def test_a_folder_without_parquet_files_is_refused(tmp_path):
+    assert "is a folder without parquet files" in refusal(tmp_path)
+
+
+def test_a_column_that_a_flag_names_must_be_there(tmp_path):
+    assert "has no column 'when' (--columns time=when)" in refusal(file_of(tmp_path, csv()), time="when")
+
+
+# ------------------------------------------------------------------------------------------------------------ items
+
+
+def found_in(path, wanted, **columns) -> tuple[dict[str, dict], list[str]]:
+    items = read_items(path, frozenset(wanted), columns)
+    return {item: json.loads(line) for item, line in items.records.items()}, items.notes
+
+
+SHOP = [{"item_id": "7", "title": "Tent", "colour": "red"}, {"item_id": "8", "title": "Lamp"}]
+ITEM_FORMATS = {
+    "JSON lines": "".join(json.dumps(record) + "\n" for record in SHOP).encode(),
+    "JSON array": json.dumps(SHOP, indent=1).encode(),
+    "LETTER": json.dumps({record["item_id"]: record for record in SHOP}).encode(),
+    "CSV": pd.DataFrame(SHOP).to_csv(index=False).encode(),
+    "RecBole": b"item_id:token\ttitle:token_seq\tcolour:token\n7\tTent\tred\n8\tLamp\t\n",
+    "parquet": parquet(pd.DataFrame(SHOP)),
+    "parquet with numbers": parquet(pd.DataFrame(SHOP).astype({"item_id": int})),
+}
+
+
+@pytest.mark.parametrize("content", ITEM_FORMATS.values(), ids=ITEM_FORMATS.keys())
+def test_every_format_gives_the_same_items(tmp_path, content):
+    items, notes = found_in(file_of(tmp_path, content), {"7", "8", "9"})
+    assert items == {"7": {"asin": "7", "title": "Tent", "colour": "red"}, "8": {"asin": "8", "title": "Lamp"}}
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"1::Toy Story: I (1995)::Animation|Comedy\n",
+        b"movieId,title,genres\n1,Toy Story: I (1995),Animation|Comedy\n",
+    ],
+)
+def test_movies_have_titles_and_genres(tmp_path, content):
+    items, _ = found_in(file_of(tmp_path, content), {"1"})
+    assert items["1"] == {"asin": "1", "title": "Toy Story: I (1995)", "categories": ["Animation", "Comedy"]}
+
+
+def test_metadata_of_2014_are_literals_of_which_only_the_wanted_are_kept(tmp_path):
+    tent = {"asin": "A", "title": "Tent", "price": 9.5, "brand": "Alder", "categories": [["Out", "Tents"]],
+            "imUrl": "http://x/a.jpg", "related": {"also_bought": ["B"]}}  # fmt: skip
+    path = write_raw(tmp_path / "meta.json.gz", [tent, {"asin": "B", "title": "Lamp"}], literals=True)
+    names = ("asin", "title", "price", "brand", "categories")
+    assert found_in(path, {"A", "C"}) == ({"A": {k: tent[k] for k in names} | {"images": ["http://x/a.jpg"]}}, [])
+
+
+def known(record: dict) -> dict:
+    return item_record("A", attributes(record), picture_urls(record))
+
+
+def test_the_names_of_2018_and_2023_become_those_of_2014_and_the_others_stay():
+    assert known({"title": "Tent", "category": ["Out", "Tents"], "price": "$9.50", "brand": "", "feature": ["soft"],
+                  "imageURL": ["https://x/small.jpg"], "imageURLHighRes": ["https://x/big.jpg"]}) == {
+        "asin": "A", "title": "Tent", "categories": ["Out", "Tents"], "price": "$9.50", "features": ["soft"],
+        "images": ["https://x/big.jpg", "https://x/small.jpg"]}  # fmt: skip
+    details = {"Item Form": "Cream"}
+    assert known({"title": "Tent", "store": "Alder", "categories": [], "main_category": "Out", "price": None,
+                  "details": json.dumps(details), "description": []}) == {
+        "asin": "A", "title": "Tent", "store": "Alder", "brand": "Alder", "categories": "Out", "main_category": "Out",
+        "details": details}  # fmt: skip
+
+
+def test_an_attribute_of_markup_or_code_is_missing_and_counted(tmp_path):
+    span = '<span class="a-size-medium a-color-secondary"'
+    raw = [{"asin": "A", "title": span, "brand": "None"}, {"asin": "B", "title": span, "price": ""}]
+    items, notes = found_in(write_raw(tmp_path / "meta.json", raw), {"A", "B"})
+    assert items == {"A": {"asin": "A"}, "B": {"asin": "B"}}
+    assert notes == ["brand: 1 of 2 items have only markup, code or words for nothing: missing",
+                     "title: 2 of 2 items have only markup, code or words for nothing: missing"]  # fmt: skip
+
+
+def test_an_item_is_found_by_its_parent_id_or_by_a_column_that_a_flag_names(tmp_path):
+    path = write_raw(tmp_path / "meta.jsonl", [{"parent_asin": "A", "title": "Tent", "details": {"asin": "Z"}}])
+    assert found_in(path, {"A"})[0]["A"]["title"] == "Tent"
+    assert found_in(path, {"Z"})[0] == {}
+    shop = [{"item_id": item, "title": "Tent", "details": {"asin": "Z"}} for item in ("A", "B")]
+    assert set(found_in(write_raw(tmp_path / "shop.jsonl", shop), {"B"})[0]) == {"B"}
+    path = file_of(tmp_path, b"code,id,name\nA,1,Tent\n")
+    assert found_in(path, {"A"}, id="code")[0] == {"A": {"asin": "A", "id": "1", "title": "Tent"}}
+    assert found_in(path, {"1"})[0]["1"]["code"] == "A"
+
+
+def test_a_text_that_quotes_an_id_does_not_hide_the_product(tmp_path):
+    raw = [{"title": "\"asin\": 'OTHER'", "asin": "A"}, {"description": "'asin': 'A'", "asin": "OTHER"}]
+    assert set(found_in(write_raw(tmp_path / "meta.json", raw, literals=True), {"A"})[0]) == {"A"}
+
+
+@pytest.mark.parametrize("asin", ["it's", "back\\slash", "../../etc", "né", "\ud800"])
+def test_a_product_with_odd_characters_in_its_id_is_found(tmp_path, asin):
+    for literals in (True, False):
+        path = write_raw(tmp_path / "meta.json", [{"asin": asin, "title": "Tent"}], literals)
+        assert set(found_in(path, {asin})[0]) == {asin}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([GOOD[1]], "lines are not items with an id .lines 1; the first: an event"),
+        ([{"title": "Tent"}], "the first: no id"),
+        (b"name,price\nTent,1\n", "no column with the items' ids: it has 'name', 'price'; name it: --columns id="),
+        (b"1 2 3\n2 3 4\n", "holds sequences, not items"),
+        (FORMATS["Amazon 2014 without header"], "no column with the items' ids"),
+    ],
+)
+def test_a_file_without_items_is_refused(tmp_path, content, words):
+    path = write_raw(tmp_path / "m", content) if isinstance(content, list) else file_of(tmp_path, content)
+    with pytest.raises(InputError, match=words):
+        read_items(path, frozenset({"I1"}))
+
+
+@pytest.mark.parametrize("title", ["b'bytes'", "{1, 2}", "[" * 900 + "]" * 900, "0x" + "f" * 5000])
+def test_a_literal_that_is_no_text_is_counted_as_no_item(tmp_path, title):
+    raw = [f"{{'asin': 'A', 'title': {title}}}", *({"asin": f"A{n}"} for n in range(200))]
+    items, notes = found_in(write_raw(tmp_path / "meta.json", raw, literals=True), {"A", "A1"})
+    assert set(items) == {"A1"}
+    assert "1 of 201 lines are not items" in notes[0]
+
+
+def test_lines_cut_after_their_id_are_counted_whether_wanted_or_not(tmp_path):
+    raw = [f"{{'asin': 'A{n}', 'title': 'Ten" for n in range(5)] + [{"asin": "A"}] * 100
+    with pytest.raises(InputError, match=r"5 of 105 lines are not items"):
+        read_items(write_raw(tmp_path / "meta.json", raw, literals=True), frozenset({"A"}))
+
+
+def test_the_last_record_of_an_item_counts_and_a_parent_before_its_variant(tmp_path):
+    raw = [
+        {"asin": "A", "title": "old"},
+        {"parent_asin": "B", "asin": "A", "title": "of B"},
+        {"asin": "A", "title": "new"},
+    ]
+    items, _ = found_in(write_raw(tmp_path / "meta.json", raw), {"A", "B"})
+    assert {asin: record["title"] for asin, record in items.items()} == {"A": "new", "B": "of B"}
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_the_main_picture_comes_first_in_the_size_that_is_worth_fetching():
+    back = {"variant": "BACK", "large": "https://x/back.jpg", "thumb": None}
+    main = {"variant": "MAIN", "thumb": "https://x/t.jpg", "large": "https://x/l.jpg", "hi_res": "https://x/h.jpg"}
+    expected = ["https://x/l.jpg", "https://x/h.jpg", "https://x/t.jpg", "https://x/back.jpg"]
+    assert picture_urls({"images": [back, main]}) == expected
+    another = main | {"large": "https://x/5.jpg"}
+    assert picture_urls({"images": [back, main, another]}) == [*expected[:3], "https://x/5.jpg"]  # four are enough
+    columns = {key: [back.get(key), main.get(key)] for key in ("variant", "thumb", "large", "hi_res")}
+    assert picture_urls({"images": columns}) == expected
+
+
+def test_the_full_picture_is_asked_for_before_its_thumbnail():
+    thumbnail = "https://m.media-amazon.com/images/I/41X._SX38_SY50_CR,0,0,38,50_.jpg"
+    assert picture_urls({"image": [thumbnail]}) == ["https://m.media-amazon.com/images/I/41X.jpg", thumbnail]
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("a._SS40_.jpg", "a.jpg"),
+        ("a._AC_US40_.png", "a.png"),
+        ("a._SX300_.jpg", "a._SX300_.jpg"),
+        ("a._AC_SL1500_.jpg", "a._AC_SL1500_.jpg"),
+        ("a._note_.jpg", "a._note_.jpg"),
+        ("a.jpg", "a.jpg"),
+    ],
+)
+def test_only_the_suffix_of_a_small_size_is_removed(name, full):
+    assert full_size(f"https://x/{name}") == f"https://x/{full}"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"imUrl": "file:///etc/passwd"},
+        {"imUrl": ["ftp://x/a.jpg", 7]},
+        {"images": {"large": "no list"}},
+        {"images": [None, {"large": 3}]},
+        {"imUrl": "http://g-ecx.images-amazon.com/images/G/01/x-site/icons/no-img-sm._CB192198896_.gif"},
+    ],
+)
+def test_anything_but_a_web_address_of_a_picture_is_none(record):
+    assert picture_urls(record) == []
+
+
+def test_what_prepare_wrote_gives_the_same_addresses_again():
+    for record in ({"imageURLHighRes": ["https://x/1.jpg", "https://x/2.jpg"]}, {"image": ["https://x/1._SS40_.jpg"]}):
+        assert picture_urls(known(record)) == picture_urls(record)

@@ -79,5 +79,5 @@ def test_the_modality_is_cached_and_made_alike_for_new_products(tmp_path, monkey
 
     settings = FeatureSettings(language_encoder="lexical", use_img_encoder=False)
     described = description.describe_features(settings, [text.shape[1], brands.shape[1]])
-    made = description.embed_records(catalog.metadata, described, {})
+    made = description.embed_records(catalog.metadata, described, description.described_modalities(described, {}))
     np.testing.assert_allclose(made, np.concatenate([text, brands], axis=1), atol=1e-3)

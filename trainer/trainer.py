@@ -82,7 +82,7 @@ class Trainer:
         """Train to the end. Raises InputError if loss or weights are not finite; the last good checkpoint stays."""
         if self.config.validate_untrained and self.progress.epoch == 0:
             self.run.log.records.clear()  # of a run that was cut off in its first epoch
-            self._keep(math.nan, self.validate(), 0.0)
+            self._keep(None, self.validate(), 0.0)
         while not self.finished():
             started = time.perf_counter()
             self.model.train()
@@ -172,14 +172,14 @@ class Trainer:
             f"--warmup_steps"
         )
 
-    def _keep(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
+    def _keep(self, loss: float | None, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
         """Note whether the epoch is the best one, and write its checkpoints and log."""
         progress, value = self.progress, metrics[self.model.sizes[-1]][self.config.best_metric]
         if value > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
         processes.on_main_process(lambda: self._write(loss, metrics, train_seconds))
 
-    def _write(self, loss: float, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
+    def _write(self, loss: float | None, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
         progress, folder = self.progress, self.run.folder
         if progress.best_epoch == progress.epoch:
             save_weights(self.eval_model, folder / WEIGHTS, {"epoch": str(progress.epoch)})

@@ -438,9 +438,20 @@ def test_settings_come_back_from_json_as_they_were():
     assert read_settings(json.loads(json.dumps(vars(config)))) == config
 
 
-def test_settings_of_before_there_were_options_are_the_papers():
-    old = {name: value for name, value in vars(Config()).items() if name not in ("preset", "distill", "item_embedding")}
-    assert read_settings(old) == Config()
+def test_a_run_made_before_a_setting_existed_has_the_value_of_its_time():
+    later = ("preset", "distill", "embedding_dropout", "warmup_from_zero", "mrl_loss")
+    old = {name: value for name, value in vars(Config()).items() if name not in later}
+    of_its_time = {"embedding_dropout": False, "warmup_from_zero": False, "mrl_loss": "mean"}
+    assert read_settings(old) == dataclasses.replace(Config(), **of_its_time)
+    assert read_settings(old | {"post_norm": True}).embedding_dropout
+    assert read_settings(vars(Config())) == Config()
+
+
+def test_the_released_preset_trains_what_the_released_readme_command_does():
+    config = parsed("--preset=released", "--dataset_code=sports")[0]
+    assert (config.lru_num_blocks, config.mrl_loss, config.validate_untrained) == (1, "mean", True)
+    assert (config.lru_dropout, config.lru_attn_dropout, config.lru_r_min, config.lru_r_max) == (0.6, 0.6, 0.0, 0.1)
+    assert config.embedding_dropout and config.warmup_from_zero and config.lr == 1e-4
 
 
 def test_unknown_saved_settings_are_refused_by_name():

@@ -50,8 +50,12 @@ def result_file(name: str, mask_history: bool) -> str:
 
 
 def read_settings(values: dict[str, Any]) -> Config:
-    """Return the settings in a run's config.json."""
-    return Config(**check_types(Config, values, "config.json"))
+    """Return the settings in a run's config.json.
+
+    A run made before a setting existed has the value that the code had then, not today's default.
+    """
+    earlier = {"embedding_dropout": values.get("post_norm", False), "warmup_from_zero": False, "mrl_loss": "mean"}
+    return Config(**check_types(Config, earlier | values, "config.json"))
 
 
 def ineffective_settings(config: Config) -> set[str]:

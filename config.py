@@ -216,7 +216,7 @@ class EvaluationSettings(Settings):
 class RunSettings(Settings):
     """Preset, device, output and logging."""
 
-    preset: str = setting("paper", "listed below", choices=("paper", "released", "plus"))
+    preset: str = setting("paper", "settings that are listed below", choices=("paper", "released", "plus"))
     device: str = setting(
         "auto", "auto: a GPU per process, if available", choices=("auto", "cpu", "cuda"), runtime=True
     )

@@ -68,7 +68,9 @@ def _describe_presets(presets: Mapping[str, dict[str, Any]] | None) -> list[str]
     ]
     for name, preset in presets.items():
         values = ", ".join(f"{setting} {format_value(value)}" for setting, value in preset.items())
-        lines += textwrap.wrap(f"{name}: {values}", 108, initial_indent="  ", subsequent_indent="    ")
+        lines += textwrap.wrap(
+            f"{name}: {values or 'the defaults'}", 108, initial_indent="  ", subsequent_indent="    "
+        )
     return lines
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.errors import InputError
 from common.files import write_json
 from config import Config
 from dataloader import eval_batches, eval_rows, times_trained
@@ -141,3 +142,9 @@ def test_list_metrics_are_written_beside_the_others(sequences, run):
     testing.test_every_size(random_model(), sequences, CONFIG, run, list_metrics=True, mask_history=True)
     found = json.loads((run / "test_list_metrics_history_masked.json").read_text())
     assert {"Coverage@5", "ARP@5", "Novelty@5", "ILD@5"} <= found["16"].keys()
+
+
+def test_list_metrics_without_a_cut_off_within_the_catalogue_are_refused(sequences):
+    rows, counts = eval_rows(sequences, 6, "test"), torch.from_numpy(times_trained(sequences, NUM_ITEMS))
+    with pytest.raises(InputError, match=f"needs a cut-off of at most {NUM_ITEMS}"):
+        list_metrics_of_sizes(random_model(), rows, counts, (50, 100), mask_history=False)

@@ -56,7 +56,7 @@ def count_ahead(
     if len(user):
         near = buffers[0].sub_(buffers[1])
         item = near.sum(dim=0).nonzero()[:, 0]
-        pairs = user[:, None], item  # [users, items], of which `near` says whether they are undecided
+        pairs = user[:, None], item  # [users, items]; `near` marks the undecided ones
         near = (near[pairs] > 0) & (scores[pairs] > -torch.inf)
         exact, of_target = z[user].double() @ rows[item].double().T, target[user, None]
         ahead[user] += (near & ~(exact <= of_target)).sum(dim=1)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import InputError
 from dataloader import EvalRows, eval_batches
 from model.base import CountingModel
 from model.sizes import increments
@@ -78,6 +79,10 @@ def list_metrics_of_sizes(
     counts: [N+1] how often each item occurs in training. mask_history: never list what is in a user's history.
     """
     ks = tuple(k for k in ks if k <= model.num_items)
+    if not ks:
+        raise InputError(
+            f"--list_metrics needs a cut-off of at most {model.num_items}, the items; give --metric_ks 1,2"
+        )
     top = top_items(model, rows, max(ks), mask_history)
     items = None if isinstance(model, CountingModel) else model.items
     features = partial(items.rows, dtype=torch.float32) if items and items.parts else None

@@ -48,10 +48,10 @@ def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
 
 
 def cut_offs(ks: tuple[int, ...], metric: str) -> tuple[int, ...]:
-    """These cut-offs, and that of a metric such as NDCG@10."""
+    """Return the cut-offs with the cut-off of a metric such as NDCG@10 added, increasing."""
     return tuple(sorted({*ks, int(metric.partition("@")[2])}))
 
 
 def criterion(metric: str, mask_history: bool) -> str:
-    """What picks the best epoch, in words."""
+    """Return the name of the criterion that picks the best epoch."""
     return f"{metric} (history masked)" if mask_history else metric

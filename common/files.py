@@ -5,14 +5,18 @@ import gzip
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import InputError
+
+MAX_TEXT = 1 << 30  # bytes of a text file
+MAX_DEPTH = 64  # of nested JSON objects and arrays
 
 
 @contextmanager
@@ -70,15 +74,34 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
-def read_text(path: Path, hint: str) -> str:
-    """Return the text of a UTF-8 file, gunzipped if its name ends in .gz.
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading bytes.
 
-    hint: how to fix the problem, the end of the error message. Raises InputError if the file is missing, damaged or
-    empty.
+    Raises OSError for a folder, a FIFO, a socket or a device, none of which blocks, and for a name that cannot exist.
     """
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    except ValueError as error:  # a NUL character or a lone surrogate in the name
+        raise OSError(errno.EINVAL, f"invalid name: {error}") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file")
+    return file
+
+
+def read_text(path: Path, hint: str, limit: int = MAX_TEXT) -> str:
+    """Return the text of a UTF-8 file without its byte order mark, gunzipped if its name ends in .gz.
+
+    hint: how to fix the problem, the end of the error message. limit: bytes of the text. Raises InputError if the file
+    is missing, not a regular file, damaged, empty or too large.
+    """
+    try:
+        with open_regular(path) as file:
+            # one byte more than the limit, so a small file that unpacks to terabytes is refused early
+            data = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(limit + 1)
+        if len(data) > limit:
+            raise InputError(f"{path} has more than {limit:,} bytes; {hint}")
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; {hint}") from None
     except UnicodeDecodeError as error:
@@ -90,11 +113,33 @@ def read_text(path: Path, hint: str) -> str:
     return text
 
 
-def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """Return the JSON object in a file; hint and errors as in `read_text`."""
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises ValueError if it is not JSON, is nested over MAX_DEPTH deep or has an integer of over 4,300 digits.
+    """
     try:
-        value = json.loads(read_text(path, hint))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """Return the values in a JSON object or array."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def read_json(path: Path, hint: str, limit: int = MAX_TEXT) -> dict[str, Any]:
+    """Return the JSON object in a file; hint, limit and errors as in `read_text` and `parse_json`."""
+    try:
+        value = parse_json(read_text(path, hint, limit))
+    except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); {hint}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object; {hint}")

@@ -145,7 +145,13 @@ def test_a_folder_that_cannot_be_made_is_named(old):
         ("literal.json", b"{'a': 1}", "is not JSON ("),
         ("cut.json", b'{"a": 1', "is not JSON ("),
         ("two.json", b"{} {}", "is not JSON ("),
-        ("nested.json", b"[" * 100_000, "is not JSON ("),
+        ("nested.json", b"[" * 100_000, "is not JSON (nested more than 64 deep)"),
+        ("deep.json", b'{"a":' * 65 + b"1" + b"}" * 65, "is not JSON (nested more than 64 deep)"),
+        ("long.json", b'{"a": -%s}' % (b"1" * 5000), "is not JSON (Exceeds the limit (4300 digits)"),
+        ("bomb.gz", gzip.compress(bytes(1 << 20)), "has more than 100,000 bytes"),
+        ("x" * 256, None, "cannot be read"),
+        ("a\0b", None, "cannot be read"),
+        ("\ud800\udfff.json", None, "cannot be read"),
         ("list.json", b"[1, null]", "is not a JSON object"),
         ("null.json", b"null", "is not a JSON object"),
     ],
@@ -155,7 +161,18 @@ def test_a_file_that_cannot_be_read_is_named_with_a_remedy(tmp_path, name, conte
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError) as raised:
-        (read_json if path.suffix == ".json" else read_text)(path, HINT)
+        (read_json if path.suffix == ".json" else read_text)(path, HINT, limit=100_000)
     message = str(raised.value)
     assert message.startswith(f"{path} {problem}")
     assert message.endswith(f"; {HINT}")
+
+
+def test_a_fifo_is_refused_at_once_instead_of_waiting_for_a_writer(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_json(tmp_path / "config.json", HINT)
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": [[1]]}')
+    assert read_json(tmp_path / "a.json", HINT) == {"a": [[1]]}

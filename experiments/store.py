@@ -15,16 +15,19 @@ import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from common.errors import InputError
 from common.files import read_json, replacing, write_text
+from common.schema import Count, Number, Positive, check_schema, read_json_lines
 from common.settings import check_types
 from config import Config
 from experiments.definition import compares_users
 from experiments.paper import MASKED
+from trainer.run_files import DeployedSize, Environment
 from trainer.runs import (
     COLD_ITEMS,
     DEPLOYMENT,
@@ -33,6 +36,7 @@ from trainer.runs import (
     read_config,
     read_environment,
     read_log,
+    read_metrics,
     result_file,
     unfinished,
     untrained,
@@ -46,11 +50,87 @@ METRICS, RUNS, RANKS = "metrics.csv", "runs.jsonl", "ranks"
 KEYS = ["run", "dataset", "split", "protocol", "size"]  # columns of metrics.csv; the others are metrics
 SPLITS, PROTOCOLS = ("val", "test"), ("kept", "masked")
 DIGITS = "%.8f"  # of a metric
-RECORD = {"run": str, "settings": dict, "sources": dict, "environment": dict, "epochs": int, "best_epoch": int,
-          "seconds": float, "train_seconds": float}  # fmt: skip
 EXTRAS = {"deployment": DEPLOYMENT, "cold_items": COLD_ITEMS}
-FACTS = ("command", "commit", "uncommitted_changes", "device", "versions")  # of the environment
 HINT = "restore it from version control, or remove the line and keep its run again"
+
+
+class MeasuredSize(DeployedSize, rename={"ndcg": "NDCG@10", "recall": "Recall@10"}):
+    """A row of deploy.json, as benchmarks/deploy.py writes it."""
+
+    resident_mb: Number
+    load_s: Number
+    p95_ms: Number
+    step_p50_ms: Number
+    batch256_p50_ms: Number
+    batch256_p95_ms: Number
+    add_10000_s: Number | None
+    recall: Number
+    same_top10: Number
+    same_top10_as_torch: Number | None = None
+
+
+class LargeCatalogue(Struct):
+    """The measurement of a large catalogue in deploy.json."""
+
+    size: Positive
+    items: Count
+    p50_ms: Number
+    p95_ms: Number
+    resident_mb: Number
+    peak_mb: Number
+    load_s: Number
+
+
+class Facts(Environment, kw_only=True):
+    """The environment that the report needs."""
+
+    command: list[str]
+    commit: str | None
+    uncommitted_changes: bool
+    device: str
+    versions: dict[str, str | None]
+
+
+class Machine(Struct):
+    """What deploy.json was measured with."""
+
+    device: str
+    commit: str | None
+    versions: dict[str, str | None]
+
+
+class Card(Struct):
+    """deploy.json."""
+
+    dataset: str
+    users: Count
+    environment: Machine
+    rows: Annotated[list[MeasuredSize], Meta(min_length=1)]
+    large_catalogue: LargeCatalogue | None
+
+
+class ColdItems(Struct):
+    """cold_items.json."""
+
+    size: Positive
+    items: Count
+    held_out: Count
+    users: dict[str, dict[str, Number]]
+
+
+class Record(Struct):
+    """A line of runs.jsonl."""
+
+    run: str
+    settings: dict[str, Any]
+    sources: dict[str, str]
+    environment: Facts
+    epochs: Positive
+    best_epoch: Count
+    seconds: Number
+    train_seconds: Number
+    deployment: Card | None = None
+    cold_items: ColdItems | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +219,7 @@ def keep(run: Path, results: Path, tests: bool = True) -> None:
         raise InputError(f"{run} is not finished ({progress}); train.py --resume {run} finishes it")
     name = f"{config.dataset_code}-{run.name}"
     record = _record(name, run, config, sources)
-    if problem := _problem(record):
-        raise InputError(f"{run} cannot be kept: its record {problem}; train it again")
+    check_schema(record, Record, f"the record of {run}", "train it again")
     rows = _metric_rows(name, run, config)
     results.mkdir(parents=True, exist_ok=True)
     with FileLock(results.with_name(f".{results.name}.lock")):
@@ -184,7 +263,7 @@ def _metric_rows(name: str, run: Path, config: Config) -> list[dict[str, Any]]:
     for masked, protocol in enumerate(PROTOCOLS):
         path = run / result_file(EVERY_SIZE, bool(masked))
         if path.exists():
-            found["test", protocol] = read_json(path, "test the run again")
+            found["test", protocol] = read_metrics(path, "test the run again")
     return [
         dict(zip(KEYS, (name, config.dataset_code, split, protocol, int(size)), strict=True)) | metrics
         for (split, protocol), by_size in found.items()
@@ -252,34 +331,12 @@ def _by_size(rows: pd.DataFrame, split: str, protocol: str) -> pd.DataFrame:
 
 def _read_records(path: Path) -> dict[str, dict[str, Any]]:
     """Return name -> line of runs.jsonl, in the file's order."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); {HINT}") from None
     records: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            problem = "is no JSON object" if not isinstance(record, dict) else _problem(record)
-        except (json.JSONDecodeError, RecursionError) as error:
-            problem = f"is no JSON ({error})"
-        if not problem and record["run"] in records:
-            problem = f"repeats run {record['run']}"
-        if problem:
-            raise InputError(f"{path}:{number} {problem}; {HINT}")
+    for number, record in enumerate(read_json_lines(path, Record, HINT), start=1):
+        if record["run"] in records:
+            raise InputError(f"{path}:{number} repeats run {record['run']}; {HINT}")
         records[record["run"]] = record
     return records
-
-
-def _problem(record: dict[str, Any]) -> str:
-    """Return why a line of runs.jsonl cannot be used; "" if it can."""
-    for name, kind in RECORD.items():
-        if name not in record:
-            return f"lacks {name!r}"
-        if not isinstance(record[name], (int, float) if kind is float else kind):
-            return f"has {name} {record[name]!r}, which is no {kind.__name__}"
-    missing = [name for name in FACTS if name not in record["environment"]]
-    return f"lacks {missing[0]!r} in its environment" if missing else ""
 
 
 def _read_metrics(path: Path) -> pd.DataFrame:

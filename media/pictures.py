@@ -9,10 +9,10 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from common.files import read_json, replacing
+from common.files import replacing
 from model.sizes import increments, nested_mask
 from trainer.plots import plot_metric_by_size
-from trainer.runs import EVERY_SIZE
+from trainer.runs import EVERY_SIZE, read_metrics
 
 FROZEN, LEARNED, NESTED, INK = "#e3e6ea", "#fbe3c0", "#cfe6e0", "#27313b"
 
@@ -111,7 +111,7 @@ def draw_nesting(path: Path) -> None:
 
 def draw_demo(run: Path, path: Path) -> None:
     """Plot metrics against size from a demo run's files."""
-    metrics = read_json(run / EVERY_SIZE, "give the folder of a finished run")
+    metrics = read_metrics(run / EVERY_SIZE, "give the folder of a finished run")
     results = {int(size): values for size, values in metrics.items()}
     ks = tuple(sorted({int(name.partition("@")[2]) for values in results.values() for name in values}))
     plot_metric_by_size(results, ks, "demo catalogue, text and pictures: one training, every size", path)

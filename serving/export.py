@@ -147,18 +147,17 @@ def named_sizes(text: str, trained: tuple[int, ...]) -> list[int]:
 
 def best_size(arguments: argparse.Namespace) -> int:
     """Return the size with the best NDCG@10 within the limits, as benchmarks/deploy.py measured."""
+    from common.schema import check_schema
+    from trainer.run_files import Deployment
     from trainer.runs import DEPLOYMENT
     from trainer.runs import WEIGHTS as RUN_WEIGHTS
 
     path, measure = arguments.run / DEPLOYMENT, f"measure it: python -m benchmarks.deploy --run {arguments.run}"
-    measured = read_json(path, measure)
-    try:
-        if measured["weights"] != sha256(arguments.run / RUN_WEIGHTS):
-            raise InputError(f"{path} was measured on other weights than the run has now; {measure}")
-        columns = ("engine", "quantize", "size", "bytes", "p50_ms", "NDCG@10")
-        rows = [tuple(row[column] for column in columns) for row in measured["rows"]]
-    except (KeyError, TypeError):
-        raise InputError(f"{path} was not written by benchmarks.deploy; {measure}") from None
+    measured = check_schema(read_json(path, measure), Deployment, path, measure)
+    if measured["weights"] != sha256(arguments.run / RUN_WEIGHTS):
+        raise InputError(f"{path} was measured on other weights than the run has now; {measure}")
+    columns = ("engine", "quantize", "size", "bytes", "p50_ms", "NDCG@10")
+    rows = [tuple(row[column] for column in columns) for row in measured["rows"]]
     max_bytes = parse_bytes(arguments.max_bytes) if arguments.max_bytes is not None else float("inf")
     max_ms = arguments.max_latency_ms if arguments.max_latency_ms is not None else float("inf")
     fitting = [row for row in rows if row[3] <= max_bytes and row[4] <= max_ms]
@@ -242,7 +241,7 @@ def export_size(
 def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:
     """Return the content of config.json for a sliced model, except its files."""
     from datasets.features.description import describe_features
-    from trainer.runs import EVERY_SIZE, commit
+    from trainer.runs import EVERY_SIZE, commit, read_metrics
 
     size, whitening = model.sizes[-1], model.items.whitening
     widths = {"whitened": [len(mean) for mean, _ in whitening.transforms()]} if whitening else {}
@@ -258,7 +257,7 @@ def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> 
         "features": describe_features(config, [part.shape[1] for part in model.items.features]) | widths,
         "run": run.resolve().name,
         "commit": commit(),
-        "metrics": read_json(metrics, "eval.py --run ... writes it").get(str(size)) if metrics.exists() else None,
+        "metrics": read_metrics(metrics, "eval.py --run ... writes it").get(str(size)) if metrics.exists() else None,
     }
 
 

@@ -132,7 +132,7 @@ def test_a_run_is_kept_again_only_if_it_has_something_new(results):
     ("name", "old", "new", "problem"),
     [
         ("env.json", '"started": "a"', '"started": "later"', "another run is kept as beauty-a"),
-        ("env.json", '"commit"', '"commiu"', "cannot be kept: its record lacks 'commit' in its environment"),
+        ("env.json", '"commit"', '"commiu"', "the record of .* has no 'commit' in environment; train it again"),
         ("log.jsonl", '"epoch": 40', '"epoch": 1', r"is not finished \(epoch 1 of 40\); train.py --resume"),
     ],
 )
@@ -149,10 +149,10 @@ def test_a_run_that_cannot_be_kept_is_refused(results, name, old, new, problem):
 @pytest.mark.parametrize(
     ("name", "old", "new", "problem"),
     [
-        ("runs.jsonl", '{"run": "beauty-b"', '{"run "beauty-b"', r"runs.jsonl:2 is no JSON"),
+        ("runs.jsonl", '{"run": "beauty-b"', '{"run "beauty-b"', r"runs.jsonl:2 is not JSON"),
         ("runs.jsonl", "beauty-b", "beauty-a", r"runs.jsonl:2 repeats run beauty-a"),
         ("runs.jsonl", "beauty-b", "beauty-c", r"runs.jsonl:2: .*metrics.csv has no line of run beauty-c"),
-        ("runs.jsonl", '"epochs"', '"epoch"', r"runs.jsonl:1 lacks 'epochs'"),
+        ("runs.jsonl", '"epochs"', '"epoch"', r"runs.jsonl:1 has no 'epochs'"),
         ("runs.jsonl", '"lr":', '"rate":', r"runs.jsonl:1 \(run beauty-a\): .*unknown settings \['rate'\]"),
         ("metrics.csv", "beauty-a,beauty,test,kept,8,0.", "beauty-a,beauty,test,kept,8,o.", r"metrics.csv:2 .*metric"),
         ("metrics.csv", "test,kept,8,", "test,kept,8.5,", r"metrics.csv:2 has a size"),

@@ -15,7 +15,6 @@ deploy.json, deploy.png  serving cost of every size: benchmarks/deploy.py
 cold_items.json          metrics on items unseen in training: experiments/cold_items.py
 """
 
-import json
 import platform
 import subprocess
 import sys
@@ -29,8 +28,10 @@ from typing import Any
 
 from common.errors import InputError
 from common.files import cannot_write, read_json, write_json
+from common.schema import check_schema, read_json_lines
 from common.settings import check_types
 from config import COUNTING, Config
+from trainer.run_files import Environment, Epoch, MetricsBySize, SavedSettings
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
@@ -39,7 +40,7 @@ LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", 
 LIST_METRICS = "test_list_metrics.json"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
 COLD_ITEMS = "cold_items.json"
-LOGGED = {"epoch", "best_epoch", "seconds", "train_seconds"}  # keys of every line in log.jsonl
+RUN_HINT = "give a run's folder, as train.py prints it"
 TIME = "%Y%m%d-%H%M%S"  # format of the time in a run's name
 
 
@@ -108,9 +109,7 @@ def read_config(run: Path) -> tuple[Config, dict[str, str]]:
 
     Raises InputError if the folder is not a run.
     """
-    saved = read_json(run / CONFIG, "give a run's folder, as train.py prints it")
-    if not isinstance(saved.get("settings"), dict):
-        raise InputError(f"{run / CONFIG} is not a run's configuration; give a run's folder, as train.py prints it")
+    saved = check_schema(read_json(run / CONFIG, RUN_HINT), SavedSettings, run / CONFIG, RUN_HINT)
     try:
         return read_settings(saved["settings"]), saved.get("sources", {})
     except InputError as error:
@@ -125,8 +124,13 @@ def note_resumed(run: Path, device: str) -> None:
 
 
 def read_environment(run: Path) -> dict[str, Any]:
-    """Return a run's env.json. Raises InputError if the folder is not a run."""
-    return read_json(run / ENVIRONMENT, "give a run's folder, as train.py prints it")
+    """Return a run's env.json. Raises InputError if it is missing or invalid."""
+    return check_schema(read_json(run / ENVIRONMENT, RUN_HINT), Environment, run / ENVIRONMENT, RUN_HINT)
+
+
+def read_metrics(path: Path, hint: str) -> dict[str, dict[str, float]]:
+    """Return size -> metrics of a result file; hint and errors as in `read_json`."""
+    return check_schema(read_json(path, hint), MetricsBySize, path, hint)
 
 
 def features_of(run: Path) -> list[str]:
@@ -239,20 +243,7 @@ def _git(*arguments: str) -> str | None:
 def read_log(run: Path) -> list[dict[str, Any]]:
     """Return the records in a run's log.jsonl. Raises InputError for a damaged line."""
     path = run / LOG
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-            missing = LOGGED - records[-1].keys()
-        except (ValueError, AttributeError):
-            missing = LOGGED
-        if missing:
-            raise InputError(
-                f"{path}:{number} is damaged: not a JSON object with {', '.join(sorted(missing))}; remove it"
-            )
-    return records
+    return read_json_lines(path, Epoch, "remove the line") if path.exists() and path.stat().st_size else []
 
 
 def no_weights(path: Path) -> InputError:

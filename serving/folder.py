@@ -36,7 +36,9 @@ from safetensors.numpy import load_file, save
 
 from common.errors import InputError
 from common.files import cannot_write, read_json, sha256
+from common.schema import check_schema
 from serving.items import Items
+from serving.schema import ExportConfig
 from serving.weights import expected_shapes
 
 FORMAT, VERSION = "fmrlrec-export", 1
@@ -48,7 +50,7 @@ STORED = {
     "float16": ("F16", np.float16),
     "int8": ("I8", np.int8),
 }  # the table's dtype
-KEYS = {"size", "sizes", "num_blocks", "max_len", "num_items", "dataset", "features", "quantize", "files"}
+MAX_CONFIG = 1 << 22  # bytes
 HINT = "export the model again: python -m serving.export"
 CHUNK = 1 << 16  # rows converted at once
 ABANDONED = 3600  # seconds after which a temporary folder counts as left by a killed export
@@ -166,8 +168,8 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"{folder} exists; pass --overwrite (overwrite=True) to replace it, or choose another folder")
     try:
-        is_export = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        is_export = read_json(folder / CONFIG, HINT, MAX_CONFIG).get("format") == FORMAT
+    except InputError:
         is_export = False
     if not is_export:
         raise InputError(f"{folder} is not an export, so it is not overwritten; choose another folder")
@@ -237,7 +239,7 @@ def read_folder(folder: str | Path) -> Export:
         folder = _former(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is not an export (it has no {CONFIG}); python -m serving.export makes one")
-    config = read_json(folder / CONFIG, HINT)
+    config = read_json(folder / CONFIG, HINT, MAX_CONFIG)
     if "settings" in config:
         raise InputError(f"{folder} is a run, not an export; export it: python -m serving.export --run {folder}")
     if config.get("format") != FORMAT:
@@ -249,8 +251,7 @@ def read_folder(folder: str | Path) -> Export:
         )
     if config.get("sha256") != _config_sha256(config):
         raise InputError(f"{folder / CONFIG} was altered (its checksum differs); {HINT}")
-    if lacking := KEYS - config.keys():
-        raise InputError(f"{folder / CONFIG} has no {sorted(lacking)[0]!r}; {HINT}")
+    check_schema(config, ExportConfig, folder / CONFIG, HINT)
     for name in (WEIGHTS, ITEMS, *sorted(set(config["files"]) - {WEIGHTS, ITEMS})):
         path, expected = folder / name, config["files"].get(name)
         if expected is None or Path(name).name != name:
@@ -289,20 +290,23 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, np.ndarray | None, np.ndarray]:
     with _named(path), safe_open(path, framework="numpy") as file:
-        ids = file.get_tensor("ids")
+        ids = _tensor(file, "ids", np.uint8, 2)
         items = Items(
             np.ascontiguousarray(ids).view(f"S{ids.shape[1]}")[:, 0],
-            file.get_tensor("titles"),
-            file.get_tensor("title_ends"),
+            _tensor(file, "titles", np.uint8, 1),
+            _tensor(file, "title_ends", np.int64, 1),
         )
         rows, size, found = len(items) + 1, config["size"], file.get_slice("table")
-        scale = file.get_tensor("scale") if config["quantize"] == "int8" else None
-        removed = file.get_tensor("removed") if config["version"] == WITH_REMOVED else np.zeros(0, np.int64)
+        scale = _tensor(file, "scale", np.float32, 1) if config["quantize"] == "int8" else None
+        removed = _tensor(file, "removed", np.int64, 1) if config["version"] == WITH_REMOVED else np.zeros(0, np.int64)
         shape, stored = found.get_shape(), STORED[config["quantize"]]
         if found.get_dtype() != stored[0]:
             raise InputError(f"{path}: table is {found.get_dtype()} instead of {stored[0]}; {HINT}")
     if shape != [rows, size] or len(items.title_ends) != len(items) or (scale is not None and len(scale) != rows):
         raise InputError(f"{path}: table of shape {shape} for {len(items)} items of size {size}; {HINT}")
+    ends = np.concatenate([[0], items.title_ends])
+    if (np.diff(ends) < 0).any() or ends[-1] != len(items.titles):
+        raise InputError(f"{path}: title_ends do not divide the {len(items.titles)} bytes of titles; {HINT}")
     if len(removed) and not (removed.min() >= 1 and removed.max() < rows):
         raise InputError(f"{path}: removed has numbers beyond 1 to {rows - 1}; {HINT}")
     table = np.empty((rows + spare_rows(rows), size), dtype=np.int8 if scale is not None else np.float32)
@@ -315,12 +319,20 @@ def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, 
     return items, table, scale, removed
 
 
+def _tensor(file: Any, name: str, dtype: type, dimensions: int) -> np.ndarray:
+    """Return a tensor of a safetensors file. Raises ValueError for another dtype or number of dimensions."""
+    tensor = file.get_tensor(name)
+    if tensor.dtype != dtype or tensor.ndim != dimensions or 0 in tensor.shape[1:]:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+    return tensor
+
+
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Raise a SafetensorError as an InputError that names the file."""
+    """Raise the errors of reading a safetensors file as an InputError that names it."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:  # KeyError: a dtype that NumPy lacks
         raise InputError(f"{path} is damaged ({error}); {HINT}") from error
 
 

@@ -27,11 +27,11 @@ class Items:
         return len(self.ids)
 
     def id(self, item: int) -> str:
-        return self.ids[item - 1].decode()
+        return self.ids[item - 1].decode("utf-8", "replace")
 
     def title(self, item: int) -> str:
         start = self.title_ends[item - 2] if item > 1 else 0
-        return self.titles[start : self.title_ends[item - 1]].tobytes().decode()
+        return self.titles[start : self.title_ends[item - 1]].tobytes().decode("utf-8", "replace")
 
     def find(self, ids: Sequence[str]) -> list[int]:
         """Return the number of each id, 0 if it is unknown."""

@@ -3,15 +3,16 @@
 import errno
 import gzip
 import hashlib
+import io
 import json
 import os
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from common.errors import InputError
 
@@ -46,8 +47,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a regular file's content, in hexadecimal."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -74,7 +75,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading bytes.
 
     Raises OSError for a folder, a FIFO, a socket or a device, none of which blocks, and for a name that cannot exist.
@@ -122,17 +123,20 @@ def parse_json(text: str) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
+    if is_deep(value):
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def is_deep(value: Any) -> bool:
+    """Return whether dicts, lists, tuples and sets are nested over MAX_DEPTH deep, at which recursive functions fail."""
     level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
+    for _ in range(MAX_DEPTH + 1):
+        level = [each for each in level if isinstance(each, dict | list | tuple | set)]
         if not level:
-            return value
-    raise ValueError(f"nested more than {MAX_DEPTH} deep")
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    """Return the values in a JSON object or array."""
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            return False
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return True
 
 
 def read_json(path: Path, hint: str, limit: int = MAX_TEXT) -> dict[str, Any]:

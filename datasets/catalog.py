@@ -14,12 +14,14 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from msgspec import Struct
 
 from common.errors import InputError
 from common.files import read_json, read_text
+from common.schema import check_schema
 from config import Config
 from datasets.item2img import read_item2img
 from datasets.prepare.amazon import PAPER_SETS
@@ -30,6 +32,22 @@ MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
 REPORT = "prepare_report.json"
 LAYOUT = "datasets/catalog.py describes the layout"
+
+
+class Prepared(Struct):
+    """How datasets.prepare made a dataset."""
+
+    recipe: dict[str, Any]
+    files: dict[Literal["sequential_data.txt", "datamaps.json", "meta.json.gz"], str]
+    filters: list[dict[str, Any]]
+    notes: list[str]
+
+
+class Report(Struct):
+    """prepare_report.json; its summary is written and never read."""
+
+    unfinished: str = ""
+    prepared: Prepared | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     path = folder / REPORT
     if not path.exists():
         return None
-    report = read_json(path, "remove it")
+    report = check_schema(read_json(path, "remove it"), Report, path, "remove it")
     if not ("unfinished" in report or "prepared" in report):
         raise InputError(f"{path} is not a report of datasets.prepare; remove it")
     return report

@@ -8,7 +8,6 @@
 Nothing is unpickled.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from common.files import read_text
+from common.files import parse_json, read_text
+from common.schema import check_schema
 
 ID_COLUMNS = ("asin", "item_id", "product_id", "parent_asin", "id")
 AMAZON = np.dtype([("id", "S10"), ("row", "<f4", 4096)])
@@ -91,13 +91,11 @@ def _open_npy(path: Path) -> ArrayFile:
 
 
 def _json_ids(path: Path, text: str) -> list[str]:
+    hint = "write a JSON list of product ids"
     try:
-        ids = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _unreadable(path, error, "write a JSON list of product ids") from None
-    if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
-        raise InputError(f"{path} is not a JSON list of texts; write a JSON list of product ids")
-    return ids
+        return check_schema(parse_json(text), list[str], path, hint)
+    except ValueError as error:
+        raise _unreadable(path, error, hint) from None
 
 
 def _open_safetensors(path: Path) -> ArrayFile:

@@ -6,7 +6,6 @@ Rows are scaled to length 1, as encoders' are. Items that the file lacks have ze
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ import numpy as np
 
 from common import processes
 from common.errors import InputError
-from common.files import write_json
+from common.files import read_json, write_json
 from datasets.features import cache, encode
 from datasets.features.array_files import open_array_file, parts_of
 from datasets.features.encoder import normalised
@@ -162,17 +161,16 @@ def file_sha256(path: Path, cache_root: Path = cache.ROOT) -> str:
     signature = [[part.name, part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
     memory, where = cache_root / DIGESTS, str(path.resolve())
     try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
+        known = read_json(memory, "")
         if known[where]["files"] == signature:
             return known[where]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         known = {}
     content = hashlib.sha256()
     for part in parts:
         with part.open("rb") as file:
             while block := file.read(1 << 20):
                 content.update(block)
-    known = known if isinstance(known, dict) else {}
     known[where] = {"files": signature, "sha256": content.hexdigest()}
     with suppress(InputError):  # a cache that may only be read
         write_json(memory, known)

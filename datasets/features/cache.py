@@ -15,7 +15,6 @@ and checksums cover the rounded rows. Earlier versions wrote float32: a finished
 again.
 """
 
-import json
 import os
 import time
 import zlib
@@ -25,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from common.errors import InputError
-from common.files import cannot_write, sha256, write_json
+from common.files import cannot_write, read_json, sha256, write_json
+from common.schema import Number, check_schema
 
 ROOT = Path("data/features")
 PARTS = ("partial.npy", "done.npy", "partial.json")
@@ -37,6 +38,16 @@ DTYPE = np.float16
 def sidecar(path: Path) -> Path:
     """The JSON file beside an array."""
     return path.with_suffix(".json")
+
+
+class Sidecar(Struct):
+    """The JSON file beside an array."""
+
+    key: dict[str, Any]
+    commit: str
+    sha256: str
+    made: Number
+    broken: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -56,19 +67,14 @@ def read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[dict[str,
     if not path.exists():
         return None, ""
     try:
-        header = json.loads(sidecar(path).read_text(encoding="utf-8"))
-        stated = [header[name] for name in ("key", "commit", "sha256", "made", "broken")]
-    except FileNotFoundError:
-        return None, f"damaged (it has no {sidecar(path).name})"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, f"damaged ({sidecar(path).name}: {error})"
-    if not (isinstance(stated[3], int | float) and isinstance(stated[4], dict)):
-        return None, f"damaged ({sidecar(path).name} has other values than were written)"
-    if stated[0] != key:
+        header = check_schema(read_json(sidecar(path), "it is made again"), Sidecar, sidecar(path), "it is made again")
+    except InputError as error:
+        return None, f"damaged ({error})"
+    if header["key"] != key:
         return None, "of another key"
-    if commit and stated[1] not in ("", commit):
-        return None, f"of another commit of the encoder ({stated[1]}, now {commit})"
-    if stated[2] != sha256(path):
+    if commit and header["commit"] not in ("", commit):
+        return None, f"of another commit of the encoder ({header['commit']}, now {commit})"
+    if header["sha256"] != sha256(path):
         return None, "damaged (its checksum differs)"
     return header, ""
 
@@ -213,8 +219,8 @@ def _parts(path: Path) -> list[Path]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, "")
+    except InputError:
         return None
 
 

@@ -6,7 +6,6 @@ Encoders: lexical (built in), or any Hugging Face text encoder, from the hub or 
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import zlib
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from common.errors import InputError
+from common.files import parse_json, read_text
 from datasets.features import encode
 from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import EncodedModality, Job, Record
@@ -305,7 +305,7 @@ def _model_json(model_id: str, revision: str, name: str, needed: bool = True) ->
             return None
         except EntryNotFoundError:
             return None
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return parse_json(read_text(path, "give a whole model")) if path.exists() else None
 
 
 def _loaded_files(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError
+from common.files import is_deep, parse_json
 from datasets.prepare.readers.base import HINT, Head
 from datasets.prepare.readers.columns import Columns, find_columns, find_id, no_events, plain
 from datasets.prepare.readers.text import Histories
@@ -104,7 +105,7 @@ class JsonArray:
                     return
                 try:
                     record, place = decoder.raw_decode(text, place)
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     text, place = text[place:], 0
                     more = source.read(max(PIECE, len(text))) if len(text) < MAX_LINE else ""
                     if not more:
@@ -116,7 +117,7 @@ class JsonArray:
                     continue
                 file.number += 1
                 file.lines += 1
-                yield record if isinstance(record, dict) else None
+                yield record if isinstance(record, dict) and not is_deep(record) else None
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
         hashed = ((record, hash(repr(record))) for record in self.records(file))
@@ -141,8 +142,8 @@ class KeyedJson:
     def pairs(self, file: RecordFile) -> Iterator[tuple[str, Any]]:
         with open_data(file.path, HINT) as raw:
             try:
-                found = json.loads(raw.read())
-            except (ValueError, RecursionError) as error:
+                found = parse_json(raw.read().decode("utf-8-sig"))
+            except ValueError as error:
                 raise InputError(f"{file.path} is not JSON ({error}); {HINT}") from None
         for key, value in found.items():
             file.lines += 1

@@ -129,7 +129,7 @@ def parse_json(text: str) -> Any:
 
 
 def is_deep(value: Any) -> bool:
-    """Return whether dicts, lists, tuples and sets are nested over MAX_DEPTH deep, at which recursive functions fail."""
+    """Return whether dicts, lists, tuples and sets are nested over MAX_DEPTH deep, where recursion may fail."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [each for each in level if isinstance(each, dict | list | tuple | set)]

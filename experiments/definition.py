@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
+from common.files import read_text
 from common.settings import check_types, format_value, is_runtime
 from config import EXTENSIONS, NAMED_PRESETS, Config, resolve, size_within
 from experiments.paper import PUBLISHED
 from trainer.runs import ineffective_settings
 
 FOLDER = Path(__file__).parent / "definitions"
+MAX_BYTES = 1 << 16  # of a definition
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,14 @@ def definitions() -> dict[str, Definition]:
 def read_definition(path: Path) -> Definition:
     """Return the definition in one file."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(read_text(path, "restore it from version control", MAX_BYTES))
         settings = found.pop("settings", {})
         rows = tuple(_row(name, settings | row) for name, row in found.pop("rows").items())
         found |= {"datasets": tuple(found["datasets"]), "compare": tuple(map(tuple, found.get("compare", ())))}
         definition = Definition(name=path.stem, rows=rows, **found)
     except KeyError as error:
         raise InputError(f"{path} is not a valid experiment: it lacks {error}") from None
-    except (InputError, tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
+    except (InputError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a valid experiment: {error}") from None
     unknown = {name for pair in definition.compare for name in pair} - {row.name for row in rows}
     if unknown:

@@ -63,6 +63,8 @@ def model_name(config: Mapping[str, Any]) -> str:
 
 def check_state(now: Snapshot, state: State) -> None:
     """Raise InputError for a state of another model, or with items that this catalogue does not have."""
+    if not isinstance(state, State):
+        raise InputError(f"state {state!r:.80} must be a State, as start() and step() return it")
     if state.model != now.model:
         raise InputError(
             f"the state was made by the model {state.model!r}, this is {now.model!r}; encode the history again: start()"

@@ -1,0 +1,441 @@
+"""Fuzz every door that reads data: each input works or ends in InputError, in bounded time and memory.
+
+FUZZ_EXAMPLES=10000 pytest tests/test_fuzz.py -s    tries 10,000 inputs per door at random instead of the fixed few
+"""
+
+import copy
+import hashlib
+import io
+import json
+import os
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save
+
+from common.errors import InputError
+from config import Config
+from datasets.catalog import describe, load_catalog
+from datasets.features.array_files import open_array_file
+from datasets.prepare.events import read_events
+from datasets.prepare.items import read_items
+from datasets.prepare.raw import FILTERS
+from datasets.prepare.sequences import make_sequences
+from datasets.records import parse_record
+from datasets.text import item_text
+from experiments.definition import FOLDER as DEFINITIONS
+from experiments.definition import read_definition
+from experiments.store import kept_runs
+from serving import Recommender
+from serving.export import arguments_parser, best_size
+from serving.folder import CONFIG, ITEMS, WEIGHTS
+from serving.states import State
+from tests.exported import write_export
+from tests.made_up import random_model
+from trainer.runs import check_data, describe_run, features_of, read_config, read_log, read_metrics
+
+MANY = int(os.environ.get("FUZZ_EXAMPLES", 0))
+SECONDS, MEGABYTES = 2, 500  # the most that an input may take
+DEEP = b"[" * 990 + b"]" * 990  # stands in JSON where NASTY has "DEEP"
+NASTY = [
+    None, True, -1, 0, 1, 7, 10**6, 10**12, 2**31, 2**63, 10**30, 1.5, 1e308, float("nan"), float("inf"), "", "x", "0",
+    "../..", "/etc/passwd", "a\0b", "a\nb", "\ud800", "x" * 300, "é" * 5000, [], {}, [[]], [None], [1, 0], {"a": 1},
+    {"": {}}, "DEEP",
+]  # fmt: skip
+BYTES = [
+    b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b'"', b"'", b",", b"\t", b"{", b"[", b"}", b"]", b"::", b"\x1f\x8b",
+    b"nan", b"-1", b"9" * 5000, b"1e999", b"(" * 200, b"[" * 990, b"&amp;" * 50, b"\\ud800", b"\xed\xa0\x80", b"A" * 300,
+    b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"PK\x03\x04", b"\x80\x04", b"<a =", b"<!--", b"__import__('os')", b"\x28\xb5\x2f\xfd",
+]  # fmt: skip
+
+
+def fuzzed(count):
+    """Run a test on `count` derandomized inputs, or on FUZZ_EXAMPLES random ones."""
+
+    def decorate(test):
+        options = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+        if MANY:
+            return seed(int(time.time()))(settings(max_examples=MANY, **options)(test))
+        return settings(max_examples=count, derandomize=True, **options)(test)
+
+    return decorate
+
+
+def memory(name):
+    """Return VmRSS or VmHWM in MB; 0 where /proc does not exist."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().partition(f"{name}:")[2].split()[0]) / 1024 if status.exists() else 0
+
+
+def bounded(function, *arguments, **options):
+    """Return what a call returns, or the message of its InputError; any other exception fails, as do time and memory."""
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before, started = memory("VmRSS"), time.process_time()
+    try:
+        result = function(*arguments, **options)
+    except InputError as error:
+        result = str(error)
+        assert len(result) < 4000, "an endless message"
+    taken, grown = time.process_time() - started, memory("VmHWM") - before
+    assert taken < SECONDS, f"{taken:.1f} s"
+    assert grown < MEGABYTES, f"{grown:.0f} MB"
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- inputs
+
+VALUES = st.sampled_from(NASTY) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value):
+    """Yield (container, key) of everything in a JSON value."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in list(entries):
+        yield value, key
+        yield from places(inner)
+
+
+@st.composite
+def altered(draw, original):
+    """Draw a JSON value with some entries replaced, removed or added."""
+    value = [copy.deepcopy(original)]
+    for _ in range(draw(st.integers(1, 2))):
+        found = list(places(value))
+        container, key = found[draw(st.integers(0, len(found) - 1))]
+        how = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"]))
+        if how == "remove" and container is not value:
+            del container[key]
+        elif how == "add" and isinstance(container, dict):
+            container[draw(st.sampled_from(["x", "", "a\0", "__class__", "1"]))] = draw(VALUES)
+        else:
+            container[key] = draw(VALUES)
+    return value[0]
+
+
+@st.composite
+def damaged(draw, original):
+    """Draw bytes with some parts replaced, repeated or cut off."""
+    data = original
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(data)))
+        end = min(len(data), start + draw(st.sampled_from([0, 0, 1, 4, 30, 10**6])))
+        more = draw(st.sampled_from(BYTES) | st.binary(max_size=6) | st.just(data[start:end] * 3))
+        data = data[:start] + more + data[end:]
+    return data
+
+
+def to_json(value):
+    """Return JSON of any value, lone surrogates included."""
+    return json.dumps(value).encode().replace(b'"DEEP"', DEEP)
+
+
+def json_file(original):
+    return altered(original).map(to_json) | damaged(to_json(original))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+# ----------------------------------------------------------------------------------------------------------- datasets
+
+MAPS = {"item2id": {f"B{i}": str(i) for i in range(1, 6)}, "user2id": {"u": "1", "v": "2"}}
+RECORDS = [
+    {"asin": "B1", "title": "Tent &amp; <b>lamp</b>", "price": 9.5, "categories": [["Home", "Light"]], "brand": None},
+    {"asin": "B2", "title": "Stove", "description": ["a", "b"], "related": {"also_bought": ["B1"]}},
+]
+LITERALS = "".join(f"{record}\n" for record in RECORDS).encode()
+DATASET = {
+    "datamaps.json": json_file(MAPS),
+    "sequential_data.txt": damaged(b"1 1 2 3 4\n2 5 4 3\n"),
+    "meta.json.gz": altered(RECORDS).map(lambda rows: b"\n".join(map(to_json, rows if isinstance(rows, list) else [rows])))
+    | altered(RECORDS).map(lambda rows: repr(rows).encode("utf-8", "surrogatepass"))
+    | damaged(LITERALS),
+    "item2img.json": json_file({"1": "a.png", "B2": "b.png"}),
+    "prepare_report.json": json_file({"prepared": {"recipe": {}, "files": {}, "filters": [], "notes": []}}),
+    "item2img_dict.pkl": damaged(pickle.dumps({"B1": "x/B1.png", "B2": "B2.jpg"})),
+}  # fmt: skip
+WHOLE = {"datamaps.json": to_json(MAPS), "sequential_data.txt": b"1 1 2 3 4\n2 5 4 3\n", "meta.json.gz": LITERALS}
+
+
+def load_dataset(root):
+    catalog = load_catalog(root, "tiny")
+    describe(catalog)
+    catalog.digest()
+    for record in catalog.metadata:
+        item_text(record, ("title", "price", "brand", "categories", "description"))
+
+
+@given(changed=st.sampled_from(sorted(DATASET)).flatmap(lambda name: st.tuples(st.just(name), DATASET[name])))
+@fuzzed(150)
+def test_prepared_datasets(folder, changed):
+    tiny = folder / "tiny"
+    tiny.mkdir(exist_ok=True)
+    for path in tiny.iterdir():
+        path.unlink()
+    for name, data in (WHOLE | dict([changed])).items():
+        (tiny / name).write_bytes(data)
+    bounded(load_dataset, folder)
+
+
+@given(line=(altered(RECORDS[0]).map(repr) | altered(RECORDS[0]).map(json.dumps)
+             | damaged(LITERALS).map(lambda data: data.decode("utf-8", "replace")) | st.text()))  # fmt: skip
+@fuzzed(200)
+def test_metadata_lines(line):
+    record = bounded(parse_record, line)
+    if record is not None:
+        bounded(item_text, record, ("title", "price", "brand", "categories", "description"))
+
+
+EVENTS = pd.DataFrame({"user_id": ["u", "u", "v"], "item_id": ["B1", "B2", "B1"], "rating": [5.0, 4.0, 1.0],
+                       "timestamp": [1400000000, 1400000001, 1400000002]})  # fmt: skip
+ROWS = EVENTS.to_dict("records")
+LISTED = b"\n".join(map(to_json, ROWS))
+RAW = [
+    LISTED, to_json(ROWS), to_json({"reviews": ROWS}), to_json({"0": [3, 7], "1": [4, 5]}), EVENTS.to_csv().encode(),
+    EVENTS.to_csv(index=False, sep="\t").encode(), b"u1,i1,5.0,1400000000\nu2,i1,4.0,1400000001\n", LITERALS,
+    b"1 3 4 5\n2 5 4\n", b"1::1193::5::978300760\n1::661::3::978302109\n", b"196\t242\t3\t881250949\n186\t302\t3\t891717742\n",
+    b"movieId,title,genres\n1,Toy Story (1995),Adventure|Animation\n", EVENTS.to_parquet(), b"user_id:token\titem_id:token\n1\t2\n",
+]  # fmt: skip
+CHANGED_RAW = st.sampled_from(RAW).flatmap(damaged) | altered(ROWS).map(
+    lambda rows: b"\n".join(map(to_json, rows if isinstance(rows, list) else [rows]))
+)
+
+
+def prepare(path):
+    return make_sequences(read_events(path), **FILTERS | {"min_uc": 1, "min_sc": 1})
+
+
+@given(data=CHANGED_RAW)
+@fuzzed(150)
+def test_raw_files(folder, data):
+    path = folder / "raw"
+    path.write_bytes(data)
+    bounded(prepare, path)
+    bounded(read_items, path, frozenset(["B1", "B2", "1", "0"]))
+
+
+def array_bytes(write):
+    opened = io.BytesIO()
+    write(opened)
+    return opened.getvalue()
+
+
+ROWS_2X3 = np.arange(6, dtype=np.float32).reshape(2, 3)
+TABLE = pd.DataFrame({"asin": ["B1", "B2"], "a": [1.0, 2.0], "b": [3.0, 4.0]})
+ARRAYS = {
+    ".npy": array_bytes(lambda file: np.save(file, ROWS_2X3)),
+    ".safetensors": save({"features": ROWS_2X3, "ids": np.array([[66, 49], [66, 50]], np.uint8)}),
+    ".csv": TABLE.to_csv(index=False).encode(),
+    ".parquet": TABLE.to_parquet(index=False),
+    ".b": np.zeros(1, np.dtype([("id", "S10"), ("row", "<f4", 4096)])).tobytes(),
+}
+NUMPY_HEADERS = [
+    b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    for shape in ("(10**12,3)", "(1000000000000, 3)", "(-1, 3)", "(2**70, 1)", "()")
+    for kind in ("<f4", "|O", "<U1000000000", "[('a','<f4')]")
+    for text in [f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()]
+]
+
+
+@given(suffix=st.sampled_from(sorted(ARRAYS)), data=st.data())
+@fuzzed(120)
+def test_feature_files(folder, suffix, data):
+    path = folder / f"vectors{suffix}"
+    content = damaged(ARRAYS[suffix]) | (st.sampled_from(NUMPY_HEADERS) if suffix == ".npy" else st.nothing())
+    path.write_bytes(data.draw(content))
+    (folder / "vectors.ids.json").write_bytes(data.draw(st.just(b'["B1", "B2"]') | json_file(["B1", "B2"])))
+    bounded(lambda: [rows.sum() for _, rows in open_array_file(path).pieces()])
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+METRICS = {"8": {"NDCG@10": 0.5, "Recall@10": 0.5}, "16": {"NDCG@10": 0.25, "Recall@10": 0.25}}
+ENVIRONMENT = {"started": "a", "command": ["train.py"], "commit": "c", "uncommitted_changes": False, "device": "cpu",
+               "versions": {"torch": "2"}, "data": "d", "features": ["f.npy"], "resumed": []}  # fmt: skip
+EPOCH = {"epoch": 1, "best_epoch": 1, "seconds": 1.0, "train_seconds": 1.0, "val": METRICS}
+CARD = {"weights": hashlib.sha256(b"").hexdigest(),
+        "rows": [{"engine": "torch", "quantize": "float16", "size": 8, "bytes": 9, "p50_ms": 1.0, "NDCG@10": 0.5}]}  # fmt: skip
+RECORD = {"run": "demo-a", "settings": vars(Config()), "sources": {}, "environment": ENVIRONMENT, "epochs": 1,
+          "best_epoch": 1, "seconds": 1.0, "train_seconds": 1.0}  # fmt: skip
+RUN = {
+    "config.json": {"settings": vars(Config()), "sources": {"lr": "flag"}},
+    "env.json": ENVIRONMENT,
+    "log.jsonl": EPOCH,
+    "test_mrl_metrics.json": METRICS,
+    "deploy.json": CARD,
+    "runs.jsonl": RECORD,
+}
+RUN = json.loads(json.dumps(RUN))  # tuples as lists
+
+
+@given(changed=st.sampled_from(sorted(RUN)).flatmap(lambda name: st.tuples(st.just(name), json_file(RUN[name]))))
+@fuzzed(200)
+def test_runs(folder, changed):
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    for name, data in ({name: to_json(value) for name, value in RUN.items()} | dict([changed])).items():
+        (run / name).write_bytes(data)
+    (run / "best.safetensors").touch()
+    (run / "metrics.csv").write_text("run,dataset,split,protocol,size,NDCG@10\ndemo-a,demo,test,kept,8,0.5\n")
+    bounded(read_config, run)
+    bounded(read_log, run)
+    bounded(describe_run, run)
+    bounded(features_of, run)
+    bounded(check_data, run, "d")
+    bounded(read_metrics, run / "test_mrl_metrics.json", "test again")
+    bounded(kept_runs, run)
+    arguments = arguments_parser().parse_args(["--max_bytes", "1MB"])
+    arguments.run = run
+    bounded(best_size, arguments)
+
+
+DEFINITION = sorted(DEFINITIONS.glob("*.toml"))[0].read_bytes()
+
+
+@given(data=damaged(DEFINITION))
+@fuzzed(40)
+def test_definitions_of_experiments(folder, data):
+    (folder / "one.toml").write_bytes(data)
+    bounded(read_definition, folder / "one.toml")
+
+
+# ------------------------------------------------------------------------------------------------------------ serving
+
+FEATURES = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def exported(folder):
+    """The files of an export with graphs, in int8."""
+    model = random_model((4, 8), num_blocks=1, num_items=12, features=FEATURES)
+    made = write_export(folder / "export", model, quantize="int8")
+    return {path.name: path.read_bytes() for path in made.iterdir()}
+
+
+def checked(files):
+    """Return the files of an export with right checksums in its config.json."""
+    try:
+        config = json.loads(files[CONFIG])
+        for name, entry in config["files"].items():
+            if name in files and isinstance(entry, dict):
+                entry |= {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+        config.pop("sha256", None)
+        config["sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        return files | {CONFIG: json.dumps(config).encode()}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return files
+
+
+ARRAY = st.sampled_from([
+    np.zeros(0, np.float32), np.zeros((0, 0), np.uint8), np.zeros((12, 0), np.uint8), np.zeros(3, np.int64),
+    np.full((12, 4), 255, np.uint8), np.full(12, 10**12), np.full(12, -1), np.arange(12)[::-1].copy(), np.zeros(()),
+    np.full((13, 8), np.nan, np.float32), np.full((13, 8), -128, np.int8), np.full(13, np.nan, np.float32),
+    np.full((8, 16), np.inf, np.float32), np.zeros((1, 10**5), bool), np.zeros((13, 8), np.float16),
+])  # fmt: skip
+
+
+@st.composite
+def broken_export(draw, files):
+    """Draw an export's files with one changed and all checksums right."""
+    name = draw(st.sampled_from([CONFIG, CONFIG, ITEMS, WEIGHTS, "recommend.onnx", "step.onnx", "rank.onnx"]))
+    if name == CONFIG:
+        return checked(files | {name: draw(json_file(json.loads(files[name])))})
+    if name in (ITEMS, WEIGHTS) and draw(st.booleans()):
+        path = Path(os.environ["FUZZ_FOLDER"], name)
+        path.write_bytes(files[name])
+        tensors = load_file(path)
+        which = draw(st.sampled_from([*sorted(tensors), "removed", "more"]))
+        tensors |= {which: draw(ARRAY)}
+        return checked(files | {name: save(tensors)})
+    return checked(files | {name: draw(damaged(files[name]))})
+
+
+def serve(folder, engine):
+    recommender = Recommender.from_pretrained(folder, engine)
+    recommender.recommend([[1, 2], [], ["A3"]], top_k=3)
+    recommender.recommend([recommender.step(recommender.start(), 1)], candidates=["A1", "A2"])
+    recommender.add_items(["new"], FEATURES[:1], ["title"])
+    recommender.similar_items(["new"])
+    recommender.remove_items(["A1"])
+    recommender.embed_items([{"title": "a tent"}])
+    recommender.reload()
+
+
+@given(data=st.data(), engine=st.sampled_from(["onnx", "torch", None]))
+@fuzzed(120)
+def test_exports_with_right_checksums(folder, exported, data, engine):
+    os.environ["FUZZ_FOLDER"] = str(folder)
+    place = folder / "broken"
+    place.mkdir(exist_ok=True)
+    for path in place.iterdir():
+        path.unlink()
+    for name, content in data.draw(broken_export(exported)).items():
+        (place / name).write_bytes(content)
+    bounded(serve, place, engine)
+
+
+@pytest.fixture(scope="module")
+def recommender(folder, exported):
+    return Recommender.from_pretrained(folder / "export", "onnx")
+
+
+ITEM = st.sampled_from(
+    ["A1", "A12", 1, 12, 13, 0, -1, True, None, 1.0, "", "zzz", "\ud800", "a\0", 10**30, np.int64(3), b"A1"]
+)
+ITEMS_GIVEN = st.lists(ITEM, max_size=4) | VALUES | st.just(("A1",)) | st.just(np.array([1, 2])) | st.just(range(3))
+VECTORS = st.sampled_from([
+    FEATURES[:1], FEATURES[:2], FEATURES.astype(str), np.full((1, 6), np.nan), np.full((1, 6), 1e38), np.zeros((0, 6)),
+    np.zeros((1, 0)), [[1, 2, 3, 4, 5, 6]], [[1], [2, 3]], FEATURES[:1].astype(complex), np.array([[None] * 6]),
+]) | VALUES  # fmt: skip
+PRODUCT = altered([{"title": "Tent", "brand": "B", "price": 3}]) | VALUES
+CALLS = {
+    "recommend": st.fixed_dictionaries(
+        {"histories": st.lists(ITEMS_GIVEN, max_size=3) | VALUES},
+        optional={"top_k": st.sampled_from([1, 3, 10**9, 0, -1, True, None, 2.5, "3", 10**30]), "candidates": ITEMS_GIVEN
+                  | st.lists(ITEMS_GIVEN, max_size=3), "boost": VECTORS, "exclude_history": st.booleans() | VALUES},
+    ),
+    "similar_items": st.fixed_dictionaries({"items": ITEMS_GIVEN}, optional={"top_k": VALUES, "candidates": ITEMS_GIVEN}),
+    "start": st.fixed_dictionaries({"history": ITEMS_GIVEN}),
+    "step": st.fixed_dictionaries({"state": VALUES | st.just("state"), "item": ITEM | VALUES}),
+    "filter": st.fixed_dictionaries({"items": ITEMS_GIVEN | st.sampled_from([np.ones(12, bool), np.ones((2, 2), bool)]),
+                                     "boost": VECTORS | st.none()}),
+    "item_vectors": st.fixed_dictionaries({"items": ITEMS_GIVEN}),
+    "user_vectors": st.fixed_dictionaries({"histories": st.lists(ITEMS_GIVEN, max_size=3)}),
+    "add_items": st.fixed_dictionaries({"ids": ITEMS_GIVEN, "features": VECTORS}, optional={"titles": ITEMS_GIVEN}),
+    "update_items": st.fixed_dictionaries({"ids": ITEMS_GIVEN}, optional={"features": VECTORS, "titles": ITEMS_GIVEN}),
+    "remove_items": st.fixed_dictionaries({"ids": ITEMS_GIVEN}),
+    "embed_items": st.fixed_dictionaries({"products": PRODUCT}),
+}  # fmt: skip
+
+
+@given(call=st.sampled_from(sorted(CALLS)).flatmap(lambda name: st.tuples(st.just(name), CALLS[name])))
+@fuzzed(300)
+def test_calls_of_the_recommender(recommender, call):
+    name, arguments = call
+    if arguments.get("state") == "state":
+        arguments["state"] = recommender.start(["A1"])
+    if len(recommender.items) > 40:
+        recommender._now = Recommender.from_pretrained(recommender._opened[0], "onnx")._now
+    bounded(getattr(recommender, name), **arguments)
+
+
+@given(data=st.data())
+@fuzzed(100)
+def test_bytes_of_states(recommender, data):
+    whole = recommender.start(["A1", "A2"]).to_bytes()
+    state = bounded(State.from_bytes, data.draw(damaged(whole) | VALUES | st.just(whole)))
+    if isinstance(state, State):
+        bounded(recommender.recommend, [state], 3)

@@ -1,8 +1,14 @@
 """The exception for invalid user input."""
 
+MAX_MESSAGE = 3000  # characters
+
 
 class InputError(Exception):
     """Invalid user input.
 
-    The message names the bad value, the accepted values, and how to fix it.
+    The message names the bad value, the accepted values, and how to fix it. The middle of a very long one is left out.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"

@@ -8,6 +8,8 @@ import json
 import os
 import stat
 import tempfile
+import tokenize
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,11 @@ from typing import Any
 
 from common.errors import InputError
 
+# What numpy.load raises on damaged files. It parses a header as Python, so even TokenError may come.
+ARRAY_ERRORS = (
+    ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError,
+)  # fmt: skip
 MAX_TEXT = 1 << 30  # bytes of a text file
 MAX_DEPTH = 64  # of nested JSON objects and arrays
 

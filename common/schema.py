@@ -24,6 +24,8 @@ def check_schema(value: T, schema: Any, where: Path | str, hint: str) -> T:
     """
     try:
         msgspec.convert(value, schema)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} has text that is not valid Unicode: {error.object!r:.80}; {hint}") from None
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `")
         raise InputError(f"{where}{_describe(value, problem.replace('`', ''), place.rstrip('`'))}; {hint}") from None

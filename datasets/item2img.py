@@ -45,7 +45,11 @@ def read_item2img(
             continue
         if item not in asin_of:
             raise InputError(f"{path}: item {item!r} is not in datamaps.json; {hint}")
-        if "\0" in name or not (photos / name).resolve().is_relative_to(inside):
+        try:
+            is_inside = (photos / name).resolve().is_relative_to(inside)
+        except (OSError, ValueError):  # no valid file name
+            is_inside = False
+        if not is_inside:
             raise InputError(f"{path}: picture {name!r} of item {item!r} lies outside {photos}; {hint}")
         listed[asin_of[item]] = name
     return listed

@@ -10,8 +10,6 @@ ranks/<dataset>.npz   the rank of every user's target, for runs that an experime
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from common.errors import InputError
-from common.files import read_json, replacing, write_text
+from common.files import ARRAY_ERRORS, read_json, replacing, write_text
 from common.schema import Count, Number, Positive, check_schema, read_json_lines
 from common.settings import check_types
 from config import Config
@@ -319,7 +317,7 @@ def _load_arrays(path: Path, modified: int) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except ARRAY_ERRORS as error:
         raise InputError(f"{path} cannot be read ({error}); {HINT}") from None
 
 

@@ -111,7 +111,10 @@ def make_filter(catalogue: Catalogue, items: Any, boost: Any) -> Filter:
             if unknown:
                 notes.append(f"candidates {catalogue.unknown(unknown)}; skipped")
     if boost is not None:
-        boost = np.asarray(boost)
+        try:
+            boost = np.asarray(boost)
+        except ValueError:  # of lists of several lengths
+            boost = np.empty((0, 0))
         if boost.ndim != 1 or boost.dtype.kind not in "iuf" or len(boost) > len(catalogue):
             raise InputError(f"boost must be an array of at most {len(catalogue)} numbers, one for each item")
         boost = boost.astype(np.float32)

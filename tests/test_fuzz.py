@@ -117,9 +117,9 @@ def altered(draw, original):
         if how == "remove" and container is not value:
             del container[key]
         elif how == "add" and isinstance(container, dict):
-            container[draw(st.sampled_from(["x", "", "a\0", "__class__", "1"]))] = draw(VALUES)
+            container[draw(st.sampled_from(["x", "", "a\0", "__class__", "1"]))] = copy.deepcopy(draw(VALUES))
         else:
-            container[key] = draw(VALUES)
+            container[key] = copy.deepcopy(draw(VALUES))
     return value[0]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from common.files import parse_json, read_text
+from common.files import ARRAY_ERRORS, parse_json, read_text
 from common.schema import check_schema
 
 ID_COLUMNS = ("asin", "item_id", "product_id", "parent_asin", "id")
@@ -73,7 +73,7 @@ def _open_npy(path: Path) -> ArrayFile:
     hint = "save a 2-d array of numbers with numpy.save"
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except ARRAY_ERRORS as error:
         raise _unreadable(path, error, hint) from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiu":
         kind = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"

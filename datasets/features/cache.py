@@ -27,7 +27,7 @@ import numpy as np
 from msgspec import Struct
 
 from common.errors import InputError
-from common.files import cannot_write, read_json, sha256, write_json
+from common.files import ARRAY_ERRORS, cannot_write, read_json, sha256, write_json
 from common.schema import Number, check_schema
 
 ROOT = Path("data/features")
@@ -128,7 +128,7 @@ def begin(path: Path, plan: dict[str, Any], shape: tuple[int, int], batches: lis
             there = np.load(partial, mmap_mode="r")
             if there.shape == shape and there.dtype == DTYPE:
                 return unfinished(path, batches)
-        except (OSError, ValueError, EOFError):
+        except ARRAY_ERRORS:
             pass  # damaged: begin again
     drop(path)
     try:

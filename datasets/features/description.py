@@ -50,7 +50,7 @@ def embed_records(
     file under its name. modalities: from `described_modalities`; each loads its encoder once. Raises InputError
     if an encoder is not the one of the training or a record lacks what it needs.
     """
-    if not description["dim"]:
+    if not description["dim"] or not modalities:
         raise InputError("this model read no features, so there is nothing to embed")
     if not records:
         return np.zeros((0, description["dim"]), dtype=np.float32)

@@ -57,7 +57,7 @@ def read_csv(file: RecordFile, chunk: int, **how: Any) -> Iterator["pd.DataFrame
                 yield frame
         except pd.errors.EmptyDataError:
             return
-        except (pd.errors.ParserError, csv.Error) as error:
+        except (ValueError, OverflowError, csv.Error) as error:  # pandas' own errors are ValueErrors
             reason = str(error).removeprefix("Error tokenizing data. C error: ").strip()
             raise InputError(
                 f"{file.path} is no whole table ({reason}); every row needs as many cells as the first"
@@ -83,7 +83,10 @@ class Table:
         """Return the separator and the columns, without RecBole's types. Raises InputError if two have one name."""
         line = Head.of(path).lines[0]
         separator = separator_of(line)
-        names = [TYPE.sub("", name) for name in next(csv.reader([line], delimiter=separator))]
+        try:
+            names = [TYPE.sub("", name) for name in next(csv.reader([line], delimiter=separator))]
+        except csv.Error as error:
+            raise InputError(f"{path} has an invalid header ({error}); {HINT}") from None
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"{path} has two columns {twice!r}; rename one in the header")
         return separator, names

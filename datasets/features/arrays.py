@@ -71,7 +71,7 @@ class FileModality(Modality):
         )
 
     def make(self, file: cache.File, inputs: Sequence[str], job: Job) -> dict[str, Any]:
-        job.say(f"reading {self.path}, once: {file.path}")
+        processes.print_main(f"reading {self.path}, once: {file.path}")
         return processes.on_main_process(lambda: self._copy(file, inputs))
 
     def _copy(self, file: cache.File, asins: Sequence[str]) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class FileModality(Modality):
 
     def note(self, file: cache.File, job: Job) -> None:
         if absent := len(file.header["broken"]):
-            job.say(
+            processes.print_main(
                 f"{absent} of {job.catalog.num_items} items are not in {self.path}: zero vectors, named in "
                 f"{cache.sidecar(file.path)}"
             )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from common import processes
 from common.errors import InputError
 from datasets.features import cache, encode
 from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
@@ -63,7 +64,7 @@ class ImageModality(EncodedModality):
         return {"kind": self.kind, **self.fingerprint(), "items": items}
 
     def refuse_change(self, job: Job) -> None:
-        job.say(
+        processes.print_main(
             "the pictures or their encoder's weights are not those that the run was trained on, or were copied without "
             "their times"
         )
@@ -107,7 +108,7 @@ class ImageModality(EncodedModality):
 
     def note(self, file: cache.File, job: Job) -> None:
         if without := len(file.header["broken"]):
-            job.say(
+            processes.print_main(
                 f"{without} of {job.catalog.num_items} items have no readable picture: zero vectors, named in "
                 f"{cache.sidecar(file.path)}"
             )

@@ -8,7 +8,7 @@ continues after a kill, and under torchrun each rank encodes a share.
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ def load_features(
     trained_on: Collection[str] = (),
     *,
     cache_root: Path = cache.ROOT,
-    say: Callable[[str], None] = print,
 ) -> list[np.memmap]:
     """Return features [N, F] of items 1..N for each modality: text, pictures, then files in the given order.
 
@@ -42,7 +41,7 @@ def load_features(
     only reported, because their times count too), or the disk is full.
     """
     processes.start()
-    job = Job(settings, catalog, device, trained_on, cache_root, _silent if processes.rank() else say)
+    job = Job(settings, catalog, device, trained_on, cache_root)
     asked = modalities(settings)
     inputs = [modality.inputs(job) for modality in asked]  # all are checked before one is encoded
     return [_load(*pair, job) for pair in zip(asked, inputs, strict=True)]
@@ -59,8 +58,8 @@ def _cached(modality: Modality, key: dict[str, Any], inputs: Sequence[Any], job:
     """Return the cached file, made first if it is missing."""
     from filelock import FileLock
 
-    def find(say: Callable[[str], None] = _silent) -> cache.File:
-        return cache.find(_candidates(modality, key, job), modality.commit(), job.trained_on, say)
+    def find(report: bool = False) -> cache.File:
+        return cache.find(_candidates(modality, key, job), modality.commit(), job.trained_on, report)
 
     def compare_and_find() -> cache.File:
         names = [file.path.name for file in _candidates(modality, key, job)]
@@ -74,8 +73,8 @@ def _cached(modality: Modality, key: dict[str, Any], inputs: Sequence[Any], job:
     lock = FileLock(_path(modality, key, job).with_suffix(".lock"))
 
     def find_alone() -> cache.File:
-        cache.acquire(lock, job.say)
-        return find(job.say)  # again: another process may have made it meanwhile
+        cache.acquire(lock)
+        return find(report=True)  # again: another process may have made it meanwhile
 
     try:
         found = processes.on_main_process(find_alone)
@@ -106,7 +105,3 @@ def _path(modality: Modality, key: dict[str, Any], job: Job) -> Path:
         / job.catalog.name
         / f"{modality.kind}-{short}-{digest([json.dumps(key, sort_keys=True)])[:16]}.npy"
     )
-
-
-def _silent(line: str) -> None:
-    """Say nothing: rank 0 alone prints."""

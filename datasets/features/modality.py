@@ -37,7 +37,6 @@ class Job:
     device: Any
     trained_on: Collection[str]  # names of the cached files that a run was trained on; empty: no run
     cache_root: Path
-    say: Callable[[str], None]  # prints a line
 
 
 class Modality(ABC):
@@ -88,14 +87,14 @@ class Modality(ABC):
 
     @abstractmethod
     def refuse_change(self, job: Job) -> None:
-        """Handle inputs that differ from those a run was trained on: say so, or raise InputError."""
+        """Print that the inputs differ from those a run was trained on, or raise InputError."""
 
     @abstractmethod
     def make(self, file: cache.File, inputs: Sequence[Any], job: Job) -> dict[str, Any]:
         """Make the features and write them to a cached file. Returns its header."""
 
     def note(self, file: cache.File, job: Job) -> None:
-        """Say which items have zero vectors."""
+        """Print how many items have zero vectors."""
         return
 
     # ------------------------------------------------------------------------------------------------ new products
@@ -161,7 +160,7 @@ class EncodedModality(Modality):
 
     def make(self, file: cache.File, inputs: Sequence[Any], job: Job) -> dict[str, Any]:
         """Encode the batches that are missing, each rank its share; rank 0 finishes the file."""
-        path, key, say = file.path, file.key, job.say
+        path, key, say = file.path, file.key, processes.print_main
         precision = key.get("precision", "fp32")
         if self.has_precision():
             say(f"encoding {len(inputs):,} {self.unit} by {self.encoder} ({precision}, {job.device}), once: {path}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from common import processes
 from common.errors import InputError
 from datasets.features import encode
 from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
@@ -55,7 +56,7 @@ class TextModality(EncodedModality):
         return cls(encoder or description["encoder"], tuple(description["attributes"]), description)
 
     def inputs(self, job: Job) -> list[str]:
-        catalog, say = job.catalog, job.say
+        catalog = job.catalog
         texts = [item_text(record, self.attributes) for record in catalog.metadata]
         if all(text == NO_TEXT for text in texts):
             known = sorted({key for record in catalog.metadata for key in record})
@@ -65,10 +66,10 @@ class TextModality(EncodedModality):
             )
         absent = [a for a in self.attributes if all(item_text(record, (a,)) == NO_TEXT for record in catalog.metadata)]
         if absent:
-            say(f"no item has {' or '.join(absent)}: left out of the texts")
+            processes.print_main(f"no item has {' or '.join(absent)}: left out of the texts")
         without = sum(text == NO_TEXT for text in texts)
         if without:
-            say(f"{without} of {len(texts)} items have no text: encoded as {NO_TEXT!r}")
+            processes.print_main(f"{without} of {len(texts)} items have no text: encoded as {NO_TEXT!r}")
         return texts
 
     def key(self, job: Job, inputs: Sequence[str]) -> dict[str, Any]:

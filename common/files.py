@@ -70,15 +70,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def check_regular(path: Path, hint: str) -> None:
+    """Raise InputError if a path exists and is no regular file: reading a FIFO or a device would hang."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} cannot be read (not a regular file); {hint}")
+
+
 def read_text(path: Path, hint: str) -> str:
     """Return the text of a UTF-8 file, gunzipped if its name ends in .gz.
 
     hint: how to fix the problem, the end of the error message. Raises InputError if the file is missing, damaged or
     empty.
     """
+    check_regular(path, hint)
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")  # with or without a mark
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; {hint}") from None
     except UnicodeDecodeError as error:
@@ -94,7 +101,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     """Return the JSON object in a file; hint and errors as in `read_text`."""
     try:
         value = json.loads(read_text(path, hint))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also of an integer with over 4,300 digits
         raise InputError(f"{path} is not JSON ({error}); {hint}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object; {hint}")

@@ -31,10 +31,19 @@ from datasets.features.image import load_encoder as image_encoder
 from datasets.features.text import LexicalEncoder, hub_commit
 from datasets.features.text import fingerprint as language_fingerprint
 from datasets.features.text import load_encoder as language_encoder
-from tests.prepared import TINY_CLIP, feature_parts, item_features, put_in_hub_cache, write_prepared, write_tiny_bert
+from tests.prepared import (
+    TINY_CLIP,
+    WORDS,
+    feature_parts,
+    item_features,
+    put_in_hub_cache,
+    write_prepared,
+    write_tiny_bert,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 MEAN, FIRST = {"pooling_mode_mean_tokens": True}, {"pooling_mode_cls_token": True}
+LAST = {"pooling_mode_lasttoken": True, "include_prompt": True}
 SHORT, LONG = "red tent", "warm light lamp stove knife kettle gloves bottle"
 
 
@@ -123,13 +132,54 @@ def test_pixel_puts_like_pictures_nearer_than_unlike_ones(picture, nearer, farth
 # --------------------------------------------------------------------------------------------------- Hugging Face texts
 
 
-def plain_states(model: Path, text: str) -> np.ndarray:
+def write_model(folder: Path, kind: str, pooling: dict | None) -> Path:
+    """Write a random model of transformers that reads 12 tokens, with a tokenizer that pads on the left."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 4 + len(WORDS)}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 12, "initializer_range": 0.5}
+    sizes |= {
+        "MPNet": {"max_position_embeddings": 14},  # two of them are never used
+        "Qwen3": {"head_dim": 8, "num_key_value_heads": 1},
+        "T5Encoder": {"d_model": 16, "d_kv": 8, "d_ff": 32, "initializer_factor": 5.0},
+    }.get(kind, {})
+    config = getattr(transformers, f"{kind.removesuffix('Encoder')}Config")(**sizes)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+    special |= {"cls_token": "<s>"} if kind == "MPNet" else {}
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *WORDS])}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 3)])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
+    made.save_pretrained(folder)
+    if pooling:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling/config.json").write_text(json.dumps(pooling))
+    return folder
+
+
+def plain_states(model: Path, text: str, kind: str) -> np.ndarray:
     """Return the last hidden states of one text's tokens, [tokens, 16], without padding."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer, T5EncoderModel
 
     tokens = AutoTokenizer.from_pretrained(model)(text, truncation=True, max_length=12, return_tensors="pt")
+    loaded = (T5EncoderModel if kind == "T5Encoder" else AutoModel).from_pretrained(model).eval()
     with torch.inference_mode():
-        return AutoModel.from_pretrained(model).eval()(**tokens).last_hidden_state[0].numpy()
+        return loaded(**tokens).last_hidden_state[0].numpy()
+
+
+def mean(states: np.ndarray) -> np.ndarray:
+    return states.mean(axis=0)
+
+
+def first(states: np.ndarray) -> np.ndarray:
+    return states[0]
+
+
+def last(states: np.ndarray) -> np.ndarray:
+    return states[-1]
 
 
 def modules(pooling_folder: str) -> str:
@@ -138,26 +188,32 @@ def modules(pooling_folder: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("pooling", "folder", "pools", "by"),
+    ("kind", "pooling", "pools", "by"),
     [
-        (MEAN, "1_Pooling", lambda states: states.mean(axis=0), "the mean of the tokens: 1_Pooling/config.json"),
-        (FIRST, "2_Pooling", lambda states: states[0], "the first token: 2_Pooling/config.json"),
-        (None, "", lambda states: states[0], "the first token: the default, as the model has no 1_Pooling/config.json"),
-        ({"pooling_mode": "mean"}, "1_Pooling", lambda states: states.mean(axis=0), "the mean of the tokens: 1_Pool"),
-        ({"pooling_mode": "cls"}, "1_Pooling", lambda states: states[0], "the first token: 1_Pooling/config.json"),
+        ("bert", MEAN, mean, "the mean of the tokens (1_Pooling/config.json)"),
+        ("bert", FIRST, first, "the first token (2_Pooling/config.json)"),
+        ("bert", None, first, "the first token (the default, as the model has no 1_Pooling/config.json)"),
+        ("bert", {"pooling_mode": "mean"}, mean, "the mean of the tokens (1_Pooling/config.json)"),
+        ("bert", {"pooling_mode": "cls"}, first, "the first token (1_Pooling/config.json)"),
+        ("MPNet", LAST, last, "the last token (1_Pooling/config.json)"),
+        ("Qwen3", LAST, last, "the last token (1_Pooling/config.json)"),
+        ("GPT2", None, mean, "the mean of the tokens (the default, as the model has no 1_Pooling/config.json and"),
+        ("T5Encoder", MEAN, mean, "the mean of the tokens (1_Pooling/config.json)"),
     ],
 )
-def test_a_text_is_its_tokens_pooled_as_the_model_says(tmp_path, pooling, folder, pools, by):
-    model = write_tiny_bert(tmp_path / "bert", pooling)
-    if folder == "2_Pooling":
-        (model / "1_Pooling").rename(model / folder)
-        (model / "modules.json").write_text(modules(folder))
+def test_a_text_is_its_tokens_pooled_as_the_model_says(tmp_path, kind, pooling, pools, by):
+    model = write_tiny_bert(tmp_path / "m", pooling) if kind == "bert" else write_model(tmp_path / "m", kind, pooling)
+    if "2_Pooling" in by:
+        (model / "1_Pooling").rename(model / "2_Pooling")
+        (model / "modules.json").write_text(modules("2_Pooling"))
     encoder = language_encoder(str(model), "cpu")
     assert encoder.note.startswith(f"{model} pools by {by}")
-    vectors = encoder.encode([SHORT, LONG])  # padding changes nothing
+    assert encoder.note.endswith("and reads up to 12 tokens of a text")
+    texts = (SHORT, LONG, 3 * LONG)
+    vectors = encoder.encode(texts)  # padding changes nothing
     assert_unit(vectors)
-    for sentence, vector in zip((SHORT, LONG), vectors, strict=True):
-        expected = pools(plain_states(model, sentence))
+    for sentence, vector in zip(texts, vectors, strict=True):
+        expected = pools(plain_states(model, sentence, kind))
         np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-6)
 
 

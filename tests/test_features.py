@@ -269,10 +269,10 @@ def test_a_full_disk_is_reported_in_one_line_and_leaves_no_partial_file(catalog,
         "import resource, sys; from pathlib import Path\n"
         "from common.cli import run_cli; from datasets.catalog import load_catalog\n"
         "from config import FeatureSettings; from datasets.features.load import load_features\n"
-        "settings = FeatureSettings(language_encoder='lexical', use_img_encoder=False)\n"
+        "settings = FeatureSettings(language_encoder='lexical', use_img_encoder=False, features_root=sys.argv[2])\n"
         "catalog = load_catalog(sys.argv[1], 'tiny')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "run_cli(lambda: load_features(settings, catalog, 'cpu', cache_root=Path(sys.argv[2])))"
+        "run_cli(lambda: load_features(settings, catalog, 'cpu'))"
     )
     command = [sys.executable, "-c", limit_file_size, str(tmp_path), str(shop.cache_root)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
@@ -290,12 +290,17 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
 
 
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def eps(path: Path) -> None:
     with Image.open(path) as picture:
         picture.save(path, "EPS")  # decoding it would start Ghostscript
 
 
-@pytest.mark.parametrize("make", [Path.unlink, lambda path: path.write_text("<html>404</html>"), truncated, eps])
+@pytest.mark.parametrize("make", [Path.unlink, fifo, lambda path: path.write_text("<html>404</html>"), truncated, eps])
 def test_an_unreadable_picture_gives_zeros_and_is_named_with_the_reason_at_every_use(catalog, shop, encoded, make):
     for path in catalog.pictures[2:4]:
         make(path)
@@ -369,6 +374,24 @@ def test_a_list_of_unknown_attributes_is_refused_with_the_known_ones(catalog, sh
     with pytest.raises(InputError, match=f"^--item_attributes colour,size: no item of tiny has any of them.*{known}"):
         shop.features(catalog, attributes=("colour", "size"))
     assert shop.files() == []
+
+
+def test_a_dataset_without_metadata_is_refused_with_the_ways_to_do_without(catalog, shop):
+    with pytest.raises(InputError, match=r"tiny has no metadata.*meta\.json\.gz.*--features NAME=FILE.*sasrec"):
+        shop.features(with_metadata(catalog, [{}] * 7))
+
+
+def test_a_text_does_not_depend_on_the_order_of_a_set_and_leaves_out_what_is_nested_too_deep():
+    nested: list = ["deep"]
+    for _ in range(990):
+        nested = [nested]
+    assert item_text({"title": {"b", "c", "a"}, "brand": nested}, ATTRIBUTES) == "Title: a, b, c"
+
+
+def test_a_picture_encoder_without_weights_is_refused_before_texts_are_encoded(catalog, shop, encoded):
+    with pytest.raises(InputError, match="--img_encoder 'clip' must be 'pixel', or MODEL/PRETRAINED"):
+        shop.features(catalog, image="clip")
+    assert encoded == []
 
 
 def test_an_encoder_with_weights_that_are_not_finite_is_refused(catalog, shop, tmp_path):
@@ -576,6 +599,7 @@ def write_pickle(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
+        (lambda folder: write_csv(folder, np.ones((N, 2)), IDS[:N]), f"has the same vector for all {N} items"),
         (write_without_ids, "visual.ids.txt (an id per line) or visual.ids.json (a list)"),
         (write_ragged_lists, "row 3 has 1 numbers, others 2"),
         (write_ragged_tensors, "tensor 'B' has shape [2], others [3]"),
@@ -641,7 +665,7 @@ def at_work(trained, monkeypatch) -> Path:
 def test_a_run_keeps_the_digest_of_its_file_and_is_refused_with_another(at_work):
     assert at_work.name.endswith("-language+visual-4")
     [_, name] = json.loads((at_work / "env.json").read_text())["features"]
-    assert name.startswith(f"file-visual-{arrays.file_sha256(Path('visual.npy'))}-")
+    assert name.startswith(f"file-visual-{arrays.file_sha256(Path('visual.npy'), Path('cache'))}-")
     try:
         write_npy(Path(), ROWS * np.float32([1, 2, 3, 4]))
         with pytest.raises(InputError, match=r"--features visual=visual.npy is not the file that the run was trained"):
@@ -654,7 +678,9 @@ def test_an_export_describes_the_file_and_takes_vectors_of_new_products(at_work,
     export_script.main(["--run", str(at_work), "--out", str(tmp_path / "export"), "--quantize", "none"])
     recommender = Recommender.from_pretrained(tmp_path / "export")
     features = recommender.config["features"]
-    assert features["files"] == [{"name": "visual", "sha256": arrays.file_sha256(Path("visual.npy")), "dim": WIDTH}]
+    assert features["files"] == [
+        {"name": "visual", "sha256": arrays.file_sha256(Path("visual.npy"), Path("cache")), "dim": WIDTH}
+    ]
     assert (features["dim"], features["whitened"]) == (1024 + WIDTH, [1024, WIDTH])
     metadata = load_catalog("data", "tiny").metadata[:3]
     records = [record | {"visual": ROWS[N - 1 - i].tolist()} for i, record in enumerate(metadata)]

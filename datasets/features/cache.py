@@ -30,7 +30,6 @@ from common.errors import InputError
 from common.files import cannot_write, sha256, write_json
 from common.processes import print_main
 
-ROOT = Path("data/features")
 PARTS = ("partial.npy", "done.npy", "partial.json")
 DTYPE = np.float16
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from common import processes
 from common.errors import InputError
+from common.files import check_regular
 from datasets.features import cache, encode
 from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import CHUNK, EncodedModality, Job, Record
@@ -46,7 +47,11 @@ class ImageModality(EncodedModality):
 
     @classmethod
     def from_settings(cls, settings: FeatureSettings) -> list[Self]:
-        return [cls(settings.img_encoder)] if settings.use_img_encoder else []
+        if not settings.use_img_encoder:
+            return []
+        if settings.img_encoder != cls.built_in and not all(settings.img_encoder.partition("/")):
+            raise InputError(_bad_name(settings.img_encoder))
+        return [cls(settings.img_encoder)]
 
     @classmethod
     def from_description(cls, description: Any, encoder: str | None) -> Self:
@@ -168,6 +173,7 @@ def open_picture(path: Path | None) -> tuple[Any | None, str]:
     if path is None:
         return None, NO_PICTURE
     try:
+        check_regular(path, "give a picture")
         with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
@@ -248,10 +254,7 @@ class OpenClipEncoder(Encoder):
         except ImportError as error:
             raise InputError(f"--img_encoder {name!r} needs open_clip: pip install open_clip_torch") from error
         if architecture not in open_clip.list_models() or not weights:
-            raise InputError(
-                f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights with one of "
-                f"open_clip's models, such as ViT-L-16-SigLIP-256/webli"
-            )
+            raise InputError(_bad_name(name))
         try:
             preprocessing = _preprocessing(architecture) if Path(weights).is_file() else {}
             model, _, self.preprocess = open_clip.create_model_and_transforms(
@@ -280,6 +283,13 @@ class OpenClipEncoder(Encoder):
         pixels = prepared.to(self.device, self.dtype, non_blocking=True)
         with torch.inference_mode():
             return normalised(self.model.encode_image(pixels).float().cpu().numpy())
+
+
+def _bad_name(name: str) -> str:
+    return (
+        f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights with one of open_clip's "
+        f"models, such as ViT-L-16-SigLIP-256/webli"
+    )
 
 
 def _pixels(preprocess: Callable[[Any], Any], pictures: Iterable[Any]) -> Any:

@@ -1,9 +1,9 @@
 """Features of a catalogue's items, computed once and cached. N items, F feature width.
 
-The cache has one array per dataset and modality below <cache_root>/<dataset>/, with a JSON file beside it (cache.py).
-Both carry a key of everything that the features depend on: the encoder, its weights and precision, and the ordered
-items with their inputs. A changed input changes the key. A damaged file fails its checksum and is made again. Encoding
-continues after a kill, and under torchrun each rank encodes a share.
+The cache has one array per dataset and modality below <features_root>/<dataset>/, with a JSON file beside it
+(cache.py). Both carry a key of everything that the features depend on: the encoder, its weights and precision, and the
+ordered items with their inputs. A changed input changes the key. A damaged file fails its checksum and is made again.
+Encoding continues after a kill, and under torchrun each rank encodes a share.
 """
 
 import json
@@ -28,8 +28,6 @@ def load_features(
     catalog: Catalog,
     device: Any,
     trained_on: Collection[str] = (),
-    *,
-    cache_root: Path = cache.ROOT,
 ) -> list[np.memmap]:
     """Return features [N, F] of items 1..N for each modality: text, pictures, then files in the given order.
 
@@ -41,7 +39,7 @@ def load_features(
     only reported, because their times count too), or the disk is full.
     """
     processes.start()
-    job = Job(settings, catalog, device, trained_on, cache_root)
+    job = Job(settings, catalog, device, trained_on)
     asked = modalities(settings)
     inputs = [modality.inputs(job) for modality in asked]  # all are checked before one is encoded
     return [_load(*pair, job) for pair in zip(asked, inputs, strict=True)]

@@ -36,7 +36,10 @@ class Job:
     catalog: Catalog
     device: Any
     trained_on: Collection[str]  # names of the cached files that a run was trained on; empty: no run
-    cache_root: Path
+
+    @property
+    def cache_root(self) -> Path:
+        return Path(self.settings.features_root)
 
 
 class Modality(ABC):

@@ -47,11 +47,7 @@ class ImageModality(EncodedModality):
 
     @classmethod
     def from_settings(cls, settings: FeatureSettings) -> list[Self]:
-        if not settings.use_img_encoder:
-            return []
-        if settings.img_encoder != cls.built_in and not all(settings.img_encoder.partition("/")):
-            raise InputError(_bad_name(settings.img_encoder))
-        return [cls(settings.img_encoder)]
+        return [cls(settings.img_encoder)] if settings.use_img_encoder else []
 
     @classmethod
     def from_description(cls, description: Any, encoder: str | None) -> Self:
@@ -73,6 +69,10 @@ class ImageModality(EncodedModality):
             "the pictures or their encoder's weights are not those that the run was trained on, or were copied without "
             "their times"
         )
+
+    def check_name(self) -> None:
+        if self.encoder != self.built_in:
+            _check_open_clip_name(self.encoder)
 
     def load_encoder(self, device: Any, precision: str) -> Encoder:
         return load_encoder(self.encoder, device, precision)
@@ -249,12 +249,9 @@ class OpenClipEncoder(Encoder):
             offline_without_network()
         import torch
 
-        try:
-            import open_clip
-        except ImportError as error:
-            raise InputError(f"--img_encoder {name!r} needs open_clip: pip install open_clip_torch") from error
-        if architecture not in open_clip.list_models() or not weights:
-            raise InputError(_bad_name(name))
+        _check_open_clip_name(name)
+        import open_clip
+
         try:
             preprocessing = _preprocessing(architecture) if Path(weights).is_file() else {}
             model, _, self.preprocess = open_clip.create_model_and_transforms(
@@ -285,11 +282,18 @@ class OpenClipEncoder(Encoder):
             return normalised(self.model.encode_image(pixels).float().cpu().numpy())
 
 
-def _bad_name(name: str) -> str:
-    return (
-        f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights with one of open_clip's "
-        f"models, such as ViT-L-16-SigLIP-256/webli"
-    )
+def _check_open_clip_name(name: str) -> None:
+    """Raise InputError unless open_clip is installed and has the model."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise InputError(f"--img_encoder {name!r} needs open_clip: pip install open_clip_torch") from error
+    architecture, _, weights = name.partition("/")
+    if architecture not in open_clip.list_models() or not weights:
+        raise InputError(
+            f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights with one of "
+            f"open_clip's models, such as ViT-L-16-SigLIP-256/webli"
+        )
 
 
 def _pixels(preprocess: Callable[[Any], Any], pictures: Iterable[Any]) -> Any:

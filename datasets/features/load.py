@@ -42,11 +42,14 @@ def load_features(
     job = Job(settings, catalog, device, trained_on)
     asked = modalities(settings)
     inputs = [modality.inputs(job) for modality in asked]  # all are checked before one is encoded
-    return [_load(*pair, job) for pair in zip(asked, inputs, strict=True)]
+    keys = [modality.key(job, given) for modality, given in zip(asked, inputs, strict=True)]
+    for modality, key in zip(asked, keys, strict=True):
+        if not any(file.path.exists() for file in _candidates(modality, key, job)):
+            processes.on_main_process(modality.check_name)
+    return [_load(*given, job) for given in zip(asked, keys, inputs, strict=True)]
 
 
-def _load(modality: Modality, inputs: Sequence[Any], job: Job) -> np.memmap:
-    key = modality.key(job, inputs)
+def _load(modality: Modality, key: dict[str, Any], inputs: Sequence[Any], job: Job) -> np.memmap:
     file = _cached(modality, key, inputs, job)
     modality.note(file, job)
     return np.load(file.path, mmap_mode="c")

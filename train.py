@@ -29,8 +29,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Train, test every size, and return the run's folder."""
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], SECTIONS, add_arguments, presets=ALL_PRESETS)
     settings = None if arguments.resume else resolve(flags)
+    if settings:
+        from datasets.load import check_dataset
 
-    # Heavy imports wait until the flags are known to be good, so that --help answers at once.
+        check_dataset(settings[0])
+
+    # Heavy imports wait until flags and dataset are known to be good, so that --help and errors come at once.
     import torch
 
     from common.devices import resolve_device

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,13 +116,11 @@ def compare(kind: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
                 encoder.forward(batch)
 
         def whole_path(precision: str = precision) -> None:
-            with tempfile.TemporaryDirectory(dir=folder) as cache_root:
+            with tempfile.TemporaryDirectory(dir=folder) as cache_root, redirect_stdout(None):
                 [rows] = load_features(
-                    replace(settings, encoder_precision=precision),
+                    replace(settings, encoder_precision=precision, features_root=cache_root),
                     catalog,
                     arguments.device,
-                    cache_root=Path(cache_root),
-                    say=lambda _: None,
                 )
                 features[precision] = rows.astype(np.float32)
 
@@ -201,10 +200,11 @@ def peak_memory(count: int, workers: int) -> float:
     from config import FeatureSettings
     from datasets.features.load import load_features
 
-    settings = FeatureSettings(use_language_encoder=False, img_encoder="pixel", encoder_workers=workers)
     with tempfile.TemporaryDirectory() as folder:
-        catalog = picture_catalog(Path(folder), count)
-        load_features(settings, catalog, "cpu", cache_root=Path(folder) / "cache", say=lambda _: None)
+        settings = FeatureSettings(
+            use_language_encoder=False, img_encoder="pixel", encoder_workers=workers, features_root=f"{folder}/cache"
+        )
+        load_features(settings, picture_catalog(Path(folder), count), "cpu")
     return memory_mb("VmHWM") + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
 
 

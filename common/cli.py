@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
+import re
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import InputError
@@ -86,6 +89,10 @@ def run_cli(main: Callable[[], Any]) -> None:
         main()
     except InputError as error:
         sys.exit(_fail(f"error: {error}", 2))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        sys.exit(_fail(f"error: {str(error.filename)[:80]}... is too long for a file name; give a shorter one", 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
 
@@ -117,7 +124,9 @@ def _add_flag(group: Any, f: Field) -> None:
     else:
         metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
         options = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"metavar": metavar}
-        group.add_argument(flag, type=type(default), help=help, **options, **common)
+        several = f.metadata["for_several"]
+        parse = _number_parser(several) if several else type(default)
+        group.add_argument(flag, type=parse, help=help, **options, **common)
 
 
 def _add_boolean(group: Any, name: str, help: str, default: Any) -> None:
@@ -132,6 +141,17 @@ def _boolean(text: str) -> bool:
     if text.lower() in ("false", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _number_parser(for_several: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            hint = f"; for several: {for_several} {text}" if "," in text else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{hint}") from None
+
+    return parse
 
 
 def _tuple_parser(element_type: type) -> Callable[[str], tuple]:
@@ -151,13 +171,15 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviations that suggests the nearest flag."""
+    """An ArgumentParser without abbreviations that suggests the nearest flag and expands ~ in every path."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False} | options)
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(argv, namespace)
+        words = sys.argv[1:] if argv is None else argv  # the shell leaves --flag=~/folder and NAME=~/file as they are
+        expanded = [re.sub(r"(?:^|(?<=[=,]))~(?=/|$)", lambda _: str(Path.home()), word) for word in words]
+        parsed, unknown = self.parse_known_args(expanded, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
             flags = list(self._option_string_actions)

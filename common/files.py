@@ -82,6 +82,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def check_regular(path: Path, hint: str) -> None:
+    """Raise InputError if a path exists and is no regular file: reading a FIFO or a device would hang."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} cannot be read (not a regular file); {hint}")
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading bytes.
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from common.errors import InputError
 
+MAX_NAME = 200  # bytes of a folder's name; file systems take 255, and a run's name begins with its time
+
 
 def setting(
     default: Any,
@@ -27,6 +29,7 @@ def setting(
     runtime: bool = False,
     extension: bool = False,
     used_if: Callable[[Any], bool] | None = None,
+    for_several: str = "",
 ) -> Any:
     """Return a dataclass field for one setting.
 
@@ -36,6 +39,7 @@ def setting(
     taken_names: the value is a tuple of NAME=FILE entries that must not use these names.
     runtime: the setting affects how a run executes, not its result; --resume may change it.
     extension: the setting goes beyond the paper.
+    for_several: the command that runs several values of the setting, named where a user gives a list of numbers.
     used_if: returns whether the setting has an effect, given all settings; None: it always has one.
     """
     limits = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
@@ -52,6 +56,7 @@ def setting(
         "runtime": runtime,
         "extension": extension,
         "used_if": used_if,
+        "for_several": for_several,
     }
     return field(default=default, metadata=metadata)
 
@@ -85,6 +90,10 @@ def _reason(metadata: Any, value: Any) -> str:
         return f" must be one of {', '.join(metadata['choices'])}"
     if metadata["numbers"] and (not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value))):
         return ' must be increasing whole numbers from 1 on, such as "8,16,32"'
+    if isinstance(value, str) and not value.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in value):
+        return " must be valid UTF-8"
+    if metadata["folder_name"] and len(value.encode()) > MAX_NAME:
+        return f" must be a folder name of at most {MAX_NAME} bytes"
     if metadata["folder_name"] and (
         value in (".", "..") or any(s in value for s in "/\\\0") or not (value or metadata["may_be_empty"])
     ):

@@ -2,7 +2,8 @@
 
     <data_root>/<dataset_code>/sequential_data.txt   one line per user: user item item ..., ids from 1, oldest first
     <data_root>/<dataset_code>/datamaps.json         item2id (and user2id): Amazon id -> id, 1..N without gaps
-    <data_root>/<dataset_code>/meta.json.gz          one line per item: a JSON object or Python literal with an 'asin'
+    <data_root>/<dataset_code>/meta.json.gz          one line per item: a JSON object or Python literal with an
+                                                     'asin' or 'parent_asin'
     <data_root>/<dataset_code>/item2img.json         optional: item -> picture (or item2img_dict.pkl)
     <data_root>/photos/<dataset_code>/               optional: the pictures
 
@@ -11,6 +12,7 @@ U users, N items, n interactions.
 
 import difflib
 import hashlib
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from datasets.prepare.amazon import PAPER_SETS
 from datasets.records import RecordFile, parse_record
 from datasets.text import attribute_text
 
+MAX_ID = 256  # bytes of an item's id
 MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
 REPORT = "prepare_report.json"
@@ -99,8 +102,7 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
     root = Path(data_root)
     folder = root / dataset_code
     notes: list[str] = []
-    if not any((folder / name).exists() for name in FILES):
-        raise InputError(_missing_dataset(root, dataset_code))
+    require_dataset(root, dataset_code)
     report = read_report(folder) or {}
     if "unfinished" in report:
         raise InputError(f"preparing {folder} was interrupted; to continue: {report['unfinished']}")
@@ -108,9 +110,15 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
     sequences = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)
     metadata = _load_metadata(folder / "meta.json.gz", asins, notes)
     photos = (root / "photos" / dataset_code).resolve()
-    listed = read_item2img(folder, photos, asins)
+    listed = read_item2img(folder, photos, asins, notes=notes)
     pictures = None if listed is None else [photos / listed[asin] if asin in listed else None for asin in asins]
     return Catalog(dataset_code, sequences, asins, metadata, pictures, photos, notes)
+
+
+def require_dataset(root: Path, dataset_code: str) -> None:
+    """Raise InputError if no dataset of this name is prepared below `root`."""
+    if not any((root / dataset_code / name).exists() for name in FILES):
+        raise InputError(_missing_dataset(root, dataset_code))
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
@@ -143,8 +151,8 @@ def _missing_dataset(root: Path, dataset_code: str) -> str:
 
 def prepare_command(root: Path, dataset_code: str, only: str = "") -> str:
     """Return the command that prepares a dataset, or one step of it."""
-    command = f"python -m datasets.prepare --dataset_code {dataset_code}"
-    command += "" if root.resolve() == Path(Config.data_root).resolve() else f" --data_root {root}"
+    command = f"python -m datasets.prepare --dataset_code {shlex.quote(dataset_code)}"
+    command += "" if root.resolve() == Path(Config.data_root).resolve() else f" --data_root {shlex.quote(str(root))}"
     if only:
         return f"{command} --only {only}"
     return command if dataset_code in PAPER_SETS else f"{command} --events FILE --items FILE"
@@ -166,6 +174,8 @@ def _load_ids(path: Path) -> tuple[list[str], int]:
                 f"{path}: item {asin!r} has id {text!r}; ids must be 1..{count}, each once, as item2id has "
                 f"{count} items"
             )
+        if not 0 < len(asin.encode("utf-8", "surrogatepass")) <= MAX_ID:
+            raise InputError(f"{path}: item id {asin[:80]!r} must have 1 to {MAX_ID} bytes; shorten it in every file")
         asin_of[number] = asin
     user2id = maps.get("user2id", {})
     asins = [asin_of[number] for number in range(1, count + 1)]
@@ -217,12 +227,13 @@ def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[
     metadata: list[dict[str, Any]] = [{} for _ in asins]
     file = RecordFile(path, LAYOUT)
     for line in file.texts():
-        record = parse_record(line)
-        if record is None or not isinstance(record.get("asin"), str):
+        record = parse_record(line) or {}
+        ids = [record[key] for key in ("asin", "parent_asin") if isinstance(record.get(key), str)]
+        if not ids:
             file.count_bad()
-        elif record["asin"] in row_of:
-            metadata[row_of[record["asin"]]] = record
-    notes.extend(file.check("records with an 'asin'"))
+        elif known := [row_of[item] for item in ids if item in row_of]:
+            metadata[known[0]] = record
+    notes.extend(file.check("records with an 'asin' or 'parent_asin'"))
     missing = sum(not record for record in metadata)
     if missing:
         notes.append(f"{missing} of {len(asins)} items have no metadata")

@@ -7,6 +7,7 @@
 datasets/prepare/pictures.py writes item2img.json from the manifest; users with pictures of their own write it by hand.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,12 +20,16 @@ MANIFEST = "pictures.json"
 
 
 def read_item2img(
-    folder: Path, photos: Path, asins: list[str], manifest: Mapping[str, Mapping[str, str]] | None = None
+    folder: Path,
+    photos: Path,
+    asins: list[str],
+    manifest: Mapping[str, Mapping[str, str]] | None = None,
+    notes: list[str] | None = None,
 ) -> dict[str, str] | None:
     """Return ASIN -> path below `photos`; None if the dataset's folder lists no pictures.
 
-    asins: of items 1..N. manifest: its entries, and the pickled list, are left out. Raises InputError for an unknown
-    item and a path that leads out of `photos`.
+    asins: of items 1..N. manifest: its entries, and the pickled list, are left out. notes: gets a count of links that
+    lead out of `photos`, which are left out. Raises InputError for an unknown item and for any other path out of it.
     """
     path, pickled = folder / ITEM2IMG, folder / PICKLED
     if not path.exists():
@@ -39,17 +44,23 @@ def read_item2img(
     if not all(isinstance(name, str) for name in item2img.values()):
         raise InputError(f"{path} must map strings to strings; {hint}")
     asin_of = {str(i): asin for i, asin in enumerate(asins, start=1)} | {asin: asin for asin in asins}
-    inside, listed = photos.resolve(), {}
+    inside, listed, links = photos.resolve(), {}, []
     for item, name in item2img.items():
         if manifest and manifest.get(item) == {"file": name}:
             continue
         if item not in asin_of:
             raise InputError(f"{path}: item {item!r} is not in datamaps.json; {hint}")
+        place = Path(os.path.normpath(inside / name))
         try:
-            is_inside = (photos / name).resolve().is_relative_to(inside)
-        except (OSError, ValueError):  # no valid file name
-            is_inside = False
-        if not is_inside:
-            raise InputError(f"{path}: picture {name!r} of item {item!r} lies outside {photos}; {hint}")
-        listed[asin_of[item]] = name
+            target = (inside / name).resolve()
+        except (OSError, ValueError, RuntimeError):  # a zero byte, or links in a circle
+            target = Path()
+        if not target.is_relative_to(inside):
+            if "\0" in name or not place.is_relative_to(inside):
+                raise InputError(f"{path}: picture {name!r} of item {item!r} lies outside {photos}; {hint}")
+            links.append(name)
+        else:
+            listed[asin_of[item]] = str(target.relative_to(inside)) if Path(name).is_absolute() else name
+    if links and notes is not None:
+        notes.append(f"{len(links)} pictures are links to files outside {photos}: left out (the first: {links[0]!r})")
     return listed

@@ -4,8 +4,14 @@ from pathlib import Path
 
 from common import processes
 from config import Config, DataSettings
-from datasets.catalog import Catalog, describe, load_catalog
+from datasets.catalog import Catalog, describe, load_catalog, require_dataset
 from datasets.demo import load_demo
+
+
+def check_dataset(settings: DataSettings) -> None:
+    """Raise InputError if the dataset is not there. This takes no heavy imports; loading comes later."""
+    if not _is_demo(settings):
+        require_dataset(Path(settings.data_root), settings.dataset_code)
 
 
 def load_dataset(settings: DataSettings) -> Catalog:
@@ -13,11 +19,13 @@ def load_dataset(settings: DataSettings) -> Catalog:
 
     Raises InputError that names the file, the line and the fix.
     """
-    default_root = Path(settings.data_root).resolve() == Path(Config.data_root).resolve()
-    if settings.dataset_code == "demo" and default_root:
-        catalog = load_demo()
-    else:
-        catalog = load_catalog(settings.data_root, settings.dataset_code)
+    catalog = load_demo() if _is_demo(settings) else load_catalog(settings.data_root, settings.dataset_code)
     for line in (describe(catalog), *catalog.notes):
         processes.print_main(line)
     return catalog
+
+
+def _is_demo(settings: DataSettings) -> bool:
+    """Return whether the settings name the demo that is generated on first use."""
+    default_root = Path(settings.data_root).resolve() == Path(Config.data_root).resolve()
+    return settings.dataset_code == "demo" and default_root

@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import orjson
 from isal import igzip, isal_zlib  # three times as fast as gzip here
 
 from common.errors import InputError
+from common.files import check_regular
 
 MAX_BAD_SHARE = 0.01  # of lines that cannot be used
 MAX_LINE = 1 << 24  # bytes; a longer line cannot be used
@@ -36,6 +38,17 @@ WRONG_FILES = {
     b"<html": "a web page, not the data; download the file itself",
 }
 
+# Parsing is bounded by what it costs, not by bytes alone: every value takes memory and time.
+SHORT = 20_000  # characters; a shorter line is parsed without counting
+MAX_MARKS = 1_000_000  # commas and opening brackets of a line
+MAX_TOKENS = 100_000  # of a Python literal, whose syntax tree takes about a kilobyte for each
+END = r"\\?\Z"  # of the text, in a string that is not closed
+STRING = "|".join(
+    [rf"{q * 3}(?:[^{q}\\]+|\\.|{q}(?!{q * 2}))*+(?:{q * 3}|{END})" for q in "'\""]
+    + [rf"{q}(?:[^{q}\\]+|\\.)*+(?:{q}|{END})" for q in "'\""]
+)
+TOKEN = re.compile(rf"(\w*+)(?:{STRING})|\w+|\S", re.DOTALL)
+
 
 @contextmanager
 def open_data(path: Path, hint: str, line: Any = None) -> Iterator[IO[bytes]]:
@@ -43,6 +56,7 @@ def open_data(path: Path, hint: str, line: Any = None) -> Iterator[IO[bytes]]:
 
     Raises InputError if it is missing, damaged (then names `line.number`, if given) or of a kind that is not read.
     """
+    check_regular(path, hint)
     try:
         with path.open("rb") as raw:
             start = raw.read(32)
@@ -131,11 +145,26 @@ class RecordFile:
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """Return a line, JSON or a Python literal, as a dict; None if it is neither. Nothing in it is executed."""
-    for parse in (orjson.loads, json.loads, ast.literal_eval):  # orjson refuses NaN and lone surrogates
+    """Return a line, JSON or a Python literal, as a dict; None if it is neither or has too many values.
+
+    Nothing in it is executed.
+    """
+    if len(line) > SHORT and sum(map(line.count, ",[{")) > MAX_MARKS:
+        return None
+    for parse in (orjson.loads, json.loads, parse_literal):  # orjson refuses NaN and lone surrogates
         try:
             record = parse(line)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
         return record if isinstance(record, dict) else None
     return None
+
+
+def parse_literal(text: str) -> Any:
+    """Return the value of a Python literal. Raises ValueError if it is none or has more than MAX_TOKENS tokens."""
+    if len(text) > SHORT:
+        for count, token in enumerate(TOKEN.finditer(text)):
+            prefix = token[1] or ""
+            if count >= MAX_TOKENS or "f" in prefix.lower() or "t" in prefix.lower() or token[0] == "#":
+                raise ValueError(f"more than {MAX_TOKENS:,} tokens, a comment or a formatted string")
+    return ast.literal_eval(text)

@@ -26,6 +26,7 @@ SCRIPT = re.compile(r"getTime\(|\bfunction\s*\w*\(|\bvar \w+ ?=|\bdocument\.\w+\
 STYLE = re.compile(r"[.#][\w-][\w\s.#:>,-]*\{\s*[a-z-]+\s*:[^{}]*(?:\}|$)")
 BY_LINE = re.compile(r"^\s*by\s*\n\s*", re.IGNORECASE)  # "by\n    Microsoft", a brand on a page of 2018
 MAX_PRICE = 40  # characters; a longer price is page code
+MAX_DEPTH = 32  # of lists in lists; deeper ones are left out
 
 
 def item_text(record: dict[str, Any], attributes: tuple[str, ...]) -> str:
@@ -61,13 +62,17 @@ def flat_text(value: Any) -> str:
     return ", ".join(dict.fromkeys(_leaves(value)))
 
 
-def _leaves(value: Any, clean: bool = True) -> Iterator[str]:
+def _leaves(value: Any, clean: bool = True, depth: int = 0) -> Iterator[str]:
+    if depth > MAX_DEPTH:
+        return
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=repr)  # a set's own order differs from process to process
     if isinstance(value, list | tuple):
         for part in value:
-            yield from _leaves(part, clean)
+            yield from _leaves(part, clean, depth + 1)
     elif isinstance(value, dict):
         for key, part in value.items():
-            if text := ", ".join(dict.fromkeys(_leaves(part, clean))):
+            if text := ", ".join(dict.fromkeys(_leaves(part, clean, depth + 1))):
                 yield f"{clean_text(str(key)) if clean else key}: {text}"
     elif value is not None and not (isinstance(value, float) and math.isnan(value)):
         text = clean_text(str(value)) if clean else str(value)

@@ -32,6 +32,7 @@ def feature_parts(
     batch_size: int = 32,
     workers: int = 0,
     files: tuple[str, ...] = (),
+    cache_root: Path = Path("data/features"),
     **arguments: Any,
 ) -> list[np.memmap]:
     """Return the features [N, F] of each modality. language, image: encoders, None for a branch that is off."""
@@ -42,6 +43,7 @@ def feature_parts(
         use_img_encoder=image is not None,
         img_encoder=image or "",
         features=files,
+        features_root=str(cache_root),
         encoder_precision=precision,
         encoder_batch_size=batch_size,
         encoder_workers=workers,

@@ -1,25 +1,46 @@
-"""A prepared dataset: what is read, what is left out with a note, and what is refused by file and line."""
+"""A prepared dataset and the demo: what is read, what is left out with a note, and what is refused by file and line."""
 
 import gzip
 import json
+import os
 import pickle
+import re
+import subprocess
+import sys
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from common.errors import InputError
+from dataloader import TrainLoader, eval_batches, eval_rows, times_trained, train_rows
+from dataloader.batches import bucket, share_rows
+from datasets import demo
 from datasets.catalog import Catalog, describe, load_catalog
 from datasets.records import parse_record
-from tests.prepared import write_item2img, write_maps, write_metadata, write_prepared
+from datasets.text import item_text
+from tests.made_up import as_sequences
+from tests.prepared import contents, write_item2img, write_maps, write_metadata, write_prepared
 
-AMAZON = Path(__file__).parent.parent.parent / "shared" / "amazon"
+REPOSITORY = Path(__file__).parent.parent
+AMAZON = REPOSITORY.parent / "shared" / "amazon"
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A whole prepared dataset of 5 items, for a test to change one thing in."""
     return write_prepared(tmp_path, users=6, items=5)
+
+
+@pytest.fixture
+def photos(folder) -> Path:
+    path = folder.parent / "photos" / folder.name
+    path.mkdir(parents=True)
+    return path
 
 
 def load(folder: Path) -> Catalog:
@@ -33,133 +54,119 @@ def refusal(folder: Path) -> str:
 
 
 def write_sequences(folder: Path, *lines: str) -> None:
-    """These lines, and as many users in the maps."""
+    """Write these lines, and as many users in the maps."""
     maps = folder / "datamaps.json"
     if maps.exists():
-        users = sum(bool(line.strip()) for line in lines)
-        write_maps(folder, json.loads(maps.read_text(encoding="utf-8"))["item2id"], users)
-    (folder / "sequential_data.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def records(count: int) -> list[dict | str]:
-    """Metadata of `count` products that the dataset does not have."""
-    return [{"asin": f"X{i}", "title": "Other"} for i in range(count)]
-
-
-# --------------------------------------------------------------------------------------------------------- what is read
+        write_maps(folder, json.loads(maps.read_text())["item2id"], sum(bool(line.strip()) for line in lines))
+    (folder / "sequential_data.txt").write_text("".join(line + "\n" for line in lines))
 
 
 def test_a_prepared_folder_is_read_as_it_was_written(tmp_path):
     folder = tmp_path / "shop"
     folder.mkdir()
-    write_sequences(folder, "7 3 1 2", "9 2 2 1 3 1")
-    write_maps(folder, {"BBB": "2", "AAA": "1", "CCC": "3"})
-    tent, lamp = {"asin": "AAA", "title": "Tent"}, {"asin": "CCC", "title": "Lamp", "price": 4.99}
-    write_metadata(folder, [lamp, tent, {"asin": "BBB", "brand": "Birch"}])
-
-    catalog = load_catalog(tmp_path, "shop")
-    assert catalog.name == "shop"
+    write_sequences(folder, "7 3 1 2", "", "9 2\t2  1 3 1 ")
+    write_maps(folder, {"BBB": "2", "AAA": 1, "CCC": "3"}, users=0)  # ids as texts or numbers; users may be missing
+    tent, bag, lamp = (
+        {"asin": "AAA", "title": "Cook's Tent"},
+        {"parent_asin": "BBB", "brand": ""},
+        {"asin": "CCC", "price": 5},
+    )
+    write_metadata(folder, ["\ufeff" + repr(lamp), json.dumps(tent), bag])  # Python literals and JSON
+    for name in ("sequential_data.txt", "datamaps.json"):  # with a byte order mark too
+        (folder / name).write_bytes("\ufeff".encode() + (folder / name).read_bytes())
+    catalog = load(folder)
+    assert (catalog.name, catalog.num_items, catalog.asins) == ("shop", 3, ["AAA", "BBB", "CCC"])
     assert [catalog.sequences.of(row).tolist() for row in range(len(catalog.sequences))] == [[3, 1, 2], [2, 2, 1, 3, 1]]
-    assert (catalog.num_items, catalog.asins) == (3, ["AAA", "BBB", "CCC"])
-    assert catalog.metadata == [tent, {"asin": "BBB", "brand": "Birch"}, lamp]
-    assert catalog.pictures is None
+    assert (catalog.metadata, catalog.pictures, catalog.notes) == ([tent, bag, lamp], None, [])
+    assert describe(catalog) == "shop: 2 users, 3 items, 8 interactions (median history 4); title 33%, price 33%"
+
+
+@pytest.mark.skipif(not AMAZON.is_dir(), reason="the Amazon datasets are not beside the repository")
+def test_the_papers_beauty_has_the_papers_counts():
+    catalog = load_catalog(AMAZON, "beauty")
+    counts = (len(catalog.sequences), catalog.num_items, len(catalog.sequences.items))
+    assert counts == (22_363, 12_101, 198_502)
+    assert np.diff(catalog.sequences.offsets).min() >= 5  # 5-core
+    assert np.unique(catalog.sequences.items).tolist() == list(range(1, catalog.num_items + 1))
     assert catalog.notes == []
 
 
-def test_ids_may_be_texts_or_numbers(folder):
-    by_text = load(folder).asins
-    write_maps(folder, {asin: number for number, asin in enumerate(by_text, start=1)})
-    assert load(folder).asins == by_text
-
-
-def test_users_who_are_not_in_user2id_are_fine(folder):
-    before = len(load(folder).sequences)
-    maps = json.loads((folder / "datamaps.json").read_text())
-    (folder / "datamaps.json").write_text(json.dumps({"item2id": maps["item2id"], "user2id": {}}))
-    assert (len(load(folder).sequences), load(folder).notes) == (before, [])
-
-
-def test_blank_lines_and_tabs_in_the_sequences_are_fine(folder):
-    write_sequences(folder, "1 1 2 3", "", "2\t3  4\t5 ")
-    assert load(folder).sequences.items.tolist() == [1, 2, 3, 3, 4, 5]
-
-
-def test_a_description_counts_users_items_interactions_and_known_attributes(folder):
-    write_sequences(folder, "1 1 2 3", "2 3 4 5 1 2")
-    write_metadata(
-        folder, [{"asin": asin, "title": "T", "brand": "", "price": None} for asin in load(folder).asins[:4]]
-    )
-    line = describe(load(folder))
-    assert line == "tiny: 2 users, 5 items, 8 interactions (median history 4); title 80%"
-
-
-# --------------------------------------------------------------------------------------------------- missing and broken
-
-
-def test_an_unknown_dataset_is_refused_with_what_is_there(tmp_path):
+def test_an_unknown_dataset_is_refused_with_what_is_there_and_the_ways_to_another(tmp_path):
+    assert "nothing is prepared there" in refusal(tmp_path / "beauty")
     write_prepared(tmp_path, "beauty")
     write_prepared(tmp_path, "sports")
     message = refusal(tmp_path / "beuty")
-    assert "'beuty'" in message
-    assert str(tmp_path / "beuty") in message
-    assert "beauty, sports" in message
+    assert f"'beuty' is not at {tmp_path / 'beuty'} (prepared there: beauty, sports); did you mean beauty?" in message
     assert "To prepare it: python -m datasets.prepare --dataset_code beuty --data_root" in message
-    assert "--events FILE --items FILE" in message
-
-
-@pytest.mark.parametrize("data_root", ["", "not there"])
-def test_an_empty_or_missing_data_root_is_refused_with_the_way_to_the_demo(tmp_path, data_root):
-    message = refusal(tmp_path / data_root / "beauty")
-    assert "nothing is prepared there" in message
-    assert "--dataset_code demo" in message
+    assert "--events FILE --items FILE" in message and "--dataset_code demo" in message
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("sequential_data.txt", None, "does not exist"),
-        ("datamaps.json", None, "does not exist"),
-        ("meta.json.gz", b"", "is empty"),
-        ("sequential_data.txt", b"", "is empty"),
-        ("sequential_data.txt", "1 1 2 3 é\n".encode("latin-1"), "is not UTF-8"),
-        ("datamaps.json", b"{'item2id': {'A': 1}}", "is not JSON"),
-        ("meta.json.gz", gzip.compress(b"{'asin': 'B1'}\n")[:-9], "cannot be read"),
+        ("sequential_data.txt", None, " does not exist"),
+        ("datamaps.json", None, " does not exist"),
+        ("meta.json.gz", b"", " is empty"),
+        ("meta.json.gz", gzip.compress(b"{'asin': 'B1'}\n")[:-9], " cannot be read"),
+        ("sequential_data.txt", b"1 1 2 3\n\n2 1 two 3", ":3: '2 1 two 3' is not 'user item item"),
+        ("sequential_data.txt", b"1 1 2 3\n2 1_0 2 3", ":2: '2 1_0 2 3' is not 'user item item"),
+        ("sequential_data.txt", b"1 1 2 3\n0 1 2 3", ":2: user 0: ids start at 1"),
+        ("sequential_data.txt", b"%d 1 2 3" % 2**63, f":1: user {2**63}: ids end at 2**63 - 1"),
+        ("sequential_data.txt", b"4 1 2\n4 3 2 1", ":2: user 4: the user is already on line 1"),
+        ("sequential_data.txt", b"1 1 2 0", ":1: item 0 is not in datamaps.json; its item2id has 1..5"),
+        ("sequential_data.txt", b"1 1 2 6", ":1: item 6 is not in datamaps.json; its item2id has 1..5"),
+        ("sequential_data.txt", b"1 1 2 3\n", " has 1 users, but datamaps.json's user2id has 6: the file is truncated"),
+        ("sequential_data.txt", b"".join(b"%d 1 2\n" % u for u in range(1, 7)), ": no user has at least 3 items"),
+        ("datamaps.json", b"[]", " is not a JSON object"),
+        ("datamaps.json", b'{"user2id": {"A": 1}}', " has no 'item2id' map"),
+        ("datamaps.json", b'{"item2id": ["A"]}', " has no 'item2id' map"),
     ],
 )
-def test_a_missing_or_damaged_file_is_named(folder, name, content, words):
+def test_a_missing_or_damaged_file_is_named_with_its_line(folder, name, content, words):
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content)
-    assert refusal(folder).startswith(f"{folder / name} {words}")
+    assert refusal(folder).startswith(f"{folder / name}{words}")
 
 
-# ------------------------------------------------------------------------------------------------------------ sequences
+@pytest.mark.parametrize("name", ["sequential_data.txt", "datamaps.json", "meta.json.gz", "item2img.json"])
+def test_a_fifo_is_refused_by_name_instead_of_waiting_for_a_writer(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert refusal(folder).startswith(f"{folder / name} cannot be read (not a regular file); ")
 
 
-@pytest.mark.parametrize("line", ["2 1 two 3", "2 1 2.5 3", "2 1_0 2 3"])
-def test_a_line_that_is_no_sequence_is_named_and_shown(folder, line):
-    write_sequences(folder, "1 1 2 3", "", line)
-    assert refusal(folder).startswith(f"{folder / 'sequential_data.txt'}:3: {line!r}")
+@pytest.mark.parametrize("item", ["", "é" * 129, "\ud800" * 100])
+def test_an_item_id_that_is_empty_or_long_is_refused_as_in_an_export(folder, item):
+    write_maps(folder, {"A": "1", item: "2"})
+    assert f"item id {item[:80]!r} must have 1 to 256 bytes" in refusal(folder)
 
 
-@pytest.mark.parametrize(("user", "reason"), [(0, "ids start at 1"), (2**63, "ids end at 2**63 - 1")])
-def test_a_user_id_out_of_range_is_named_with_its_line(folder, user, reason):
-    write_sequences(folder, "1 1 2 3", f"{user} 1 2 3")
-    assert refusal(folder) == f"{folder / 'sequential_data.txt'}:2: user {user}: {reason}"
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_root=~/my data", "--dataset_code", "n'o"], "--dataset_code 'n'\"'\"'o' --data_root '{home}/my data'"),
+        (["--seed", "1,2,3"], "'1,2,3' is not a whole number; for several: python -m experiments.run --seeds 1,2,3"),
+        (["--dataset_code", "x" * 201], "must be a folder name of at most 200 bytes"),
+        (["--run_name", "\udcff"], "must be valid UTF-8"),
+        (["--data_root", "x" * 256], "is too long for a file name; give a shorter one"),
+    ],
+)
+def test_bad_names_and_a_missing_dataset_are_refused_before_torch_is_imported(tmp_path, flags, message):
+    code = (
+        "import sys; sys.modules['torch'] = None  # an import fails\n"
+        "import train; from common.cli import run_cli; run_cli(train.main)"
+    )
+    command = [sys.executable, "-c", code, *map(os.fsencode, flags)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True)
+    assert done.returncode == 2
+    assert message.format(home=tmp_path) in done.stderr.decode()
 
 
-@pytest.mark.parametrize("item", [0, 6, 10**30])
-def test_an_item_outside_the_maps_is_named_with_its_line_and_the_range(folder, item):
-    write_sequences(folder, "1 1 2 3", f"2 1 2 3 {item}")
-    message = refusal(folder)
-    assert message.startswith(f"{folder / 'sequential_data.txt'}:2: item {item} ")
-    assert "1..5" in message
-
-
-@pytest.mark.parametrize("first", ["4 1 2 3", "4 1 2"], ids=["long", "too short to be kept"])
-def test_a_user_with_two_lines_is_named_with_both(folder, first):
-    write_sequences(folder, "1 1 2 3", first, "4 3 2 1")
-    assert refusal(folder) == f"{folder / 'sequential_data.txt'}:3: user 4: the user is already on line 2"
+@pytest.mark.parametrize("number", ["0", "5", "2", 1.5, "one", True, "9" * 5000])
+def test_item_ids_that_are_not_1_to_n_each_once_are_refused_by_name(folder, number):
+    write_maps(folder, {"A": "1", "B": "2", "C": "3", "D": number})
+    assert f"datamaps.json: item 'D' has id {number!r}; ids must be 1..4, each once" in refusal(folder)
 
 
 def test_users_with_fewer_than_3_items_are_left_out_and_counted(folder):
@@ -169,112 +176,78 @@ def test_users_with_fewer_than_3_items_are_left_out_and_counted(folder):
     assert catalog.notes == ["3 users with fewer than 3 items dropped"]
 
 
-def test_sequences_that_were_cut_short_are_refused(folder):
-    path = folder / "sequential_data.txt"
-    path.write_bytes(path.read_bytes()[:-20])
-    assert "users, but datamaps.json's user2id has 6: the file is truncated; copy it again" in refusal(folder)
-
-
-def test_a_dataset_without_a_long_enough_history_is_refused(folder):
-    write_sequences(folder, "1 1 2", "2 1 3")
-    assert "no user has at least 3 items" in refusal(folder)
-
-
-# ----------------------------------------------------------------------------------------------------------------- maps
-
-
-@pytest.mark.parametrize("text", ["[]", '{"user2id": {"A": 1}}', '{"item2id": ["A"]}'])
-def test_maps_without_items_are_refused(folder, text):
-    (folder / "datamaps.json").write_text(text)
-    wrong = "has no 'item2id' map" if text.startswith("{") else "is not a JSON object"
-    assert refusal(folder).startswith(f"{folder / 'datamaps.json'} {wrong}; ")
-
-
-@pytest.mark.parametrize("number", ["0", "5", "2", 1.5, "one", None, True, "9" * 5000])
-def test_item_ids_that_are_not_1_to_n_each_once_are_refused_by_name(folder, number):
-    write_maps(folder, {"A": "1", "B": "2", "C": "3", "D": number})
-    message = refusal(folder)
-    assert message.startswith(f"{folder / 'datamaps.json'}: item 'D' has id {number!r}")
-    assert "1..4" in message
-
-
-# ------------------------------------------------------------------------------------------------------------- metadata
-
-
-def test_metadata_may_be_python_literals_or_json_even_in_one_file(folder):
-    first, second, third = load(folder).asins[:3]
-    as_literal = f"{{'asin': '{first}', 'title': \"Cook's Knife\", 'brand': None}}"
-    as_json = json.dumps({"asin": second, "title": "Cook's Knife", "brand": None})
-    write_metadata(folder, [as_literal, as_json, {"asin": third}])
-    metadata = load(folder).metadata
-    assert metadata[0] == {"asin": first, "title": "Cook's Knife", "brand": None}
-    assert metadata[1] == {"asin": second, "title": "Cook's Knife", "brand": None}
-
-
-def test_python_code_in_metadata_is_never_executed(folder, tmp_path):
-    mark = tmp_path / "executed"
-    asin = load(folder).asins[0]
-    attacks = [
-        f"__import__('os').system('touch {mark}')",
+def test_python_code_in_metadata_is_never_executed_and_bad_lines_are_counted(folder, tmp_path):
+    mark, asin = tmp_path / "executed", load(folder).asins[0]
+    lines = [{"asin": f"X{i}"} for i in range(1000)]
+    lines[:3] = [
         f"{{'asin': '{asin}', 'title': __import__('pathlib').Path('{mark}').touch()}}",
-        f"{{'asin': '{asin}', 'title': f\"{{open('{mark}', 'w')}}\"}}",
         f"[open('{mark}', 'w') for _ in range(3)]",
+        f"{{'asin': '{asin}', 'title': f\"{{open('{mark}', 'w')}}\"}}",
     ]
-    write_metadata(folder, [*attacks, *records(996)])
-    assert load(folder).metadata[0] == {}
+    lines[40], lines[999] = {"title": "no asin"}, {"asin": 12}
+    write_metadata(folder, lines)
+    assert load(folder).metadata == [{}] * 5
     assert not mark.exists()
+    assert load(folder).notes == [
+        "meta.json.gz: 5 of 1,000 lines are not records with an 'asin' or 'parent_asin' (lines 1, 2, 3, 41, 1000)",
+        "5 of 5 items have no metadata",
+    ]
 
 
 @pytest.mark.parametrize(
     "line",
-    [
-        pytest.param("['asin', 'B1']", id="list"),
-        pytest.param("{'asin': 'B1'", id="cut"),
-        pytest.param("{'asin': 'B1', 'price': 1 / 2}", id="calculation"),
-        pytest.param("{['asin']: 'B1'}", id="unhashable key"),
-        pytest.param("[" * 100_000, id="nested too deep"),
-        pytest.param("-" * 100_000 + "1", id="signs without end"),
-        pytest.param("{'asin': 'B1\0'}", id="null byte"),
-        pytest.param("9" * 5000, id="number without end"),
-    ],
-)
-def test_a_line_that_is_no_record_is_none(line):
+    ["['asin', 'B1']", "{'asin': 'B1'", "{'price': 1 / 2}", "{['asin']: 'B1'}", "[" * 100_000, "-" * 100_000 + "1",
+     "{'asin': 'B1\0'}", "9" * 5000,
+     # cheap in bytes, but not in what parsing costs: each is refused without a tree
+     "{'a': [" + "1," * 60_000 + "]}", '{"a": [' + "[]," * 999_999 + "[]]}", "{'a': '''x' ''', 'b': [" + "1," * 60_000,
+     "{'a': #'\r[" + "1," * 60_000 + "]}",
+     "{'a': f'{\"'\"}', 'b': [" + "1," * 60_000 + "]}", "{'a': " + "'\\" * 60_000],
+    ids=lambda line: line[:12],
+)  # fmt: skip
+def test_a_line_that_is_no_record_or_too_costly_is_none_without_parsing_it(line, monkeypatch):
+    if len(line) > 100_000:
+        monkeypatch.setattr("ast.literal_eval", None)  # a call fails
     assert parse_record(line) is None
 
 
-def test_a_few_malformed_lines_are_left_out_counted_and_named(folder):
-    lines = records(1000)
-    lines[2], lines[40], lines[999] = "{'asin': ", "{'title': 'no asin'}", "{'asin': 12}"
-    write_metadata(folder, lines)
-    assert "meta.json.gz: 3 of 1,000 lines are not records with an 'asin' (lines 3, 41, 1000)" in load(folder).notes
-
-
-def test_items_without_metadata_are_counted(folder):
-    write_metadata(folder, [{"asin": asin, "title": "T"} for asin in load(folder).asins[:3]] + records(2))
-    catalog = load(folder)
-    assert catalog.metadata[3:] == [{}, {}]
-    assert catalog.notes == ["2 of 5 items have no metadata"]
+def test_a_long_record_of_few_values_is_read():
+    record = {
+        "asin": "B1",
+        "related": [f"B{i:09d}" for i in range(3000)],
+        "description": "It's a, \"b\"; # f'c' " * 1000,
+    }
+    assert parse_record(repr(record)) == record
 
 
 def test_a_dataset_without_metadata_is_noted_and_has_no_text(folder):
     (folder / "meta.json.gz").unlink()
     catalog = load(folder)
-    assert catalog.metadata == [{}] * 5
-    assert catalog.notes == ["no meta.json.gz: items have no text"]
+    assert (catalog.metadata, catalog.notes) == ([{}] * 5, ["no meta.json.gz: items have no text"])
     assert "no metadata" in describe(catalog)
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
-def test_pictures_are_found_by_item_id_and_by_asin(folder):
+def test_pictures_are_found_by_item_id_and_by_asin_or_in_a_pickled_list(folder, photos):
     asins = load(folder).asins
-    write_item2img(folder, {"1": "first.png", asins[2]: "deeper/third.jpg"})
-    photos = folder.parent / "photos" / folder.name
-    pictures = load(folder).pictures
-    assert pictures[0] == photos / "first.png"
-    assert pictures[2] == photos / "deeper/third.jpg"
-    assert pictures[1] is pictures[3] is pictures[4] is None
+    (photos / "first.jpg").touch()
+    found = {asins[0]: "/home/x/photos/first.jpg", asins[1]: "gone.jpg"}
+    (folder / "item2img_dict.pkl").write_bytes(pickle.dumps(found))
+    assert load(folder).pictures == [photos / "first.jpg", *[None] * 4]
+    write_item2img(folder, {"1": "a.png", asins[2]: "deeper/third.jpg"})
+    assert load(folder).pictures == [photos / "a.png", None, photos / "deeper/third.jpg", None, None]
+
+
+def test_photos_may_be_a_link_and_links_out_of_them_are_left_out_with_a_note(folder, tmp_path):
+    disk, photos = tmp_path / "disk", tmp_path / "photos" / folder.name
+    disk.mkdir()
+    photos.parent.mkdir()
+    photos.symlink_to(disk)
+    (disk / "a.png").touch()
+    (disk / "out.png").symlink_to(folder / "datamaps.json")
+    (disk / "circle.png").symlink_to("circle.png")
+    write_item2img(folder, {"1": "a.png", "2": str(photos / "a.png"), "3": "out.png", "4": "circle.png"})
+    catalog = load(folder)
+    assert catalog.pictures == [disk / "a.png", disk / "a.png", None, None, None]
+    assert catalog.notes == [f"2 pictures are links to files outside {disk}: left out (the first: 'out.png')"]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +258,6 @@ def test_pictures_are_found_by_item_id_and_by_asin(folder):
         ({"1": "/etc/hostname"}, "item2img.json: picture '/etc/hostname' of item '1' lies outside"),
         ({"1": "a\0b.png"}, "item2img.json: picture 'a\\x00b.png' of item '1' lies outside"),
         ({"1": None}, "item2img.json must map strings to strings"),
-        (["a.png"], "item2img.json is not a JSON object"),
     ],
 )
 def test_a_list_of_pictures_that_cannot_be_is_refused(folder, listed, words):
@@ -293,51 +265,254 @@ def test_a_list_of_pictures_that_cannot_be_is_refused(folder, listed, words):
     assert words in refusal(folder)
 
 
-def test_a_pickled_list_of_pictures_is_read_as_it_is(folder):
-    asins, photos = load(folder).asins, folder.parent / "photos" / folder.name
-    photos.mkdir(parents=True)
-    (photos / "first.jpg").touch()
-    (folder / "item2img_dict.pkl").write_bytes(
-        pickle.dumps({asins[0]: "/home/x/photos/first.jpg", asins[1]: "gone.jpg"})
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """Shrink the demo for tests that make it more than once."""
+    monkeypatch.setattr(demo, "NUM_ITEMS", 40)
+    monkeypatch.setattr(demo, "NUM_USERS", 30)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> Catalog:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "NUM_ITEMS", 60)
+        patch.setattr(demo, "NUM_USERS", 500)
+        return load_catalog(demo.prepare_demo(tmp_path_factory.mktemp("demo") / "data"), "demo")
+
+
+def test_the_demo_is_a_complete_5_core_without_repetition(shop):
+    assert (shop.notes, shop.num_items, len(shop.sequences)) == ([], 60, 500)
+    lengths = np.diff(shop.sequences.offsets)
+    assert lengths.min() >= 5 and np.median(lengths) < lengths.mean()  # a long tail
+    assert len(np.unique(shop.sequences.items)) == shop.num_items
+    histories = [shop.sequences.of(row).tolist() for row in range(len(shop.sequences))]
+    assert all(len(set(history)) == len(history) for history in histories)
+
+
+def test_only_pictures_of_the_demo_show_colour_and_motif(shop):
+    """The median of the painted pixels is near one of the demo's colours; no two pictures are equal."""
+    hidden = {word.lower() for word in (*demo.COLOURS, *demo.MOTIFS)}
+    for record in shop.metadata:
+        assert record.keys() == {"asin", "title", "price", "brand", "categories"}
+        assert record["title"].endswith(record["categories"][0][-1])
+        assert item_text(record, ("title",)).startswith(f"Title: {record['brand']} ")
+        assert not set(re.findall(r"[a-z]+", " ".join(map(str, record.values())).lower())) & hidden
+    assert len({path.read_bytes() for path in shop.pictures}) == shop.num_items
+    paints = np.array(list(demo.COLOURS.values()))
+    for path in shop.pictures:
+        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=int).reshape(-1, 3)
+        painted = pixels[np.abs(pixels - pixels[0]).sum(axis=1) > 150]
+        assert np.abs(paints - np.median(painted, axis=0)).max(axis=1).min() <= 14
+
+
+def test_the_same_seed_makes_the_same_bytes_in_every_process_once(small, tmp_path):
+    assert demo.prepare_demo(tmp_path / "here") == tmp_path / "here"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    demo.prepare_demo(tmp_path / "here")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    code = (
+        "import sys; from pathlib import Path; from datasets import demo\n"
+        "demo.NUM_ITEMS, demo.NUM_USERS = 40, 30\n"
+        "demo.prepare_demo(Path(sys.argv[1]))"
     )
-    assert load(folder).pictures == [photos / "first.jpg", None, None, None, None]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], cwd=REPOSITORY, check=True, timeout=60)
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    assert len(contents(tmp_path / "here")) == 40 + 5
+    maps = json.loads((tmp_path / "here/demo/datamaps.json").read_text())
+    for name, inverse in (("item2id", "id2item"), ("user2id", "id2user")):
+        assert {number: key for key, number in maps[name].items()} == maps[inverse]
 
 
-def test_a_link_that_leaves_the_photos_is_refused(folder, tmp_path):
-    photos = tmp_path / "photos" / folder.name
-    photos.mkdir(parents=True)
-    (tmp_path / "secret.png").touch()
-    (photos / "link.png").symlink_to(tmp_path / "secret.png")
-    write_item2img(folder, {"1": "link.png"})
-    assert "lies outside" in refusal(folder)
+@pytest.mark.parametrize("change", ["no mark", "not UTF-8", "interrupted", "VERSION", "SEED", "NUM_ITEMS", "NUM_USERS"])
+def test_a_demo_of_another_version_or_an_interrupted_one_is_made_again(small, tmp_path, monkeypatch, change):
+    demo.prepare_demo(tmp_path)
+    mark, whole = tmp_path / "demo" / "generated.json", contents(tmp_path)
+    with monkeypatch.context() as patch:
+        if change == "interrupted":
+            patch.setattr(demo, "VERSION", demo.VERSION + 1)
+            patch.setattr(demo, "_draw_picture", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                demo.prepare_demo(tmp_path)
+        elif change.isupper():
+            patch.setattr(demo, change, getattr(demo, change) + 1)
+            demo.prepare_demo(tmp_path)
+            assert contents(tmp_path)["demo/generated.json"] != whole["demo/generated.json"]
+            changed = contents(tmp_path)["photos/demo/DEMO000001.png"] != whole["photos/demo/DEMO000001.png"]
+            assert changed or change != "SEED"
+            assert load_catalog(tmp_path, "demo").num_items == demo.NUM_ITEMS
+        else:
+            mark.write_bytes({"no mark": b"", "not UTF-8": b"\xff\xfe"}[change])
+            (tmp_path / "demo" / "sequential_data.txt").write_text("1 1 2 3\n")
+    demo.prepare_demo(tmp_path)
+    assert {name: contents(tmp_path)[name] for name in whole} == whole
 
 
-def test_photos_that_are_a_link_to_another_disk_are_fine(folder, tmp_path):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "disk" / "a.png").touch()
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / folder.name).symlink_to(tmp_path / "disk")
-    write_item2img(folder, {"1": "a.png"})
-    assert load(folder).pictures[0].is_file()
+def test_a_users_dataset_named_demo_is_left_alone(tmp_path):
+    folder = write_prepared(tmp_path, "demo")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=f"{folder} holds another dataset.*rename the folder"):
+        demo.prepare_demo(tmp_path)
+    assert contents(tmp_path) == before
 
 
-# -------------------------------------------------------------------------------------------------------- real datasets
+@pytest.mark.parametrize("name", ["", "demo", "photos"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, name):
+    root = tmp_path / "data"
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_text("a file where a folder should be")
+    with pytest.raises(InputError, match=f"cannot write .*{root / name}"):
+        demo.prepare_demo(root)
 
 
-@pytest.mark.skipif(not AMAZON.is_dir(), reason="the Amazon datasets are not beside the repository")
-@pytest.mark.parametrize(
-    ("name", "users", "items", "interactions"),
-    [
-        ("beauty", 22_363, 12_101, 198_502),
-        ("sports", 35_598, 18_357, 296_337),
-        ("clothing", 39_387, 23_033, 278_677),
-    ],
-)
-def test_the_papers_datasets_have_the_papers_counts(name, users, items, interactions):
-    catalog = load_catalog(AMAZON, name)
-    lengths = np.diff(catalog.sequences.offsets)
-    assert (len(catalog.sequences), catalog.num_items, lengths.sum()) == (users, items, interactions)
-    assert lengths.min() >= 5  # 5-core
-    assert np.unique(catalog.sequences.items).tolist() == list(range(1, items + 1))
-    assert catalog.pictures is None
-    assert catalog.notes == []
+NUM_USERS = 23
+
+
+def random_histories() -> list[list[int]]:
+    """Return histories of every third length from 3 to 120 and of about 50 training items, in random order."""
+    random = np.random.default_rng(0)
+    lengths = [*range(3, 121, 3), 4, 50, 52, 53, 55]
+    return [random.integers(1, 1000, size=n).tolist() for n in random.permutation(lengths)]
+
+
+def plain_train_row(v: list[int], max_len: int) -> tuple[list[int], ...]:
+    """Return tokens, labels and position of one user: the last max_len training items, each predicted from the earlier.
+
+    If all training items fit, the first is predicted from token 0, whose state is not carried on.
+    """
+    items = v[:-2]
+    if len(items) <= max_len:
+        return [0, *items[:-1]], items, [0, *range(len(items) - 1)]
+    return items[-max_len - 1 : -1], items[-max_len:], list(range(max_len))
+
+
+def cut(rows, cuts) -> list[tuple[list[int], ...]]:
+    """Return tokens, labels and position between the cuts."""
+    parts = (rows.tokens, rows.labels, rows.position)
+    return [tuple(part[low:high].tolist() for part in parts) for low, high in pairwise(cuts)]
+
+
+def rows_of_batch(batch) -> list[tuple[list[int], ...]]:
+    """Return every row of a batch in which all rows fit, so that each begins with token 0 and a label."""
+    starts = [t for t in range(len(batch.tokens)) if batch.tokens[t] == 0 and batch.labels[t] != 0]
+    return cut(batch, [*starts, int((batch.labels != 0).sum())])
+
+
+@pytest.mark.parametrize("max_len", [1, 7, 50, 200])
+def test_training_rows_are_those_of_one_user_at_a_time(max_len):
+    histories = random_histories()
+    rows = train_rows(as_sequences(histories), max_len)
+    assert cut(rows, rows.offsets) == [plain_train_row(v, max_len) for v in histories]
+    batches = list(TrainLoader(rows, 6, seed=0, device=CPU).epoch(1))
+    tokens = [t for b in batches for t in zip(*(x.tolist() for x in (b.tokens, b.labels, b.position)), strict=True)]
+    whole = zip(rows.tokens.tolist(), rows.labels.tolist(), rows.position.tolist(), strict=True)
+    assert sorted(t for t in tokens if t != (0, 0, 0)) == sorted(whole)  # all but padding
+
+
+def test_without_the_first_label_rows_lack_token_0():
+    histories = [[7, 8, 9], *(v for v in random_histories() if len(v) > 3)]
+    rows, kept = (train_rows(as_sequences(histories), 7, first) for first in (True, False))
+    expected = []
+    for row in cut(rows, rows.offsets)[1:]:  # the first user has one training item and so no row
+        expected.append(tuple(part[row[0][0] == 0 :] for part in row))
+    assert cut(kept, kept.offsets) == expected
+    with pytest.raises(InputError, match=r"no user has two training items.*--first_item_label"):
+        train_rows(as_sequences([[7, 8, 9]]), 50, first_item=False)
+
+
+def test_times_trained_counts_the_training_items_alone():
+    counts = times_trained(as_sequences([[1, 2, 2, 5, 6], [2, 3, 4], [5, 1, 6, 6]]), 6)
+    assert counts.tolist() == [0, 2, 3, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("max_len", "batch_size", "part"), [(3, 7, "val"), (50, 1, "test"), (50, 1000, "val")])
+def test_evaluation_batches_hold_every_user_once_in_order(max_len, batch_size, part):
+    histories = random_histories()
+    left_out, users = {"val": 2, "test": 1}[part], iter(histories)
+    for batch in eval_batches(eval_rows(as_sequences(histories), max_len, part), batch_size, CPU):
+        of_batch = [next(users) for _ in batch.targets]
+        read = [v[:-left_out][-max_len:] for v in of_batch]
+        assert len(of_batch) <= batch_size and batch.longest == max(map(len, read))
+        assert batch.tokens.tolist() == [*chain(*read)]
+        assert batch.position.tolist() == [*chain(*(range(len(items)) for items in read))]
+        assert batch.last.tolist() == (np.cumsum([len(items) for items in read]) - 1).tolist()
+        assert batch.targets.tolist() == [v[-left_out] for v in of_batch]
+        seen = list(zip(batch.seen_rows.tolist(), batch.seen_items.tolist(), strict=True))
+        assert seen == [(row, item) for row, v in enumerate(of_batch) for item in v[:-left_out]]
+    assert next(users, None) is None
+
+
+def known_users(batch_size: int = 4, seed: int = 5) -> tuple[TrainLoader, list[list[int]]]:
+    """Return a loader in which user u has u % 5 + 1 training items, the first u + 1, and the users' histories."""
+    histories = [[u + 1, *range(100, 100 + u % 5), 98, 99] for u in range(NUM_USERS)]
+    return TrainLoader(train_rows(as_sequences(histories), 50), batch_size, seed, CPU), histories
+
+
+def users_of(batches) -> list[int]:
+    """Return the users in the order of an epoch."""
+    return [labels[0] - 1 for batch in batches for _, labels, _ in rows_of_batch(batch)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 64])
+def test_an_epoch_visits_every_user_once_in_batches_of_rows_then_padding(batch_size):
+    loader, histories = known_users(batch_size)
+    batches = list(loader.epoch(3))
+    assert len(batches) == len(loader) == -(-NUM_USERS // batch_size)
+    assert sorted(users_of(batches)) == list(range(NUM_USERS))
+    assert [len(rows_of_batch(batch)) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    for batch in batches:
+        users, length = users_of([batch]), int((batch.labels > 0).sum())
+        assert rows_of_batch(batch) == [plain_train_row(histories[u], 50) for u in users]
+        assert batch.longest == max(len(histories[u]) - 2 for u in users)
+        assert len(batch.tokens) == len(batch.labels) == len(batch.position) == bucket(length)
+        assert not any(part[length:].any() for part in (batch.tokens, batch.labels, batch.position))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    loader, _ = known_users()
+    expected = users_of(loader.epoch(2))
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert users_of(known_users(batch_size=6)[0].epoch(2)) == users_of(loader.epoch(2)) == expected
+    for seed, epoch in ((5, 3), (6, 2), (0, 0)):
+        assert users_of(known_users(seed=seed)[0].epoch(epoch)) != expected != list(range(NUM_USERS))
+
+
+def test_every_label_is_counted_and_every_item_has_a_count():
+    loader, histories = known_users()
+    labels = [label for v in histories for label in v[:-2]]
+    assert loader.label_counts(200).tolist() == [labels.count(i) for i in range(201)]
+
+
+def test_batches_are_padded_to_few_lengths():
+    assert [bucket(n) for n in (0, 1, 3, 17, 128, 129, 256, 257)] == [1, 1, 4, 32, 128, 256, 256, 384]
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 1), (3, 6), (8, 100)])
+def test_ranks_share_every_batch_in_its_order(world_size, batch_size):
+    rows = train_rows(as_sequences(random_histories()), 50)
+    wholes = TrainLoader(rows, batch_size, seed=0, device=CPU).epoch(1)
+    loaders = [TrainLoader(rows, batch_size, 0, CPU, rank, world_size).epoch(1) for rank in range(world_size)]
+    for whole, *shares in zip(wholes, *loaders, strict=True):
+        length, begin = int(whole.num_labels), 0
+        assert length == int((whole.labels > 0).sum()) and whole.share == (0, len(whole.tokens))
+        for share in shares:
+            own = int((share.labels > 0).sum())
+            assert share.share == (begin, len(whole.tokens)) and share.num_labels == length
+            assert 1 <= share.longest <= max(own, 1)
+            for name in ("tokens", "labels", "position"):
+                part = getattr(share, name)
+                assert torch.equal(part[:own], getattr(whole, name)[begin : begin + own])
+                assert len(part) == bucket(own) and not part[own:].any()
+            begin += own
+        assert begin == length
+        assert max(share.longest for share in shares) == whole.longest
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_shares_are_consecutive_rows_within_half_a_row_of_equal(world_size):
+    lengths = np.random.default_rng(0).integers(1, 51, size=40)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    cuts = share_rows(offsets, world_size)
+    assert cuts[0] == 0 and cuts[-1] == 40 and (np.diff(cuts) >= 0).all()
+    equal = offsets[-1] * np.arange(world_size + 1) / world_size
+    assert (abs(offsets[cuts] - equal) <= lengths.max() / 2).all()

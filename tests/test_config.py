@@ -472,7 +472,7 @@ def test_saved_values_are_checked_like_flags():
 
 def test_only_settings_that_do_not_change_what_is_trained_are_runtime_settings():
     assert {name for name in FIELDS if is_runtime(Config, name)} == {
-        *("data_root", "runs_root", "device", "use_wandb"),  # where
+        *("data_root", "features_root", "runs_root", "device", "use_wandb"),  # where
         *(
             "encoder_batch_size",
             "encoder_workers",

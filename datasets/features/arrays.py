@@ -35,6 +35,7 @@ class FileModality(Modality):
 
     name: str
     path: Path
+    cache_root: Path = Path()
     trained: dict[str, Any] | None = None  # the description in an export
 
     kind = "file"
@@ -46,18 +47,19 @@ class FileModality(Modality):
         for name in settings.feature_files:
             if name in settings.item_attributes:
                 raise InputError(f"--features {name}=...: {name!r} is one of --item_attributes; give another name")
-        return [cls(name, Path(path)) for name, path in settings.feature_files.items()]
+        cache_root = Path(settings.features_root)
+        return [cls(name, Path(path), cache_root) for name, path in settings.feature_files.items()]
 
     @classmethod
     def from_description(cls, description: Any, encoder: str | None) -> Self:
-        return cls(description["name"], Path(), description)
+        return cls(description["name"], Path(), trained=description)
 
     def inputs(self, job: Job) -> list[str]:
         processes.on_main_process(lambda: open_array_file(self.path).width)  # raises if it cannot be read
         return job.catalog.asins
 
     def key(self, job: Job, inputs: Sequence[str]) -> dict[str, Any]:
-        content = processes.on_main_process(lambda: file_sha256(self.path, job.cache_root))
+        content = processes.on_main_process(lambda: file_sha256(self.path, self.cache_root))
         return {"kind": self.kind, "version": 1, "sha256": content, "items": digest(inputs)}
 
     def cache_name(self, key: dict[str, Any]) -> str:
@@ -70,7 +72,7 @@ class FileModality(Modality):
         )
 
     def make(self, file: cache.File, inputs: Sequence[str], job: Job) -> dict[str, Any]:
-        job.say(f"reading {self.path}, once: {file.path}")
+        processes.print_main(f"reading {self.path}, once: {file.path}")
         return processes.on_main_process(lambda: self._copy(file, inputs))
 
     def _copy(self, file: cache.File, asins: Sequence[str]) -> dict[str, Any]:
@@ -110,6 +112,12 @@ class FileModality(Modality):
                     f"{self.path} has {done:,} products and none of the {len(asins):,} items, whose ids are such as "
                     f"{asins[0]!r}; give a file with the ids of datamaps.json"
                 )
+            known = np.flatnonzero(checksums)
+            if len(known) > 1 and (checksums[known] == checksums[known[0]]).all():
+                raise InputError(
+                    f"{self.path} has the same vector for all {len(known):,} items, so they cannot be told apart; give "
+                    f"a file with the vectors of another encoder"
+                )
             for number, batch in enumerate(batches):
                 writer.mark(number, batch)
             absent = {asins[row]: f"not in {self.path.name}" for row in np.flatnonzero(checksums == 0).tolist()}
@@ -120,13 +128,13 @@ class FileModality(Modality):
 
     def note(self, file: cache.File, job: Job) -> None:
         if absent := len(file.header["broken"]):
-            job.say(
+            processes.print_main(
                 f"{absent} of {job.catalog.num_items} items are not in {self.path}: zero vectors, named in "
                 f"{cache.sidecar(file.path)}"
             )
 
     def describe(self, width: int) -> dict[str, Any]:
-        return {"name": self.name, "sha256": file_sha256(self.path), "dim": width}
+        return {"name": self.name, "sha256": file_sha256(self.path, self.cache_root), "dim": width}
 
     def has_input(self, record: Record) -> bool:
         value = record.get(self.name)
@@ -152,7 +160,7 @@ class FileModality(Modality):
         return normalised(features)
 
 
-def file_sha256(path: Path, cache_root: Path = cache.ROOT) -> str:
+def file_sha256(path: Path, cache_root: Path) -> str:
     """Return the SHA-256 of a file of vectors (.npy: of the array, then the ids).
 
     The cache remembers it by the file's size and time.

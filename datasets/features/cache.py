@@ -18,7 +18,7 @@ again.
 import os
 import time
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from msgspec import Struct
 
 from common.errors import InputError
 from common.files import ARRAY_ERRORS, cannot_write, read_json, sha256, write_json
+from common.processes import print_main
 from common.schema import Number, check_schema
 
-ROOT = Path("data/features")
 PARTS = ("partial.npy", "done.npy", "partial.json")
 DTYPE = np.float16
 
@@ -79,10 +79,10 @@ def read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[dict[str,
     return header, ""
 
 
-def find(candidates: list[File], commit: str | None, trained_on: Collection[str], say: Callable[[str], None]) -> File:
+def find(candidates: list[File], commit: str | None, trained_on: Collection[str], report: bool = False) -> File:
     """Return the file that a run was trained on, else the one made first, else the one to make.
 
-    commit: as in `read`. trained_on: names of the files that the run read.
+    commit: as in `read`. trained_on: names of the files that the run read. report: print why a file is made again.
     """
     whole, damaged = [], []
     for file in candidates:
@@ -96,12 +96,13 @@ def find(candidates: list[File], commit: str | None, trained_on: Collection[str]
     if not damaged:
         return candidates[0]
     file, problem = damaged[0]
-    say(f"{file.path} is {problem}: made again")
+    if report:
+        print_main(f"{file.path} is {problem}: made again")
     return file
 
 
-def acquire(lock: Any, say: Callable[[str], None]) -> None:
-    """Take the lock of a file to make; if another process has it, say so and wait."""
+def acquire(lock: Any) -> None:
+    """Take the lock of a file to make; if another process has it, print that and wait."""
     from filelock import Timeout
 
     path = Path(lock.lock_file)
@@ -110,7 +111,7 @@ def acquire(lock: Any, say: Callable[[str], None]) -> None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            say(f"another process is making {path.with_suffix('.npy')}: waiting for it")
+            print_main(f"another process is making {path.with_suffix('.npy')}: waiting for it")
             lock.acquire()
     except OSError as error:
         raise cannot_write(path, error) from error

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from common import processes
 from common.errors import InputError
+from common.files import check_regular
 from datasets.features import cache, encode
 from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import CHUNK, EncodedModality, Job, Record
@@ -63,10 +65,14 @@ class ImageModality(EncodedModality):
         return {"kind": self.kind, **self.fingerprint(), "items": items}
 
     def refuse_change(self, job: Job) -> None:
-        job.say(
+        processes.print_main(
             "the pictures or their encoder's weights are not those that the run was trained on, or were copied without "
             "their times"
         )
+
+    def check_name(self) -> None:
+        if self.encoder != self.built_in:
+            _check_open_clip_name(self.encoder)
 
     def load_encoder(self, device: Any, precision: str) -> Encoder:
         return load_encoder(self.encoder, device, precision)
@@ -107,7 +113,7 @@ class ImageModality(EncodedModality):
 
     def note(self, file: cache.File, job: Job) -> None:
         if without := len(file.header["broken"]):
-            job.say(
+            processes.print_main(
                 f"{without} of {job.catalog.num_items} items have no readable picture: zero vectors, named in "
                 f"{cache.sidecar(file.path)}"
             )
@@ -167,6 +173,7 @@ def open_picture(path: Path | None) -> tuple[Any | None, str]:
     if path is None:
         return None, NO_PICTURE
     try:
+        check_regular(path, "give a picture")
         with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
@@ -242,15 +249,9 @@ class OpenClipEncoder(Encoder):
             offline_without_network()
         import torch
 
-        try:
-            import open_clip
-        except ImportError as error:
-            raise InputError(f"--img_encoder {name!r} needs open_clip: pip install open_clip_torch") from error
-        if architecture not in open_clip.list_models() or not weights:
-            raise InputError(
-                f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights with one of "
-                f"open_clip's models, such as ViT-L-16-SigLIP-256/webli"
-            )
+        _check_open_clip_name(name)
+        import open_clip
+
         try:
             preprocessing = _preprocessing(architecture) if Path(weights).is_file() else {}
             model, _, self.preprocess = open_clip.create_model_and_transforms(
@@ -279,6 +280,20 @@ class OpenClipEncoder(Encoder):
         pixels = prepared.to(self.device, self.dtype, non_blocking=True)
         with torch.inference_mode():
             return normalised(self.model.encode_image(pixels).float().cpu().numpy())
+
+
+def _check_open_clip_name(name: str) -> None:
+    """Raise InputError unless open_clip is installed and has the model."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise InputError(f"--img_encoder {name!r} needs open_clip: pip install open_clip_torch") from error
+    architecture, _, weights = name.partition("/")
+    if architecture not in open_clip.list_models() or not weights:
+        raise InputError(
+            f"--img_encoder {name!r} must be 'pixel', or MODEL/PRETRAINED or MODEL/path-to-weights with one of "
+            f"open_clip's models, such as ViT-L-16-SigLIP-256/webli"
+        )
 
 
 def _pixels(preprocess: Callable[[Any], Any], pictures: Iterable[Any]) -> Any:

@@ -1,14 +1,14 @@
 """Features of a catalogue's items, computed once and cached. N items, F feature width.
 
-The cache has one array per dataset and modality below <cache_root>/<dataset>/, with a JSON file beside it (cache.py).
-Both carry a key of everything that the features depend on: the encoder, its weights and precision, and the ordered
-items with their inputs. A changed input changes the key. A damaged file fails its checksum and is made again. Encoding
-continues after a kill, and under torchrun each rank encodes a share.
+The cache has one array per dataset and modality below <features_root>/<dataset>/, with a JSON file beside it
+(cache.py). Both carry a key of everything that the features depend on: the encoder, its weights and precision, and the
+ordered items with their inputs. A changed input changes the key. A damaged file fails its checksum and is made again.
+Encoding continues after a kill, and under torchrun each rank encodes a share.
 """
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,6 @@ def load_features(
     catalog: Catalog,
     device: Any,
     trained_on: Collection[str] = (),
-    *,
-    cache_root: Path = cache.ROOT,
-    say: Callable[[str], None] = print,
 ) -> list[np.memmap]:
     """Return features [N, F] of items 1..N for each modality: text, pictures, then files in the given order.
 
@@ -42,14 +39,17 @@ def load_features(
     only reported, because their times count too), or the disk is full.
     """
     processes.start()
-    job = Job(settings, catalog, device, trained_on, cache_root, _silent if processes.rank() else say)
+    job = Job(settings, catalog, device, trained_on)
     asked = modalities(settings)
     inputs = [modality.inputs(job) for modality in asked]  # all are checked before one is encoded
-    return [_load(*pair, job) for pair in zip(asked, inputs, strict=True)]
+    keys = [modality.key(job, given) for modality, given in zip(asked, inputs, strict=True)]
+    for modality, key in zip(asked, keys, strict=True):
+        if not any(file.path.exists() for file in _candidates(modality, key, job)):
+            processes.on_main_process(modality.check_name)
+    return [_load(*given, job) for given in zip(asked, keys, inputs, strict=True)]
 
 
-def _load(modality: Modality, inputs: Sequence[Any], job: Job) -> np.memmap:
-    key = modality.key(job, inputs)
+def _load(modality: Modality, key: dict[str, Any], inputs: Sequence[Any], job: Job) -> np.memmap:
     file = _cached(modality, key, inputs, job)
     modality.note(file, job)
     return np.load(file.path, mmap_mode="c")
@@ -59,8 +59,8 @@ def _cached(modality: Modality, key: dict[str, Any], inputs: Sequence[Any], job:
     """Return the cached file, made first if it is missing."""
     from filelock import FileLock
 
-    def find(say: Callable[[str], None] = _silent) -> cache.File:
-        return cache.find(_candidates(modality, key, job), modality.commit(), job.trained_on, say)
+    def find(report: bool = False) -> cache.File:
+        return cache.find(_candidates(modality, key, job), modality.commit(), job.trained_on, report)
 
     def compare_and_find() -> cache.File:
         names = [file.path.name for file in _candidates(modality, key, job)]
@@ -74,8 +74,8 @@ def _cached(modality: Modality, key: dict[str, Any], inputs: Sequence[Any], job:
     lock = FileLock(_path(modality, key, job).with_suffix(".lock"))
 
     def find_alone() -> cache.File:
-        cache.acquire(lock, job.say)
-        return find(job.say)  # again: another process may have made it meanwhile
+        cache.acquire(lock)
+        return find(report=True)  # again: another process may have made it meanwhile
 
     try:
         found = processes.on_main_process(find_alone)
@@ -106,7 +106,3 @@ def _path(modality: Modality, key: dict[str, Any], job: Job) -> Path:
         / job.catalog.name
         / f"{modality.kind}-{short}-{digest([json.dumps(key, sort_keys=True)])[:16]}.npy"
     )
-
-
-def _silent(line: str) -> None:
-    """Say nothing: rank 0 alone prints."""

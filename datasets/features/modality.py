@@ -36,8 +36,10 @@ class Job:
     catalog: Catalog
     device: Any
     trained_on: Collection[str]  # names of the cached files that a run was trained on; empty: no run
-    cache_root: Path
-    say: Callable[[str], None]  # prints a line
+
+    @property
+    def cache_root(self) -> Path:
+        return Path(self.settings.features_root)
 
 
 class Modality(ABC):
@@ -86,16 +88,20 @@ class Modality(ABC):
         """Return whether features depend on --encoder_precision."""
         return False
 
+    def check_name(self) -> None:
+        """Raise InputError if there is no such encoder, before another one encodes for hours."""
+        return
+
     @abstractmethod
     def refuse_change(self, job: Job) -> None:
-        """Handle inputs that differ from those a run was trained on: say so, or raise InputError."""
+        """Print that the inputs differ from those a run was trained on, or raise InputError."""
 
     @abstractmethod
     def make(self, file: cache.File, inputs: Sequence[Any], job: Job) -> dict[str, Any]:
         """Make the features and write them to a cached file. Returns its header."""
 
     def note(self, file: cache.File, job: Job) -> None:
-        """Say which items have zero vectors."""
+        """Print how many items have zero vectors."""
         return
 
     # ------------------------------------------------------------------------------------------------ new products
@@ -161,7 +167,7 @@ class EncodedModality(Modality):
 
     def make(self, file: cache.File, inputs: Sequence[Any], job: Job) -> dict[str, Any]:
         """Encode the batches that are missing, each rank its share; rank 0 finishes the file."""
-        path, key, say = file.path, file.key, job.say
+        path, key, say = file.path, file.key, processes.print_main
         precision = key.get("precision", "fp32")
         if self.has_precision():
             say(f"encoding {len(inputs):,} {self.unit} by {self.encoder} ({precision}, {job.device}), once: {path}")

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from common import processes
 from common.errors import InputError
-from common.files import parse_json, read_text
+from common.files import check_regular, parse_json, read_text
 from datasets.features import encode
 from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import EncodedModality, Job, Record
@@ -28,7 +29,12 @@ from datasets.text import NO_TEXT, item_text
 if TYPE_CHECKING:
     from config import FeatureSettings
 
-POOLINGS = {"mean": "the mean of the tokens", "first token": "the first token"}
+POOLINGS = {  # pooling -> its names in the configurations of sentence-transformers
+    "the mean of the tokens": {"mean_tokens", "mean"},
+    "the first token": {"cls_token", "cls"},
+    "the last token": {"lasttoken"},
+}
+MAX_TOKENS = 512  # of a text, unless the model's files give another limit
 LOADED_SUFFIXES, LOADED_NAMES = (".json", ".safetensors", ".bin", ".model"), ("vocab.txt", "merges.txt", "bpe.codes")
 LEXICAL: dict[str, Any] = {"encoder": "lexical", "version": 1}
 
@@ -55,8 +61,13 @@ class TextModality(EncodedModality):
         return cls(encoder or description["encoder"], tuple(description["attributes"]), description)
 
     def inputs(self, job: Job) -> list[str]:
-        catalog, say = job.catalog, job.say
+        catalog = job.catalog
         texts = [item_text(record, self.attributes) for record in catalog.metadata]
+        if not any(catalog.metadata):
+            raise InputError(
+                f"{catalog.name} has no metadata, so its items have no text; give meta.json.gz, vectors "
+                f"(--no-use_language_encoder --features NAME=FILE), or train on ids alone (--model_code sasrec)"
+            )
         if all(text == NO_TEXT for text in texts):
             known = sorted({key for record in catalog.metadata for key in record})
             raise InputError(
@@ -65,10 +76,10 @@ class TextModality(EncodedModality):
             )
         absent = [a for a in self.attributes if all(item_text(record, (a,)) == NO_TEXT for record in catalog.metadata)]
         if absent:
-            say(f"no item has {' or '.join(absent)}: left out of the texts")
+            processes.print_main(f"no item has {' or '.join(absent)}: left out of the texts")
         without = sum(text == NO_TEXT for text in texts)
         if without:
-            say(f"{without} of {len(texts)} items have no text: encoded as {NO_TEXT!r}")
+            processes.print_main(f"{without} of {len(texts)} items have no text: encoded as {NO_TEXT!r}")
         return texts
 
     def key(self, job: Job, inputs: Sequence[str]) -> dict[str, Any]:
@@ -173,9 +184,10 @@ class LexicalEncoder(Encoder):
 
 
 class TransformersEncoder(Encoder):
-    """A Hugging Face text encoder, pooled as its own files say: the mean of the tokens, or the first token.
+    """A Hugging Face text encoder or the encoder of a T5, pooled as its own files say (POOLINGS).
 
-    Without such a file it takes the first token, as bge needs. Pooling and normalisation are in float32.
+    Without such a file it takes the first token, as bge needs, or the mean if its tokenizer adds no CLS token. Pooling
+    and normalisation are in float32.
     """
 
     def __init__(self, name: str, device: Any, precision: str = "fp32") -> None:
@@ -183,7 +195,7 @@ class TransformersEncoder(Encoder):
         if not is_folder:
             offline_without_network()
         import torch
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
         from transformers.utils import logging
 
         if not sys.stderr.isatty():
@@ -195,28 +207,33 @@ class TransformersEncoder(Encoder):
             )
         options = {} if is_folder else {"revision": revision}
         try:
+            for path in _loaded_files(Path(name)) if is_folder else ():
+                check_regular(path, "an encoder's folder holds plain files")
             self.tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False, **options)
             if len(self.tokenizer) <= len(
                 self.tokenizer.all_special_tokens
             ):  # transformers makes one up if its files are missing
                 raise ValueError("its tokenizer has no words")
             dtype = getattr(torch, DTYPES[precision])
-            model, loaded = AutoModel.from_pretrained(
+            config = AutoConfig.from_pretrained(model_id, trust_remote_code=False, **options)
+            kind = AutoModelForTextEncoding if hasattr(config, "num_decoder_layers") else AutoModel  # T5: its encoder
+            model, loaded = kind.from_pretrained(
                 model_id, trust_remote_code=False, output_loading_info=True, dtype=dtype, **options
             )
             missing = sorted(k for k in loaded["missing_keys"] if "pooler" not in k)
             if missing:
                 raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} more")
             self.model = model.to(device).eval()
-            self.pooling, where = _pooling(model_id, revision)
-            self.note = f"{name} pools by {POOLINGS[self.pooling]}: {where}"
+            self.model.config.use_cache = False
+            self.pooling, where = _pooling(model_id, revision, self.tokenizer.cls_token is not None)
             limits = _model_json(model_id, revision, "sentence_bert_config.json", needed=False) or {}
             self.max_length = min(
                 self.tokenizer.model_max_length,
-                getattr(self.model.config, "max_position_embeddings", 512),
-                limits.get("max_seq_length") or 512,
+                _positions(self.model),
+                limits.get("max_seq_length") or MAX_TOKENS,
             )
-            self.prepare = partial(_padded, self.tokenizer.pad_token_id or 0, self.tokenizer.padding_side)
+            self.note = f"{name} pools by {self.pooling} ({where}) and reads up to {self.max_length} tokens of a text"
+            self.prepare = partial(_padded, self.tokenizer.pad_token_id or 0)
             self.device = torch.device(device)
             self.on_gpu, self.slow_to_prepare = self.device.type == "cuda", False
             self.dim = self.encode([""]).shape[1]
@@ -235,9 +252,12 @@ class TransformersEncoder(Encoder):
         tokens = {name: values.to(self.device, non_blocking=True) for name, values in prepared.items()}
         with torch.inference_mode():
             states = self.model(**tokens).last_hidden_state.float()  # [B, tokens, F]
-            if self.pooling == "mean":
-                weights = tokens["attention_mask"][..., None].to(states.dtype)
-                states = (states * weights).sum(dim=1) / weights.sum(dim=1)
+            weights = tokens["attention_mask"][..., None].to(states.dtype)
+            counts = weights.sum(dim=1)  # [B, 1]
+            if self.pooling == "the mean of the tokens":
+                states = (states * weights).sum(dim=1) / counts
+            elif self.pooling == "the last token":
+                states = states[torch.arange(len(states)), counts[:, 0].long() - 1]
             else:
                 states = states[:, 0]
         return normalised(states.cpu().numpy())
@@ -245,18 +265,22 @@ class TransformersEncoder(Encoder):
     def tokenize(self, batch: Sequence[str]) -> list[np.ndarray]:
         texts, read = list(batch), {"truncation": True, "max_length": self.max_length, "return_attention_mask": False}
         chunks = (self.tokenizer(texts[at : at + 1000], **read)["input_ids"] for at in range(0, len(texts), 1000))
-        return [np.array(tokens, dtype=np.int32) for chunk in chunks for tokens in chunk]
+        nothing = [self.tokenizer.eos_token_id or 0]  # a text without any token is read as this one
+        return [np.array(tokens or nothing, dtype=np.int32) for chunk in chunks for tokens in chunk]
 
 
-def _padded(pad: int, side: str, batch: Iterable[np.ndarray]) -> dict[str, Any]:
-    """Return the model's inputs, tensors [B, tokens]."""
+def _padded(pad: int, batch: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Return the model's inputs, tensors [B, tokens], padded on the right whatever the tokenizer's side.
+
+    So positions count from the first token, and a causal model's states do not depend on the padding.
+    """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     ids = [torch.from_numpy(tokens).long() for tokens in batch]
     return {
-        "input_ids": pad_sequence(ids, True, pad, side),
-        "attention_mask": pad_sequence([torch.ones_like(tokens) for tokens in ids], True, 0, side),
+        "input_ids": pad_sequence(ids, True, pad),
+        "attention_mask": pad_sequence([torch.ones_like(tokens) for tokens in ids], True, 0),
     }
 
 
@@ -268,8 +292,16 @@ def _split_revision(name: str) -> tuple[str, str, bool]:
     return model_id, revision or "main", False
 
 
-def _pooling(model_id: str, revision: str) -> tuple[str, str]:
-    """Return ("mean" or "first token", the file that says so). Raises ValueError for any other pooling."""
+def _positions(model: Any) -> int:
+    """Return how many tokens a model can read; the positions of RoBERTa's kind begin after that of padding."""
+    positions: Any = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    if getattr(positions, "padding_idx", None) is not None:
+        return positions.num_embeddings - positions.padding_idx - 1
+    return getattr(model.config, "max_position_embeddings", MAX_TOKENS)
+
+
+def _pooling(model_id: str, revision: str, has_cls: bool) -> tuple[str, str]:
+    """Return (a key of POOLINGS, where it was read). Raises ValueError for any other pooling."""
     modules = _model_json(model_id, revision, "modules.json", needed=False) or []
     other = [m["type"] for m in modules if m["type"].split(".")[-1] not in ("Transformer", "Pooling", "Normalize")]
     if other:
@@ -278,13 +310,14 @@ def _pooling(model_id: str, revision: str) -> tuple[str, str]:
     where = f"{folder}/config.json"
     modes = _model_json(model_id, revision, where)
     if modes is None:
-        return "first token", f"the default, as the model has no {where}"
+        default = "the first token" if has_cls else "the mean of the tokens"
+        return default, f"the default, as the model has no {where}{'' if has_cls else ' and no CLS token'}"
     chosen = {mode.removeprefix("pooling_mode_") for mode, on in modes.items() if on is True}
     chosen |= {mode for mode in [modes.get("pooling_mode")] if mode}  # newer files name it
-    for pooling, names in {"mean": {"mean_tokens", "mean"}, "first token": {"cls_token", "cls"}}.items():
+    for pooling, names in POOLINGS.items():
         if len(chosen & names) and chosen <= names | {"include_prompt"}:
             return pooling, where
-    raise ValueError(f"its pooling {sorted(chosen)} is neither the mean of the tokens nor the first token")
+    raise ValueError(f"its pooling {sorted(chosen)} is none of {', '.join(POOLINGS)}")
 
 
 def _model_json(model_id: str, revision: str, name: str, needed: bool = True) -> Any | None:

@@ -29,7 +29,7 @@ class Shop:
         catalog = load_catalog(write_prepared(root, users=5, items=N, pictures=True).parent, "tiny")
         self.catalog = dataclasses.replace(catalog, asins=IDS)
         self.features = item_features(
-            self.catalog, language="lexical", image="pixel", attributes=ATTRIBUTES, cache_root=root, say=lambda _: None
+            self.catalog, language="lexical", image="pixel", attributes=ATTRIBUTES, cache_root=root
         )
         self.model = random_model((4, 12), num_items=N, features=np.split(self.features, [1024], axis=1), ring=NEAR_1)
         self.records = [

@@ -142,9 +142,7 @@ def with_bert(shop, tmp_path_factory):
     """(folder with a small BERT, an export of a model trained with it, features of the products)."""
     root = tmp_path_factory.mktemp("bert")
     bert = write_tiny_bert(root / "bert", {"pooling_mode_mean_tokens": True})
-    features = item_features(
-        shop.catalog, language=str(bert), image=None, attributes=ATTRIBUTES, cache_root=root, say=lambda _: None
-    )
+    features = item_features(shop.catalog, language=str(bert), image=None, attributes=ATTRIBUTES, cache_root=root)
     model = random_model((4,), num_items=N, features=features)
     return root, write_export(root / "export", model, shop.catalog, language_encoder=str(bert)), features
 
@@ -186,9 +184,7 @@ def test_another_picture_encoder_than_in_training_is_refused(shop, r):
 def test_an_encoder_of_the_hub_is_read_at_the_commit_of_training(shop, engine, tmp_path, hub):
     pooling = {"pooling_mode_mean_tokens": True}
     put_in_hub_cache(hub, "org/tiny", "a" * 40, write_tiny_bert(tmp_path / "one", pooling, seed=1))
-    features = item_features(
-        shop.catalog, language="org/tiny", image=None, attributes=("title",), cache_root=tmp_path, say=lambda _: None
-    )
+    features = item_features(shop.catalog, language="org/tiny", image=None, attributes=("title",), cache_root=tmp_path)
     model = random_model((4,), num_items=N, features=features)
     folder = write_export(
         tmp_path / "export", model, shop.catalog, language_encoder="org/tiny", item_attributes=("title",)

@@ -18,6 +18,7 @@ from common.files import check_regular
 
 MAX_BAD_SHARE = 0.01  # of lines that cannot be used
 MAX_LINE = 1 << 24  # bytes; a longer line cannot be used
+BLOCK = 1 << 16  # bytes read at a time: parsed records stay in the cache
 WRONG_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the data; bring the file itself: git lfs pull",
     b"\xff\xfe": "UTF-16; save it as UTF-8",
@@ -98,15 +99,32 @@ class RecordFile:
     number: int = 0  # of the current line, 1-based
     problem: str = ""  # of the first bad line
 
+    def blocks(self) -> Iterator[list[bytes]]:
+        """Yield the lines, many at a time. Raises InputError if the file cannot be read to its end."""
+        with open_data(self.path, self.hint, self) as file:
+            rest = b""
+            while block := file.read(min(BLOCK, MAX_LINE)):
+                *lines, rest = (rest + block).split(b"\n")
+                if len(rest) >= MAX_LINE:
+                    lines, rest = [*lines, rest], b""
+                yield lines
+            if rest:
+                yield [rest]
+
     def texts(self) -> Iterator[str]:
         """Yield the lines without blank ones. Raises InputError if the file cannot be read to its end."""
-        with open_data(self.path, self.hint, self) as file:
-            for line in iter(lambda: file.readline(MAX_LINE), b""):
-                self.number += 1
-                text = self._decode(line).strip()
-                if text:
-                    self.lines += 1
-                    yield text
+        for lines in self.blocks():
+            for _, text in self.decode(lines):
+                yield text
+
+    def decode(self, lines: list[bytes]) -> Iterator[tuple[bytes, str]]:
+        """Yield the lines that are not blank, as bytes and as text, and count them."""
+        for line in lines:
+            self.number += 1
+            text = self._decode(line).strip()
+            if text:
+                self.lines += 1
+                yield line, text
 
     def _decode(self, line: bytes) -> str:
         try:

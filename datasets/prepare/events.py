@@ -4,6 +4,7 @@ n events, U users, N items.
 """
 
 from array import array
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,11 +49,13 @@ def read_events(path: Path, columns: "Columns | None" = None) -> Events:
     with tqdm(desc=f"reading {path.name}", unit="event", unit_scale=True, disable=None) as bar:
         for chunk in find_reader(path).events(file, columns or {}):
             bar.update(len(chunk))
-            found = {name: ids(chunk[name]) for name in coded} | {"time": times.read(chunk["time"])}
-            good = np.logical_and.reduce([column.notna().to_numpy() for column in found.values()])
+            raw = {name: chunk[name] for name in coded}
+            found = {name: ids(raw[name]) for name in coded} | {"time": times.read(chunk["time"])}
+            known = [column.notna().to_numpy() for name, column in found.items() if column is not raw.get(name)]
+            good = np.logical_and.reduce(known)
             _count_bad(file, chunk, found, np.flatnonzero(~good))
             for name, codes in coded.items():
-                codes.add(found[name][good])
+                codes.add(found[name] if good.all() else found[name][good])
             time.frombytes(found["time"].to_numpy()[good].tobytes())
             rating.frombytes(ratings(chunk)[good].tobytes())
             if "line" in chunk:
@@ -83,24 +86,30 @@ class Codes:
     """Numbers ids from 0 in the order of their first appearance."""
 
     def __init__(self) -> None:
-        self.number: dict[str, int] = {}
+        self.number: defaultdict[str, int] = defaultdict()
+        self.number.default_factory = self.number.__len__
         self.codes = array("i")
 
     def add(self, names: "pd.Series") -> None:
         import pandas as pd
 
-        codes, uniques = pd.factorize(names)
-        numbers = [self.number.setdefault(name, len(self.number)) for name in uniques]
-        self.codes.frombytes(np.asarray(numbers, dtype=np.int32)[codes].tobytes())
+        if names.dtype == object:  # most are new in a small chunk of JSON lines
+            codes = np.fromiter(map(self.number.__getitem__, names.tolist()), np.int32, len(names))
+        else:
+            places, uniques = pd.factorize(names)
+            codes = np.fromiter(map(self.number.__getitem__, uniques), np.int32, len(uniques))[places]
+        self.codes.frombytes(codes.tobytes())
 
 
 def ids(column: "pd.Series") -> "pd.Series":
-    """Return ids as text; missing if empty or neither text nor a whole number."""
+    """Return ids as text; missing if empty or neither text nor a whole number. A column of texts is returned itself."""
     import pandas as pd
 
     if pd.api.types.is_integer_dtype(column.dtype):
         return column.astype("str")
     if pd.api.types.infer_dtype(column, skipna=column.dtype != object) == "string":
+        if column.dtype == object and all(column.tolist()):
+            return column
         return column.where(column != "")
     # map() would infer a type that refuses lone surrogates.
     return pd.Series([_id(value) for value in column], index=column.index, dtype=object)

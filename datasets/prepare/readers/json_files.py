@@ -4,7 +4,11 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
 
 from common.errors import InputError
 from common.files import is_deep, parse_json
@@ -18,40 +22,45 @@ if TYPE_CHECKING:
 
 LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 KEYED = re.compile(r'\{\s*"\d+"\s*:\s*[\[{]')
-LINES = 50_000  # records in a chunk
+LINES = 20_000  # records in a chunk
 PIECE = 1 << 20  # characters read at a time
 FIELDS = ("user", "item", "time", "rating")
 
 
-def chunks(
-    file: RecordFile, records: Iterable[tuple[dict[str, Any] | None, int]], columns: Columns
-) -> Iterator["pd.DataFrame"]:
-    """Yield the events of records, each with a hash that equal lines share. A record that is None is a bad line."""
+Batch = tuple[list[dict[str, Any]], list[int], Iterable[int]]  # records ({}: unreadable), hashes of lines, line numbers
+
+
+def chunks(file: RecordFile, batches: Iterable[Batch], columns: Columns) -> Iterator["pd.DataFrame"]:
+    """Yield the events of records, each with a hash that equal lines share."""
     import pandas as pd
 
     keys, seen = None, None
-    rows: list[tuple[Any, ...]] = []
+    cells: dict[str, list[Any]] = {name: [] for name in (*FIELDS, "line")}
+    numbers_read: list[int] = []
 
     def frame() -> "pd.DataFrame":
-        *fields, numbers = zip(*rows, strict=True)
-        series = [pd.Series(column, dtype=object) for column in fields[:4]]  # ids may hold lone surrogates
-        return pd.DataFrame(dict(zip(FIELDS, series, strict=True)) | {"line": fields[4]}).set_index(pd.Index(numbers))
+        series = {name: pd.Series(cells[name], dtype=object) for name in FIELDS}  # ids may hold lone surrogates
+        table = pd.DataFrame(series | {"line": cells["line"]}, copy=False)
+        table.index = pd.Index(np.array(numbers_read))
+        return table
 
-    for record, line in records:
-        if record and keys is None:
-            seen = seen or record
-            keys = find_columns(file.path, record, columns)
-            names = [keys.get(name, "") for name in FIELDS] if keys else []
-        if record is None or keys is None:
-            rows.append((None, None, None, None, line, file.number))
-        else:
-            rows.append((*map(record.get, names), line, file.number))
-        if len(rows) == LINES:
+    for records, hashes, numbers in batches:
+        for record in records if keys is None else ():
+            if record:
+                seen = seen or record
+                if keys := find_columns(file.path, record, columns):
+                    break
+        for name in FIELDS:
+            key = keys.get(name, "") if keys else ""
+            cells[name] += [record.get(key) for record in records]
+        cells["line"] += hashes
+        numbers_read += numbers
+        if len(numbers_read) >= LINES:
             yield frame()
-            rows = []
+            cells, numbers_read = {name: [] for name in cells}, []
     if keys is None and seen is not None:
         raise no_events(file.path, seen)
-    if rows:
+    if numbers_read:
         yield frame()
 
 
@@ -62,7 +71,22 @@ class JsonLines:
         return any(line.startswith("{") for line in head.lines)
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
-        return chunks(file, ((parse_record(line), hash(line)) for line in file.texts()), columns)
+        return chunks(file, self.batches(file), columns)
+
+    def batches(self, file: RecordFile) -> Iterator[Batch]:
+        for lines in file.blocks():
+            try:
+                records = list(map(orjson.loads, lines))
+            except ValueError:
+                records = []
+            if set(map(type, records)) == {dict}:
+                numbers = range(file.number + 1, file.number + len(lines) + 1)
+                file.number += len(lines)
+                file.lines += len(lines)
+                yield records, list(map(hash, lines)), numbers
+            else:  # one at a time: a literal, a blank line, or a line that is no object
+                rows = [(parse_record(text) or {}, hash(line), file.number) for line, text in file.decode(lines)]
+                yield [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
     def items(self, file: RecordFile, columns: Columns) -> Iterator[dict[str, Any]]:
         for line in file.texts():
@@ -120,8 +144,13 @@ class JsonArray:
                 yield record if isinstance(record, dict) and not is_deep(record) else None
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
-        hashed = ((record, hash(repr(record))) for record in self.records(file))
-        return chunks(file, hashed, columns)
+        return chunks(file, self.batches(file), columns)
+
+    def batches(self, file: RecordFile) -> Iterator[Batch]:
+        found = self.records(file)
+        while records := [record or {} for record in islice(found, LINES)]:
+            numbers = range(file.number - len(records) + 1, file.number + 1)
+            yield records, [hash(repr(record)) for record in records], numbers
 
     def items(self, file: RecordFile, columns: Columns) -> Iterator[dict[str, Any]]:
         for record in self.records(file):

@@ -5,15 +5,21 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save
 
 from common.errors import InputError
-from serving import torch_engine
+from config import COUNTING, MODEL_PRESETS, Config
+from model.registry import build_model
+from serving import Recommender, export, torch_engine
 from serving.engines import OnnxEngine, Table, open_engine
-from serving.folder import read_folder
+from serving.export import check_baseline_flags, export_baseline
+from serving.folder import read_folder, write_folder
 from serving.quantize import quantize
+from serving.states import State
 from serving.torch_engine import TorchEngine
+from serving.weights import BASELINES
 from tests.exported import one_of_each_kind, write_export
-from tests.made_up import NEAR_1, random_model
+from tests.made_up import NEAR_1, made_up_catalog, random_model
 
 NUM_ITEMS = 30
 ENGINES = ("torch", "onnx")
@@ -40,6 +46,26 @@ def exported(request, tmp_path_factory):
 def one(tmp_path_factory):
     """One export of each storage: {"none": ..., "float16": ..., "int8": ...}."""
     return one_of_each_kind(tmp_path_factory.mktemp("one"))
+
+
+def baseline(name):
+    """Return (a baseline of random weights, its settings)."""
+    options = {"mrl_hidden_sizes": (8,), "num_heads": 2 if name == "sasrec" else 1}
+    settings = Config(
+        **{**MODEL_PRESETS[name], **({} if name in COUNTING else options)},
+        model_code=name,
+        dataset_code="made-up",
+        lru_max_len=7,
+    )
+    torch.manual_seed(0)
+    model = build_model(NUM_ITEMS, [], settings)
+    if name in COUNTING:
+        model.count(torch.randint(20, (200,)), torch.randint(1, NUM_ITEMS + 1, (200,)))
+        return model, settings
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter_name.endswith(("nu_log", "theta_log")):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval(), settings
 
 
 def histories_of(lengths, longest, num_items=NUM_ITEMS) -> np.ndarray:
@@ -306,3 +332,64 @@ def test_a_graph_that_onnxruntime_cannot_load_is_named(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     with pytest.raises(InputError, match=rf"{path} cannot be loaded by onnxruntime \S+ \(.*export the model again"):
         open_engine(export, "onnx", 1)
+
+
+# ----------------------------------------------------------------------------------------------------- baselines
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baselines_export_answers_as_its_model(tmp_path, name):
+    model, settings = baseline(name)
+    catalog = made_up_catalog(NUM_ITEMS)
+    folder = tmp_path / "export"
+    export_baseline(model, folder, config=settings, catalog=catalog, run=tmp_path / "no-such-run", quantize="none")
+    r = Recommender.from_pretrained(folder)
+    for history in ([], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]):
+        tokens = torch.tensor(history or [0])
+        with torch.no_grad():
+            if name in COUNTING:
+                scores = model.scores(tokens[-1:])[0]
+            else:
+                x = model.item_table()[tokens]
+                scores = model.item_table() @ model.encode(x, torch.arange(len(tokens)), len(tokens))[-1]
+        expected = scores[1:].numpy()
+        [answer] = r.recommend([history], top_k=NUM_ITEMS, exclude_history=False)
+        np.testing.assert_allclose(answer.scores, -np.sort(-expected), atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(expected[np.array(answer.numbers) - 1], answer.scores, atol=1e-5, rtol=1e-4)
+        [few] = r.recommend([history], top_k=2, exclude_history=False, candidates=[5, 29])
+        assert few.numbers == [i for i in answer.numbers if i in (5, 29)]
+        if name == "sasrec":
+            with pytest.raises(InputError, match="sasrec reads the whole history each time and has no states"):
+                r.start(history)
+            continue
+        state = r.start(history[:-1])
+        state = r.step(state, history[-1]) if history else state
+        [stepped] = r.recommend([State.from_bytes(state.to_bytes())], top_k=NUM_ITEMS, exclude_history=False)
+        np.testing.assert_allclose(stepped.scores, answer.scores, rtol=1e-4, atol=1e-5)
+    r.remove_items([5])
+    r.save_pretrained(folder, overwrite=True)
+    assert (
+        f"# made-up, {name}\n" in (folder / "README.md").read_text() and len(Recommender.from_pretrained(folder)) == 29
+    )
+
+
+def test_a_baseline_refuses_what_it_cannot_do_by_name(tmp_path):
+    model, settings = baseline("itemknn")
+    export_baseline(model, tmp_path / "e", config=settings, catalog=made_up_catalog(NUM_ITEMS), run=tmp_path)
+    r, flags = Recommender.from_pretrained(tmp_path / "e"), export.arguments_parser().parse_args(["--size", "4"])
+    for ask, problem in (
+        (lambda: r.embed_items([{"title": "a"}]), "itemknn knows items by id alone and cannot embed products"),
+        (lambda: r.user_vectors([[3]]), "itemknn counts and has no vectors of users and items"),
+        (lambda: r.similar_items([3]), "itemknn counts and has no vectors"),
+        (lambda: r.add_items(["NEW"], np.ones((1, 2))), "learned without features, so no items can be added"),
+        (lambda: Recommender.from_pretrained(tmp_path / "e", "onnx"), "e is a itemknn, which NumPy serves"),
+        (lambda: check_baseline_flags(flags, "itemknn"), "--size is for runs of fmrlrec"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            ask()
+    weights = load_file(tmp_path / "e" / "model.safetensors")
+    files = {"items.safetensors": tmp_path / "e" / "items.safetensors"}
+    for changed in ({"neighbours": weights["neighbours"] + NUM_ITEMS}, {"alike": weights["begins"]}):
+        write_folder(tmp_path / "d", r.config, files | {"model.safetensors": save(weights | changed)}, overwrite=True)
+        with pytest.raises(InputError, match=r"model.safetensors: (the neighbours are not of 30|alike does not fit a)"):
+            read_folder(tmp_path / "d")

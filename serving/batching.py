@@ -11,6 +11,7 @@ from serving.recommender import Recommendation, Recommender
 from serving.states import State
 
 TOGETHER = 64  # requests in a batch
+FEW_ITEMS = 1 << 16  # in a smaller catalogue, one answer costs less than waking a thread twice
 MAX_WAITING = 1_000  # more are refused
 
 
@@ -35,7 +36,11 @@ class Batcher:
                 batch.append(self._waiting.get_nowait())
             self._metrics.add("fmrlrec_batches_total")
             self._metrics.add("fmrlrec_batched_requests_total", by=len(batch))
-            outcomes = await asyncio.to_thread(self._answer, [(history, options) for _, history, options in batch])
+            requests = [(history, options) for _, history, options in batch]
+            if len(batch) == 1 and len(self._recommender.items) <= FEW_ITEMS:
+                outcomes = self._answer(requests)
+            else:
+                outcomes = await asyncio.to_thread(self._answer, requests)
             for (future, *_), outcome in zip(batch, outcomes, strict=True):
                 if not future.done():  # the client may be gone
                     is_error = isinstance(outcome, Exception)

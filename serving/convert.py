@@ -7,6 +7,9 @@ import torch
 
 from config import ModelSettings
 from model import FMRLRec
+from model.baselines.counting import Popularity
+from model.baselines.lrurec import LRURec
+from model.baselines.sasrec import SASRec
 from model.sizes import nested_mask
 from serving.quantize import quantize
 from serving.weights import MATRICES, VECTORS, float_weight
@@ -46,6 +49,30 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
         for name in [f"blocks.{i}.{matrix}" for i in range(len(model.blocks)) for matrix in MATRICES]:
             weights[name], weights[f"{name}.scale"] = quantize(weights[name], axis=0)
     return weights
+
+
+def baseline_weights(model: LRURec | SASRec | Popularity) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return (item table, weights) of a baseline, as serving/baselines.py reads them."""
+    with torch.no_grad():
+        if isinstance(model, Popularity):
+            numbers = np.arange(model.num_items + 1, dtype=np.float32)
+            popularity = _numpy(model.scores(torch.zeros(1, dtype=torch.long))[0])  # of an empty history
+            weights: dict[str, np.ndarray] = {
+                "begins": np.zeros(model.num_items + 2, np.int64),
+                "neighbours": np.zeros(0, np.int64),
+                "alike": np.zeros(0, np.float32),
+            }
+            weights |= {name: value.numpy() for name, value in model.state_dict().items() if name != "counts"}
+            return np.stack([numbers, popularity], axis=1), weights
+        weights = {name: _numpy(w) for name, w in model.state_dict().items() if not name.startswith("items.")}
+        m = model.sizes[-1]
+        for i in range(len(model.blocks)) if isinstance(model, LRURec) else ():
+            widths = {"B_bias_re": 2 * m, "B_bias_im": 2 * m, "C_bias": m}  # zeros if trained without biases
+            weights |= {
+                f"blocks.{i}.lru.{name}": weights.get(f"blocks.{i}.lru.{name}", np.zeros(n, np.float32))
+                for name, n in widths.items()
+            }
+        return _numpy(model.item_table()), weights
 
 
 def model_from(weights: dict[str, np.ndarray], sizes: tuple[int, ...], num_blocks: int) -> FMRLRec:

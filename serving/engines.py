@@ -13,7 +13,7 @@ The engines agree up to rounding. With int8, onnxruntime multiplies integers and
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -177,12 +177,25 @@ class Engine(Protocol):
     def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
+@runtime_checkable
+class Encoder(Protocol):
+    """An engine that encodes histories without states."""
+
+    def encode(self, history: np.ndarray, table: Table) -> np.ndarray: ...
+
+
 def open_engine(export: Export, name: str | None, threads: int) -> Engine:
-    """Return the engine of this name; None: onnx if the export has graphs, else torch.
+    """Return the engine of this name; None: onnx if the export has graphs, else torch; a baseline has its own.
 
     threads: of onnxruntime, 0: one per core. torch uses the process's threads.
     Raises InputError if the engine is unknown, lacks a package, or the export has no valid graphs.
     """
+    if baseline := export.config.get("model"):
+        if name is not None:
+            raise InputError(f"{export.folder} is a {baseline}, which NumPy serves; leave out engine {name!r}")
+        from serving.baselines import BaselineEngine
+
+        return BaselineEngine(export)
     name = name or ("onnx" if export.has_graphs else "torch")
     if name not in ENGINES:
         raise InputError(f"engine {name!r} is unknown; use one of {', '.join(ENGINES)}")

@@ -2,6 +2,7 @@
 
 python -m serving.export --dataset_code demo --size 64 --out exports/demo-64     # the newest run on demo
 python -m serving.export --run experiments/runs/beauty/... --size all --format onnx --quantize int8
+python -m serving.export --run experiments/runs/beauty/...-lrurec      # a baseline, to compare: lrurec, sasrec, itemknn
 python -m serving.export --max_bytes 4MB --max_latency_ms 1      # the best size that fits, from the run's deploy.json
 """
 
@@ -20,11 +21,14 @@ from common.errors import InputError
 from common.files import read_json, sha256
 from common.settings import format_value
 from config import Config
+from serving.folder import STORED
 from serving.quantize import TABLES
+from serving.weights import BASELINES, COUNTING
 
 if TYPE_CHECKING:
     from datasets.catalog import Catalog
     from model import FMRLRec
+    from serving.items import Items
 
 FORMATS = ("torch", "onnx")
 
@@ -73,16 +77,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def asked_run(arguments: argparse.Namespace) -> Path:
-    """Return the run that the flags choose. Raises InputError if there is none or it is a baseline's."""
+def asked_run(arguments: argparse.Namespace, models: Sequence[str] = ("fmrlrec",)) -> Path:
+    """Return the run that the flags choose. Raises InputError if there is none or it is of another model."""
     from trainer.find_run import find_trained, with_runtime_flags
     from trainer.runs import read_config
 
     flags = {"dataset_code": arguments.dataset_code} if arguments.dataset_code else {}
     run = find_trained(arguments.run, Path(arguments.runs_root), flags | {"model_code": "fmrlrec"})
     trained, _ = read_config(run)
-    if trained.model_code != "fmrlrec":
-        raise InputError(f"{run} is a run of {trained.model_code}; only runs of fmrlrec can be exported")
+    if trained.model_code not in models:
+        raise InputError(f"{run} is a run of {trained.model_code}; this command takes runs of {', '.join(models)}")
     with_runtime_flags(trained, flags, run)  # raises if the run is of another dataset
     return run
 
@@ -92,10 +96,15 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     arguments = arguments_parser().parse_args(argv)
     from trainer.runs import describe_run, read_config
 
-    arguments.run = asked_run(arguments)
+    arguments.run = asked_run(arguments, ("fmrlrec", *BASELINES))
     saved, _ = read_config(arguments.run)
-    sizes = chosen_sizes(arguments, saved.mrl_hidden_sizes)
-    folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
+    if saved.model_code in BASELINES:
+        check_baseline_flags(arguments, saved.model_code)
+        sizes = [saved.mrl_hidden_sizes[-1]]
+        folders = [arguments.out or Path("exports") / f"{saved.dataset_code}-{saved.model_code}"]
+    else:
+        sizes = chosen_sizes(arguments, saved.mrl_hidden_sizes)
+        folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
     from model import FMRLRec
     from serving.folder import refuse_existing
     from trainer.load_run import load_run
@@ -105,15 +114,37 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
     print(describe_run(arguments.run), flush=True)
     config, catalog, model = load_run(arguments.run, flags)
-    assert isinstance(model, FMRLRec)  # asked_run refused others
+    if not isinstance(model, FMRLRec):
+        options = {"quantize": arguments.quantize, "overwrite": arguments.overwrite}
+        export_baseline(model, folders[0], config=config, catalog=catalog, run=arguments.run, **options)
+        print(f"{folders[0]}  {config.model_code}: {folder_bytes(folders[0]) / 1e6:.2f} MB", flush=True)
+        return folders
     for size, folder in zip(sizes, folders, strict=True):
         export_size(
             model, size, folder, config=config, catalog=catalog, run=arguments.run,
             format=arguments.format, quantize=arguments.quantize, overwrite=arguments.overwrite,
         )  # fmt: skip
-        total = sum(path.stat().st_size for path in folder.iterdir())
-        print(f"{folder}  size {size}, {arguments.format}, {arguments.quantize}: {total / 1e6:.2f} MB", flush=True)
+        how = f"{arguments.format}, {arguments.quantize}"
+        print(f"{folder}  size {size}, {how}: {folder_bytes(folder) / 1e6:.2f} MB", flush=True)
     return folders
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of an export's files."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def check_baseline_flags(arguments: argparse.Namespace, model: str) -> None:
+    """Raise InputError for a flag that a baseline does not have."""
+    for flag, given in (
+        ("--size", arguments.size is not None),
+        ("--max_bytes", arguments.max_bytes is not None),
+        ("--max_latency_ms", arguments.max_latency_ms is not None),
+        ("--format onnx", arguments.format == "onnx"),
+        ("--quantize int8", arguments.quantize == "int8"),
+    ):
+        if given:
+            raise InputError(f"{flag} is for runs of fmrlrec; leave it out: {model} has one size, which NumPy serves")
 
 
 def target(arguments: argparse.Namespace, dataset: str, size: int, how_many: int) -> Path:
@@ -206,11 +237,9 @@ def export_size(
     """
     import torch
 
-    from datasets.text import flat_text
     from model import slice_model
     from serving.convert import serving_weights
     from serving.folder import ITEMS, WEIGHTS, pack_items, pack_weights, write_folder
-    from serving.items import make_items
     from serving.quantize import quantize as to_int8
 
     small = slice_model(model, size)
@@ -227,8 +256,7 @@ def export_size(
             raise InputError("the item table exceeds float16's 65504; export it with --quantize none")
         table = table.astype(np.float16)
     packed = pack_weights(weights)
-    items = make_items(catalog.asins, [flat_text(record.get("title")) for record in catalog.metadata])
-    files: dict[str, Any] = {WEIGHTS: packed, ITEMS: pack_items(items, table, scale)}
+    files: dict[str, Any] = {WEIGHTS: packed, ITEMS: pack_items(named_items(catalog), table, scale)}
     if format == "onnx":
         try:
             from serving.graphs import build_graphs
@@ -238,23 +266,73 @@ def export_size(
     write_folder(folder, description(small, config, catalog, run) | {"quantize": quantize}, files, overwrite)
 
 
+def export_baseline(
+    model: Any,
+    folder: Path,
+    *,
+    config: Config,
+    catalog: Catalog,
+    run: Path,
+    quantize: str = "float16",
+    overwrite: bool = False,
+) -> None:
+    """Write a run of one of BASELINES as an export. Raises InputError if weights are not finite."""
+    from serving.convert import baseline_weights
+    from serving.folder import ITEMS, WEIGHTS, pack_items, pack_weights, write_folder
+
+    table, weights = baseline_weights(model)
+    for name, value in {"the item table": table, **weights}.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"{name} of {run} is not finite and cannot be exported; train it again")
+    counts = config.model_code in COUNTING  # its table holds item numbers, which float16 would round
+    table, quantize = (table, "none") if counts else (table.astype(STORED[quantize][1]), quantize)
+    described = common_description(config, catalog, run, model.sizes[-1])
+    described |= {
+        "model": config.model_code,
+        "size": table.shape[1],
+        "sizes": [table.shape[1]],
+        "num_blocks": 1 if counts else config.lru_num_blocks,
+        "num_heads": config.num_heads,
+        "features": {"dim": 0, "language": None, "image": None},
+        "quantize": quantize,
+    }
+    files = {WEIGHTS: pack_weights(weights), ITEMS: pack_items(named_items(catalog), table, None)}
+    write_folder(folder, described, files, overwrite)
+
+
+def named_items(catalog: Catalog) -> Items:
+    """Return the ids and titles of a catalogue."""
+    from datasets.text import flat_text
+    from serving.items import make_items
+
+    return make_items(catalog.asins, [flat_text(record.get("title")) for record in catalog.metadata])
+
+
 def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:
     """Return the content of config.json for a sliced model, except its files."""
     from datasets.features.description import describe_features
-    from trainer.runs import EVERY_SIZE, commit, read_metrics
 
     size, whitening = model.sizes[-1], model.items.whitening
     widths = {"whitened": [len(mean) for mean, _ in whitening.transforms()]} if whitening else {}
-    metrics = run / EVERY_SIZE
     return {
         "size": size,
         "sizes": list(model.sizes),
         "num_blocks": config.lru_num_blocks,
         "post_norm": model.settings.post_norm,
+        "features": describe_features(config, [part.shape[1] for part in model.items.features]) | widths,
+        **common_description(config, catalog, run, size),
+    }
+
+
+def common_description(config: Config, catalog: Catalog, run: Path, size: int) -> dict[str, Any]:
+    """Return the part of config.json that every model has: its data, its run and the run's metrics at this size."""
+    from trainer.runs import EVERY_SIZE, commit, read_metrics
+
+    metrics = run / EVERY_SIZE
+    return {
         "max_len": config.lru_max_len,
         "num_items": catalog.num_items,
         "dataset": {"code": config.dataset_code, "digest": catalog.digest()},
-        "features": describe_features(config, [part.shape[1] for part in model.items.features]) | widths,
         "run": run.resolve().name,
         "commit": commit(),
         "metrics": read_metrics(metrics, "eval.py --run ... writes it").get(str(size)) if metrics.exists() else None,

@@ -39,7 +39,7 @@ from common.files import cannot_write, read_json, sha256
 from common.schema import check_schema
 from serving.items import Items
 from serving.schema import ExportConfig
-from serving.weights import expected_shapes
+from serving.weights import baseline_shapes, expected_shapes
 
 FORMAT, VERSION = "fmrlrec-export", 1
 WITH_REMOVED = 2  # the version of an export with removed items, which earlier code would recommend
@@ -199,11 +199,14 @@ def model_card(config: dict[str, Any]) -> str:
     }
     commit = f" (commit `{config['commit']}`)" if config.get("commit") else ""
     usage = _usage("In a clone of the repository", "python -m serving.recommend", "serving")
-    if GRAPHS[0] in config["files"]:
+    if GRAPHS[0] in config["files"] or "model" in config:
         usage += _usage("Installed (`pip install .` in a clone), without torch", "fmrlrec-recommend", "fmrlrec")
-    return f"""# {config["dataset"]["code"]}, size {config["size"]}
+    title, kind = f"size {config['size']}", "fMRLRec, Findings of EMNLP 2024"
+    if name := config.get("model"):
+        title, kind = name, f"the baseline {name}"
+    return f"""# {config["dataset"]["code"]}, {title}
 
-A sequential recommender (fMRLRec, Findings of EMNLP 2024) with {config["size"]} dimensions, sliced from the run
+A sequential recommender ({kind}) with {config["size"]} dimensions, {"from" if name else "sliced from"} the run
 `{config["run"]}`. It reads the last {config["max_len"]} items of a history and ranks {ranked:,} items.
 
 - Item features: {encoders or "none, the item table is learned"}. Stored {stored[config["quantize"]]}.
@@ -269,8 +272,9 @@ def read_folder(folder: str | Path) -> Export:
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
     with _named(path):
         weights = load_file(path)
-    int8 = config["quantize"] == "int8"
-    features = config["features"]
+    features, int8 = config["features"], config["quantize"] == "int8"
+    if "model" in config:
+        return _checked_baseline(path, weights, config)
     shapes = expected_shapes(
         config["size"],
         config["num_blocks"],
@@ -285,6 +289,23 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
         expected = f"{dtype} {list(shapes[name])}" if name in shapes else "nothing"
         if found != expected:
             raise InputError(f"{path}: {name} is {found} instead of {expected}; {HINT}")
+    return weights
+
+
+def _checked_baseline(path: Path, weights: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the weights of a baseline. Raises InputError if one has another type or shape than its model's."""
+    shapes = baseline_shapes(config)
+    for name in sorted(shapes.keys() | weights.keys()):
+        found, shape = weights.get(name), shapes.get(name, ())
+        dtype = np.int64 if name in ("begins", "neighbours") else np.float32
+        fits = found is not None and name in shapes and found.dtype == dtype and found.ndim == len(shape)
+        if not fits or any(n not in (None, weights[name].shape[axis]) for axis, n in enumerate(shape)):
+            raise InputError(f"{path}: {name} does not fit a {config['model']} of size {config['size']}; {HINT}")
+    if "begins" in weights:
+        begins, neighbours = weights["begins"], weights["neighbours"]
+        ends = begins[0] == 0 and begins[-1] == len(neighbours) == len(weights["alike"])
+        if not ends or (np.diff(begins) < 0).any() or ((neighbours < 1) | (neighbours > config["num_items"])).any():
+            raise InputError(f"{path}: the neighbours are not of {config['num_items']} items; {HINT}")
     return weights
 
 

@@ -15,7 +15,6 @@ The server knows no accounts: put it behind a proxy that does, and let nobody el
 import asyncio
 import base64
 import binascii
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -25,11 +24,11 @@ from common.cli import Parser, run_cli
 from common.errors import InputError
 from serving import __version__
 from serving.batching import Batcher
-from serving.metrics import Metrics
+from serving.metrics import Limited, Metrics
 from serving.recommender import Recommender
 from serving.states import State
 
-MAX_BYTES, MAX_ITEMS, MAX_SIMILAR, MAX_TOP_K = 1 << 20, 10_000, 64, 1_000  # of one request
+MAX_ITEMS, MAX_SIMILAR, MAX_TOP_K = 10_000, 64, 1_000  # of one request
 
 
 def create_app(recommender: Recommender) -> Any:
@@ -65,18 +64,6 @@ def create_app(recommender: Recommender) -> Any:
         task.cancel()
 
     app = FastAPI(title="fmrlrec", version=__version__, lifespan=lifespan)
-
-    @app.middleware("http")
-    async def limited(request: Request, call_next: Any) -> Any:
-        started = time.perf_counter()
-        length = request.headers.get("content-length", "0" if request.method == "GET" else "")
-        if not length.isdecimal() or int(length) > MAX_BYTES or "transfer-encoding" in request.headers:
-            response = JSONResponse({"detail": f"give a Content-Length of at most {MAX_BYTES} bytes"}, 413)
-        else:
-            response = await call_next(request)
-        path = request.url.path if request.url.path in known else "other"
-        metrics.took(path, response.status_code, time.perf_counter() - started)
-        return response
 
     @app.exception_handler(InputError)
     @app.exception_handler(asyncio.QueueFull)
@@ -117,8 +104,7 @@ def create_app(recommender: Recommender) -> Any:
     async def show_metrics() -> PlainTextResponse:
         return PlainTextResponse(metrics.text(len(recommender)), media_type="text/plain; version=0.0.4")
 
-    known = app.openapi()["paths"]
-    return app
+    return Limited(app, metrics, app.openapi()["paths"])
 
 
 def _state(text: str) -> State:

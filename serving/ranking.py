@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from serving.catalogue import Catalogue
-from serving.engines import bias_before_scaling
+from serving.engines import Encoder, bias_before_scaling
 from serving.filters import Choice, listed
 from serving.items import ItemId
 from serving.snapshot import Snapshot, check_state
@@ -87,6 +87,8 @@ def vectors_of(now: Snapshot, batch: list[Request]) -> np.ndarray:
     """Return z [B, m] of a batch, which has only states or only histories."""
     if states := [request.state for request in batch if request.state]:
         return np.stack([state.z for state in states])
+    if isinstance(now.engine, Encoder):
+        return now.engine.encode(filled(now, batch), now.catalogue.table)
     return encode(now.engine, now.catalogue.table, now.eigenvalues, filled(now, batch))[0]
 
 

@@ -34,6 +34,7 @@ from serving.items import ItemId, make_items
 from serving.ranking import Recommendation, batches, make_answer, ranked, read_request, vectors_of
 from serving.snapshot import Snapshot, check_state, project
 from serving.states import State, encode
+from serving.weights import COUNTING
 
 CHUNK = 1 << 16  # items compared at once
 
@@ -152,6 +153,7 @@ class Recommender:
         candidates: as in `recommend`, for all items. Raises InputError for an unknown id.
         """
         now = self._now
+        _check_vectors(now)
         catalogue, table = now.catalogue, now.catalogue.table
         numbers = _known(catalogue, items, "items")
         _check_top_k(top_k)
@@ -189,6 +191,7 @@ class Recommender:
 
     def item_vectors(self, items: Sequence[ItemId] | None = None) -> np.ndarray:
         """Return vectors [n, m] float32 of some items, or of items 1..N. A score is a user's vector times an item's."""
+        _check_vectors(self._now)
         catalogue = self.items
         if items is None:
             return catalogue.table.vectors(slice(1, None)).copy()
@@ -197,6 +200,7 @@ class Recommender:
     def user_vectors(self, histories: Iterable[Sequence[ItemId] | State]) -> np.ndarray:
         """Return vectors [n, m] float32 of users; histories as in `recommend`, unknown items are skipped."""
         now = self._now
+        _check_vectors(now)
         requests = [read_request(now, history) for history in listed(histories, "histories", "[['id', 'id'], []]")]
         vectors = np.zeros((len(requests), now.config["size"]), dtype=np.float32)
         for rows in batches(requests, [], 1):
@@ -211,6 +215,8 @@ class Recommender:
         Up to `max_len` items, `recommend` gives the state the same answer as the history, up to rounding.
         """
         now = self._now
+        if now.config.get("model") == "sasrec":
+            raise InputError("sasrec reads the whole history each time and has no states; give recommend the history")
         numbers = _known(now.catalogue, history, "a history")
         items = np.array([numbers or [0]], dtype=np.int64)
         z, hidden = encode(now.engine, now.catalogue.table, now.eigenvalues, items)
@@ -285,6 +291,8 @@ class Recommender:
         """
         if hasattr(products, "to_dict"):
             products = products.to_dict("records")
+        if baseline := self.config.get("model"):
+            raise InputError(f"{baseline} knows items by id alone and cannot embed products; export a run of fmrlrec")
         records = list(listed(products, "products", "[{'title': 'Rose soap'}]"))
         now, key = self._now, (language_encoder, img_encoder)
         try:
@@ -320,6 +328,11 @@ class Recommender:
         if len(catalogue.removed) or "num_removed" in config:
             changed["num_removed"] = len(catalogue.removed)
         write_folder(Path(folder), config | changed, files, overwrite)
+
+
+def _check_vectors(now: Snapshot) -> None:
+    if (model := now.config.get("model")) in COUNTING:
+        raise InputError(f"{model} counts and has no vectors of users and items; export another model")
 
 
 def _check_top_k(top_k: Any) -> None:

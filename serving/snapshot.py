@@ -16,7 +16,7 @@ from serving.catalogue import Catalogue
 from serving.engines import Engine
 from serving.folder import WEIGHTS, Export
 from serving.quantize import rounded
-from serving.states import State, eigenvalues_of
+from serving.states import State, decays_of, state_shape
 from serving.weights import whitened
 
 
@@ -29,7 +29,7 @@ class Snapshot:
     engine: Engine
     catalogue: Catalogue
     model: str
-    eigenvalues: np.ndarray  # λ [blocks, m]
+    eigenvalues: np.ndarray  # λ [rows of a state, m]
     projection: tuple[np.ndarray | None, np.ndarray | None]  # for new items
     whitening: dict[str, np.ndarray]
     encoders: dict[tuple, list]  # loaded modalities, by where their encoders are
@@ -44,7 +44,7 @@ class Snapshot:
             engine,
             Catalogue(export.items, engine.table(export).with_room(), export.removed),
             model_name(config),
-            eigenvalues_of(weights, config["num_blocks"]),
+            decays_of(weights, config),
             (weights.get("projection.weight"), weights.get("projection.bias")),
             {name: value for name, value in weights.items() if name.startswith("whitening.")},
             {},
@@ -69,7 +69,7 @@ def check_state(now: Snapshot, state: State) -> None:
         raise InputError(
             f"the state was made by the model {state.model!r}, this is {now.model!r}; encode the history again: start()"
         )
-    shape = now.config["num_blocks"], 2, now.config["size"]
+    shape = state_shape(now.config)
     if state.hidden.shape != shape or state.z.shape != shape[2:]:
         raise InputError("the state is damaged: it has another size than its model; encode the history again: start()")
     if (largest := max(state.items, default=0)) > len(now.catalogue):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from common.errors import InputError
 from serving.engines import Engine, Table
+from serving.weights import Weights
 
 ROWS = 2048  # steps that an engine computes at once
 HEADER = struct.Struct("<4sBBHHI")  # magic, version, blocks, size, bytes of the model's name, items
@@ -93,10 +96,18 @@ def encode(engine: Engine, table: Table, eigenvalues: np.ndarray, history: np.nd
     return z, hidden
 
 
-def eigenvalues_of(weights: dict[str, np.ndarray], num_blocks: int) -> np.ndarray:
-    """Return λ = exp(-exp(ν) + i exp(θ)) of each block [blocks, m], complex64."""
+def state_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the shape of State.hidden. The 2m states of lrurec's blocks take two rows each."""
+    return config["num_blocks"] * (2 if config.get("model") == "lrurec" else 1), 2, config["size"]
+
+
+def decays_of(weights: Weights, config: Mapping[str, Any]) -> np.ndarray:
+    """Return λ = exp(-exp(ν) + i exp(θ)) of each row of a state [rows, m], complex64; 0 for models without an LRU."""
+    shape = state_shape(config)[::2]
+    if config.get("model", "lrurec") != "lrurec":
+        return np.zeros(shape, dtype=np.complex64)
     nu, theta = (
-        np.exp(np.stack([weights[f"blocks.{i}.lru.{part}"] for i in range(num_blocks)]).astype(np.float64))
+        np.exp(np.stack([weights[f"blocks.{i}.lru.{part}"] for i in range(config["num_blocks"])]).astype(np.float64))
         for part in ("nu_log", "theta_log")
     )
-    return np.exp(-nu + 1j * theta).astype(np.complex64)
+    return np.exp(-nu + 1j * theta).astype(np.complex64).reshape(shape)

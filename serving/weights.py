@@ -16,17 +16,24 @@ a model.
                                                   applied before the projection; absent without whitening
 
 With int8, each matrix of a block is int8 and `<name>.scale` holds one scale per output.
+
+A baseline's weights have the names of the model's (model/baselines/), without the item table. popularity and itemknn
+have each item's neighbours: `begins` [N+2], `neighbours` and `alike`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from serving.quantize import dequantize
 
 MATRICES = ("lru.B", "lru.C", "ffn.expand", "ffn.reduce")
+COUNTING = ("popularity", "itemknn")
+BASELINES = ("lrurec", "sasrec", *COUNTING)
+Weights = Mapping[str, np.ndarray]
 VECTORS = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "lru.nu_log", "lru.theta_log")  # as trained
 
 
@@ -57,6 +64,25 @@ def expected_shapes(
     for i, width in enumerate(whitened):
         shapes |= {f"whitening.{i}.mean": (width,), f"whitening.{i}.matrix": (width, width)}
     return shapes
+
+
+def baseline_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
+    """Return name -> shape of every weight of a baseline's export; None: any length."""
+    m, name = config["size"], config["model"]
+    if name in COUNTING:
+        return {"begins": (config["num_items"] + 2,), "neighbours": (None,), "alike": (None,)}
+    shapes: dict[str, tuple[int | None, ...]] = {"norm.weight": (m,), "norm.bias": (m,)}
+    layers: dict[str, tuple[int | None, ...]] = {f"norm{n}.{part}": (m,) for n in (1, 2) for part in ("weight", "bias")}
+    inner = m if name == "sasrec" else 4 * m
+    if name == "sasrec":
+        shapes["positions"] = (config["max_len"], m)
+        layers |= {f"attention.W_{part}.weight": (m, m) for part in "QKV"}
+    else:
+        layers |= {f"lru.{part}": (2 * m,) for part in ("nu_log", "theta_log", "gamma_log", "B_bias_re", "B_bias_im")}
+        layers |= {f"lru.{part}": (2 * m, m) for part in ("B_re", "B_im")}
+        layers |= {f"lru.{part}": (m, 2 * m) for part in ("C_re", "C_im")} | {"lru.C_bias": (m,)}
+    layers |= {"W1.weight": (inner, m), "W1.bias": (inner,), "W2.weight": (m, inner), "W2.bias": (m,)}
+    return shapes | {f"blocks.{i}.{each}": layers[each] for i in range(config["num_blocks"]) for each in layers}
 
 
 def whitened(features: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:

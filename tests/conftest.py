@@ -51,3 +51,28 @@ def hub(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    """Return the shop of the tests of serving."""
+    from tests.exported import Shop
+
+    return Shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(params=["torch", "onnx"])
+def engine(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["none", "float16", "int8"])
+def kind(request) -> str:
+    """Return a storage of the item table."""
+    return request.param
+
+
+@pytest.fixture
+def r(shop, engine):
+    """Open the shop's export in float32 anew."""
+    return shop.open(engine)

@@ -323,11 +323,12 @@ def test_all_training_items_are_counted_however_old(workplace):
     assert model.counts.tolist() == counts.tolist()
 
 
-def test_a_baseline_is_neither_exported_nor_sliced(workplace):
+def test_a_baseline_is_exported_by_its_run_and_not_sliced(workplace):
     run = run_train("popularity")
+    assert [folder.name for folder in export.main(["--run", str(run)])] == ["tiny-popularity"]
+    with pytest.raises(InputError, match="is a run of popularity; this command takes runs of fmrlrec"):
+        deploy.main(["--run", str(run)])
     for command in (export.main, deploy.main):
-        with pytest.raises(InputError, match="is a run of popularity; only runs of fmrlrec can be exported"):
-            command(["--run", str(run)])
         with pytest.raises(InputError, match=r"matches --model_code fmrlrec(.|\n)*: model_code popularity"):
             command([])
     with pytest.raises(InputError, match="is a run, not an export"):

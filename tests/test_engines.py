@@ -5,15 +5,21 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save
 
 from common.errors import InputError
-from serving import torch_engine
+from config import COUNTING, MODEL_PRESETS, Config
+from model.registry import build_model
+from serving import Recommender, export, torch_engine
 from serving.engines import OnnxEngine, Table, open_engine
-from serving.folder import read_folder
+from serving.export import check_baseline_flags, export_baseline
+from serving.folder import read_folder, write_folder
 from serving.quantize import quantize
+from serving.states import State
 from serving.torch_engine import TorchEngine
+from serving.weights import BASELINES
 from tests.exported import one_of_each_kind, write_export
-from tests.made_up import NEAR_1, random_model
+from tests.made_up import NEAR_1, made_up_catalog, random_model
 
 NUM_ITEMS = 30
 ENGINES = ("torch", "onnx")
@@ -27,16 +33,12 @@ SHAPES = [
 ]
 
 
-def model_of(shape):
-    sizes, num_blocks, _, options = shape
-    return random_model(sizes, num_blocks, ring=NEAR_1, **options)
-
-
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def exported(request, tmp_path_factory):
     """(model, max_len, export in float32)."""
     folder = tmp_path_factory.mktemp("exported") / "export"
-    model, max_len = model_of(request.param), request.param[2]
+    sizes, num_blocks, max_len, options = request.param
+    model = random_model(sizes, num_blocks, ring=NEAR_1, **options)
     return model, max_len, read_folder(write_export(folder, model, max_len=max_len))
 
 
@@ -46,8 +48,24 @@ def one(tmp_path_factory):
     return one_of_each_kind(tmp_path_factory.mktemp("one"))
 
 
-def open_both(export):
-    return [open_engine(export, name, threads=1) for name in ENGINES]
+def baseline(name):
+    """Return (a baseline of random weights, its settings)."""
+    options = {"mrl_hidden_sizes": (8,), "num_heads": 2 if name == "sasrec" else 1}
+    settings = Config(
+        **{**MODEL_PRESETS[name], **({} if name in COUNTING else options)},
+        model_code=name,
+        dataset_code="made-up",
+        lru_max_len=7,
+    )
+    torch.manual_seed(0)
+    model = build_model(NUM_ITEMS, [], settings)
+    if name in COUNTING:
+        model.count(torch.randint(20, (200,)), torch.randint(1, NUM_ITEMS + 1, (200,)))
+        return model, settings
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter_name.endswith(("nu_log", "theta_log")):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval(), settings
 
 
 def histories_of(lengths, longest, num_items=NUM_ITEMS) -> np.ndarray:
@@ -85,19 +103,6 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 
 # ------------------------------------------------------------------------------------------------------- step by step
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_models_steps_end_where_encoding_the_history_does(shape):
-    model, length, users = model_of(shape).double(), max(shape[2], 3), 4
-    items = torch.from_numpy(histories_of([length] * users, length))
-    table = model.item_table()
-    position = torch.arange(length).repeat(users)
-    expected = model.encode(table[items.flatten()], position, length).view(users, length, -1)
-    hidden = torch.zeros(users, shape[1], 2, shape[0][-1], dtype=torch.float64)
-    for t in range(length):
-        z, hidden = model.step(table[items[:, t]], hidden)
-        assert_close(z.detach(), expected[:, t].detach(), tolerance=1e-10)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -152,38 +157,31 @@ ALONE = {"none": 1e-5, "int8": 2e-3}
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_users_scores_depend_neither_on_the_batch_nor_on_the_padding(one, name, kind):
     export = one[kind]
-    engine = open_engine(export, name, threads=1)
-    lengths = [20, 1, 0, 7, 20, 3, 12]
+    engine, lengths = open_engine(export, name, threads=1), [20, 1, 0, 7, 20, 3, 12]
     history = histories_of(lengths, 20)
     together = ranking(engine, export, history)
     for row, length in enumerate(lengths):
         for padded in {max(length, 1), min(length + 2, 20), 20}:
             alone = ranking(engine, export, history[row : row + 1, -padded:])
             assert_close(alone, together[row : row + 1], ALONE[kind])
-
-
-@pytest.mark.parametrize("kind", ["none", "int8"])
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_user_with_large_activations_costs_other_users_no_precision(one, name, kind):
-    engine = open_engine(one[kind], name, threads=1)
-    table = engine.table(one[kind])
-    z = np.random.default_rng(0).normal(size=(2, one[kind].config["size"])).astype(np.float32)
+    table = engine.table(export)
+    z = np.random.default_rng(0).normal(size=(2, export.config["size"])).astype(np.float32)
     alone = by_item(engine.rank(z[:1], table, *all_items(table)))
-    together = by_item(engine.rank(z * np.float32([[1], [1e4]]), table, *all_items(table)))
-    assert_close(together[:1], alone)
+    beside_a_large_one = by_item(engine.rank(z * np.float32([[1], [1e4]]), table, *all_items(table)))
+    assert_close(beside_a_large_one[:1], alone)
 
 
-def test_engines_do_not_write_to_their_arguments(one):
-    for engine in open_both(one["none"]):
-        table = engine.table(one["none"])
-        history, item = histories_of([3, 0], 5), np.array([1, 2])
-        z, hidden = np.ones((2, 32), dtype=np.float32), np.ones((2, 2, 2, 32), dtype=np.float32)
-        before = [array.copy() for array in (history, item, z, hidden, table.values)]
-        engine.recommend(history, table, *all_items(table))
-        engine.step(item, hidden, table)
-        engine.rank(z, table, *all_items(table))
-        for array, was in zip((history, item, z, hidden, table.values), before, strict=True):
-            np.testing.assert_array_equal(array, was)
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_do_not_write_to_their_arguments(one, name):
+    engine = open_engine(one["none"], name, threads=1)
+    table, history, item = engine.table(one["none"]), histories_of([3, 0], 5), np.array([1, 2])
+    z, hidden = np.ones((2, 32), dtype=np.float32), np.ones((2, 2, 2, 32), dtype=np.float32)
+    before = [array.copy() for array in (history, item, z, hidden, table.values)]
+    engine.recommend(history, table, *all_items(table))
+    engine.step(item, hidden, table)
+    engine.rank(z, table, *all_items(table))
+    for array, was in zip((history, item, z, hidden, table.values), before, strict=True):
+        np.testing.assert_array_equal(array, was)
 
 
 # --------------------------------------------------------------------------------------------------------------- int8
@@ -200,15 +198,6 @@ def test_the_int8_graphs_multiply_integers_of_63_steps_a_side(one):
     scores = by_item(engine.rank(z, table, *all_items(table)))
     assert_close(scores, expected, 1e-6)
     assert not scores[4].any()
-
-
-def test_the_torch_engine_dequantizes_int8(one):
-    export = one["int8"]
-    engine = TorchEngine(export)
-    table = engine.table(export)
-    np.testing.assert_array_equal(table.rows(), export.table * export.scale[:, None])
-    z = np.random.default_rng(0).normal(size=(5, export.config["size"])).astype(np.float32)
-    assert_close(by_item(engine.rank(z, table, *all_items(table))), z @ table.rows()[1:].T)
 
 
 # With int8 a weight is off by at most half a step of 1/127 of its column's largest, an activation by half a step of
@@ -244,18 +233,6 @@ def table_of(rows: np.ndarray, kind: str) -> Table:
 
 
 @pytest.mark.parametrize("kind", ["none", "int8"])
-def test_a_table_that_grew_is_the_table_of_all_its_rows(kind):
-    rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    whole, grown = table_of(rows, kind), table_of(rows[:6], kind).extended(rows[6:8]).extended(rows[8:])
-    assert len(grown) == len(whole) == 9
-    np.testing.assert_array_equal(grown.rows(), whole.rows())
-    np.testing.assert_array_equal(grown.vectors(np.array([8, 0])), whole.vectors(slice(None))[[8, 0]])
-    for name, value in whole.inputs().items():
-        np.testing.assert_array_equal(grown.inputs()[name][..., : value.shape[-1]], value)
-        assert grown.inputs()[name].flags.c_contiguous
-
-
-@pytest.mark.parametrize("kind", ["none", "int8"])
 def test_tables_share_their_rows_and_only_the_newest_has_more(kind):
     rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
     old = table_of(rows[:6], kind).with_room()
@@ -272,26 +249,6 @@ def test_tables_share_their_rows_and_only_the_newest_has_more(kind):
 # -------------------------------------------------------------------------------------------------------- equal scores
 
 
-@pytest.mark.parametrize(("name", "kind"), [("torch", "none"), ("onnx", "none"), ("onnx", "int8")])
-def test_of_items_with_equal_embeddings_the_lower_number_comes_first(one, name, kind):
-    """With whole numbers, whose products are exact in any order of summation."""
-    engine = open_engine(one[kind], name, threads=1)
-    rng = np.random.default_rng(0)
-    distinct = rng.integers(-1, 2, size=(9, 32)).astype(np.float32)
-    which = rng.integers(0, 9, size=300)
-    grown, first = engine.table(one[kind]).extended(distinct[which]), NUM_ITEMS + 1
-    bias = np.full((1, grown.width), -np.inf, dtype=np.float32)
-    bias[0, first : len(grown)] = 0
-    z = rng.integers(-63, 64, size=(7, 32)).astype(np.float32)
-    for users in (z[:1], z):
-        scores, items = engine.rank(users, grown, bias, 300)
-        for row, of_row in zip(np.asarray(items), np.asarray(scores), strict=True):
-            groups = which[row - first]
-            for group in range(9):
-                assert (np.diff(row[groups == group]) > 0).all()
-                assert len(set(of_row[groups == group].tolist())) == 1
-
-
 def whole_numbers(users, items):
     """Return (z, table) whose scores are exact in float32, and many of them equal."""
     rng = np.random.default_rng(0)
@@ -306,21 +263,12 @@ def test_ranking_is_a_stable_sort_however_the_catalogue_is_chunked(one, monkeypa
     monkeypatch.setattr(torch_engine, "CHUNK", chunk)
     z, table = whole_numbers(users=5, items=63)
     bias = np.zeros((5, 64), dtype=np.float32)
-    bias[:, 0] = -np.inf
+    bias[:, 0] = bias[0, 10:] = bias[1, :20] = -np.inf
     expected = np.argsort(-(z @ table.T + bias), axis=1, kind="stable")[:, :k]
     scores, items = open_engine(one["none"], name, 1).rank(z, Table(table, None), bias, k)
-    np.testing.assert_array_equal(items, expected)
-    np.testing.assert_array_equal(scores, np.take_along_axis(z @ table.T, expected, axis=1))
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_each_user_may_have_other_candidates_even_if_a_chunk_has_none(one, monkeypatch, name):
-    monkeypatch.setattr(torch_engine, "CHUNK", 3)
-    z, table = whole_numbers(users=2, items=20)
-    bias = np.full((2, 21), -np.inf, dtype=np.float32)
-    bias[0, [5, 6, 19]] = bias[1, [10, 12, 20]] = 0
-    _, items = open_engine(one["none"], name, 1).rank(z, Table(table, None), bias, 3)
-    assert np.sort(items, axis=1).tolist() == [[5, 6, 19], [10, 12, 20]]
+    of_expected = np.take_along_axis(z @ table.T + bias, expected, axis=1)
+    np.testing.assert_array_equal(scores, of_expected)
+    np.testing.assert_array_equal(np.asarray(items)[of_expected > -np.inf], expected[of_expected > -np.inf])
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -364,24 +312,17 @@ def test_the_default_engine_is_onnx_if_there_are_graphs_else_torch(one, tmp_path
         open_engine(bare, "onnx", 1)
 
 
-def test_an_unknown_engine_or_number_of_threads_is_refused(one):
-    with pytest.raises(InputError, match="engine 'tensorrt' is unknown; use one of torch, onnx"):
-        open_engine(one["none"], "tensorrt", 1)
-    with pytest.raises(InputError, match="threads -1 must be a whole number, 0 for one per core"):
-        open_engine(one["none"], None, -1)
-
-
-@pytest.mark.parametrize(
-    ("name", "package", "hint"),
-    [
-        ("onnx", "onnxruntime", "pip install onnxruntime"),
-        ("torch", "serving.torch_engine", "export with --format onnx"),
-    ],
-)
-def test_an_engine_whose_package_is_missing_is_refused_with_a_hint(one, monkeypatch, name, package, hint):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=f"the {name} engine needs .*{hint}"):
-        open_engine(one["none"], name, 1)
+def test_an_unknown_engine_number_of_threads_or_missing_package_is_refused(one, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "serving.torch_engine", None)
+    for name, threads, problem in (
+        ("tensorrt", 1, "engine 'tensorrt' is unknown; use one of torch, onnx"),
+        (None, -1, "threads -1 must be a whole number, 0 for one per core"),
+        ("onnx", 1, "the onnx engine needs .*pip install onnxruntime"),
+        ("torch", 1, "the torch engine needs .*export with --format onnx"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            open_engine(one["none"], name, threads)
 
 
 @pytest.mark.parametrize("damage", [lambda graph: b"not a graph", lambda graph: graph[: len(graph) // 2], None])
@@ -391,3 +332,64 @@ def test_a_graph_that_onnxruntime_cannot_load_is_named(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     with pytest.raises(InputError, match=rf"{path} cannot be loaded by onnxruntime \S+ \(.*export the model again"):
         open_engine(export, "onnx", 1)
+
+
+# ----------------------------------------------------------------------------------------------------- baselines
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baselines_export_answers_as_its_model(tmp_path, name):
+    model, settings = baseline(name)
+    catalog = made_up_catalog(NUM_ITEMS)
+    folder = tmp_path / "export"
+    export_baseline(model, folder, config=settings, catalog=catalog, run=tmp_path / "no-such-run", quantize="none")
+    r = Recommender.from_pretrained(folder)
+    for history in ([], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]):
+        tokens = torch.tensor(history or [0])
+        with torch.no_grad():
+            if name in COUNTING:
+                scores = model.scores(tokens[-1:])[0]
+            else:
+                x = model.item_table()[tokens]
+                scores = model.item_table() @ model.encode(x, torch.arange(len(tokens)), len(tokens))[-1]
+        expected = scores[1:].numpy()
+        [answer] = r.recommend([history], top_k=NUM_ITEMS, exclude_history=False)
+        np.testing.assert_allclose(answer.scores, -np.sort(-expected), atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(expected[np.array(answer.numbers) - 1], answer.scores, atol=1e-5, rtol=1e-4)
+        [few] = r.recommend([history], top_k=2, exclude_history=False, candidates=[5, 29])
+        assert few.numbers == [i for i in answer.numbers if i in (5, 29)]
+        if name == "sasrec":
+            with pytest.raises(InputError, match="sasrec reads the whole history each time and has no states"):
+                r.start(history)
+            continue
+        state = r.start(history[:-1])
+        state = r.step(state, history[-1]) if history else state
+        [stepped] = r.recommend([State.from_bytes(state.to_bytes())], top_k=NUM_ITEMS, exclude_history=False)
+        np.testing.assert_allclose(stepped.scores, answer.scores, rtol=1e-4, atol=1e-5)
+    r.remove_items([5])
+    r.save_pretrained(folder, overwrite=True)
+    assert (
+        f"# made-up, {name}\n" in (folder / "README.md").read_text() and len(Recommender.from_pretrained(folder)) == 29
+    )
+
+
+def test_a_baseline_refuses_what_it_cannot_do_by_name(tmp_path):
+    model, settings = baseline("itemknn")
+    export_baseline(model, tmp_path / "e", config=settings, catalog=made_up_catalog(NUM_ITEMS), run=tmp_path)
+    r, flags = Recommender.from_pretrained(tmp_path / "e"), export.arguments_parser().parse_args(["--size", "4"])
+    for ask, problem in (
+        (lambda: r.embed_items([{"title": "a"}]), "itemknn knows items by id alone and cannot embed products"),
+        (lambda: r.user_vectors([[3]]), "itemknn counts and has no vectors of users and items"),
+        (lambda: r.similar_items([3]), "itemknn counts and has no vectors"),
+        (lambda: r.add_items(["NEW"], np.ones((1, 2))), "learned without features, so no items can be added"),
+        (lambda: Recommender.from_pretrained(tmp_path / "e", "onnx"), "e is a itemknn, which NumPy serves"),
+        (lambda: check_baseline_flags(flags, "itemknn"), "--size is for runs of fmrlrec"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            ask()
+    weights = load_file(tmp_path / "e" / "model.safetensors")
+    files = {"items.safetensors": tmp_path / "e" / "items.safetensors"}
+    for changed in ({"neighbours": weights["neighbours"] + NUM_ITEMS}, {"alike": weights["begins"]}):
+        write_folder(tmp_path / "d", r.config, files | {"model.safetensors": save(weights | changed)}, overwrite=True)
+        with pytest.raises(InputError, match=r"model.safetensors: (the neighbours are not of 30|alike does not fit a)"):
+            read_folder(tmp_path / "d")

@@ -1,18 +1,23 @@
-"""python -m serving.export and serving.recommend: sizes, folders and their content, and the size that fits a limit."""
+"""Export sizes of a run: flags, files, weights, graphs, the size that fits a limit, and the installed package."""
 
 import hashlib
 import json
 import math
+import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
+import serving
 import train
 from benchmarks import deploy
 from common.errors import InputError
@@ -20,20 +25,26 @@ from datasets.catalog import load_catalog
 from experiments.deployment import card_table
 from model import slice_model
 from serving import export, recommend
-from serving.convert import serving_weights
-from serving.folder import read_folder
-from serving.quantize import dequantize
+from serving.convert import model_from, serving_weights
+from serving.folder import GRAPHS, WEIGHTS, read_folder
+from serving.packaging import runtime_modules
+from serving.quantize import dequantize, quantize
+from tests.exported import one_of_each_kind
+from tests.made_up import random_model
 from tests.prepared import contents, write_metadata, write_prepared
 from trainer.load_run import load_run
 from trainer.runs import commit
 
 REPOSITORY = Path(__file__).parent.parent
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
 SIZES, ITEMS = (4, 8, 16), 30
+
 TINY = "--dataset_code tiny --num_epochs 1 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --lru_max_len 6 --device cpu"
+
 BY_TEXT = "--language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 4,8,16"
+
 BY_NUMBER = "--no-use_language_encoder --no-use_img_encoder --mrl_hidden_sizes 4 --runs_root learned"
-GRAPHS = {"recommend.onnx", "step.onnx", "rank.onnx"}
-EXPORT = {"config.json", "model.safetensors", "items.safetensors", "README.md"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,61 +79,54 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-# -------------------------------------------------------------------------------------------- which run, sizes, folders
-
-
 def test_by_default_the_largest_size_goes_to_exports_and_a_moved_dataset_needs_data_root(
-    run, monkeypatch, tmp_path, home
+    run, monkeypatch, tmp_path, home, capsys
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="give --data_root"):
         run_export(run)
     assert run_export(run, f"--data_root {home}/data") == [Path("exports/tiny-16")]
     assert config_of(Path("exports/tiny-16"))["size"] == 16
+    total = sum(map(len, contents(Path("exports/tiny-16")).values()))
+    assert f"exports/tiny-16  size 16, torch, float16: {total / 1e6:.2f} MB" in capsys.readouterr().out
 
 
-def test_one_size_is_written_to_out_itself(run, tmp_path, capsys):
-    out = tmp_path / "new" / "deep" / "small"
-    assert run_export(run, f"--size 4 --out {out}") == [out]
-    assert config_of(out)["size"] == 4
-    total = sum(map(len, contents(out).values()))
-    assert f"{out}  size 4, torch, float16: {total / 1e6:.2f} MB" in capsys.readouterr().out
+@pytest.mark.parametrize(("flag", "folders"), [("4", ["."]), ("all", SIZES), ("' 8, 4,8'", (8, 4))])
+def test_one_size_is_written_to_out_itself_and_several_below_it(run, tmp_path, flag, folders):
+    out = tmp_path / "new" / "deep"
+    expected = [out if size == "." else out / f"tiny-{size}" for size in folders]
+    assert run_export(run, f"--size {flag} --out {out}") == expected
+    assert [config_of(f)["size"] for f in expected] == [4 if size == "." else size for size in folders]
 
 
-@pytest.mark.parametrize(("flag", "sizes"), [("all", SIZES), ("' 8, 4,8'", (8, 4))])
-def test_several_sizes_are_written_below_out(run, tmp_path, flag, sizes):
-    assert run_export(run, f"--size {flag} --out {tmp_path}") == [tmp_path / f"tiny-{size}" for size in sizes]
-    assert [config_of(tmp_path / f"tiny-{size}")["size"] for size in sizes] == list(sizes)
-
-
-def test_an_export_of_an_unfinished_run_says_so(run, tmp_path, capsys):
-    cut = shutil.copytree(run, tmp_path / "cut")
-    (cut / "log.jsonl").write_text("")
-    run_export(cut, f"--out {tmp_path / 'new'}")
-    assert f"run {cut}, unfinished: epoch 0 of 1" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags", [[], ["--dataset_code", "tiny"]])
-def test_the_newest_run_of_all_or_of_a_dataset_is_the_default(run, tmp_path, flags):
-    (folder,) = export.main([*flags, "--out", str(tmp_path / "new")])
-    assert config_of(folder)["run"] == run.name
-
-
-def test_a_dataset_without_runs_or_of_another_run_is_refused(run):
+def test_the_newest_run_is_the_default_and_another_dataset_is_refused(run, tmp_path, capsys):
+    for flags in ([], ["--dataset_code", "tiny"]):
+        (folder,) = export.main([*flags, "--out", str(tmp_path / "new"), "--overwrite"])
+        assert config_of(folder)["run"] == run.name
     with pytest.raises(InputError, match="no run below experiments/runs matches --dataset_code beauty"):
         export.main(["--dataset_code", "beauty"])
     with pytest.raises(InputError, match="--dataset_code beauty differs from"):
         export.main(["--dataset_code", "beauty", "--run", str(run)])
+    cut = shutil.copytree(run, tmp_path / "cut")
+    (cut / "log.jsonl").write_text("")
+    run_export(cut, f"--out {tmp_path / 'another'}")
+    assert f"run {cut}, unfinished: epoch 0 of 1" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ content of the folder
 
 
-def test_config_describes_the_export_and_its_origin(run, tmp_path):
-    (folder,) = run_export(run, f"--size 8 --out {tmp_path / 'out'}")
-    config = config_of(folder)
-    catalog = load_catalog("data", "tiny")
-    expected = {
+def test_config_describes_the_export_and_the_folder_is_the_same_each_time(run, tmp_path):
+    first, second = (run_export(run, f"--size 8 --format onnx --out {tmp_path}/{n}/out")[0] for n in (1, 2))
+    files = contents(first)
+    assert files == contents(second)
+    assert files.keys() == {"config.json", "README.md", WEIGHTS, "items.safetensors", *GRAPHS}
+    config = config_of(first)
+    features = config.pop("features")
+    assert config.pop("sha256") and (features["dim"], features["image"]) == (1024, None)
+    assert features["language"]["encoder"] == "lexical"
+    assert features["language"]["attributes"] == ["title", "price", "brand", "categories"]
+    assert config == {
         "format": "fmrlrec-export",
         "version": 1,
         "size": 8,
@@ -132,26 +136,14 @@ def test_config_describes_the_export_and_its_origin(run, tmp_path):
         "post_norm": False,
         "num_items": ITEMS,
         "quantize": "float16",
-        "dataset": {"code": "tiny", "digest": catalog.digest()},
+        "dataset": {"code": "tiny", "digest": load_catalog("data", "tiny").digest()},
         "run": run.name,
         "commit": commit(),
         "metrics": json.loads((run / "test_mrl_metrics.json").read_text())["8"],
-    }
-    assert {name: config[name] for name in expected} == expected
-    assert config["features"]["dim"] == 1024 and config["features"]["image"] is None
-    assert config["features"]["language"]["encoder"] == "lexical"
-    assert config["features"]["language"]["attributes"] == ["title", "price", "brand", "categories"]
-    assert set(config) == {*expected, "features", "files", "sha256"}
-
-
-@pytest.mark.parametrize(("format", "more"), [("torch", set()), ("onnx", GRAPHS)])
-def test_the_folder_holds_the_same_bytes_each_time_with_their_checksums(run, tmp_path, format, more):
-    first, second = (run_export(run, f"--format {format} --out {tmp_path}/{n}/out")[0] for n in (1, 2))
-    files = contents(first)
-    assert files == contents(second) and files.keys() == EXPORT | more
-    assert config_of(first)["files"] == {
-        name: {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
-        for name in {"model.safetensors", "items.safetensors", *more}
+        "files": {
+            name: {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+            for name in (WEIGHTS, "items.safetensors", *GRAPHS)
+        },
     }
 
 
@@ -182,9 +174,9 @@ def test_the_model_card_gives_size_items_encoders_storage_metrics_and_commands(r
     assert "features: lexical. Stored with the item table and the blocks' matrices in int8.\n" in text
     assert f"NDCG@10 {metrics['NDCG@10']:.4f}, Recall@10 {metrics['Recall@10']:.4f}" in text
     assert f"(commit `{commit()}`)" in text
-    for line in ("python -m serving.recommend THIS_FOLDER --history", "fmrlrec-recommend THIS_FOLDER --history"):
-        assert f"\n{line} ID,ID --top_k 10\n" in text
-    assert "\nfrom serving import Recommender\n" in text and "\nfrom fmrlrec import Recommender\n" in text
+    for command, package in (("python -m serving.recommend", "serving"), ("fmrlrec-recommend", "fmrlrec")):
+        assert f"\n{command} THIS_FOLDER --history ID,ID --top_k 10\n" in text
+        assert f"\nfrom {package} import Recommender\n" in text
 
 
 def test_a_run_that_was_not_tested_is_exported_without_metrics_and_without_graphs_for_a_clone_only(copy, tmp_path):
@@ -213,15 +205,17 @@ def test_a_learned_table_is_exported_without_a_projection(learned):
 # ----------------------------------------------------------------------------------------------- serving.recommend
 
 
-@pytest.mark.parametrize("format", ["torch", "onnx"])
-def test_recommend_prints_ids_and_titles_best_first(run, tmp_path, capsys, format):
-    (folder,) = run_export(run, f"--format {format} --out {tmp_path / 'out'}")
-    capsys.readouterr()
+def test_recommend_prints_ids_and_titles_best_first(run, tmp_path, capsys):
+    (folder,) = run_export(run, f"--out {tmp_path / 'out'}")
+
+    def printed(history, *flags):
+        capsys.readouterr()
+        recommend.main([str(folder), "--history", history, *flags])
+        return capsys.readouterr().out
+
     history = "B000000001,B000000002"
-    recommend.main([str(folder), "--history", history, "--top_k", "3"])
-    lines = capsys.readouterr().out.splitlines()
-    recommend.main([str(folder), "--history", history, "--top_k", "3", "--json"])
-    answer = json.loads(capsys.readouterr().out)
+    lines = printed(history, "--top_k", "3").splitlines()
+    answer = json.loads(printed(history, "--top_k", "3", "--json"))
     assert answer["titles"] == [f"Thé & Lamp {number}" for number in answer["numbers"]]
     assert answer["scores"] == sorted(answer["scores"], reverse=True)
     ranked = enumerate(zip(answer["scores"], answer["ids"], answer["titles"], strict=True), 1)
@@ -229,63 +223,46 @@ def test_recommend_prints_ids_and_titles_best_first(run, tmp_path, capsys, forma
         [str(rank), f"{score:.4f}", id, title] for rank, (score, id, title) in ranked
     ]
     assert not set(answer["ids"]) & set(history.split(","))
-
-
-def test_recommend_accepts_numbers_for_ids_and_ranks_only_candidates(run, tmp_path, capsys):
-    (folder,) = run_export(run, f"--out {tmp_path / 'out'}")
-    answers = []
-    for history, candidates in (("B000000001,B000000002", "B000000003,B000000004"), ("1, 2", "4,3")):
-        capsys.readouterr()
-        recommend.main([str(folder), "--history", history, "--candidates", candidates, "--top_k", "2", "--json"])
-        answers.append(json.loads(capsys.readouterr().out))
-    assert answers[0] == answers[1]
-    assert sorted(answers[0]["numbers"]) == [3, 4]
-
-
-def test_recommend_refuses_unknown_histories_and_runs_with_a_hint(run, tmp_path):
-    (folder,) = run_export(run, f"--out {tmp_path / 'out'}")
+    by_id = printed(history, "--candidates", "B000000003,B000000004", "--json")
+    assert by_id == printed("1, 2", "--candidates", "4,3", "--json")
+    assert sorted(json.loads(by_id)["numbers"]) == [3, 4]
     with pytest.raises(InputError, match=r"--history 'A B': unknown: 'A B' \(of 30 items\); give ids of this cat"):
         recommend.main([str(folder), "--history", "A B"])
-    with pytest.raises(InputError, match=f"{run} is a run, not an export; .*python -m serving.export --run {run}"):
-        recommend.main([str(run)])
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(("size", "named"), [("4,5", "5"), ("4,", "''"), ("8.0", "8.0")])
-def test_a_size_that_was_not_trained_is_refused_with_the_trained_ones(run, tmp_path, size, named):
-    with pytest.raises(InputError, match=rf"--size {named} was not trained; use sizes of 4,8,16, or all"):
-        run_export(run, f"--size {size} --out {tmp_path / 'out'}")
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--size 4,5", "--size 5 was not trained; use sizes of 4,8,16, or all"),
+        ("--size 4,", "--size '' was not trained"),
+        ("--size 8.0", "--size 8.0 was not trained"),
+        ("--size 4 --max_bytes 2MB", "give --size, or --max_bytes and --max_latency_ms, not both"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_the_trained_ones(run, tmp_path, flags, problem):
+    with pytest.raises(InputError, match=problem):
+        run_export(run, f"{flags} --out {tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_size_and_a_limit_together_are_refused(run):
-    with pytest.raises(InputError, match="give --size, or --max_bytes and --max_latency_ms, not both"):
-        run_export(run, "--size 4 --max_bytes 2MB")
-
-
-def test_an_existing_export_is_replaced_only_with_overwrite(run, tmp_path):
-    out = tmp_path / "out"
+def test_an_existing_export_is_replaced_only_with_overwrite_and_before_any_is_written(run, tmp_path):
+    out = tmp_path / "tiny-8"
     run_export(run, f"--size 4 --out {out}")
     before = contents(out)
-    with pytest.raises(InputError, match=rf"{out} exists; pass --overwrite"):
-        run_export(run, f"--size 8 --out {out}")
+    for flags in (f"--size 8 --out {out}", f"--size all --out {tmp_path}"):
+        with pytest.raises(InputError, match=rf"{out} exists; pass --overwrite"):
+            run_export(run, flags)
     assert contents(out) == before
     run_export(run, f"--size 8 --out {out} --overwrite")
     assert read_folder(out).config["size"] == 8
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_no_size_is_written_if_the_folder_of_one_exists(run, tmp_path):
-    (tmp_path / "tiny-16").mkdir()
-    with pytest.raises(InputError, match="tiny-16 exists"):
-        run_export(run, f"--size all --out {tmp_path}")
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny-16"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-8"]
 
 
 @pytest.mark.parametrize("precious", ["out", "out/photos/1.jpg", "out/config.json"])
-def test_what_is_not_an_export_is_never_overwritten(run, tmp_path, precious):
+def test_a_path_that_is_not_an_export_is_never_overwritten(run, tmp_path, precious):
     (tmp_path / precious).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / precious).write_text("{}")
     with pytest.raises(InputError, match="out is not an export, so it is not overwritten"):
@@ -293,7 +270,7 @@ def test_what_is_not_an_export_is_never_overwritten(run, tmp_path, precious):
     assert (tmp_path / precious).read_text() == "{}"
 
 
-def test_a_table_beyond_float16_is_refused_unless_it_is_stored_in_float32(run, tmp_path):
+def test_a_table_beyond_float16_or_weights_that_are_not_finite_are_not_exported(run, tmp_path):
     config, catalog, model = load_run(run)
     model.items.projection.weight.data.zero_()
 
@@ -307,30 +284,15 @@ def test_a_table_beyond_float16_is_refused_unless_it_is_stored_in_float32(run, t
     assert (table(65505, "none") == 65505).all()
     with pytest.raises(InputError, match="exceeds float16's 65504; export it with --quantize none"):
         table(65505, "float16")
-
-
-@pytest.mark.parametrize(
-    ("name", "named"),
-    [("items.projection.bias", "the item table"), ("blocks.0.ffn.G.bias", "blocks.0.ffn.expand_bias")],
-)
-def test_weights_that_are_not_finite_are_not_exported(run, tmp_path, name, named):
-    config, catalog, model = load_run(run)
-    with torch.no_grad():
-        model.get_parameter(name)[0] = torch.nan
-    with pytest.raises(InputError, match=f"{named} of {run} is not finite and cannot be exported; train it again"):
-        export.export_size(model, 4, tmp_path / "out", config=config, catalog=catalog, run=run, quantize="int8")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_refusal_is_one_line_without_traceback(tmp_path):
-    command = [sys.executable, "-m", "serving.export", "--run", str(tmp_path / "nowhere")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path}/nowhere/config.json does not exist")
-    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(InputError, match=f"the item table of {run} is not finite and cannot be exported; train it ag"):
+        table(np.nan, "int8")
+    model.blocks[0].ffn.G.bias.data[0] = torch.nan
+    with pytest.raises(InputError, match=r"blocks.0.ffn.expand_bias of .* is not finite"):
+        table(0, "int8")
 
 
 # ----------------------------------------------------------------------------------------------- the size that fits
+
 
 CARD = [  # engine, quantize, size, bytes, ms, NDCG@10; the largest size is not the best
     ("torch", "float16", 4, 1000, 1.0, 0.1),
@@ -383,39 +345,26 @@ def test_limits_that_nothing_measured_fits_are_refused_with_what_does(carded, fl
         run_export(carded, flags)
 
 
-def test_a_card_of_other_weights_is_refused(carded):
-    with (carded / "best.safetensors").open("ab") as file:
-        file.write(b"\0")
-    with pytest.raises(InputError, match=r"measured on other weights than the run has now; measure it: python -m"):
-        run_export(carded, "--max_bytes 1GB")
+def test_bytes_are_read_with_their_unit():
+    for text, value in (("1000000", 1e6), (" 2 mb ", 2e6), ("1.5k", 1500), ("3G", 3e9)):
+        assert export.parse_bytes(text) == value
+    for text in ("", "MB", "-1", "1e6", "2,5MB"):
+        with pytest.raises(InputError, match=rf"--max_bytes '{text}' must be a number of bytes such as 2MB"):
+            export.parse_bytes(text)
 
 
-@pytest.mark.parametrize("card", [None, "[]", "{}", '{"weights": "SHA", "rows": [{"size": 4}]}'])
-def test_a_missing_or_damaged_card_is_refused_with_the_command_that_measures(carded, card):
+@pytest.mark.parametrize(
+    "card", [None, "[]", "{}", '{"weights": "SHA", "rows": [{"size": 4}]}', '{"weights": "of another"}']
+)
+def test_a_missing_damaged_or_outdated_card_is_refused_with_the_command_that_measures(carded, card):
     if card is None:
         (carded / "deploy.json").unlink()
     else:
         sha = hashlib.sha256((carded / "best.safetensors").read_bytes()).hexdigest()
         (carded / "deploy.json").write_text(card.replace("SHA", sha))
-    with pytest.raises(InputError, match=rf"measure it: python -m benchmarks.deploy --run {carded}"):
+    problem = "measured on other weights .* " if card and "another" in card else ""
+    with pytest.raises(InputError, match=rf"{problem}measure it: python -m benchmarks.deploy --run {carded}"):
         run_export(carded, "--max_bytes 1GB")
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1000000", 1e6), (" 2 mb ", 2e6), ("1.5k", 1500), ("3G", 3e9)],
-)
-def test_bytes_are_read_with_their_unit(text, value):
-    assert export.parse_bytes(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "MB", "-1", "1e6", "2,5MB"])
-def test_what_is_not_a_number_of_bytes_is_refused(text):
-    with pytest.raises(InputError, match=rf"--max_bytes '{text}' must be a number of bytes such as 2MB"):
-        export.parse_bytes(text)
-
-
-# ------------------------------------------------------------------------------------------------- the measured card
 
 
 @pytest.fixture(scope="module")
@@ -440,22 +389,22 @@ def test_the_card_has_a_row_of_plausible_numbers_for_every_size_and_variant(meas
     assert [(row["size"], row["engine"], row["quantize"]) for row in card["rows"]] == [
         (size, *variant) for size in (4, 16) for variant in deploy.VARIANTS
     ]
-    costs = ("bytes", "load_s", "resident_mb", "peak_mb", "p50_ms", "p95_ms", "step_p50_ms", "add_10000_s")
-    costs += ("batch256_p50_ms", "batch256_p95_ms", "candidates100_p50_ms", "add_1_ms")
-    for row in [*card["rows"], card["large_catalogue"] | {"bytes": 1}]:
+    costs = "bytes load_s resident_mb peak_mb p50_ms p95_ms step_p50_ms add_10000_s batch256_p50_ms batch256_p95_ms"
+    costs = (*costs.split(), "candidates100_p50_ms", "add_1_ms")
+    for row in [*card["rows"], card["large_catalogue"] | {"bytes": 1, "engine": "onnx"}]:
         assert all(row[name] > 0 and math.isfinite(row[name]) for name in costs)
-        assert row["resident_mb"] <= row["peak_mb"]
-        assert row["p50_ms"] <= row["p95_ms"] and row["batch256_p50_ms"] <= row["batch256_p95_ms"]
-    assert all(0 <= row[name] <= 1 for row in card["rows"] for name in ("NDCG@10", "Recall@10", "same_top10"))
-    for row in [*card["rows"], card["large_catalogue"] | {"engine": "onnx"}]:
+        assert row["resident_mb"] <= row["peak_mb"] and row["p50_ms"] <= row["p95_ms"]
         assert row["torch_imported"] == (row["engine"] == "torch")
-    assert all((row["same_top10_as_torch"] >= 0) for row in card["rows"] if row["engine"] == "onnx")
+    assert all(0 <= row[name] <= 1 for row in card["rows"] for name in ("NDCG@10", "Recall@10", "same_top10"))
+    assert all(row["same_top10_as_torch"] >= 0 for row in card["rows"] if row["engine"] == "onnx")
     assert (card["users"], card["items"], card["sizes"]) == (30, ITEMS, "4,16")
     assert (card["large_catalogue"]["items"], card["large_catalogue"]["size"]) == (1000, 16)
     assert (measured / "deploy.png").read_bytes().startswith(b"\x89PNG")
+    card["rows"] = [row | {"NDCG@10": 0.0} for row in card["rows"]]
+    assert sum(line.startswith(("| 4 ", "| 16 ")) for line in card_table(card)) == 8
 
 
-def test_the_cards_metrics_equal_the_runs_test_metrics(measured):
+def test_the_cards_metrics_and_bytes_are_those_of_the_run_and_of_its_export(measured, home, tmp_path, monkeypatch):
     """Equal because no items tie here: serving ranks the lower number of a tie first, the test takes the mean rank."""
     card, tested = (json.loads((measured / name).read_text()) for name in ("deploy.json", "test_mrl_metrics.json"))
     plain = [row for row in card["rows"] if (row["engine"], row["quantize"]) == ("torch", "none")]
@@ -464,36 +413,209 @@ def test_the_cards_metrics_equal_the_runs_test_metrics(measured):
         for metric in ("NDCG@10", "Recall@10"):
             assert abs(row[metric] - tested[str(row["size"])][metric]) < 1e-6
         assert row["same_top10"] == 1
-
-
-def test_an_export_chosen_by_the_card_has_the_size_on_the_card(measured, home, tmp_path, monkeypatch):
-    row = next(row for row in json.loads((measured / "deploy.json").read_text())["rows"] if row["quantize"] == "int8")
+    row = next(row for row in card["rows"] if row["quantize"] == "int8")
     monkeypatch.chdir(tmp_path)
-    (folder,) = run_export(
-        measured, f"--max_bytes {row['bytes']} --format onnx --quantize int8 --data_root {home}/data"
-    )
-    assert folder == Path("exports/tiny-4")
-    assert sum(map(len, contents(folder).values())) == row["bytes"]
+    flags = f"--max_bytes {row['bytes']} --format onnx --quantize int8 --data_root {home}/data"
+    assert run_export(measured, flags) == [Path("exports/tiny-4")]
+    assert sum(map(len, contents(Path("exports/tiny-4")).values())) == row["bytes"]
 
 
-def test_a_card_with_an_ndcg_of_zero_is_printed(measured):
-    card = json.loads((measured / "deploy.json").read_text())
-    card["rows"] = [row | {"NDCG@10": 0.0} for row in card["rows"]]
-    assert sum(line.startswith(("| 4 ", "| 16 ")) for line in card_table(card)) == 8
+def test_too_small_a_measurement_is_refused(run):
+    for name, value in (("--users", "0"), ("--requests", "1"), ("--catalogue", "9")):
+        with pytest.raises(InputError, match=rf"{name} {value} must be at least \d+"):
+            deploy.main(["--run", str(run), name, value])
 
 
-def test_the_large_catalogue_begins_with_the_real_items(learned, tmp_path):
-    row = deploy.measure_large_catalogue(
-        learned, 1000, tmp_path / "large", [["B000000001", "B000000030"], ["B000000002"]]
-    )
-    assert row["items"] == 1000 and row["p50_ms"] > 0 and row["add_10000_s"] is None  # no features, no new items
-    small, large = read_folder(learned), read_folder(tmp_path / "large")
-    assert len(large.items) == 1000 and large.items.id(ITEMS) == small.items.id(ITEMS)
-    assert np.array_equal(large.table[: ITEMS + 1], small.table)
+# ------------------------------------------------------------------------------------------------------- the weights
 
 
-@pytest.mark.parametrize("flag", ["--users 0", "--requests 1", "--catalogue 9"])
-def test_too_small_a_measurement_is_refused(run, flag):
-    name, value = flag.split()
-    with pytest.raises(InputError, match=rf"{name} {value} must be at least \d+"):
-        deploy.main(["--run", str(run), name, value])
+def test_converting_back_keeps_the_random_state():
+    weights = serving_weights(random_model((3, 8)), False)
+    before = torch.get_rng_state()
+    model_from(weights, (3, 8), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_int8_is_off_by_half_a_scale_at_most(axis):
+    values = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32) * np.logspace(-6, 3, 40, dtype="f4")
+    q, scale = quantize(values, axis)
+    assert q.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == (values.shape[1 - axis],)
+    assert np.allclose(scale, abs(values).max(axis=axis) / 127) and (abs(q.astype(int)).max(axis=axis) == 127).all()
+    error = abs(dequantize(q, scale, axis) - values)
+    assert (error <= np.expand_dims(scale, axis) / 2 * (1 + 1e-4)).all()
+    assert error.max() > scale.max() / 4  # the bound is tight
+    q, scale = quantize(np.linspace(-1e-45, 1e-45, 9, dtype=np.float32)[None], axis=1)
+    assert not q.any() and (scale == 1).all()  # too small to divide by
+
+
+# -------------------------------------------------------------------------------------------------------- the graphs
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return one_of_each_kind(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(params=["none", "int8"])
+def graphed(request, one):
+    return one[request.param]
+
+
+def graphs_of(graphed):
+    return {name: onnx.load(graphed.folder / name, load_external_data=False) for name in GRAPHS}
+
+
+def initializers(model, external: bool):
+    return [t for t in model.graph.initializer if (t.data_location == onnx.TensorProto.EXTERNAL) == external]
+
+
+def test_the_graphs_are_valid_and_compute_in_real_numbers_of_at_most_32_bits(graphed):
+    allowed = {onnx.TensorProto.DataType.Value(name) for name in ("FLOAT", "INT64", "INT32", "INT8", "UINT8", "BOOL")}
+    for name, model in graphs_of(graphed).items():
+        onnx.checker.check_model(str(graphed.folder / name), full_check=True)
+        graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+        typed = [*graph.input, *graph.output, *graph.value_info]
+        assert len(typed) > len(graph.node)
+        types = {value.type.tensor_type.elem_type for value in typed} | {t.data_type for t in graph.initializer}
+        assert types <= allowed
+
+
+def test_users_steps_and_items_are_free_in_every_graph(graphed):
+    int8 = graphed.config["quantize"] == "int8"
+    table = {"table": [32, "N"], "table_scale": ["N"]} if int8 else {"table": ["N", 32]}
+    ranks = {"bias": ["R", "N"], "k": [1]}
+    best = {"scores": ["B", "K"], "items": ["B", "K"]}
+    hidden = ["B", 2, 2, 32]
+    expected = {
+        "recommend.onnx": ({"history": ["B", "L"], **table, **ranks}, best),
+        "step.onnx": ({"item": ["B"], "hidden": hidden, **table}, {"z": ["B", 32], "new_hidden": hidden}),
+        "rank.onnx": ({"z": ["B", 32], **table, **ranks}, best),
+    }
+    for name, model in graphs_of(graphed).items():
+        found = tuple(
+            {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+            for values in (model.graph.input, model.graph.output)
+        )
+        assert found == expected[name]
+
+
+def test_the_graphs_point_to_every_weight_in_the_weights_file_and_hold_no_copy(graphed):
+    stored = (graphed.folder / WEIGHTS).read_bytes()
+    products = {n for n in graphed.weights if ".norm" not in n and not n.endswith("_log")}
+    for name, model in graphs_of(graphed).items():
+        external = initializers(model, external=True)
+        assert {t.name for t in external} == (set() if name == "rank.onnx" else products)
+        for tensor in external:
+            at = {entry.key: entry.value for entry in tensor.external_data}
+            assert at.keys() == {"location", "offset", "length"} and at["location"] == WEIGHTS
+            found = stored[int(at["offset"]) : int(at["offset"]) + int(at["length"])]
+            weight = graphed.weights[tensor.name]
+            assert found == weight.tobytes() and tuple(tensor.dims) == weight.shape
+            assert onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) == weight.dtype
+        assert all(np.prod(t.dims) < 32 * 32 for t in initializers(model, external=False))
+
+
+def test_with_int8_every_matrix_product_is_an_integer_product_that_cannot_overflow_16_bits(one):
+    """2 * 127 (largest activation plus its zero point) * 127 (largest weight) < 2**15."""
+    products = {"recommend.onnx": 4 * 2 + 1, "step.onnx": 4 * 2, "rank.onnx": 1}
+    for name, model in graphs_of(one["int8"]).items():
+        kinds = [node.op_type for node in model.graph.node]
+        assert kinds.count("MatMulInteger") == products[name]
+        assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(kinds)
+        made = {node.output[0]: node for node in model.graph.node}
+        constants = {t.name: onnx.numpy_helper.to_array(t) for t in initializers(model, external=False)}
+        for node in (node for node in model.graph.node if node.op_type == "MatMulInteger"):
+            shifted = made[made[node.input[0]].input[0]]
+            assert shifted.op_type == "Add"
+            assert constants[shifted.input[1]] == constants[node.input[2]] == 64
+            assert 2 * (64 + 63) * 127 < 2**15
+
+
+# ------------------------------------------------------------------------------------------------------- the package
+
+
+SERVE = """
+import json, sys
+target, folder, products = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+sys.path.insert(0, target)
+for name in ("torch", "transformers", "tqdm", "serving", "common", "config", "datasets", "model", "trainer"):
+    sys.modules[name] = None  # cannot be imported
+import fmrlrec
+from fmrlrec import http
+recommender = fmrlrec.Recommender.from_pretrained(folder)
+features = recommender.embed_items(products)
+recommender.add_items(["NEW1", "NEW2"], features)
+[answer] = recommender.recommend([[3, "NEW1"]], top_k=22, exclude_history=False)
+try:
+    fmrlrec.Recommender.from_pretrained(folder, "torch")
+except fmrlrec.InputError as error:
+    refused = str(error)
+routes = [route.path for route in http.create_app(recommender).routes]
+print(json.dumps([fmrlrec.__version__, answer.ids, answer.scores, features.tolist(), refused, routes]))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Install what the Dockerfile copies into a folder, without dependencies."""
+    setuptools = pytest.importorskip("setuptools", "77", reason="building needs setuptools>=77")
+    pytest.importorskip("pip", reason="installing needs pip")
+    clone, target = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("installed")
+    copied = re.findall(r"^COPY (.+) \S+$", (REPOSITORY / "serving/Dockerfile").read_text(), re.MULTILINE)
+    for name in " ".join(copied).split():
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, clone)
+    stale = clone / "build/lib/fmrlrec/stale.py"  # left by an earlier build
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    options = ["-q", "--no-deps", "--no-build-isolation", "--target", target]
+    command = [sys.executable, "-m", "pip", "install", *options, "."]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"setuptools {setuptools.__version__}\n{done.stderr}"
+    return target
+
+
+@pytest.mark.slow
+def test_the_package_holds_what_serving_imports_and_nothing_of_the_training(installed):
+    assert {path.name for path in installed.iterdir()} == {"fmrlrec", "fmrlrec-0.9.0.dist-info", "bin"}
+    files = {str(path.relative_to(installed / "fmrlrec")) for path in (installed / "fmrlrec").rglob("*.py")}
+    assert files >= {"__init__.py", "recommender.py", "recommend.py", "http.py", "engines.py", "common/errors.py"}
+    assert not files & {"export.py", "graphs.py", "convert.py", "torch_engine.py", "packaging.py", "stale.py"}
+    assert len(files) == len(runtime_modules())
+    for file in files:
+        text = (installed / "fmrlrec" / file).read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) (serving|common|datasets)\b", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_installed_without_torch_it_answers_and_encodes_as_in_the_clone(installed, shop, capsys):
+    folder, products = shop.export("float16"), shop.records[:2]
+    command = [sys.executable, "-I", "-c", SERVE, installed, folder, json.dumps(products)]
+    done = subprocess.run(command, cwd=shop.root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    version, ids, scores, features, refused, routes = json.loads(done.stdout)
+    recommender = serving.Recommender.from_pretrained(folder)
+    np.testing.assert_array_equal(features, recommender.embed_items(products))
+    recommender.add_items(["NEW1", "NEW2"], np.array(features))
+    [expected] = recommender.recommend([[3, "NEW1"]], top_k=22, exclude_history=False)
+    assert (ids, scores) == (expected.ids, expected.scores)
+    assert version == serving.__version__ == PROJECT["version"]
+    command = [installed / "bin/fmrlrec-recommend", folder, "--history", "3,17", "--top_k", "4"]
+    paths = os.environ | {"PYTHONPATH": str(installed)}
+    output = subprocess.run(command, env=paths, cwd=shop.root, capture_output=True, text=True, check=True).stdout
+    recommend.main([str(argument) for argument in command[1:]])
+    assert output == capsys.readouterr().out and len(output.splitlines()) == 4
+    assert refused.startswith("the torch engine needs torch and a clone of the repository") and "/recommend" in routes
+
+
+def test_the_packages_requirements_are_those_of_the_clone():
+    lines = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    required = {line.partition("#")[0].strip() for line in lines}
+    extras = PROJECT["optional-dependencies"]
+    assert {*PROJECT["dependencies"], *extras["pictures"], *extras["encoders"]} <= required
+    development = (REPOSITORY / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    assert set(extras["http"]) <= {line.partition("#")[0].strip() for line in development}

@@ -85,6 +85,8 @@ def test_what_was_written_is_read(tmp_path):
     assert found.table.dtype == np.float32 and np.array_equal(found.table, table)
     assert all(np.array_equal(found.weights[name], weight) for name, weight in weights_of().items())
     assert (folder / "README.md").read_text().startswith("# shop, size 5\n")
+    (folder / "README.md").write_text("# mine")
+    assert len(read_folder(folder).items) == 3
     assert names(tmp_path) == ["out"] and (folder.stat().st_mode & 0o777) == 0o755
 
 
@@ -117,25 +119,22 @@ def test_a_folder_that_is_not_an_export_is_refused_with_how_to_make_one(tmp_path
         read_folder(folder)
 
 
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (lambda content: content[:-1], r"has \d+ bytes instead of \d+"),
-        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "was altered .its checksum differs."),
-        (None, "is missing"),
-    ],
-)
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_cut_or_altered_file_is_named(tmp_path, name, damage, problem):
+def test_a_missing_cut_or_altered_file_is_named(tmp_path, name):
     path = write(tmp_path / "out") / name
-    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
-    with pytest.raises(InputError, match=f"{path} {problem}; {AGAIN}"):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=rf"{path} has \d+ bytes instead of \d+; {AGAIN}"):
+        read_folder(path.parent)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=rf"{path} was altered .its checksum differs.; {AGAIN}"):
+        read_folder(path.parent)
+    path.unlink()
+    with pytest.raises(InputError, match=f"{path} is missing; {AGAIN}"):
         read_folder(path.parent)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [('"num_blocks": 1', '"num_blocks": 2'), ('"Größe"', '"Grosse"'), ('"sha256": ', '"no": ')]
-)
+@pytest.mark.parametrize(("old", "new"), [('"Größe"', '"Grosse"'), ('"sha256": ', '"no": ')])
 def test_an_altered_config_is_noticed(tmp_path, old, new):
     path = write(tmp_path / "out", note="Größe") / "config.json"
     before, found, after = path.read_text(encoding="utf-8").rpartition(old)
@@ -143,12 +142,6 @@ def test_an_altered_config_is_noticed(tmp_path, old, new):
     path.write_text(before + new + after, encoding="utf-8")
     with pytest.raises(InputError, match=rf"{path} was altered \(its checksum differs\); {AGAIN}"):
         read_folder(path.parent)
-
-
-def test_the_readme_may_be_edited(tmp_path):
-    folder = write(tmp_path / "out")
-    (folder / "README.md").write_text("# mine")
-    assert len(read_folder(folder).items) == 3
 
 
 @pytest.mark.parametrize(
@@ -194,10 +187,7 @@ FEWER = Items(make_items(IDS, IDS).ids, make_items(IDS, IDS).titles, np.array([2
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (
-            with_weight("blocks.0.lru.C", np.zeros((5, 10), "f4")),
-            r"\[5, 10\] instead of float32 \[10, 5\]",
-        ),
+        (with_weight("blocks.0.lru.C", np.zeros((5, 10), "f4")), r"\[5, 10\] instead of float32 \[10, 5\]"),
         (with_weight("blocks.0.norm1.bias", np.zeros(5, "f8")), r"bias is float64 \[5\] instead of float32 \[5\]"),
         (with_weight("blocks.0.norm1.bias", None), r"norm1.bias is nothing instead of float32 \[5\]"),
         (with_weight("blocks.1.norm1.bias", np.zeros(5, "f4")), r"norm1.bias is float32 \[5\] instead of nothing"),
@@ -205,10 +195,7 @@ FEWER = Items(make_items(IDS, IDS).ids, make_items(IDS, IDS).titles, np.array([2
         (with_table(4, 6), r"table of shape \[4, 6\] for 3 items of size 5"),
         (with_table(4, 5, np.float16), "table is F16 instead of F32"),
         (with_table(4, 5, np.int8, **INT8), "for 3 items of size 5"),
-        (
-            {"more": {"items.safetensors": pack_items(FEWER, np.zeros((4, 5), "f4"), None)}},
-            "for 3 items of size",
-        ),
+        ({"more": {"items.safetensors": pack_items(FEWER, np.zeros((4, 5), "f4"), None)}}, "for 3 items of size"),
         ({"more": {"items.safetensors": b"\xff" * 100}}, "is damaged"),
         ({"more": {"model.safetensors": b""}}, "is damaged"),
     ],
@@ -232,11 +219,11 @@ def test_ids_and_titles_of_any_characters_are_read_as_they_were(tmp_path):
     assert {items.id(i): items.title(i) for i in range(1, len(items) + 1)} == ODD
 
 
-@pytest.mark.parametrize("bad", ["", "a\0", "漢" * 86, "a\ud800", 7])
-def test_an_id_that_cannot_be_stored_is_named(bad):
-    with pytest.raises(InputError, match="must be a string of 1 to 256 bytes in UTF-8 without NUL") as raised:
-        make_items(["fine", bad], ["", ""])
-    assert f"{bad!r:.80}" in str(raised.value)
+def test_an_id_that_cannot_be_stored_is_named():
+    for bad in ("", "a\0", "漢" * 86, "a\ud800", 7):
+        with pytest.raises(InputError, match="must be a string of 1 to 256 bytes in UTF-8 without NUL") as raised:
+            make_items(["fine", bad], ["", ""])
+        assert f"{bad!r:.80}" in str(raised.value)
 
 
 def test_ids_must_be_unique_and_every_item_needs_a_title():
@@ -306,8 +293,7 @@ root = Path(sys.argv[1])
 for n in range(1, 200):
     place = root / f"{n:03d}"
     place.mkdir()
-    if sys.argv[2] == "replacing":
-        write(place / "out", ids=["old"])
+    write(place / "out", ids=["old"])
     log = os.open(root / f"{n:03d}.log", os.O_WRONLY | os.O_CREAT)
     child = os.fork()
     if not child:
@@ -320,46 +306,30 @@ for n in range(1, 200):
 """
 
 
-@pytest.fixture(scope="module", params=["replacing", "new"])
-def killed(request, tmp_path_factory):
-    """(whether there was an export before, [(change, folder)]) of a writer killed before each change to disk."""
-    root = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, str(root), request.param]
-    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=120)
-    return request.param == "replacing", [
-        (root.joinpath(f"{place.name}.log").read_text(), place / "out") for place in sorted(root.glob("???"))
-    ]
-
-
 def copied(folder, tmp_path):
     """Copy a folder with everything beside it."""
     return shutil.copytree(folder.parent, tmp_path / folder.parent.name) / folder.name
 
 
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new_export_and_the_next_one_succeeds(killed, tmp_path):
-    replacing, moments = killed
-    changes = [change for change, _ in moments]
-    renames = [at for at, change in enumerate(changes) if change == "os.rename"]
-    assert len(renames) == (3 if replacing else 1)  # old one aside, new one into its place, old one away
-    assert changes.count("open") >= 10 and ("os.remove" in changes) == replacing
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_export_and_the_next_one_succeeds(tmp_path):
+    root = tmp_path / "killed"
+    root.mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", KILLED, str(root)], cwd=REPOSITORY, env=environment, check=True, timeout=120)
+    folders = [place / "out" for place in sorted(root.glob("???"))]
+    changes = [root.joinpath(f"{folder.parent.name}.log").read_text() for folder in folders]
+    assert changes.count("open") >= 10 and "os.remove" in changes
     found = []
-    for _, folder in moments:
-        try:
-            export = read_folder(copied(folder, tmp_path))
-        except InputError as error:
-            assert "is not an export" in str(error)
-            found.append(None)
-        else:
-            found.append(export.items.id(1))
+    for folder in folders:
+        found.append(read_folder(copied(folder, tmp_path)).items.id(1))
         again = copied(folder, tmp_path / "again")
         beside = set(names(again.parent)) - {"out"}
         assert read_folder(write(again, ids=["next"], overwrite=True)).items.id(1) == "next"
         left = set(names(again.parent)) - {"out"}
         assert left <= beside and len(left) <= 1  # nothing more, and at most one temporary folder
-    before = "old" if replacing else None
-    placed = renames[1 if replacing else 0] + 1  # from here on the new one is in place
-    assert found == [before] * placed + ["new"] * (len(changes) - placed)
+    # The old one is moved aside, then the new one into its place, then the old one away.
+    _, placed, _ = (at + 1 for at, change in enumerate(changes) if change == "os.rename")
+    assert found == ["old"] * placed + ["new"] * (len(changes) - placed)
 
 
 def test_an_export_removes_what_one_killed_an_hour_ago_left(tmp_path):

@@ -18,9 +18,8 @@ from serving import Recommender, http
 from serving.batching import Batcher
 from serving.metrics import Metrics
 from serving.states import State
-from tests.exported import write_export
+from tests.exported import N, write_export
 from tests.made_up import random_model
-from tests.recommender.shop import N
 
 pytest.importorskip("fastapi", reason="the server needs the extra http")
 pytest.importorskip("uvicorn", reason="the server needs the extra http")

@@ -1,0 +1,620 @@
+"""A catalogue that changes, users' states, new products, and a folder that is saved, replaced and reloaded."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import InputError
+from datasets.features.text import LexicalEncoder
+from datasets.text import NO_TEXT
+from serving import Recommender, recommender, states
+from serving.states import State
+from tests.exported import (
+    ATTRIBUTES,
+    ENGINES,
+    HALF,
+    IDS,
+    KINDS,
+    MAX_LEN,
+    SAME,
+    N,
+    assert_same_answer,
+    everything,
+    write_export,
+    write_id_branch,
+)
+from tests.made_up import random_model
+from tests.prepared import draw_picture, item_features, write_tiny_bert
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def test_updated_items_have_the_embeddings_and_titles_of_their_new_features(shop, engine, kind):
+    r, expected = shop.open(engine, kind), shop.open(engine, kind)
+    old, before = r.items, everything(r, [3])
+    r.update_items([IDS[1], 5], shop.features[[6, 8]])
+    expected_rows = expected.item_vectors()[[6, 8]]
+    np.testing.assert_allclose(r.item_vectors([2, 5]), expected_rows, rtol=2**-10, atol=1e-6)
+    assert everything(r, [3]) != before
+    r.update_items([2], titles=["Another title"])
+    assert (r.items.title(2), old.title(2)) == ("Another title", shop.records[1]["title"])
+    assert r.items.id(2) == IDS[1] and len(r) == N
+
+
+def test_a_removed_item_is_never_recommended_but_may_be_in_a_history(r):
+    whole, gone = everything(r, [3, 17]), [IDS[4], 9]
+    similar = r.similar_items([1], top_k=N)[0]
+    r.remove_items(gone)
+    answer = everything(r, [3, 17])
+    assert answer.numbers == [i for i in whole.numbers if i not in (5, 9)]
+    assert len(r) == N - 2 and IDS[4] not in r and 5 not in r and IDS[5] in r
+    assert everything(r, [], candidates=[5, 6, 9], top_k=1).numbers == [6]
+    assert everything(r, [], candidates=[[5, 9]], top_k=1).numbers == []
+    assert r.recommend([[5, 9]])[0].notes == [] and r.step(r.start([5]), 9).items == (5, 9)
+    assert r.similar_items([1], top_k=N)[0].numbers == [i for i in similar.numbers if i not in (5, 9)]
+
+
+def test_a_removed_item_comes_back_under_its_old_number(shop, engine, kind):
+    r = shop.first(engine, kind, 16)
+    r.remove_items([IDS[4]])
+    r.add_items([IDS[16], IDS[4]], shop.features[[16, 9]], ["New", "Back"])
+    assert r.items.numbers([IDS[4], IDS[16]]) == [5, 17]
+    assert (r.items.title(5), r.items.title(17), len(r)) == ("Back", "New", 17)
+    expected = shop.open(engine, kind).item_vectors([10])
+    np.testing.assert_allclose(r.item_vectors([5]), expected, rtol=2**-10, atol=1e-6)
+    assert 5 in everything(r, []).numbers
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda r: r.remove_items([1, "no"]), r"unknown: 'no' \(of 20 items\); leave unknown items out"),
+        (lambda r: r.remove_items("Q0"), "ids must be a list such as"),
+        (lambda r: r.update_items([1, "no"], titles=["a", "b"]), "unknown: 'no'"),
+        (lambda r: r.update_items([1, 1], titles=["a", "b"]), "occurs twice"),
+        (lambda r: r.update_items([1], titles=["a", "b"]), "2 titles for 1 items"),
+        (lambda r: r.update_items([1], np.ones((1, 3))), r"features of shape \[1, 3\] for 1 items"),
+        (lambda r: r.update_items([20], titles=["a"]), "is removed; bring it back by add_items"),
+    ],
+)
+def test_a_change_that_is_refused_changes_nothing(r, change, problem):
+    r.remove_items([20])
+    before, catalogue = everything(r, [3]), r.items
+    with pytest.raises(InputError, match=problem):
+        change(r)
+    assert r.items is catalogue and everything(r, [3]) == before
+
+
+def test_a_learned_table_can_be_thinned_but_not_grow(engine, tmp_path):
+    r = Recommender.from_pretrained(write_id_branch(tmp_path / "learned"), engine)
+    r.remove_items([1])
+    for change in (lambda: r.update_items([2], np.ones((1, 12))), lambda: r.add_items(["NEW"], np.ones((1, 12)))):
+        with pytest.raises(InputError, match="learned without features, so no items can be added"):
+            change()
+    with pytest.raises(InputError, match="this model read no features, so there is nothing to embed"):
+        r.embed_items([{"title": "a"}])
+    assert len(r) == N - 1 and len(r.recommend([[3]], top_k=3)[0].ids) == 3
+
+
+def test_adding_an_item_copies_neither_the_table_nor_the_ids(shop, engine, kind):
+    r = shop.first(engine, kind, 16)
+    for number in range(3):
+        before = r.items
+        r.add_items([f"NEW-{number}"], shop.features[[16]])
+        assert np.shares_memory(before.table.rows(), r.items.table.rows())
+        assert r.items.exported is before.exported
+        assert len(before) == 16 + number and f"NEW-{number}" in r and not before.number(f"NEW-{number}")
+
+
+def race(shop, seconds: float, readers: int = 8, engine: str = "onnx", kind: str = "none") -> int:
+    """Let readers answer while four writers change the catalogue; check every answer. Returns how many there were.
+
+    Each writer owns one item, so that every catalogue can be told apart by the items that it has.
+    """
+    r, stop = shop.first(engine, kind, 16), time.monotonic() + seconds
+    snapshots, lock = {id(r._now): r._now}, threading.Lock()
+    answers, errors = [], []
+
+    def changes(writer: int):
+        new, own = f"NEW-{writer}", 13 + writer
+        yield lambda: r.add_items([new], shop.features[[16 + writer]])
+        while True:
+            yield lambda: r.update_items([own], shop.features[[own % 7]])
+            yield lambda: r.remove_items([new, own])
+            yield lambda: r.add_items([new, IDS[own - 1]], shop.features[[16 + writer, own - 1]])
+            yield lambda: r.add_items([f"{new}-{time.monotonic_ns()}"], shop.features[[writer]])
+
+    def write(writer: int):
+        for change in changes(writer):
+            if time.monotonic() > stop:
+                return
+            with lock:  # to see each snapshot; the readers do not take it
+                change()
+                snapshots[id(r._now)] = r._now
+            time.sleep(0.02)
+
+    def read(reader: int):
+        histories = [[3, 5], ["NEW-1", 2], []]
+        while time.monotonic() < stop:
+            answers.append((reader % 3, r.recommend([histories[reader % 3]], top_k=8)[0]))
+
+    def guarded(call, number):
+        try:
+            call(number)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(write, i)) for i in range(4)]
+    threads += [threading.Thread(target=guarded, args=(read, i)) for i in range(readers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    possible = [set(), set(), set()]
+    opened = shop.first(engine, kind, 16)
+    for snapshot in snapshots.values():
+        opened._now = snapshot
+        for which, history in enumerate([[3, 5], ["NEW-1", 2], []]):
+            possible[which].add(repr(opened.recommend([history], top_k=8)[0]))
+    assert all(repr(answer) in possible[which] for which, answer in answers)
+    assert len(snapshots) > 20
+    return len(answers)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_while_threads_change_the_catalogue_every_answer_is_that_of_one_catalogue(shop, kind):
+    assert race(shop, seconds=2, kind=kind) > 100
+
+
+# --------------------------------------------------------------------------------------------------------- added items
+
+
+def test_added_items_can_be_recommended_and_be_in_histories(shop, engine):
+    r = shop.first(engine, "none", 16)
+    state = r.start([2])
+    r.add_items(["NEW-1", "new 2"], shop.features[16:18], ["First", "Second"])
+    assert len(r) == 18
+    answer = everything(r, ["NEW-1", 18])
+    assert sorted(answer.numbers) == list(range(1, 19))
+    titles = dict(zip(answer.ids, answer.titles, strict=True))
+    assert (titles["NEW-1"], titles["new 2"], titles[IDS[4]]) == ("First", "Second", shop.records[4]["title"])
+    assert r.step(state, "new 2").items == (2, 18)
+    r.add_items([], r.embed_items([]))
+    r.add_items(["untitled"], shop.features[18:19])
+    assert r.items.title(19) == "" and len(r) == 19
+    assert everything(r, [], candidates=["NEW-1"], top_k=1).ids == ["NEW-1"]
+
+
+@pytest.mark.parametrize("pieces", [[4], [1, 3]], ids=str)
+def test_adding_items_equals_exporting_the_larger_catalogue(shop, engine, kind, pieces):
+    r, whole = shop.first(engine, kind, N - 4), shop.open(engine, kind)
+    start = N - 4
+    for piece in pieces:
+        end = start + piece
+        r.add_items(IDS[start:end], shop.features[start:end], [x["title"] for x in shop.records[start:end]])
+        start = end
+    # A value halfway between two float16 values is rounded to either, depending on the order of summation.
+    tolerance = {"none": 1e-5, "float16": 2**-10, "int8": 0}[kind]
+    np.testing.assert_allclose(r.items.table.rows(), whole.items.table.rows(), rtol=tolerance, atol=1e-6)
+    if kind == "float16":
+        assert np.mean(abs(r.items.table.rows() - whole.items.table.rows()) > 1e-6) < 0.01  # nearly all are the same
+    histories = [[3, 17, 3, 20, 1], [18], []]
+    for ask in (lambda r: histories, lambda r: [r.start(history) for history in histories]):
+        answers = [x.recommend(ask(x), top_k=N, exclude_history=False) for x in (r, whole)]
+        for grown, expected in zip(*answers, strict=True):
+            assert_same_answer(grown, expected, max(tolerance, 1e-5))
+            assert (grown.ids, grown.titles) == (expected.ids, expected.titles)
+
+
+NEW = ["NEW-1", "NEW-2"]
+
+MATRIX = np.ones((2, 1264), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("ids", "features", "titles", "message"),
+    [
+        (["NEW", IDS[4]], MATRIX, None, f"item '{IDS[4]}' exists already; leave it out"),
+        (NEW, MATRIX[:, 1:], None, r"features of shape \[2, 1263\] for 2 items: must be \[2, 1264\]"),
+        (NEW, MATRIX * [[1], [np.nan]], None, "the features of item 'NEW-2' are not finite, or far too large"),
+        (NEW, MATRIX, ["one", None], "the title of item 'NEW-2' is None; give a string"),
+        (NEW, MATRIX, "ab", "titles must be a list such as"),
+        (NEW, [[1.0], [1.0, 2.0]], None, "features must be an array of numbers"),
+        ("XY", MATRIX, None, r"ids must be a list such as \['id', 'id'\], not 'XY'"),
+    ],
+)
+def test_invalid_items_are_refused_and_nothing_changes(shop, r, ids, features, titles, message):
+    before, state = everything(r, [3, 17]), r.start([3])
+    with pytest.raises(InputError, match=message):
+        r.add_items(ids, features, titles)
+    assert len(r) == N
+    assert everything(r, [3, 17]) == before
+    assert r.recommend([["NEW"]], top_k=1)[0].notes[0].startswith("unknown: 'NEW' (of 20 items)")
+    r.add_items(["NEW"], shop.features[:1])
+    assert r.step(state, "NEW").items == (3, N + 1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("kind", "large"), [("none", 3e38), ("float16", 1e6), ("int8", 3e38)])
+def test_features_whose_embedding_overflows_are_refused(shop, engine, kind, large):
+    r = shop.open(engine, kind)
+    with pytest.raises(InputError, match="the features of item 'NEW' are not finite, or far too large"):
+        r.add_items(["NEW"], np.full((1, 1264), large, dtype=np.float32))
+    assert len(r) == N
+
+
+# ----------------------------------------------------------------------------------------------- a folder that changes
+
+
+@pytest.fixture
+def replaced(shop, engine, tmp_path):
+    """(a recommender, its folder, a function that replaces the folder by another model of the same shape)."""
+    folder, seeds = tmp_path / "export", iter(range(1, 10))
+
+    def replace():
+        model = random_model((4, 12), features=shop.features, num_items=N, seed=next(seeds))
+        write_export(folder, model, overwrite=True)
+
+    replace()
+    return Recommender.from_pretrained(folder, engine, threads=1), folder, replace
+
+
+def test_a_folder_is_opened_again_only_if_it_changed(replaced, engine):
+    r, folder, replace = replaced
+    before, state, model, rule = everything(r, [3]), r.start([3]), r.model, r.filter([1, 2])
+    assert not r.reload() and everything(r, [3]) == before
+    replace()
+    assert everything(r, [3]) == before
+    assert r.reload() and not r.reload()
+    assert everything(r, [3]) == everything(Recommender.from_pretrained(folder, engine), [3]) != before
+    with pytest.raises(InputError, match=f"made by the model '{model}', this is '{r.model}'"):
+        r.step(state, 1)
+    with pytest.raises(InputError, match="the filter was made before the export was reloaded; make it again"):
+        r.recommend([[3]], candidates=rule)
+
+
+def test_reload_follows_a_link_and_keeps_the_open_model_if_the_folder_is_broken(replaced, tmp_path):
+    _, folder, _ = replaced
+    other = write_export(tmp_path / "other", random_model((4,), num_items=N, seed=2))
+    (tmp_path / "current").symlink_to(folder)
+    r = Recommender.from_pretrained(tmp_path / "current")
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to(other)
+    assert r.reload() and r.config["size"] == 4
+    before = everything(r, [3])
+    write_export(other, random_model((4,), num_items=N, seed=3), overwrite=True)
+    (other / "items.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"items.safetensors has 3 bytes instead of"):
+        r.reload()
+    assert everything(r, [3]) == before
+
+
+def test_an_open_model_does_not_need_its_folder(replaced):
+    r, folder, replace = replaced
+    expected = Recommender.from_pretrained(folder, "torch")
+    replace()  # before any graph has run
+    assert_same_answer(everything(r, [3]), everything(expected, [3]))
+    before, stepped = everything(r, [3]), r.recommend([r.start([3])])
+    (folder / "model.safetensors").write_bytes(b"overwritten")
+    assert everything(r, r.start([3])).numbers == everything(expected, [3]).numbers
+    shutil.rmtree(folder)
+    assert (everything(r, [3]), r.recommend([r.start([3])])) == (before, stepped)
+
+
+def test_a_folder_that_is_replaced_while_it_is_being_opened_is_refused(replaced, engine, monkeypatch):
+    _, folder, replace = replaced
+
+    def slowly(*arguments, open_engine=recommender.open_engine):
+        replace()
+        return open_engine(*arguments)
+
+    monkeypatch.setattr(recommender, "open_engine", slowly)
+    with pytest.raises(InputError, match="export was replaced while it was being opened; open it again"):
+        Recommender.from_pretrained(folder, engine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_added_items_is_the_same_after_saving_and_opening(shop, engine, kind, tmp_path):
+    r = shop.first(engine, kind, 16)
+    r.add_items(IDS[16:], shop.features[16:], [f"Title {i}" for i in range(4)])
+    if (engine, kind) == ("torch", "int8"):
+        with pytest.raises(InputError, match="dequantized this int8 export; save it from engine='onnx'"):
+            r.save_pretrained(tmp_path / "saved")
+        assert not list(tmp_path.iterdir())
+        return
+    r.save_pretrained(tmp_path / "saved")
+    for name in ENGINES:
+        opened = Recommender.from_pretrained(tmp_path / "saved", name, threads=1)
+        assert (len(opened), opened.config["num_items"], opened.config["quantize"]) == (N, N, kind)
+        for history in ([], [3, 17, 20], opened.start([3, 17, 20])):
+            given = r.start(history.items) if isinstance(history, recommender.State) else history
+            expected, answer = everything(r, given), everything(opened, history)
+            assert_same_answer(answer, expected, 1e-5 if name == engine else 0.05 if kind == "int8" else 1e-5)
+            assert dict(zip(answer.ids, answer.titles, strict=True)) == dict(
+                zip(expected.ids, expected.titles, strict=True)
+            )
+        stored = opened.items.table.rows() if (name, kind) != ("torch", "int8") else r.items.table.rows()
+        np.testing.assert_array_equal(stored, r.items.table.rows())
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_model_whose_folder_was_replaced_or_removed_cannot_be_saved(replaced, tmp_path, gone):
+    r, folder, replace = replaced
+    shutil.rmtree(folder) if gone else replace()
+    with pytest.raises(InputError, match="cannot write" if gone else "changed since it was opened; open it again"):
+        r.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_model_may_be_saved_over_the_folder_it_came_from(shop, replaced):
+    r, folder, _ = replaced
+    r.add_items(["NEW"], shop.features[:1])
+    r.save_pretrained(folder, overwrite=True)
+    opened = Recommender.from_pretrained(folder)
+    assert len(opened) == N + 1
+    assert_same_answer(everything(opened, ["NEW"]), everything(r, ["NEW"]))
+    r.step(r.start(), "NEW")
+
+
+def test_a_changed_catalogue_is_saved_and_opened(shop, engine, tmp_path):
+    r = shop.first(engine, "float16", 16)
+    r.add_items(IDS[16:18], shop.features[16:18], ["New", "Newer"])
+    r.remove_items([3, 17])
+    r.update_items([2, 18], shop.features[[9, 9]], ["Second", "Last"])
+    r.save_pretrained(tmp_path / "saved")
+    opened = Recommender.from_pretrained(tmp_path / "saved", engine)
+    assert (len(opened), len(opened.items), opened.config["version"]) == (16, 18, 2)
+    assert "ranks 16 items" in (tmp_path / "saved/README.md").read_text()
+    assert [opened.items.title(i) for i in (2, 18, 17)] == ["Second", "Last", "New"]
+    assert_same_answer(everything(opened, [2, 3]), everything(r, [2, 3]))
+    assert opened.recommend([r.start([17])])[0].notes == []
+    opened.add_items([IDS[2], IDS[16]], shop.features[[2, 16]])
+    opened.save_pretrained(tmp_path / "whole")
+    assert Recommender.from_pretrained(tmp_path / "whole").config["version"] == 1
+
+
+def test_an_export_without_graphs_is_saved_without_and_replaces_only_with_overwrite(shop, tmp_path):
+    r = Recommender.from_pretrained(shop.export("none", format="torch"))
+    r.save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match="exists; pass --overwrite"):
+        r.save_pretrained(tmp_path / "saved")
+    r.save_pretrained(tmp_path / "saved", overwrite=True)
+    assert not list((tmp_path / "saved").glob("*.onnx"))
+    assert everything(Recommender.from_pretrained(tmp_path / "saved"), [3]) == everything(r, [3])
+
+
+def test_serving_an_onnx_export_imports_nothing_of_the_training(shop):
+    """tests/test_export.py does the rest without torch."""
+    serve = (
+        "import sys, serving\n"
+        "serving.Recommender.from_pretrained(sys.argv[1]).recommend([[3]])\n"
+        "heavy = ('torch', 'transformers', 'pandas', 'onnx', 'PIL', 'config', 'model', 'datasets', 'trainer')\n"
+        "sys.exit(str([name for name in heavy if name in sys.modules] or ''))"
+    )
+    command = [sys.executable, "-c", serve, str(shop.export("float16"))]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.strip() == ""
+
+
+# -------------------------------------------------------------------------------------------------------------- states
+
+
+@pytest.mark.parametrize("length", [0, 1, MAX_LEN])
+def test_stepping_through_a_history_gives_the_answer_for_the_history(shop, engine, kind, length):
+    r, history = shop.open(engine, kind), [3, 17, 3, 9, 1][:length]
+    state = r.start()
+    for item in history:
+        state = r.step(state, item)
+    [answer] = r.recommend([state], top_k=8)
+    assert_same_answer(answer, r.recommend([history], top_k=8)[0], SAME[kind])
+    assert answer.notes == []
+    assert not set(answer.numbers) & set(history)
+
+
+@pytest.mark.parametrize("length", [2, 30], ids=str)
+def test_starting_from_a_history_is_stepping_through_it(shop, engine, kind, length, monkeypatch):
+    r, history = shop.open(engine, kind), (np.arange(length) * 7 % N + 1).tolist()
+    monkeypatch.setattr(states, "ROWS", 8)  # several pieces
+    started, stepped = r.start(history), r.start()
+    for item in history:
+        stepped = r.step(stepped, item)
+    assert started.items == stepped.items == tuple(history) and r.start().items == ()
+    for found, expected in ((started.hidden, stepped.hidden), (started.z, stepped.z)):
+        assert abs(found - expected).max() <= SAME[kind] * abs(expected).max()
+
+
+def test_a_state_is_the_same_after_its_bytes(shop, r):
+    for state in (r.start(), r.start([3, 17]), r.start([IDS[i % N] for i in range(40)])):
+        content = state.to_bytes()
+        found = State.from_bytes(content)
+        assert (found.items, found.model) == (state.items, r.model)
+        np.testing.assert_array_equal(found.hidden, state.hidden)
+        np.testing.assert_array_equal(found.z, state.z)
+        assert r.recommend([found]) == r.recommend([state])
+        assert r.step(found, 5).items == (*state.items, 5)
+    assert len(content) == state.hidden.nbytes + state.z.nbytes + 4 * 40 + len(r.model) + 18
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"\x80\x04K\x01.", "cut", "flipped", "longer", "text", None], ids=repr)
+def test_bytes_that_are_no_state_are_refused(r, damage):
+    content = r.start([3]).to_bytes()
+    changed = {"cut": content[:-1], "longer": content + b"0", "text": "fMRL" * 20}.get(damage, damage)
+    if damage == "flipped":
+        changed = content[:60] + bytes([content[60] ^ 1]) + content[61:]
+    with pytest.raises(InputError, match=r"(not a state of version 1|damaged).*encode the history again"):
+        State.from_bytes(changed)
+
+
+def test_a_state_remembers_and_excludes_items_beyond_the_trained_length(shop, r):
+    history = [3, 17, 5, 9, 1, 4, 20, 2]
+    state, expected = r.start(history), shop.scores(history)
+    answer = everything(r, state)
+    np.testing.assert_allclose(answer.scores, expected[answer.numbers], atol=1e-5 * np.abs(expected).max())
+    assert answer.notes == ["the state remembers 8 items, training had at most 5"]
+    assert not np.allclose(answer.scores, everything(r, history).scores, rtol=1e-3)
+    [answer] = r.recommend([state], top_k=N - 8)
+    assert sorted([*answer.numbers, *history]) == list(range(1, N + 1))
+
+
+@pytest.mark.parametrize(("sizes", "num_blocks", "seed"), [((4, 8), 2, 0), ((4, 12), 3, 0), ((4, 12), 2, 1)])
+def test_a_state_of_another_model_is_refused(r, engine, tmp_path, sizes, num_blocks, seed):
+    other = write_export(tmp_path / "other", random_model(sizes, num_blocks=num_blocks, num_items=N, seed=seed))
+    state = State.from_bytes(Recommender.from_pretrained(other, engine).start([1]).to_bytes())
+    for ask in (lambda: r.recommend([[1], state]), lambda: r.step(state, 1), lambda: r.user_vectors([state])):
+        with pytest.raises(InputError, match=rf"made by the model '.*', this is '{r.model}'; encode the history again"):
+            ask()
+    small = np.zeros((r.config["num_blocks"], 2, 3), dtype=np.float32)
+    with pytest.raises(InputError, match="the state is damaged: it has another size than its model"):
+        r.step(State(small, np.zeros(3, dtype=np.float32), (1,), r.model), 1)
+    with pytest.raises(InputError, match=r"unknown: 'no-such' \(of 20 items\); the state is unchanged"):
+        r.step(r.start([3]), "no-such")
+    with pytest.raises(InputError, match="unknown: 'no-such'"):
+        r.start([1, "no-such", 2])
+
+
+def test_a_state_stays_valid_while_the_catalogue_changes(shop, engine):
+    r, other = (shop.first(engine, "none", 16) for _ in range(2))
+    r.add_items(["NEW"], shop.features[16:17])
+    state = r.start(["NEW", 3])
+    r.remove_items([3, "NEW"])
+    r.update_items([4], titles=["Another title"])
+    assert r.step(state, 4).items == (17, 3, 4)
+    with pytest.raises(InputError, match="the state remembers item 17, this catalogue has 16; reload the catalogue"):
+        other.recommend([state])
+
+
+# -------------------------------------------------------------------------- new products, encoded as in training
+
+
+class Frame:
+    """Stands for a pandas DataFrame: one record per row, NaN in empty cells."""
+
+    def __init__(self, records: list[dict]) -> None:
+        self.rows = records
+
+    def to_dict(self, orient: str) -> list[dict]:
+        assert orient == "records"
+        columns = dict.fromkeys(name for record in self.rows for name in record)
+        return [{name: record.get(name, float("nan")) for name in columns} for record in self.rows]
+
+
+def test_dicts_and_data_frames_are_encoded_as_in_training(shop, r):
+    for products in (shop.records, Frame(shop.records)):
+        np.testing.assert_array_equal(r.embed_items(products).astype(np.float16), shop.features)
+    assert r.embed_items([]).shape == (0, 1264)
+
+
+def test_a_product_is_described_by_what_it_has(shop, r):
+    title_alone = {"title": shop.records[1]["title"], "picture": Path(shop.records[1]["picture"]), "colour": "red"}
+    text, picture = np.split(r.embed_items([title_alone]), [1024], axis=1)
+    np.testing.assert_array_equal(picture[0].astype(np.float16), shop.features[1, 1024:])
+    assert 0.1 < text[0] @ shop.features[1, :1024] < 0.95
+    for nothing in (None, float("nan"), ""):
+        [without] = r.embed_items([shop.records[1] | {"picture": nothing}])
+        np.testing.assert_array_equal(without[:1024].astype(np.float16), shop.features[1, :1024])
+        assert not without[1024:].any()
+    [untitled] = r.embed_items([{"picture": shop.records[4]["picture"]}])
+    np.testing.assert_array_equal(untitled[1024:].astype(np.float16), shop.features[4, 1024:])
+    np.testing.assert_array_equal(untitled[:1024], LexicalEncoder().encode([NO_TEXT])[0])
+
+
+@pytest.mark.parametrize(
+    ("products", "problem"),
+    [
+        (["a lamp"], "record 1 is 'a lamp'; give a dict with title, brand"),
+        ([{"title": "a"}, None], "record 2 is None; give a dict"),
+        ({"title": "a"}, r"products must be a list such as \[{'title': 'Rose soap'}\]"),
+        ([{"title": "a"}, {}], "record 2 has no text; give it one of title, price, brand, categories"),
+        ([{"title": " ", "price": float("nan"), "picture": float("nan"), "colour": "red"}], "record 1 has no text"),
+    ],
+    ids=repr,
+)
+def test_products_that_are_not_described_are_refused(r, products, problem):
+    with pytest.raises(InputError, match=problem):
+        r.embed_items(products)
+
+
+def test_a_picture_that_cannot_be_read_is_refused_with_the_reason(shop, r, tmp_path):
+    (tmp_path / "broken.png").write_text("<html>404</html>")
+    draw_picture(tmp_path / "good.png", (9, 9, 9))
+    for name in ("broken.png", "missing.png"):
+        records = [{"title": "a", "picture": tmp_path / "good.png"}, {"title": "b", "picture": str(tmp_path / name)}]
+        with pytest.raises(
+            InputError, match=rf"the picture of record 2 cannot be read \({name}: .*give another, or none"
+        ):
+            r.embed_items(records)
+
+
+def test_a_missing_package_is_named_with_what_to_install(shop, r, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(InputError, match=r"needs a package that is not installed \(.*PIL.*pip install '.\[encoders\]'"):
+        r.embed_items(shop.records)
+
+
+def test_a_model_of_pictures_or_texts_alone_reads_only_them(shop, engine, tmp_path):
+    def opened(name, features, **options):
+        model = random_model((4,), num_items=N, features=features)
+        return Recommender.from_pretrained(write_export(tmp_path / name, model, shop.catalog, **options), engine)
+
+    r = opened("pictures", shop.features[:, 1024:], use_language_encoder=False, use_img_encoder=True)
+    embedded = r.embed_items([{"picture": shop.records[0]["picture"]}])
+    np.testing.assert_array_equal(embedded.astype(np.float16), shop.features[:1, 1024:])
+    r = opened("texts", shop.features[:, :1024])
+    with pytest.warns(UserWarning, match="trained on texts alone: the pictures are not used"):
+        embedded = r.embed_items([shop.records[0] | {"picture": "no such.png"}])
+    np.testing.assert_array_equal(embedded.astype(np.float16), shop.features[:1, :1024])
+    with pytest.raises(InputError, match="record 1 has no text"):
+        r.embed_items([{"picture": shop.records[0]["picture"]}])
+    r = opened("brands", shop.features[:, :1024], item_attributes=("brand", "title"))
+    plain = r.embed_items([{"brand": "Alder", "title": "Red lamp"}])
+    np.testing.assert_array_equal(plain, LexicalEncoder().encode(["Brand: Alder Title: Red lamp"]))
+    np.testing.assert_array_equal(r.embed_items([{"title": "Red lamp", "price": 1, "brand": "Alder"}]), plain)
+    with pytest.raises(InputError, match="has no text; give it one of brand, title"):
+        r.embed_items([{"price": 1}])
+
+
+@pytest.fixture(scope="module")
+def with_bert(shop, tmp_path_factory):
+    """(folder with a small BERT, an export of a model trained with it, features of the products)."""
+    root = tmp_path_factory.mktemp("bert")
+    bert = write_tiny_bert(root / "bert", {"pooling_mode_mean_tokens": True})
+    features = item_features(shop.catalog, language=str(bert), image=None, attributes=ATTRIBUTES, cache_root=root)
+    model = random_model((4,), num_items=N, features=features)
+    return root, write_export(root / "export", model, shop.catalog, language_encoder=str(bert)), features
+
+
+def test_an_encoder_that_moved_is_read_where_it_is_now(shop, with_bert, tmp_path):
+    root, export, features = with_bert
+    r = Recommender.from_pretrained(export)
+    np.testing.assert_allclose(r.embed_items(shop.catalog.metadata), features, rtol=HALF, atol=1e-6)
+    moved = (root / "bert").rename(tmp_path / "elsewhere")
+    np.testing.assert_allclose(r.embed_items(shop.catalog.metadata), features, rtol=HALF, atol=1e-6)  # it is loaded
+    try:
+        r = Recommender.from_pretrained(export)
+        with pytest.raises(InputError, match="bert' is not there any more; give the folder it is in now as lang"):
+            r.embed_items(shop.catalog.metadata)
+        embedded = r.embed_items(shop.catalog.metadata, language_encoder=str(moved))
+    finally:
+        moved.rename(root / "bert")
+    np.testing.assert_allclose(embedded, features, rtol=HALF, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", ["lexical", "another bert", "another pooling"])
+def test_another_encoder_than_in_training_is_refused(shop, with_bert, tmp_path, other):
+    root, export, _ = with_bert
+    pooling = {"pooling_mode_cls_token" if other == "another pooling" else "pooling_mode_mean_tokens": True}
+    seed = 1 if other == "another bert" else 0
+    name = other if other == "lexical" else str(write_tiny_bert(tmp_path / "bert", pooling, seed))
+    with pytest.raises(InputError) as raised:
+        Recommender.from_pretrained(export).embed_items(shop.catalog.metadata, language_encoder=name)
+    assert f"the encoder {name!r} is not {str(root / 'bert')!r}, which the model was trained on" in str(raised.value)
+    assert str(raised.value).endswith("give the path of that one as language_encoder")
+    with pytest.raises(InputError, match=r"the encoder 'ViT-B-32/openai' is not 'pixel'.* as img_encoder"):
+        shop.open("onnx").embed_items(shop.records, img_encoder="ViT-B-32/openai")

@@ -1,0 +1,333 @@
+"""Answers of a Recommender: which items, in which order; candidates, vectors and item ids."""
+
+import dataclasses
+import gc
+import tracemalloc
+import weakref
+
+import numpy as np
+import pytest
+
+from common.errors import InputError
+from serving import Recommender, filters, ranking, torch_engine
+from tests.exported import IDS, MAX_LEN, SAME, N, assert_same_answer, everything, write_shop_of_ids
+
+LONG = [3, 17, 5, 9, 1, 4, 20, 2]  # longer than MAX_LEN
+
+
+@pytest.mark.parametrize("history", [[], [3], [9, 1, 4, 20, 9]], ids=str)
+def test_the_answer_is_the_models_own_ranking_with_ids_and_titles(shop, r, history):
+    expected = shop.scores(history)
+    answer = everything(r, history)
+    best = np.argsort(-expected[1:], kind="stable") + 1
+    assert answer.numbers == best.tolist()
+    np.testing.assert_allclose(answer.scores, expected[best], atol=1e-5 * np.abs(expected).max())
+    assert answer.ids == [IDS[i - 1] for i in best]
+    assert answer.titles == [shop.catalog.metadata[i - 1]["title"] for i in best]
+    assert answer.notes == []
+    assert {type(value) for value in [*answer.numbers, *answer.scores]} == {int, float}
+
+
+def test_answers_come_in_the_order_of_the_histories(r):
+    histories = [[5, 2, 9], [], [1], [7, 7, 7, 7, 7], LONG, [2, 5], [9]]
+    for history, answer in zip(histories, r.recommend(histories, top_k=4), strict=True):
+        assert_same_answer(answer, r.recommend([history], top_k=4)[0])
+    assert r.recommend([]) == []
+    expected = r.recommend([[1, 2], [3]])
+    assert len(expected[0].ids) == 10
+    for given in (iter([(1, 2), (3,)]), (np.array(h) for h in ([1, 2], [3]))):
+        assert r.recommend(given) == expected
+
+
+def watching(call, see):
+    """Wrap an engine's method; show its rows and table to `see`."""
+
+    def watched(rows, table, *rest):
+        see(rows, table)
+        return call(rows, table, *rest)
+
+    return watched
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 2 * (N + 1)])
+def test_a_large_catalogue_is_ranked_in_several_batches_with_the_same_answers(r, monkeypatch, scores_at_once):
+    histories = [[5, 2, 9], [], r.start([8]), [1], [7, 7, 7, 7, 7], r.start([3, 1]), [2, 5], [9]]
+    expected, asked = r.recommend(histories, top_k=8), []
+    for method in ("recommend", "rank"):
+        watched = watching(getattr(r._now.engine, method), lambda rows, table: asked.append(len(rows) * len(table)))
+        monkeypatch.setattr(r._now.engine, method, watched)
+    monkeypatch.setattr(ranking, "SCORES", scores_at_once)
+    monkeypatch.setattr(torch_engine, "CHUNK", 3)
+    for actual, answer in zip(r.recommend(histories, top_k=8), expected, strict=True):
+        assert_same_answer(actual, answer)
+    assert max(asked) <= max(scores_at_once, N + 1)
+
+
+def test_histories_of_similar_length_are_encoded_together(shop, monkeypatch):
+    r, shapes = shop.open("onnx"), []
+    watched = watching(r._now.engine.recommend, lambda rows, table: shapes.append(rows.shape))
+    monkeypatch.setattr(r._now.engine, "recommend", watched)
+    monkeypatch.setattr(ranking, "TOGETHER", 2)
+    r.recommend([[1], [1, 2, 3, 4], [2], [2, 3, 4, 5], [], [1] * 9], top_k=3)
+    assert shapes == [(2, 1), (2, 4), (2, MAX_LEN)]
+
+
+def test_the_last_items_of_a_long_history_are_read_and_all_are_excluded(r):
+    long, tail = everything(r, LONG), everything(r, LONG[-MAX_LEN:])
+    assert long.notes == ["the last 5 of 8 items are read, as in training"]
+    assert dataclasses.replace(long, notes=[]) == tail
+    [answer] = r.recommend([["no", *LONG[:MAX_LEN], "no"]])  # unknown items do not count
+    assert answer.notes == ["unknown: 'no', 'no' (of 20 items); skipped"]
+    [answer] = r.recommend([LONG], top_k=N - 8)
+    assert not set(LONG) & set(answer.numbers)
+
+
+def test_each_users_history_is_excluded_and_the_rest_keeps_order_and_scores(r):
+    answers = r.recommend([[3, 17, 3], [5]], top_k=N - 2)
+    for history, answer in zip(([3, 17], [5]), answers, strict=True):
+        whole = everything(r, [3, 17, 3] if history == [3, 17] else [5])
+        kept = [(i, s) for i, s in zip(whole.numbers, whole.scores, strict=True) if i not in history][: N - 2]
+        assert answer.numbers == [i for i, _ in kept]
+        np.testing.assert_allclose(answer.scores, [s for _, s in kept], rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", ["B7-long", {"B7-long": 1}, 7, [None], [[1], 2], np.array([1, 2])], ids=repr)
+def test_a_value_that_is_no_list_of_histories_is_refused_with_an_example(r, value):
+    with pytest.raises(InputError, match=r"histories must be a list such as \[.*'id', 'id'\].*, not"):
+        r.recommend(value)
+    if not isinstance(value, str | dict | int):
+        return
+    for ask in (lambda: r.recommend([[]], candidates=value), lambda: r.recommend([value]), lambda: r.start(value)):
+        with pytest.raises(InputError, match=r"(candidates|each of the histories|a history) must be a list such as \["):
+            ask()
+
+
+def test_an_impossible_top_k_or_a_bare_state_is_refused(r):
+    for top_k in (0, 2.0, "3", True):
+        with pytest.raises(InputError, match=r"top_k .* must be a whole number from 1"):
+            r.recommend([[]], top_k=top_k)
+    with pytest.raises(InputError, match="histories must be a list such as"):
+        r.recommend(r.start())
+
+
+def test_a_user_with_too_few_items_left_gets_fewer_and_a_note_and_the_others_all(r):
+    histories = [[1, 2, 3], list(range(1, 9)), r.start([4]), r.start(range(1, N + 1))]
+    answers = r.recommend(histories, top_k=np.int64(13))
+    assert [len(answer.ids) for answer in answers] == [13, 12, 13, 0]
+    assert answers[0].notes == []
+    assert answers[1].notes[-1] == "only 12 items are left to rank, fewer than top_k 13"
+    assert_same_answer(answers[1], r.recommend([histories[1]], top_k=12)[0])
+    assert len(r.recommend(histories, top_k=13, exclude_history=False)[1].ids) == 13
+    assert len(r.recommend([[]], top_k=N + 5)[0].ids) == N
+
+
+# --------------------------------------------------------------------------------------------------------- candidates
+
+
+FEW, MANY = [IDS[7], 2], [IDS[7], 2, 19, 2, 5, 11]  # ranked from gathered rows, and from the whole table
+
+
+@pytest.mark.parametrize("candidates", [FEW, MANY], ids=len)
+def test_only_candidates_are_ranked_with_the_scores_of_the_whole_ranking(shop, engine, kind, candidates):
+    r = shop.open(engine, kind)
+    numbers = {r.items.number(item) for item in candidates}
+    for history in ([3, 9], [], r.start([3, 9])):
+        whole = everything(r, history)
+        best = [(i, s) for i, s in zip(whole.numbers, whole.scores, strict=True) if i in numbers]
+        [answer] = r.recommend([history], top_k=len(numbers), candidates=candidates)
+        assert answer.numbers == [i for i, _ in best] and answer.notes == []
+        np.testing.assert_allclose(answer.scores, [s for _, s in best], rtol=SAME[kind])
+
+
+def test_each_history_may_have_candidates_of_its_own(r):
+    histories, own = [[3], r.start([2]), [2], [5]], [[1, 2], MANY, [2], ["no", 5, 6]]
+    answers = r.recommend(histories, top_k=2, candidates=own)
+    for history, candidates, answer in list(zip(histories, own, answers, strict=True))[:2]:
+        assert_same_answer(answer, r.recommend([history], top_k=2, candidates=candidates)[0])
+    assert (answers[2].numbers, answers[2].notes) == ([], ["only 0 items are left to rank, fewer than top_k 2"])
+    assert set(answers[3].numbers) == {6}
+    assert answers[3].notes[0] == "candidates unknown: 'no' (of 20 items); skipped"
+    with pytest.raises(InputError, match="2 lists of candidates for 4 histories; give one for each"):
+        r.recommend(histories, candidates=own[:2])
+
+
+def test_unknown_candidates_are_noted_and_a_known_one_is_needed(r):
+    for answer in r.recommend([[1], ["no"]], top_k=1, candidates=[4, "nope"]):
+        assert answer.numbers == [4]
+        assert answer.notes[-1] == "candidates unknown: 'nope' (of 20 items); skipped"
+    for candidates in ([], ["nope", 99]):
+        with pytest.raises(InputError, match="no candidate is known, so there is nothing to rank"):
+            r.recommend([[1]], top_k=1, candidates=candidates)
+
+
+def test_few_candidates_are_gathered_and_the_table_is_not_scored(shop, monkeypatch):
+    r, widths = shop.open("onnx"), []
+    recommend = r._now.engine.recommend
+    monkeypatch.setattr(r._now.engine, "recommend", lambda *a: widths.append(a[1].width) or recommend(*a))
+    monkeypatch.setattr("serving.ranking.FEWEST_COLUMNS", 1)
+    r.recommend([[3, 4]], top_k=1, candidates=FEW)
+    assert widths == [5]  # token 0, two candidates, two items of the history
+
+
+@pytest.mark.parametrize("chosen", [FEW, MANY, np.arange(N) % 2 == 0, [True] * 3], ids=str)
+def test_a_filter_is_reused_and_answers_as_its_candidates_do(r, chosen, monkeypatch):
+    items = r.filter(chosen)
+    numbers = [r.items.number(i) for i in chosen] if isinstance(chosen[0], str) else np.flatnonzero(chosen) + 1
+    for history in ([3], [9, 1]):
+        expected = r.recommend([history], candidates=numbers)
+        assert r.recommend([history], candidates=items) == expected
+        assert items.choice(r.items) is items.choice(r.items)
+    monkeypatch.setattr(filters, "FEW", 1)  # gather all of them
+    assert_same_answer(r.recommend([[9, 1]], candidates=numbers)[0], expected[0])
+
+
+def test_a_filter_follows_the_catalogue(shop, engine):
+    r = shop.first(engine, "none", 16)
+    rule, boosted = r.filter(range(1, 7)), r.filter(boost=np.ones(16))
+    r.remove_items([2])
+    r.add_items(["NEW"], shop.features[16:17])
+    assert sorted(everything(r, [], candidates=rule).numbers) == [1, 3, 4, 5, 6]
+    plain, raised = everything(r, [3]), everything(r, [3], candidates=boosted)
+    before = dict(zip(plain.numbers, plain.scores, strict=True))
+    change = {i: score - before[i] for i, score in zip(raised.numbers, raised.scores, strict=True)}
+    assert change.pop(17) == pytest.approx(0, abs=1e-5)  # added later
+    assert change.keys() == set(range(1, 17)) - {2} and list(change.values()) == pytest.approx([1] * 15, abs=1e-4)
+
+
+def test_a_filter_keeps_no_former_catalogue_in_memory(shop):
+    r = shop.open("onnx")
+    rule, former = r.filter(MANY), weakref.ref(r.items)
+    r.recommend([[3]], candidates=rule)
+    r.update_items([4], shop.features[[9]])
+    gc.collect()
+    assert former() is None
+
+
+@pytest.mark.parametrize("candidates", [None, FEW, MANY, [MANY]], ids=str)
+def test_boosts_are_added_to_the_scores(shop, engine, kind, candidates):
+    r, boost = shop.open(engine, kind), np.linspace(-3, 3, N)
+    for history in ([3, 9], [], r.start([3, 9])):
+        plain, boosted = (
+            r.recommend([history], top_k=N, candidates=candidates, exclude_history=False, boost=b)[0]
+            for b in (None, boost)
+        )
+        expected = {i: s + boost[i - 1] for i, s in zip(plain.numbers, plain.scores, strict=True)}
+        found = dict(zip(boosted.numbers, boosted.scores, strict=True))
+        tolerance = (5e-3 if kind == "int8" else 1e-5) * max(map(abs, expected.values()))
+        assert found == pytest.approx(expected, abs=tolerance)
+        assert boosted.scores == sorted(boosted.scores, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("ask", "problem"),
+    [
+        (lambda r: r.filter([True] * (N + 1)), "a mask must have a truth value for each of at most 20 items"),
+        (lambda r: r.filter(boost=np.ones(N + 1)), "boost must be an array of at most 20 numbers"),
+        (lambda r: r.filter(boost=["a"]), "boost must be an array of at most 20 numbers"),
+        (lambda r: r.filter(boost=[np.inf]), "boost must be finite; leave items out by a mask"),
+        (lambda r: r.filter("Q0"), r"items must be a list such as \["),
+        (lambda r: r.recommend([[1]], candidates=r.filter([1]), boost=[1]), "candidates is a filter, so give"),
+    ],
+)  # fmt: skip
+def test_an_invalid_filter_or_boost_is_refused(r, ask, problem):
+    with pytest.raises(InputError, match=problem):
+        ask(r)
+
+
+# ------------------------------------------------------------------------------------------------------------ vectors
+
+
+def test_a_users_vector_times_an_items_vector_is_the_score(shop, engine, kind):
+    r, histories = shop.open(engine, kind), [[3, 17], [], [9, 1, 4, 20, 2, 7, 3], ["no", 5]]
+    users, items = r.user_vectors(histories), r.item_vectors()
+    assert users.dtype == items.dtype == np.float32 and items.shape == (N, 12)
+    np.testing.assert_array_equal(r.item_vectors([IDS[4], 2]), items[[4, 1]])
+    for history, user in zip(histories, users, strict=True):
+        answer = everything(r, history)
+        scores = (items @ user)[np.array(answer.numbers) - 1]
+        # onnxruntime rounds a user's vector of an int8 export to 63 steps a side.
+        tolerance = 0.05 if kind == "int8" and engine == "onnx" else 1e-5
+        np.testing.assert_allclose(scores, answer.scores, atol=tolerance * np.abs(scores).max())
+    np.testing.assert_allclose(r.user_vectors([r.start([3, 17])]), users[:1], rtol=1e-2, atol=1e-2)
+    assert r.user_vectors([]).shape == (0, 12)
+
+
+def test_similar_items_have_the_largest_cosine(shop, engine, kind, monkeypatch):
+    monkeypatch.setattr("serving.recommender.CHUNK", 7)
+    r = shop.open(engine, kind)
+    unit = r.item_vectors() / np.linalg.norm(r.item_vectors(), axis=1, keepdims=True)
+    for item, answer in zip([4, IDS[6]], r.similar_items([4, IDS[6]], top_k=5), strict=True):
+        number = r.items.number(item)
+        cosine = unit @ unit[number - 1]
+        cosine[number - 1] = -np.inf
+        best = np.argsort(-cosine)[:5]
+        assert answer.numbers == (best + 1).tolist() and answer.ids == [IDS[i] for i in best]
+        np.testing.assert_allclose(answer.scores, cosine[best], rtol=1e-4)
+    [among] = r.similar_items([4], candidates=r.filter([4, 1, 2]))
+    assert sorted(among.numbers) == [1, 2] and among.notes == ["only 2 items are left to rank, fewer than top_k 10"]
+    with pytest.raises(InputError, match="unknown: 'no'"):
+        r.similar_items(["no"])
+
+
+# ----------------------------------------------------------------------------------------------------------- item ids
+
+
+def test_an_item_may_be_given_by_id_or_number(r):
+    assert r.start(IDS).items == tuple(range(1, N + 1))
+    expected = r.recommend([[IDS[2], IDS[16]]], top_k=5)
+    for history in ([3, 17], [np.int32(3), np.uint8(17)], [IDS[2], 17], np.array([IDS[2], IDS[16]])):
+        assert r.recommend([history], top_k=5) == expected
+        assert r.start(history).items == (3, 17)
+
+
+@pytest.mark.parametrize("ids", [["4", "2", "x", "30"], ["Ü1", "ü", "日本"], ["a b", "a", "A", "x" * 256]])
+def test_a_string_is_always_an_id(shop, engine, tmp_path, ids):
+    r = Recommender.from_pretrained(write_shop_of_ids(tmp_path / "any", shop, ids), engine)
+    assert r.start(ids).items == tuple(range(1, len(ids) + 1))
+    assert sorted(everything(r, []).ids) == sorted(ids)
+    assert ids[0] in r and 1 in r and "3" not in r and 5 not in r
+
+
+def test_if_all_ids_are_whole_numbers_a_number_is_an_id(shop, engine, tmp_path):
+    r = Recommender.from_pretrained(write_shop_of_ids(tmp_path / "numeric", shop, ["42", "7", "1", "007"]), engine)
+    assert r.start([7, "7", np.int32(1), "007"]).items == (2, 2, 3, 4)
+    assert 42 in r and 2 not in r and "2" not in r
+    [answer] = r.recommend([[4, 42]])
+    assert answer.notes[0] == "unknown: 4 (of 4 items); skipped"
+
+
+@pytest.mark.parametrize(
+    "unknown", ["", "a\0b", IDS[0] + "\0", IDS[0][:-1], IDS[1] + "g", "a\udce9", "1", "x" * 70, 0, N + 1], ids=repr
+)
+def test_an_unknown_item_is_skipped_and_noted(r, unknown):
+    [answer, other] = r.recommend([[3, unknown, 17], [3, 17]])
+    assert answer.notes == [f"unknown: {unknown!r} (of 20 items); skipped"]
+    assert answer.unknown == 1
+    assert dataclasses.replace(answer, notes=[], unknown=0) == other  # which has no note
+
+
+def test_of_many_unknown_items_five_are_named_and_alone_they_are_an_empty_history(r):
+    [answer, empty] = r.recommend([[f"no{i}" for i in range(7)], []])
+    assert answer.notes[0] == "unknown: 'no0', 'no1', 'no2', 'no3', 'no4', ... (of 20 items); skipped"
+    assert answer.notes[1] == "no item of the history is known: this is the answer for an empty history"
+    assert dataclasses.replace(answer, notes=[], unknown=0) == empty
+
+
+@pytest.mark.parametrize("item", [True, np.bool_(True), np.float32(3), None, b"3", [3]], ids=repr)
+def test_a_value_that_is_no_string_and_no_whole_number_is_refused(r, item):
+    for ask in (
+        lambda: r.recommend([[1, item]]),
+        lambda: r.recommend([[1]], candidates=[2, item]),
+        lambda: r.step(r.start(), item),
+    ):
+        with pytest.raises(InputError, match=r"item .* must be an id \(a string\) or a number from 1 to 20"):
+            ask()
+
+
+def test_a_very_long_id_is_shortened_in_the_note_and_costs_no_memory_per_item(r):
+    tracemalloc.start()
+    [answer] = r.recommend([["9" * 1_000_000]])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert answer.notes[0].startswith("unknown: '99999") and len(answer.notes[0]) < 200
+    assert peak < 5_000_000

@@ -221,26 +221,16 @@ def test_buffers_are_reused_on_the_cpu_only(monkeypatch):
 # ---------------------------------------------------------------------------------------------- scales and distillation
 
 
-@both
-@pytest.mark.parametrize("kind", ["table", "sample"])
-def test_scales_of_one_without_distillation_are_the_papers_loss(kind, name):
-    case, leaves = random_case(kind)
-    same = Objective(torch.zeros(3, dtype=torch.float64, requires_grad=True), 0.0)
-    *found, _ = value_and_gradients(losses_of(kind)[name], case, leaves, same)
-    expected = value_and_gradients(losses_of(kind)["plain"], case, leaves, CROSS_ENTROPY)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_distillation_targets_the_largest_size_without_a_gradient_to_it():
-    generator = torch.Generator().manual_seed(0)
-    small, large = (torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+def test_distillation_targets_the_largest_sizes_scaled_softmax_without_a_gradient_to_it():
+    log_scale = torch.tensor([0.4, -0.7])
+    small, large = (torch.randn(4, 6, dtype=torch.float64).requires_grad_() for _ in range(2))
     label = torch.tensor([1, 0, 5, 5])
-    losses = losses_plain([small, large], label, label >= 0, Objective(distill=0.25))
-    own = F.cross_entropy(small, label, reduction="sum")
-    taught = -(large.softmax(1) * small.log_softmax(1)).sum()
-    of_large = F.cross_entropy(large, label, reduction="sum")
-    torch.testing.assert_close(losses, torch.stack([0.75 * own + 0.25 * taught, of_large]))
-    by_large, expected = (torch.autograd.grad(loss, large)[0] for loss in (losses.sum(), of_large))
+    losses = losses_plain([small, large], label, label >= 0, Objective(log_scale, distill=0.25))
+    of_small, of_large = (s * logits for s, logits in zip(log_scale.exp(), (small, large), strict=True))
+    own, largest = (F.cross_entropy(scaled, label, reduction="sum") for scaled in (of_small, of_large))
+    taught = -(of_large.softmax(1) * of_small.log_softmax(1)).sum()
+    torch.testing.assert_close(losses, torch.stack([0.75 * own + 0.25 * taught, largest]))
+    by_large, expected = (torch.autograd.grad(loss, large)[0] for loss in (losses.sum(), largest))
     torch.testing.assert_close(by_large, expected)
 
 

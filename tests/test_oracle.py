@@ -71,19 +71,28 @@ def oracle_dropout(x, p):
     return x * (torch.rand(x.shape[1:]) >= p) / (1 - p)
 
 
-def oracle_encode(w, features, tokens, sizes, num_blocks, p=0.0):
-    """z [B, L, D] of tokens [B, L] that are padded on the left with 0; p: dropout."""
+def oracle_encode(w, features, tokens, sizes, num_blocks, p=0.0, post_norm=False):
+    """z [B, L, D] of tokens [B, L] that are padded on the left with 0; p: dropout; post_norm: beyond the paper."""
     valid = (tokens > 0).to(torch.float64)
     x = oracle_dropout(oracle_item_table(w, features)[tokens], p)
+
+    def before(x, norm):
+        return x if post_norm else oracle_layer_norm(x, w[f"{norm}.weight"], w[f"{norm}.bias"], sizes)
+
+    def after(x, norm):
+        return oracle_layer_norm(x, w[f"{norm}.weight"], w[f"{norm}.bias"], sizes) if post_norm else x
+
+    x = after(x, "norm")
     for k in range(num_blocks):
         v = {name.removeprefix(f"blocks.{k}."): weight for name, weight in w.items() if f"blocks.{k}." in name}
         lru = {name.removeprefix("lru."): weight for name, weight in v.items()}
-        normed = oracle_layer_norm(x, v["norm1.weight"], v["norm1.bias"], sizes)
-        x = x + oracle_dropout(oracle_lru(normed, valid, lru, sizes), p)
-        normed = oracle_layer_norm(x, v["norm2.weight"], v["norm2.bias"], sizes)
+        y = oracle_lru(before(x, f"blocks.{k}.norm1"), valid, lru, sizes)
+        x = after(x + oracle_dropout(y, p), f"blocks.{k}.norm1")
+        normed = before(x, f"blocks.{k}.norm2")
         gate = F.silu(oracle_linear(normed, v["ffn.G.weight"], v.get("ffn.G.bias"), sizes))
         hidden = gate * oracle_dropout(oracle_linear(normed, v["ffn.W1.weight"], v.get("ffn.W1.bias"), sizes), p)
-        x = x + oracle_dropout(oracle_linear(hidden, v["ffn.W2.weight"], v.get("ffn.W2.bias"), sizes), p)
+        y = oracle_linear(hidden, v["ffn.W2.weight"], v.get("ffn.W2.bias"), sizes)
+        x = after(x + oracle_dropout(y, p), f"blocks.{k}.norm2")
     return x
 
 
@@ -120,13 +129,13 @@ def random_sequences(seed=0):
     return [random.integers(1, NUM_ITEMS + 1, size=n + 2).tolist() for n in (9, 50, 1, 51, 49, 2, 78, 52)]
 
 
-def random_model(branch, num_blocks=2, use_bias=True, p=0.0, dtype=torch.float64, seed=0):
+def random_model(branch, num_blocks=2, use_bias=True, p=0.0, dtype=torch.float64, post_norm=False):
     """(model without zeros or ones among its weights, its features); the recurrence remembers for long."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     features = torch.randn(NUM_ITEMS, TEXT_WIDTH + IMAGE_WIDTH, dtype=dtype) if branch == "both" else None
     settings = ModelSettings(
         mrl_hidden_sizes=SIZES, lru_num_blocks=num_blocks, lru_dropout=p, lru_attn_dropout=p, lru_use_bias=use_bias,
-        lru_r_min=0.5, lru_r_max=0.98,
+        lru_r_min=0.5, lru_r_max=0.98, post_norm=post_norm,
     )  # fmt: skip
     return with_random_weights(FMRLRec(NUM_ITEMS, features, settings).to(dtype), 0.7), features
 
@@ -198,11 +207,12 @@ def test_the_last_position_of_a_history_scores_as_in_the_paper(branch, part, lef
     torch.testing.assert_close(torch.cat(z), expected)
 
 
-def test_dropout_follows_the_lru_and_w1_and_w2_and_nothing_else():
-    model, features = random_model("both", p=0.4)
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_dropout_follows_the_embeddings_the_lru_and_w1_and_w2_and_nothing_else(post_norm):
+    model, features = random_model("both", p=0.4, post_norm=post_norm)
     history = torch.arange(1, 21)
     torch.manual_seed(5)
     z = model.train().encode(model.items(history), torch.arange(20), 20)
     torch.manual_seed(5)
-    expected = oracle_encode(weights_of(model), features, history[None], SIZES, 2, p=0.4)[0]
+    expected = oracle_encode(weights_of(model), features, history[None], SIZES, 2, 0.4, post_norm)[0]
     torch.testing.assert_close(z, expected)

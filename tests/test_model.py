@@ -25,7 +25,10 @@ from model.loss import LOSSES
 from model.lru import LRU, linear_recurrence_plain, ring_init
 from model.sizes import increments, nested_mask
 from tests.made_up import NoUpdate, as_sequences
-from trainer.step import Step
+from trainer import sparse_rows as sparse_rows_module
+from trainer.averaging import WeightAverage
+from trainer.sparse_rows import sparse_rows
+from trainer.step import Step, build_optimizer
 
 PAPER_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 NESTINGS = [(1,), (1, 2, 64), (15, 16, 17, 64), PAPER_SIZES[:5]]
@@ -293,8 +296,8 @@ def embedding_model(embedding=SIZES[-1]):
     return recommender(parts(torch.float32, torch.float32), **options)
 
 
-def batch_of(users=20):
-    random = np.random.default_rng(0)
+def batch_of(users=20, seed=0):
+    random = np.random.default_rng(seed)
     sequences = [random.integers(1, NUM_ITEMS + 1, size=n) for n in random.integers(3, 12, size=users)]
     loader = TrainLoader(train_rows(as_sequences(sequences), 20), users, 0, torch.device("cpu"))
     return next(loader.epoch(1)), loader.label_counts(NUM_ITEMS)
@@ -332,6 +335,48 @@ def test_a_step_has_the_loss_and_the_gradient_of_V_of_the_plain_loss(negatives, 
     (expected,) = torch.autograd.grad(expected, trained.items.V)
     torch.testing.assert_close(by_V, expected)
     assert by_V.any(dim=1).all()
+
+
+def train_embedding(updates, model):
+    """Return all weights and their averages after 12 steps on batches of two users."""
+    batches = [batch_of(users=2, seed=seed)[0] for seed in range(12)]
+    settings = TrainingSettings(weight_decay=0.1, adam_epsilon=1e-30, item_embedding_updates=updates)
+    rows = sparse_rows(model.items.learned, settings, torch.device("cpu"), sampled=True)
+    average = WeightAverage(model, 0.9, rows)
+    sampler = NegativeSampler(batch_of()[1], 3)
+    step = Step(model, build_optimizer(model, settings, rows), settings, sampler, rows)
+    torch.manual_seed(0)
+    for number, batch in enumerate(batches, start=1):
+        step.optimizer.param_groups[0]["lr"] = step.optimizer.param_groups[1]["lr"] = 0.1 / number
+        step(batch)
+        average.update(model, number)
+    assert (rows is None) == (updates == "all")
+    if rows:
+        assert len(rows.last.unique()) > 1  # rows that were read last in different steps
+        rows.catch_up()
+    return [*model.parameters(), *average.model.parameters()]
+
+
+@pytest.mark.parametrize("window", [6, 4096])
+@pytest.mark.parametrize("features", [True, False])
+def test_updates_by_rows_train_the_weights_and_averages_of_dense_adamw(monkeypatch, features, window):
+    monkeypatch.setattr(sparse_rows_module, "WINDOW", window)
+    by_rows, dense = (
+        train_embedding(updates, (embedding_model(4) if features else recommender()).double())
+        for updates in ("rows", "all")
+    )
+    assert_relatively_close(by_rows, dense, 1e-10)
+
+
+def test_the_embedding_is_updated_by_rows_for_sampled_losses_of_large_catalogues_only():
+    large, small = (torch.nn.Parameter(torch.zeros(n + 1, 1)) for n in (100_000, 99_999))
+    cases = [(large, "auto", "cpu", True), (small, "auto", "cpu", True), (large, "auto", "cuda", True),
+             (small, "rows", "cuda", True), (large, "rows", "cpu", False), (large, "all", "cpu", True)]  # fmt: skip
+    found = [
+        sparse_rows(weight, TrainingSettings(item_embedding_updates=updates), torch.device(device), sampled) is not None
+        for weight, updates, device, sampled in cases
+    ]
+    assert found == [True, False, False, True, False, False]
 
 
 # ---------------------------------------------------------------------------------------------------- whitened features

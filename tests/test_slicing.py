@@ -101,7 +101,7 @@ PLUS_SIZES, SIZE, ITEMS = (2, 4, 8), 4, 40
 EVERYTHING = (
     "--dataset_code tiny --language_encoder lexical --img_encoder pixel --preset plus --dropout_from 2 --device cpu "
     "--mrl_hidden_sizes 2,4,8 --num_epochs 3 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --lru_max_len 6 "
-    "--num_negatives 7"
+    "--num_negatives 7 --item_embedding_updates rows"
 )
 
 

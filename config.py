@@ -191,6 +191,12 @@ class TrainingSettings(Settings):
         True, "also predict the first item, from token 0, if the training items fit in lru_max_len"
     )
     num_negatives: int = setting(0, "sampled items per step for a sampled softmax; 0: exact softmax", at_least=0)
+    item_embedding_updates: str = setting(
+        "auto",
+        "rows: AdamW for a learned item embedding by the rows that a step reads; auto: from 100,000 items on, on a CPU",
+        choices=("auto", "rows", "all"),
+        used_if=lambda c: c.num_negatives > 0 and c.optimizer == "adamw",
+    )
     early_stopping: bool = setting(True, "stop after early_stopping_patience epochs without a better best_metric")
     early_stopping_patience: int = setting(10, "patience in epochs", at_least=1, used_if=lambda c: c.early_stopping)
     distill: float = setting(

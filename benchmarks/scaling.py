@@ -21,10 +21,13 @@ from benchmarks.measure import describe_environment, memory_mb, time_paired
 from common.cli import Parser, run_cli
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dataloader import TrainLoader
     from model import FMRLRec
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-TABLES = ("items", "length", "batch", "ranking")
+TABLES = ("items", "length", "batch", "ranking", "plus")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="folder for the features (default: a temporary folder)")
     arguments = parser.parse_args(argv)
     if arguments.table:
-        {"items": by_items, "length": by_length, "batch": by_batch, "ranking": ranking}[arguments.table](arguments)
+        {"items": by_items, "length": by_length, "batch": by_batch, "ranking": ranking, "plus": plus}[arguments.table](
+            arguments
+        )
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         sizes = ",".join(map(str, SIZES))
@@ -73,6 +78,15 @@ def by_items(arguments: argparse.Namespace) -> None:
     for negatives in (arguments.negatives, 0):
         steps = {f"{n}": make_step(arguments, n, negatives=negatives) for n in arguments.items}
         report(steps, arguments, f"{negatives:,} drawn" if negatives else "all")
+
+
+def plus(arguments: argparse.Namespace) -> None:
+    """Print the time of a step of the preset plus at 256 dimensions, by each way to update the item embedding."""
+    header = "| items | embedding updated by | s a step | ratio to the first | peak GB |"
+    print(f"\n{header}\n| ---: | --- | ---: | ---: | ---: |")
+    for how in ("rows", "all"):
+        steps = {f"{n}": make_plus_step(arguments, n, how) for n in arguments.items}
+        report(steps, arguments, how)
 
 
 def by_length(arguments: argparse.Namespace) -> None:
@@ -110,6 +124,36 @@ def report(steps: Mapping[str, Callable[[], object]], arguments: argparse.Namesp
         )
 
 
+def make_plus_step(arguments: argparse.Namespace, items: int, how: str) -> Callable[[], object]:
+    """Return a step of the preset plus, with the average of the weights.
+
+    Features are not whitened, which happens once, before the training.
+    """
+    import torch
+
+    from config import resolve
+    from model import FMRLRec
+    from trainer.averaging import WeightAverage
+    from trainer.trainer import build_step
+
+    flags = {"precision": arguments.precision, "mrl_hidden_sizes": tuple(m for m in SIZES if m <= 256)}
+    flags |= {"num_negatives": arguments.negatives, "whiten_features": False, "item_embedding_updates": how}
+    config, _ = resolve({"preset": "plus", **flags})
+    loader = make_loader(arguments, items, 32)
+    torch.manual_seed(0)
+    model = FMRLRec(items, make_features(arguments, items), config).to(arguments.device).train()
+    step = build_step(model, loader, config)
+    average = WeightAverage(model, config.ema_decay, step.rows)
+    batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count(1)))
+    numbers = itertools.count(1)
+
+    def run() -> None:
+        step(next(batches))
+        average.update(model, next(numbers))
+
+    return run
+
+
 def make_step(
     arguments: argparse.Namespace, items: int, *, batch: int = 32, length: int = 0, negatives: int = 0
 ) -> Callable[[], object]:
@@ -117,39 +161,49 @@ def make_step(
 
     length: tokens of every history; 0: the history lengths of Beauty.
     """
-    import numpy as np
-    import torch
-
     from config import TrainingSettings
-    from dataloader import TrainLoader, train_rows
-    from datasets.catalog import Sequences
     from model.extensions.sampled_loss import NegativeSampler
     from trainer.step import Step, build_optimizer
 
-    rng, users, device = np.random.default_rng(0), 30 * batch, torch.device(arguments.device)
-    lengths = np.full(users, length + 2) if length else (4 + rng.geometric(0.2, size=users)).clip(max=200)
-    offsets = np.concatenate([[0], lengths.cumsum()])
-    rows = train_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), length or 50)
-    model = make_model(arguments, items)
-    loader = TrainLoader(rows, batch, 0, device)
+    model, loader = make_model(arguments, items), make_loader(arguments, items, batch, length)
     settings = TrainingSettings(precision=arguments.precision)
-    step = Step(
-        model,
-        build_optimizer(model, settings),
-        settings,
-        NegativeSampler(loader.label_counts(items), negatives) if negatives else None,
-    )
+    sampler = NegativeSampler(loader.label_counts(items), negatives) if negatives else None
+    step = Step(model, build_optimizer(model, settings), settings, sampler)
     batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count(1)))
     return lambda: step(next(batches))
 
 
+def make_loader(arguments: argparse.Namespace, items: int, batch: int, length: int = 0) -> TrainLoader:
+    """Return batches of made-up users; arguments as of `make_step`."""
+    import numpy as np
+    import torch
+
+    from dataloader import TrainLoader, train_rows
+    from datasets.catalog import Sequences
+
+    rng, users = np.random.default_rng(0), 30 * batch
+    lengths = np.full(users, length + 2) if length else (4 + rng.geometric(0.2, size=users)).clip(max=200)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    rows = train_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), length or 50)
+    return TrainLoader(rows, batch, 0, torch.device(arguments.device))
+
+
 def make_model(arguments: argparse.Namespace, items: int) -> FMRLRec:
     """Return the paper's model with memory-mapped random features."""
-    import numpy as np
     import torch
 
     from config import ModelSettings
     from model import FMRLRec
+
+    torch.manual_seed(0)
+    model = FMRLRec(items, make_features(arguments, items), ModelSettings(mrl_hidden_sizes=SIZES))
+    return model.to(arguments.device)
+
+
+def make_features(arguments: argparse.Namespace, items: int) -> Tensor:
+    """Return memory-mapped random features [items, F] of norm 1 in half precision."""
+    import numpy as np
+    import torch
 
     path = arguments.folder / f"{items}.npy"
     if not path.exists():
@@ -159,10 +213,7 @@ def make_model(arguments: argparse.Namespace, items: int) -> FMRLRec:
         for start in range(0, items, len(block)):
             mapped[start : start + len(block)] = np.roll(block, start // len(block), axis=1)[: items - start]
         mapped.flush()
-    torch.manual_seed(0)
-    return FMRLRec(items, torch.from_numpy(np.load(path, mmap_mode="c")), ModelSettings(mrl_hidden_sizes=SIZES)).to(
-        arguments.device
-    )
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def ranking(arguments: argparse.Namespace) -> None:

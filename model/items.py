@@ -6,7 +6,7 @@
 N items, F feature width, D largest size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,18 +87,29 @@ class ItemEncoder(nn.Module):
         rows = torch.cat([part[row].to(dtype) for part in self.features], dim=1)
         return rows * (items > 0)[:, None]
 
-    def forward(self, items: Tensor, sparse_gradient: bool = False) -> Tensor:
+    @property
+    def learned(self) -> nn.Parameter | None:
+        """The learned embedding [N+1, K]: V, or the table if there are no features; None without one."""
+        return self.V if self.parts else self.table
+
+    def forward(
+        self,
+        items: Tensor,
+        sparse_gradient: bool = False,
+        lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding,
+    ) -> Tensor:
         """Return E of items [n] (0: begin of sequence): [n, D].
 
-        sparse_gradient: use a sparse gradient for V on a CPU; it is added to the loss's dense one.
+        sparse_gradient: use a sparse gradient for V on a CPU; it is added to the loss's dense one. lookup: reads rows
+        of the learned embedding.
         """
         if not self.parts:
-            return F.embedding(items, self.table)
+            return lookup(items, self.table)
         projected = self.projection(self.rows(items, self.projection.weight.dtype))
         if self.V is None:
             return projected
         sparse = sparse_gradient and self.V.device.type == "cpu"  # saves a dense gradient of zeros
-        V = F.embedding(items, self.V, sparse=sparse)
+        V = F.embedding(items, self.V, sparse=True) if sparse else lookup(items, self.V)
         return projected + F.pad(V, (0, projected.shape[1] - V.shape[1]))
 
     def everything(self) -> Tensor:

@@ -1,8 +1,10 @@
-"""Compare the baselines with their equations, and train, evaluate and resume them by the scripts."""
+"""The baselines against their equations and by the scripts, and the examples of model/README.md."""
 
 import copy
 import json
+import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +15,19 @@ import eval as eval_script
 import train
 from benchmarks import deploy
 from common.errors import InputError
-from config import COUNTING, MODEL_PRESETS, ModelSettings, TrainingSettings
+from config import COUNTING, MODEL_PRESETS, FeatureSettings, ModelSettings, TrainingSettings
 from dataloader import Batch
 from datasets.catalog import load_catalog
+from datasets.features import description, registry
 from experiments import cold_items
 from model.baselines import sasrec
 from model.baselines.counting import SHRINKAGE, ItemKNN, Popularity
-from model.baselines.lrurec import DenseLRU
-from model.baselines.sasrec import SASRec
 from model.dropout import set_share
+from model.loss import LOSSES
 from model.registry import MODELS, CountingModel, build_model
 from serving import export
-from trainer import testing
+from tests.prepared import feature_parts, write_prepared
+from trainer import metrics, testing
 from trainer.load_run import load_run
 from trainer.runs import read_config, read_log, unfinished
 from trainer.step import Step
@@ -84,29 +87,24 @@ def test_sasrec_is_the_equations_of_its_docstring(monkeypatch):
     torch.testing.assert_close(model.encode(x, torch.arange(5), 5), norm(h, model.norm))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_dense_lru_is_the_complex_recurrence(bias):
-    torch.manual_seed(0)
-    lru, (x, position, longest) = DenseLRU(DIM, 12, bias, 0.5, 0.99).double(), packed()
+def recurrence_of(lru, x):
+    """Return h_k = λ ⊙ h_{k-1} + γ ⊙ (B x_k + b), y_k = Re(C h_k) + c of one history, in complex numbers."""
     B, C = torch.complex(lru.B_re, lru.B_im), torch.complex(lru.C_re, lru.C_im)
-    b = torch.complex(lru.B_bias_re, lru.B_bias_im) if bias else 0
-    c = lru.C_bias if bias else 0
-    eigenvalue = torch.exp(torch.complex(-torch.exp(lru.nu_log), torch.exp(lru.theta_log)))
-    assert (eigenvalue.abs() > 0.5).all() and (eigenvalue.abs() < 0.99).all()
-    expected, h = [], None
-    for x_t, steps in zip(x.to(torch.complex128), position, strict=True):
-        before = h if steps > 0 else torch.zeros(12, dtype=torch.complex128)
-        h = eigenvalue * before + lru.gamma_log.exp() * (B @ x_t + b)
-        expected.append((C @ h).real + c)
-    torch.testing.assert_close(lru(x, position, longest), torch.stack(expected))
+    b, c = (torch.complex(lru.B_bias_re, lru.B_bias_im), lru.C_bias) if lru.C_bias is not None else (0, 0)
+    eigenvalue, h, y = torch.exp(torch.complex(-torch.exp(lru.nu_log), torch.exp(lru.theta_log))), 0, []
+    for x_t in x.to(torch.complex128):
+        h = eigenvalue * h + lru.gamma_log.exp() * (B @ x_t + b)
+        y.append((C @ h).real + c)
+    return torch.stack(y)
 
 
-def test_lrurec_is_the_equations_of_its_docstring():
-    model, (x, position, longest) = a_model("lrurec"), packed()
+@pytest.mark.parametrize("bias", [True, False])
+def test_lrurec_is_the_equations_of_its_docstring(bias):
+    model, (x, position, longest) = a_model("lrurec", lru_use_bias=bias), packed((7,))
     norm = lambda x, module: F.layer_norm(x, (DIM,), module.weight, module.bias)  # noqa: E731
     h = norm(x, model.norm)
     for block in model.blocks:
-        h = norm(h + block.lru(h, position, longest), block.norm1)
+        h = norm(h + recurrence_of(block.lru, h), block.norm1)
         h = norm(h + block.W2(F.gelu(block.W1(h))), block.norm2)
     torch.testing.assert_close(model.encode(x, position, longest), h)
 
@@ -114,20 +112,12 @@ def test_lrurec_is_the_equations_of_its_docstring():
     assert (shapes["lru.B_re"], shapes["W1.weight"]) == ([2 * DIM, DIM], [4 * DIM, DIM])  # as published
 
 
-def test_gru4rec_is_a_gru_over_each_history():
-    model = a_model("gru4rec", lru_num_blocks=2)
-    position = torch.cat([torch.arange(4), torch.tensor([0, 0, 1])])  # a begin token, whose state is not carried on
-    x = torch.randn(7, DIM, dtype=torch.float64)
-    expected, h = [], [None] * 2
-    for x_t, steps in zip(x, position, strict=True):
-        for k, gru in enumerate(model.layers):
-            before = h[k] if steps > 0 else torch.zeros(DIM, dtype=torch.float64)
-            r, u, n = (gru.weight_ih_l0 @ x_t + gru.bias_ih_l0).split(DIM)
-            h_r, h_u, h_n = (gru.weight_hh_l0 @ before + gru.bias_hh_l0).split(DIM)
-            u = (u + h_u).sigmoid()
-            x_t = h[k] = u * before + (1 - u) * (n + (r + h_r).sigmoid() * h_n).tanh()
-        expected.append(x_t)
-    torch.testing.assert_close(model.encode(x, position, 4), torch.stack(expected))
+def test_gru4rec_is_torchs_gru_layer_by_layer():
+    model, (x, position, longest) = a_model("gru4rec", lru_num_blocks=2), packed((7,))
+    h = x
+    for gru in model.layers:
+        h, _ = gru(h)
+    torch.testing.assert_close(model.encode(x, position, longest), h)
 
 
 # ----------------------------------------------------------------------------------------------------- packed histories
@@ -142,17 +132,6 @@ def test_a_packed_history_is_encoded_as_alone_and_at_some_tokens_as_at_all(name,
     torch.testing.assert_close(model.encode(x, position, longest), alone)
     torch.testing.assert_close(model.encode(x, position, 16), alone)  # longest may be larger
     torch.testing.assert_close(model.encode(x, position, longest, at=at), alone[at])
-
-
-@trained
-def test_a_token_reads_its_own_history_up_to_itself(name):
-    model, (x, position, longest) = a_model(name), packed()
-    reads = (
-        torch.autograd.functional.jacobian(lambda x: model.encode(x, position, longest), x).abs().sum(dim=(1, 3)) > 0
-    )
-    token = torch.arange(len(x))
-    own = (token <= token[:, None]) & (token >= (token - position)[:, None])
-    assert torch.equal(reads, own)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -173,10 +152,34 @@ def test_shares_of_a_batch_have_the_dropout_of_the_batch(name):
     assert (model.eval().encode(x, position, longest) - whole).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("name", "precision"), [*((name, "fp32") for name in TRAINED), ("sasrec", "bf16")])
-def test_training_learns_what_comes_next(name, precision):
+@trained
+def test_settings_reach_a_baseline(name):
+    flags = {"lru_dropout": 0.1, "lru_attn_dropout": 0.2, "lru_num_blocks": 3, "lru_use_bias": False, "num_heads": 4}
+    model = make_model(name, **flags, lru_r_min=0.6, lru_r_max=0.61)
+    assert (model.sizes, model.dropout.p, len(getattr(model, "blocks", getattr(model, "layers", ())))) == (
+        (DIM,),
+        0.1,
+        3,
+    )
+    if name == "gru4rec":
+        assert model.hidden_dropout.p == 0.2
+        return
+    block = model.blocks[-1]
+    assert (block.dropout.p, block.attn_dropout.p) == (0.1, 0.2)
+    if name == "sasrec":
+        assert (block.attention.num_heads, len(model.positions)) == (4, MAX_LEN)
+    else:
+        modulus = torch.exp(-torch.exp(block.lru.nu_log))
+        assert block.lru.B_bias_re is None and modulus.min() > 0.599 and modulus.max() < 0.611
+
+
+@trained
+def test_training_learns_what_comes_next(name):
     model = make_model(name, dim=16, lru_dropout=0.1, lru_attn_dropout=0.1)
-    step = Step(model, torch.optim.AdamW(model.parameters(), lr=0.03), TrainingSettings(precision=precision))
+    precision = "bf16" if name == "sasrec" else "fp32"
+    step = Step(
+        model, torch.optim.AdamW(model.parameters(), lr=0.03, fused=True), TrainingSettings(precision=precision)
+    )
     first = torch.randint(1, NUM_ITEMS + 1, (16, 1))
     rows = (first + torch.arange(6) * 3 - 1) % NUM_ITEMS + 1  # 3 further each time, round and round
     tokens, labels, position = rows[:, :-1].flatten(), rows[:, 1:].flatten(), torch.arange(5).repeat(16)
@@ -207,18 +210,6 @@ def test_popularity_counts_how_often_an_item_is_in_training():
 
 
 def test_itemknn_ranks_by_the_shrunk_cosine_with_the_last_item_then_by_popularity():
-    model = ItemKNN(5)
-    model.count(USERS, ITEMS)
-    one, three, five = model.scores(torch.tensor([1, 3, 5])).tolist()
-    shrunk = lambda both, product: pytest.approx(both / (product**0.5 + SHRINKAGE))  # noqa: E731
-    assert one[2:5] == [shrunk(2, 3 * 2), shrunk(1, 3 * 1), shrunk(1, 3 * 1)]
-    assert three[1:3] == [shrunk(1, 1 * 3), shrunk(1, 1 * 2)]
-    assert one[1] < 0 and one[5] < one[1]  # not its own neighbour
-    assert three[3] < three[4] < 0 < min(three[1:3])
-    assert five[1] > five[2] == five[4] > five[3] > five[5] == -1  # no user had it: popularity
-
-
-def test_itemknn_counts_every_pair_of_every_user():
     generator = torch.Generator().manual_seed(0)
     users = torch.randint(0, 30, (200,), generator=generator).sort().values
     items = torch.randint(1, 13, (200,), generator=generator)
@@ -228,11 +219,15 @@ def test_itemknn_counts_every_pair_of_every_user():
     had[users, items] = 1
     together, n = had.T @ had, had.sum(dim=0)
     expected = together / ((n[:, None] * n).sqrt() + SHRINKAGE)
-    expected.fill_diagonal_(0)
-    torch.testing.assert_close(model.scores(torch.arange(15)).clamp_min(0), expected)
+    expected.fill_diagonal_(0)  # an item is not its own neighbour
+    scores = model.scores(torch.arange(15))
+    torch.testing.assert_close(scores.clamp_min(0), expected)
+    counts = items.bincount(minlength=15)
+    assert (scores[13].argsort(stable=True) == counts.argsort(stable=True)).all()  # no user had item 13
+    assert (scores[expected == 0] < 0).all() and scores[13, 14] == -1
     other = ItemKNN(14)
     other.load_state_dict(copy.deepcopy(model.state_dict()))
-    assert torch.equal(other.scores(torch.arange(15)), model.scores(torch.arange(15)))
+    assert torch.equal(other.scores(torch.arange(15)), scores)
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
@@ -258,16 +253,6 @@ def test_a_baseline_is_trained_and_evaluated_like_any_model(workplace, model):
     size = config.mrl_hidden_sizes[-1]
     assert run.name.endswith(f"-{model}-{size}")
     assert (config.branch, sources["use_img_encoder"]) == ("id", "preset")
-    assert {p.name for p in run.iterdir()} - {"last.pt"} == {
-        "config.json",
-        "env.json",
-        "log.jsonl",
-        "best.safetensors",
-        "test_metrics.json",
-        "test_mrl_metrics.json",
-        "test_mrl_metrics.png",
-        "test_ranks.npz",
-    }
     assert unfinished(run) == ""
     assert read_log(run)[-1]["val"].keys() == {str(size)}
     tested = metrics_in(run)
@@ -277,26 +262,6 @@ def test_a_baseline_is_trained_and_evaluated_like_any_model(workplace, model):
     masked = eval_script.main(["--run", str(run), "--mask_history", "--test_batch_size", "3"])
     assert metrics_in(run, "_history_masked") == masked
     assert masked[size]["NDCG@10"] > tested[size]["NDCG@10"]  # 12 items, several of them in the history
-
-
-@pytest.mark.parametrize(
-    ("model", "flags", "expected"),
-    [
-        ("sasrec", "--num_heads 4 --lru_num_blocks 3 --lru_max_len 7 --num_negatives 5", (3, 4, 7)),
-        ("lrurec", "--lru_num_blocks 3 --no-lru_use_bias --lru_r_min 0.6 --lru_r_max 0.61 --lr 1e-6", (3, None, True)),
-    ],
-)
-def test_settings_reach_a_baseline(workplace, model, flags, expected):
-    run = run_train(model, f"--num_epochs 1 --lru_dropout 0.1 --lru_attn_dropout 0.2 {flags}")
-    _, _, model = load_run(run)
-    block = model.blocks[-1]
-    assert (model.sizes, model.dropout.p, block.dropout.p, block.attn_dropout.p) == ((8,), 0.1, 0.1, 0.2)
-    if isinstance(model, SASRec):
-        assert (len(model.blocks), block.attention.num_heads, len(model.positions)) == expected
-    else:
-        modulus = torch.exp(-torch.exp(block.lru.nu_log))
-        in_ring = bool(modulus.min() > 0.599 and modulus.max() < 0.611)
-        assert (len(model.blocks), block.lru.B_bias_re, in_ring) == expected
 
 
 @pytest.mark.parametrize(("model", "cut_at"), [("itemknn", "count"), ("popularity", "test_run")])
@@ -315,14 +280,6 @@ def test_a_counting_run_that_was_cut_off_is_counted_again_and_tested(workplace, 
         train.main(["--resume", "latest"])
 
 
-def test_all_training_items_are_counted_however_old(workplace):
-    run = run_train("popularity", "--lru_max_len 1")
-    sequences = load_catalog("data", "tiny").sequences
-    counts = np.bincount(np.concatenate([sequences.of(u)[:-2] for u in range(20)]), minlength=13)
-    _, _, model = load_run(run)
-    assert model.counts.tolist() == counts.tolist()
-
-
 def test_a_baseline_is_exported_by_its_run_and_not_sliced(workplace):
     run = run_train("popularity")
     assert [folder.name for folder in export.main(["--run", str(run)])] == ["tiny-popularity"]
@@ -337,7 +294,79 @@ def test_a_baseline_is_exported_by_its_run_and_not_sliced(workplace):
         eval_script.main(["--run", str(run), "--alone"])
 
 
-def test_a_counting_model_is_validated_with_the_history_masked_on_demand(workplace):
-    kept, masked = (read_log(run_train("popularity", flags))[0]["val"] for flags in ("", "--val_mask_history"))
-    assert masked["1"]["Recall@50"] >= kept["1"]["Recall@50"]
-    assert masked["1"]["NDCG@10"] > kept["1"]["NDCG@10"]
+def test_all_training_items_are_counted_however_old_and_validated_with_the_history_masked_on_demand(workplace):
+    kept, masked = (run_train("popularity", f"--lru_max_len 1 {flags}") for flags in ("", "--val_mask_history"))
+    sequences = load_catalog("data", "tiny").sequences
+    counts = np.bincount(np.concatenate([sequences.of(u)[:-2] for u in range(20)]), minlength=13)
+    _, _, model = load_run(kept)
+    assert model.counts.tolist() == counts.tolist()
+    kept, masked = (read_log(run)[0]["val"]["1"] for run in (kept, masked))
+    assert masked["Recall@50"] >= kept["Recall@50"] and masked["NDCG@10"] > kept["NDCG@10"]
+
+
+# --------------------------------------------------------------------------------- the examples of model/README.md
+
+PAGE = (Path(__file__).parents[1] / "model/README.md").read_text(encoding="utf-8").partition("## Extend it")[2]
+BLOCKS = dict(re.findall(r"^### (.*?)\n.*?^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+POSITION = torch.tensor([0, 1, 2, 0, 1])
+
+
+def run_example(heading, registry, name, monkeypatch):
+    """Run an example; return what it adds to the registry, which is restored afterwards."""
+    monkeypatch.setitem(registry, name, None)
+    exec(BLOCKS[heading], {})
+    return registry[name]
+
+
+def step_losses(model, **options):
+    tokens, labels = torch.tensor([1, 2, 3, 2, 3]), torch.tensor([2, 3, 0, 3, 4])
+    batch = Batch(tokens, labels, POSITION, 3, (0, 5), torch.tensor(4))
+    step = Step(model, torch.optim.Adam(model.parameters(), lr=0.05), TrainingSettings(**options))
+    return [step(batch).item() for _ in range(40)]
+
+
+def test_the_examples_are_short():
+    assert BLOCKS.keys() == {"A model", "A loss", "A metric", "A modality"}
+    for block in BLOCKS.values():
+        assert len([line for line in block.splitlines() if line.strip()]) < 20
+
+
+def test_the_model_is_trained_like_any_other(monkeypatch):
+    torch.manual_seed(0)
+    model = run_example("A model", MODELS, "last_item", monkeypatch)(5, [], ModelSettings(mrl_hidden_sizes=(8,)))
+    losses = step_losses(model)
+    assert losses[-1] < 0.5 < losses[0]
+    z, at = model.encode(model.item_table()[[1, 2, 3, 2, 3]], POSITION, 3), torch.tensor([2, 4])
+    assert torch.equal(model.encode(model.item_table()[[1, 2, 3, 2, 3]], POSITION, 3, at), z[at])
+
+
+def test_the_loss_trains_a_nested_model(monkeypatch):
+    torch.manual_seed(0)
+    run_example("A loss", LOSSES, "smoothed", monkeypatch)
+    settings = ModelSettings(mrl_hidden_sizes=(4, 8), lru_dropout=0.0, lru_attn_dropout=0.0)
+    losses = step_losses(MODELS["fmrlrec"](5, [torch.randn(5, 6)], settings), loss="smoothed")
+    assert losses[-1] < 1.6 < losses[0]  # the sum of two sizes
+
+
+def test_the_metric_is_one_number_per_user(monkeypatch):
+    hit = run_example("A metric", metrics.METRICS, "Hit", monkeypatch)
+    assert hit(torch.tensor([1.0, 10.0, 10.5]), 10).tolist() == [1, 1, 0]
+
+
+def test_the_modality_is_cached_and_made_alike_for_new_products(tmp_path, monkeypatch):
+    write_prepared(tmp_path, "tiny")
+    catalog = load_catalog(tmp_path, "tiny")
+    definitions = {}
+    exec(BLOCKS["A modality"], definitions)
+    listed = (*registry.REGISTRY, definitions["Brand"])
+    for module in (registry, description):
+        monkeypatch.setattr(module, "REGISTRY", listed)
+
+    text, brands = feature_parts(catalog, language="lexical", cache_root=tmp_path / "features")
+    assert len(list(tmp_path.glob("features/tiny/brand-lexical-*.npy"))) == 1
+    assert len(np.unique(brands, axis=0)) == len({record.get("brand") for record in catalog.metadata})
+
+    settings = FeatureSettings(language_encoder="lexical", use_img_encoder=False)
+    described = description.describe_features(settings, [text.shape[1], brands.shape[1]])
+    made = description.embed_records(catalog.metadata, described, description.described_modalities(described, {}))
+    np.testing.assert_allclose(made, np.concatenate([text, brands], axis=1), atol=1e-3)

@@ -1,7 +1,7 @@
 """The losses: each fast twin against its plain twin, their definitions, and the sampled softmax."""
 
 import math
-from itertools import accumulate, chain, pairwise
+from itertools import chain
 
 import pytest
 import torch
@@ -17,8 +17,6 @@ from model.loss import LOSSES
 
 KINDS = ["table", "factors", "V of the first size", "V of all sizes", "sample"]
 SHAPE = (30, 40, (2, 5, 12), 9)  # positions T, items N, sizes, feature width F
-FEW_POSITIONS = (5, 40, (2, 4, 16), 9)  # wide increments stay a product
-MANY_POSITIONS = (60, 12, (2, 5), 30)  # all columns are multiplied out
 LOG_SCALE = torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64, requires_grad=True)
 OBJECTIVES = {
     "the paper's": CROSS_ENTROPY,
@@ -66,53 +64,37 @@ def value_and_gradients(loss, case, leaves, objective=CROSS_ENTROPY, **options):
 def hold(monkeypatch, case, positions):
     """Limit the logits in memory to those of `positions` positions."""
     z, table, _, sizes = case
-    columns = (
-        len(table.items) + 1 if isinstance(table, Sample) else len(table[0] if isinstance(table, tuple) else table)
-    )
+    columns = len(table.items) + 1 if isinstance(table, Sample) else len(getattr(table, "features", table))
     monkeypatch.setattr(logits, "LEAST", 1)
     monkeypatch.setattr(logits, "CHUNK_BYTES", positions * columns * len(sizes) * z.itemsize)
-
-
-def assert_relatively_close(actual, expected, tolerance):
-    """Compare up to `tolerance` times the largest expected value."""
-    for a, e in zip(actual, expected, strict=True):
-        assert (a.dtype, a.shape) == (e.dtype, e.shape)
-        assert (a - e).abs().max() <= tolerance * e.abs().max()
-
-
-def assert_twins(kind, case, leaves, objective=CROSS_ENTROPY, tolerance=1e-12):
-    fast, plain = (value_and_gradients(losses_of(kind)[name], case, leaves, objective) for name in ("fast", "plain"))
-    assert_relatively_close(fast, plain, tolerance)
-    assert not fast[1][case[2] == 0].any()  # of z, at positions without a label
 
 
 # ----------------------------------------------------------------------------------------------------------- the twins
 
 
-@pytest.mark.parametrize("held", [7, 1000])
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_fast_loss_has_the_value_and_gradients_of_the_plain_one(monkeypatch, kind, objective, held):
-    case, leaves = random_case(kind)
-    hold(monkeypatch, case, held)
-    assert_twins(kind, case, leaves, objective)
-
-
 @pytest.mark.parametrize(
-    ("shape", "dtype", "tolerance"),
+    ("shape", "objective", "held", "dtype", "tolerance"),
     [
-        (FEW_POSITIONS, torch.float64, 1e-12),
-        (MANY_POSITIONS, torch.float64, 1e-12),
-        ((131, 20, (1, 3, 40), 7), torch.float32, 1e-4),
-        ((3, 8, (5,), 4), torch.float64, 1e-12),
+        *((SHAPE, objective, held, torch.float64, 1e-12) for objective in OBJECTIVES for held in (7, 1000)),
+        ((5, 40, (2, 4, 16), 9), "both", 50, torch.float64, 1e-12),  # wide increments stay a product
+        ((60, 12, (2, 5), 30), "the paper's", 50, torch.float64, 1e-12),  # all columns are multiplied out
+        ((131, 20, (1, 3, 40), 7), "the paper's", 50, torch.float32, 1e-4),
+        ((3, 8, (5,), 4), "the paper's", 50, torch.float64, 1e-12),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_twins_agree_whatever_stays_a_product(monkeypatch, kind, shape, dtype, tolerance):
+def test_the_fast_loss_has_the_value_and_gradients_of_the_plain_one(
+    monkeypatch, kind, shape, objective, held, dtype, tolerance
+):
     case, leaves = random_case(kind, shape, dtype)
-    hold(monkeypatch, case, 50)
-    assert_twins(kind, case, leaves, tolerance=tolerance)
+    hold(monkeypatch, case, held)
+    losses = losses_of(kind)
+    fast, plain = (value_and_gradients(losses[name], case, leaves, OBJECTIVES[objective]) for name in ("fast", "plain"))
+    for f, p in zip(fast, plain, strict=True):
+        assert (f.dtype, f.shape) == (p.dtype, p.shape)
+        assert (f - p).abs().max() <= tolerance * p.abs().max()
+    assert not fast[1][case[2] == 0].any()  # of z, at positions without a label
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,24 +200,12 @@ def test_chunks_are_equal_within_a_bound_of_bytes_or_of_least_positions(monkeypa
     assert [len(part) for part in covered] == expected
 
 
-def multiplications(positions, width, sizes, out, embedded):
-    """Count the multiplications per item with V in `embedded` dimensions and `out` columns multiplied out."""
-    total = 0
-    for low, high in pairwise((0, *sizes)):
-        if high <= max(out, embedded):
-            total += 3 * positions * (high - low)  # logits, and the gradients of both factors
-        total += 2 * width * (high - low) if high <= out else 2 * width * positions
-    return total
-
-
-def test_columns_are_multiplied_out_if_that_costs_fewer_multiplications():
-    random = torch.Generator().manual_seed(0)
-    for _ in range(100):
-        positions, width, *parts = torch.randint(1, 200, (6,), generator=random).tolist()
-        sizes = tuple(accumulate(parts))
-        for embedded in (0, *sizes):
-            costs = {out: multiplications(positions, width, sizes, out, embedded) for out in (0, *sizes)}
-            assert costs[columns_multiplied_out(positions, width, sizes, embedded)] == min(costs.values())
+@pytest.mark.parametrize(
+    ("positions", "width", "embedded", "expected"),
+    [(1, 9, 0, 0), (6, 4, 2, 2), (18, 16, 0, 8), (18, 16, 16, 16), (60, 30, 0, 16)],
+)
+def test_columns_are_multiplied_out_if_that_costs_fewer_multiplications(positions, width, embedded, expected):
+    assert columns_multiplied_out(positions, width, (2, 8, 16), embedded) == expected
 
 
 def test_buffers_are_reused_on_the_cpu_only(monkeypatch):
@@ -251,38 +221,26 @@ def test_buffers_are_reused_on_the_cpu_only(monkeypatch):
 # ---------------------------------------------------------------------------------------------- scales and distillation
 
 
-@both
-@pytest.mark.parametrize("kind", ["table", "sample"])
-def test_scales_of_one_without_distillation_are_the_papers_loss(kind, name):
-    case, leaves = random_case(kind)
-    same = Objective(torch.zeros(3, dtype=torch.float64, requires_grad=True), 0.0)
-    *found, _ = value_and_gradients(losses_of(kind)[name], case, leaves, same)
-    expected = value_and_gradients(losses_of(kind)["plain"], case, leaves, CROSS_ENTROPY)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_distillation_targets_the_largest_size_without_a_gradient_to_it():
-    generator = torch.Generator().manual_seed(0)
-    small, large = (torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+def test_distillation_targets_the_largest_sizes_scaled_softmax_without_a_gradient_to_it():
+    log_scale = torch.tensor([0.4, -0.7])
+    small, large = (torch.randn(4, 6, dtype=torch.float64).requires_grad_() for _ in range(2))
     label = torch.tensor([1, 0, 5, 5])
-    losses = losses_plain([small, large], label, label >= 0, Objective(distill=0.25))
-    own = F.cross_entropy(small, label, reduction="sum")
-    taught = -(large.softmax(1) * small.log_softmax(1)).sum()
-    of_large = F.cross_entropy(large, label, reduction="sum")
-    torch.testing.assert_close(losses, torch.stack([0.75 * own + 0.25 * taught, of_large]))
-    by_large, expected = (torch.autograd.grad(loss, large)[0] for loss in (losses.sum(), of_large))
+    losses = losses_plain([small, large], label, label >= 0, Objective(log_scale, distill=0.25))
+    of_small, of_large = (s * logits for s, logits in zip(log_scale.exp(), (small, large), strict=True))
+    own, largest = (F.cross_entropy(scaled, label, reduction="sum") for scaled in (of_small, of_large))
+    taught = -(of_large.softmax(1) * of_small.log_softmax(1)).sum()
+    torch.testing.assert_close(losses, torch.stack([0.75 * own + 0.25 * taught, largest]))
+    by_large, expected = (torch.autograd.grad(loss, large)[0] for loss in (losses.sum(), largest))
     torch.testing.assert_close(by_large, expected)
 
 
 # -------------------------------------------------------------------------------------------------- the sampled softmax
 
-SAMPLED_SIZES = (2, 5, 12)
-
 
 def sampled_case(num_negatives=17, dtype=torch.float64):
     """Return z, table, labels and sampler."""
     generator = torch.Generator().manual_seed(0)
-    z, table = (0.3 * torch.randn(n, SAMPLED_SIZES[-1], generator=generator, dtype=dtype) for n in (30, 41))
+    z, table = (0.3 * torch.randn(n, SHAPE[2][-1], generator=generator, dtype=dtype) for n in (30, 41))
     labels = torch.randint(1, 41, (30,), generator=generator)
     return (
         z.requires_grad_(),
@@ -310,16 +268,14 @@ def test_the_ends_of_a_uniform_draw_are_items(monkeypatch):
 
 
 def test_many_draws_give_the_loss_and_gradients_of_the_whole_catalogue():
-    z, table, labels, sampler = sampled_case(num_negatives=400_000)
+    z, table, labels, sampler = sampled_case(num_negatives=100_000)
     torch.manual_seed(0)
     items, log_kq = sampler.draw()
-    sampled = sampled_matryoshka_cross_entropy(
-        z, Sample(table[labels], table[items], items, log_kq), labels, SAMPLED_SIZES
-    )
+    sampled = sampled_matryoshka_cross_entropy(z, Sample(table[labels], table[items], items, log_kq), labels, SHAPE[2])
     # Without token 0, which takes part in the exact loss but is never drawn.
-    exact = sum(F.cross_entropy(z[:, :m] @ table[1:, :m].T, labels - 1) for m in SAMPLED_SIZES)
+    exact = sum(F.cross_entropy(z[:, :m] @ table[1:, :m].T, labels - 1) for m in SHAPE[2])
     for s, e in zip(*([loss, *torch.autograd.grad(loss, (z, table))] for loss in (sampled, exact)), strict=True):
-        assert (s - e).abs().max() <= 0.02 * e.abs().max()
+        assert (s - e).abs().max() <= 0.04 * e.abs().max()
 
 
 def test_in_bfloat16_a_labels_own_logit_and_its_gradient_stay_in_float32():
@@ -327,7 +283,7 @@ def test_in_bfloat16_a_labels_own_logit_and_its_gradient_stay_in_float32():
     items, log_kq = sampler.draw()
     own = table[labels].detach().requires_grad_()
     loss = sampled_matryoshka_cross_entropy(
-        z, Sample(own, table[items].bfloat16(), items, log_kq), labels, (SAMPLED_SIZES[-1],)
+        z, Sample(own, table[items].bfloat16(), items, log_kq), labels, (SHAPE[2][-1],)
     )
     (gradient,) = torch.autograd.grad(loss, own)
     assert gradient.dtype == torch.float32

@@ -34,7 +34,7 @@ CHANGED = {
 # What does not change the weights of a short run: chosen, named, or tested elsewhere.
 ELSEWHERE = {
     "img_encoder", "encoder_precision", "num_heads", "early_stopping", "early_stopping_patience", "val_mask_history",
-    "best_metric", "run_name", "validate_untrained", "features",
+    "best_metric", "run_name", "validate_untrained", "features", "item_embedding_updates",
 }  # fmt: skip
 
 

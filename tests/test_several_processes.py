@@ -32,7 +32,7 @@ PLUS = f"{TINY} --preset plus --dropout_from 4 --mrl_hidden_sizes 4,12"
 CASES = {
     "faithful": TINY,
     "plus": f"{PLUS} --num_negatives 0",
-    "sampled": f"{PLUS} --num_negatives 5",
+    "sampled": f"{PLUS} --num_negatives 5 --item_embedding_updates rows",
     "lonely": f"{TINY} --train_batch_size 1 --num_epochs 1",  # a batch is one user, so one of two processes has none
     "sasrec": "--model_code sasrec --dataset_code tiny --device cpu --mrl_hidden_sizes 8 --num_epochs 2 --lr 0.01 "
     "--warmup_steps 1 --lru_num_blocks 1 --train_batch_size 6",

@@ -1,6 +1,5 @@
 """Train once, deploy at any size: slices of models, with and without the extensions beyond the paper."""
 
-import dataclasses
 import shlex
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 import train
-from config import EXTENSIONS, Config, ModelSettings
+from config import ModelSettings
 from dataloader import eval_batches, eval_rows
 from datasets.features.load import load_features
 from model import FMRLRec, count_parameters, slice_model
@@ -59,34 +58,24 @@ def test_a_slice_has_the_scores_and_metrics_of_the_full_models_prefix(sizes, bra
         assert evaluate(small, rows, sizes=(size,), batch_size=4, ks=KS) == {size: expected[size]}
 
 
-@pytest.mark.parametrize(("size", "by_way_of"), [(8, 20), (8, 33), (20, 33)])
+@pytest.mark.parametrize(("size", "by_way_of", "embedding"), [(8, 20, 0), (8, 33, 3), (20, 33, 20), (20, 20, 33)])
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_a_slice_or_slice_of_a_slice_keeps_the_top_left_of_every_weight(branch, size, by_way_of):
-    model = random_model((3, 8, 20, 33), branch, dropout_from=2)
+def test_a_slice_or_slice_of_a_slice_owns_the_top_left_of_every_weight(branch, size, by_way_of, embedding):
+    options = {"dropout_from": 2, "item_embedding": embedding if branch == "both" else 0}
+    model = random_model((3, 8, 20, 33), branch, **options)
     small = slice_model(slice_model(model, by_way_of), size)
     assert slice_model(model.train(), size).training
-    assert small.settings == replace(model.settings, mrl_hidden_sizes=(3, 8, 20)[: 2 + (size == 20)])
+    sizes = tuple(m for m in model.sizes if m <= size)
+    assert small.settings == replace(model.settings, mrl_hidden_sizes=sizes)
+    if not embedding:
+        assert count_parameters(small) == count_parameters(random_model(sizes, branch))
     small = small.state_dict()
     for name, weight in model.state_dict().items():
-        kept = [size if n == 33 else n for n in weight.shape]
+        kept = [min(n, size) if n in model.sizes else n for n in weight.shape]
         assert list(small[name].shape) == kept
         assert torch.equal(small[name], weight[tuple(slice(0, n) for n in kept)])
-
-
-@pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("size", [3, 20])
-def test_a_slice_owns_the_memory_of_a_model_of_its_size(size, branch):
-    model = random_model((3, 8, 20), branch)
-    fresh = random_model(tuple(m for m in model.sizes if m <= size), branch)
-    small = slice_model(model, size)
-    assert {n: w.shape for n, w in small.state_dict().items()} == {n: w.shape for n, w in fresh.state_dict().items()}
-    assert count_parameters(small) == count_parameters(fresh)
-    stored = [tensor.untyped_storage().nbytes() for tensor in small.state_dict().values()]
-    assert stored == [tensor.numel() * tensor.element_size() for tensor in small.state_dict().values()]
-    of_model, of_slice = (
-        {weight.untyped_storage().data_ptr() for weight in of.state_dict().values()} for of in (model, small)
-    )
-    assert not of_model & of_slice
+        assert small[name].untyped_storage().nbytes() == small[name].nbytes
+        assert small[name].data_ptr() != weight.data_ptr()
 
 
 @pytest.mark.parametrize("size", [0, 4, 20])
@@ -95,25 +84,24 @@ def test_an_untrained_size_is_refused_with_the_trained_ones(size):
         slice_model(slice_model(random_model((3, 8, 20)), 8), size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_slices_share_the_frozen_features_without_a_copy(dtype):
+def test_slices_share_the_frozen_features_without_a_copy():
     features = [torch.randn(NUM_ITEMS, 9).half(), torch.randn(NUM_ITEMS, 4).bfloat16()]
     model = FMRLRec(NUM_ITEMS, features, ModelSettings(mrl_hidden_sizes=(3, 8, 20)))
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.double()
     small = slice_model(model, 8)
     assert [part.data_ptr() for part in small.items.features] == [part.data_ptr() for part in features]
     assert [part.dtype for part in small.items.features] == [torch.float16, torch.bfloat16]
-    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.float64}
 
 
 # ----------------------------------------------------------------------------------------------- all extensions at once
 
-PLUS_SIZES, ITEMS = (2, 4, 8), 40
+PLUS_SIZES, SIZE, ITEMS = (2, 4, 8), 4, 40
 EVERYTHING = (
     "--dataset_code tiny --language_encoder lexical --img_encoder pixel --preset plus --dropout_from 2 --device cpu "
     "--mrl_hidden_sizes 2,4,8 --num_epochs 3 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --lru_max_len 6 "
-    "--num_negatives 7"
+    "--num_negatives 7 --item_embedding_updates rows"
 )
 
 
@@ -162,15 +150,6 @@ def test_a_run_trains_the_weights_of_every_extension(loaded):
         torch.testing.assert_close(state[name], fresh.state_dict()[name])
 
 
-def test_without_extensions_a_model_has_the_papers_weights_alone(loaded):
-    config, catalog, _ = loaded
-    plain = dataclasses.replace(config, **{name: getattr(Config, name) for name in EXTENSIONS})
-    features = features_of(config, catalog)
-    model = build_model(catalog.num_items, features, plain).train()
-    assert [part.data_ptr() for part in model.items.features] == [part.data_ptr() for part in features]
-    assert not any(name in key for key in model.state_dict() for name in ("items.V", "log_scale", "whitening"))
-
-
 @pytest.mark.parametrize("size", PLUS_SIZES)
 def test_a_slice_scores_as_the_models_prefix_and_has_its_own_scales(loaded, size):
     _, catalog, model = loaded
@@ -192,39 +171,37 @@ def test_a_run_that_was_cut_off_is_resumed_to_the_same_weights(run):
 # -------------------------------------------------------------------------------------------------------------- serving
 
 
-@pytest.fixture(scope="module", params=[4, 8])
-def exported(run, request):
-    """Return an export's folder and its size."""
-    folder = run.parent / f"export-{request.param}"
-    export.main(shlex.split(f"--run {run} --size {request.param} --format onnx --quantize none --out {folder}"))
-    return folder, request.param
+@pytest.fixture(scope="module")
+def exported(run):
+    """Return the folder of an export of size 4."""
+    folder = run.parent / "export"
+    export.main(shlex.split(f"--run {run} --size {SIZE} --format onnx --quantize none --out {folder}"))
+    return folder
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnx"])
 def test_an_export_recommends_the_items_of_the_highest_scores(loaded, exported, engine):
     _, catalog, model = loaded
-    folder, size = exported
-    expected = scores_of(slice_model(model, size), catalog)[:, 1:]
+    expected = scores_of(slice_model(model, SIZE), catalog)[:, 1:]
     histories = [catalog.sequences.of(user)[:-1].tolist() for user in range(len(catalog.sequences))]
-    recommender = Recommender.from_pretrained(folder, engine)
+    recommender = Recommender.from_pretrained(exported, engine)
     for scores, answer in zip(expected, recommender.recommend(histories, 5, exclude_history=False), strict=True):
         best = scores.topk(5)
         np.testing.assert_allclose(answer.scores, best.values, rtol=1e-4, atol=1e-4)
         assert answer.numbers == (best.indices + 1).tolist()
 
 
-def lengthened(model, size, rows):
-    """Return rows without an embedding, cut to a size and rescaled to the mean norm of the catalogue's."""
-    table = model.item_table()[1:, :size].detach()
-    lengths = [np.linalg.norm(part, axis=1).mean() for part in (table, table - model.items.V[1:, :size].detach())]
-    return rows[:, :size].detach().numpy() * lengths[0] / lengths[1]
+def lengthened(model, rows):
+    """Return rows without an embedding, cut to the size and rescaled to the mean norm of the catalogue's."""
+    table = model.item_table()[1:, :SIZE].detach()
+    lengths = [np.linalg.norm(part, axis=1).mean() for part in (table, table - model.items.V[1:, :SIZE].detach())]
+    return rows[:, :SIZE].detach().numpy() * lengths[0] / lengths[1]
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnx"])
 def test_a_new_product_is_whitened_projected_and_rescaled(loaded, exported, engine):
     config, catalog, model = loaded
-    folder, size = exported
-    recommender = Recommender.from_pretrained(folder, engine)
+    recommender = Recommender.from_pretrained(exported, engine)
     assert recommender.config["features"]["whitened"] == [1024, 240]
     product = {"title": "Warm Red Lamp", "brand": "Alder", "picture": "data/photos/tiny/B000000001.png"}
     features = recommender.embed_items([product, catalog.metadata[2] | {"picture": None}])
@@ -233,15 +210,15 @@ def test_a_new_product_is_whitened_projected_and_rescaled(loaded, exported, engi
     transforms = model.items.whitening.transforms()
     whitened = torch.cat([whiten(part, *how) for part, how in zip(parts, transforms, strict=True)], dim=1)
     assert not whitened[1, parts[0].shape[1] :].any()
-    projected = lengthened(model, size, model.items.projection(whitened))
+    projected = lengthened(model, model.items.projection(whitened))
     np.testing.assert_allclose(recommender.items.table.rows()[-2:], projected, rtol=1e-4, atol=1e-5)
 
     raw = torch.cat(features_of(config, catalog), dim=1)[:5].float().numpy()
     recommender.add_items([f"AGAIN{i}" for i in range(5)], raw)  # known products: their rows without the embedding
-    expected = lengthened(model, size, (model.item_table() - model.items.V)[1:6])
+    expected = lengthened(model, (model.item_table() - model.items.V)[1:6])
     np.testing.assert_allclose(recommender.items.table.rows()[-5:], expected, rtol=5e-3, atol=5e-3)
 
-    recommender.save_pretrained(folder.parent / f"more-{engine}-{size}")
-    again = Recommender.from_pretrained(folder.parent / f"more-{engine}-{size}", engine)
+    recommender.save_pretrained(exported.parent / f"more-{engine}")
+    again = Recommender.from_pretrained(exported.parent / f"more-{engine}", engine)
     (answer,) = again.recommend([["B000000003"]], top_k=ITEMS + 7, exclude_history=False)
     assert sorted(answer.numbers) == list(range(1, ITEMS + 8))

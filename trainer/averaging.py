@@ -5,6 +5,7 @@ import copy
 import torch
 
 from model.base import SequenceModel
+from trainer.sparse_rows import SparseRows
 
 
 class WeightAverage:
@@ -14,15 +15,18 @@ class WeightAverage:
     nested weights is nested, so slicing stays exact.
     """
 
-    def __init__(self, model: SequenceModel, decay: float) -> None:
-        """decay: d, between 0 and 1 (exclusive)."""
+    def __init__(self, model: SequenceModel, decay: float, rows: SparseRows | None = None) -> None:
+        """decay: d, between 0 and 1 (exclusive). rows: averages the learned item embedding itself; None: this does."""
         frozen = (*model.buffers(), model.items.whitening)  # share the features and other constants
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen}).requires_grad_(False)
-        self.decay = decay
+        self.decay, self.rows = decay, rows
+        if rows:
+            rows.average, rows.average_decay = self.model.items.learned, decay
 
     @torch.no_grad()
     def update(self, model: SequenceModel, step: int) -> None:
         """Update the average with the weights after step `step` (1-based)."""
         share = (1 - self.decay) / (1 - self.decay**step)  # 1 at step 1, which discards the initial weights
         for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
-            average.lerp_(weight, share)
+            if not self.rows or weight is not self.rows.weight:
+                average.lerp_(weight, share)

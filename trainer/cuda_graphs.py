@@ -28,6 +28,7 @@ class GraphedStep:
         """record: turns a function into one that repeats it; by default a CUDA graph."""
         self.step, self.record = step, record or cuda_graphs()
         self.model, self.optimizer, self.clipped = step.model, step.optimizer, step.clipped
+        self.rows = step.rows
         self._seen: set[tuple[int, int]] = set()
         self._recorded: dict[tuple[int, int], tuple[Batch, Callable[[], Tensor]]] = {}
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import processes
@@ -16,6 +17,7 @@ from model.extensions.objective import Objective
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
 from model.items import Factors
 from model.loss import LOSSES
+from trainer.sparse_rows import SparseRows
 
 
 class Step:
@@ -27,9 +29,15 @@ class Step:
         optimizer: torch.optim.Optimizer,
         settings: TrainingSettings,
         sampler: NegativeSampler | None = None,
+        rows: SparseRows | None = None,
     ) -> None:
-        """sampler: draws the items of a sampled softmax; None: the exact one. Raises InputError for an unknown loss."""
+        """sampler: draws the items of a sampled softmax; None: the exact one. rows: updates the learned item embedding
+        by rows; None: the optimizer does.
+
+        Raises InputError for an unknown loss.
+        """
         self.model, self.optimizer, self.settings, self.sampler = model, optimizer, settings, sampler
+        self.rows, self.lookup = rows, rows.read if rows else F.embedding
         self.clipped = torch.zeros((), device=next(model.parameters()).device)  # steps whose gradient was clipped
         losses = SAMPLED_LOSSES if sampler else LOSSES
         if settings.loss not in losses:
@@ -45,7 +53,7 @@ class Step:
         with _matmul_precision(settings.precision):
             set_share(model, batch.share)
             with self._autocast(batch):
-                x = model.items(batch.tokens, sparse_gradient=not self.sampler)  # [T, D]
+                x = model.items(batch.tokens, not self.sampler, self.lookup)  # [T, D]
                 z = model.encode(x, batch.position, batch.longest)  # [T, D]
             set_share(model, None)
 
@@ -55,7 +63,8 @@ class Step:
             else:
                 negatives, log_kq = self.sampler.draw()  # [K], [K]
                 with self._autocast(batch):  # own [T, D], drawn [K, D]
-                    table = Sample(model.items(batch.labels), model.items(negatives).to(dtype), negatives, log_kq)
+                    own, drawn = (model.items(items, lookup=self.lookup) for items in (batch.labels, negatives))
+                    table = Sample(own, drawn.to(dtype), negatives, log_kq)
 
             objective = Objective(getattr(model, "log_scale", None), settings.distill)
             how = {"reduction": settings.mrl_loss, "count": batch.num_labels, "objective": objective}
@@ -63,10 +72,13 @@ class Step:
             loss.backward()
 
         all_reduce_gradients(model)
+        parameters = [*model.parameters(), *([self.rows.collect()] if self.rows else [])]
         if settings.max_grad_norm:
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             self.clipped += norm > settings.max_grad_norm
         self.optimizer.step()
+        if self.rows:
+            self.rows.update(float(self.optimizer.param_groups[0]["lr"]))
         self.optimizer.zero_grad(set_to_none=True)  # now, since the next forward pass needs the memory
         return loss.detach()
 
@@ -76,13 +88,16 @@ class Step:
         return torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
-def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, settings: TrainingSettings, rows: SparseRows | None = None
+) -> torch.optim.Optimizer:
     """Return AdamW or Adam, which decays all parameters but biases, as the released code does.
 
     LayerNorm weights and ν, θ, γ are decayed too. On a GPU the learning rate is a tensor, for CUDA graphs.
+    rows: updates the learned item embedding in place of the optimizer.
     """
     biases = [p for n, p in model.named_parameters() if "bias" in n]
-    others = [p for n, p in model.named_parameters() if "bias" not in n]
+    others = [p for n, p in model.named_parameters() if "bias" not in n and not (rows and p is rows.weight)]
     groups = [{"params": others, "weight_decay": settings.weight_decay}, {"params": biases, "weight_decay": 0.0}]
     on_gpu = others[0].device.type == "cuda"
     lr = (

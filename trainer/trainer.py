@@ -27,6 +27,7 @@ from trainer.cuda_graphs import GraphedStep
 from trainer.evaluation import evaluate
 from trainer.metrics import criterion, cut_offs
 from trainer.runs import STATE, WEIGHTS, is_finished
+from trainer.sparse_rows import sparse_rows
 from trainer.step import Step, build_optimizer
 from trainer.training_run import TrainingRun
 
@@ -56,7 +57,7 @@ class Trainer:
         self.loader = TrainLoader(rows, config.train_batch_size, config.seed, device, *ranks)
         self.val_rows = eval_rows(sequences, config.lru_max_len, "val")
         self.step = build_step(model, self.loader, config)
-        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+        self.average = WeightAverage(model, config.ema_decay, self.step.rows) if config.ema_decay else None
         self.patience = config.early_stopping_patience if config.early_stopping else None
         self.criterion = criterion(config.best_metric, config.val_mask_history)
         self.progress, self._mean_loss = Progress(), math.nan
@@ -94,6 +95,8 @@ class Trainer:
                 losses.append(self.step(batch))
                 if self.average:
                     self.average.update(self.model, self.progress.step)
+            if self.step.rows:
+                self.step.rows.catch_up()
             self._check_weights()
             trained = time.perf_counter()
             metrics = self.validate()
@@ -219,6 +222,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self.average.model.state_dict() if self.average else None,
             "optimizer": self.step.optimizer.state_dict(),
+            "rows": self.step.rows.state() if self.step.rows else None,
             "progress": vars(self.progress).copy(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -232,6 +236,14 @@ class Trainer:
                 self.average.model.load_state_dict(state["average"])
         except RuntimeError as error:
             raise InputError(f"{self.run.folder / STATE} does not fit the model of config.json: {error}") from None
+        if (state.get("rows") is None) != (self.step.rows is None):
+            device = "another device" if self.step.rows else "a CPU"
+            raise InputError(
+                f"{self.run.folder / STATE} is of a training on {device}, where --item_embedding_updates auto chose "
+                f"otherwise; resume it there (--device), or train another run"
+            )
+        if self.step.rows:
+            self.step.rows.load_state(state["rows"])
         own = [{name: group[name] for name in ("lr", "capturable")} for group in self.step.optimizer.param_groups]
         self.step.optimizer.load_state_dict(state["optimizer"])
         for group, of_device in zip(self.step.optimizer.param_groups, own, strict=True):
@@ -250,8 +262,9 @@ def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Ste
             f"--num_negatives {config.num_negatives}: there are only {model.num_items} items, so all are scored"
         )
     sampler = NegativeSampler(loader.label_counts(model.num_items), config.num_negatives) if sampled else None
-    step = Step(model, build_optimizer(model, config), config, sampler)
-    graphed = loader.device.type == "cuda" and processes.world_size() == 1 and model.static_shapes
+    rows = sparse_rows(model.items.learned, config, loader.device, sampled)
+    step = Step(model, build_optimizer(model, config, rows), config, sampler, rows)
+    graphed = loader.device.type == "cuda" and processes.world_size() == 1 and model.static_shapes and not rows
     return GraphedStep(step) if graphed else step
 
 

@@ -1,0 +1,527 @@
+"""The model's parts: nested layers, the recurrence, the item table and its whitening, the recommender, dropout."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import ModelSettings, TrainingSettings
+from dataloader import TrainLoader, train_rows
+from model import FMRLRec, count_parameters, slice_model
+from model import items as items_module
+from model.dropout import Dropout, set_share
+from model.extensions import whitening as whitening_module
+from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
+from model.extensions.whitening import Whitening, fit_whitening, whiten
+from model.fast import recurrence
+from model.fast.nested_linear import bands, nested_linear
+from model.fast.recurrence import linear_recurrence
+from model.fmrl import FMRLLayerNorm, FMRLLinear, nested_linear_plain
+from model.items import ItemEncoder
+from model.loss import LOSSES
+from model.lru import LRU, linear_recurrence_plain, ring_init
+from model.sizes import increments, nested_mask
+from tests.made_up import NoUpdate, as_sequences
+from trainer import sparse_rows as sparse_rows_module
+from trainer.averaging import WeightAverage
+from trainer.sparse_rows import sparse_rows
+from trainer.step import Step, build_optimizer
+
+PAPER_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+NESTINGS = [(1,), (1, 2, 64), (15, 16, 17, 64), PAPER_SIZES[:5]]
+NUM_ITEMS, WIDTHS, SIZES, DIM = 23, (5, 3), (2, 4, 8), 8
+
+
+def drawn(*shape, dtype=torch.float64, seed=0):
+    """Return normal numbers that require a gradient, the same in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def assert_relatively_close(actual, expected, tolerance):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        assert (a - e).abs().max() <= tolerance * e.abs().max()
+
+
+def recommender(features=None, **options):
+    torch.manual_seed(0)
+    options = {"mrl_hidden_sizes": SIZES, "lru_r_min": 0.3, "lru_r_max": 0.9} | options
+    return FMRLRec(NUM_ITEMS, features, ModelSettings(**options))
+
+
+# -------------------------------------------------------------------------------------------------------- nested layers
+
+
+@pytest.mark.parametrize("sizes", [(20,), (3, 4, 11), (1, 7, 16, 39)])
+def test_an_output_reads_the_inputs_up_to_the_end_of_its_own_increment(sizes):
+    mask = nested_mask(sizes)
+    for output in range(sizes[-1]):
+        end = next(m for m in sizes if output < m)
+        assert mask[output].tolist() == [1] * end + [0] * (sizes[-1] - end)
+    layer = FMRLLinear(sizes)
+    torch.nn.init.uniform_(layer.weight)
+    assert torch.equal(torch.autograd.functional.jacobian(layer, torch.randn(sizes[-1])) != 0, mask != 0)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "B_re", "C_re", "B_bias_re", "C_bias"])
+def test_every_block_of_rows_starts_uniform_within_the_bound_of_its_own_fan_in(name):
+    torch.manual_seed(0)
+    sizes = (8, 24, 64)
+    layers = FMRLLinear(sizes), LRU(sizes, bias=True, r_min=0.0, r_max=0.1)
+    (weight,) = (getattr(layer, name).detach() for layer in layers if hasattr(layer, name))
+    assert not any(part.any() for part in (layers[1].B_im, layers[1].C_im, layers[1].B_bias_im))
+    if weight.ndim == 2:
+        assert torch.equal(weight != 0, nested_mask(sizes) != 0)
+    for low, high in pairwise((0, *sizes)):
+        bound = 1 / math.sqrt(high)
+        block = weight[low:high, :high] if weight.ndim == 2 else weight[low:high]
+        assert block.abs().max() <= bound
+        assert block.max() > 0.5 * bound and block.min() < -0.5 * bound
+        if block.ndim == 2:
+            assert block.square().mean().sqrt().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+
+
+@pytest.mark.parametrize("sizes", [(), (0, 8), (8, 8), (8.0, 16), ("8", "16")], ids=str)
+@pytest.mark.parametrize("build", [increments, FMRLLinear, FMRLLayerNorm])
+def test_sizes_must_be_increasing_whole_numbers(build, sizes):
+    with pytest.raises(ValueError, match=r"sizes .* must be increasing whole numbers"):
+        build(sizes)
+
+
+@pytest.mark.parametrize(("num_blocks", "expected"), [(1, 5_605_824), (2, 9_113_472)])
+def test_the_papers_model_has_the_parameters_of_the_released_one(num_blocks, expected):
+    model = FMRLRec(3, torch.zeros(3, 2048), ModelSettings(mrl_hidden_sizes=PAPER_SIZES, lru_num_blocks=num_blocks))
+    assert count_parameters(model) == expected
+
+
+def linear_case(sizes, dtype, biased=True):
+    x, weight, bias = (drawn(*shape, dtype=dtype) for shape in ((2, 5, sizes[-1]), (sizes[-1],) * 2, sizes[-1:]))
+    return x, weight, bias if biased else None
+
+
+def linear_and_gradients(linear, x, weight, bias, sizes, narrow=False):
+    """Return y, under autocast if `narrow`, and the gradients of a random function of it for x, weight and bias."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow, cache_enabled=False):
+        y = linear(x, weight, bias, sizes)
+    inputs = [part for part in (x, weight, bias) if part is not None]
+    return [y, *torch.autograd.grad((y * drawn(*y.shape, dtype=y.dtype, seed=1)).sum(), inputs)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "biased", "tolerance"),
+    [(torch.float64, True, 1e-13), (torch.float64, False, 1e-13), (torch.float32, True, 1e-5)],
+)
+@pytest.mark.parametrize("sizes", NESTINGS, ids=str)
+def test_bands_have_the_values_and_gradients_of_the_masked_weight(sizes, dtype, biased, tolerance):
+    case = linear_case(sizes, dtype, biased)
+    before = case[1].detach().clone()
+    fast, plain = (linear_and_gradients(linear, *case, sizes) for linear in (nested_linear, nested_linear_plain))
+    assert_relatively_close(fast, plain, tolerance)
+    assert torch.equal(case[1].detach(), before)
+
+
+@pytest.mark.parametrize("sizes", NESTINGS[1:], ids=str)
+def test_in_bfloat16_the_bands_err_no_more_than_twice_the_masked_weight(sizes):
+    exact = linear_and_gradients(nested_linear_plain, *linear_case(sizes, torch.float64), sizes)
+    case = linear_case(sizes, torch.float32)
+    found = [linear_and_gradients(linear, *case, sizes, narrow=True) for linear in (nested_linear, nested_linear_plain)]
+    assert [part.dtype for part in found[0]] == [torch.bfloat16] + 3 * [torch.float32]
+    for f, p, e in zip(*found, exact, strict=True):
+        assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()
+
+
+def test_under_autocast_gradients_use_narrow_products_and_wide_sums():
+    found = linear_and_gradients(nested_linear, *linear_case((10, 20, 40), torch.float32), (10, 20, 40), narrow=True)
+    is_narrow = [torch.equal(part, part.bfloat16().to(part.dtype)) for part in found]
+    assert is_narrow == [True, False, True, False]  # y; gradients of x, weight and bias
+
+
+@pytest.mark.parametrize("sizes", NESTINGS, ids=str)
+def test_bands_are_the_increments_with_those_below_a_quarter_joined(sizes):
+    found = bands(sizes)
+    assert found[-1][1] == sizes[-1]
+    assert [low for low, _ in found] == [0, *(high for _, high in found[:-1])]
+    assert {high for _, high in found} == {m for m in sizes if m >= sizes[-1] / 4}
+
+
+# ------------------------------------------------------------------------------------------- the Linear Recurrent Unit
+
+scans = pytest.mark.parametrize("scan", [recurrence._scan_by_steps, recurrence._scan_by_doubling])  # CPU, GPU
+
+
+def positions_of(lengths):
+    """Return the positions of histories of these lengths, packed one after another."""
+    return torch.cat([torch.arange(n) for n in lengths])
+
+
+def recurrence_inputs(num_tokens, dtype=torch.float64, dim=5, radius=0.99):
+    """Return u_re, u_im, λ_re, λ_im with |λ| up to `radius`; all require gradients."""
+    u_re, u_im = drawn(2, num_tokens, dim).detach()
+    eigenvalue = torch.polar(radius * torch.linspace(0.05, 1, dim).double(), drawn(dim, seed=2).detach() * 3)
+    return [part.to(dtype).requires_grad_() for part in (u_re, u_im, eigenvalue.real, eigenvalue.imag)]
+
+
+def recurrence_and_gradients(recurrence, inputs, *arguments):
+    """Return h_re, h_im, and the gradients of a random function of them for every input."""
+    h_re, h_im = recurrence(*inputs, *arguments)
+    w_re, w_im = drawn(2, *h_re.shape, dtype=h_re.dtype, seed=1)
+    objective = (w_re * h_re + w_im * h_im + 0.1 * h_re * h_im).sum()
+    return [h_re, h_im, *torch.autograd.grad(objective, inputs, materialize_grads=True)]
+
+
+@scans
+@pytest.mark.parametrize(("dtype", "radius", "tolerance"), [(torch.float64, 0.999, 1e-11), (torch.float32, 0.9, 1e-5)])
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [65, 1, 63], [300, 3, 1, 129]], ids=str)
+def test_either_scan_has_the_values_and_gradients_of_the_loop(monkeypatch, lengths, dtype, radius, tolerance, scan):
+    monkeypatch.setattr(recurrence, "_scan", scan)
+    # The second time after a begin token, whose state is not carried on, and with a larger `longest`.
+    for position, longest in [(positions_of(lengths), max(lengths)), (positions_of([1, *lengths]), 2 * max(lengths))]:
+        inputs = recurrence_inputs(len(position), dtype, radius=radius)
+        fast = recurrence_and_gradients(linear_recurrence, inputs, position, longest)
+        plain = recurrence_and_gradients(linear_recurrence_plain, inputs, position)
+        assert_relatively_close(fast, plain, tolerance)
+
+
+@scans
+@pytest.mark.parametrize("lengths", [[50] * 8, [500, 3]], ids=str)
+def test_in_float32_near_1_either_scan_errs_no_more_than_four_times_the_loop(monkeypatch, lengths, scan):
+    monkeypatch.setattr(recurrence, "_scan", scan)
+    position, inputs = positions_of(lengths), recurrence_inputs(sum(lengths))
+    narrow = [part.detach().float().requires_grad_() for part in inputs]
+    exact, loop = (recurrence_and_gradients(linear_recurrence_plain, u, position) for u in (inputs, narrow))
+    fast = recurrence_and_gradients(linear_recurrence, narrow, position, max(lengths))
+    for f, p, e in zip(fast[:4], loop, exact, strict=False):  # the few gradients of λ have random errors
+        assert (f - e).abs().mean() <= 4 * (p - e).abs().mean()
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "_scan_by_steps"), ("meta", "_scan_by_doubling")])
+def test_the_scan_by_steps_is_for_the_cpu_only(monkeypatch, device, expected):
+    called = []
+    for name in ("_scan_by_steps", "_scan_by_doubling"):
+        monkeypatch.setattr(recurrence, name, lambda *arguments, name=name: called.append(name))
+    recurrence._scan(torch.zeros(3, 2, dtype=torch.complex64, device=device), None, None, 3)
+    assert called == [expected]
+
+
+@pytest.mark.parametrize(("r_min", "r_max"), [(0.0, 0.1), (0.0, 1.0), (0.2, 0.8), (0.9, 0.999)])
+def test_eigenvalues_start_spread_evenly_over_the_area_of_the_ring(r_min, r_max):
+    torch.manual_seed(0)
+    nu_log, theta_log, gamma_log = (part.double() for part in ring_init(20_000, r_min, r_max))
+    modulus = torch.exp(-torch.exp(nu_log))
+    assert modulus.min() >= r_min - 1e-6 and modulus.max() <= r_max + 1e-6
+    at = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]).double()
+    for share in ((modulus**2 - r_min**2) / (r_max**2 - r_min**2), torch.exp(theta_log) / (2 * math.pi)):
+        torch.testing.assert_close(torch.quantile(share, at), at, rtol=0, atol=0.02)
+    torch.testing.assert_close(gamma_log.exp() ** 2, 1 - modulus**2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("r_min", "r_max"), [(0.0, 0.1), (0.0, 1.0), (0.9, 1.0)])
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
+def test_the_initialisation_is_finite_at_the_ends_of_a_uniform_draw(monkeypatch, r_min, r_max, draw):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, draw, **options))
+    assert all(part.isfinite().all() for part in ring_init(3, r_min, r_max))
+
+
+# ------------------------------------------------------------------------------------------------------- the item table
+
+
+def parts(*dtypes):
+    """Return features of every item, one part per dtype, all exact in half precision."""
+    return [drawn(NUM_ITEMS, w, seed=w).detach().half().to(dtype) for w, dtype in zip(WIDTHS, dtypes, strict=True)]
+
+
+def encoder_of(features, embedding=0):
+    """Return an item encoder with a random V."""
+    torch.manual_seed(1)
+    encoder = ItemEncoder(NUM_ITEMS, DIM, features, embedding)
+    if embedding:
+        torch.nn.init.uniform_(encoder.V, -1, 1)
+    return encoder
+
+
+@pytest.mark.parametrize(("embedding", "rows"), [(0, 1), (2, 7), (8, 2**14)])
+def test_an_item_is_its_widened_features_projected_plus_its_embedding(monkeypatch, rows, embedding):
+    monkeypatch.setattr(items_module, "ROWS", rows)
+    features = parts(torch.float16, torch.float32)
+    encoder, items = encoder_of(features, embedding), torch.tensor([0, 5, 5, NUM_ITEMS, 1, 0])
+    whole = torch.cat([torch.zeros(1, sum(WIDTHS)), torch.cat([part.float() for part in features], dim=1)])
+    expected = whole @ encoder.projection.weight.T + encoder.projection.bias  # token 0 has no features
+    if embedding:
+        expected[:, :embedding] += encoder.V
+    torch.testing.assert_close(encoder.everything(), expected)
+    torch.testing.assert_close(encoder(items), expected[items])
+    assert torch.equal(encoder.rows(items, torch.float64), whole[items].double())
+    assert [part.data_ptr() for part in encoder.features] == [part.data_ptr() for part in features]
+
+
+def test_factors_multiply_out_to_the_table_without_its_bias_and_join_features_once_per_type(monkeypatch):
+    monkeypatch.setattr(items_module, "ROWS", 7)
+    encoder = encoder_of(parts(torch.float16, torch.float16))
+    factors = encoder.factors(torch.float32)
+    assert factors.weight is encoder.projection.weight
+    torch.testing.assert_close(factors.table() + encoder.projection.bias, encoder.everything())
+    assert encoder.factors(torch.float32).features is factors.features
+    assert encoder.factors(torch.bfloat16).features.dtype == torch.bfloat16
+    assert torch.equal(encoder.factors(torch.float32).features, factors.features)
+
+
+def test_features_of_another_number_of_items_are_refused_and_frozen_ones_are_not_saved():
+    features = parts(torch.float16, torch.float16)
+    assert set(encoder_of(features).state_dict()) == {"projection.weight", "projection.bias"}
+    with pytest.raises(ValueError, match=r"features of shape \[22, 3\] do not describe 23 items"):
+        encoder_of([features[0], features[1][1:]])
+
+
+def test_a_learned_table_is_not_a_product_and_starts_small_and_different_for_every_token():
+    torch.manual_seed(0)
+    encoder = ItemEncoder(500, 64, None)
+    table = encoder.everything()
+    assert table is encoder.table and table.shape == (501, 64)
+    assert table.abs().max() <= 0.04 and table.std().item() == pytest.approx(0.0176, rel=0.05)
+    assert len(table.unique(dim=0)) == 501
+    assert encoder.factors(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(encoder(torch.tensor([0, 3])), table[[0, 3]])
+
+
+# ------------------------------------------------------------------------------------------------- the item embedding V
+
+
+def embedding_model(embedding=SIZES[-1]):
+    """Return a model without dropout; V is zero, as before training."""
+    options = {"item_embedding": embedding, "lru_dropout": 0.0, "lru_attn_dropout": 0.0}
+    return recommender(parts(torch.float32, torch.float32), **options)
+
+
+def batch_of(users=20, seed=0):
+    random = np.random.default_rng(seed)
+    sequences = [random.integers(1, NUM_ITEMS + 1, size=n) for n in random.integers(3, 12, size=users)]
+    loader = TrainLoader(train_rows(as_sequences(sequences), 20), users, 0, torch.device("cpu"))
+    return next(loader.epoch(1)), loader.label_counts(NUM_ITEMS)
+
+
+def test_an_embedding_starts_at_zero_and_ends_at_a_size():
+    content, model = embedding_model(0), embedding_model()
+    assert [embedding_model(width).items.V.shape[1] for width in (1, 3, 100)] == [2, 2, 8]
+    assert count_parameters(embedding_model(4)) - count_parameters(content) == (NUM_ITEMS + 1) * 4
+    with pytest.raises(ValueError, match="a learned item table takes no item embedding"):
+        recommender(item_embedding=SIZES[-1])
+    assert content.state_dict().keys() ^ model.state_dict().keys() == {"items.V"}
+    assert torch.equal(model.item_table(), content.item_table())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("embedding", [4, 8])
+@pytest.mark.parametrize("negatives", [0, 9])
+def test_a_step_has_the_loss_and_the_gradient_of_V_of_the_plain_loss(negatives, embedding, loss):
+    trained, (batch, counts) = embedding_model(embedding).double().train(), batch_of()
+    torch.nn.init.uniform_(trained.items.V, -1, 1)
+    sampler = NegativeSampler(counts, negatives) if negatives else None
+    torch.manual_seed(3)
+    found = Step(trained, NoUpdate(), TrainingSettings(loss=loss, max_grad_norm=0), sampler)(batch)
+    by_V = trained.items.V.grad
+
+    torch.manual_seed(3)
+    table = trained.item_table()
+    z = trained.encode(table[batch.tokens], batch.position, batch.longest)
+    if negatives:
+        items, log_kq = sampler.draw()
+        table = Sample(table[batch.labels], table[items], items, log_kq)
+    expected = (SAMPLED_LOSSES if negatives else LOSSES)["plain"](z, table, batch.labels, SIZES)
+    torch.testing.assert_close(found, expected.detach())
+    (expected,) = torch.autograd.grad(expected, trained.items.V)
+    torch.testing.assert_close(by_V, expected)
+    assert by_V.any(dim=1).all()
+
+
+def train_embedding(updates, model):
+    """Return all weights and their averages after 12 steps on batches of two users."""
+    batches = [batch_of(users=2, seed=seed)[0] for seed in range(12)]
+    settings = TrainingSettings(weight_decay=0.1, adam_epsilon=1e-30, item_embedding_updates=updates)
+    rows = sparse_rows(model.items.learned, settings, torch.device("cpu"), sampled=True)
+    average = WeightAverage(model, 0.9, rows)
+    sampler = NegativeSampler(batch_of()[1], 3)
+    step = Step(model, build_optimizer(model, settings, rows), settings, sampler, rows)
+    torch.manual_seed(0)
+    for number, batch in enumerate(batches, start=1):
+        step.optimizer.param_groups[0]["lr"] = step.optimizer.param_groups[1]["lr"] = 0.1 / number
+        step(batch)
+        average.update(model, number)
+    assert (rows is None) == (updates == "all")
+    if rows:
+        assert len(rows.last.unique()) > 1  # rows that were read last in different steps
+        rows.catch_up()
+    return [*model.parameters(), *average.model.parameters()]
+
+
+@pytest.mark.parametrize("window", [6, 4096])
+@pytest.mark.parametrize("features", [True, False])
+def test_updates_by_rows_train_the_weights_and_averages_of_dense_adamw(monkeypatch, features, window):
+    monkeypatch.setattr(sparse_rows_module, "WINDOW", window)
+    by_rows, dense = (
+        train_embedding(updates, (embedding_model(4) if features else recommender()).double())
+        for updates in ("rows", "all")
+    )
+    assert_relatively_close(by_rows, dense, 1e-10)
+
+
+def test_the_embedding_is_updated_by_rows_for_sampled_losses_of_large_catalogues_only():
+    large, small = (torch.nn.Parameter(torch.zeros(n + 1, 1)) for n in (100_000, 99_999))
+    cases = [(large, "auto", "cpu", True), (small, "auto", "cpu", True), (large, "auto", "cuda", True),
+             (small, "rows", "cuda", True), (large, "rows", "cpu", False), (large, "all", "cpu", True)]  # fmt: skip
+    found = [
+        sparse_rows(weight, TrainingSettings(item_embedding_updates=updates), torch.device(device), sampled) is not None
+        for weight, updates, device, sampled in cases
+    ]
+    assert found == [True, False, False, True, False, False]
+
+
+# ---------------------------------------------------------------------------------------------------- whitened features
+
+
+def features_of(items=200, width=12, rank=12, seed=0):
+    """Return features [items, width] float64 of very different variances, far from the origin."""
+    random = np.random.default_rng(seed)
+    directions = np.linalg.qr(random.normal(size=(width, width)))[0][:rank] * np.logspace(0, -2, rank)[:, None]
+    return torch.from_numpy(random.normal(size=(items, rank)) @ directions + random.normal(size=width))
+
+
+def whitened_plain(features):
+    """Return the left singular vectors of the centred features, rotated back, of length 1."""
+    left, singular, right = torch.linalg.svd(features - features.mean(dim=0), full_matrices=False)
+    varies = singular > 2e-3 * singular[0]
+    return F.normalize(left[:, varies] @ right[varies], dim=1)
+
+
+def whitened(features):
+    return whiten(features, *fit_whitening(features))
+
+
+@pytest.mark.parametrize(("items", "rank", "rows"), [(200, 12, 7), (200, 5, 2**14), (8, 12, 2**14)])
+def test_features_of_any_rank_are_whitened_as_defined(monkeypatch, items, rank, rows):
+    monkeypatch.setattr(whitening_module, "ROWS", rows)
+    features = features_of(items, rank=rank)
+    torch.testing.assert_close(whitened(features), whitened_plain(features), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(("items", "value"), [(9, 0.3), (9, 0.0), (1, 1.0), (0, 1.0)])
+def test_features_that_do_not_vary_become_zero(items, value):
+    assert torch.equal(whitened(torch.full((items, 4), value).double()), torch.zeros(items, 4).double())
+
+
+def test_an_item_without_features_stays_zero_and_does_not_affect_others():
+    features = features_of()
+    found = whitened(torch.cat([features[:5], torch.zeros(3, 12), features[5:]]))
+    assert not found[5:8].any()
+    torch.testing.assert_close(found[[*range(5), *range(8, 203)]], whitened(features))
+
+
+def test_rounding_to_half_precision_adds_no_direction():
+    features = F.normalize(features_of(300, 100, rank=6), dim=1)
+    ranks = [torch.linalg.matrix_rank(fit_whitening(of_type)[1]).item() for of_type in (features.half(), features)]
+    assert ranks == [7, 7]  # the six, and one that the length of 1 adds
+    assert F.cosine_similarity(whitened(features.half().double()), whitened(features)).min() > 0.995
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_every_encoder_is_whitened_alone_and_its_transform_is_saved_with_the_weights(fit):
+    raw = [features_of(60).half(), features_of(60, 6, rank=6, seed=1).float()]
+
+    def model(fit):
+        whitening = Whitening(raw, fit)
+        return FMRLRec(60, whitening.features(), ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1), whitening)
+
+    saved, other = model(True), model(fit)
+    for found, part in zip(saved.items.features, raw, strict=True):
+        assert found.dtype == part.dtype
+        torch.testing.assert_close(found.double(), whitened(part.double()), rtol=1e-3, atol=1e-3)
+    state = {name: 2 * value if name.endswith("mean_0") else value for name, value in saved.state_dict().items()}
+    factors = other.items.factors(torch.float32).features
+    other.load_state_dict(state)
+    expected = whiten(raw[0].float(), 2 * saved.items.whitening.mean_0, saved.items.whitening.matrix_0)
+    assert torch.equal(other.items.features[0], expected.half())
+    assert torch.equal(other.items.features[1], saved.items.features[1])
+    assert not torch.equal(other.items.factors(torch.float32).features, factors)
+    small = slice_model(other, 4)
+    assert small.items.whitening is other.items.whitening
+    torch.testing.assert_close(small.item_table(), other.item_table()[:, :4])
+
+
+def test_sparse_features_are_whitened():
+    """Ten items of a dozen words among 1,024: in most directions without variance eigh often fails."""
+    features = drawn(10, 1024).detach() * (drawn(10, 1024, seed=1) > 2.25)
+    mean, matrix = fit_whitening(features)
+    rows = (features - mean) @ matrix
+    torch.testing.assert_close(rows @ rows.T / 10, torch.eye(10).double() - 0.1)  # of rank 9, all as strong
+
+
+# ------------------------------------------------------------------------------------------ the recommender and dropout
+
+
+@pytest.mark.parametrize("post_norm", [True, False])
+def test_a_step_reads_items_as_whole_histories_do(post_norm):
+    model = recommender(post_norm=post_norm).double().eval()
+    x, hidden = torch.randn(6, DIM, dtype=torch.float64), torch.zeros(1, 2, 2, DIM, dtype=torch.float64)
+    for expected, item in zip(model.encode(x, torch.arange(6), 6), x, strict=True):
+        z, hidden = model.step(item[None], hidden)
+        torch.testing.assert_close(z[0], expected)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize("at", [[9], [0, 9, 3, 3]], ids=str)
+def test_answers_for_some_tokens_are_those_among_all_with_their_gradients(at, num_blocks):
+    model = recommender(lru_num_blocks=num_blocks).double().eval()
+    position, x = positions_of([3, 1, 6]), drawn(10, DIM)
+    weights = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
+    some, all_ = model.encode(x, position, 6, at=torch.tensor(at)), model.encode(x, position, 6)[at]
+    torch.testing.assert_close(some, all_)
+    found, expected = (torch.autograd.grad((z**3).sum(), [x, *weights]) for z in (some, all_))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("lengths", [(10,), (4, 6), (0, 10), (3, 0, 7)], ids=str)
+def test_shares_of_a_batch_drop_out_what_the_batch_does_and_padding_may_reach_beyond_it(lengths):
+    dropout, x, padding, first = Dropout(0.4), torch.ones(10, 3), 5, 0
+    torch.manual_seed(0)
+    whole = dropout(x)
+    assert set(whole.unique().tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
+    for length in lengths:
+        set_share(dropout, (first, 10))
+        torch.manual_seed(0)
+        share = dropout(torch.ones(length + padding, 3))
+        assert share.shape == (length + padding, 3)
+        assert torch.equal(share[:length], whole[first : first + length])
+        first += length
+    set_share(dropout, None)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), whole)
+
+
+def test_dropout_may_spare_the_first_dimensions_or_all():
+    dropout, x = Dropout(0.6, start=5), torch.rand(4000, 12) + 1
+    torch.manual_seed(0)
+    spared, rest = dropout(x).split([5, 7], dim=1)
+    assert torch.equal(spared, x[:, :5])
+    torch.manual_seed(0)
+    assert torch.equal(rest, Dropout(0.6)(x[:, 5:]))
+    assert (rest == 0).float().mean(dim=0).sub(0.6).abs().max() < 0.04
+    for none in (dropout.eval(), Dropout(0.6, start=12), Dropout(0.6, start=13)):
+        assert torch.equal(none(x), x)
+
+
+def test_settings_reach_every_dropout_bias_and_ring_of_a_model():
+    model = recommender(post_norm=True, lru_dropout=0.4, lru_attn_dropout=0.3, dropout_from=2)
+    found = [(layer.p, layer.start) for layer in model.modules() if isinstance(layer, Dropout)]
+    assert found == [(0.4, 2)] + 2 * [(0.3, 2), (0.4, 2)]  # of the embeddings; of two blocks
+    x = torch.ones(3, DIM)
+    assert torch.equal(recommender(embedding_dropout=False).train().read(x), x)
+
+    model = recommender(lru_use_bias=False, mrl_hidden_sizes=(8, 64), lru_r_min=0.4, lru_r_max=0.5)
+    names = [name for name, _ in model.blocks.named_parameters() if "bias" in name]
+    assert names and all("norm" in name for name in names)
+    for block in model.blocks:
+        modulus = torch.complex(*block.lru.eigenvalues()).abs()
+        assert modulus.min() >= 0.4 - 1e-6 and modulus.max() <= 0.5 + 1e-6

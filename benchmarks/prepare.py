@@ -114,8 +114,9 @@ def write_lines(path: Path, chunks: Iterator[str], total: int) -> None:
 
 
 def texts(rng: np.random.Generator, shortest: int, longest: int) -> list[str]:
-    """Made-up texts of so many words."""
-    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), n)) for n in rng.integers(2, 11, size=5000)]
+    """Return made-up texts with `shortest` to `longest` words."""
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = np.array(["".join(rng.choice(letters, n)) for n in rng.integers(2, 11, size=5000)])
     return [" ".join(rng.choice(words, n)) for n in rng.integers(shortest, longest, size=5000)]
 
 

@@ -1,4 +1,4 @@
-"""Experiments, as definitions/*.toml define them, and which settings make two runs the same.
+"""Experiments, as tables of definitions.toml, and which settings make two runs the same.
 
 title, text             shown in the report
 datasets                the datasets it runs on by default
@@ -27,8 +27,8 @@ from config import EXTENSIONS, NAMED_PRESETS, Config, resolve, size_within
 from experiments.paper import PUBLISHED
 from trainer.runs import ineffective_settings
 
-FOLDER = Path(__file__).parent / "definitions"
-MAX_BYTES = 1 << 16  # of a definition
+FILE = Path(__file__).parent / "definitions.toml"
+MAX_BYTES = 1 << 18  # of the file of definitions
 
 
 @dataclass(frozen=True)
@@ -79,25 +79,33 @@ class Definition:
 
 @cache
 def definitions() -> dict[str, Definition]:
-    """Return name -> definition. Raises InputError that names the invalid file and why."""
-    return {path.stem: read_definition(path) for path in sorted(FOLDER.glob("*.toml"))}
+    """Return name -> definition."""
+    return read_definitions(FILE)
 
 
-def read_definition(path: Path) -> Definition:
-    """Return the definition in one file."""
+def read_definitions(path: Path) -> dict[str, Definition]:
+    """Return the experiments of a file. Raises InputError that names the file, the invalid experiment and why."""
     try:
-        found = tomllib.loads(read_text(path, "restore it from version control", MAX_BYTES))
+        tables = tomllib.loads(read_text(path, "restore it from version control", MAX_BYTES))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+    return {name: _definition(name, table, f"{path}: experiment {name!r}") for name, table in tables.items()}
+
+
+def _definition(name: str, table: Any, where: str) -> Definition:
+    try:
+        found = dict(table)
         settings = found.pop("settings", {})
-        rows = tuple(_row(name, settings | row) for name, row in found.pop("rows").items())
+        rows = tuple(_row(row, settings | values) for row, values in found.pop("rows").items())
         found |= {"datasets": tuple(found["datasets"]), "compare": tuple(map(tuple, found.get("compare", ())))}
-        definition = Definition(name=path.stem, rows=rows, **found)
+        definition = Definition(name=name, rows=rows, **found)
     except KeyError as error:
-        raise InputError(f"{path} is not a valid experiment: it lacks {error}") from None
-    except (InputError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is not a valid experiment: {error}") from None
+        raise InputError(f"{where} lacks {error}") from None
+    except (InputError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{where} is invalid: {error}") from None
     unknown = {name for pair in definition.compare for name in pair} - {row.name for row in rows}
     if unknown:
-        raise InputError(f"{path} compares unknown rows {sorted(unknown)}; its rows are {[row.name for row in rows]}")
+        raise InputError(f"{where} compares unknown rows {sorted(unknown)}; its rows are {[row.name for row in rows]}")
     return definition
 
 

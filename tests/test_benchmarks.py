@@ -3,12 +3,10 @@
 import contextlib
 import io
 import re
-import subprocess
+import shutil
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import pytest
 import torch
 
 from benchmarks import features, pictures, prepare, scaling, speed
@@ -20,7 +18,6 @@ from model import FMRLRec, matryoshka_cross_entropy
 from tests.prepared import write_prepared, write_tiny_bert
 from trainer.metrics import target_ranks
 
-REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -96,13 +93,6 @@ def test_the_scaling_benchmark_prints_a_row_for_every_case(monkeypatch, capsys):
     assert "ranks of 1,000 users at all sizes among 60 items" in printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("benchmark", [pictures, speed], ids=lambda module: module.__name__)
-def test_a_benchmark_is_a_command(benchmark):
-    command = [sys.executable, "-m", benchmark.__name__, "--help"]
-    assert "usage" in subprocess.check_output(command, cwd=REPOSITORY, text=True, timeout=60)
-
-
 def test_the_pictures_benchmark_downloads_despite_failures(capsys):
     small = "--pictures 14 --side 32 --latency 0 --failures 0.5 --read 0.3 --tries 2 --runs 1"
     pictures.main(small.split())
@@ -111,15 +101,23 @@ def test_the_pictures_benchmark_downloads_despite_failures(capsys):
     assert second.endswith("| 8 | 2 | 4 | yes |")
 
 
-def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, capsys):
+def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, monkeypatch, capsys):
+    def run_here(raw, events, folder):
+        sent = []
+        shutil.rmtree(folder / "made", ignore_errors=True)
+        prepare.measure(raw, events, folder, SimpleNamespace(send=sent.append))
+        return sent[0]
+
     small = ["--reviews", "3000", "--products", "100", "--folder", str(tmp_path)]
-    prepare.main(small)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "run", run_here)
+        prepare.main(small)
     raw = tmp_path / "raw-3000-100" / "reviews.json.gz"
     made = raw.stat().st_mtime_ns
-    prepare.main(small)
+    prepare.main([*small, "--formats=parquet"])  # in a process of its own
     assert raw.stat().st_mtime_ns == made
     out = capsys.readouterr().out
-    assert out.count("| yes |") == 6
+    assert out.count("| yes |") == 4
     assert out.splitlines()[-1].startswith("| 3,000 | 100 | parquet | 0.00 |")
     assert (tmp_path / "made" / "sequential_data.txt").exists()
 

@@ -20,7 +20,7 @@ from common.errors import InputError
 from config import NAMED_PRESETS, Config, resolve
 from datasets.catalog import load_catalog
 from experiments import cold_items, plan, report, run
-from experiments.definition import Definition, Row, definitions, identity, read_definition, unusual
+from experiments.definition import Definition, Row, definitions, identity, read_definitions, unusual
 from experiments.store import keep, kept_runs
 from serving import export
 from tests.prepared import write_prepared
@@ -31,60 +31,56 @@ from tests.prepared import write_prepared
 def test_every_definition_of_this_repository_can_be_read():
     found = definitions()
     assert {"table2", "table3", "sizes", "independent", "depth", "loss", "first_label", "released"} <= set(found)
-    for definition in found.values():
-        assert set(definition.datasets) <= {"beauty", "clothing", "sports", "toys"}
+    assert all(set(definition.datasets) <= {"beauty", "clothing", "sports", "toys"} for definition in found.values())
     rows = [resolve(row.settings | {"dataset_code": "beauty"})[0] for row in found["table3"].rows]
     assert [config.branch for config in rows] == ["both", "language", "image", "id"]
     assert rows[0] == resolve({"dataset_code": "beauty"})[0]
 
 
-def written(tmp_path, text):
+def defined(tmp_path, text):
+    """Return the experiment [mine] of a file with this text."""
     path = tmp_path / "mine.toml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-HEAD = 'title = "T"\ntext = "t"\ndatasets = ["beauty"]\n'
+    path.write_text(f'[mine]\ntitle = "T"\ntext = "t"\ndatasets = ["beauty"]\n{text}', encoding="utf-8")
+    return read_definitions(path)["mine"]
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (HEAD + "[rows]\na = { lru_blocks = 2 }", r"unknown settings \['lru_blocks'\]"),
-        (HEAD + '[rows]\na = { lru_num_blocks = "2" }', "lru_num_blocks '2', which must be of type int"),
-        (HEAD + "[rows]\na = { lru_num_blocks = 0 }", "--lru_num_blocks 0 must be at least 1"),
-        (HEAD + 'compare = [["a", "c"]]\n[rows]\na = { }', r"compares unknown rows \['c'\]; its rows are \['a'\]"),
-        (HEAD + "colour = 1\n[rows]\na = { }", "colour"),
-        (HEAD + "[rows]\na = { size = 7 }", "size 7; its sizes are 8,16"),
-        (HEAD + '[rows]\na = { published = "sasrek" }', "published 'sasrek'; known are .*sasrec"),
-        (HEAD, "it lacks 'rows'"),
-        ("title = ", "is not a valid experiment"),
+        ("rows.a = { lru_blocks = 2 }", r"unknown settings \['lru_blocks'\]"),
+        ('rows.a = { lru_num_blocks = "2" }', "lru_num_blocks '2', which must be of type int"),
+        ("rows.a = { lru_num_blocks = 0 }", "--lru_num_blocks 0 must be at least 1"),
+        ('compare = [["a", "c"]]\nrows.a = { }', r"compares unknown rows \['c'\]; its rows are \['a'\]"),
+        ("colour = 1\nrows.a = { }", "colour"),
+        ("rows.a = { size = 7 }", "size 7; its sizes are 8,16"),
+        ('rows.a = { published = "sasrek" }', "published 'sasrek'; known are .*sasrec"),
+        ("", "experiment 'mine' lacks 'rows'"),
+        ("title = ", "is not valid TOML"),
     ],
 )
 def test_an_invalid_definition_is_named_with_its_file(tmp_path, text, problem):
     with pytest.raises(InputError, match=rf"mine\.toml.*{problem}"):
-        read_definition(written(tmp_path, text))
+        defined(tmp_path, text)
 
 
 def test_the_settings_in_which_rows_differ_are_varied(tmp_path):
-    rows = "[settings]\nlr = 1e-3\n[rows]\na = { seed = 1, lru_num_blocks = 1 }\nb = { seed = 1, lru_num_blocks = 2 }\n"
-    definition = read_definition(written(tmp_path, HEAD + rows + "c = { seed = 1, num_epochs = 3 }"))
+    rows = "settings.lr = 1e-3\nrows.a = { seed = 1, lru_num_blocks = 1 }\nrows.b = { seed = 1, lru_num_blocks = 2 }\n"
+    definition = defined(tmp_path, rows + "rows.c = { seed = 1, num_epochs = 3 }")
     assert definition.varied() == {"lru_num_blocks", "num_epochs"}
     assert [row.settings["lr"] for row in definition.rows] == [1e-3] * 3
-    rows = "[settings]\nenable_lr_schedule = true\n[rows]\na = { }\nb = { enable_lr_schedule = false }\n"
-    assert read_definition(written(tmp_path, HEAD + rows)).varied() == {"enable_lr_schedule", "warmup_steps"}
+    rows = "settings.enable_lr_schedule = true\nrows.a = { }\nrows.b = { enable_lr_schedule = false }\n"
+    assert defined(tmp_path, rows).varied() == {"enable_lr_schedule", "warmup_steps"}
     assert definitions()["baselines"].varied() == set(Config.__dataclass_fields__)  # other models differ in all
 
 
 def test_a_preset_in_a_definition_sets_its_settings(tmp_path):
-    text = HEAD + '[rows]\na = { preset = "plus", distill = 0.25 }\nb = { preset = "paper" }\nc = { preset = "plus" }'
-    a, b, c = read_definition(written(tmp_path, text)).rows
+    text = 'rows.a = { preset = "plus", distill = 0.25 }\nrows.b = { preset = "paper" }\nrows.c = { preset = "plus" }'
+    definition = defined(tmp_path, text)
+    a, b, c = definition.rows
     assert a.settings == NAMED_PRESETS["plus"] | {"distill": 0.25}
     assert (b.settings, c.settings) == ({}, NAMED_PRESETS["plus"])
-    by_name, by_flags = resolve({"preset": "plus"})[0], resolve(c.settings)[0]
-    definition = read_definition(tmp_path / "mine.toml")
-    assert definition.fits(c, by_name) and definition.fits(c, by_flags)
-    assert not definition.fits(a, by_name) and not definition.fits(b, by_name)
+    for config in (resolve({"preset": "plus"})[0], resolve(c.settings)[0]):
+        assert [definition.fits(row, config) for row in (a, b, c)] == [False, False, True]
 
 
 def test_a_row_fits_no_run_with_extensions_that_it_does_not_name():
@@ -129,6 +125,7 @@ FLAGS = (
     "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 2,4 --num_epochs 1 "
     "--device cpu --results kept"
 )
+ONE = "depth --rows '1 block'"
 
 
 @pytest.fixture
@@ -164,18 +161,13 @@ def names(folder):
     return [run.name for run in kept_runs(folder)]
 
 
-def test_every_seed_dataset_and_row_has_a_job():
+def test_every_seed_dataset_and_row_has_a_job_and_rows_of_the_same_training_share_it():
     jobs = planned(["table3"], seeds=[1, 2])
     assert len({str(identity(job.config)) for job in jobs}) == len(jobs) == 2 * 4 * 4
     assert [len(job.names) for job in planned(["independent"], ["beauty"])] == [8, *[1] * 8]  # nested, then alone
     jobs = planned(["table2"], ["sports", "mine"])
-    assert [job.config.dataset_code for job in jobs] == ["sports", "mine"]
-    assert jobs[0].config.lru_r_max == 0.2  # the preset of sports
-
-
-def test_rows_of_the_same_training_share_a_job():
-    jobs = planned(["depth", "loss", "table2"], ["beauty"])
-    assert [job.names for job in jobs] == [
+    assert [(job.config.dataset_code, job.config.lru_r_max) for job in jobs] == [("sports", 0.2), ("mine", 0.1)]
+    assert [job.names for job in planned(["depth", "loss", "table2"], ["beauty"])] == [
         ["depth/1 block"],
         ["depth/2 blocks", "loss/sum", "table2/fMRLRec"],
         ["loss/mean"],
@@ -198,31 +190,19 @@ def test_an_invalid_choice_of_runs_is_refused(workplace, arguments, problem):
         run_experiments(arguments)
 
 
-def test_the_flag_for_seeds_is_suggested_for_seed(workplace, capsys):
-    with pytest.raises(SystemExit):
-        run_experiments("depth --seed 3")
-    assert "did you mean --seeds?" in capsys.readouterr().err
-
-
-def test_a_dry_run_lists_the_runs_only(workplace, calls, capsys):
+def test_a_dry_run_lists_the_runs_and_what_is_wrong_with_their_data(workplace, calls, capsys):
     jobs = run_experiments("depth --seeds 1,2,1 --dry_run")
     assert [job.state for job in jobs] == ["to start"] * 4
     listed = capsys.readouterr().out
     assert "to start     tiny, seed 2: depth/1 block\n" in listed and listed.endswith("4 runs: 4 to start\n")
-    assert not calls and not Path("experiments").exists() and not Path("kept").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "problem"),
-    [
+    (workplace / "data/tiny/sequential_data.txt").write_text("1 2 abc 3\n")
+    for flags, problem in (
         ("--data_root elsewhere", "dataset 'tiny' is not at elsewhere/tiny (nothing is prepared there)"),
         ("", "data/tiny/sequential_data.txt:1: '1 2 abc 3' is not 'user item item"),
-    ],
-)
-def test_a_dry_run_reports_bad_data(workplace, calls, capsys, flags, problem):
-    (workplace / "data/tiny/sequential_data.txt").write_text("1 2 abc 3\n")
-    run_experiments(f"depth --dry_run {flags}")
-    assert f"2 runs: 2 to start\n{problem}" in capsys.readouterr().out
+    ):
+        run_experiments(f"depth --dry_run {flags}")
+        assert f"2 runs: 2 to start\n{problem}" in capsys.readouterr().out
+    assert not calls and not Path("experiments").exists() and not Path("kept").exists()
 
 
 def test_missing_runs_are_trained_tested_twice_and_kept(workplace, calls, capsys):
@@ -236,12 +216,10 @@ def test_missing_runs_are_trained_tested_twice_and_kept(workplace, calls, capsys
     calls.clear()
     capsys.readouterr()
     again = run_experiments("depth,loss --rows '1 block; sum'")
-    assert not calls
-    assert [job.state for job in again] == ["finished"] * 2
     assert "2 runs: 2 finished\n" in capsys.readouterr().out
     run.work(planned_before, Path("kept"))  # as a second runner that planned before the first was done
     (workplace / "experiments").rename(workplace / "elsewhere")
-    assert {job.state for job in [*planned_before, *run_experiments("depth")]} == {"finished"}
+    assert {job.state for job in [*again, *planned_before, *run_experiments("depth")]} == {"finished"}
     assert not calls
 
 
@@ -250,9 +228,7 @@ def test_an_interrupted_run_is_continued(workplace, calls, monkeypatch):
 
     def cut_off(argv):
         monkeypatch.setattr(train, "main", true)
-        true(argv)
-        (cut,) = Path("experiments/runs/tiny").iterdir()
-        (cut / "test_mrl_metrics.json").unlink()
+        (true(argv) / "test_mrl_metrics.json").unlink()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "main", cut_off)
@@ -282,14 +258,18 @@ def test_a_failed_run_is_named_and_the_others_go_on(workplace, calls, monkeypatc
     assert len(names(Path("kept"))) == 1
 
 
-def test_a_run_on_other_data_does_not_count(workplace, calls):
-    (job,) = run_experiments("depth --rows '1 block'")
+def test_runs_on_other_data_or_of_another_version_do_not_count(workplace, calls, capsys):
+    (job,) = run_experiments(ONE)
     write_prepared(workplace / "data", "tiny", users=20, items=12, pictures=True, seed=1)
-    (again,) = run_experiments("depth --rows '1 block' --dry_run")
-    assert again.state == "to start"
-    (again,) = run_experiments("depth --rows '1 block'")
+    (again,) = run_experiments(ONE)
     assert again.state == "finished" and again.run != job.run
     assert len(names(Path("kept"))) == 2
+    for path in Path("experiments/runs").glob("*/*/config.json"):
+        path.write_text(path.read_text().replace('"lr"', '"learning_rate"'))
+    shutil.rmtree("kept")
+    (again,) = run_experiments(f"{ONE} --dry_run")
+    assert again.state == "to start"
+    assert "unknown settings ['learning_rate']" in capsys.readouterr().err
 
 
 def test_sigterm_ends_the_running_script_and_starts_no_other(workplace, monkeypatch, capsys):
@@ -297,6 +277,7 @@ def test_sigterm_ends_the_running_script_and_starts_no_other(workplace, monkeypa
     (workplace / "train.py").write_text(
         f"import pathlib, time\npathlib.Path({str(began)!r}).open('a').write('one ')\ntime.sleep(60)\n"
     )
+    assert (run.REPOSITORY / "train.py").exists()
     monkeypatch.setattr(run, "REPOSITORY", workplace)
 
     def end():
@@ -331,53 +312,38 @@ def test_every_device_has_one_run_at_a_time(workplace, monkeypatch):
     monkeypatch.setattr(run, "call_script", call)
     with pytest.raises(SystemExit):
         run.main(f"depth --seeds 1,2,3 {FLAGS}".replace("--device cpu", "").split())
-    assert len(most) == 6
-    assert max(most) == 2
+    assert (len(most), max(most)) == (6, 2)
 
 
-@pytest.mark.parametrize("folder_exists", [True, False])
-def test_a_missing_test_is_made_while_the_run_folder_exists(workplace, calls, folder_exists):
-    (job,) = run_experiments("depth --rows '1 block'")
-    before = (job.run / "test_mrl_metrics.json").read_bytes()
-    shutil.rmtree("kept")
-    for path in job.run.glob("test_*_history_masked.*"):
-        path.unlink()
-    keep(job.run, Path("kept"))
-    if not folder_exists:
-        shutil.rmtree("experiments")
-    calls.clear()
-    (job,) = run_experiments("depth --rows '1 block'")
-    assert job.state == ("finished" if folder_exists else "kept in part")
-    assert [call[0] for call in calls] == ["eval.py"] * folder_exists
-    if folder_exists:
-        (job.run / "test_ranks.npz").unlink()
-        shutil.rmtree("kept")
-        calls.clear()
-        run_experiments("depth --rows '1 block'")
-        assert [[call[0], "--mask_history" in call] for call in calls] == [["eval.py", False]]
-        assert (job.run / "test_mrl_metrics.json").read_bytes() == before
-
-
-@pytest.mark.parametrize(("visible", "expected"), [("2,5", ["2", "5"]), (None, ["0", "1"])])
+@pytest.mark.parametrize(("visible", "expected"), [("2,5", ["2", "5"]), ("", ["0", "1"])])
 def test_only_visible_gpus_are_used(monkeypatch, visible, expected):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    else:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     devices = run.free_devices([])
     assert [devices.get() for _ in expected] == expected
     assert devices.empty()
 
 
-def test_a_run_folder_of_another_version_is_ignored_and_named(workplace, calls, capsys):
-    (job,) = run_experiments("depth --rows '1 block'")
-    path = Path("experiments/runs").glob("*/*/config.json").__next__()
-    path.write_text(path.read_text().replace('"lr"', '"learning_rate"'))
+def test_a_missing_test_is_made_while_the_run_folder_exists(workplace, calls):
+    (job,) = run_experiments(ONE)
+    before = (job.run / "test_mrl_metrics.json").read_bytes()
+    for missing, masked in (("test_*_history_masked.*", True), ("test_ranks.npz", False)):
+        shutil.rmtree("kept")
+        for path in job.run.glob(missing):
+            path.unlink()
+        keep(job.run, Path("kept"))
+        calls.clear()
+        (again,) = run_experiments(ONE)
+        assert again.state == "finished"
+        assert [[call[0], "--mask_history" in call] for call in calls] == [["eval.py", masked]]
+    assert (job.run / "test_mrl_metrics.json").read_bytes() == before
+    for path in job.run.glob("test_*_history_masked.*"):
+        path.unlink()
     shutil.rmtree("kept")
-    (again,) = run_experiments("depth --rows '1 block' --dry_run")
-    assert (job.state, again.state) == ("finished", "to start")
-    assert "unknown settings ['learning_rate']" in capsys.readouterr().err
+    keep(job.run, Path("kept"))
+    shutil.rmtree("experiments")
+    (again,) = run_experiments(ONE)
+    assert again.state == "kept in part"
 
 
 def test_results_that_cannot_be_written_are_named(workplace, calls, monkeypatch, capsys):
@@ -402,49 +368,34 @@ def test_results_that_cannot_be_written_are_named(workplace, calls, monkeypatch,
     assert not calls
 
 
-@pytest.mark.slow
-def test_the_scripts_run_as_processes(workplace):
-    (job,) = run_experiments("depth --rows '1 block'")
-    assert job.state == "finished"
-    assert "NDCG@10 masked" in kept_runs(Path("kept"))[0].test
-
-
 @pytest.fixture
 def screening(monkeypatch):
     """Add an experiment named screening that uses validation only."""
     rows = (Row("off", {"whiten_features": False}), Row("on", {"whiten_features": True}))
     mine = Definition("screening", "S", "s", ("beauty",), rows, validation=True)
     monkeypatch.setattr(plan, "definitions", lambda: definitions() | {"screening": mine})
-    return mine
 
 
-def test_an_untested_run_is_tested_once_an_experiment_asks_for_it(workplace, calls, screening):
+def test_an_experiment_on_validation_never_tests_until_another_asks_for_it(workplace, calls, screening):
     jobs = run_experiments("screening,depth --rows 'off;on;2 blocks' --dry_run")
     assert [(job.names, job.tests) for job in jobs] == [
         (["screening/off", "depth/2 blocks"], True),
         (["screening/on"], False),
     ]
-    run_experiments("screening --rows off")
-    calls.clear()
-    run_experiments("depth --rows '2 blocks'")  # the same training
-    assert [[call[0], "--mask_history" in call] for call in calls] == [["eval.py", False], ["eval.py", True]]
-    (kept,) = kept_runs(Path("kept"))
-    assert kept.complete()
-
-
-def test_an_experiment_on_validation_never_tests(workplace, calls, screening):
-    jobs = run_experiments("screening")
+    assert [job.state for job in run_experiments("screening")] == ["finished"] * 2
     assert [call[0] for call in calls] == ["train.py"] * 2
-    assert [job.state for job in jobs] == ["finished"] * 2
     assert not list(workplace.glob("**/test_*"))
     for run_ in kept_runs(Path("kept")):
         assert not run_.tested and (run_.validation["NDCG@10"] >= 0).all()
     calls.clear()
-    shutil.rmtree("experiments")
+    Path("experiments").rename("elsewhere")
     assert [job.state for job in run_experiments("screening")] == ["finished"] * 2
-    assert not calls
     (job,) = run_experiments("depth --rows '2 blocks' --dry_run")  # asks for a test, which needs the folder
-    assert (job.run, job.state) == (None, "to start")
+    assert (calls, job.run, job.state) == ([], None, "to start")
+    Path("elsewhere").rename("experiments")
+    run_experiments("depth --rows '2 blocks'")
+    assert [[call[0], "--mask_history" in call] for call in calls] == [["eval.py", False], ["eval.py", True]]
+    assert [run_.complete() for run_ in kept_runs(Path("kept"))] == [True, False]
 
 
 # ----------------------------------------------------------------------------------------------------------- cold items
@@ -466,32 +417,25 @@ def made(tmp_path_factory):
     return root, load_catalog(root, "whole"), load_catalog(root, "whole-cold"), held
 
 
-def histories_of(catalog):
-    return [[catalog.asins[i - 1] for i in catalog.sequences.of(row)] for row in range(len(catalog.sequences))]
-
-
-def test_held_out_items_leave_the_order_and_metadata_of_the_others(made):
+def test_held_out_items_leave_the_others_and_the_users_who_end_in_them_are_the_test(made):
     _, whole, cold, held = made
     out = {record["asin"] for record in held["items"]}
     assert len(out) == 30
     assert cold.asins == [asin for asin in whole.asins if asin not in out]
-    assert [record["title"] for record in cold.metadata] == [
-        record["title"] for record in whole.metadata if record["asin"] not in out
-    ]
-    without = [[asin for asin in history if asin not in out] for history in histories_of(whole)]
-    assert histories_of(cold) == [history for history in without if len(history) >= 3]
-
-
-def test_users_whose_last_item_is_held_out_are_the_test(made):
-    _, whole, _, held = made
-    out = {record["asin"] for record in held["items"]}
+    titles = [record["title"] for record in whole.metadata if record["asin"] not in out]
+    assert [record["title"] for record in cold.metadata] == titles
+    before, after = (
+        [[catalog.asins[i - 1] for i in catalog.sequences.of(row)] for row in range(len(catalog.sequences))]
+        for catalog in (whole, cold)
+    )
+    without = [[asin for asin in history if asin not in out] for history in before]
+    assert after == [history for history in without if len(history) >= 3]
     expected = [
-        {"history": [asin for asin in history if asin not in out], "target": history[-1]}
-        for history in histories_of(whole)
-        if history[-1] in out
+        {"history": rest, "target": history[-1]}
+        for history, rest in zip(before, without, strict=True)
+        if history[-1] in out and rest
     ]
-    assert held["users"] == [user for user in expected if user["history"]]
-    assert len(held["users"]) >= 3
+    assert held["users"] == expected and len(expected) >= 3
 
 
 def test_held_out_items_are_added_to_an_export_and_ranked_among_all(made, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets.catalog import Catalog
     from model import FMRLRec
 
-FORMATS = ("torch", "onnx")
+FORMATS = ("torch", "onnx", "onnx-file")
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -46,7 +46,11 @@ def arguments_parser() -> argparse.ArgumentParser:
         help="the same among sizes that answer one user within MS, as benchmarks.deploy measured",
     )
     parser.add_argument(
-        "--format", choices=FORMATS, default="torch", help="onnx adds graphs, which run without torch (default: torch)"
+        "--format",
+        choices=FORMATS,
+        default="torch",
+        help="onnx adds graphs, which run without torch; onnx-file: one self-contained recommend.onnx for other "
+        "runtimes (default: torch)",
     )
     parser.add_argument(
         "--quantize",
@@ -230,13 +234,21 @@ def export_size(
     packed = pack_weights(weights)
     items = make_items(catalog.asins, [flat_text(record.get("title")) for record in catalog.metadata])
     files: dict[str, Any] = {WEIGHTS: packed, ITEMS: pack_items(items, table, scale)}
-    if format == "onnx":
-        try:
+    described = description(small, config, catalog, run) | {"quantize": quantize}
+    try:
+        if format == "onnx":
             from serving.graphs import build_graphs
-        except ImportError as error:
-            raise InputError(f"--format onnx needs the package onnx ({error}): pip install onnx") from error
-        files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
-    write_folder(folder, description(small, config, catalog, run) | {"quantize": quantize}, files, overwrite)
+
+            files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
+        elif format == "onnx-file":
+            from serving.onnx_file import build_files
+
+            files = build_files(weights, table, scale, items, described)
+    except ImportError as error:
+        raise InputError(
+            f"--format {format} needs the packages onnx and onnxruntime ({error}): pip install onnx onnxruntime"
+        ) from error
+    write_folder(folder, described, files, overwrite)
 
 
 def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:

@@ -67,9 +67,12 @@ def arguments_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose the run."""
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run (default: the newest)")
+def add_run_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """Add the flags that choose the run. positional: the run's folder is an argument without a flag."""
+    if positional:
+        parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the run's folder (default: the newest)")
+    else:
+        parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run (default: the newest)")
     parser.add_argument("--dataset_code", metavar="NAME", help="the newest run on this dataset")
     parser.add_argument("--data_root", metavar="FOLDER", help="where the dataset is now (default: as in training)")
     parser.add_argument(

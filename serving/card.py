@@ -116,7 +116,8 @@ def _usage_of_folder(config: dict[str, Any]) -> str:
         return text
     text += _commands("Installed (`pip install .` in a clone), without torch", "fmrlrec-recommend", "fmrlrec")
     for name, (inputs, outputs) in graphs_of_folder(config["quantize"] == "int8").items():
-        text += f"\n`{name}`, B users, N items, m = {config['size']}:\n{_tensors(inputs, outputs)}"
+        if name in config["files"]:
+            text += f"\n`{name}`, B users, N items, m = {config['size']}:\n{_tensors(inputs, outputs)}"
     return text + "\nFor other languages, `--format onnx-file` exports one file without the table as an input.\n"
 
 

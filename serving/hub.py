@@ -65,8 +65,8 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
         )
     except Exception as error:  # huggingface_hub's errors and its client's share no base class
         raise InputError(
-            f"could not publish {repository} on the Hub ({_reason(error)}); log in with `hf auth login`, or set HF_TOKEN "
-            "to a token that may write there"
+            f"could not publish {repository} on the Hub ({_reason(error)}); log in with `hf auth login`, or set "
+            "HF_TOKEN to a token that may write there"
         ) from error
     return str(made.url)
 

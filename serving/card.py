@@ -87,10 +87,13 @@ def model_card(config: dict[str, Any]) -> str:
     encoders = " and ".join(described + [f"`{file['name']}` from a file" for file in features.get("files", ())])
     named = [f"{name} {metrics[name]:.4f}" for name in ("NDCG@10", "Recall@10") if name in metrics]
     commit = f" (commit `{config['commit']}`)" if config.get("commit") else ""
+    title, kind = f"size {config['size']}", "fMRLRec, Findings of EMNLP 2024"
+    if name := config.get("model"):
+        title, kind = name, f"the baseline {name}"
     return f"""{_front_matter(config)}
-# {config["dataset"]["code"]}, size {config["size"]}
+# {config["dataset"]["code"]}, {title}
 
-A sequential recommender (fMRLRec, Findings of EMNLP 2024) with {config["size"]} dimensions, sliced from the run
+A sequential recommender ({kind}) with {config["size"]} dimensions, {"from" if name else "sliced from"} the run
 `{config["run"]}`. It reads the last {config["max_len"]} items of a history and ranks {ranked:,} items.
 
 - Item features: {encoders or "none, the item table is learned"}. Stored {STORED[config["quantize"]]}.

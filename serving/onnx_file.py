@@ -97,7 +97,7 @@ class _OneFile(Graph):
         z = self.op("Identity", self.encode(newest, config["num_blocks"], config["max_len"]), output="user")
         excluded = self.op("Mul", history, self.op("Cast", "exclude_history", to=TensorProto.INT64))
         self.best_items(z, excluded, config["num_items"])
-        return self.finished(config)
+        return self.described(config)
 
     def cleaned(self, num_items: int) -> str:
         """Return histories [B, L+1] without unknown items, left-padded with 0; at least one 0 is in front."""
@@ -155,7 +155,7 @@ class _OneFile(Graph):
         self.initializers.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(self.weights[name]), name))
         return name
 
-    def finished(self, config: dict[str, Any]) -> onnx.ModelProto:
+    def described(self, config: dict[str, Any]) -> onnx.ModelProto:
         """Return the model with its inputs, defaults, outputs, documentation and metadata."""
         defaults = {
             "k": np.array([DEFAULT_K]),
@@ -168,8 +168,8 @@ class _OneFile(Graph):
 
         def values(tensors: Tensors) -> list[onnx.ValueInfoProto]:
             found = []
-            for name, (described, meaning) in tensors.items():
-                shape, _, dtype = described.rpartition(" ")
+            for name, (text, meaning) in tensors.items():
+                shape, _, dtype = text.rpartition(" ")
                 dims = shapes.get(shape) or shape.strip("[]").split(", ")
                 found.append(helper.make_tensor_value_info(name, types[dtype], dims, doc_string=meaning))
             return found

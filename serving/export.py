@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from model import FMRLRec
     from serving.items import Items
 
-FORMATS = ("torch", "onnx")
+FORMATS = ("torch", "onnx", "onnx-file")
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -50,7 +50,11 @@ def arguments_parser() -> argparse.ArgumentParser:
         help="the same among sizes that answer one user within MS, as benchmarks.deploy measured",
     )
     parser.add_argument(
-        "--format", choices=FORMATS, default="torch", help="onnx adds graphs, which run without torch (default: torch)"
+        "--format",
+        choices=FORMATS,
+        default="torch",
+        help="onnx adds graphs, which run without torch; onnx-file: one self-contained recommend.onnx for other "
+        "runtimes (default: torch)",
     )
     parser.add_argument(
         "--quantize",
@@ -67,9 +71,12 @@ def arguments_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose the run."""
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run (default: the newest)")
+def add_run_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """Add the flags that choose the run. positional: the run's folder is an argument without a flag."""
+    if positional:
+        parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the run's folder (default: the newest)")
+    else:
+        parser.add_argument("--run", type=Path, metavar="FOLDER", help="the run (default: the newest)")
     parser.add_argument("--dataset_code", metavar="NAME", help="the newest run on this dataset")
     parser.add_argument("--data_root", metavar="FOLDER", help="where the dataset is now (default: as in training)")
     parser.add_argument(
@@ -256,14 +263,23 @@ def export_size(
             raise InputError("the item table exceeds float16's 65504; export it with --quantize none")
         table = table.astype(np.float16)
     packed = pack_weights(weights)
-    files: dict[str, Any] = {WEIGHTS: packed, ITEMS: pack_items(named_items(catalog), table, scale)}
-    if format == "onnx":
-        try:
+    items = named_items(catalog)
+    files: dict[str, Any] = {WEIGHTS: packed, ITEMS: pack_items(items, table, scale)}
+    described = description(small, config, catalog, run) | {"quantize": quantize}
+    try:
+        if format == "onnx":
             from serving.graphs import build_graphs
-        except ImportError as error:
-            raise InputError(f"--format onnx needs the package onnx ({error}): pip install onnx") from error
-        files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
-    write_folder(folder, description(small, config, catalog, run) | {"quantize": quantize}, files, overwrite)
+
+            files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
+        elif format == "onnx-file":
+            from serving.onnx_file import build_files
+
+            files = build_files(weights, table, scale, items, described)
+    except ImportError as error:
+        raise InputError(
+            f"--format {format} needs the packages onnx and onnxruntime ({error}): pip install onnx onnxruntime"
+        ) from error
+    write_folder(folder, described, files, overwrite)
 
 
 def export_baseline(

@@ -37,13 +37,14 @@ from safetensors.numpy import load_file, save
 from common.errors import InputError
 from common.files import cannot_write, read_json, sha256
 from common.schema import check_schema
+from serving.card import CARD, IDS, model_card
 from serving.items import Items
 from serving.schema import ExportConfig
 from serving.weights import baseline_shapes, expected_shapes
 
 FORMAT, VERSION = "fmrlrec-export", 1
 WITH_REMOVED = 2  # the version of an export with removed items, which earlier code would recommend
-CONFIG, WEIGHTS, ITEMS, CARD = "config.json", "model.safetensors", "items.safetensors", "README.md"
+CONFIG, WEIGHTS, ITEMS = "config.json", "model.safetensors", "items.safetensors"
 GRAPHS = ("recommend.onnx", "step.onnx", "rank.onnx")
 STORED = {
     "none": ("F32", np.float32),
@@ -185,53 +186,6 @@ def _restore(folder: Path) -> None:
         _former(folder).rename(folder)
 
 
-def model_card(config: dict[str, Any]) -> str:
-    """Return the README.md of an export."""
-    features, metrics = config["features"], config["metrics"] or {}
-    ranked = config["num_items"] - config.get("num_removed", 0)
-    described = [features[kind]["encoder"] for kind in ("language", "image") if features[kind]]
-    encoders = " and ".join(described + [f"`{file['name']}` from a file" for file in features.get("files", ())])
-    named = [f"{name} {metrics[name]:.4f}" for name in ("NDCG@10", "Recall@10") if name in metrics]
-    stored = {
-        "none": "in float32",
-        "float16": "with the item table in float16",
-        "int8": "with the item table and the blocks' matrices in int8",
-    }
-    commit = f" (commit `{config['commit']}`)" if config.get("commit") else ""
-    usage = _usage("In a clone of the repository", "python -m serving.recommend", "serving")
-    if GRAPHS[0] in config["files"] or "model" in config:
-        usage += _usage("Installed (`pip install .` in a clone), without torch", "fmrlrec-recommend", "fmrlrec")
-    title, kind = f"size {config['size']}", "fMRLRec, Findings of EMNLP 2024"
-    if name := config.get("model"):
-        title, kind = name, f"the baseline {name}"
-    return f"""# {config["dataset"]["code"]}, {title}
-
-A sequential recommender ({kind}) with {config["size"]} dimensions, {"from" if name else "sliced from"} the run
-`{config["run"]}`. It reads the last {config["max_len"]} items of a history and ranks {ranked:,} items.
-
-- Item features: {encoders or "none, the item table is learned"}. Stored {stored[config["quantize"]]}.
-- Test metrics at this size in float32, full ranking, history kept: {", ".join(named) or "not tested"}.
-- `config.json` records how it was made{commit} and the checksums of the files.
-{usage}"""
-
-
-def _usage(how: str, command: str, package: str) -> str:
-    return f"""
-{how}:
-
-```sh
-{command} THIS_FOLDER --history ID,ID --top_k 10
-```
-
-```python
-from {package} import Recommender
-
-recommender = Recommender.from_pretrained("THIS_FOLDER")
-recommender.recommend([["ID", "ID"]], top_k=10)
-```
-"""
-
-
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
@@ -255,6 +209,11 @@ def read_folder(folder: str | Path) -> Export:
     if config.get("sha256") != _config_sha256(config):
         raise InputError(f"{folder / CONFIG} was altered (its checksum differs); {HINT}")
     check_schema(config, ExportConfig, folder / CONFIG, HINT)
+    if IDS in config["files"]:
+        raise InputError(
+            f"{folder} is one ONNX file for other runtimes; its README.md shows how to use it. For the Recommender "
+            "export it with --format torch or onnx"
+        )
     for name in (WEIGHTS, ITEMS, *sorted(set(config["files"]) - {WEIGHTS, ITEMS})):
         path, expected = folder / name, config["files"].get(name)
         if expected is None or Path(name).name != name:

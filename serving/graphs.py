@@ -36,20 +36,21 @@ def build_graphs(
     """Return file name -> ONNX bytes. packed: the bytes of model.safetensors, which holds `weights`."""
     offsets = tensor_offsets(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
     graphs = (
-        _Graph(weights, offsets, sizes).recommend(num_blocks, max_len),
-        _Graph(weights, offsets, sizes).step(num_blocks),
-        _Graph(weights, offsets, sizes).only_rank(),
+        Graph(weights, offsets, sizes).recommend(num_blocks, max_len),
+        Graph(weights, offsets, sizes).step(num_blocks),
+        Graph(weights, offsets, sizes).only_rank(),
     )
     return {name: graph.SerializeToString() for name, graph in zip(GRAPHS, graphs, strict=True)}
 
 
-class _Graph:
+class Graph:
     """A graph under construction. Methods add nodes and return the names of their outputs."""
 
     def __init__(
         self, weights: dict[str, np.ndarray], offsets: dict[str, tuple[int, int]], sizes: tuple[int, ...]
     ) -> None:
         self.weights, self.offsets, self.sizes, self.m = weights, offsets, sizes, sizes[-1]
+        self.history = "history"  # the tensor [B, L] that the recurrence reads
         self.post_norm = "norm.weight" in weights
         self.int8 = any(value.dtype == np.int8 for value in weights.values())
         self.nodes: list[onnx.NodeProto] = []
@@ -58,8 +59,14 @@ class _Graph:
     # ------------------------------------------------------------------------------------------------- the graphs
 
     def recommend(self, num_blocks: int, max_len: int) -> onnx.ModelProto:
-        x = self.embed("history")  # [B L, m]
-        batch_first = self.op("Concat", self.op("Shape", "history"), self.constant([-1]), axis=0)  # [B, L, -1]
+        z = self.encode("history", num_blocks, max_len)
+        return self.model("recommend", [self.integers("history", ["B", "L"])], self.rank(z))
+
+    def encode(self, history: str, num_blocks: int, max_len: int) -> str:
+        """Return the users' vectors z [B, m]."""
+        self.history = history
+        x = self.embed(history)  # [B L, m]
+        batch_first = self.op("Concat", self.op("Shape", history), self.constant([-1]), axis=0)  # [B, L, -1]
         keep = self.carried()
         for i in range(num_blocks):
             name = f"blocks.{i}"
@@ -71,7 +78,7 @@ class _Graph:
                 h = self.final_state(u, name, max_len)
                 x = self.op("Gather", self.op("Reshape", x, batch_first), self.constant(-1), axis=1)
             x = self.rest_of_block(x, h, name)
-        return self.model("recommend", [self.integers("history", ["B", "L"])], self.rank(x))
+        return x
 
     def step(self, num_blocks: int) -> onnx.ModelProto:
         x, after = self.embed("item"), []
@@ -167,7 +174,7 @@ class _Graph:
 
     def carried(self) -> str:
         """Return the mask [B, L, 1]: 0 on padding, 1 on items and on the last step (also of an empty history)."""
-        items = self.op("Cast", self.op("Greater", "history", self.constant(0)), to=TensorProto.FLOAT)
+        items = self.op("Cast", self.op("Greater", self.history, self.constant(0)), to=TensorProto.FLOAT)
         all_but_last = self.op("Slice", items, self.constant([0]), self.constant([-1]), self.constant([1]))
         last_kept = self.op("Pad", all_but_last, self.constant([0, 0, 0, 1]), self.constant(np.float32(1)))
         return self.op("Unsqueeze", last_kept, self.constant([2]))
@@ -175,7 +182,7 @@ class _Graph:
     def scan(self, u: str, name: str, max_len: int) -> str:
         """Return h_t = u_t + λ h_{t-1} over [B, L, 2m], in ceil(log2(max_len)) steps as in model/lru.py."""
         re, im = self.op("Split", u, self.constant([self.m, self.m]), axis=-1, outputs=2)
-        length = self.op("Gather", self.op("Shape", "history"), self.constant([1]))
+        length = self.op("Gather", self.op("Shape", self.history), self.constant([1]))
         first, axis = self.constant([0]), self.constant([1])
         shift = 1
         while shift < max_len:
@@ -190,7 +197,7 @@ class _Graph:
     def final_state(self, u: str, name: str, max_len: int) -> str:
         """Return h at the last step, Σ_t λ^(L-1-t) u_t: [B, L, 2m] -> [B, 2m]."""
         powers = [self.eigenvalue(name) ** n for n in range(max_len - 1, -1, -1)]
-        length = self.op("Gather", self.op("Shape", "history"), self.constant([1]))
+        length = self.op("Gather", self.op("Shape", self.history), self.constant([1]))
         start = self.op("Sub", self.constant([max_len]), length)
         end = self.constant([max_len])
         power_re, power_im = (

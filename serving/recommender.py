@@ -15,6 +15,7 @@ are given by id or number as serving/catalogue.py says.
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ import numpy as np
 
 from common.errors import InputError
 from common.files import read_json
+from serving import hub
 from serving.catalogue import Catalogue
 from serving.engines import Engine, open_engine
 from serving.filters import Filter, filters_of, listed, make_filter
@@ -49,13 +51,14 @@ class Recommender:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, engine: str | None = None, threads: int = 1) -> Recommender:
-        """Open an export.
+        """Open an export: a folder, or "user/name" on the Hugging Face Hub.
 
         engine: "torch" or "onnx"; None: onnx if the folder has graphs, else torch.
         threads: of onnxruntime, 0: one per core. Requests are small, so more threads than the default of one mostly
         spend CPU time waiting; raise it for large batches or catalogues.
         Raises InputError if a file is missing, damaged or of another version, or the engine is not available.
         """
+        folder = hub.fetch(str(folder)) if hub.is_repository(folder) else folder
         path = Path(folder) / CONFIG
         before = path.read_bytes() if path.exists() else None
         try:
@@ -328,6 +331,15 @@ class Recommender:
         if len(catalogue.removed) or "num_removed" in config:
             changed["num_removed"] = len(catalogue.removed)
         write_folder(Path(folder), config | changed, files, overwrite)
+
+    def push_to_hub(self, repository: str, private: bool = False) -> str:
+        """Publish this model with its catalogue as it is now on the Hugging Face Hub; return the address.
+
+        repository: "user/name"; made if it does not exist. Raises InputError if the Hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            self.save_pretrained(Path(temporary, "export"))
+            return hub.push(Path(temporary, "export"), repository, private)
 
 
 def _check_vectors(now: Snapshot) -> None:

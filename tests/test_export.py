@@ -169,7 +169,7 @@ def test_the_model_card_gives_size_items_encoders_storage_metrics_and_commands(r
     (folder,) = run_export(run, f"--size 8 --format onnx --quantize int8 --out {tmp_path / 'shop'}")
     text = (folder / "README.md").read_text(encoding="utf-8")
     metrics = config_of(folder)["metrics"]
-    assert text.startswith("# tiny, size 8\n")
+    assert "\n# tiny, size 8\n" in text
     assert "with 8 dimensions" in text and "the last 6 items" in text and "ranks 30 items" in text and run.name in text
     assert "features: lexical. Stored with the item table and the blocks' matrices in int8.\n" in text
     assert f"NDCG@10 {metrics['NDCG@10']:.4f}, Recall@10 {metrics['Recall@10']:.4f}" in text

@@ -1,0 +1,226 @@
+"""python -m serving.page: the page in a real browser recommends what Python does, and says what is wrong."""
+
+import functools
+import http.server
+import json
+import os
+import shlex
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+import train
+from common.errors import InputError
+from serving import Recommender, export
+from serving.page import __main__ as page
+from tests.prepared import write_metadata, write_prepared
+
+SIZES, ITEMS, MAX_LEN = (4, 8, 16), 90, 6
+TRAIN = (
+    "--dataset_code tiny --num_epochs 1 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu "
+    f"--lru_max_len {MAX_LEN} --language_encoder lexical --img_encoder pixel --mrl_hidden_sizes 4,8,16"
+)
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+DONE = "#best > li, #message:not([hidden]):not(:has(code))"  # an answer, or a message other than the first
+
+
+def need(found, what):
+    """Skip without it; in CI fail."""
+    if not found and os.environ.get("CI"):
+        pytest.fail(f"CI must have {what}")
+    return pytest.mark.skipif(not found, reason=f"needs {what}")
+
+
+NEEDS_RUNTIME = need((page.RUNTIME / page.RUNTIME_FILES[0]).is_file(), "npm ci --prefix serving/page")
+NEEDS_BROWSER = need(shutil.which("chromium"), "the browser chromium")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a trained run of 90 items with pictures."""
+    folder = tmp_path_factory.mktemp("home")
+    words = np.random.default_rng(0).integers(0, 40, size=(ITEMS, 3))
+    titles = [f"Lamp {i} " + " ".join(f"word{word}" for word in words[i - 1]) for i in range(1, ITEMS + 1)]
+    records = [{"asin": f"B{i:09d}", "title": title} for i, title in enumerate(titles, start=1)]
+    write_metadata(write_prepared(folder / "data", "tiny", users=60, items=ITEMS, pictures=True), records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(shlex.split(TRAIN))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def built(home):
+    return home / page.main(["--out", "page"])
+
+
+@pytest.fixture(scope="module")
+def recommenders(home):
+    """Size -> the Recommender of that size, stored as in the page."""
+    folders = export.main(["--size", "all", "--out", "exports"])
+    return {size: Recommender.from_pretrained(folder) for size, folder in zip(SIZES, folders, strict=True)}
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(built):
+    """The page's address on a plain file server."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=built))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One browser with one cache."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
+        yield browser.new_context()
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser):
+    """A new tab; at the end of the test it must have had no errors and loaded nothing from elsewhere."""
+    tab, wrong = browser.new_page(), []
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("request", lambda request: None if "127.0.0.1" in request.url else wrong.append(request.url))
+    yield tab
+    tab.close()
+    assert [each for each in wrong if not each.startswith("data:")] == []
+
+
+def load(tab, address, fragment=""):
+    tab.goto(address + fragment)
+    tab.wait_for_selector(DONE)
+
+
+def shown(tab):
+    """The recommended item numbers."""
+    return tab.eval_on_selector_all("#best .row .item", "items => items.map(item => Number(item.dataset.item))")
+
+
+def message(tab):
+    return "" if tab.is_hidden("#message") else tab.inner_text("#message")
+
+
+@NEEDS_RUNTIME
+@NEEDS_BROWSER
+def test_the_browser_recommends_the_ten_items_that_python_does_at_every_size(tab, address, recommenders):
+    load(tab, address)
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(1, ITEMS + 1, size=n % (2 * MAX_LEN)).tolist() for n in range(200)]
+    ask = "async ([size, histories]) => { const page = await import('./page.js'); const found = [];"
+    ask += " for (const items of histories) found.push((await page.recommend(size, items)).best); return found; }"
+    for size, recommender in recommenders.items():
+        found = tab.evaluate(ask, [size, histories])
+        assert found == [answer.numbers for answer in recommender.recommend(histories)]
+        similar = "async (size) => { const page = await import('./page.js'); return page.similar(size, 5); }"
+        assert tab.evaluate(similar, size) == recommender.similar_items([5], top_k=page.SIMILAR)[0].numbers
+
+
+@NEEDS_RUNTIME
+@NEEDS_BROWSER
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_history_and_a_size_are_chosen_by_keyboard_and_the_page_fits_its_width(
+    tab, address, built, recommenders, width
+):
+    tab.set_viewport_size({"width": width, "height": 844})
+    load(tab, address, "#size=4&history=B000000003,B000000007")
+    full = set(recommenders[16].recommend([[3, 7]])[0].numbers)
+    for size in SIZES:
+        expected = recommenders[size].recommend([[3, 7]])[0].numbers
+        tab.wait_for_function(
+            "want => want === [...document.querySelectorAll('#best .row .item')].map(i => i.dataset.item).join()",
+            arg=",".join(map(str, expected)),
+        )
+        assert tab.inner_text("#size") == str(size) and tab.inner_text("#same") == f"{len(full & set(expected))} of 10"
+        assert tab.inner_text("#bytes") == f"{(built / f'models/{size}.onnx').stat().st_size / 1e3:.0f} kB"
+        assert tab.inner_text("#milliseconds").endswith(" ms") and not message(tab)
+        tab.focus("#slider")
+        tab.keyboard.press("ArrowRight")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.eval_on_selector("#catalogue img", "image => image.complete && image.naturalWidth > 0")
+
+    tab.focus("#best > li:first-child .item")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector(".similar .item")
+    assert len(tab.query_selector_all(".similar .item")) == page.SIMILAR
+    tab.fill("#search", "b000000011")
+    tab.focus("#catalogue .item")
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("() => location.hash.endsWith('B000000011')")
+    assert tab.eval_on_selector_all("#history .item", "items => items.map(i => i.dataset.item)") == ["3", "7", "11"]
+
+
+def damaged(built):
+    content = bytearray((built / "models/8.onnx").read_bytes())
+    content[-1000] ^= 1
+    return bytes(content)
+
+
+@NEEDS_RUNTIME
+@NEEDS_BROWSER
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("missing", "models/8.onnx is missing (status 404)"),
+        ("damaged", "models/8.onnx is damaged: its checksum differs"),
+    ],
+)
+def test_a_missing_or_damaged_model_is_named_and_other_sizes_still_answer(tab, address, built, fault, expected):
+    answer = {"status": 404} if fault == "missing" else {"body": damaged(built)}
+    tab.route("**/models/8.onnx", lambda route: route.fulfill(**answer))
+    load(tab, address, "#size=8&history=B000000003")
+    assert expected in message(tab) and not shown(tab)
+    tab.focus("#slider")
+    tab.keyboard.press("ArrowRight")
+    tab.wait_for_selector("#best > li")
+    assert message(tab) == "" and len(shown(tab)) == 10
+
+
+@NEEDS_RUNTIME
+@NEEDS_BROWSER
+def test_unknown_ids_are_named_and_without_webassembly_the_page_says_so(tab, address, recommenders):
+    load(tab, address, "#size=16&history=OLD,OLDER")
+    assert message(tab).startswith("Unknown and skipped: OLD, OLDER. No item of the history is known")
+    assert shown(tab) == recommenders[16].recommend([[]])[0].numbers
+    tab.add_init_script("delete window.WebAssembly")
+    tab.goto(address + "?again")
+    tab.wait_for_selector(DONE)
+    assert "no WebAssembly" in message(tab) and tab.is_hidden("#app")
+
+
+# ------------------------------------------------------------------------------------------------------- writing a page
+
+
+@NEEDS_RUNTIME
+def test_the_catalogue_lists_items_pictures_and_models(built, home):
+    found = json.loads((built / "catalogue.json").read_text(encoding="utf-8"))
+    assert found["ids"][2] == "B000000003" and found["titles"][2].startswith("Lamp 3 ")
+    assert [model["size"] for model in found["models"]] == list(SIZES)
+    assert all((built / model["file"]).stat().st_size == model["bytes"] for model in found["models"])
+    [metrics] = home.glob("experiments/runs/tiny/*/test_mrl_metrics.json")
+    assert found["models"][0]["ndcg"] == json.loads(metrics.read_text())["4"]["NDCG@10"]
+    assert all(path is None or (built / path).is_file() for path in found["pictures"]) and any(found["pictures"])
+    with pytest.raises(InputError, match="pass --overwrite to replace it"):
+        page.main(["--out", str(built)])
+
+
+def test_without_the_npm_package_the_error_gives_the_command(home, monkeypatch, tmp_path):
+    monkeypatch.setattr(page, "RUNTIME", tmp_path)
+    with pytest.raises(InputError, match=r"install onnxruntime-web: npm ci --prefix .*serving/page"):
+        page.main(["--out", str(tmp_path / "page")])
+
+
+def test_a_folder_that_is_not_a_page_is_not_overwritten(tmp_path):
+    with pytest.raises(InputError, match=r"is not a page of serving\.page"):
+        page.main(["--out", str(tmp_path), "--overwrite"])

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from common.files import cannot_write, sha256, write_json
+from common.files import cannot_write, check_regular, sha256, write_json
 from common.processes import print_main
 
 PARTS = ("partial.npy", "done.npy", "partial.json")
@@ -51,8 +51,11 @@ class File:
 def read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[dict[str, Any] | None, str]:
     """Return (the sidecar, "") of a finished array, (None, problem) of a bad one, (None, "") if there is none.
 
-    key: everything that the array depends on. commit: the encoder's current commit on the hub, if known.
+    key: everything that the array depends on. commit: the encoder's current commit on the hub, if known. Raises
+    InputError if one of the two is not a regular file.
     """
+    for file in (path, sidecar(path)):
+        check_regular(file, "remove it")
     if not path.exists():
         return None, ""
     try:

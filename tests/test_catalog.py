@@ -323,26 +323,25 @@ def test_the_same_seed_makes_the_same_bytes_in_every_process_once(small, tmp_pat
         assert {number: key for key, number in maps[name].items()} == maps[inverse]
 
 
-@pytest.mark.parametrize("change", ["no mark", "not UTF-8", "interrupted", "VERSION", "SEED", "NUM_ITEMS", "NUM_USERS"])
+@pytest.mark.parametrize("change", ["no mark", "not UTF-8", "VERSION", "SEED", "NUM_ITEMS", "NUM_USERS"])
 def test_a_demo_of_another_version_or_an_interrupted_one_is_made_again(small, tmp_path, monkeypatch, change):
     demo.prepare_demo(tmp_path)
-    mark, whole = tmp_path / "demo" / "generated.json", contents(tmp_path)
+    whole = contents(tmp_path)
     with monkeypatch.context() as patch:
-        if change == "interrupted":
-            patch.setattr(demo, "VERSION", demo.VERSION + 1)
-            patch.setattr(demo, "_draw_picture", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                demo.prepare_demo(tmp_path)
-        elif change.isupper():
+        if change.isupper():
             patch.setattr(demo, change, getattr(demo, change) + 1)
             demo.prepare_demo(tmp_path)
-            assert contents(tmp_path)["demo/generated.json"] != whole["demo/generated.json"]
-            changed = contents(tmp_path)["photos/demo/DEMO000001.png"] != whole["photos/demo/DEMO000001.png"]
-            assert changed or change != "SEED"
             assert load_catalog(tmp_path, "demo").num_items == demo.NUM_ITEMS
+            changed = {name for name, content in contents(tmp_path).items() if whole.get(name) != content}
+            assert "demo/generated.json" in changed
+            assert "photos/demo/DEMO000001.png" in changed or change != "SEED"
+            patch.setattr(demo, "_draw_picture", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(demo, change, getattr(demo, change) + 1)
+            with pytest.raises(KeyboardInterrupt):
+                demo.prepare_demo(tmp_path)
         else:
-            mark.write_bytes({"no mark": b"", "not UTF-8": b"\xff\xfe"}[change])
-            (tmp_path / "demo" / "sequential_data.txt").write_text("1 1 2 3\n")
+            (tmp_path / "demo/generated.json").write_bytes({"no mark": b"", "not UTF-8": b"\xff\xfe"}[change])
+            (tmp_path / "demo/sequential_data.txt").write_text("1 1 2 3\n")
     demo.prepare_demo(tmp_path)
     assert {name: contents(tmp_path)[name] for name in whole} == whole
 
@@ -508,11 +507,7 @@ def test_ranks_share_every_batch_in_its_order(world_size, batch_size):
         assert max(share.longest for share in shares) == whole.longest
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 8])
-def test_shares_are_consecutive_rows_within_half_a_row_of_equal(world_size):
-    lengths = np.random.default_rng(0).integers(1, 51, size=40)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    cuts = share_rows(offsets, world_size)
-    assert cuts[0] == 0 and cuts[-1] == 40 and (np.diff(cuts) >= 0).all()
-    equal = offsets[-1] * np.arange(world_size + 1) / world_size
-    assert (abs(offsets[cuts] - equal) <= lengths.max() / 2).all()
+def test_shares_are_within_half_a_row_of_equal():
+    offsets = np.cumsum([0, *np.random.default_rng(0).integers(1, 51, size=40)])
+    equal = offsets[-1] * np.arange(4) / 3
+    assert (abs(offsets[share_rows(offsets, 3)] - equal) <= 25).all()

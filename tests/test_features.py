@@ -227,6 +227,15 @@ def test_a_damaged_cache_is_reported_and_made_again(catalog, shop, encoded, dama
     assert (len(encoded), shop.said) == (1, [])
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_a_fifo_in_the_cache_is_refused_by_name(catalog, shop, suffix):
+    shop.features(catalog)
+    path = shop.file.with_suffix(suffix)
+    fifo(path)
+    with pytest.raises(InputError, match=f"^{path} cannot be read .not a regular file.; remove it"):
+        shop.features(catalog)
+
+
 @pytest.mark.parametrize(("suffixes", "reason"), [([".npy"], "checksum"), ([".npy", ".json"], "another key")])
 def test_a_cache_of_other_items_is_not_used(catalog, shop, suffixes, reason):
     before, own = shop.features(catalog), shop.file

@@ -17,7 +17,7 @@ import numpy as np
 
 from common import processes
 from common.errors import InputError
-from common.files import read_json, write_json
+from common.files import check_regular, read_json, write_json
 from datasets.features import cache, encode
 from datasets.features.array_files import open_array_file, parts_of
 from datasets.features.encoder import normalised
@@ -168,6 +168,7 @@ def file_sha256(path: Path, cache_root: Path) -> str:
     parts = parts_of(path)
     signature = [[part.name, part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
     memory, where = cache_root / DIGESTS, str(path.resolve())
+    check_regular(memory, "remove it")
     try:
         known = read_json(memory, "")
         if known[where]["files"] == signature:

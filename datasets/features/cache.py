@@ -27,7 +27,7 @@ import numpy as np
 from msgspec import Struct
 
 from common.errors import InputError
-from common.files import ARRAY_ERRORS, cannot_write, read_json, sha256, write_json
+from common.files import ARRAY_ERRORS, cannot_write, check_regular, read_json, sha256, write_json
 from common.processes import print_main
 from common.schema import Number, check_schema
 
@@ -62,8 +62,11 @@ class File:
 def read(path: Path, key: dict[str, Any], commit: str | None) -> tuple[dict[str, Any] | None, str]:
     """Return (the sidecar, "") of a finished array, (None, problem) of a bad one, (None, "") if there is none.
 
-    key: everything that the array depends on. commit: the encoder's current commit on the hub, if known.
+    key: everything that the array depends on. commit: the encoder's current commit on the hub, if known. Raises
+    InputError if one of the two is not a regular file.
     """
+    for file in (path, sidecar(path)):
+        check_regular(file, "remove it")
     if not path.exists():
         return None, ""
     try:

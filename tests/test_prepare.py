@@ -21,13 +21,16 @@ from common import processes
 from common.cli import run_cli
 from common.errors import InputError
 from common.files import read_json
+from dataloader import eval_rows, times_trained, train_items, train_rows
 from datasets.catalog import load_catalog
 from datasets.prepare import __main__ as command
 from datasets.prepare.__main__ import main
 from datasets.prepare.events import Events
 from datasets.prepare.sequences import k_core, make_sequences
+from experiments.store import keep
 from tests.prepared import contents, item_features
 from tests.raw import reviews_of, write_raw
+from train import main as train
 
 REPO = Path(__file__).parent.parent
 AMAZON = REPO.parent / "shared" / "amazon"
@@ -177,6 +180,47 @@ def test_when_nothing_is_left_the_flag_that_would_leave_something_is_named(optio
         rows = [("U", "a", 1, 6.0), ("U", "b", 2, 6.0), ("V", "a", 3, 6.0)]
     with pytest.raises(InputError, match=words):
         make(rows, **options)
+
+
+BY_TIME = [("U", "a", 10), ("U", "b", 20), ("U", "c", 30), ("V", "a", 1), ("V", "c", 2), ("V", "b", 45), ("V", "a", 46),
+           ("W", "b", 31), ("W", "c", 41), ("W", "a", 41), ("X", "a", 1), ("X", "b", 2), ("X", "c", 3)]  # fmt: skip
+
+
+def test_a_split_by_time_trains_on_nothing_after_validation_begins():
+    sequences = make(BY_TIME, split=("20", "40")).sequences
+    assert sequences.cuts.tolist() == [[1, 3], [2, 2], [0, 1], [3, 3]]
+    assert sequences.split == "time 20 40"
+    users, items = train_items(sequences)
+    assert (users.tolist(), items.tolist()) == ([0, 1, 1, 3, 3, 3], [1, 1, 3, 1, 2, 3])
+    assert train_rows(sequences, 9).labels.tolist() == items.tolist()
+    assert len(train_rows(sequences, 9, first_item=False)) == 2
+    assert times_trained(sequences, 3).tolist() == [0, 3, 1, 2]
+    for part, targets, histories in (("val", [2], [[1]]), ("test", [2, 3], [[1, 3], [2]])):
+        rows = eval_rows(sequences, 9, part)
+        assert rows.targets.tolist() == targets
+        read = [sequences.items[a:b].tolist() for a, b in zip(rows.starts, rows.ends, strict=True)]
+        assert read == histories
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        (("40", "20"), "--val_from 40 is not before --test_from 20; the events are from 1 .1970-01-01. to 46"),
+        (("20", "99"), "no user has an event in the test period .* from 1 .* to 46"),
+        (("1", "40"), "no user has an event in the validation period"),
+        (("1970-01-01", "2020-01-01"), "no user has an event in the validation period"),
+    ],
+)
+def test_a_period_without_users_is_refused_with_the_range_of_the_events(split, words):
+    with pytest.raises(InputError, match=words):
+        make(BY_TIME, split=split)
+
+
+@pytest.mark.parametrize("unit", [1, 1000], ids=["seconds", "milliseconds"])
+def test_dates_and_numbers_split_alike(unit):
+    rows = [(user, item, (1_600_000_000 + 86_400 * time) * unit) for user, item, time in BY_TIME]
+    dates = ("2020-10-03T12:26:40", "2020-10-23T14:26:40+02:00")  # 20 and 40 days later
+    assert make(rows, split=dates).sequences.cuts.tolist() == [[1, 3], [2, 2], [0, 1], [3, 3]]
 
 
 # -------------------------------------------------------------------------------------------------- raw files to data
@@ -389,6 +433,29 @@ def test_other_settings_or_files_are_refused_until_they_may_overwrite(raw):
     assert "made by other means; --overwrite" in refusal(raw)
 
 
+def test_a_split_by_time_is_trained_tested_and_named_in_the_run_and_its_kept_rows(raw, tmp_path, capsys):
+    default = load_catalog(prepare(raw).parent, "beauty")
+    days = [10**9 + 86_400 * day for day in (2, 4)]
+    flags = ["--split=time", *(f"--{part}_from={day}" for part, day in zip(("val", "test"), days, strict=True))]
+    assert "made with split None" in refusal(raw, *flags)
+    folder = prepare(raw, *flags, "--overwrite")
+    catalog = load_catalog(folder.parent, "beauty")
+    assert catalog.digest() != default.digest()
+    assert np.array_equal(catalog.sequences.items, default.sequences.items)
+    run = train([f"--data_root={folder.parent}", f"--runs_root={tmp_path / 'runs'}", "--dataset_code=beauty",
+                 "--model_code=popularity"])  # fmt: skip
+    name = f"time {days[0]} {days[1]}"
+    assert read_json(run / "env.json", "")["split"] == name
+    assert f"split by {name}" in capsys.readouterr().out
+    keep(run, tmp_path / "results")
+    assert set(pd.read_csv(tmp_path / "results" / "metrics.csv")["dataset"]) == {f"beauty, {name}"}
+    (folder / "split.json").write_text('{"name": "time", "cuts": [[1, 2]]}')
+    with pytest.raises(InputError, match=r"split\.json does not fit line 2"):
+        load_catalog(folder.parent, "beauty")
+    prepare(raw, "--overwrite")
+    assert load_catalog(folder.parent, "beauty").digest() == default.digest()
+
+
 def test_a_second_time_nothing_is_read_and_raw_files_are_needed_no_more(raw, capsys):
     folder = prepare(raw)
     first, written = contents(folder), (folder / FILES[0]).stat().st_mtime_ns
@@ -504,6 +571,8 @@ def test_processes_of_torchrun_but_the_first_share_in_the_features_alone(raw, mo
         (["--only=data,pixels"], "'data,pixels': give one or more of data, pictures, features"),
         (["--only=features"], "python -m datasets.prepare --dataset_code beauty"),
         (["--dataset_code=beuty"], "did you mean beauty.*--events FILE, and --items FILE"),
+        (["--split=time", "--val_from=2024-01-01"], "needs --split time --val_from DATE --test_from DATE"),
+        (["--val_from=soon"], "--val_from: 'soon' is no date such as"),
         (["--min_uc=0"], "--min_uc: '0' is not a whole number"),
         (["--min_sc=x"], "--min_sc: 'x' is not a whole number"),
         (["--min_rating=nan"], "--min_rating: 'nan' is not a number"),

@@ -1,6 +1,8 @@
-"""Split every user's sequence leave-one-out.
+"""Split every user's sequence leave-one-out, or by time.
 
 With a user's items v, oldest first: train on v[:-2], validate on v[-2] given v[:-2], test on v[-1] given v[:-1].
+By time: train on what comes before validation begins. Validate and test on the first item of each period, given all
+items before it, for users who have both.
 The model reads the last L items of a history (L: lru_max_len). Rows are ragged and stored flat. `position` counts the
 steps since the LRU's initial state, so rows can be concatenated (model/lru.py). U users.
 """
@@ -33,7 +35,7 @@ class TrainRows:
 
 @dataclass(frozen=True)
 class EvalRows:
-    """One evaluation row per user: read items[starts[u]:ends[u]], rank targets[u].
+    """One evaluation row per user (by time: per user with a target): read items[starts[u]:ends[u]], rank targets[u].
 
     The complete history is items[begins[u]:ends[u]].
     """
@@ -56,12 +58,13 @@ class EvalRows:
 
 
 def train_rows(sequences: Sequences, max_len: int, first_item: bool = True) -> TrainRows:
-    """Return the training items v[:-2] of every user as inputs and labels.
+    """Return the training items of every user as inputs and labels.
 
     first_item: whether a user's first item is a label. If not, there is no token 0, and users with one training item
-    have no row; raises InputError if no row is left.
+    have no row; raises InputError if no row is left. By time, users without a training item have no row.
     """
-    begins, ends = sequences.offsets[:-1], sequences.offsets[1:] - 2
+    begins, ends = sequences.offsets[:-1], train_ends(sequences)
+    begins, ends = begins[ends > begins], ends[ends > begins]
     if not first_item:
         trainable = ends - begins > 1
         begins, ends = begins[trainable], ends[trainable]
@@ -78,19 +81,31 @@ def train_rows(sequences: Sequences, max_len: int, first_item: bool = True) -> T
 
 
 def train_items(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
-    """Return (users, items) of all training items v[:-2]; users count from 0."""
-    users, places, _ = ranges(sequences.offsets[:-1], sequences.offsets[1:] - 2)
+    """Return (users, items) of all training items; users count from 0."""
+    users, places, _ = ranges(sequences.offsets[:-1], train_ends(sequences))
     return users, sequences.items[places]
+
+
+def train_ends(sequences: Sequences) -> np.ndarray:
+    """Return the end of every user's training items in `sequences.items`: [U] int64."""
+    if sequences.cuts is None:
+        return sequences.offsets[1:] - 2
+    return sequences.offsets[:-1] + sequences.cuts[:, 0]
 
 
 def eval_rows(sequences: Sequences, max_len: int, part: str) -> EvalRows:
     """Return histories and targets of the split `part`: "val" or "test"."""
     begins, ends = sequences.offsets[:-1], sequences.offsets[1:] - {"val": 2, "test": 1}[part]
+    if sequences.cuts is not None:
+        first, last = {"val": (0, 1), "test": (1, 2)}[part]
+        bounds = np.column_stack([begins[:, None] + sequences.cuts, sequences.offsets[1:]])
+        has_target = (bounds[:, first] > begins) & (bounds[:, last] > bounds[:, first])
+        begins, ends = begins[has_target], bounds[has_target, first]
     return EvalRows(sequences.items, begins, np.maximum(begins, ends - max_len), ends, sequences.items[ends])
 
 
 def times_trained(sequences: Sequences, num_items: int) -> np.ndarray:
-    """Count how often each token occurs in the training items v[:-2]: [N + 1] int64."""
+    """Count how often each token occurs in the training items: [N + 1] int64."""
     return np.bincount(train_items(sequences)[1], minlength=num_items + 1)
 
 

@@ -4,6 +4,7 @@
     <data_root>/<dataset_code>/datamaps.json         item2id (and user2id): Amazon id -> id, 1..N without gaps
     <data_root>/<dataset_code>/meta.json.gz          one line per item: a JSON object or Python literal with an
                                                      'asin' or 'parent_asin'
+    <data_root>/<dataset_code>/split.json            optional: a split by time; without it leave-one-out
     <data_root>/<dataset_code>/item2img.json         optional: item -> picture (or item2img_dict.pkl)
     <data_root>/photos/<dataset_code>/               optional: the pictures
 
@@ -33,7 +34,9 @@ from datasets.text import attribute_text
 MAX_ID = 256  # bytes of an item's id
 MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
+SPLIT = "split.json"  # {"name": "time DATE DATE", "cuts": [[before validation, before test], ...]}, a pair per user
 REPORT = "prepare_report.json"
+LEAVE_ONE_OUT = "leave-one-out"
 LAYOUT = "datasets/catalog.py describes the layout"
 
 
@@ -59,6 +62,8 @@ class Sequences:
 
     items: np.ndarray  # [n] int64, 1..N
     offsets: np.ndarray  # [U + 1] int64
+    split: str = LEAVE_ONE_OUT  # or the name of a split by time, with both dates
+    cuts: np.ndarray | None = None  # [U, 2] int64, by time: how many items come before validation and before the test
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -88,9 +93,11 @@ class Catalog:
         return len(self.asins)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the sequences and the item ids, in order."""
+        """Return the SHA-256 of the sequences, the item ids, in order, and a split by time."""
         digest = hashlib.sha256("\0".join(self.asins).encode("utf-8", "surrogatepass"))
         digest.update(self.sequences.items.tobytes() + self.sequences.offsets.astype(np.int64).tobytes())
+        if self.sequences.cuts is not None:
+            digest.update(self.sequences.split.encode() + self.sequences.cuts.tobytes())
         return digest.hexdigest()
 
 
@@ -107,7 +114,8 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
     if "unfinished" in report:
         raise InputError(f"preparing {folder} was interrupted; to continue: {report['unfinished']}")
     asins, num_users = _load_ids(folder / "datamaps.json")
-    sequences = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, notes)
+    split = _load_split(folder / SPLIT)
+    sequences = _load_sequences(folder / "sequential_data.txt", len(asins), num_users, split, notes)
     metadata = _load_metadata(folder / "meta.json.gz", asins, notes)
     photos = (root / "photos" / dataset_code).resolve()
     listed = read_item2img(folder, photos, asins, notes=notes)
@@ -182,9 +190,23 @@ def _load_ids(path: Path) -> tuple[list[str], int]:
     return asins, len(user2id) if isinstance(user2id, dict) else 0
 
 
-def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]) -> Sequences:
+def _load_split(path: Path) -> tuple[str, list[list[int]]] | None:
+    """Return the name and the cuts of a split by time; None without one."""
+    if not path.exists():
+        return None
+    split = read_json(path, LAYOUT)
+    name, cuts = split.get("name"), split.get("cuts")
+    if not (isinstance(name, str) and isinstance(cuts, list)):
+        raise InputError(f"{path} has no name or no cuts of a split; prepare the dataset again, or remove it")
+    return name, cuts
+
+
+def _load_sequences(
+    path: Path, num_items: int, num_users: int, split: tuple[str, list[list[int]]] | None, notes: list[str]
+) -> Sequences:
     lines: dict[int, int] = {}  # user id -> line
     rows: list[list[int]] = []
+    cuts: list[list[int]] = []
     short = 0
     for number, line in enumerate(read_text(path, LAYOUT).splitlines(), start=1):
         if not line.strip():
@@ -205,6 +227,11 @@ def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]
             short += 1
             continue
         rows.append(items)
+        if split:
+            cut = split[1][len(lines) - 1] if len(lines) <= len(split[1]) else None
+            if not (isinstance(cut, list) and len(cut) == 2 and 0 <= cut[0] <= cut[1] <= len(items)):
+                raise InputError(f"{path.with_name(SPLIT)} does not fit line {number} of {path.name}; prepare it again")
+            cuts.append(cut)
     if len(lines) < num_users:
         raise InputError(
             f"{path} has {len(lines)} users, but datamaps.json's user2id has {num_users}: the file is truncated; "
@@ -216,7 +243,7 @@ def _load_sequences(path: Path, num_items: int, num_users: int, notes: list[str]
         notes.append(f"{short} users with fewer than {MIN_ITEMS} items dropped")
     offsets = np.cumsum([0] + [len(row) for row in rows])
     flat = np.fromiter((item for row in rows for item in row), dtype=np.int64, count=offsets[-1])
-    return Sequences(flat, offsets)
+    return Sequences(flat, offsets, split[0], np.array(cuts)) if split else Sequences(flat, offsets)
 
 
 def _load_metadata(path: Path, asins: list[str], notes: list[str]) -> list[dict[str, Any]]:
@@ -252,4 +279,5 @@ def describe(catalog: Catalog) -> str:
     return (
         f"{catalog.name}: {len(catalog.sequences):,} users, {catalog.num_items:,} items, "
         f"{lengths.sum():,} interactions (median history {np.median(lengths):.0f}); {shares or 'no metadata'}"
+        f"{'' if catalog.sequences.cuts is None else f'; split by {catalog.sequences.split}'}"
     )

@@ -54,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if arguments.seed < 0:
             raise InputError(f"--seed {arguments.seed} must be at least 0")
         catalog = load_catalog(arguments.from_root, arguments.dataset_code)
+        if catalog.sequences.cuts is not None:
+            raise InputError(
+                f"{arguments.dataset_code} is split by {catalog.sequences.split}, and cold items are held out of a "
+                "leave-one-out split; prepare it with --split leave-one-out"
+            )
         return hold_out(catalog, arguments.share, arguments.seed, Path(arguments.data_root))
     found = reach(arguments.export, Path(arguments.data_root))
     for users, result in found["users"].items():

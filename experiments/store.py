@@ -262,8 +262,10 @@ def _metric_rows(name: str, run: Path, config: Config) -> list[dict[str, Any]]:
         path = run / result_file(EVERY_SIZE, bool(masked))
         if path.exists():
             found["test", protocol] = read_metrics(path, "test the run again")
+    by_time = read_environment(run).get("split")
+    dataset = f"{config.dataset_code}, {by_time}" if by_time else config.dataset_code
     return [
-        dict(zip(KEYS, (name, config.dataset_code, split, protocol, int(size)), strict=True)) | metrics
+        dict(zip(KEYS, (name, dataset, split, protocol, int(size)), strict=True)) | metrics
         for (split, protocol), by_size in found.items()
         for size, metrics in by_size.items()
     ]

@@ -55,9 +55,20 @@ def headings(definition: Definition, dataset: str, groups: list[list[ResultRow]]
     names = list(dict.fromkeys(name for settings in of_groups for name in settings))
     differing = [name for name in names if len({str(settings.get(name)) for settings in of_groups}) > 1]
     return [
-        ", ".join([f"{definition.name} on {dataset}", *(f"{n} {format_value(s.get(n, 'default'))}" for n in differing)])
-        for s in of_groups
+        ", ".join(
+            [
+                f"{definition.name} on {dataset}{by_time(group)}",
+                *(f"{n} {format_value(s.get(n, 'default'))}" for n in differing),
+            ]
+        )
+        for s, group in zip(of_groups, groups, strict=True)
     ]
+
+
+def by_time(group: list[ResultRow]) -> str:
+    """Return the name of a group's split, if it is not leave-one-out; a group has one dataset and thus one split."""
+    split = group[0].runs[0].record["environment"].get("split")
+    return f", split by {split}" if split else ""
 
 
 def _identity_of_group(definition: Definition, group: list[ResultRow]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
-"""Write small inputs for tests: a prepared dataset, a text encoder and a CLIP of a few hundred weights."""
+"""Small inputs of tests: a prepared dataset, a text encoder, a CLIP of a few hundred weights; cut a training off."""
 
 import gzip
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from config import FeatureSettings
 from datasets.catalog import Catalog
@@ -180,3 +183,20 @@ def put_in_hub_cache(hub: Path, name: str, commit: str, model: Path) -> None:
         absent = repository / ".no_exist" / commit / "1_Pooling"
         absent.mkdir(parents=True)
         (absent / "config.json").touch()
+
+
+@contextmanager
+def cut_off_after(epochs: int) -> Iterator[None]:
+    """Interrupt the training in this context after `epochs` epochs, and catch the KeyboardInterrupt."""
+    from trainer.trainer import Trainer
+
+    keep = Trainer._keep
+
+    def interrupt(self, *arguments):
+        keep(self, *arguments)
+        if self.progress.epoch == epochs:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_keep", interrupt)
+        yield

@@ -11,7 +11,7 @@ import train
 from model.extensions.objective import Objective
 from model.extensions.sampled_loss import NegativeSampler, Sample, sampled_matryoshka_cross_entropy
 from model.loss import Factors, matryoshka_cross_entropy
-from tests.cut_off import cut_off_after
+from tests.prepared import cut_off_after
 from trainer.checkpoint import load_state
 from trainer.runs import EVERY_SIZE, read_log
 

@@ -1,10 +1,15 @@
-"""Pictures: those in the folder stay, the others are fetched, and every item has a picture or a reason."""
+"""Downloads: requests and their limits, large files that resume, and a picture or a reason for every item."""
 
+import asyncio
+import email.utils
+import gzip
+import hashlib
 import json
 import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,13 +17,27 @@ import time
 import warnings
 from pathlib import Path
 
+import httpx
 import pytest
 
-from benchmarks.picture_server import flat_png, good, picture, redirect, stalled, status
+from benchmarks.picture_server import (
+    cut_short,
+    drip,
+    endless,
+    flat_png,
+    good,
+    in_turn,
+    picture,
+    ranges,
+    redirect,
+    stalled,
+    status,
+)
 from common.errors import InputError
 from datasets.catalog import load_catalog
 from datasets.prepare import pictures
-from datasets.prepare.http import Policy
+from datasets.prepare.fetch import check_file, fetch_file
+from datasets.prepare.http import Client, FetchError, Policy, is_public, parse_url, retry_after
 from datasets.prepare.pictures import NO_URL, FetchOptions, fetch_pictures, find_pictures, prepare_pictures
 from tests.prepared import write_item2img, write_prepared
 
@@ -67,6 +86,330 @@ def dataset(tmp_path) -> Dataset:
     return Dataset(tmp_path)
 
 
+PATIENT = Policy(connect=1, read=0.3, total=0.6, tries=3, backoff=0.01, max_retry_after=0.3)
+
+
+def get(url: str, max_bytes: int = 10**6, policy: Policy = PATIENT, allow_private: bool = True) -> bytes:
+    async def run() -> bytes:
+        async with Client(policy, allow_private=allow_private) as client:
+            return await client.get(url, max_bytes)
+
+    return asyncio.run(run())
+
+
+def page_of(web, page, max_bytes: int = 10**6) -> bytes:
+    web.pages["/a"] = page
+    return get(f"{web.url}/a", max_bytes)
+
+
+def error_of(web, page, max_bytes: int = 10**6) -> FetchError:
+    with pytest.raises(FetchError) as raised:
+        page_of(web, page, max_bytes)
+    return raised.value
+
+
+# ----------------------------------------------------------------------------------------------------- retries
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        (status(503), "the server answers 503 Service Unavailable"),
+        (status(429), "the server answers 429 Too Many Requests"),
+        (cut_short(b"whole", 2), "the answer was cut short or is invalid (peer closed connection"),
+        (stalled(b"wh"), "no answer within 0.3 s"),
+    ],
+    ids=["503", "429", "cut short", "stalled"],
+)
+def test_a_temporary_failure_is_tried_again_and_given_up_with_its_reason_if_it_stays(web, page, reason):
+    assert page_of(web, in_turn(page, good(b"whole"))) == b"whole"
+    assert web.requests == ["/a", "/a"]
+    error = error_of(web, page)
+    assert (str(error).startswith(reason), error.gone) == (True, False)
+    assert len(web.requests) == 2 + PATIENT.tries
+    for code, gone in ((404, True), (403, False)):  # lasting answers
+        assert error_of(web, status(code)).gone == gone
+    assert len(web.requests) == 2 + PATIENT.tries + 2
+
+
+def test_retry_after_is_seconds_or_a_date_and_respected_up_to_a_limit(web):
+    started = time.monotonic()
+    assert page_of(web, in_turn(status(503, Retry_After="3600"), good(b"whole"))) == b"whole"
+    assert time.monotonic() - started >= PATIENT.max_retry_after
+    assert retry_after("7") == 7
+    assert 35 < retry_after(email.utils.formatdate(time.time() + 40, usegmt=True)) <= 40
+    assert retry_after(email.utils.formatdate(time.time() - 40)) == 0
+    assert [retry_after(nonsense) for nonsense in ("", "soon", "-5", "9" * 30)] == [0, 0, 0, 0]
+
+
+def test_a_host_is_given_up_after_many_urls_without_an_answer_and_other_hosts_are_not(web, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr("datasets.prepare.http.MAX_SILENT", 2)
+    web.pages["/a"] = good(b"whole")
+
+    async def run() -> bytes:
+        async with Client(PATIENT, allow_private=True) as client:
+            for reason in (r"no connection \(Connection refused\)", "refused", r"not tried, as 127\.0\.0\.2 did not"):
+                with pytest.raises(FetchError, match=reason):
+                    await client.get("http://127.0.0.2:1/a", 100)
+            return await client.get(f"{web.url}/a", 100)
+
+    assert asyncio.run(run()) == b"whole"
+
+
+# ------------------------------------------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///a", "data:,a", "a.jpg", "//host/a", "http://", "http://a..b/c", "http://a\0/"]
+)
+def test_only_valid_http_and_https_urls_are_fetched(url, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    with pytest.raises(FetchError) as raised:
+        get(url)
+    assert not raised.value.again
+
+
+@pytest.mark.parametrize(
+    "page",
+    [good(bytes(1001)), good(gzip.compress(bytes(10**5)), Content_Encoding="gzip"), endless(bytes(100))],
+    ids=["by its length", "decompressed", "streamed"],
+)
+def test_more_bytes_than_allowed_are_refused(web, page):
+    error = error_of(web, page, 1000)
+    assert "more than 1,000" in str(error)
+    assert not error.again
+    assert page_of(web, good(gzip.compress(bytes(1000)), Content_Encoding="gzip"), 1000) == bytes(1000)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nX: ",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;",
+        b"HTTP/1.0 200 OK\r\n\r\n",
+    ],
+    ids=["status", "header", "body", "chunk size", "body without length"],
+)
+def test_a_dripping_server_is_left_at_the_total_time_limit(web, start):
+    web.pages["/a"] = drip(start, b"x", 0.05)
+    started = time.monotonic()
+    with pytest.raises(FetchError, match=r"too slow: not finished within 0\.6 s"):
+        get(f"{web.url}/a", policy=Policy(read=0.3, total=0.6, tries=1))
+    assert time.monotonic() - started < 0.9
+
+
+def test_the_rate_limit_holds_for_all_tasks_together_and_each_reuses_its_connection(web):
+    web.pages["/a"] = good(b"whole")
+    connections, serve = set(), web.finish_request
+    web.finish_request = lambda request, address: (connections.add(address), serve(request, address))
+
+    async def run() -> None:
+        async with Client(PATIENT, per_second=50, allow_private=True) as client:
+
+            async def work() -> None:
+                for _ in range(5):
+                    await client.get(f"{web.url}/a", 100)
+
+            await asyncio.gather(work(), work())
+
+    started = time.monotonic()
+    asyncio.run(run())
+    assert (len(web.requests), len(connections)) == (10, 2)
+    assert time.monotonic() - started >= 9 / 50
+
+
+# --------------------------------------------------------------------------------- redirects, proxies, addresses
+
+
+def test_a_redirect_is_followed_but_not_to_another_scheme_from_https_to_http_or_without_end(web):
+    web.pages["/b"] = good(b"whole")
+    assert page_of(web, redirect("/b", 308)) == b"whole"
+    assert page_of(web, endless(bytes(10**5), 302, Location=f"{web.url}/b")) == b"whole"
+    web.requests.clear()
+    error = error_of(web, redirect("file:///etc/hostname"))
+    assert str(error).startswith("a redirect to file:///etc/hostname: file: is not fetched")
+    assert len(web.requests) == 1
+    with pytest.raises(FetchError, match="a redirect to http://b/c: from https to http"):
+        parse_url("http://b/c", origin=httpx.URL("https://a/b"))
+    assert parse_url("//b/c", origin=httpx.URL("https://a/b")) == "https://b/c"
+    assert str(error_of(web, redirect("/a"))) == "more than 5 redirects"
+
+
+def test_the_proxy_of_the_environment_is_used_except_for_hosts_in_no_proxy(web, monkeypatch):
+    monkeypatch.setenv("http_proxy", web.url)
+    web.pages |= {"http://shop.example/a": good(b"by proxy"), "/a": good(b"directly")}
+    assert get("http://shop.example/a", allow_private=False) == b"by proxy"
+    assert get(f"{web.url}/a") == b"directly"
+    with pytest.raises(FetchError, match=r"private or reserved address 127\.0\.0\.9"):
+        get("http://0x7f.9/a", allow_private=False)
+    monkeypatch.setenv("http_proxy", "ldap://proxy")
+    with pytest.raises(InputError, match=r"ldap://proxy.*; set http_proxy"):
+        get("http://shop.example/a")
+
+
+PRIVATE = ("127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "240.0.0.1", "::1",
+           "fe80::1", "fc00::1", "fec0::1", "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::")  # fmt: skip
+
+
+def test_private_loopback_link_local_and_reserved_addresses_are_not_public():
+    assert [address for address in PRIVATE if is_public(address)] == []
+    assert all(map(is_public, ("8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8", "64:ff9b::808:808")))
+
+
+def fake_names(monkeypatch, names: dict[str, list[str]]) -> list[str]:
+    """Resolve these names. Returns the names that are looked up from now on."""
+    asked, real = [], socket.getaddrinfo
+
+    def resolve(host, port, *arguments, flags=0, **options):
+        if host not in names or flags:
+            return real(host, port, *arguments, flags=flags, **options)
+        asked.append(host)
+        if not names[host]:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [found for address in names[host] for found in real(address, port, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    return asked
+
+
+def test_a_name_of_a_private_address_is_refused_before_any_connection(web, monkeypatch):
+    fake_names(monkeypatch, {"shop.example": ["8.8.8.8", "127.0.0.1"]})
+    with pytest.raises(
+        FetchError, match=r"shop\.example has the private or reserved address 127\.0\.0\.1; give --allow_"
+    ):
+        get(f"http://shop.example:{web.server_address[1]}/a", allow_private=False)
+    assert web.requests == []
+
+
+def test_a_redirect_to_a_private_address_is_refused(web, monkeypatch):
+    web.pages |= {"/a": redirect(f"{web.url.replace('127.0.0.1', '127.0.0.2')}/b"), "/b": good(b"secret")}
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr("datasets.prepare.http.is_public", lambda address: address == "127.0.0.1")
+    with pytest.raises(FetchError, match=r"private or reserved address 127\.0\.0\.2"):
+        get(f"{web.url}/a", allow_private=False)
+    assert web.requests == ["/a"]
+
+
+def test_a_name_is_looked_up_once_and_its_next_address_is_used_if_one_fails(web, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    asked = fake_names(monkeypatch, {"shop.example": ["127.0.0.3", "127.0.0.1"], "nowhere.example": []})
+    web.pages["/a"] = lambda handler: good(handler.headers["Host"].encode())(handler)
+    host = f"shop.example:{web.server_address[1]}"
+    assert get(f"http://{host}/a") == host.encode()
+    assert asked == ["shop.example"]
+    with pytest.raises(FetchError, match="Name or service not known"):
+        get("http://nowhere.example/a")
+
+
+# ------------------------------------------------------------------------------------------------- large files
+
+DATA = bytes(range(256)) * 4000  # 1 MB, four chunks
+
+
+def fetch_data(web, tmp_path, page, name: str = "raw.bin") -> Path:
+    web.pages[f"/{name}"] = page
+    path = tmp_path / "raw" / name
+    fetch_file(f"{web.url}/{name}", path, log=lambda line: None, policy=PATIENT)
+    return path
+
+
+def file_error(web, tmp_path, page, name: str = "raw.bin") -> str:
+    with pytest.raises(InputError) as raised:
+        fetch_data(web, tmp_path, page, name)
+    return str(raised.value)
+
+
+def test_a_file_is_fetched_recorded_and_not_fetched_again(web, tmp_path):
+    path = fetch_data(web, tmp_path, good(DATA))
+    assert path.read_bytes() == DATA
+    record = {"sha256": hashlib.sha256(DATA).hexdigest(), "size": len(DATA), "url": f"{web.url}/raw.bin"}
+    assert json.loads((path.parent / "checksums.json").read_text()) == {"raw.bin": record}
+    assert {p.name for p in path.parent.iterdir()} == {".checksums.json.lock", "checksums.json", "raw.bin"}
+    fetch_data(web, tmp_path, good(DATA))
+    assert web.requests == ["/raw.bin"]
+
+
+def test_a_broken_download_resumes_and_progress_renews_the_tries(web, tmp_path):
+    drops = (300_000, 300_000, 5, 5, 5, 300_000)
+    path = fetch_data(web, tmp_path, ranges(DATA, drops=drops))
+    assert path.read_bytes() == DATA
+    assert web.requests[:3] == ["/raw.bin from 0", "/raw.bin from 300000", "/raw.bin from 600000"]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        ranges(DATA, drops=(500_000,), honour=False),
+        ranges(DATA, None, (500_000,)),
+        ranges(DATA, 'W/"weak"', (500_000,)),
+    ],
+    ids=["no ranges", "no ETag", "weak ETag"],
+)
+def test_a_download_that_cannot_resume_safely_starts_again(web, tmp_path, page):
+    assert fetch_data(web, tmp_path, page).read_bytes() == DATA
+    assert web.requests == ["/raw.bin from 0"] * 2
+    always = ranges(DATA, drops=(500_000,) * 50, honour=False)
+    assert "cut short" in file_error(web, tmp_path, always, "other.bin")  # given up, as no try gets further
+
+
+@pytest.mark.parametrize(
+    "second", [ranges(DATA[::-1], '"2"'), in_turn(status(416), good(DATA[::-1]))], ids=["ETag", "416"]
+)
+def test_a_file_that_changed_between_two_tries_is_fetched_from_the_start(web, tmp_path, second):
+    path = fetch_data(web, tmp_path, in_turn(ranges(DATA, '"1"', drops=(500_000,)), second, second))
+    assert path.read_bytes() == DATA[::-1]
+
+
+@pytest.mark.parametrize("drops", [(), (300_000,)], ids=["complete but for its name", "in the middle"])
+def test_a_killed_download_resumes(web, tmp_path, monkeypatch, drops):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("datasets.prepare.fetch._record", killed)
+        patched.setattr("random.uniform", killed)  # before a second try
+        with pytest.raises(KeyboardInterrupt):
+            fetch_data(web, tmp_path, ranges(DATA, drops=drops))
+    assert not (tmp_path / "raw" / "raw.bin").exists()
+    assert fetch_data(web, tmp_path, ranges(DATA)).read_bytes() == DATA
+    assert web.requests == [f"/raw.bin from {start}" for start in (0, *drops)]
+
+
+def test_another_content_than_the_recorded_one_is_refused_with_both_checksums(web, tmp_path):
+    path = fetch_data(web, tmp_path, good(DATA))
+    path.write_bytes(b"changed")
+    message = file_error(web, tmp_path, good(DATA))
+    for data in (DATA, b"changed"):
+        assert hashlib.sha256(data).hexdigest() in message
+    assert str(path) in message and "delete the file" in message
+    path.unlink()
+    assert "SHA-256" in file_error(web, tmp_path, good(b"other"))
+    assert not path.exists()
+    path.touch()
+    for damaged in ("[]", '{"raw.bin": {}}'):
+        (path.parent / "checksums.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"checksums\.json.*delete it"):
+            check_file(path)
+
+
+def test_a_file_that_cannot_be_fetched_is_named_with_the_ways_out(web, tmp_path):
+    message = file_error(web, tmp_path, status(404))
+    assert message.startswith(f"cannot fetch {web.url}/raw.bin: the server answers 404 Not Found; ")
+    assert "--raw_root FOLDER" in message and "--base_url" in message
+
+
+def test_a_gz_is_stored_as_sent_and_must_be_intact(web, tmp_path):
+    data = gzip.compress(DATA)
+    assert fetch_data(web, tmp_path, good(data, Content_Encoding="x-gzip"), "raw.gz").read_bytes() == data
+    assert "compressed as gzip" in file_error(web, tmp_path, good(data, Content_Encoding="gzip"))
+    for damaged in (data[:-20], b"<html>sign in</html>"):
+        assert "no intact gzip file" in file_error(web, tmp_path, good(damaged), "new.gz")
+    assert fetch_data(web, tmp_path, good(data), "new.gz").read_bytes() == data
+
+
 # ---------------------------------------------------------------------------------------------------- fetching
 
 
@@ -107,23 +450,18 @@ def test_a_bad_answer_gives_a_reason_that_names_the_url_and_leaves_no_file(
     assert warned == []
 
 
-def test_the_first_url_that_serves_a_picture_is_used(web, photos):
+def test_the_first_url_that_serves_a_picture_is_used_and_an_item_without_one_has_its_reason(web, photos):
     web.pages |= {"/html": good(b"<html>"), "/moved": redirect("/jpeg"), "/jpeg": good(JPEG), "/png": good(PNG)}
     urls = {"B1": [f"{web.url}/{page}" for page in ("gone", "html", "moved", "png")], "B2": [f"{web.url}/gone"] * 2}
-    manifest = fetch_pictures(urls, photos, QUICK)
+    manifest = fetch_pictures(urls | {"B3": [], "B4": ["ftp://host/a.jpg"], "B5": ["\ud800\n"]}, photos, QUICK)
     assert manifest["B1"] == {"file": "B1.jpg"}
     assert manifest["B2"]["missing"].count("404") == 2
+    assert manifest["B3"] == {"missing": NO_URL}
+    assert manifest["B4"] == {"broken": "ftp://host/a.jpg: ftp: is not fetched, only http and https are"}
     assert "/png" not in web.requests
-
-
-def test_items_without_a_valid_url_have_their_reason(photos):
-    urls = {"B1": [], "B2": ["ftp://host/a.jpg"], "B3": ["\ud800\n"], "B4": [None], "B5": ["http://127.0.0.1/a"]}
-    manifest = fetch_pictures(urls, photos, FetchOptions(workers=2, per_second=100))
-    assert manifest["B1"] == {"missing": NO_URL}
-    assert manifest["B2"] == {"broken": "ftp://host/a.jpg: ftp: is not fetched, only http and https are"}
-    assert "without a scheme" in manifest["B4"]["broken"]
-    assert manifest["B5"]["broken"].endswith("address 127.0.0.1; give --allow_private_addresses to fetch from it")
     json.dumps(manifest, ensure_ascii=False).encode()
+    refused = fetch_pictures({"B5": ["http://127.0.0.1/a"]}, photos, FetchOptions(workers=2, per_second=100))
+    assert refused["B5"]["broken"].endswith("127.0.0.1; give --allow_private_addresses to fetch from it")
 
 
 def test_ids_that_are_no_safe_file_names_become_digests_that_are_found_again(web, photos, tmp_path):
@@ -138,27 +476,35 @@ def test_ids_that_are_no_safe_file_names_become_digests_that_are_found_again(web
     assert find_pictures(odd[::-1], photos) == manifest
 
 
-def start(urls: dict[str, list[str]], photos: Path, before: str = "") -> subprocess.Popen:
-    """Fetch pictures in a process of its own, after some code."""
+def start(call: str, before: str = "") -> subprocess.Popen:
+    """Call fetch_pictures(**call) or fetch_file(*call) in a process of its own, after some code."""
     code = (
-        f"import json, resource, socket, sys, time\n{before}\n"
-        "from common.cli import run_cli\nfrom datasets.prepare.pictures import *\n"
-        "options = FetchOptions(8, 200, allow_private=True)\n"
-        "run_cli(lambda: fetch_pictures(json.loads(sys.argv[1]), Path(sys.argv[2]), options))"
+        f"import resource, socket, time\n{before}\nfrom common.cli import run_cli\n"
+        "from datasets.prepare.fetch import fetch_file\nfrom datasets.prepare.pictures import *\n"
+        f"options = FetchOptions(8, 200, allow_private=True)\nrun_cli(lambda: {call})"
     )
-    command = [sys.executable, "-c", code, json.dumps(urls), photos]
     environment = os.environ | {"NO_PROXY": "*"}
-    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def pictures_call(urls: dict[str, list[str]], photos: Path) -> str:
+    return f"fetch_pictures({urls!r}, Path({str(photos)!r}), options)"
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_in_the_middle_of_a_picture_leaves_none_and_is_named(web, photos):
+@pytest.mark.parametrize("what", ["pictures", "file"])
+def test_a_disk_that_fills_up_is_named_and_leaves_no_part_of_a_picture(web, photos, what):
     web.pages["/a"] = good(JPEG)
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))"
-    with start({f"B{i}": [f"{web.url}/a"] for i in range(99)}, photos, limit) as process:
+    url = f"{web.url}/a"
+    call = f"fetch_file({url!r}, Path({str(photos / 'a.bin')!r}))"
+    if what == "pictures":
+        call = pictures_call({f"B{i}": [url] for i in range(99)}, photos)
+    with start(call, "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))") as process:
         assert process.wait(timeout=60) == 2
         assert "File too large; free space" in process.stderr.read()
-    assert [name for name in names(photos) if not name.endswith(".tmp")] == []
+    assert [name for name in names(photos) if name.endswith((".jpg", ".bin"))] == []
 
 
 @pytest.mark.slow
@@ -166,9 +512,8 @@ def test_ctrl_c_does_not_wait_for_stalled_servers_or_name_servers(web, photos):
     web.pages["/a"] = stalled()
     slow_names = "real = socket.getaddrinfo\nsocket.getaddrinfo = lambda host, *a, flags=0, **k: "
     slow_names += "time.sleep(99) if host == 'slow' and not flags else real(host, *a, flags=flags, **k)"
-    with start(
-        {f"B{i}": [f"{web.url}/a" if i % 2 else "http://slow/"] for i in range(99)}, photos, slow_names
-    ) as process:
+    urls = {f"B{i}": [f"{web.url}/a" if i % 2 else "http://slow/"] for i in range(99)}
+    with start(pictures_call(urls, photos), slow_names) as process:
         while len(web.requests) < 4:
             time.sleep(0.01)
             assert process.poll() is None
@@ -184,7 +529,7 @@ def test_a_killed_run_goes_on_where_it_was(web, dataset):
     web.pages = {f"/{i}": good(JPEG) for i in range(6)}
     web.pages |= {f"/{i}": lambda handler: (held.wait(), good(PNG)(handler)) for i in range(6, 12)}
     urls = {asin: [f"{web.url}/{asin[1:]}"] for asin in asins}
-    with start(urls, dataset.photos) as process:
+    with start(pictures_call(urls, dataset.photos)) as process:
         while len(list(dataset.photos.glob("B*"))) < 6 or len(web.requests) < 12:
             time.sleep(0.01)
             assert process.poll() is None
@@ -285,27 +630,21 @@ def test_existing_pictures_stay_the_rest_is_fetched_and_the_catalogue_reads_both
     assert [path and path.name for path in found] == [*files_of.values(), None]
 
 
-def test_without_fetching_nothing_is_requested_and_earlier_reasons_stay(web, dataset):
-    a, b, c, _ = dataset.asins
-    urls = {a: [f"{web.url}/gone"], b: [f"{web.url}/gone"]}
-    first = dataset.prepare(urls, fetch=False)
-    assert (first[a], web.requests) == ({"missing": "not fetched"}, [])
-    assert NO_URL in first[c]["missing"]
-    second = dataset.prepare(urls)
-    assert "404" in second[a]["missing"]
-    assert dataset.prepare(urls, fetch=False) == second
-
-
 def test_a_second_run_changes_no_byte_and_requests_failures_and_deleted_pictures_alone(web, dataset):
     a, b, c, _ = dataset.asins
     web.pages |= {"/a": good(JPEG), "/c": good(PNG)}
     urls = {a: [f"{web.url}/a"], b: [f"{web.url}/gone"], c: [f"{web.url}/c"]}
+
+    assert dataset.prepare(urls, fetch=False)[a] == {"missing": "not fetched"}
+    assert web.requests == []
 
     def content() -> dict:
         return {path: path.read_bytes() for path in dataset.folder.parent.rglob("*") if path.is_file()}
 
     dataset.prepare(urls)
     before = content()
+    assert "404" in dataset.prepare(urls, fetch=False)[b]["missing"]
+    assert content() == before
     (dataset.photos / f"{c}.png").unlink()
     web.requests.clear()
     dataset.prepare(urls)

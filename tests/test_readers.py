@@ -12,8 +12,9 @@ import pytest
 from common.errors import InputError
 from datasets import records
 from datasets.prepare.events import read_events
-from datasets.prepare.items import attributes, full_size, item_record, picture_urls, read_items
+from datasets.prepare.items import attributes, item_record, picture_urls, read_items
 from datasets.prepare.readers import json_files, tables
+from datasets.text import NO_TEXT, is_junk, item_text
 from tests.raw import review, review_2023, write_raw
 
 START = 1_400_000_000
@@ -56,12 +57,14 @@ def refusal(path, **columns) -> str:
     return str(raised.value)
 
 
-def refused(tmp_path, raw, name="reviews.json.gz") -> str:
-    return refusal(write_raw(tmp_path / name, raw))
-
-
 # ----------------------------------------------------------------------------------------------------------- events
 
+MOVIELENS = (
+    lines("\t", NUMBERS),
+    lines("::", NUMBERS),
+    lines(",", NUMBERS, "userId,movieId,rating,timestamp\n"),
+    parquet(pd.DataFrame(NUMBERS, columns=NAMES)),
+)
 FORMATS = {
     "JSON lines of 2014 and 2018": "".join(json.dumps(review(u, i, t, r)) + "\n" for u, i, r, t in ROWS).encode(),
     "Python literals": "".join(f"{review(u, i, t, r)}\n" for u, i, r, t in ROWS).encode(),
@@ -76,6 +79,7 @@ FORMATS = {
     "parquet": parquet(TABLE),
     "parquet with more columns": parquet(TABLE.assign(text="fine")[["text", *reversed(NAMES)]]),
     "Amazon 2014 without header": lines(",", ROWS),
+    **dict(zip(("u.data", "ratings.dat", "ratings.csv", "parquet of numbers"), MOVIELENS, strict=True)),
     "Amazon 2018 without header": lines(",", [(i, u, r, t) for u, i, r, t in ROWS]),
 }
 
@@ -83,21 +87,9 @@ FORMATS = {
 @pytest.mark.parametrize("content", FORMATS.values(), ids=FORMATS.keys())
 def test_every_format_gives_the_same_events(tmp_path, content):
     events = read_events(file_of(tmp_path, content))
-    assert rows_of(events) == ROWS
+    ids = [(str(u), str(i), r, t) for u, i, r, t in NUMBERS]
+    assert rows_of(events) == (ids if content in MOVIELENS else ROWS)
     assert events.notes == []
-
-
-MOVIELENS = {
-    "u.data": lines("\t", NUMBERS),
-    "ratings.dat": lines("::", NUMBERS),
-    "ratings.csv": lines(",", NUMBERS, "userId,movieId,rating,timestamp\n"),
-    "parquet of numbers": parquet(pd.DataFrame(NUMBERS, columns=NAMES)),
-}
-
-
-@pytest.mark.parametrize("content", MOVIELENS.values(), ids=MOVIELENS.keys())
-def test_numbers_are_ids_too(tmp_path, content):
-    assert rows_of(read_events(file_of(tmp_path, content))) == [(str(u), str(i), r, t) for u, i, r, t in NUMBERS]
 
 
 @pytest.mark.parametrize(
@@ -109,8 +101,15 @@ def test_sequences_without_times_keep_their_order(tmp_path, content):
     assert np.all(np.diff(events.time) > 0)
 
 
-def test_a_review_of_2023_belongs_to_the_parent_product(tmp_path):
-    assert rows_of(read_events(write_raw(tmp_path / "r", [review_2023("U", "A", 10)]))) == [("U", "A", 5, 10_000)]
+def test_odd_events_are_read_as_far_as_they_can_be(tmp_path):
+    whole = GOOD[0]
+    raw = ["\ufeff" + json.dumps(whole | {"unixReviewTime": 0}), "", whole | {"overall": "five"}, f"{whole}\r"]
+    raw += [{k: v for k, v in whole.items() if k != "overall"}, json.dumps(whole | {"overall": math.nan})]
+    raw += [review_2023("U", "A", 10)]
+    events = read_events(write_raw(tmp_path / "r", raw[:-1]))
+    assert events.time.tolist() == [0, 1000, 1000, 1000, 1000]
+    assert [math.isnan(rating) for rating in events.rating.tolist()] == [False, True, False, True, True]
+    assert rows_of(read_events(write_raw(tmp_path / "r", raw[-1:]))) == [("U", "A", 5, 10_000)]
 
 
 @pytest.mark.parametrize("content", [FORMATS["CSV"], FORMATS["JSON array"], FORMATS["JSON lines with usual names"]])
@@ -163,9 +162,7 @@ def test_columns_of_any_name_are_named_by_a_flag(tmp_path):
     given = {"user": "who", "item": "what", "time": "when", "rating": "how"}
     for content in (renamed.to_csv(index=False).encode(), parquet(renamed), renamed.to_json(orient="records").encode()):
         assert rows_of(read_events(file_of(tmp_path, content), given)) == ROWS
-
-
-def test_the_order_of_ratings_without_header_can_be_given(tmp_path):
+    assert "has no column 'what' (--columns item=what)" in refusal(file_of(tmp_path, csv()), item="what")
     path = file_of(tmp_path, b"x1,y1,5.0,1400000000\n")
     assert "could each be the items; say which: --columns user=1,item=2" in refusal(path)
     assert read_events(path, {"user": "2", "item": "1"}).users == ["y1"]
@@ -190,39 +187,14 @@ def test_a_line_without_user_item_or_time_is_counted_and_named(tmp_path, line):
     events = read_events(write_raw(tmp_path / "reviews.json.gz", [*GOOD[:500], line, *GOOD[500:]]))
     assert len(events.user) == 1000
     assert "1 of 1,001 lines are not events with a user, an item and a time (lines 501; the first: " in events.notes[0]
-
-
-def test_a_cell_that_is_no_time_is_counted_with_its_line(tmp_path):
-    times = [str(START + n) for n in range(150)]
-    times[99] = "soon"
-    frame = pd.DataFrame({"user": "U", "item": "A", "time": times})
-    notes = read_events(file_of(tmp_path, frame.to_csv(index=False).encode(), "e.csv")).notes
-    assert notes == ["e.csv: 1 of 150 lines are not events with a user, an item and a time (lines 101; "
-                     "the first: time 'soon')"]  # fmt: skip
-
-
-def test_one_bad_line_in_a_hundred_is_not_too_many(tmp_path):
-    assert len(read_events(write_raw(tmp_path / "r", [*GOOD[:99], "?"])).user) == 99
-    message = refused(tmp_path, [*GOOD[:98], "?"])
-    assert str(tmp_path / "reviews.json.gz") in message
-    assert "more than 1% is refused" in message
-
-
-def test_a_file_that_begins_with_a_mark_of_utf8_and_time_0_are_fine(tmp_path):
-    path = tmp_path / "reviews.json"
-    path.write_text('\ufeff{"reviewerID": "U", "asin": "A", "unixReviewTime": 0, "overall": NaN}\n', encoding="utf-8")
-    assert read_events(path).time.tolist() == [0]
+    assert len(read_events(write_raw(tmp_path / "r", [*GOOD[:99], line])).user) == 99  # one in a hundred
+    assert "more than 1% is refused" in refusal(write_raw(tmp_path / "r", [*GOOD[:98], line]))
 
 
 def test_a_line_without_end_is_read_in_pieces_and_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "MAX_LINE", 1000)
-    assert "10 of 10 lines are not events" in refused(tmp_path, ['{"reviewerID": "' + "U" * 9900], "reviews.json")
-
-
-def test_an_absent_or_odd_rating_is_no_number(tmp_path):
-    raw = [GOOD[0], {**GOOD[1], "overall": "five"}, {k: v for k, v in GOOD[2].items() if k != "overall"}]
-    ratings = read_events(write_raw(tmp_path / "r", raw)).rating.tolist()
-    assert [math.isnan(rating) for rating in ratings] == [False, True, True]
+    path = write_raw(tmp_path / "r", ['{"reviewerID": "' + "U" * 9900])
+    assert "10 of 10 lines are not events" in refusal(path)
 
 
 def test_bytes_that_are_not_utf8_are_read_as_windows_1252(tmp_path):
@@ -262,7 +234,10 @@ def test_a_file_of_another_kind_is_named_with_its_mend(tmp_path, head, words):
         (b"sku,when\nA,1\n", ("holds no events: it has the columns 'sku', 'when'", "--columns user=...")),
         (parquet(TABLE[["rating"]]), ("holds no events: it has the columns 'rating'",)),
         (csv(event_time=1), ("several columns for the time, 'timestamp', 'event_time'", "--columns time=timestamp")),
-        (b"user,item,time,time\n1,2,3,4\n", ("two columns 'time'; rename one",)),
+        (b"user,item,time,time\n1,2,3,4\n", ("two columns 'time'; rename one, or add the header line",)),
+        (lines("\t", NUMBERS)[:-14], ("1 of 12 lines are not events", "lines 12; the first: no time")),
+        (lines(",", [*ROWS, ("U", "B000000001", 5.0, "soon")]), ("1 of 13 lines", "lines 13; the first: time 'soon'")),
+        (b"[]", ("is empty",)),
         (b"user,item,time\nU,A,1\nU,A,1,2,3\n", ("Expected 3 fields in line 3, saw 5", "as many cells as the first")),
         (b"user,item,time\nU,A,1,2\n", ("has more cells in its rows than in its header",)),
         (b"user,item,time\n", ("is empty",)),
@@ -272,24 +247,21 @@ def test_a_file_of_another_kind_is_named_with_its_mend(tmp_path, head, words):
         (gzip.compress(FORMATS["CSV"] * 90)[:-20], ("cannot be read", "give the whole file")),
         (pa.compress(FORMATS["CSV"] * 90, codec="zstd", asbytes=True)[:-9], ("cannot be read", "give the whole file")),
         (b'{"7": [1, 2', ("is not JSON",)),
+        (b"user,item,time\n" + b"U,A,1\n" * 50 + b"U,A,soon\n", ("1 of 51 lines", "lines 52; the first: time 'soon'")),
+        (None, ("is a folder without parquet files",)),
         (b'{"7": [1], "8": {}}', ("1 of 2 lines are not events", "'8' has no list of items")),
     ],
 )  # fmt: skip
 def test_bad_events_are_refused_in_one_sentence(tmp_path, content, words):
-    path = write_raw(tmp_path / "r", content) if isinstance(content, list) else file_of(tmp_path, content)
+    if content is None:
+        path = tmp_path
+    else:
+        path = write_raw(tmp_path / "r", content) if isinstance(content, list) else file_of(tmp_path, content)
     message = refusal(path)
     assert str(path) in message
     assert "\n" not in message
     for part in words:
         assert part in message
-
-
-def test_a_folder_without_parquet_files_is_refused(tmp_path):
-    assert "is a folder without parquet files" in refusal(tmp_path)
-
-
-def test_a_column_that_a_flag_names_must_be_there(tmp_path):
-    assert "has no column 'when' (--columns time=when)" in refusal(file_of(tmp_path, csv()), time="when")
 
 
 # ------------------------------------------------------------------------------------------------------------ items
@@ -319,24 +291,32 @@ def test_every_format_gives_the_same_items(tmp_path, content):
     assert notes == []
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"1::Toy Story: I (1995)::Animation|Comedy\n",
-        b"movieId,title,genres\n1,Toy Story: I (1995),Animation|Comedy\n",
-    ],
-)
-def test_movies_have_titles_and_genres(tmp_path, content):
-    items, _ = found_in(file_of(tmp_path, content), {"1"})
+@pytest.mark.parametrize("start", ["1::Toy Story: I (1995)::", "movieId,title,genres\n1,Toy Story: I (1995),"])
+def test_movies_have_titles_and_genres(tmp_path, start):
+    items, _ = found_in(file_of(tmp_path, f"{start}Animation|Comedy\n".encode()), {"1"})
     assert items["1"] == {"asin": "1", "title": "Toy Story: I (1995)", "categories": ["Animation", "Comedy"]}
 
 
-def test_metadata_of_2014_are_literals_of_which_only_the_wanted_are_kept(tmp_path):
-    tent = {"asin": "A", "title": "Tent", "price": 9.5, "brand": "Alder", "categories": [["Out", "Tents"]],
-            "imUrl": "http://x/a.jpg", "related": {"also_bought": ["B"]}}  # fmt: skip
-    path = write_raw(tmp_path / "meta.json.gz", [tent, {"asin": "B", "title": "Lamp"}], literals=True)
+@pytest.mark.parametrize("asin", ["A", "it's", "back\\slash", "../../etc", "né", "\ud800"])
+@pytest.mark.parametrize("literals", [True, False])
+def test_only_the_wanted_metadata_are_kept_whatever_their_text_quotes(tmp_path, asin, literals):
+    tent = {"asin": asin, "title": "\"asin\": 'OTHER'", "price": 9.5, "brand": "Alder",
+            "categories": [["Out", "Tents"]], "imUrl": "http://x/a.jpg", "related": {"also_bought": ["B"]}}  # fmt: skip
+    other = {"description": f"'asin': {asin!r}", "asin": "OTHER"}
+    path = write_raw(tmp_path / "meta.json.gz", [tent, other], literals)
     names = ("asin", "title", "price", "brand", "categories")
-    assert found_in(path, {"A", "C"}) == ({"A": {k: tent[k] for k in names} | {"images": ["http://x/a.jpg"]}}, [])
+    kept = {asin: {k: tent[k] for k in names} | {"images": ["http://x/a.jpg"]}}
+    assert found_in(path, {asin, "C"}) == (kept, [])
+
+
+@pytest.mark.parametrize("record", ["{'asin': 'A', 'title': 'Ten", *(f"{{'asin': 'A', 'title': {title}}}" for title in (
+    "b'bytes'", "{1, 2}", "[" * 900 + "]" * 900, "0x" + "f" * 5000))])  # fmt: skip
+def test_a_cut_line_or_a_literal_that_is_no_text_is_counted_whether_wanted_or_not(tmp_path, record):
+    raw = [record, *({"asin": f"A{n}", "title": "<b>" if n < 2 else "Tent"} for n in range(200))]
+    items, notes = found_in(write_raw(tmp_path / "meta.json", raw, literals=True), {"A", "A1", "A5"})
+    assert items == {"A1": {"asin": "A1"}, "A5": {"asin": "A5", "title": "Tent"}}
+    assert "1 of 201 lines are not items" in notes[0]
+    assert notes[1] == "title: 1 of 2 items have only markup, code or words for nothing: missing"
 
 
 def known(record: dict) -> dict:
@@ -355,15 +335,6 @@ def test_the_names_of_2018_and_2023_become_those_of_2014_and_the_others_stay():
         "details": details}  # fmt: skip
 
 
-def test_an_attribute_of_markup_or_code_is_missing_and_counted(tmp_path):
-    span = '<span class="a-size-medium a-color-secondary"'
-    raw = [{"asin": "A", "title": span, "brand": "None"}, {"asin": "B", "title": span, "price": ""}]
-    items, notes = found_in(write_raw(tmp_path / "meta.json", raw), {"A", "B"})
-    assert items == {"A": {"asin": "A"}, "B": {"asin": "B"}}
-    assert notes == ["brand: 1 of 2 items have only markup, code or words for nothing: missing",
-                     "title: 2 of 2 items have only markup, code or words for nothing: missing"]  # fmt: skip
-
-
 def test_an_item_is_found_by_its_parent_id_or_by_a_column_that_a_flag_names(tmp_path):
     path = write_raw(tmp_path / "meta.jsonl", [{"parent_asin": "A", "title": "Tent", "details": {"asin": "Z"}}])
     assert found_in(path, {"A"})[0]["A"]["title"] == "Tent"
@@ -373,18 +344,6 @@ def test_an_item_is_found_by_its_parent_id_or_by_a_column_that_a_flag_names(tmp_
     path = file_of(tmp_path, b"code,id,name\nA,1,Tent\n")
     assert found_in(path, {"A"}, id="code")[0] == {"A": {"asin": "A", "id": "1", "title": "Tent"}}
     assert found_in(path, {"1"})[0]["1"]["code"] == "A"
-
-
-def test_a_text_that_quotes_an_id_does_not_hide_the_product(tmp_path):
-    raw = [{"title": "\"asin\": 'OTHER'", "asin": "A"}, {"description": "'asin': 'A'", "asin": "OTHER"}]
-    assert set(found_in(write_raw(tmp_path / "meta.json", raw, literals=True), {"A"})[0]) == {"A"}
-
-
-@pytest.mark.parametrize("asin", ["it's", "back\\slash", "../../etc", "né", "\ud800"])
-def test_a_product_with_odd_characters_in_its_id_is_found(tmp_path, asin):
-    for literals in (True, False):
-        path = write_raw(tmp_path / "meta.json", [{"asin": asin, "title": "Tent"}], literals)
-        assert set(found_in(path, {asin})[0]) == {asin}
 
 
 @pytest.mark.parametrize(
@@ -401,20 +360,6 @@ def test_a_file_without_items_is_refused(tmp_path, content, words):
     path = write_raw(tmp_path / "m", content) if isinstance(content, list) else file_of(tmp_path, content)
     with pytest.raises(InputError, match=words):
         read_items(path, frozenset({"I1"}))
-
-
-@pytest.mark.parametrize("title", ["b'bytes'", "{1, 2}", "[" * 900 + "]" * 900, "0x" + "f" * 5000])
-def test_a_literal_that_is_no_text_is_counted_as_no_item(tmp_path, title):
-    raw = [f"{{'asin': 'A', 'title': {title}}}", *({"asin": f"A{n}"} for n in range(200))]
-    items, notes = found_in(write_raw(tmp_path / "meta.json", raw, literals=True), {"A", "A1"})
-    assert set(items) == {"A1"}
-    assert "1 of 201 lines are not items" in notes[0]
-
-
-def test_lines_cut_after_their_id_are_counted_whether_wanted_or_not(tmp_path):
-    raw = [f"{{'asin': 'A{n}', 'title': 'Ten" for n in range(5)] + [{"asin": "A"}] * 100
-    with pytest.raises(InputError, match=r"5 of 105 lines are not items"):
-        read_items(write_raw(tmp_path / "meta.json", raw, literals=True), frozenset({"A"}))
 
 
 def test_the_last_record_of_an_item_counts_and_a_parent_before_its_variant(tmp_path):
@@ -441,24 +386,15 @@ def test_the_main_picture_comes_first_in_the_size_that_is_worth_fetching():
     assert picture_urls({"images": columns}) == expected
 
 
-def test_the_full_picture_is_asked_for_before_its_thumbnail():
-    thumbnail = "https://m.media-amazon.com/images/I/41X._SX38_SY50_CR,0,0,38,50_.jpg"
-    assert picture_urls({"image": [thumbnail]}) == ["https://m.media-amazon.com/images/I/41X.jpg", thumbnail]
-
-
 @pytest.mark.parametrize(
     ("name", "full"),
-    [
-        ("a._SS40_.jpg", "a.jpg"),
-        ("a._AC_US40_.png", "a.png"),
-        ("a._SX300_.jpg", "a._SX300_.jpg"),
-        ("a._AC_SL1500_.jpg", "a._AC_SL1500_.jpg"),
-        ("a._note_.jpg", "a._note_.jpg"),
-        ("a.jpg", "a.jpg"),
-    ],
-)
-def test_only_the_suffix_of_a_small_size_is_removed(name, full):
-    assert full_size(f"https://x/{name}") == f"https://x/{full}"
+    [("a._SS40_.jpg", "a.jpg"), ("a._AC_US40_.png", "a.png"), ("a._SX38_SY50_CR,0,0,38,50_.jpg", "a.jpg"),
+     *((name, name) for name in ("a._SX300_.jpg", "a._AC_SL1500_.jpg", "a._note_.jpg", "a.jpg"))],
+)  # fmt: skip
+def test_the_full_picture_is_asked_for_before_a_thumbnail(name, full):
+    addresses = list(dict.fromkeys([f"https://x/{full}", f"https://x/{name}"]))
+    assert picture_urls({"image": [f"https://x/{name}"]}) == addresses
+    assert picture_urls(known({"image": [f"https://x/{name}"]})) == addresses  # what prepare wrote gives the same
 
 
 @pytest.mark.parametrize(
@@ -476,6 +412,72 @@ def test_anything_but_a_web_address_of_a_picture_is_none(record):
     assert picture_urls(record) == []
 
 
-def test_what_prepare_wrote_gives_the_same_addresses_again():
-    for record in ({"imageURLHighRes": ["https://x/1.jpg", "https://x/2.jpg"]}, {"image": ["https://x/1._SS40_.jpg"]}):
-        assert picture_urls(known(record)) == picture_urls(record)
+# ------------------------------------------------------------------------------------------------------------ texts
+
+ALL = ("title", "price", "brand", "categories")
+PATHS = [["Outdoors, Fun & More", "Camping", "Tents"], ("Outdoors, Fun & More", "Hiking"), ["Gifts", ("Tents",)]]
+DETAILS = {"Brand": "Acme", "Sizes": ["S", "M"], "Weight": None, "Box": {"Depth": 3}}
+
+
+@pytest.mark.parametrize(
+    ("record", "attributes", "text"),
+    [
+        ({"categories": ["Out"], "brand": "Birch", "price": 19.99, "title": "Bag"}, ALL,
+         "Title: Bag Price: 19.99 Brand: Birch Categories: Out"),
+        ({"title": "Bag", "brand": "Birch"}, ("brand", "title"), "Brand: Birch Title: Bag"),
+        ({"categories": PATHS}, ALL, "Categories: Outdoors, Fun & More, Camping, Tents, Hiking, Gifts"),
+        ({"details": DETAILS}, ("details",), "Details: Brand: Acme, Sizes: S, M, Box: Depth: 3"),
+        ({"title": "  Warm\n\tSleeping \u00a0 Bag\r\n"}, ALL, "Title: Warm Sleeping Bag"),
+        ({"title": "red \ud83d lamp"}, ALL, "Title: red ? lamp"),
+        *(({"price": price}, ALL, f"Price: {price}") for price in (20, 0, "$5")),
+        *(({"title": "Tent", "price": price}, ALL, "Title: Tent") for price in ("see cart", "9" * 41)),
+        *(({"title": "Tent", "brand": nothing}, ALL, "Title: Tent")
+          for nothing in (None, "   ", math.nan, [], ["", [None, math.nan]], "&nbsp;", {"Size": ""})),
+        *((record, ALL, NO_TEXT) for record in ({}, {"asin": "B"}, {"title": None, "categories": [[]]})),
+    ],
+)  # fmt: skip
+def test_an_items_text_has_its_known_attributes_in_the_order_asked_for(record, attributes, text):
+    assert item_text(record, attributes) == text
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("Salt &amp; Pepper &quot;Duo&quot; &#39;14", 'Salt & Pepper "Duo" \'14'),
+        ("Loel&amp;reg; &amp;amp; Co.", "Loel® & Co."),
+        ("<b>Soft</b><br /> dress", "Soft dress"),
+        ("&lt;b&gt;Soft&lt;/b&gt; dress", "Soft dress"),
+        ('<span class="a-list-item">Hand wash only', "Hand wash only"),
+        ("Tent <!-- page 2 --> for two<script>var a = 1 < 2;</script>", "Tent for two"),
+        ("Tent<style>.a{b:c}</style>", "Tent"),
+        ("by\n    \n    Microsoft", "Microsoft"),
+        ("by Terry", "by Terry"),
+        ("I <3 tents", "I <3 tents"),
+        ("sizes <5 and >2, a<b", "sizes <5 and >2, a<b"),
+        ("Nano {2: red}", "Nano {2: red}"),
+        ("Nancy Null", "Nancy Null"),
+    ],
+)
+def test_entities_and_markup_leave_readable_text(raw, clean):
+    assert item_text({"title": raw, "categories": [[raw, "Toys"]]}, ALL) == f"Title: {clean} Categories: {clean}, Toys"
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        '<span class="a-size-medium a-color-secondary"',
+        "</span></span></span>",
+        "var aPageStart = (new Date()).getTime();",
+        ".a-box-inner{background-color:#fff}#alm_price .a-icon{width:1px}",
+        "None",
+        "nan",
+        "NULL",
+        "-inf",
+        float("inf"),
+    ],
+)
+def test_markup_code_and_words_for_nothing_are_missing(junk):
+    record = {"title": junk, "price": junk, "brand": [junk], "categories": [["Toys", junk]]}
+    assert item_text(record, ALL) == "Categories: Toys"
+    assert [is_junk(record, attribute) for attribute in ALL] == [True, True, True, False]
+    assert not is_junk({"title": " ", "brand": [None, []]}, "title")

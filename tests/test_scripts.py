@@ -25,8 +25,7 @@ from datasets import demo
 from datasets.features import load
 from datasets.load import load_dataset
 from experiments import report, tables
-from tests.cut_off import cut_off_after
-from tests.prepared import contents, write_prepared
+from tests.prepared import contents, cut_off_after, write_prepared
 from trainer import evaluation, runs, testing
 from trainer import load_run as loading
 from trainer import trainer as trainer_module

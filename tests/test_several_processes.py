@@ -16,8 +16,7 @@ import train
 from common import cli
 from common.devices import cpu_name, resolve_device
 from common.errors import InputError
-from tests.cut_off import cut_off_after
-from tests.prepared import write_prepared
+from tests.prepared import cut_off_after, write_prepared
 from trainer.checkpoint import load_state
 from trainer.runs import read_log
 

@@ -15,9 +15,8 @@ from model import FMRLRec, count_parameters, slice_model
 from model.extensions.whitening import whiten
 from model.registry import build_model
 from serving import Recommender, export
-from tests.cut_off import cut_off_after
 from tests.made_up import as_sequences, with_random_weights
-from tests.prepared import write_prepared
+from tests.prepared import cut_off_after, write_prepared
 from trainer.checkpoint import load_state
 from trainer.evaluation import evaluate
 from trainer.load_run import load_run

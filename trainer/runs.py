@@ -31,6 +31,7 @@ from common.files import cannot_write, read_json, write_json
 from common.schema import check_schema, read_json_lines
 from common.settings import check_types
 from config import COUNTING, Config
+from datasets.catalog import LEAVE_ONE_OUT
 from trainer.run_files import Environment, Epoch, MetricsBySize, SavedSettings
 
 REPOSITORY = Path(__file__).parent.parent
@@ -80,10 +81,13 @@ def describe_model(config: Config) -> str:
     return f"items by {words.get(config.branch, config.branch)}"
 
 
-def create_run(config: Config, sources: dict[str, str], device: str, data: str, features: list[str]) -> Path:
+def create_run(
+    config: Config, sources: dict[str, str], device: str, data: str, split: str, features: list[str]
+) -> Path:
     """Create a new run folder with config.json and env.json.
 
-    data: the dataset's digest. features: the names of the feature files. Raises InputError if it cannot be created.
+    data: the dataset's digest. split: its split's name. features: the names of the feature files. Raises InputError if
+    it cannot be created.
     """
     name = config.run_name or f"{run_label(config)}-{config.mrl_hidden_sizes[-1]}"
     parent = Path(config.runs_root) / config.dataset_code
@@ -99,7 +103,8 @@ def create_run(config: Config, sources: dict[str, str], device: str, data: str, 
                 f"cannot create the run folder {run}: {error.strerror}; give another --runs_root"
             ) from None
         break
-    write_json(run / ENVIRONMENT, environment(device) | {"data": data, "features": features})
+    named = {} if split == LEAVE_ONE_OUT else {"split": split}
+    write_json(run / ENVIRONMENT, environment(device) | {"data": data, **named, "features": features})
     write_json(run / CONFIG, {"settings": vars(config), "sources": sources})
     return run
 

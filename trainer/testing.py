@@ -47,7 +47,9 @@ def test_every_size(
     results = {m: ranking_metrics(of_size, ks) for m, of_size in ranks.items()}
     counts = times_trained(sequences, model.num_items)
     if processes.rank() == 0:
-        title = f"{config.dataset_code}, {describe_model(config)}: test{', history masked' if mask_history else ''}"
+        by_time = "" if sequences.cuts is None else f", split by {sequences.split}"
+        masked = ", history masked" if mask_history else ""
+        title = f"{config.dataset_code}{by_time}, {describe_model(config)}: test{masked}"
         of_users = {m: of_size.numpy() for m, of_size in ranks.items()}
         save_ranks(folder / result_file(USER_RANKS, mask_history), of_users, max(ks), counts[rows.targets])
         print_table(results, [f"{metric}@{k}" for k in config.metric_ks[:2] for metric in METRICS])

@@ -59,7 +59,9 @@ class TrainingRun:
     ) -> Iterator[None]:
         """Make or resume the folder, hold its lock, and print the settings. Ctrl-C prints how to continue."""
         files = [Path(str(part.filename)).name for part in features]
-        make = partial(create_run, self.config, self.sources, device_name(device), catalog.digest(), files)
+        make = partial(
+            create_run, self.config, self.sources, device_name(device), catalog.digest(), catalog.sequences.split, files
+        )
         self.folder = self.resumed or processes.on_main_process(make)
         self._print_settings()
         processes.print_main(f"{num_parameters:,} trainable parameters on {device_name(device)}; run {self.folder}")

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from common import processes
@@ -29,7 +30,7 @@ from common.cli import add_switch, parse_args, run_cli
 from common.errors import InputError
 from common.files import cannot_write, write_json, write_text
 from config import SECTIONS, Config, resolve
-from datasets.catalog import FILES, REPORT, load_catalog, prepare_command, read_report
+from datasets.catalog import FILES, REPORT, SPLIT, load_catalog, prepare_command, read_report
 from datasets.item2img import ITEM2IMG, MANIFEST
 from datasets.prepare.amazon import BASE_URL, PAPER_SETS
 from datasets.prepare.raw import FILTERS, not_known, prepare_data
@@ -97,6 +98,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"two events tie {default}",
     )
     parser.set_defaults(**FILTERS)
+    group = parser.add_argument_group("the split")
+    group.add_argument(
+        "--split",
+        choices=("leave-one-out", "time"),
+        default="leave-one-out",
+        help="each user's last two events are targets, or by time: nothing after --val_from is trained on, and a "
+        f"user's first event of each period is a target {default}",
+    )
+    group.add_argument(
+        "--val_from", type=_moment, metavar="DATE", help="validation begins: ISO 8601 text, or a number as in the file"
+    )
+    group.add_argument("--test_from", type=_moment, metavar="DATE", help="the test begins, likewise")
     group = parser.add_argument_group("pictures")
     group.add_argument("--picture_workers", type=_count, metavar="N", help=f"fetched at a time {default}")
     group.add_argument("--pictures_per_second", type=_rate, metavar="X", help=f"fetched at most {default}")
@@ -137,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def _steps(arguments: argparse.Namespace, config: Config) -> tuple[str, ...]:
     """Return the steps to run. Raises InputError for flags of steps that are left out."""
+    if [bool(arguments.val_from), bool(arguments.test_from)] != [arguments.split == "time"] * 2:
+        raise InputError("a split by time needs --split time --val_from DATE --test_from DATE; others take no dates")
     if arguments.only is None:
         return STEPS if config.use_img_encoder else ("data", "features")
     steps = tuple(step.strip() for step in arguments.only.split(",") if step.strip())
@@ -147,6 +162,7 @@ def _steps(arguments: argparse.Namespace, config: Config) -> tuple[str, ...]:
     if "pictures" in steps and not config.use_img_encoder:
         raise InputError("--only pictures and --no-use_img_encoder: leave out one of the two")
     given = [name for name in ("overwrite", "events", "items", "columns") if getattr(arguments, name)]
+    given += ["split"] if arguments.split == "time" else []
     given += [name for name, usual in FILTERS.items() if getattr(arguments, name) != usual]
     given += ["raw_root"] if arguments.raw_root and "pictures" not in steps else []
     if given and "data" not in steps:
@@ -187,6 +203,16 @@ def _rating(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
 
 
+def _moment(text: str) -> str:
+    with suppress(ValueError):
+        datetime.fromisoformat(text)
+        return text
+    with suppress(ValueError):
+        if math.isfinite(float(text)):
+            return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no date such as 2024-05-31 and no number")
+
+
 def _rate(text: str) -> float:
     rate = _rating(text)
     if rate == 0:
@@ -211,7 +237,7 @@ def only_one(folder: Path) -> Iterator[None]:
         raise cannot_write(folder.parent, error) from error
     try:
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
-        for name in (*FILES, REPORT, MANIFEST, ITEM2IMG):
+        for name in (*FILES, SPLIT, REPORT, MANIFEST, ITEM2IMG):
             for left_by_a_kill in folder.glob(f".{name}.*.tmp"):
                 left_by_a_kill.unlink()
         yield

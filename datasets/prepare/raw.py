@@ -13,7 +13,7 @@ from typing import Any
 from common.errors import InputError
 from common.files import cannot_write, read_json, replacing, sha256, write_json, write_text
 from config import Config
-from datasets.catalog import FILES, REPORT, read_report
+from datasets.catalog import FILES, REPORT, SPLIT, read_report
 from datasets.item2img import ITEM2IMG, MANIFEST
 from datasets.prepare.amazon import PAPER_SETS, raw_names
 
@@ -28,7 +28,9 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, co
     """
     filters = {name: getattr(arguments, name) for name in FILTERS}
     columns = arguments.columns
+    split = (arguments.val_from, arguments.test_from) if arguments.split == "time" else None
     recipe: dict[str, Any] = {"version": VERSION, **filters, "columns": columns}
+    recipe |= {"split": list(split)} if split else {}
     asked = arguments.raw_root or arguments.events or arguments.items
     if not asked and _is_prepared(folder, recipe, arguments.overwrite):
         return
@@ -42,7 +44,7 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, co
     from datasets.prepare.sequences import make_sequences
 
     events = read_events(events_file, columns)
-    made, notes = make_sequences(events, **filters), events.notes
+    made, notes = make_sequences(events, **filters, split=split), events.notes
     del events  # a third of the memory
     items = Items({}, {}, [])
     if items_file:
@@ -61,6 +63,11 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, co
     with replacing(folder / FILES[0]) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in range(len(made.sequences)):
             file.write(f"{row + 1} {' '.join(map(str, made.sequences.of(row).tolist()))}\n")
+    if split:
+        assert made.sequences.cuts is not None
+        write_json(folder / SPLIT, {"name": made.sequences.split, "cuts": made.sequences.cuts.tolist()})
+    else:
+        (folder / SPLIT).unlink(missing_ok=True)
     maps = {
         name: {text: str(number) for number, text in enumerate(ids, start=1)}
         for name, ids in (("user2id", made.users), ("item2id", made.items))
@@ -79,7 +86,7 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, co
         notes += copy_pictures(items.pictures, items_file.parent, Path(config.data_root) / "photos" / folder.name)
     else:
         (folder / FILES[2]).unlink(missing_ok=True)
-    files = {name: sha256(folder / name) for name in FILES if (folder / name).exists()}
+    files = {name: sha256(folder / name) for name in (*FILES, SPLIT) if (folder / name).exists()}
     prepared = {
         "recipe": recipe, "files": files, "filters": made.filters, "notes": [*notes, *made.notes, *items.notes]
     }  # fmt: skip
@@ -151,7 +158,8 @@ def _is_prepared(folder: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
     else:
         files = prepared["files"].items()
         changed = [name for name, known in files if not (folder / name).exists() or sha256(folder / name) != known]
-        others = [f"{k} {prepared['recipe'].get(k)!r}" for k, v in recipe.items() if prepared["recipe"].get(k) != v]
+        wanted = {"split": None} | recipe
+        others = [f"{k} {prepared['recipe'].get(k)!r}" for k, v in wanted.items() if prepared["recipe"].get(k) != v]
         if not changed and not others:
             print(f"{folder} is prepared already", flush=True)
             return True

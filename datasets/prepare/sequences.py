@@ -5,7 +5,8 @@ n events, U users, N items.
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ def make_sequences(
     min_rating: float = 0.0,
     repeats: str = "keep",
     ties: str = "file",
+    split: tuple[str, str] | None = None,
 ) -> Prepared:
     """Filter events down to the k-core, and order and number them.
 
@@ -45,6 +47,8 @@ def make_sequences(
     and are shuffled (always alike) with "shuffle"; "drop_user" leaves out users whose last two events have the same
     time, as nothing but the file's order tells which is the target. Users are numbered in the order of their first
     line, items in the order of their first appearance when the users' histories are read in turn.
+
+    split: when validation and test begin, for a split by time; None for leave-one-out.
 
     Raises InputError if nothing is left, naming a k that would leave something.
     """
@@ -111,8 +115,47 @@ def make_sequences(
     number = np.empty(len(items), dtype=np.int64)
     number[order] = np.arange(1, len(items) + 1)
     sequences = Sequences(number[code], np.concatenate([[0], np.cumsum(lengths)]))
+    if split:
+        cuts = time_cuts(events.time[rows], sequences.offsets, split)
+        sequences = replace(sequences, split=f"time {split[0]} {split[1]}", cuts=cuts)
     names = [events.users[u] for u in users], [events.items[i] for i in items[order]]
     return Prepared(sequences, *names, filters, notes)
+
+
+def time_cuts(time: np.ndarray, offsets: np.ndarray, split: tuple[str, str]) -> np.ndarray:
+    """Return how many events of each user come before validation and before the test: [U, 2] int64.
+
+    time: [n] in the file's unit, sorted by user and time. Raises InputError if a period has no user to evaluate.
+    """
+    unit = next((unit for unit in (1, 10**3, 10**6, 10**9) if time.max() < 10**11 * unit), 1)  # per second
+    val, test = (_moment(text, unit) for text in split)
+    found = f"the events are from {_date(time.min(), unit)} to {_date(time.max(), unit)}"
+    if not val < test:
+        raise InputError(f"--val_from {split[0]} is not before --test_from {split[1]}; {found}")
+    users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    before = [np.bincount(users[time < moment], minlength=len(offsets) - 1) for moment in (val, test)]
+    ends = [*before, np.diff(offsets)]
+    for part, first, last in (("validation", 0, 1), ("test", 1, 2)):
+        if not np.any((ends[first] > 0) & (ends[last] > ends[first])):
+            raise InputError(
+                f"no user has an event in the {part} period of --val_from {split[0]} --test_from {split[1]} and one "
+                f"before it; {found}: choose dates between them"
+            )
+    return np.column_stack(before)
+
+
+def _moment(text: str, unit: int) -> float:
+    """Return a time in the file's unit: an epoch number as it is, or the ISO date in UTC."""
+    try:
+        return float(text)
+    except ValueError:
+        moment = datetime.fromisoformat(text)
+        return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() * unit
+
+
+def _date(time: float, unit: int) -> str:
+    """Return a time as the file's number and as a date."""
+    return f"{time:.0f} ({datetime.fromtimestamp(time / unit, UTC):%Y-%m-%d})"
 
 
 def drop_copies(events: Events, rows: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def find_reader(path: Path) -> Reader:
         if not READERS[0].recognises(head):
             raise InputError(f"{path} is a folder without parquet files; give one of its files")
         return READERS[0]
-    if not head.lines:
+    if not head.lines or head.text.strip() in ("[]", "{}"):
         raise InputError(f"{path} is empty; {HINT}")
     for reader in READERS:
         if reader.recognises(head):

@@ -88,7 +88,7 @@ class Table:
         except csv.Error as error:
             raise InputError(f"{path} has an invalid header ({error}); {HINT}") from None
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise InputError(f"{path} has two columns {twice!r}; rename one in the header")
+            raise InputError(f"{path} has two columns {twice!r}; rename one, or add the header line if it is missing")
         return separator, names
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
@@ -113,6 +113,11 @@ def no_items(path: Path, names: list[str]) -> InputError:
     return InputError(f"{path} has no column with the items' ids: it has {shown(names)}; name it: --columns id=...")
 
 
+def rows_match(lines: list[str], row: re.Pattern[str]) -> bool:
+    """Return whether the first line and nine in ten have the form of a row. Others are damaged, and counted later."""
+    return bool(row.fullmatch(lines[0])) and sum(bool(row.fullmatch(line)) for line in lines) >= 0.9 * len(lines)
+
+
 class Headerless:
     """Rows of a known form without a header; `fields` name the cells."""
 
@@ -120,7 +125,7 @@ class Headerless:
         self.name, self.row, self.separator, self.fields = name, re.compile(row), separator, fields
 
     def recognises(self, head: Head) -> bool:
-        return all(self.row.fullmatch(line) for line in head.lines)
+        return rows_match(head.lines, self.row)
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
         if "user" not in self.fields:
@@ -157,7 +162,7 @@ class AmazonRatings:
     name = "Amazon's ratings without a header"
 
     def recognises(self, head: Head) -> bool:
-        return all(re.fullmatch(r"[^,]+,[^,]+,[\d.]+,\d+(?:\.\d+)?", line) for line in head.lines)
+        return rows_match(head.lines, re.compile(r"[^,]+,[^,]+,[\d.]+,\d+(?:\.\d+)?"))
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
         fields = self.order(Head.of(file.path), columns)
@@ -169,7 +174,7 @@ class AmazonRatings:
         if columns.get("user") in ("1", "2") and columns.get("item") in ("1", "2"):
             is_first = columns["item"] == "1"
         else:
-            first, second = zip(*(line.split(",")[:2] for line in head.lines), strict=True)
+            first, second = zip(*(line.split(",")[:2] for line in head.lines if "," in line), strict=True)
             ids = [sum(bool(ASIN.fullmatch(cell)) for cell in cells) for cells in (first, second)]
             if ids[0] == ids[1]:
                 raise InputError(

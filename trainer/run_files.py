@@ -28,6 +28,7 @@ class Environment(Struct):
     device: str = ""
     versions: dict[str, str | None] = {}
     data: str | None = None
+    split: str | None = None
     features: list[str] = []
     resumed: list["Environment"] = []
 

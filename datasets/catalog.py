@@ -44,7 +44,7 @@ class Prepared(Struct):
     """How datasets.prepare made a dataset."""
 
     recipe: dict[str, Any]
-    files: dict[Literal["sequential_data.txt", "datamaps.json", "meta.json.gz"], str]
+    files: dict[Literal["sequential_data.txt", "datamaps.json", "meta.json.gz", "split.json"], str]
     filters: list[dict[str, Any]]
     notes: list[str]
 

@@ -102,10 +102,10 @@ def test_the_pictures_benchmark_downloads_despite_failures(capsys):
 
 
 def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, monkeypatch, capsys):
-    def run_here(raw, events, folder):
+    def run_here(folder, flags):
         sent = []
         shutil.rmtree(folder / "made", ignore_errors=True)
-        prepare.measure(raw, events, folder, SimpleNamespace(send=sent.append))
+        prepare.measure(folder, flags, SimpleNamespace(send=sent.append))
         return sent[0]
 
     small = ["--reviews", "3000", "--products", "100", "--folder", str(tmp_path)]
@@ -114,11 +114,11 @@ def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, 
         prepare.main(small)
     raw = tmp_path / "raw-3000-100" / "reviews.json.gz"
     made = raw.stat().st_mtime_ns
-    prepare.main([*small, "--formats=parquet"])  # in a process of its own
+    prepare.main([*small, "--formats=parquet", "--events_only"])  # in a process of its own
     assert raw.stat().st_mtime_ns == made
     out = capsys.readouterr().out
     assert out.count("| yes |") == 4
-    assert out.splitlines()[-1].startswith("| 3,000 | 100 | parquet | 0.00 |")
+    assert out.splitlines()[-1].startswith("| 3,000 | 100 | parquet | memory | 0.00 |")
     assert (tmp_path / "made" / "sequential_data.txt").exists()
 
 

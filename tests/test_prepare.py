@@ -247,6 +247,32 @@ def refusal(raw: Path, *flags: str, dataset: str = "beauty") -> str:
     return str(raised.value)
 
 
+@pytest.mark.parametrize("flags", [[], ["--min_rating=2", "--repeats=drop", "--ties=drop_user"], ["--min_uc=20"]])
+def test_counts_on_disk_make_the_same_files(tmp_path, flags):
+    pytest.importorskip("duckdb", reason="the optional package duckdb is not installed")
+    rng = random.Random(0)
+    rows = [
+        {"user_id": f"U{int(rng.random() ** 2 * 60)}", "item_id": f"I{int(rng.random() ** 2 * 50)}\ud800",
+         "timestamp": rng.randrange(99), "rating": rng.choice([1, 2, 3, 5, None])}
+        for _ in range(1500)
+    ]  # fmt: skip
+    write_raw(tmp_path / "raw" / "events.json", rows + rng.sample(rows, 50))
+    flags = ["--events=events.json", "--overwrite", *flags]
+    folders = (prepare(tmp_path / "raw", *flags, f"--counts={where}", dataset="shop") for where in ("memory", "duckdb"))
+    in_memory, on_disk = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert on_disk == in_memory
+    assert not list((tmp_path / "data").glob("*.counts"))
+
+
+def test_counts_on_disk_that_cannot_be_made_are_refused_with_the_mend(raw, monkeypatch):
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    assert "pip install 'duckdb>=1.1,<2'; or leave --counts out" in refusal(raw, "--counts=duckdb")
+    monkeypatch.undo()
+    pytest.importorskip("duckdb", reason="the optional package duckdb is not installed")
+    assert "give --ties file or drop_user" in refusal(raw, "--counts=duckdb", "--ties=shuffle")
+    assert "lower --min_uc" in refusal(raw, "--counts=duckdb", "--min_uc=50")
+
+
 @pytest.mark.skipif(not AMAZON.exists(), reason="the paper's data are not at hand")
 @pytest.mark.parametrize("name, category", [("beauty", "Beauty"), ("sports", "Sports_and_Outdoors")])
 def test_the_published_sequences_come_back_byte_for_byte(tmp_path, name, category):

@@ -97,6 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="order of a user's events at the same time: as in the file, or shuffled; or leave out users whose last "
         f"two events tie {default}",
     )
+    group.add_argument(
+        "--counts",
+        choices=("memory", "duckdb"),
+        default="memory",
+        help="where the filters are computed: in memory, or on disk for events that do not fit there, with the "
+        f"package duckdb; the data are the same {default}",
+    )
     parser.set_defaults(**FILTERS)
     group = parser.add_argument_group("the split")
     group.add_argument(
@@ -162,6 +169,7 @@ def _steps(arguments: argparse.Namespace, config: Config) -> tuple[str, ...]:
     if "pictures" in steps and not config.use_img_encoder:
         raise InputError("--only pictures and --no-use_img_encoder: leave out one of the two")
     given = [name for name in ("overwrite", "events", "items", "columns") if getattr(arguments, name)]
+    given += ["counts"] if arguments.counts != "memory" else []
     given += ["split"] if arguments.split == "time" else []
     given += [name for name, usual in FILTERS.items() if getattr(arguments, name) != usual]
     given += ["raw_root"] if arguments.raw_root and "pictures" not in steps else []

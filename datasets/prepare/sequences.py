@@ -52,9 +52,11 @@ def make_sequences(
 
     Raises InputError if nothing is left, naming a k that would leave something.
     """
-    filters: list[dict[str, Any]] = []
+    filters = list(events.filters)
 
     def count(name: str, rows: np.ndarray) -> None:
+        if any(step["after"] == name for step in events.filters):
+            return
         users, items = (len(np.unique(column[rows])) for column in (events.user, events.item))
         filters.append({"after": name, "users": users, "items": items, "interactions": len(rows)})
 

@@ -216,6 +216,18 @@ def test_a_period_without_users_is_refused_with_the_range_of_the_events(split, w
         make(BY_TIME, split=split)
 
 
+def test_a_user_of_two_events_is_evaluated_under_a_split_by_time_alone(tmp_path):
+    rows = [("U", "a", 10), ("U", "b", 20), ("V", "b", 1), ("V", "a", 50), ("W", "a", 2)]
+    events = [dict(zip(("user", "item", "time"), row, strict=True)) for row in rows]
+    raw = write_raw(tmp_path / "raw" / "events.json", events).parent
+    flags = ["--events=events.json", "--min_uc=1", "--min_sc=1"]
+    assert "no user has 3 events or more" in refusal(raw, *flags, dataset="shop")
+    folder = prepare(raw, *flags, "--split=time", "--val_from=15", "--test_from=30", dataset="shop")
+    sequences = load_catalog(folder.parent, "shop").sequences
+    assert len(train_items(sequences)[1]) == 3
+    assert [len(eval_rows(sequences, 9, part)) for part in ("val", "test")] == [1, 1]
+
+
 @pytest.mark.parametrize("unit", [1, 1000], ids=["seconds", "milliseconds"])
 def test_dates_and_numbers_split_alike(unit):
     rows = [(user, item, (1_600_000_000 + 86_400 * time) * unit) for user, item, time in BY_TIME]

@@ -1,5 +1,6 @@
 """A run that is being trained: its settings, its folder, its lock and its log. Rank 0 alone touches files."""
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -72,7 +73,10 @@ class TrainingRun:
                 yield
         except KeyboardInterrupt:
             if processes.rank() == 0:
-                print(f"\ncontinue with: {processes.command()} train.py --resume {self.folder}", file=sys.stderr)
+                print(
+                    f"\ncontinue with: {processes.command()} train.py --resume {shlex.quote(str(self.folder))}",
+                    file=sys.stderr,
+                )
             raise
 
     def _open_log(self, device: torch.device) -> None:

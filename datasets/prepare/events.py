@@ -167,6 +167,8 @@ class Times:
 
         if pd.api.types.is_datetime64_any_dtype(column.dtype):
             return _milliseconds(pd.to_datetime(column, utc=True))
+        if pd.api.types.is_bool_dtype(column.dtype):
+            return pd.Series(np.nan, index=column.index)
         if column.dtype == object and pd.api.types.infer_dtype(column) != "integer":
             column = column.where(~column.map(lambda value: isinstance(value, bool)))
         numbers = pd.to_numeric(column, errors="coerce").astype("float64")

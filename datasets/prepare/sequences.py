@@ -94,7 +94,7 @@ def make_sequences(
 
     user, item = events.user[rows], events.item[rows]
     users, lengths = np.unique(user, return_counts=True)
-    if lengths.max() < MIN_ITEMS:
+    if lengths.max() < MIN_ITEMS and not split:
         raise InputError(
             f"no user has {MIN_ITEMS} events or more (one each to train, validate and test on); lower --min_sc"
         )

@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from datasets.prepare.__main__ import main
 from datasets.prepare.events import Events
 from datasets.prepare.sequences import k_core, make_sequences
 from experiments.store import keep
-from tests.prepared import contents, item_features
+from tests.prepared import contents, in_child, item_features
 from tests.raw import reviews_of, write_raw
 from train import main as train
 
@@ -514,20 +513,6 @@ def test_a_dataset_in_a_folder_that_is_only_read_has_its_features_cached_elsewhe
     main(["--dataset_code=beauty", f"--data_root={folder.parent}", "--only=features", *BUILT_IN])
     assert contents(folder) == first
     assert len(list(Path("data/features/beauty").glob("*.npy"))) == 1  # the text's: there are no pictures
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Run `work` in a forked process and return its exit status, negative for a signal."""
-    pid = os.fork()
-    if not pid:
-        try:
-            work()
-        except SystemExit as ended:
-            os._exit(int(ended.code or 0))
-        except BaseException:
-            os._exit(99)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def kill_at_write(number: int) -> None:

@@ -485,12 +485,12 @@ def test_users_steps_and_items_are_free_in_every_graph(graphed):
     int8 = graphed.config["quantize"] == "int8"
     table = {"table": [32, "N"], "table_scale": ["N"]} if int8 else {"table": ["N", 32]}
     ranks = {"bias": ["R", "N"], "k": [1]}
-    best = {"scores": ["B", "K"], "items": ["B", "K"]}
+    best, z = {"scores": ["B", "K"], "items": ["B", "K"]}, {"z": ["B", 32]}
     hidden = ["B", 2, 2, 32]
     expected = {
-        "recommend.onnx": ({"history": ["B", "L"], **table, **ranks}, best),
+        "recommend.onnx": ({"history": ["B", "L"], **table, **ranks}, best | z),
         "step.onnx": ({"item": ["B"], "hidden": hidden, **table}, {"z": ["B", 32], "new_hidden": hidden}),
-        "rank.onnx": ({"z": ["B", 32], **table, **ranks}, best),
+        "rank.onnx": ({**z, **table, **ranks}, best),
     }
     for name, model in graphs_of(graphed).items():
         found = tuple(
@@ -551,7 +551,7 @@ try:
     fmrlrec.Recommender.from_pretrained(folder, "torch")
 except fmrlrec.InputError as error:
     refused = str(error)
-routes = [route.path for route in http.create_app(recommender).routes]
+routes = [route.path for route in http.create_app(recommender).app.routes]
 print(json.dumps([fmrlrec.__version__, answer.ids, answer.scores, features.tolist(), refused, routes]))
 """
 

@@ -45,6 +45,7 @@ RUN_BY = {
     "fmrlrec-recommend ": ("tests/test_export.py", "bin/fmrlrec-recommend"),
     "fmrlrec-serve ": ("tests/test_http.py", '"-m", "serving.http"'),
     "python -m datasets.prepare --events": ("tests/test_prepare.py", "--events=shop.parquet"),
+    "python -m benchmarks.deploy --synthetic": ("tests/test_export.py", '"--synthetic"'),
     "python -m benchmarks.speed": ("tests/test_benchmarks.py", "speed.main("),
     "python -m benchmarks.scaling": ("tests/test_benchmarks.py", "scaling.main("),
     "python -m benchmarks.features": ("tests/test_benchmarks.py", "features.main("),

@@ -10,6 +10,7 @@ items.safetensors     table   [N+1, m]  item table, float32, float16 or int8; ro
                       title_ends [N]    end of each title
                       removed [n]       numbers of removed items; version 2, written only if there are any
 *.onnx                optional: recommend, step and rank (serving/graphs.py)
+index.safetensors, scan.onnx     optional: the int8 scan (serving/index.py)
 
 N items, m the size, W bytes of the longest id. A folder is written under a temporary name and renamed, so it is never
 half written. While an export is replaced, the old one is briefly called `_former(folder)`.
@@ -46,6 +47,7 @@ FORMAT, VERSION = "fmrlrec-export", 1
 WITH_REMOVED = 2  # the version of an export with removed items, which earlier code would recommend
 CONFIG, WEIGHTS, ITEMS = "config.json", "model.safetensors", "items.safetensors"
 GRAPHS = ("recommend.onnx", "step.onnx", "rank.onnx")
+INDEX, SCAN = "index.safetensors", "scan.onnx"  # of an export with --index int8 (serving/index.py)
 STORED = {
     "none": ("F32", np.float32),
     "float16": ("F16", np.float16),

@@ -29,6 +29,7 @@ from serving.convert import model_from, serving_weights
 from serving.folder import GRAPHS, WEIGHTS, read_folder
 from serving.packaging import runtime_modules
 from serving.quantize import dequantize, quantize
+from serving.widths import narrow_table
 from tests.exported import one_of_each_kind
 from tests.made_up import random_model
 from tests.prepared import contents, write_metadata, write_prepared
@@ -420,6 +421,11 @@ def test_the_cards_metrics_and_bytes_are_those_of_the_run_and_of_its_export(meas
     assert sum(map(len, contents(Path("exports/tiny-4")).values())) == row["bytes"]
 
 
+def test_the_scan_of_synthetic_items_is_measured_and_differs_nowhere():
+    found = deploy.main(["--synthetic", "5000", "--size", "16", "--requests", "20"])
+    assert found["different"] == 0 and found["scan_p50_ms"] > 0 and found["float32_p50_ms"] > 0
+
+
 def test_too_small_a_measurement_is_refused(run):
     for name, value in (("--users", "0"), ("--requests", "1"), ("--catalogue", "9")):
         with pytest.raises(InputError, match=rf"{name} {value} must be at least \d+"):
@@ -427,6 +433,20 @@ def test_too_small_a_measurement_is_refused(run):
 
 
 # ------------------------------------------------------------------------------------------------------- the weights
+
+
+@pytest.mark.parametrize("users", [50, 5])
+def test_a_narrow_table_gives_the_best_scores_of_its_width(users):
+    rng = np.random.default_rng(0)
+    z, table = rng.normal(size=(users, 12)) * np.logspace(0, -2, 12), rng.normal(size=(80, 12))
+    scores = z @ table.T
+    u, s, v = np.linalg.svd(scores, full_matrices=False)
+    for width in (1, 3, 5, 12):
+        P, A = narrow_table(table, z, width)
+        assert (P.shape, A.shape) == ((12, width), (80, width))
+        np.testing.assert_allclose(z @ P @ A.T, (u * s)[:, :width] @ v[:width], atol=1e-4 * abs(scores).max())
+    with pytest.raises(ValueError, match="width 13 must be from 1 to 12"):
+        narrow_table(table, z, 13)
 
 
 def test_converting_back_keeps_the_random_state():
@@ -485,12 +505,12 @@ def test_users_steps_and_items_are_free_in_every_graph(graphed):
     int8 = graphed.config["quantize"] == "int8"
     table = {"table": [32, "N"], "table_scale": ["N"]} if int8 else {"table": ["N", 32]}
     ranks = {"bias": ["R", "N"], "k": [1]}
-    best = {"scores": ["B", "K"], "items": ["B", "K"]}
+    best, z = {"scores": ["B", "K"], "items": ["B", "K"]}, {"z": ["B", 32]}
     hidden = ["B", 2, 2, 32]
     expected = {
-        "recommend.onnx": ({"history": ["B", "L"], **table, **ranks}, best),
+        "recommend.onnx": ({"history": ["B", "L"], **table, **ranks}, best | z),
         "step.onnx": ({"item": ["B"], "hidden": hidden, **table}, {"z": ["B", 32], "new_hidden": hidden}),
-        "rank.onnx": ({"z": ["B", 32], **table, **ranks}, best),
+        "rank.onnx": ({**z, **table, **ranks}, best),
     }
     for name, model in graphs_of(graphed).items():
         found = tuple(
@@ -551,7 +571,7 @@ try:
     fmrlrec.Recommender.from_pretrained(folder, "torch")
 except fmrlrec.InputError as error:
     refused = str(error)
-routes = [route.path for route in http.create_app(recommender).routes]
+routes = [route.path for route in http.create_app(recommender).app.routes]
 print(json.dumps([fmrlrec.__version__, answer.ids, answer.scores, features.tolist(), refused, routes]))
 """
 

@@ -2,6 +2,7 @@
 
 import math
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,11 +192,16 @@ def test_memory_holds_the_logits_of_one_chunk_of_positions(monkeypatch):
     assert found == {"fast": buffers * (num_items + 1), "plain": positions * (num_items + 1)}
 
 
-@pytest.mark.parametrize(("least", "expected"), [(1, [2, 2, 2, 2, 2, 1]), (4, [4, 4, 3]), (99, [11])])
-def test_chunks_are_equal_within_a_bound_of_bytes_or_of_least_positions(monkeypatch, least, expected):
+@pytest.mark.parametrize(
+    ("device", "least", "expected"),
+    [("cpu", 1, [2, 2, 2, 2, 2, 1]), ("cpu", 4, [4, 4, 3]), ("cpu", 99, [11]), ("cuda", 1, [8, 3])],
+)
+def test_chunks_are_equal_within_a_bound_of_bytes_or_of_least_positions(monkeypatch, device, least, expected):
+    gpu = SimpleNamespace(total_memory=900 * logits.GPU_SHARE)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(logits, "CHUNK_BYTES", 350)
     monkeypatch.setattr(logits, "LEAST", least)
-    covered = [list(range(11))[chunk] for chunk in logits.row_chunks(11, 100)]
+    covered = [list(range(11))[chunk] for chunk in logits.row_chunks(11, 100, torch.device(device))]
     assert list(chain(*covered)) == list(range(11))
     assert [len(part) for part in covered] == expected
 

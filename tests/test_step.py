@@ -80,12 +80,18 @@ def test_a_step_leaves_no_share_of_its_batch_in_the_model():
 
 
 def test_tf32_is_asked_for_within_a_step_and_not_after_it(monkeypatch):
-    asked, true = [], FMRLRec.encode
-    monkeypatch.setattr(FMRLRec, "encode", lambda *a: (asked.append(torch.get_float32_matmul_precision()), true(*a))[1])
+    asked, true, cuda = [], FMRLRec.encode, torch.backends.cuda.matmul
+
+    def encode(*arguments):
+        asked.append(torch.get_float32_matmul_precision())
+        assert not cuda.allow_bf16_reduced_precision_reduction
+        return true(*arguments)
+
+    monkeypatch.setattr(FMRLRec, "encode", encode)
     (batch, *_) = loader().epoch(1)
     for precision in ("fp32", "tf32", "bf16"):
         make_step(precision)(batch)
-        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "highest" and cuda.allow_bf16_reduced_precision_reduction
     assert asked == ["highest", "high", "highest"]
 
 

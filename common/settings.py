@@ -56,6 +56,10 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+MAX_WHOLE = 2**31 - 1  # of a whole number without another limit
+MAX_SIZE = 1 << 16  # of the numbers in a tuple: sizes and cut-offs
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base class of all settings.
@@ -83,8 +87,10 @@ def _reason(metadata: Any, value: Any) -> str:
     """Return why a value is invalid, or "" if it is valid."""
     if metadata["choices"] and value not in metadata["choices"]:
         return f" must be one of {', '.join(metadata['choices'])}"
-    if metadata["numbers"] and (not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value))):
-        return ' must be increasing whole numbers from 1 on, such as "8,16,32"'
+    if metadata["numbers"] and (
+        not value or value[0] < 1 or value[-1] > MAX_SIZE or any(a >= b for a, b in itertools.pairwise(value))
+    ):
+        return f' must be increasing whole numbers from 1 to {MAX_SIZE}, such as "8,16,32"'
     if metadata["folder_name"] and (
         value in (".", "..") or any(s in value for s in "/\\\0") or not (value or metadata["may_be_empty"])
     ):
@@ -102,6 +108,10 @@ def _reason(metadata: Any, value: Any) -> str:
         "below": lambda v, limit: v < limit,
         "at_most": lambda v, limit: v <= limit,
     }
+    if isinstance(value, int) and not limits.keys() & {"below", "at_most"} and abs(value) > MAX_WHOLE:
+        return f" must be at most {MAX_WHOLE}"
+    if isinstance(value, str) and any(ord(character) < 32 for character in value):
+        return " must have no control characters"
     if limits and not (math.isfinite(value) and all(tests[name](value, limit) for name, limit in limits.items())):
         words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
         return f" must be {'a finite number, ' if isinstance(value, float) else ''}{words}"

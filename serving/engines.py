@@ -251,7 +251,8 @@ class OnnxEngine:
         return scores, items
 
     def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
-        return self._step.run(None, {"item": item, "hidden": hidden, **table.inputs()})
+        z, hidden = _run(self._step, {"item": item, "hidden": hidden, **table.inputs()})
+        return z, hidden
 
     def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return self._ranked(self._rank, "z", z, table, bias, k)
@@ -262,8 +263,16 @@ class OnnxEngine:
     ) -> tuple[np.ndarray, np.ndarray]:
         bias = bias if len(bias) == 1 else filled_up(bias, ONNX_ROWS)
         inputs = {name: filled_up(rows, ONNX_ROWS), "bias": bias, "k": np.array([k], dtype=np.int64), **table.inputs()}
-        scores, items = session.run(None, inputs)
+        scores, items = _run(session, inputs)
         return scores[: len(rows)], items[: len(rows)]
+
+
+def _run(session: Any, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Run a graph. Raises InputError if it does not take the inputs that every export's graphs take."""
+    try:
+        return session.run(None, inputs)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise InputError(f"an ONNX graph of the export failed ({str(error).splitlines()[0]:.300}); {HINT}") from error
 
 
 def filled_up(rows: np.ndarray, fewest: int) -> np.ndarray:

@@ -56,12 +56,12 @@ class Recommender:
         Raises InputError if a file is missing, damaged or of another version, or the engine is not available.
         """
         path = Path(folder) / CONFIG
-        before = path.read_bytes() if path.exists() else None
+        before = path.read_bytes() if path.is_file() else None
         try:
             export = read_folder(folder)
             opened = cls(export, open_engine(export, engine, threads))
         finally:
-            if before is not None and (not path.exists() or path.read_bytes() != before):
+            if before is not None and (not path.is_file() or path.read_bytes() != before):
                 raise InputError(f"{folder} was replaced while it was being opened; open it again")
         opened._opened = (Path(folder).absolute(), engine, threads)
         return opened

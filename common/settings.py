@@ -5,6 +5,7 @@ common/cli.py turns every field into a flag.
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -110,12 +111,20 @@ def _reason(metadata: Any, value: Any) -> str:
     }
     if isinstance(value, int) and not limits.keys() & {"below", "at_most"} and abs(value) > MAX_WHOLE:
         return f" must be at most {MAX_WHOLE}"
-    if isinstance(value, str) and any(ord(character) < 32 for character in value):
-        return " must have no control characters"
+    if isinstance(value, str) and not _is_path(value, 200 if metadata["folder_name"] else 4000):
+        return " must be shorter, and valid text without control characters"
     if limits and not (math.isfinite(value) and all(tests[name](value, limit) for name, limit in limits.items())):
         words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
         return f" must be {'a finite number, ' if isinstance(value, float) else ''}{words}"
     return ""
+
+
+def _is_path(text: str, longest: int) -> bool:
+    """Return whether a text may be a path of up to `longest` bytes."""
+    try:
+        return len(os.fsencode(text)) <= longest and all(ord(character) >= 32 for character in text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _quoted(value: Any) -> str:

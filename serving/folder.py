@@ -228,7 +228,11 @@ recommender.recommend([["ID", "ID"]], top_k=10)
 
 def read_folder(folder: str | Path) -> Export:
     """Read and check an export. Raises InputError that names the damaged file and how to mend it."""
-    folder = Path(folder).resolve()
+    try:
+        folder = Path(folder).resolve()
+        (folder / CONFIG).is_file()
+    except (OSError, ValueError) as error:  # a name that is too long or cannot be encoded
+        raise InputError(f"{str(folder)!r:.80} is not a folder's name ({error!s:.80}); give an export's") from None
     if not folder.exists() and _former(folder).exists():  # killed between the two renames
         folder = _former(folder)
     if not (folder / CONFIG).is_file():

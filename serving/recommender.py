@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from common.files import read_json
+from common.files import open_regular, read_json
 from serving.catalogue import Catalogue
 from serving.engines import Engine, open_engine
 from serving.filters import Filter, filters_of, listed, make_filter
@@ -56,12 +56,12 @@ class Recommender:
         Raises InputError if a file is missing, damaged or of another version, or the engine is not available.
         """
         path = Path(folder) / CONFIG
-        before = path.read_bytes() if path.is_file() else None
+        before = _content(path)
         try:
             export = read_folder(folder)
             opened = cls(export, open_engine(export, engine, threads))
         finally:
-            if before is not None and (not path.is_file() or path.read_bytes() != before):
+            if before is not None and _content(path) != before:
                 raise InputError(f"{folder} was replaced while it was being opened; open it again")
         opened._opened = (Path(folder).absolute(), engine, threads)
         return opened
@@ -333,3 +333,12 @@ def _known(catalogue: Catalogue, items: Any, what: str) -> list[int]:
     if unknown:
         raise InputError(f"{catalogue.unknown(unknown)}; leave unknown items out")
     return numbers
+
+
+def _content(path: Path) -> bytes | None:
+    """Return the bytes of a regular file; None if there is none."""
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError:
+        return None

@@ -116,8 +116,10 @@ class ModelSettings(Settings):
     mrl_hidden_sizes: tuple[int, ...] = setting(
         (8, 16, 32, 64, 128, 256, 512, 1024), "increasing nested sizes, the last is D; baselines take one"
     )
-    lru_max_len: int = setting(50, "maximum history length; older items are dropped", at_least=1)
-    lru_num_blocks: int = setting(2, "LRU (sasrec: attention) and FFN blocks; gru4rec: GRU layers", at_least=1)
+    lru_max_len: int = setting(50, "maximum history length; older items are dropped", at_least=1, at_most=2**20)
+    lru_num_blocks: int = setting(
+        2, "LRU (sasrec: attention) and FFN blocks; gru4rec: GRU layers", at_least=1, at_most=1000
+    )
     lru_dropout: float = setting(0.5, "dropout in and after the FFN; baselines: embeddings too", at_least=0, below=1)
     lru_attn_dropout: float = setting(0.5, "dropout after the LRU, attention or GRU", at_least=0, below=1)
     embedding_dropout: bool = setting(True, "lru_dropout on the input embeddings too", used_if=_only("fmrlrec"))

@@ -272,7 +272,7 @@ class OnnxEngine:
         few, bias = table.gathered(needed), np.zeros((1, len(needed)), np.float32)
         for rows, read in self._of_one_length(np.searchsorted(needed, history)):
             inputs = {"history": filled_up(read, ONNX_ROWS), "bias": bias, "k": np.ones(1, np.int64), **few.inputs()}
-            z[rows] = self._recommend.run(["z"], inputs)[0][: len(rows)]
+            z[rows] = _run(self._recommend, inputs, ["z"])[0][: len(rows)]
         return z
 
     def _of_one_length(self, history: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -284,7 +284,8 @@ class OnnxEngine:
             yield rows, np.pad(history[rows, -n:], ((0, 0), (max(0, n - history.shape[1]), 0)))
 
     def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
-        return self._step.run(None, {"item": item, "hidden": hidden, **table.inputs()})
+        z, hidden = _run(self._step, {"item": item, "hidden": hidden, **table.inputs()})
+        return z, hidden
 
     def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return self._ranked(self._rank, "z", z, table, bias, k)
@@ -295,8 +296,16 @@ class OnnxEngine:
     ) -> tuple[np.ndarray, np.ndarray]:
         bias = bias if len(bias) == 1 else filled_up(bias, ONNX_ROWS)
         inputs = {name: filled_up(rows, ONNX_ROWS), "bias": bias, "k": np.array([k], dtype=np.int64), **table.inputs()}
-        scores, items = session.run(["scores", "items"], inputs)
+        scores, items = _run(session, inputs, ["scores", "items"])
         return scores[: len(rows)], items[: len(rows)]
+
+
+def _run(session: Any, inputs: dict[str, np.ndarray], outputs: list[str] | None = None) -> list[np.ndarray]:
+    """Run a graph. Raises InputError if it does not take the inputs that every export's graphs take."""
+    try:
+        return session.run(outputs, inputs)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise InputError(f"an ONNX graph of the export failed ({str(error).splitlines()[0]:.300}); {HINT}") from error
 
 
 def filled_up(rows: np.ndarray, fewest: int) -> np.ndarray:

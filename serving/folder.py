@@ -18,13 +18,10 @@ half written. While an export is replaced, the old one is briefly called `_forme
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from common.errors import InputError
-from common.files import cannot_write, read_json, sha256
+from common.files import cannot_write, read_json, remove_leftovers, sha256, temporary_folder
 from common.schema import check_schema
 from serving.card import CARD, IDS, model_card
 from serving.items import Items
@@ -56,7 +53,6 @@ STORED = {
 MAX_CONFIG = 1 << 22  # bytes
 HINT = "export the model again: python -m serving.export"
 CHUNK = 1 << 16  # rows converted at once
-ABANDONED = 3600  # seconds after which a temporary folder counts as left by a killed export
 
 
 @dataclass(frozen=True)
@@ -123,10 +119,8 @@ def write_folder(
     temporary, former = None, _former(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # left by killed exports
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+        remove_leftovers(folder.parent, folder.name)
+        temporary = temporary_folder(folder)
         version = WITH_REMOVED if config.get("num_removed") else VERSION
         written = {**config, "format": FORMAT, "version": version, "files": {}}
         for name, content in files.items():
@@ -193,7 +187,11 @@ def _restore(folder: Path) -> None:
 
 def read_folder(folder: str | Path) -> Export:
     """Read and check an export. Raises InputError that names the damaged file and how to mend it."""
-    folder = Path(folder).resolve()
+    try:
+        folder = Path(folder).resolve()
+        (folder / CONFIG).is_file()
+    except (OSError, ValueError) as error:  # a name that is too long or cannot be encoded
+        raise InputError(f"{str(folder)!r:.80} is not a folder's name ({error!s:.80}); give an export's") from None
     if not folder.exists() and _former(folder).exists():  # killed between the two renames
         folder = _former(folder)
     if not (folder / CONFIG).is_file():

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from common.files import read_json
+from common.files import open_regular, read_json
 from serving import hub
 from serving.catalogue import Catalogue
 from serving.engines import Engine, OnnxEngine, open_engine
@@ -73,7 +73,7 @@ class Recommender:
         """
         folder = hub.fetch(str(folder)) if hub.is_repository(folder) else folder
         path = Path(folder) / CONFIG
-        before = path.read_bytes() if path.exists() else None
+        before = _content(path)
         try:
             export = read_folder(folder)
             opened_engine = open_engine(export, engine, threads)
@@ -82,7 +82,7 @@ class Recommender:
                 export, opened_engine, Int8Index(export.folder, export.table.shape, threads) if has_index else None
             )
         finally:
-            if before is not None and (not path.exists() or path.read_bytes() != before):
+            if before is not None and _content(path) != before:
                 raise InputError(f"{folder} was replaced while it was being opened; open it again")
         opened._opened = (Path(folder).absolute(), engine, threads)
         return opened
@@ -384,3 +384,12 @@ def _known(catalogue: Catalogue, items: Any, what: str) -> list[int]:
     if unknown:
         raise InputError(f"{catalogue.unknown(unknown)}; leave unknown items out")
     return numbers
+
+
+def _content(path: Path) -> bytes | None:
+    """Return the bytes of a regular file; None if there is none."""
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError:
+        return None

@@ -7,6 +7,7 @@ import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 
 from benchmarks import features, pictures, prepare, scaling, speed

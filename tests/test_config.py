@@ -300,7 +300,7 @@ def test_help_shows_the_settings_of_every_preset(help_text):
 
 
 SCRIPTS = ("train.py", "eval.py")
-MODULES = ("datasets.prepare", "experiments.run", "experiments.report", "experiments.cold_items",
+MODULES = ("datasets.prepare", "experiments.run", "experiments.report", "experiments.cold_items", "experiments.cut",
            "serving.export", "serving.recommend", "media.draw", "benchmarks.deploy", "benchmarks.pictures")  # fmt: skip
 
 

@@ -443,8 +443,10 @@ def test_a_figure_is_drawn_for_every_dataset_with_runs(results, tmp_path):
     keep(without, results)
     keep_run(results, "alone", LANGUAGE | {"mrl_hidden_sizes": (64,)})
     keep_run(results, "tiny", {"dataset_code": "tiny", "mrl_hidden_sizes": (4, 8)})
+    for name in ("lexical", "encoders/all-MiniLM-L6-v2"):
+        keep_run(results, name[-5:], LANGUAGE | {"language_encoder": name})
     made = draw_figures(kept_runs(results), tmp_path / "media")
-    assert [path.name for path in made] == ["parameters_saved.png", "sizes-beauty.png"]
+    assert [path.name for path in made] == ["parameters_saved.png", "sizes-beauty.png", "encoder_width-beauty.png"]
     for path in made:
         assert_drawn(path)
 

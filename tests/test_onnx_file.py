@@ -47,7 +47,6 @@ def open_session(path):
 
 
 def run(session, histories, exclude=True, **inputs):
-    """Return items, scores and users' vectors."""
     named = {"history": np.array(histories, dtype=np.int64), "exclude_history": np.array([exclude]), **inputs}
     return session.run(None, named)
 

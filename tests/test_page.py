@@ -27,8 +27,7 @@ DONE = "#best > li, #message:not([hidden]):not(:has(code))"  # an answer, or a m
 
 
 def missing(what):
-    """Skip; in CI fail."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {what}")
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {what}")  # never skipped in CI
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,6 @@ def recommenders(home):
 
 @pytest.fixture(scope="module")
 def address(built):
-    """The page's address on a plain file server."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=built)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

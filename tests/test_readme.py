@@ -206,6 +206,7 @@ def test_every_other_command_of_the_pages_runs(clone, export, monkeypatch):
         "torchrun": " --language_encoder lexical --img_encoder pixel --encoder_batch_size 2",
         "python -m experiments.run": " --dry_run",
         "python -m experiments.run table3": " --dry_run --data_root elsewhere",
+        "python -m benchmarks.onnx_file": " --size 8 --users 50",
         "python -m benchmarks.deploy": " --size 32 --users 50 --requests 5 --catalogue 2000",
     }
     here, trainings, others, on_data = [], [], [], []

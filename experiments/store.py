@@ -26,7 +26,7 @@ from config import Config
 from experiments.cut import CUT
 from experiments.definition import compares_users
 from experiments.paper import MASKED
-from trainer.run_files import DeployedSize, Environment
+from trainer.run_files import DeployedSize, Environment, MetricsBySize
 from trainer.runs import (
     COLD_ITEMS,
     DEPLOYMENT,
@@ -130,6 +130,7 @@ class Record(Struct):
     train_seconds: Number
     deployment: Card | None = None
     cold_items: ColdItems | None = None
+    cut: dict[str, dict[str, MetricsBySize]] | None = None  # protocol -> cut, nested
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,6 @@ from serving.convert import model_from, serving_weights
 from serving.folder import GRAPHS, WEIGHTS, read_folder
 from serving.packaging import runtime_modules
 from serving.quantize import dequantize, quantize
-from serving.widths import narrow_table
 from tests.exported import one_of_each_kind
 from tests.made_up import random_model
 from tests.prepared import contents, write_metadata, write_prepared
@@ -433,20 +432,6 @@ def test_too_small_a_measurement_is_refused(run):
 
 
 # ------------------------------------------------------------------------------------------------------- the weights
-
-
-@pytest.mark.parametrize("users", [50, 5])
-def test_a_narrow_table_gives_the_best_scores_of_its_width(users):
-    rng = np.random.default_rng(0)
-    z, table = rng.normal(size=(users, 12)) * np.logspace(0, -2, 12), rng.normal(size=(80, 12))
-    scores = z @ table.T
-    u, s, v = np.linalg.svd(scores, full_matrices=False)
-    for width in (1, 3, 5, 12):
-        P, A = narrow_table(table, z, width)
-        assert (P.shape, A.shape) == ((12, width), (80, width))
-        np.testing.assert_allclose(z @ P @ A.T, (u * s)[:, :width] @ v[:width], atol=1e-4 * abs(scores).max())
-    with pytest.raises(ValueError, match="width 13 must be from 1 to 12"):
-        narrow_table(table, z, 13)
 
 
 def test_converting_back_keeps_the_random_state():

@@ -42,10 +42,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Save last.pt."""
-    # Write through a Python file, so that a full disk raises OSError.
+    """Save last.pt. Raises InputError if the disk is full."""
     with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's zip writer fails again on a disk that is already full
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

@@ -225,15 +225,6 @@ def test_a_run_that_another_process_trains_is_refused_on_both(folder):
         assert re.match(r"InputError another process is training \S+-faithful-two; wait for it", rank["said"])
 
 
-@pytest.mark.slow
-def test_an_input_error_is_printed_once_and_ends_all(folder):
-    (folder / "file").touch()
-    done = torchrun(REPOSITORY / "train.py", shlex.split(f"{TINY} --runs_root file"), folder)
-    assert done.returncode != 0
-    assert done.stderr.count("error: cannot create the run folder file/tiny") == 1
-    assert "(exitcode: 2) local_rank: 0" in done.stderr and "rank1" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("error", "waited", "said"), [(InputError("bad"), [10], "error: bad\n"), (KeyboardInterrupt, [], "")]
 )

@@ -1,6 +1,7 @@
 """Read files with clear errors and write them atomically."""
 
 import errno
+import glob
 import gzip
 import hashlib
 import json
@@ -39,6 +40,12 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files that killed calls of `replacing` left. The caller must be the only writer of `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

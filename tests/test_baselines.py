@@ -263,6 +263,7 @@ def test_a_baseline_is_trained_and_evaluated_like_any_model(workplace, model):
         "env.json",
         "log.jsonl",
         "best.safetensors",
+        "items.json.gz",
         "test_metrics.json",
         "test_mrl_metrics.json",
         "test_mrl_metrics.png",

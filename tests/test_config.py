@@ -480,6 +480,7 @@ def test_only_settings_that_do_not_change_what_is_trained_are_runtime_settings()
             "test_batch_size",
             "metric_ks",
             "test",
+            "save_every_minutes",
         ),  # how it is measured
     }
 

@@ -1,11 +1,12 @@
 """Checkpoints: best.safetensors (weights) and last.pt (state for --resume)."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import InputError
 from common.files import replacing
@@ -20,16 +21,21 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None
         temporary.write_bytes(save({name: t.contiguous() for name, t in model.state_dict().items()}, metadata))
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(
+    model: nn.Module, path: Path, change: Callable[[dict[str, Tensor]], None] = lambda weights: None
+) -> None:
     """Load weights into a model.
 
-    Raises InputError for a missing or damaged file, or another shape.
+    change: changes the file's weights in place so that they fit the model. Raises InputError for a missing or damaged
+    file, or another shape.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        model.load_state_dict(load_file(path))
+        weights = load_file(path)
+        change(weights)
+        model.load_state_dict(weights)
     except FileNotFoundError:
         raise no_weights(path) from None
     except (SafetensorError, OSError) as error:

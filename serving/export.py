@@ -25,6 +25,7 @@ from serving.quantize import TABLES
 if TYPE_CHECKING:
     from datasets.catalog import Catalog
     from model import FMRLRec
+    from trainer.run_items import RunItems
 
 FORMATS = ("torch", "onnx")
 
@@ -98,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
     from model import FMRLRec
     from serving.folder import refuse_existing
-    from trainer.load_run import load_run
+    from trainer.load_run import load_for_export
 
     for folder in folders:
         refuse_existing(folder, arguments.overwrite)
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
     print(describe_run(arguments.run), flush=True)
-    config, catalog, model = load_run(arguments.run, flags)
+    config, catalog, model = load_for_export(arguments.run, flags)
     assert isinstance(model, FMRLRec)  # asked_run refused others
     for size, folder in zip(sizes, folders, strict=True):
         export_size(
@@ -195,7 +196,7 @@ def export_size(
     folder: Path,
     *,
     config: Config,
-    catalog: Catalog,
+    catalog: Catalog | RunItems,
     run: Path,
     format: str = "torch",
     quantize: str = "float16",
@@ -207,12 +208,12 @@ def export_size(
     """
     import torch
 
-    from datasets.text import flat_text
     from model import slice_model
     from serving.convert import serving_weights
     from serving.folder import ITEMS, WEIGHTS, pack_items, pack_weights, write_folder
     from serving.items import make_items
     from serving.quantize import quantize as to_int8
+    from trainer.run_items import RunItems
 
     small = slice_model(model, size)
     with torch.inference_mode():
@@ -228,7 +229,8 @@ def export_size(
             raise InputError("the item table exceeds float16's 65504; export it with --quantize none")
         table = table.astype(np.float16)
     packed = pack_weights(weights)
-    items = make_items(catalog.asins, [flat_text(record.get("title")) for record in catalog.metadata])
+    known = catalog if isinstance(catalog, RunItems) else RunItems.of(catalog)
+    items = make_items(known.ids, known.titles)
     files: dict[str, Any] = {WEIGHTS: packed, ITEMS: pack_items(items, table, scale)}
     if format == "onnx":
         try:
@@ -236,10 +238,10 @@ def export_size(
         except ImportError as error:
             raise InputError(f"--format onnx needs the package onnx ({error}): pip install onnx") from error
         files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
-    write_folder(folder, description(small, config, catalog, run) | {"quantize": quantize}, files, overwrite)
+    write_folder(folder, description(small, config, known, run) | {"quantize": quantize}, files, overwrite)
 
 
-def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:
+def description(model: FMRLRec, config: Config, items: RunItems, run: Path) -> dict[str, Any]:
     """Return the content of config.json for a sliced model, except its files."""
     from datasets.features.description import describe_features
     from trainer.runs import EVERY_SIZE, commit
@@ -253,8 +255,8 @@ def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> 
         "num_blocks": config.lru_num_blocks,
         "post_norm": model.settings.post_norm,
         "max_len": config.lru_max_len,
-        "num_items": catalog.num_items,
-        "dataset": {"code": config.dataset_code, "digest": catalog.digest()},
+        "num_items": items.num_items,
+        "dataset": {"code": config.dataset_code, "digest": items.data},
         "features": describe_features(config, [part.shape[1] for part in model.items.features]) | widths,
         "run": run.resolve().name,
         "commit": commit(),

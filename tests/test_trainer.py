@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import math
 import os
+import re
 import resource
 import signal
 
@@ -26,6 +27,7 @@ from model.loss import LOSSES
 from model.sizes import nested_mask
 from tests.made_up import NoUpdate, made_up_run
 from tests.prepared import write_prepared
+from trainer import trainer as trainer_module
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import load_state, load_weights, save_state, save_weights
 from trainer.cuda_graphs import GraphedStep, cuda_graphs
@@ -141,28 +143,48 @@ def test_a_loss_that_is_not_finite_stops_training_names_the_step_and_keeps_the_l
     load_weights(trainer.model, trainer.run.folder / "best.safetensors")
 
 
-@pytest.mark.parametrize("how", [{"optimizer": "adamw"}, {"optimizer": "adam"}, {"ema_decay": 0.9}])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, how):
+@pytest.mark.parametrize("how", [{"optimizer": "adamw"}, {"optimizer": "adam", "num_negatives": 5}, {"ema_decay": 0.9}])
+@pytest.mark.parametrize("steps", [8, 10], ids=["after an epoch", "within an epoch"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, monkeypatch, how, steps):
+    def save_and_interrupt(path, state):
+        save_state(path, state)
+        if state["progress"]["step"] == steps:
+            raise KeyboardInterrupt
+
     whole = make_trainer(tmp_path, "whole", num_epochs=6, **how)
     whole.fit()
 
-    first = make_trainer(tmp_path, "cut", num_epochs=6, **how)
-    first.finished = lambda: first.progress.epoch >= 2  # cut off after two epochs
-    first.fit()
+    first = make_trainer(tmp_path, "cut", num_epochs=6, save_every_minutes=1e-9, **how)
+    monkeypatch.setattr(trainer_module, "save_state", save_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
     torch.rand(7)  # whatever else draws random numbers before the run goes on
     second = make_trainer(tmp_path, "cut", num_epochs=6, **how)
     second.load_state(load_state(second.run.folder / "last.pt"))
-    assert second.progress.epoch == 2
+    assert (second.progress.epoch, second.progress.batch) == (2, steps - 8)
     second.fit()
 
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name
         assert torch.equal(whole.eval_model.state_dict()[name], second.eval_model.state_dict()[name]), name
     whole_log, cut_log = read_log(whole.run.folder), read_log(second.run.folder)
-    assert [(r["epoch"], r["loss"], r["val"]) for r in whole_log] == [
-        (r["epoch"], r["loss"], r["val"]) for r in cut_log
-    ]
+    for name in ("epoch", "loss", "clipped", "val"):
+        assert [record[name] for record in whole_log] == [record[name] for record in cut_log]
     assert (whole.run.folder / "best.safetensors").read_bytes() == (second.run.folder / "best.safetensors").read_bytes()
+
+
+def test_an_epoch_may_be_shorter_than_all_users(tmp_path):
+    trainer = make_trainer(tmp_path, epoch_steps=3)
+    trainer.fit()
+    assert [record["step"] for record in read_log(trainer.run.folder)] == [3, 6, 9]
+    assert trainer.lr_at(9) == 0
+
+
+def test_without_a_terminal_progress_is_printed_in_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer_module, "LINE_EVERY", 0.0)
+    make_trainer(tmp_path, num_epochs=1, save_every_minutes=1e-9).fit()
+    lines = re.findall(r"epoch   1  step (\d)/4  loss \d+\.\d{4}  .* min left in the epoch", capsys.readouterr().out)
+    assert lines == ["1", "2", "3"]
 
 
 def test_an_update_that_breaks_the_weights_is_noticed_before_anything_is_kept(tmp_path):

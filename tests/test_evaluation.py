@@ -89,17 +89,28 @@ def test_every_size_is_ranked_as_one_user_at_a_time_by_sorting(part, mask_histor
         assert metrics[m] == pytest.approx(expected[m], abs=1e-12)
 
 
-@pytest.mark.parametrize("mask_history", [False, True])
-@pytest.mark.parametrize("items", [1, 7, NUM_ITEMS])
-@pytest.mark.parametrize("table_bytes", [0, 2**30])
+def watch_z(monkeypatch):
+    """The list to which every later evaluation adds its users' z."""
+    seen, true = [], evaluation._ranks
+    monkeypatch.setattr(evaluation, "_ranks", lambda *a: seen.append(a[2]) or true(*a))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("items", "table_bytes", "mask_history"), [(1, 2**30, True), (7, 0, True), (7, 2**30, False), (NUM_ITEMS, 0, True)]
+)
 def test_chunks_and_batches_give_what_the_whole_gives(monkeypatch, items, table_bytes, mask_history):
-    model, rows = random_model(), rows_of(random_sequences())
+    model, rows, seen = random_model(), rows_of(random_sequences()), watch_z(monkeypatch)
     expected = metrics_of(model, rows, mask_history=mask_history)
     monkeypatch.setattr(evaluation, "ITEMS", items)
     monkeypatch.setattr(evaluation, "USERS", 5)
     monkeypatch.setattr(evaluation, "TABLE_BYTES", table_bytes)
+    encoded = []
     for batch_size in (1, 7, len(rows)):
+        seen.clear()
         assert metrics_of(model, rows, batch_size, mask_history) == expected
+        encoded.append(torch.cat(seen))
+    assert torch.equal(encoded[0], encoded[1]) and torch.equal(encoded[1], encoded[2])
 
 
 @pytest.mark.parametrize(("room", "times"), [(0, 1), (-1, 2)], ids=["held", "projected for targets and for scores"])
@@ -144,20 +155,6 @@ def test_identical_items_share_their_average_rank_in_catalogues_and_batches_of_a
             assert found[j, user] == 1 + (scores > target).sum() + ((scores == target).sum() - 1) / 2
     for batch_size in (1, 7):
         assert torch.equal(ranks_of(model, sequences, batch_size), found)
-
-
-def watch_z(monkeypatch):
-    """The list to which every later evaluation adds its users' z."""
-    seen, true = [], evaluation._ranks
-    monkeypatch.setattr(evaluation, "_ranks", lambda *a: seen.append(a[2]) or true(*a))
-    return seen
-
-
-def test_users_are_encoded_to_the_same_bits_whatever_the_batch_size(monkeypatch):
-    model, rows, seen = random_model(), rows_of(random_sequences()), watch_z(monkeypatch)
-    for batch_size in (1, 7, 256):
-        metrics_of(model, rows, batch_size)
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
 
 
 @pytest.mark.parametrize("items", [3, NUM_ITEMS + 1])
@@ -446,14 +443,16 @@ def test_counted_ranks_are_those_of_all_exact_scores(spread, rounding):
     assert (expected % 1 == 0.5).any()
 
 
-def test_a_score_that_is_not_a_number_counts_as_ahead_and_its_target_ranks_last():
-    z, rows = on_grid(torch.ones(1, 2)), on_grid(torch.tensor([[0.0, 1.0], [NAN, 0.0], [2.0, 2.0], [0.0, 0.0]]))
-    assert [ranks_by_counting(z, rows, torch.tensor([target])).item() for target in range(4)] == [3, 5, 2, 4]
-
-
-def test_infinite_scores_tie_with_each_other_but_not_with_items_that_are_no_candidates():
-    z, rows = on_grid(torch.ones(1, 2)), on_grid(torch.tensor([[0.0, -INF], [INF, 0.0], [1.0, INF], [3.0, 0.0]]))
-    assert [ranks_by_counting(z, rows, torch.tensor([target])).item() for target in range(4)] == [4, 1.5, 1.5, 3]
+@pytest.mark.parametrize(
+    ("rows", "ranks"),
+    [
+        ([[0.0, 1.0], [NAN, 0.0], [2.0, 2.0], [0.0, 0.0]], [3, 5, 2, 4]),  # not a number: ahead, and last as a target
+        ([[0.0, -INF], [INF, 0.0], [1.0, INF], [3.0, 0.0]], [4, 1.5, 1.5, 3]),  # infinite scores tie
+    ],
+)
+def test_counted_ranks_of_scores_that_are_not_finite(rows, ranks):
+    z, rows = on_grid(torch.ones(1, 2)), on_grid(torch.tensor(rows))
+    assert [ranks_by_counting(z, rows, torch.tensor([target])).item() for target in range(4)] == ranks
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
@@ -467,19 +466,6 @@ def ranks_by_sorting(scores, targets):
         places = [place for place, score in enumerate(best_first, start=1) if score == row[target]]
         ranks.append(sum(places) / len(places))
     return ranks
-
-
-def metrics_by_looping(ranks, ks):
-    metrics = {}
-    for k in ks:
-        recalls, ndcgs, mrrs = [], [], []
-        for rank in ranks:
-            recalls.append(1.0 if rank <= k else 0.0)
-            ndcgs.append(1 / math.log2(rank + 1) if rank <= k else 0.0)
-            mrrs.append(1 / rank if rank <= k else 0.0)
-        for name, values in {"Recall": recalls, "NDCG": ndcgs, "MRR": mrrs}.items():
-            metrics[f"{name}@{k}"] = sum(values) / len(values)
-    return metrics
 
 
 @pytest.mark.parametrize("num_levels", [1, 2, 5, 10**6])
@@ -507,10 +493,9 @@ def test_not_a_number_is_ahead_of_every_target_and_as_a_target_behind_all(scores
     assert target_ranks(torch.tensor([scores]), torch.tensor([target])).item() == rank
 
 
-def test_metrics_are_means_over_users_of_a_plain_loop():
-    ranks = np.arange(1, 60, 0.5)
-    ks = (1, 5, 10, 50)
-    assert ranking_metrics(torch.tensor(ranks), ks) == pytest.approx(metrics_by_looping(ranks.tolist(), ks), abs=1e-15)
+def test_a_rank_up_to_the_cut_off_is_a_hit_and_half_a_rank_more_is_none():
+    expected = {"Recall@3": 2 / 4, "NDCG@3": (1 + 1 / math.log2(4)) / 4, "MRR@3": (1 + 1 / 3) / 4}
+    assert ranking_metrics(torch.tensor([1.0, 3.0, 3.5, 1e9]), (3,)) == pytest.approx(expected, abs=1e-15)
 
 
 def test_the_settings_accept_the_metrics_of_the_table():

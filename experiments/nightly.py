@@ -30,6 +30,7 @@ from trainer.runs import read_log
 
 NIGHTS, FIRST = 10, 0.9
 METRIC = "NDCG@10"
+UPDATE = "--num_epochs 1 --epoch_steps 80 --lr 3e-4 --warmup_steps 10"
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
@@ -39,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     parser.add_argument("--data_root", default=Config.data_root, metavar="FOLDER", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("experiments/runs/nightly"), metavar="FOLDER")
     parser.add_argument("--full", default="--preset plus", metavar="FLAGS", help="of a training (default: %(default)s)")
-    parser.add_argument(
-        "--update", default="--num_epochs 1 --epoch_steps 80 --lr 3e-4", metavar="FLAGS", help="of an update"
-    )
+    parser.add_argument("--update", default=UPDATE, metavar="FLAGS", help="of an update (default: %(default)s)")
     parser.add_argument("--anew", default="10", metavar="N,N", help="nights to train anew too (default: 10)")
     arguments = parser.parse_args(argv)
     anew = {int(night) for night in arguments.anew.split(",")}

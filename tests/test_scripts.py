@@ -25,8 +25,9 @@ from common.settings import format_value
 from config import DataSettings
 from dataloader import split
 from datasets import demo
+from datasets.catalog import load_catalog
 from datasets.load import load_dataset
-from experiments import report, tables
+from experiments import nightly, report, tables
 from tests.cut_off import cut_off_after
 from tests.prepared import contents, write_maps, write_prepared
 from trainer import evaluation, runs, testing
@@ -323,6 +324,17 @@ def test_eval_tests_a_run_on_newer_data_when_asked_to_and_apart_from_its_results
     (folder,) = (run / "newer_data").iterdir()
     assert read_json(folder / "test_mrl_metrics.json")["8"] == found[8]
     assert read_json(folder / "data.json")["data"].startswith(folder.name)
+
+
+def test_a_night_has_each_users_first_events_and_the_items_until_then(workplace):
+    catalog = load_catalog("data", "tiny")
+    for night in (0, 10):
+        nightly.write_night(catalog, nightly.event_times(catalog), night, Path())
+    first, last = (load_catalog(f"data-{night}", "tiny") for night in (0, 10))
+    assert last.digest() == catalog.digest()
+    assert 0.8 < len(first.sequences.items) / len(last.sequences.items) < 0.95
+    whole, cut = ([[c.asins[i - 1] for i in c.sequences.of(u)] for u in range(len(c.sequences))] for c in (last, first))
+    assert all(any(history == other[: len(history)] for other in whole) for history in cut)
 
 
 def test_leftovers_of_a_killed_training_are_removed_by_the_next(run):

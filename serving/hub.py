@@ -18,7 +18,7 @@ from common.cli import Parser, add_switch, run_cli
 from common.errors import InputError
 
 FILES = ["config.json", "README.md", "items.json", "*.safetensors", "*.onnx", "*.ort"]
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 def main(argv: Sequence[str] | None = None) -> str:

@@ -172,9 +172,11 @@ function showBest(best, full) {
   const same = best.filter((item) => full.includes(item)).length, all = largest().size;
   $("same").textContent = `${same} of ${best.length}`;
   $("same-label").textContent = `Same as ${all}`;
-  $("changes").textContent = chosen().size === all ? "The full model. Choose an item for similar ones."
-    : same === best.length ? `All ${same} are among the ten of the full model.`
-    : `${best.length - same} with a dot ${best.length - same > 1 ? "are" : "is"} not among the full model's ten.`;
+  const others = best.length - same;
+  const change = chosen().size === all ? "This is the full model."
+    : !others ? `All ${same} are among the full model's ten.`
+    : `${others} with a dot ${others > 1 ? "are" : "is"} not among the full model's ten.`;
+  $("changes").textContent = `${change} Choose an item to see similar ones.`;
   rebuild($("best"), best.map((item, at) => {
     const row = element("div", { className: "row" }, element("span", { className: "rank" }, at + 1));
     const made = listed(row);

@@ -71,14 +71,17 @@ class TrainingRun:
         try:
             with ExitStack() as lock:
                 processes.on_main_process(lambda: lock.enter_context(run_lock(self.folder)))
-                if not (self.folder / ITEMS).exists():
-                    processes.on_main_process(lambda: write_items(self.folder, RunItems.of(catalog)))
+                processes.on_main_process(lambda: self._keep_items(catalog))
                 self._open_log(device)
                 yield
         except KeyboardInterrupt:
             if processes.rank() == 0:
                 print(f"\ncontinue with: {processes.command()} train.py --resume {self.folder}", file=sys.stderr)
             raise
+
+    def _keep_items(self, catalog: Catalog) -> None:
+        if not (self.folder / ITEMS).exists():  # also in a resumed run of an earlier version
+            write_items(self.folder, RunItems.of(catalog))
 
     def _open_log(self, device: torch.device) -> None:
         if self.resumed:

@@ -116,8 +116,10 @@ class ModelSettings(Settings):
     mrl_hidden_sizes: tuple[int, ...] = setting(
         (8, 16, 32, 64, 128, 256, 512, 1024), "increasing nested sizes, the last is D; baselines take one"
     )
-    lru_max_len: int = setting(50, "maximum history length; older items are dropped", at_least=1)
-    lru_num_blocks: int = setting(2, "LRU (sasrec: attention) and FFN blocks; gru4rec: GRU layers", at_least=1)
+    lru_max_len: int = setting(50, "maximum history length; older items are dropped", at_least=1, at_most=2**20)
+    lru_num_blocks: int = setting(
+        2, "LRU (sasrec: attention) and FFN blocks; gru4rec: GRU layers", at_least=1, at_most=1000
+    )
     lru_dropout: float = setting(0.5, "dropout in and after the FFN; baselines: embeddings too", at_least=0, below=1)
     lru_attn_dropout: float = setting(0.5, "dropout after the LRU, attention or GRU", at_least=0, below=1)
     embedding_dropout: bool = setting(True, "lru_dropout on the input embeddings too", used_if=_only("fmrlrec"))
@@ -174,6 +176,9 @@ class TrainingSettings(Settings):
     )
     train_batch_size: int = setting(32, "users per training step, over all processes", at_least=1)
     num_epochs: int = setting(500, "maximum number of epochs, and end of the cosine schedule", at_least=1)
+    epoch_steps: int = setting(
+        0, "steps per epoch, each with random users; 0: every user once", at_least=0, extension=True
+    )
     precision: str = setting(
         "fp32", "precision of matrix products in training; everything else is float32", choices=("fp32", "tf32", "bf16")
     )
@@ -234,6 +239,12 @@ class RunSettings(Settings):
         "auto", "auto: a GPU per process, if available", choices=("auto", "cpu", "cuda"), runtime=True
     )
     runs_root: str = setting("experiments/runs", "root of run folders <dataset_code>/<time>-<run_name>", runtime=True)
+    init_from: str = setting(
+        "", "start from the best weights of this run (a folder), with its settings unless given", extension=True
+    )
+    save_every_minutes: float = setting(
+        10.0, "minutes between checkpoints within an epoch; 0: only after epochs", at_least=0, runtime=True
+    )
     run_name: str = setting("", "run name; empty: modalities and size, such as both-1024", folder_name=True)
     use_wandb: bool = setting(False, "log to Weights & Biases too; offline without a key or WANDB_MODE", runtime=True)
 

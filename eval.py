@@ -3,6 +3,7 @@
 python eval.py                                    # the newest run
 python eval.py --dataset_code=beauty              # the newest run that fits the given flags
 python eval.py --run experiments/runs/beauty/... --mask_history
+python eval.py --run experiments/runs/beauty/... --on_newer_data    # new products and events since the training
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from common import processes
 from common.cli import add_switch, parse_args, run_cli
 from common.errors import InputError
+from common.files import write_json
 from config import SECTIONS, Config
 
 DESCRIPTION = """Test a trained run at every size, and check that each size's slice is the same model on its own.
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="FOLDER", help="the run to test (default: the newest that fits)")
     add_switch(parser, "mask_history", "exclude history items from the candidates (default: include them)")
     add_switch(parser, "alone", "test every slice as a model of its own (default: all sizes in one pass)")
+    add_switch(parser, "on_newer_data", "test on data that changed since; writes to newer_data/ (default: refuse)")
     add_switch(parser, "list_metrics", "also measure the recommended lists: coverage, popularity, novelty, diversity")
 
 
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     # Heavy imports wait until the flags are known to be good, so that --help answers at once.
     from trainer.find_run import find_trained
     from trainer.load_run import load_run
-    from trainer.runs import describe_run, read_config
+    from trainer.runs import describe_run, newer_data_folder, read_config
     from trainer.testing import test_every_size
 
     runs_root = Path(flags.get("runs_root", Config.runs_root))
@@ -45,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     if arguments.alone and trained.model_code != "fmrlrec":
         raise InputError(f"--alone tests slices of fmrlrec; {run} is a run of {trained.model_code}: leave --alone out")
     processes.print_main(describe_run(run))
-    config, catalog, model = load_run(run, flags)
+    config, catalog, model = load_run(run, flags, arguments.on_newer_data)
+    digest = catalog.digest()
+    out = processes.on_main_process(lambda: newer_data_folder(run, digest))
+    if out != run:
+        processes.on_main_process(lambda: write_json(out / "data.json", {"data": digest, "items": catalog.num_items}))
     return test_every_size(
         model,
         catalog.sequences,
@@ -54,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
         mask_history=arguments.mask_history,
         alone=arguments.alone,
         list_metrics=arguments.list_metrics,
+        out=out,
     )
 
 

@@ -3,6 +3,7 @@
 python train.py                                                     # the built-in demo catalogue
 python train.py --dataset_code=beauty --lru_dropout=0.6 ...         # a prepared dataset
 python train.py --dataset_code=beauty --model_code=sasrec           # a baseline, in the same harness
+python train.py --init_from experiments/runs/beauty/...              # a warm start: on newer data, or for more epochs
 python train.py --resume experiments/runs/beauty/...                # continue a run that was cut off
 torchrun --nproc_per_node=4 train.py --dataset_code=beauty ...      # on 4 GPUs, which share each batch
 """
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, test every size, and return the run's folder."""
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], SECTIONS, add_arguments, presets=ALL_PRESETS)
-    settings = None if arguments.resume else resolve(flags)
+    settings = None if arguments.resume or flags.get("init_from") else resolve(flags)
     if settings:
         from datasets.load import check_dataset
 
@@ -48,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from trainer.testing import test_every_size
     from trainer.trainer import Trainer
     from trainer.training_run import TrainingRun
+    from trainer.warm_start import load_initial, warm_settings
 
-    run = TrainingRun(*settings) if settings else find_resumed(arguments.resume, flags)
+    if settings or not arguments.resume:
+        run = TrainingRun(*(settings or warm_settings(flags)))
+    else:
+        run = find_resumed(arguments.resume, flags)
     config = run.config
     device = resolve_device(config.device)
 
@@ -58,14 +63,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
     features = load_features(config, catalog, device, run.features)  # each [N, F], from the cache
 
     torch.manual_seed(config.seed)
-    model = build_model(catalog.num_items, [torch.from_numpy(part) for part in features], config).to(device)
+    parts, fresh = [torch.from_numpy(part) for part in features], not config.init_from
+    model = build_model(catalog.num_items, parts, config, fit=fresh).to(device)
 
     with run.training(device, catalog, features, count_parameters(model)):
+        if config.init_from and not run.state:
+            load_initial(model, catalog, Path(config.init_from), run.folder)
         if isinstance(model, CountingModel):
             CountingTrainer(model, catalog.sequences, config, run).fit()
         else:
             Trainer(model, catalog.sequences, config, run).fit()
         run.load_best(model)
+        run.keep_table(model)
         results = test_every_size(model, catalog.sequences, config, run.folder) if config.test else {}
         run.log.finish(results)
     return run.folder

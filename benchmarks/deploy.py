@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--catalogue", type=int, default=1_000_000, metavar="N", help="items of a large catalogue, timed with the size "
         "nearest to 64 (default: 1000000)",
     )  # fmt: skip
+    parser.add_argument(
+        "--synthetic", type=int, metavar="N", help="measure only the int8 scan beside the float32 scan, on N synthetic "
+        "items of --size (default 256) for --requests users",
+    )  # fmt: skip
     parser.add_argument("--measure", nargs=2, metavar=("EXPORT", "ENGINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.measure:
@@ -55,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name, least in {"users": 1, "requests": 2, "catalogue": TOP_K}.items():
         if (value := getattr(arguments, name)) is not None and value < least:
             raise InputError(f"--{name} {value} must be at least {least}")
+    if arguments.synthetic:
+        size = 256 if arguments.size == "all" else int(arguments.size)
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure_scan(size, arguments.synthetic, arguments.requests, Path(folder))
+        print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        return found
     from experiments.deployment import card_table, plot_card
     from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE, describe_run
 
@@ -250,6 +260,42 @@ def measure_large_catalogue(export: Path, num_items: int, folder: Path, historie
     del table, made_up, items, real
     row = measure_in_subprocess(folder, "onnx", histories)
     return {"items": count, **row}
+
+
+def measure_scan(size: int, num_items: int, users: int, folder: Path) -> dict[str, float]:
+    """Compare the int8 scan (serving/index.py) with the float32 scan of a synthetic table on one core."""
+    import numpy as np
+
+    from serving.engines import Table, best_columns
+    from serving.folder import INDEX, SCAN
+    from serving.graphs import build_scan
+    from serving.index import Int8Index, build_index
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((num_items + 1, size), dtype=np.float32)
+    packed = build_index(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX).write_bytes(packed)
+    (folder / SCAN).write_bytes(build_scan(packed))
+    del packed
+    index, table = Int8Index(folder, rows.shape, threads=1), Table(rows, None)
+    bias = np.zeros((1, len(rows)), np.float32)
+    bias[0, 0] = -np.inf
+    times: dict[str, list[float]] = {"scan": [], "float32": []}
+    different = 0
+    for z in rng.standard_normal((users, size), dtype=np.float32):
+        started = time.thread_time()  # CPU time: other processes do not count
+        _, items = index.rank(z[None], table, bias, TOP_K)
+        between = time.thread_time()
+        exact = best_columns((rows @ z + bias[0])[None], TOP_K)
+        ended = time.thread_time()
+        different += int((items != exact).any())
+        times["scan"].append((between - started) * 1e3)
+        times["float32"].append((ended - between) * 1e3)
+    found = {f"{name}_p50_ms": statistics.median(of) for name, of in times.items()}
+    return {"items": num_items, "size": size, "users": users, "different": different, **found}
 
 
 def line(row: dict[str, Any]) -> str:

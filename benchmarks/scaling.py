@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from model import FMRLRec
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+STEP_SECONDS = 0.27  # of the preset plus: 256 dimensions, 32 users, 4,096 negatives, fp32, one core of an EPYC
+STEP_TOKENS = 300  # in such a step
+PARAMETERS = 1_449_222  # of the same model with 2,048 features, without its embedding
 TABLES = ("items", "length", "batch", "ranking", "plus")
 
 
@@ -42,9 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5, help="paired runs of each case (default: 5)")
     parser.add_argument("--precision", default="bf16", choices=("fp32", "tf32", "bf16"), help="(default: bf16)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device (default: cpu)")
+    parser.add_argument("--plan", type=int, metavar="N", help="print what N items would take on 1, 8 and 64 machines")
+    parser.add_argument("--network", type=float, default=1.25, help="GB/s of a machine's network, for --plan (1.25)")
     parser.add_argument("--table", choices=TABLES, help=argparse.SUPPRESS)  # measure this table only
     parser.add_argument("--folder", type=Path, help="folder for the features (default: a temporary folder)")
     arguments = parser.parse_args(argv)
+    if arguments.plan:
+        print_plan(arguments)
+        return
     if arguments.table:
         {"items": by_items, "length": by_length, "batch": by_batch, "ranking": ranking, "plus": plus}[arguments.table](
             arguments
@@ -57,6 +65,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         for table in arguments.tables:
             command = [sys.executable, "-m", "benchmarks.scaling", *(sys.argv[1:] if argv is None else argv)]
             subprocess.run([*command, "--table", table, "--folder", folder], check=True)
+
+
+def print_plan(arguments: argparse.Namespace) -> None:
+    """Print a table of `plan` for 1, 8 and 64 machines."""
+    print("| machines | embedding GB | features GB | row state GB | sent GB a step | s a step | users a second |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for machines in (1, 8, 64):
+        values = plan(arguments.plan, machines, arguments.features, arguments.negatives, arguments.network)
+        print(f"| {machines} | " + " | ".join(f"{value:.3g}" for value in values) + " |")
+
+
+def plan(items: int, machines: int, features: int, negatives: int, network: float) -> tuple[float, ...]:
+    """Return what a machine holds, sends and takes if the rows of items are spread over the machines.
+
+    In GB: V with its moments and average (4 numbers of 4 bytes in 256 dimensions), features (2 bytes each), the
+    sampler's and the rows' state (24 bytes an item; the sampler's 16 are on every machine), and what a machine sends a
+    step. Then seconds a step, if nothing overlaps, and users a second of all machines, each with 32 a step.
+
+    A step reads r = negatives + 2 tokens rows. A share 1 - 1/machines of them lies elsewhere: V, its gradient and the
+    features travel. All other gradients are summed by a ring, which sends each twice.
+    """
+    elsewhere = 1 - 1 / machines
+    rows = negatives + 2 * STEP_TOKENS
+    sent = elsewhere * (rows * (2 * 4 * 256 + 2 * features) + 2 * 4 * PARAMETERS) / 1e9
+    seconds = STEP_SECONDS + sent / network
+    held = 4 * 4 * 256 * items / machines, 2 * features * items / machines, (16 + 8 / machines) * items
+    return *(part / 1e9 for part in held), sent, seconds, 32 * machines / seconds
 
 
 def numbers(text: str) -> list[int]:

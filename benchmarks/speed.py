@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from benchmarks.measure import describe_environment, memory_mb, time_paired
 from common.cli import Parser, run_cli
@@ -20,6 +21,8 @@ from config import resolve
 BASELINE_USERS = 64  # users that the baseline evaluates, in one batch
 STEPS = 5  # consecutive steps of one case; its first step must allocate memory again
 PLUS = "bf16-plus"  # --preset plus with the exact softmax
+SAMPLED = "plus-256"  # --preset plus up to 256 dimensions, with its sampled softmax
+PRODUCTS = " products"  # ends the name of a case that computes the matrix products of another
 MEMORY_STEPS = 10  # steps before the peak memory is read
 
 
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="users per step (default: 32)")
     parser.add_argument("--runs", type=int, default=5, help="paired runs of each case (default: 5)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device (default: cpu)")
-    parser.add_argument("--memory_of", choices=("baseline", "fp32", "bf16", PLUS), help=argparse.SUPPRESS)
+    parser.add_argument("--memory_of", choices=("baseline", "fp32", "bf16", PLUS, SAMPLED), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     steps, evaluations = build(arguments)
     if arguments.memory_of:  # in a separate process: peak memory never decreases
@@ -45,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe_environment(arguments.device))
     print(f"{arguments.items} items, features {arguments.features}, sizes {arguments.sizes}, {arguments.blocks} blocks")
     print(f"batch {arguments.batch}; medians of {arguments.runs} paired runs (of {STEPS} steps; one evaluation)")
-    print_cases("training step", time_paired(steps, arguments.runs, arguments.device, STEPS))
+    bare = {name + PRODUCTS: bare_products(step, STEPS) for name, step in steps.items() if name != "baseline"}
+    print_cases("training step", time_paired(steps | bare, arguments.runs, arguments.device, STEPS))
     for name in steps:
         command = [
             sys.executable,
@@ -57,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
         print(f"  {name:24} {float(peak):8.2f} GB peak resident memory")
+    evaluations["one pass" + PRODUCTS] = bare_products(evaluations["one pass"])
     seconds = time_paired(evaluations, arguments.runs, arguments.device)
     seconds["baseline"] = [value * arguments.users / BASELINE_USERS for value in seconds["baseline"]]
     title = f"evaluation of all sizes, {arguments.users} users (baseline: extrapolated from {BASELINE_USERS} users)"
@@ -126,29 +131,90 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     for precision in ("fp32", "bf16"):
         step = Step(model, optimizer, TrainingSettings(precision=precision))
         steps[precision] = lambda step=step: step(next(batches))
-    if arguments.memory_of in (None, PLUS):
-        flags = {"mrl_hidden_sizes": sizes, "lru_num_blocks": arguments.blocks, "precision": "bf16", "preset": "plus"}
-        flags["num_negatives"] = 0  # score all items, like the other cases
-        config, _ = resolve({"dataset_code": "beauty", **flags})
-        plus = build_model(arguments.items, [features], config).to(device)
-        assert isinstance(plus, FMRLRec)
-        train_plus, average = build_step(plus, loader, config), WeightAverage(plus, config.ema_decay)
 
-        def plus_step() -> None:
+    def plus_step(**flags: Any) -> Callable[[], None]:
+        flags |= {"lru_num_blocks": arguments.blocks, "preset": "plus"}
+        config, _ = resolve({"dataset_code": "beauty", **flags})
+        plus = build_model(arguments.items, [features], config).to(device).train()
+        assert isinstance(plus, FMRLRec)
+        train_plus = build_step(plus, loader, config)
+        average = WeightAverage(plus, config.ema_decay, train_plus.rows)
+
+        def run() -> None:
             train_plus(next(batches))
             average.update(plus, step=1000)
 
-        steps[PLUS] = plus_step
+        return run
+
+    if arguments.memory_of in (None, PLUS):  # all items are scored, like in the other cases
+        steps[PLUS] = plus_step(mrl_hidden_sizes=sizes, precision="bf16", num_negatives=0)
+    if arguments.memory_of in (None, SAMPLED):
+        # Without whitening, which happens before the first step and takes long.
+        steps[SAMPLED] = plus_step(mrl_hidden_sizes=tuple(m for m in sizes if m <= 256), whiten_features=False)
     return steps, {"baseline": evaluate_plain, "one pass": evaluate_fast, "every slice alone": evaluate_alone}
 
 
+def bare_products(case: Callable, calls: int = 1) -> Callable[[], None]:
+    """Return a function that computes the matrix products of `calls` calls of a case, one call's at a time.
+
+    The products have the shapes, strides and types of the case's, but random operands, and nothing between them.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = torch.ops.aten
+    first_operand = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1, aten.baddbmm_: 1}
+    operands: dict[Any, torch.Tensor] = {}
+
+    class Record(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.products: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with self:  # in inference mode, nn.Linear and @ come whole
+                result = function.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+            at = first_operand.get(function.overloadpacket)
+            if at is not None:
+                a, b = map(stand_in, args[at : at + 2])
+                self.products.append((a, b))
+            return function(*args, **(kwargs or {}))
+
+    def stand_in(operand: torch.Tensor) -> torch.Tensor:
+        key = operand.shape, operand.stride(), operand.dtype
+        if key not in operands:
+            like = torch.empty_strided(*key[:2], dtype=operand.dtype, device=operand.device)
+            operands[key] = like.normal_()
+        return operands[key]
+
+    recorded = []
+    for _ in range(calls):
+        with Record() as record:
+            case()
+        recorded.append(record.products)
+    turns = itertools.cycle(recorded)
+
+    def run() -> None:
+        with torch.no_grad():
+            for a, b in next(turns):
+                a @ b
+
+    return run
+
+
 def print_cases(title: str, seconds: dict[str, list[float]]) -> None:
-    """Print each case's median and its median paired speedup over the first case."""
+    """Print each case's median, its median paired speedup over the first case, and its ratio to its bare products."""
     print(title)
     first = next(iter(seconds.values()))
     for name, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(first, values, strict=True))
         print(f"  {name:24} {statistics.median(values):8.3f} s   {ratio:6.1f} x")
+    for name, values in seconds.items():
+        if bare := seconds.get(name + PRODUCTS):
+            ratio = statistics.median(a / b for a, b in zip(values, bare, strict=True))
+            print(f"  {name:24} {ratio:8.2f} times its bare products")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
 """Read files with clear errors and write them atomically."""
 
 import errno
+import glob
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
+import shutil
+import socket
 import stat
 import tempfile
+import time
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ ARRAY_ERRORS = (
     ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError,
     tokenize.TokenError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError,
 )  # fmt: skip
+ABANDONED = 3600  # seconds after which a temporary file of an unknown process counts as left by a kill
 MAX_TEXT = 1 << 30  # bytes of a text file
 MAX_DEPTH = 64  # of nested JSON objects and arrays
 
@@ -38,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_owner()}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -51,6 +57,42 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_folder(path: Path) -> Path:
+    """Create a temporary folder beside `path`, named as `remove_leftovers` expects."""
+    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{_owner()}.", suffix=".tmp"))
+
+
+def _owner() -> str:
+    """Return this host and process for the name of a temporary file."""
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}-{os.getpid()}"
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove the temporary files and folders of `folder / name` that a killed process left.
+
+    Those of another host, and those of earlier versions, whose names have no process, go after an hour.
+    """
+    host = _owner().partition("-")[0]
+    for path in folder.glob(f".{glob.escape(name)}.*.tmp"):
+        owner = re.fullmatch(rf"{host}-(\d+)\.\w+", path.name[len(name) + 2 : -len(".tmp")])
+        with suppress(OSError):  # gone meanwhile, or not ours to remove
+            if not _is_alive(int(owner[1])) if owner else time.time() - path.lstat().st_mtime > ABANDONED:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    """Return whether a process of this host may be running."""
+    if os.name != "posix":  # os.kill would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ common/cli.py turns every field into a flag.
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -61,6 +62,10 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+MAX_WHOLE = 2**31 - 1  # of a whole number without another limit
+MAX_SIZE = 1 << 16  # of the numbers in a tuple: sizes and cut-offs
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base class of all settings.
@@ -88,8 +93,10 @@ def _reason(metadata: Any, value: Any) -> str:
     """Return why a value is invalid, or "" if it is valid."""
     if metadata["choices"] and value not in metadata["choices"]:
         return f" must be one of {', '.join(metadata['choices'])}"
-    if metadata["numbers"] and (not value or value[0] < 1 or any(a >= b for a, b in itertools.pairwise(value))):
-        return ' must be increasing whole numbers from 1 on, such as "8,16,32"'
+    if metadata["numbers"] and (
+        not value or value[0] < 1 or value[-1] > MAX_SIZE or any(a >= b for a, b in itertools.pairwise(value))
+    ):
+        return f' must be increasing whole numbers from 1 to {MAX_SIZE}, such as "8,16,32"'
     if isinstance(value, str) and not value.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in value):
         return " must be valid UTF-8"
     if metadata["folder_name"] and len(value.encode()) > MAX_NAME:
@@ -111,10 +118,22 @@ def _reason(metadata: Any, value: Any) -> str:
         "below": lambda v, limit: v < limit,
         "at_most": lambda v, limit: v <= limit,
     }
+    if isinstance(value, int) and not limits.keys() & {"below", "at_most"} and abs(value) > MAX_WHOLE:
+        return f" must be at most {MAX_WHOLE}"
+    if isinstance(value, str) and not _is_path(value, 200 if metadata["folder_name"] else 4000):
+        return " must be shorter, and valid text without control characters"
     if limits and not (math.isfinite(value) and all(tests[name](value, limit) for name, limit in limits.items())):
         words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
         return f" must be {'a finite number, ' if isinstance(value, float) else ''}{words}"
     return ""
+
+
+def _is_path(text: str, longest: int) -> bool:
+    """Return whether a text may be a path of up to `longest` bytes."""
+    try:
+        return len(os.fsencode(text)) <= longest and all(ord(character) >= 32 for character in text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _quoted(value: Any) -> str:

@@ -20,11 +20,13 @@ _TAGS = (
 )
 BLOCK = re.compile(r"<(script|style)\b[^>]*>.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)", re.IGNORECASE | re.DOTALL)
 TAG = re.compile(  # the last may be cut off
-    rf"</?(?:{_TAGS})\b(?:\s[^<>]*|\s*/)?>|<(?:{_TAGS})\s[^<>]*=[^<>]*$|</(?:{_TAGS})$", re.IGNORECASE
+    rf"</?(?:{_TAGS})\b(?:\s[^<>]*|\s*/)?>|<(?:{_TAGS})\s[^<>=]*=[^<>]*$|</(?:{_TAGS})$", re.IGNORECASE
 )
 SCRIPT = re.compile(r"getTime\(|\bfunction\s*\w*\(|\bvar \w+ ?=|\bdocument\.\w+\(")
-STYLE = re.compile(r"[.#][\w-][\w\s.#:>,-]*\{\s*[a-z-]+\s*:[^{}]*(?:\}|$)")
+# A dot within a selector ends the attempt that began at an earlier one, so long texts take linear time.
+STYLE = re.compile(r"[.#][\w-](?:[\w\s:>,-]|[.#](?![\w-]))*\{\s*[a-z-]+\s*:[^{}]*(?:\}|$)")
 BY_LINE = re.compile(r"^\s*by\s*\n\s*", re.IGNORECASE)  # "by\n    Microsoft", a brand on a page of 2018
+MAX_ESCAPED = 8  # how often entities may be escaped; twice is common
 MAX_PRICE = 40  # characters; a longer price is page code
 MAX_DEPTH = 32  # of lists in lists; deeper ones are left out
 
@@ -82,7 +84,9 @@ def _leaves(value: Any, clean: bool = True, depth: int = 0) -> Iterator[str]:
 
 def clean_text(text: str) -> str:
     """Return a text without entities, markup and runs of blanks; "" if it is code or a word for nothing."""
-    while "&" in text and (decoded := html.unescape(text)) != text:  # entities may be escaped twice
+    for _ in range(MAX_ESCAPED):
+        if "&" not in text or (decoded := html.unescape(text)) == text:
+            break
         text = decoded
     if "<" in text:
         text = TAG.sub(" ", BLOCK.sub(" ", text))

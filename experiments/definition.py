@@ -9,6 +9,7 @@ compare                 pairs of rows to compare user by user
 every_size              report all sizes below each other, beside the paper's Figure 3
 by_size                 report all sizes side by side, with the history masked
 by_popularity           report users by how often their target occurs in training
+by_cut                  report the widths that experiments.cut made of a row's run, beside its own sizes
 validation              report validation only; its runs are never tested
 """
 
@@ -28,7 +29,7 @@ from experiments.paper import PUBLISHED
 from trainer.runs import ineffective_settings
 
 FILE = Path(__file__).parent / "definitions.toml"
-MAX_BYTES = 1 << 18  # of the file of definitions
+MAX_BYTES = 1 << 15  # of the file of definitions; long dotted keys take quadratic time
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Definition:
     every_size: bool = False
     by_size: bool = False
     by_popularity: bool = False
+    by_cut: bool = False
     validation: bool = False
 
     def varied(self) -> set[str]:

@@ -29,6 +29,9 @@ def draw_figures(runs: list[KeptRun], media: Path) -> list[Path]:
         if curves := rows_of(runs, dataset, "plus"):
             paths.append(media / f"plus-{dataset}.png")
             draw_plus(dataset, curves, alone(runs, dataset, "plus_alone"), levels(runs, dataset), paths[-1])
+        if points := rows_of(runs, dataset, "encoder_width"):
+            paths.append(media / f"encoder_width-{dataset}.png")
+            draw_encoder_width(dataset, points, paths[-1])
     for run in runs:
         if card := run.record.get("deployment"):
             paths.append(media / f"deploy-{run.config.dataset_code}.png")
@@ -121,6 +124,19 @@ def label(row: ResultRow) -> str:
     """Return a short label for a curve of Figure 3."""
     encoder = f" ({Path(row.config.language_encoder).name})" if row.config.use_language_encoder else ""
     return f"{row.row.name}{encoder}, {row.runs[0].record['epochs']} epochs"
+
+
+def draw_encoder_width(dataset: str, points: list[ResultRow], path: Path) -> None:
+    """Draw NDCG@10 of the largest size against the width of the text encoder, with the paper's row as a line."""
+    with figure(path, 1, f"{dataset}: NDCG@10 from text at 1024 dimensions") as [panel]:
+        for row, colour in zip(points, COLOURS * len(points), strict=False):
+            name, _, width = row.row.name.rpartition(", ")
+            panel.plot([int(width)], [row.mean("NDCG@10")], "o", color=colour, label=name)
+        paper = PUBLISHED["language"][dataset]["NDCG@10"]
+        panel.axhline(paper, color=PAPER, linestyle="--", label="paper, bge-large (1024)")
+        panel.set_xlabel("width of the encoder")
+        panel.set_ylim(bottom=0)
+        panel.legend(frameon=False, fontsize=8)
 
 
 def draw_parameters(path: Path) -> None:

@@ -53,7 +53,10 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         toys=(0.0366, 0.0601, 0.0463, 0.0901),
     ),
     # Shin et al., An Attentive Inductive Bias for Sequential Recommendation beyond the Self-Attention (AAAI 2024)
-    "bsarec": {"beauty": {"NDCG@10 masked": 0.0611, "Recall@10 masked": 0.1008}},
+    "bsarec": {
+        "beauty": {"NDCG@10 masked": 0.0611, "Recall@10 masked": 0.1008},
+        "sports": {"Recall@10 masked": 0.0612},
+    },
     # SASRec with sampled softmax of 256 negatives, in the eSASRec study (2025)
     "sasrec sampled": {
         "beauty": {"NDCG@10 masked": 0.0531, "Recall@10 masked": 0.0921},
@@ -83,3 +86,36 @@ BY_SIZE = {
 
 # Figure 4: share of parameters that one nested model saves, for sizes from 128 up to each of these.
 SAVED = {128: 0.0, 256: 0.2516, 512: 0.3139, 1024: 0.3290, 2048: 0.3325}
+
+# Protocol -> (model and source, its input, dataset -> (Recall@10, NDCG@10)); None: not published. All rank the whole
+# catalogue, leave-one-out, on the same files. kept: history items are candidates, as in the fMRLRec paper.
+Scores = dict[str, tuple[float | None, float | None]]
+BEST: dict[str, tuple[tuple[str, str, Scores], ...]] = {
+    "masked": (
+        ("TV-Rec (NeurIPS 2025), its log", "ids", {"beauty": (0.1017, 0.0608), "sports": (0.0635, 0.0363)}),
+        ("WEARec (AAAI 2026), re-run by others", "ids", {"beauty": (0.1041, 0.0599), "sports": (0.0631, None)}),
+        ("BSARec (AAAI 2024), its log", "ids", {"beauty": (0.1008, 0.0611), "sports": (0.0612, None)}),
+        ("LlamaRec (2023), its paper", "ids, titles", {"beauty": (0.0971, 0.0554)}),
+        ("eSASRec (2025), its README", "ids",
+         {"beauty": (0.0928, 0.0523), "sports": (0.0560, 0.0323), "toys": (0.0939, 0.0538)}),
+        ("SASRec, 256 negatives, in the eSASRec study", "ids",
+         {"beauty": (0.0921, 0.0531), "sports": (0.0569, 0.0314), "toys": (0.0970, 0.0580)}),
+        ("LRURec, in the LlamaRec paper", "ids", {"beauty": (0.0916, 0.0533)}),
+    ),
+    "kept": (
+        ("ConsRec (2025), its README", "titles",
+         {"beauty": (0.1249, 0.0641), "sports": (0.0721, 0.0372), "toys": (0.1304, 0.0637)}),
+        ("TASTE (CIKM 2023), its logs", "titles",
+         {"beauty": (0.1030, 0.0517), "sports": (0.0633, 0.0338), "toys": (0.1232, 0.0640)}),
+        ("fMRLRec, 1024 (EMNLP 2024), its paper", "text, pictures",
+         {"beauty": (0.0939, 0.0520), "clothing": (0.0541, 0.0259), "sports": (0.0516, 0.0284),
+          "toys": (0.0956, 0.0552)}),
+        ("BARGE (2025), its paper", "titles", {"beauty": (0.0927, 0.0547), "sports": (0.0544, 0.0308)}),
+        ("DIF-SR, in ConsRec's README", "ids, attributes",
+         {"beauty": (0.0908, 0.0446), "sports": (0.0556, 0.0264), "toys": (0.1013, 0.0504)}),
+        ("GRAM (2025), its paper", "titles",
+         {"beauty": (0.0890, 0.0531), "sports": (0.0554, 0.0314), "toys": (0.0987, 0.0603)}),
+        ("GRLM (2025), its paper", "titles",
+         {"beauty": (None, 0.0506), "sports": (None, 0.0313), "toys": (0.0942, 0.0561)}),
+    ),
+}  # fmt: skip

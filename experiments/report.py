@@ -1,4 +1,4 @@
-"""Make experiments/RESULTS.md and its figures in media/ from kept results, beside published numbers.
+"""Make RESULTS.md, REPORT.md and the figures in media/ from kept results, beside published numbers.
 
 python -m experiments.report                              # from experiments/results/
 python -m experiments.report --keep experiments/runs/...  # keep a run's results first; experiments.run does so itself
@@ -33,30 +33,42 @@ of every size, settings, command lines and versions, are in [metrics.csv](result
 
 def report(runs: list[KeptRun]) -> str:
     """Return the text of RESULTS.md."""
-    from experiments import cold_items, deployment, parameters, tables
+    from experiments import best, cold_items, deployment, parameters, tables
     from experiments.definition import definitions
 
     experiments = [line for definition in definitions().values() for line in tables.section(definition, runs)]
     return "\n".join(
-        [INTRODUCTION, *experiments, *parameters.section(), *deployment.section(runs), *cold_items.section(runs)]
+        [
+            INTRODUCTION,
+            *best.section(runs),
+            *experiments,
+            *parameters.section(),
+            *deployment.section(runs),
+            *cold_items.section(runs),
+        ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Keep a run if asked to, and write RESULTS.md and its figures."""
+    """Keep a run if asked to, and write RESULTS.md, REPORT.md and the figures."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, metavar="RUN", help="first add the results of this finished run")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FOLDER", help="kept results (default: experiments/results)"
     )
     parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="FILE", help="the report (default: experiments/RESULTS.md)"
+        "--out",
+        type=Path,
+        default=OUT,
+        metavar="FILE",
+        help="the results; REPORT.md lies beside it (default: experiments/RESULTS.md)",
     )
     parser.add_argument("--media", type=Path, default=MEDIA, metavar="FOLDER", help="its figures (default: media)")
     arguments = parser.parse_args(argv)
     if arguments.results != RESULTS and (arguments.out == OUT or arguments.media == MEDIA):
         raise InputError(f"--results {arguments.results} would replace the report of {RESULTS}; give --out and --media")
     from experiments.figures import draw_figures
+    from experiments.reproduction import write_reproduction
     from experiments.store import keep, kept_runs
 
     if arguments.keep:
@@ -64,8 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = kept_runs(arguments.results)
     if not runs:
         raise InputError(f"{arguments.results} has no kept runs; --keep RUN adds one")
+    reproduction = arguments.out.with_name("REPORT.md")
     write_text(arguments.out, report(runs))
-    for path in (arguments.out, *draw_figures(runs, arguments.media)):
+    write_text(reproduction, write_reproduction(runs))
+    for path in (arguments.out, reproduction, *draw_figures(runs, arguments.media)):
         print(path)
 
 

@@ -1,8 +1,10 @@
-"""Paired bootstrap over users, to tell whether one model is better than another.
+"""Tell whether one model is better than another: a paired bootstrap over users, and Welch's t test over seeds.
 
-Efron and Tibshirani (1993); in information retrieval Sakai (2006). U users.
+The bootstrap (Efron and Tibshirani 1993; in information retrieval Sakai 2006) asks whether the difference of these
+trained models would hold for other users; Welch's test (1947), whether it would hold for other seeds. U users.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,3 +47,33 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = DRAWS) -> Differ
     return Difference(
         float((a - b).mean()), float(low), float(high), float(min(1, 2 * max(min(below, above), 1 / draws)))
     )
+
+
+class Welch(NamedTuple):
+    """Welch's t statistic, its degrees of freedom, and its two-sided p value."""
+
+    t: float
+    freedom: float
+    p: float
+
+
+def welch_test(a: Sequence[float], b: Sequence[float]) -> Welch | None:
+    """Compare the means of a metric over seeds; None with fewer than two seeds of either, or without any variance.
+
+    Seeds are not paired: the same seed draws other weights for models of other shapes.
+    """
+    if min(len(a), len(b)) < 2 or not (variance := np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)):
+        return None
+    parts = [(np.var(x, ddof=1) / len(x)) ** 2 / (len(x) - 1) for x in (a, b)]
+    t, freedom = (np.mean(a) - np.mean(b)) / np.sqrt(variance), variance**2 / sum(parts)
+    return Welch(float(t), float(freedom), student_p(float(t), float(freedom)))
+
+
+def student_p(t: float, freedom: float) -> float:
+    """Return the two-sided p value of Student's t: the density's integral over |x| > |t|, with x = √ν tan φ."""
+
+    def integral(start: float) -> float:
+        steps = np.linspace(start, np.pi / 2, 20_001)
+        return (np.cos((steps[1:] + steps[:-1]) / 2) ** (freedom - 1)).mean() * (np.pi / 2 - start)
+
+    return float(integral(np.arctan(abs(t) / np.sqrt(freedom))) / integral(0.0))

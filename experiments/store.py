@@ -2,8 +2,8 @@
 
 metrics.csv           a line per run, split, protocol and size, a column per metric. split: val (the best epoch) or
                       test. protocol: kept or masked (the user's history is excluded from the candidates)
-runs.jsonl            a line per run: settings and their sources, environment, epochs and times; deployment and
-                      cold_items if they were measured
+runs.jsonl            a line per run: settings and their sources, environment, epochs and times; deployment,
+                      cold_items and cut if they were measured
 ranks/<dataset>.npz   the rank of every user's target, for runs that an experiment compares user by user
 """
 
@@ -24,9 +24,10 @@ from common.files import ARRAY_ERRORS, read_json, replacing, write_text
 from common.schema import Count, Number, Positive, check_schema, read_json_lines
 from common.settings import check_types
 from config import Config
+from experiments.cut import CUT
 from experiments.definition import compares_users
 from experiments.paper import MASKED
-from trainer.run_files import DeployedSize, Environment
+from trainer.run_files import DeployedSize, Environment, MetricsBySize
 from trainer.runs import (
     COLD_ITEMS,
     DEPLOYMENT,
@@ -49,7 +50,7 @@ METRICS, RUNS, RANKS = "metrics.csv", "runs.jsonl", "ranks"
 KEYS = ["run", "dataset", "split", "protocol", "size"]  # columns of metrics.csv; the others are metrics
 SPLITS, PROTOCOLS = ("val", "test"), ("kept", "masked")
 DIGITS = "%.8f"  # of a metric
-EXTRAS = {"deployment": DEPLOYMENT, "cold_items": COLD_ITEMS}
+EXTRAS = {"deployment": DEPLOYMENT, "cold_items": COLD_ITEMS, "cut": CUT}
 HINT = "restore it from version control, or remove the line and keep its run again"
 
 
@@ -130,6 +131,7 @@ class Record(Struct):
     train_seconds: Number
     deployment: Card | None = None
     cold_items: ColdItems | None = None
+    cut: dict[str, dict[str, MetricsBySize]] | None = None  # protocol -> cut, nested
 
 
 @dataclass(frozen=True, eq=False)

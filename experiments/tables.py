@@ -13,14 +13,14 @@ from config import Config
 from experiments.definition import Definition, unusual
 from experiments.paper import BY_SIZE, COLUMNS, ENCODERS, MASKED
 from experiments.rows import ResultRow, comparable, frame, result_rows
-from experiments.significance import paired_bootstrap
+from experiments.significance import paired_bootstrap, welch_test
 from experiments.store import KeptRun
 from trainer.runs import describe_model
 
 WITHOUT_HISTORY = ("NDCG@10" + MASKED, "Recall@10" + MASKED)
 OF_SIZES = ("Recall@10", "NDCG@10", "Recall@20", "Recall@50", "NDCG@10" + MASKED)
 TRAINED = {"never": 0, "1-5 times": 1, "6-20 times": 6, "21 times and more": 21}  # bin -> its first count
-PICTURED = ("sizes", "plus")  # experiments with a figure (experiments/figures.py)
+PICTURED = ("sizes", "plus", "encoder_width")  # experiments with a figure (experiments/figures.py)
 
 
 def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
@@ -37,6 +37,8 @@ def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
             else:
                 parts += results(group, COLUMNS) + results(group, WITHOUT_HISTORY)
             parts += compared(definition, group)
+            if definition.by_cut:
+                parts += by_cut(group)
             if definition.by_popularity:
                 parts += by_popularity(group)
             parts += provenance(definition, group)
@@ -164,7 +166,7 @@ def every_size(group: list[ResultRow]) -> list[str]:
 
 
 def compared(definition: Definition, group: list[ResultRow]) -> list[str]:
-    """Return the paired bootstrap over users of the rows that the experiment compares."""
+    """Return the differences of the rows that the experiment compares, with their p values over users and seeds."""
     found = [
         difference(a, b, metric)
         for first, second in definition.compare
@@ -174,7 +176,11 @@ def compared(definition: Definition, group: list[ResultRow]) -> list[str]:
         for metric in ("NDCG@10", WITHOUT_HISTORY[0])
     ]
     table = pd.DataFrame([cells for cells in found if cells])
-    return [] if table.empty else markdown(table)
+    if table.empty:
+        return []
+    if not table["p over seeds"].any():
+        table = table.drop(columns=["t over seeds", "p over seeds"])
+    return markdown(table)
 
 
 def difference(a: ResultRow, b: ResultRow, metric: str) -> dict[str, str]:
@@ -184,13 +190,34 @@ def difference(a: ResultRow, b: ResultRow, metric: str) -> dict[str, str]:
         return {}
     found = paired_bootstrap(of_a, of_b)
     relative = f" ({found.mean / of_b.mean():+.1%})" if of_b.mean() > 0 else ""
+    seeds = welch_test(a.values(metric), b.values(metric))
     return {
-        "paired bootstrap over users": f"{a.name} - {b.name}",
+        "compared": f"{a.name} - {b.name}",
         "metric": metric.replace(MASKED, ", history masked"),
         "difference": f"{found.mean:+.4f}{relative}",
         "95 % interval": f"{found.low:+.4f} .. {found.high:+.4f}",
-        "p": f"{found.p:.4f}",
+        "p over users": f"{found.p:.4f}",
+        "t over seeds": f"{seeds.t:+.2f}" if seeds else "",
+        "p over seeds": f"{seeds.p:.4f}" if seeds else "",
     }
+
+
+def by_cut(group: list[ResultRow]) -> list[str]:
+    """Return NDCG@10 of the widths cut afterwards from the first seed that was cut, beside the run's own sizes."""
+    table: dict[str, dict[str, str]] = {}  # column -> width -> cell
+    for row in group:
+        for run in [run for run in row.runs if "cut" in run.record][:1]:
+            for protocol in ("kept", "masked"):
+                for of, name in (("cut", f"{row.name}, cut"), ("nested", row.name)):
+                    column = table.setdefault(f"{name}, history {protocol}", {})
+                    for width, metrics in run.record["cut"][protocol][of].items():
+                        column[width] = f"{metrics['NDCG@10']:.4f}"
+    if not table:
+        return []
+    found = pd.DataFrame(table).fillna("")
+    found = found.loc[sorted(found.index, key=int)]
+    found.insert(0, "NDCG@10 by width", found.index)
+    return markdown(found)
 
 
 def by_popularity(group: list[ResultRow]) -> list[str]:

@@ -62,6 +62,7 @@ class ItemEncoder(nn.Module):
         self.V = nn.Parameter(torch.zeros(num_items + 1, embedding)) if embedding else None
         self.parts: list[str] = []
         self._whole: Tensor | None = None
+        self.kept: Tensor | None = None  # E, for an export without the features
         self.whitening: Whitening | None = None
         if features is None:
             self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_items + 1, dim), std=0.02, a=-0.04, b=0.04))
@@ -113,7 +114,9 @@ class ItemEncoder(nn.Module):
         return projected + F.pad(V, (0, projected.shape[1] - V.shape[1]))
 
     def everything(self) -> Tensor:
-        """Return E of all tokens, [N+1, D], computed in chunks of items."""
+        """Return E of all tokens, [N+1, D]: the kept one, or computed in chunks of items."""
+        if self.kept is not None:
+            return self.kept
         if not self.parts:
             return self.table
         tokens = torch.arange(self.num_items + 1, device=self.projection.weight.device)

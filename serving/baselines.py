@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.engines import Table, filled_up
+from serving.engines import Table, best_columns, filled_up
 from serving.folder import Export
 from serving.states import decays_of
 from serving.weights import COUNTING, Weights
@@ -140,14 +140,3 @@ def gelu(x: np.ndarray) -> np.ndarray:
     t = 1 / (1 + 0.3275911 * y)
     series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     return (x * (1 + np.sign(x) * (1 - series * np.exp(-y * y))) / 2).astype(np.float32)
-
-
-def best_columns(scores: np.ndarray, k: int) -> np.ndarray:
-    """Return the columns of each row's k largest scores [B, min(k, columns)]; of equal scores the first comes first."""
-    k = min(k, scores.shape[1])
-    least = np.partition(scores, -k, axis=1)[:, -k]
-    rows = []
-    for row, low in zip(scores, least, strict=True):
-        at = np.flatnonzero(row >= low)
-        rows.append(at[np.argsort(-row[at], kind="stable")[:k]])
-    return np.stack(rows)

@@ -42,7 +42,7 @@ def graphs_of_folder(int8: bool) -> dict[str, tuple[Tensors, Tensors]]:
         "items": ("[B, K] int64", "numbers of these items"),
     }
     return {
-        MODEL: (history | table | ranking, best),
+        MODEL: (history | table | ranking, best | vectors),
         "step.onnx": (
             {"item": ("[B] int64", "number of the next item"), "hidden": (hidden, "the users' states")} | table,
             vectors | {"new_hidden": (hidden, "the users' new states")},

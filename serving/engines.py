@@ -13,6 +13,7 @@ The engines agree up to rounding. With int8, onnxruntime multiplies integers and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -76,11 +77,11 @@ class Table:
             table = np.asfortranarray(table)
         self._rows = Growing(table if buffer is None else buffer, len(table))
         self._scale = None if scale is None else Growing(scale, len(scale))
+        self._replaced = np.zeros(0, dtype=np.int64)  # numbers, sorted
 
-    @classmethod
-    def _of(cls, rows: Growing, scale: Growing | None) -> Table:
-        table = cls.__new__(cls)
-        table._rows, table._scale = rows, scale
+    def _of(self, rows: Growing, scale: Growing | None) -> Table:
+        table = Table.__new__(Table)
+        table._rows, table._scale, table._replaced = rows, scale, self._replaced
         return table
 
     def __len__(self) -> int:
@@ -118,6 +119,10 @@ class Table:
         rows = self.rows()[numbers]
         return rows if self._scale is None else dequantize(rows, self._scale.values[numbers], axis=1)
 
+    def changed_since(self, exported: int) -> np.ndarray:
+        """Return the numbers of rows that were replaced, or added to the first `exported`."""
+        return np.concatenate([self._replaced, np.arange(exported, len(self))])
+
     def gathered(self, numbers: np.ndarray) -> Table:
         """Return the table of some rows."""
         return Table(self.rows()[numbers], None if self._scale is None else self._scale.values[numbers])
@@ -150,10 +155,12 @@ class Table:
         rows, scale = self._rows.copied(), self._scale
         if scale is None:
             rows.values[numbers] = embeddings
-            return self._of(rows, None)
-        scale = self._scale_for(rows)
-        rows.values[numbers], scale.values[numbers] = quantize(embeddings, axis=1)
-        return self._of(rows, scale)
+        else:
+            scale = self._scale_for(rows)
+            rows.values[numbers], scale.values[numbers] = quantize(embeddings, axis=1)
+        table = self._of(rows, scale)
+        table._replaced = np.union1d(self._replaced, numbers)
+        return table
 
 
 def bias_before_scaling(z: np.ndarray, table: Table, bias: np.ndarray) -> np.ndarray:
@@ -252,19 +259,33 @@ class OnnxEngine:
         return Table(export.table, export.scale, export.buffer if export.scale is None else None)
 
     def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Histories run in lengths of their own, powers of two: the sum over a longer one rounds differently."""
-        length = np.where(history > 0, np.arange(history.shape[1], 0, -1), 1).max(axis=1)
-        steps = np.minimum(2 ** np.ceil(np.log2(length)).astype(np.int64), self._max_len)
         scores, items = np.empty((len(history), k), np.float32), np.empty((len(history), k), np.int64)
-        for n in np.unique(steps):
-            rows = np.flatnonzero(steps == n)
-            read = np.pad(history[rows, -n:], ((0, 0), (max(0, n - history.shape[1]), 0)))
+        for rows, read in self._of_one_length(history):
             own = bias if len(bias) == 1 else bias[rows]
             scores[rows], items[rows] = self._ranked(self._recommend, "history", read, table, own, k)
         return scores, items
 
+    def vectors(self, history: np.ndarray, table: Table) -> np.ndarray:
+        """Return z [B, m] of histories [B, L]. The export must have been made with an index (serving/index.py)."""
+        z = np.empty((len(history), table.vectors(slice(1)).shape[1]), np.float32)
+        needed = np.unique(np.append(history, 0))
+        few, bias = table.gathered(needed), np.zeros((1, len(needed)), np.float32)
+        for rows, read in self._of_one_length(np.searchsorted(needed, history)):
+            inputs = {"history": filled_up(read, ONNX_ROWS), "bias": bias, "k": np.ones(1, np.int64), **few.inputs()}
+            z[rows] = _run(self._recommend, inputs, ["z"])[0][: len(rows)]
+        return z
+
+    def _of_one_length(self, history: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (rows, their histories) in lengths of powers of two: the sum over a longer one rounds differently."""
+        length = np.where(history > 0, np.arange(history.shape[1], 0, -1), 1).max(axis=1)
+        steps = np.minimum(2 ** np.ceil(np.log2(length)).astype(np.int64), self._max_len)
+        for n in np.unique(steps):
+            rows = np.flatnonzero(steps == n)
+            yield rows, np.pad(history[rows, -n:], ((0, 0), (max(0, n - history.shape[1]), 0)))
+
     def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
-        return self._step.run(None, {"item": item, "hidden": hidden, **table.inputs()})
+        z, hidden = _run(self._step, {"item": item, "hidden": hidden, **table.inputs()})
+        return z, hidden
 
     def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return self._ranked(self._rank, "z", z, table, bias, k)
@@ -275,11 +296,30 @@ class OnnxEngine:
     ) -> tuple[np.ndarray, np.ndarray]:
         bias = bias if len(bias) == 1 else filled_up(bias, ONNX_ROWS)
         inputs = {name: filled_up(rows, ONNX_ROWS), "bias": bias, "k": np.array([k], dtype=np.int64), **table.inputs()}
-        scores, items = session.run(None, inputs)
+        scores, items = _run(session, inputs, ["scores", "items"])
         return scores[: len(rows)], items[: len(rows)]
+
+
+def _run(session: Any, inputs: dict[str, np.ndarray], outputs: list[str] | None = None) -> list[np.ndarray]:
+    """Run a graph. Raises InputError if it does not take the inputs that every export's graphs take."""
+    try:
+        return session.run(outputs, inputs)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise InputError(f"an ONNX graph of the export failed ({str(error).splitlines()[0]:.300}); {HINT}") from error
 
 
 def filled_up(rows: np.ndarray, fewest: int) -> np.ndarray:
     """Add rows of zeros until there are `fewest`."""
     missing = fewest - len(rows)
     return rows if missing <= 0 else np.concatenate([rows, np.zeros_like(rows, shape=(missing, *rows.shape[1:]))])
+
+
+def best_columns(scores: np.ndarray, k: int) -> np.ndarray:
+    """Return the columns of each row's k largest scores [B, min(k, columns)]; of equal scores the first comes first."""
+    k = min(k, scores.shape[1])
+    least = np.partition(scores, -k, axis=1)[:, -k]
+    rows = []
+    for row, low in zip(scores, least, strict=True):
+        at = np.flatnonzero(row >= low)
+        rows.append(at[np.argsort(-row[at], kind="stable")[:k]])
+    return np.stack(rows)

@@ -29,7 +29,7 @@ from serving.weights import BASELINES, COUNTING
 if TYPE_CHECKING:
     from datasets.catalog import Catalog
     from model import FMRLRec
-    from serving.items import Items
+    from trainer.run_items import RunItems
 
 FORMATS = ("torch", "onnx", "onnx-file")
 
@@ -63,6 +63,12 @@ def arguments_parser() -> argparse.ArgumentParser:
         default="float16",
         help="none: all float32; float16: the item table in half precision (default); int8: item table and the "
         "blocks' matrices in int8",
+    )
+    parser.add_argument(
+        "--index",
+        choices=("int8",),
+        help="add an int8 scan, which finds the same items in a fraction of the time; for large catalogues, with "
+        "--format onnx and without --quantize int8 (default: none)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="output folder; with several sizes the parent of their folders "
@@ -115,22 +121,22 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
     from model import FMRLRec
     from serving.folder import refuse_existing
-    from trainer.load_run import load_run
+    from trainer.load_run import load_for_export
 
     for folder in folders:
         refuse_existing(folder, arguments.overwrite)
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
     print(describe_run(arguments.run), flush=True)
-    config, catalog, model = load_run(arguments.run, flags)
+    config, items, model = load_for_export(arguments.run, flags)
     if not isinstance(model, FMRLRec):
         options = {"quantize": arguments.quantize, "overwrite": arguments.overwrite}
-        export_baseline(model, folders[0], config=config, catalog=catalog, run=arguments.run, **options)
+        export_baseline(model, folders[0], config=config, items=items, run=arguments.run, **options)
         print(f"{folders[0]}  {config.model_code}: {folder_bytes(folders[0]) / 1e6:.2f} MB", flush=True)
         return folders
     for size, folder in zip(sizes, folders, strict=True):
         export_size(
-            model, size, folder, config=config, catalog=catalog, run=arguments.run,
-            format=arguments.format, quantize=arguments.quantize, overwrite=arguments.overwrite,
+            model, size, folder, config=config, catalog=items, run=arguments.run,
+            format=arguments.format, quantize=arguments.quantize, index=arguments.index, overwrite=arguments.overwrite,
         )  # fmt: skip
         how = f"{arguments.format}, {arguments.quantize}"
         print(f"{folder}  size {size}, {how}: {folder_bytes(folder) / 1e6:.2f} MB", flush=True)
@@ -150,6 +156,7 @@ def check_baseline_flags(arguments: argparse.Namespace, model: str) -> None:
         ("--max_latency_ms", arguments.max_latency_ms is not None),
         ("--format onnx", arguments.format == "onnx"),
         ("--quantize int8", arguments.quantize == "int8"),
+        ("--index", arguments.index is not None),
     ):
         if given:
             raise InputError(f"{flag} is for runs of fmrlrec; leave it out: {model} has one size, which NumPy serves")
@@ -236,10 +243,11 @@ def export_size(
     folder: Path,
     *,
     config: Config,
-    catalog: Catalog,
+    catalog: Catalog | RunItems,
     run: Path,
     format: str = "torch",
     quantize: str = "float16",
+    index: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write one size of a run's model as an export.
@@ -250,9 +258,13 @@ def export_size(
 
     from model import slice_model
     from serving.convert import serving_weights
-    from serving.folder import ITEMS, WEIGHTS, pack_items, pack_weights, write_folder
+    from serving.folder import INDEX, ITEMS, SCAN, WEIGHTS, pack_items, pack_weights, write_folder
+    from serving.items import make_items
     from serving.quantize import quantize as to_int8
+    from trainer.run_items import RunItems
 
+    if index and (format != "onnx" or quantize == "int8"):
+        raise InputError("--index int8 needs --format onnx, and --quantize float16 or none")
     small = slice_model(model, size)
     with torch.inference_mode():
         table, scale = small.item_table().float().cpu().numpy(), None
@@ -267,14 +279,21 @@ def export_size(
             raise InputError("the item table exceeds float16's 65504; export it with --quantize none")
         table = table.astype(np.float16)
     packed = pack_weights(weights)
-    items = named_items(catalog)
+    known = catalog if isinstance(catalog, RunItems) else RunItems.of(catalog)
+    items = make_items(known.ids, known.titles)
     files: dict[str, Any] = {WEIGHTS: packed, ITEMS: pack_items(items, table, scale)}
-    described = description(small, config, catalog, run) | {"quantize": quantize}
+    described = description(small, config, known, run) | {"quantize": quantize}
     try:
         if format == "onnx":
             from serving.graphs import build_graphs
 
             files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
+            if index:
+                from serving.graphs import build_scan
+                from serving.index import build_index
+
+                files[INDEX] = build_index(table.astype(np.float32))
+                files[SCAN] = build_scan(files[INDEX])
         elif format == "onnx-file":
             from serving.onnx_file import build_files
 
@@ -291,7 +310,7 @@ def export_baseline(
     folder: Path,
     *,
     config: Config,
-    catalog: Catalog,
+    items: RunItems,
     run: Path,
     quantize: str = "float16",
     overwrite: bool = False,
@@ -299,6 +318,7 @@ def export_baseline(
     """Write a run of one of BASELINES as an export. Raises InputError if weights are not finite."""
     from serving.convert import baseline_weights
     from serving.folder import ITEMS, WEIGHTS, pack_items, pack_weights, write_folder
+    from serving.items import make_items
 
     table, weights = baseline_weights(model)
     for name, value in {"the item table": table, **weights}.items():
@@ -306,7 +326,7 @@ def export_baseline(
             raise InputError(f"{name} of {run} is not finite and cannot be exported; train it again")
     counts = config.model_code in COUNTING  # its table holds item numbers, which float16 would round
     table, quantize = (table, "none") if counts else (table.astype(STORED[quantize][1]), quantize)
-    described = common_description(config, catalog, run, model.sizes[-1])
+    described = common_description(config, items, run, model.sizes[-1])
     described |= {
         "model": config.model_code,
         "size": table.shape[1],
@@ -316,19 +336,11 @@ def export_baseline(
         "features": {"dim": 0, "language": None, "image": None},
         "quantize": quantize,
     }
-    files = {WEIGHTS: pack_weights(weights), ITEMS: pack_items(named_items(catalog), table, None)}
+    files = {WEIGHTS: pack_weights(weights), ITEMS: pack_items(make_items(items.ids, items.titles), table, None)}
     write_folder(folder, described, files, overwrite)
 
 
-def named_items(catalog: Catalog) -> Items:
-    """Return the ids and titles of a catalogue."""
-    from datasets.text import flat_text
-    from serving.items import make_items
-
-    return make_items(catalog.asins, [flat_text(record.get("title")) for record in catalog.metadata])
-
-
-def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> dict[str, Any]:
+def description(model: FMRLRec, config: Config, items: RunItems, run: Path) -> dict[str, Any]:
     """Return the content of config.json for a sliced model, except its files."""
     from datasets.features.description import describe_features
 
@@ -340,19 +352,19 @@ def description(model: FMRLRec, config: Config, catalog: Catalog, run: Path) -> 
         "num_blocks": config.lru_num_blocks,
         "post_norm": model.settings.post_norm,
         "features": describe_features(config, [part.shape[1] for part in model.items.features]) | widths,
-        **common_description(config, catalog, run, size),
+        **common_description(config, items, run, size),
     }
 
 
-def common_description(config: Config, catalog: Catalog, run: Path, size: int) -> dict[str, Any]:
+def common_description(config: Config, items: RunItems, run: Path, size: int) -> dict[str, Any]:
     """Return the part of config.json that every model has: its data, its run and the run's metrics at this size."""
     from trainer.runs import EVERY_SIZE, commit, read_metrics
 
     metrics = run / EVERY_SIZE
     return {
         "max_len": config.lru_max_len,
-        "num_items": catalog.num_items,
-        "dataset": {"code": config.dataset_code, "digest": catalog.digest()},
+        "num_items": items.num_items,
+        "dataset": {"code": config.dataset_code, "digest": items.data},
         "run": run.resolve().name,
         "commit": commit(),
         "metrics": read_metrics(metrics, "eval.py --run ... writes it").get(str(size)) if metrics.exists() else None,

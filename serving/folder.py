@@ -10,6 +10,7 @@ items.safetensors     table   [N+1, m]  item table, float32, float16 or int8; ro
                       title_ends [N]    end of each title
                       removed [n]       numbers of removed items; version 2, written only if there are any
 *.onnx                optional: recommend, step and rank (serving/graphs.py)
+index.safetensors, scan.onnx     optional: the int8 scan (serving/index.py)
 
 N items, m the size, W bytes of the longest id. A folder is written under a temporary name and renamed, so it is never
 half written. While an export is replaced, the old one is briefly called `_former(folder)`.
@@ -17,14 +18,11 @@ half written. While an export is replaced, the old one is briefly called `_forme
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 import shlex
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from common.errors import InputError
-from common.files import cannot_write, read_json, sha256
+from common.files import cannot_write, read_json, remove_leftovers, sha256, temporary_folder
 from common.schema import check_schema
 from serving.card import CARD, IDS, model_card
 from serving.items import Items
@@ -47,6 +45,7 @@ FORMAT, VERSION = "fmrlrec-export", 1
 WITH_REMOVED = 2  # the version of an export with removed items, which earlier code would recommend
 CONFIG, WEIGHTS, ITEMS = "config.json", "model.safetensors", "items.safetensors"
 GRAPHS = ("recommend.onnx", "step.onnx", "rank.onnx")
+INDEX, SCAN = "index.safetensors", "scan.onnx"  # of an export with --index int8 (serving/index.py)
 STORED = {
     "none": ("F32", np.float32),
     "float16": ("F16", np.float16),
@@ -55,7 +54,6 @@ STORED = {
 MAX_CONFIG = 1 << 22  # bytes
 HINT = "export the model again: python -m serving.export"
 CHUNK = 1 << 16  # rows converted at once
-ABANDONED = 3600  # seconds after which a temporary folder counts as left by a killed export
 
 
 @dataclass(frozen=True)
@@ -122,10 +120,8 @@ def write_folder(
     temporary, former = None, _former(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # left by killed exports
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+        remove_leftovers(folder.parent, folder.name)
+        temporary = temporary_folder(folder)
         version = WITH_REMOVED if config.get("num_removed") else VERSION
         written = {**config, "format": FORMAT, "version": version, "files": {}}
         for name, content in files.items():
@@ -192,7 +188,11 @@ def _restore(folder: Path) -> None:
 
 def read_folder(folder: str | Path) -> Export:
     """Read and check an export. Raises InputError that names the damaged file and how to mend it."""
-    folder = Path(folder).resolve()
+    try:
+        folder = Path(folder).resolve()
+        (folder / CONFIG).is_file()
+    except (OSError, ValueError) as error:  # a name that is too long or cannot be encoded
+        raise InputError(f"{str(folder)!r:.80} is not a folder's name ({error!s:.80}); give an export's") from None
     if not folder.exists() and _former(folder).exists():  # killed between the two renames
         folder = _former(folder)
     if not (folder / CONFIG).is_file():

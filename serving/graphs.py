@@ -1,6 +1,6 @@
 """Build the three ONNX graphs of an export: real arithmetic, any number of users, items and (up to max_len) steps.
 
-recommend   history [B, L]                    -> scores [B, k], items [B, k]     encode, score, top-k
+recommend   history [B, L]                    -> scores [B, k], items [B, k], z [B, m]     encode, score, top-k
 step        item [B], hidden [B, blocks, 2, m] -> z [B, m], new_hidden           one more event per user
 rank        z [B, m]                          -> scores [B, k], items [B, k]     score, top-k
 
@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load
 
 from model.sizes import increments
-from serving.folder import GRAPHS, WEIGHTS, tensor_offsets
+from serving.folder import GRAPHS, INDEX, WEIGHTS, tensor_offsets
 from serving.quantize import STEPS
 
 OPSET, IR_VERSION = 17, 8  # from 2022, so that old onnxruntimes can read them
@@ -43,13 +44,45 @@ def build_graphs(
     return {name: graph.SerializeToString() for name, graph in zip(GRAPHS, graphs, strict=True)}
 
 
+def build_scan(packed: bytes) -> bytes:
+    """Return the graph of serving/index.py: z [2, m] -> items that can be among the best k, [n].
+
+    packed: the bytes of index.safetensors; `codes` must be a weight, which onnxruntime lays out for fast products.
+    z: the vector's two parts plus 64, uint8, worth `steps` [2, 1] each. `bias` [N+1] is added to the scores; `length`
+    is |z|, `slack` is added to every bound.
+    """
+    offsets = tensor_offsets(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
+    graph = Graph(load(packed), offsets, ())
+    codes, scale, bound = (graph.weight(name, INDEX) for name in ("codes", "scale", "bound"))
+    products = graph.op("MatMulInteger", "z", codes, graph.constant(np.uint8(STEPS + 1)))
+    parts = graph.op("Mul", graph.op("Cast", products, to=TensorProto.FLOAT), "steps")  # [2, N]
+    total = graph.op("ReduceSum", parts, graph.constant([0]), keepdims=0)
+    center = graph.op("Add", graph.op("Mul", total, scale), "bias")
+    spread = graph.op("Add", graph.op("Mul", bound, "length"), "slack")
+    best, _ = graph.op("TopK", graph.op("Sub", center, spread), "k", axis=-1, outputs=2)
+    least = graph.op("Gather", best, graph.constant([-1]))
+    upper = graph.op("Add", center, spread)
+    allowed = graph.op("Greater", upper, graph.constant(np.finfo(np.float32).min))
+    possible = graph.op("And", graph.op("GreaterOrEqual", upper, least), allowed)
+    graph.op("Reshape", graph.op("NonZero", possible), graph.constant([-1]), output="items")
+    inputs = [
+        helper.make_tensor_value_info("z", TensorProto.UINT8, [2, graph.weights["codes"].shape[0]]),
+        graph.floats("steps", [2, 1]),
+        graph.floats("length", []),
+        graph.floats("slack", []),
+        graph.floats("bias", ["N"]),
+        graph.integers("k", [1]),
+    ]
+    return graph.finished("scan", inputs, [graph.integers("items", ["n"])]).SerializeToString()
+
+
 class Graph:
     """A graph under construction. Methods add nodes and return the names of their outputs."""
 
     def __init__(
         self, weights: dict[str, np.ndarray], offsets: dict[str, tuple[int, int]], sizes: tuple[int, ...]
     ) -> None:
-        self.weights, self.offsets, self.sizes, self.m = weights, offsets, sizes, sizes[-1]
+        self.weights, self.offsets, self.sizes, self.m = weights, offsets, sizes, sizes[-1] if sizes else 0
         self.history = "history"  # the tensor [B, L] that the recurrence reads
         self.post_norm = "norm.weight" in weights
         self.int8 = any(value.dtype == np.int8 for value in weights.values())
@@ -59,8 +92,9 @@ class Graph:
     # ------------------------------------------------------------------------------------------------- the graphs
 
     def recommend(self, num_blocks: int, max_len: int) -> onnx.ModelProto:
-        z = self.encode("history", num_blocks, max_len)
-        return self.model("recommend", [self.integers("history", ["B", "L"])], self.rank(z))
+        self.op("Identity", self.encode("history", num_blocks, max_len), output="z")
+        outputs = [*self.rank("z"), self.floats("z", ["B", self.m])]
+        return self.model("recommend", [self.integers("history", ["B", "L"])], outputs)
 
     def encode(self, history: str, num_blocks: int, max_len: int) -> str:
         """Return the users' vectors z [B, m]."""
@@ -257,12 +291,12 @@ class Graph:
         self.initializers.setdefault(name, numpy_helper.from_array(array, name))
         return name
 
-    def weight(self, name: str) -> str:
-        """Add a weight that stays in model.safetensors."""
+    def weight(self, name: str, file: str = WEIGHTS) -> str:
+        """Add a weight that stays in its file."""
         value, (offset, length) = self.weights[name], self.offsets[name]
         tensor = TensorProto(name=name, data_type=TYPES[value.dtype], dims=value.shape)
         tensor.data_location = TensorProto.EXTERNAL
-        for key, entry in {"location": WEIGHTS, "offset": offset, "length": length}.items():
+        for key, entry in {"location": file, "offset": offset, "length": length}.items():
             tensor.external_data.add(key=key, value=str(entry))
         self.initializers[name] = tensor
         return name
@@ -282,9 +316,11 @@ class Graph:
             else [self.floats("table", ["N", self.m])]
         )
         ranking = [self.floats("bias", ["R", "N"]), self.integers("k", [1])] if ranks else []
-        graph = helper.make_graph(
-            self.nodes, name, [*inputs, *table, *ranking], outputs, list(self.initializers.values())
-        )
+        return self.finished(name, [*inputs, *table, *ranking], outputs)
+
+    def finished(self, name: str, inputs: list, outputs: list) -> onnx.ModelProto:
+        """Return the graph with these inputs and outputs as a model."""
+        graph = helper.make_graph(self.nodes, name, inputs, outputs, list(self.initializers.values()))
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         model.producer_name = "fmrlrec"
         return model

@@ -18,7 +18,7 @@ from common.cli import Parser, add_switch, run_cli
 from common.errors import InputError
 
 FILES = ["config.json", "README.md", "items.json", "*.safetensors", "*.onnx", "*.ort"]
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -56,13 +56,7 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
     message = f"Add {config['dataset']['code']}, size {config['size']}"
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=made.repo_id,
-            folder_path=folder,
-            allow_patterns=names,
-            delete_patterns=FILES,
-            commit_message=message,
-        )
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, allow_patterns=names, commit_message=message)
     except Exception as error:  # huggingface_hub's errors and its client's share no base class
         raise InputError(
             f"could not publish {repository} on the Hub ({_reason(error)}); log in with `hf auth login`, or set "

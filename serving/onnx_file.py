@@ -139,7 +139,7 @@ class _OneFile(Graph):
         scales = self.op("Gather", self.stored("table.scale"), flat, axis=0)
         return self.op("Mul", rows, self.op("Unsqueeze", scales, self.constant([1])))
 
-    def weight(self, name: str) -> str:
+    def weight(self, name: str, file: str = "") -> str:
         """Add a block's weight; return it in float32."""
         if f"{name}.scale" not in self.weights:
             return self.in_float32(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from serving.catalogue import Catalogue
-from serving.engines import Encoder, bias_before_scaling
+from serving.engines import Encoder, OnnxEngine, bias_before_scaling
 from serving.filters import Choice, listed
 from serving.items import ItemId
 from serving.snapshot import Snapshot, check_state
@@ -103,6 +103,10 @@ def ranked(now: Snapshot, batch: list[Request], choices: list[Choice], k: int) -
     histories = None if batch[0].state else filled(now, batch)
     if len(choices) == 1 and choices[0].bias is not None:
         bias, boosted = choices[0].bias, choices[0].boost is not None
+        if now.index is not None:
+            assert isinstance(now.engine, OnnxEngine)  # as Recommender.from_pretrained opens it
+            z = vectors_of(now, batch) if histories is None else now.engine.vectors(histories, table)
+            return now.index.rank(z, table, bias, k)
     else:
         numbers = [choice.numbers for choice in choices if choice.numbers is not None]
         boosted = choices[0].boost is not None

@@ -26,12 +26,25 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from common.files import read_json
+from common.files import open_regular, read_json
 from serving import hub
 from serving.catalogue import Catalogue
-from serving.engines import Engine, open_engine
+from serving.engines import Engine, OnnxEngine, open_engine
 from serving.filters import Filter, filters_of, listed, make_filter
-from serving.folder import CONFIG, GRAPHS, HINT, ITEMS, WEIGHTS, Export, pack_items, read_folder, write_folder
+from serving.folder import (
+    CONFIG,
+    GRAPHS,
+    HINT,
+    INDEX,
+    ITEMS,
+    SCAN,
+    WEIGHTS,
+    Export,
+    pack_items,
+    read_folder,
+    write_folder,
+)
+from serving.index import Int8Index, build_index
 from serving.items import ItemId, make_items
 from serving.ranking import Recommendation, batches, make_answer, ranked, read_request, vectors_of
 from serving.snapshot import Snapshot, check_state, project
@@ -44,8 +57,8 @@ CHUNK = 1 << 16  # items compared at once
 class Recommender:
     """Recommends from an export; `from_pretrained` opens one."""
 
-    def __init__(self, export: Export, engine: Engine) -> None:
-        self._now = Snapshot.of(export, engine)  # read it once per call
+    def __init__(self, export: Export, engine: Engine, index: Int8Index | None = None) -> None:
+        self._now = Snapshot.of(export, engine, index)  # read it once per call
         self._lock = threading.Lock()  # held by whoever replaces it
         self._opened: tuple[Path, str | None, int] = (export.folder, None, 1)
 
@@ -60,12 +73,16 @@ class Recommender:
         """
         folder = hub.fetch(str(folder)) if hub.is_repository(folder) else folder
         path = Path(folder) / CONFIG
-        before = path.read_bytes() if path.exists() else None
+        before = _content(path)
         try:
             export = read_folder(folder)
-            opened = cls(export, open_engine(export, engine, threads))
+            opened_engine = open_engine(export, engine, threads)
+            has_index = INDEX in export.config["files"] and isinstance(opened_engine, OnnxEngine)
+            opened = cls(
+                export, opened_engine, Int8Index(export.folder, export.table.shape, threads) if has_index else None
+            )
         finally:
-            if before is not None and (not path.exists() or path.read_bytes() != before):
+            if before is not None and _content(path) != before:
                 raise InputError(f"{folder} was replaced while it was being opened; open it again")
         opened._opened = (Path(folder).absolute(), engine, threads)
         return opened
@@ -326,6 +343,15 @@ class Recommender:
         files: dict[str, bytes | Path] = {
             name: now.folder / name for name in (WEIGHTS, *GRAPHS) if name in config["files"]
         }
+        if INDEX in config["files"]:
+            try:
+                from serving.graphs import build_scan
+
+                files[INDEX] = packed = build_index(catalogue.table.vectors(slice(None)))
+                files[SCAN] = build_scan(packed)
+            except ImportError as error:
+                message = f"saved without its index, which needs a clone of the repository and onnx ({error})"
+                warnings.warn(message, stacklevel=2)
         files[ITEMS] = pack_items(catalogue.all_items(), table, scale, catalogue.removed)
         changed = {"num_items": len(catalogue)}
         if len(catalogue.removed) or "num_removed" in config:
@@ -358,3 +384,12 @@ def _known(catalogue: Catalogue, items: Any, what: str) -> list[int]:
     if unknown:
         raise InputError(f"{catalogue.unknown(unknown)}; leave unknown items out")
     return numbers
+
+
+def _content(path: Path) -> bytes | None:
+    """Return the bytes of a regular file; None if there is none."""
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError:
+        return None

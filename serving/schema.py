@@ -33,12 +33,12 @@ class ImageEncoder(Struct):
 
     encoder: str
     fingerprint: dict[str, Any]
-    commit: str | None = None
 
 
-class TextEncoder(ImageEncoder, kw_only=True):
+class TextEncoder(ImageEncoder):
     """The encoder of the texts, and the metadata that they are made of."""
 
+    commit: str | None
     attributes: Annotated[list[str], Meta(min_length=1)]
 
 

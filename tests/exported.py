@@ -37,6 +37,7 @@ def write_export(
     max_len: int = 7,
     quantize: str = "none",
     format: str = "onnx",
+    index: str | None = None,
     overwrite: bool = False,
     **settings,
 ) -> Path:
@@ -58,6 +59,7 @@ def write_export(
         run=folder.parent / "no-such-run",
         format=format,
         quantize=quantize,
+        index=index,
         overwrite=overwrite,
     )
     return folder

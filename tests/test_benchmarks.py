@@ -7,6 +7,7 @@ import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 
 from benchmarks import features, pictures, prepare, scaling, speed
@@ -77,7 +78,23 @@ def test_the_speed_benchmark_prints_every_case_with_its_ratio(monkeypatch, capsy
     printed = capsys.readouterr().out
     for case in ("baseline", "fp32", "bf16 ", "bf16-plus", "one pass", "every slice alone"):
         assert sum(line.strip().startswith(case) and line.endswith(" x") for line in printed.splitlines()) >= 1
-    assert printed.count("GB peak resident memory") == 4
+    assert printed.count("GB peak resident memory") == 5
+    assert printed.count("times its bare products") == 5
+
+
+def test_bare_products_are_those_of_the_case():
+    layer, x, multiplied = torch.nn.Linear(3, 4), torch.ones(2, 3), []
+
+    def case():
+        layer(x).square().sum().backward()  # a product forward and one backward
+        with torch.inference_mode():
+            layer(x) @ torch.ones(4, 5)
+
+    run = speed.bare_products(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__matmul__", lambda a, b: multiplied.append((*a.shape, b.shape[1])))
+        run()
+    assert multiplied == [(2, 3, 4), (4, 2, 3), (2, 3, 4), (2, 4, 5)]
 
 
 def test_the_scaling_benchmark_prints_a_row_for_every_case(monkeypatch, capsys):
@@ -89,8 +106,11 @@ def test_the_scaling_benchmark_prints_a_row_for_every_case(monkeypatch, capsys):
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in printed.splitlines() if line.startswith("|")]
     rows = [row for row in cells if row[0].isdigit()]
     by_items = [["30", "7 drawn"], ["60", "7 drawn"], ["30", "all"], ["60", "all"]]
-    assert rows == [*by_items, ["3", "32"], ["5", "32"], ["1", "all"], ["2", "all"]]
+    plus = [["30", "rows"], ["60", "rows"], ["30", "all"], ["60", "all"]]
+    assert rows == [*by_items, ["3", "32"], ["5", "32"], ["1", "all"], ["2", "all"], *plus]
     assert "ranks of 1,000 users at all sizes among 60 items" in printed
+    scaling.main(["--plan", "100000000"])
+    assert capsys.readouterr().out.splitlines()[3].startswith("| 8 | 51.2 | 51.2 | 1.7 | 0.0354 |")
 
 
 def test_the_pictures_benchmark_downloads_despite_failures(capsys):

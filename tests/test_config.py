@@ -21,7 +21,6 @@ from trainer.runs import read_settings, run_label
 
 REPOSITORY = Path(__file__).parent.parent
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-DATASETS = [*PRESETS, "my_shop"]
 
 
 def parsed(*argv: str) -> tuple[Config, dict[str, str]]:
@@ -88,23 +87,16 @@ def test_the_ring_of_a_dataset_is_the_papers(name, r_min):
     assert parsed("--preset=paper", f"--dataset_code={name}")[0] == config
 
 
-@pytest.mark.parametrize("flag", [f"model_code={name}" for name in MODEL_PRESETS] + ["preset=plus", "preset=released"])
-@pytest.mark.parametrize("dataset", DATASETS)
-def test_a_preset_needs_no_further_flag_on_any_dataset(flag, dataset):
-    config, sources = parsed(f"--{flag}", f"--dataset_code={dataset}")
-    for name, value in (MODEL_PRESETS | NAMED_PRESETS)[flag.partition("=")[2]].items():
-        assert type(value) is type(FIELDS[name].default), name
-        assert (getattr(config, name), sources[name]) == (value, "preset")
-    if config.model_code != "fmrlrec":
-        assert (config.branch, run_label(config), len(config.mrl_hidden_sizes)) == ("id", config.model_code, 1)
-
-
-@pytest.mark.parametrize("dataset", PRESETS)
-def test_the_preset_of_a_dataset_holds_settings_of_their_types(dataset):
-    config, _ = resolve({"dataset_code": dataset})
-    for name, value in PRESETS[dataset].items():
-        assert type(value) is type(FIELDS[name].default), name
-        assert getattr(config, name) == value
+@pytest.mark.parametrize("name", [*PRESETS, *MODEL_PRESETS, "plus", "released"])
+@pytest.mark.parametrize("dataset", [*PRESETS, "my_shop"])
+def test_a_preset_sets_values_of_their_types_on_any_dataset(name, dataset):
+    flag = "dataset_code" if name in PRESETS else "model_code" if name in MODEL_PRESETS else "preset"
+    config, sources = resolve({"dataset_code": dataset, flag: name})
+    for setting, value in ALL_PRESETS[name].items():
+        assert type(value) is type(FIELDS[setting].default), setting
+        assert (getattr(config, setting), sources[setting]) == (value, "preset")
+    if flag == "model_code":
+        assert (config.branch, run_label(config), len(config.mrl_hidden_sizes)) == ("id", name, 1)
 
 
 def test_the_released_preset_trains_what_the_released_readme_command_does():
@@ -275,22 +267,15 @@ def test_help_lists_every_flag_once_with_its_default_and_choices(help_text):
 
 def test_help_groups_the_flags(help_text):
     sections = re.split(r"^(\w[\w ]*):\n", help_text, flags=re.MULTILINE)
-    group_of = {
-        flag: group
-        for group, body in zip(sections[1::2], sections[2::2], strict=True)
-        for flag in re.findall(r"^  --(\w+)", body, flags=re.MULTILINE)
+    groups = {
+        title: re.findall(r"^  --(\w+)", body, flags=re.MULTILINE)
+        for title, body in zip(sections[1::2], sections[2::2], strict=True)
     }
-    assert group_of.keys() == FIELDS.keys()
-    first_and_last = {
-        "data": ("dataset_code", "data_root"),
-        "feature": ("use_language_encoder", "encoder_workers"),
-        "model": ("model_code", "lru_r_max"),
-        "training": ("seed", "early_stopping_patience"),
-        "beyond the paper": ("whiten_features", "ema_decay"),
-        "evaluation": ("val_batch_size", "best_metric"),
-        "run": ("preset", "use_wandb"),
-    }
-    assert {flag: group for group, flags in first_and_last.items() for flag in flags}.items() <= group_of.items()
+    assert {flag for flags in groups.values() for flag in flags} == FIELDS.keys()
+    assert groups["beyond the paper"] == list(EXTENSIONS)
+    for title, flag in (("data", "data_root"), ("feature", "encoder_workers"), ("model", "lru_r_max"),
+                        ("training", "seed"), ("evaluation", "best_metric"), ("run", "use_wandb")):  # fmt: skip
+        assert flag in groups[title]
 
 
 def test_help_shows_the_settings_of_every_preset(help_text):
@@ -300,7 +285,7 @@ def test_help_shows_the_settings_of_every_preset(help_text):
 
 
 SCRIPTS = ("train.py", "eval.py")
-MODULES = ("datasets.prepare", "experiments.run", "experiments.report", "experiments.cold_items",
+MODULES = ("datasets.prepare", "experiments.run", "experiments.report", "experiments.cold_items", "experiments.cut",
            "serving.export", "serving.recommend", "media.draw", "benchmarks.deploy", "benchmarks.pictures")  # fmt: skip
 
 
@@ -376,11 +361,12 @@ CHANGED = {
 # Do not change the weights of a short run: chosen, named, or tested elsewhere.
 ELSEWHERE = {
     "img_encoder", "encoder_precision", "num_heads", "early_stopping", "early_stopping_patience", "val_mask_history",
-    "best_metric", "run_name", "validate_untrained", "features",
+    "best_metric", "run_name", "validate_untrained", "features", "init_from",
 }  # fmt: skip
 RUNTIME = {
-    "data_root", "features_root", "runs_root", "device", "use_wandb", "encoder_batch_size", "encoder_workers", "val_batch_size",
-    "test_batch_size", "metric_ks", "test",
+    "data_root", "features_root", "runs_root", "device", "use_wandb", "encoder_batch_size", "encoder_workers",
+    "val_batch_size",
+    "test_batch_size", "metric_ks", "test", "save_every_minutes",
 }  # fmt: skip
 
 

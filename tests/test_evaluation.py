@@ -1,44 +1,48 @@
-"""Full ranking of every user's target, against one user at a time, in float64, with a sort."""
+"""Full ranking, exact scores, metrics, and the test of a run with its files."""
 
 import copy
+import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+import config
 from common import processes
 from common.errors import InputError
-from config import ModelSettings
-from dataloader import eval_batches, eval_rows
-from model import FMRLRec
+from common.files import write_json
+from config import Config, ModelSettings
+from dataloader import eval_batches, eval_rows, times_trained
+from model import FMRLRec, slice_model
+from model.baselines.counting import Popularity
 from tests.made_up import as_sequences, with_random_weights
-from trainer import evaluation
+from trainer import evaluation, testing
 from trainer.evaluation import candidates, evaluate, rank_targets, rank_targets_alone
-from trainer.exact import on_grid
-from trainer.metrics import target_ranks
+from trainer.exact import count_ahead, exact_scores, longest_row, on_grid
+from trainer.list_metrics import list_metrics_of_sizes, top_items
+from trainer.metrics import METRICS, ranking_metrics, target_ranks
+from trainer.testing import check_slice
 from trainer.user_ranks import load_ranks, save_ranks
 
 NUM_ITEMS, MAX_LEN, SIZES, KS = 40, 6, (4, 8, 16), (1, 5, 10, 20)
-CPU = torch.device("cpu")
+INF, NAN = math.inf, math.nan
+RING = {"lru_r_min": 0.3, "lru_r_max": 0.9}
+CONFIG = Config(mrl_hidden_sizes=SIZES, lru_max_len=MAX_LEN, metric_ks=KS, test_batch_size=7, **RING)
 
 
-def random_model(branch="both", seed=0):
-    torch.manual_seed(seed)
+def random_model(branch="both"):
+    torch.manual_seed(0)
     features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
-    return with_random_weights(
-        FMRLRec(NUM_ITEMS, features, ModelSettings(mrl_hidden_sizes=SIZES, lru_r_min=0.3, lru_r_max=0.9)), 0.5
-    )
+    return with_random_weights(FMRLRec(NUM_ITEMS, features, CONFIG), 0.5)
 
 
-def random_sequences(seed=0, num_users=25):
+def random_sequences():
     """Histories up to five times as long as what the model reads; items come back now and then."""
-    random = np.random.default_rng(seed)
-    return [random.integers(1, NUM_ITEMS + 1, size=random.integers(3, 5 * MAX_LEN)).tolist() for _ in range(num_users)]
+    random = np.random.default_rng(0)
+    return [random.integers(1, NUM_ITEMS + 1, size=random.integers(3, 5 * MAX_LEN)).tolist() for _ in range(25)]
 
 
 def rows_of(sequences, part="test", max_len=MAX_LEN):
@@ -85,17 +89,28 @@ def test_every_size_is_ranked_as_one_user_at_a_time_by_sorting(part, mask_histor
         assert metrics[m] == pytest.approx(expected[m], abs=1e-12)
 
 
-@pytest.mark.parametrize("mask_history", [False, True])
-@pytest.mark.parametrize("items", [1, 7, NUM_ITEMS])
-@pytest.mark.parametrize("table_bytes", [0, 2**30])
+def watch_z(monkeypatch):
+    """The list to which every later evaluation adds its users' z."""
+    seen, true = [], evaluation._ranks
+    monkeypatch.setattr(evaluation, "_ranks", lambda *a: seen.append(a[2]) or true(*a))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("items", "table_bytes", "mask_history"), [(1, 2**30, True), (7, 0, True), (7, 2**30, False), (NUM_ITEMS, 0, True)]
+)
 def test_chunks_and_batches_give_what_the_whole_gives(monkeypatch, items, table_bytes, mask_history):
-    model, rows = random_model(), rows_of(random_sequences())
+    model, rows, seen = random_model(), rows_of(random_sequences()), watch_z(monkeypatch)
     expected = metrics_of(model, rows, mask_history=mask_history)
     monkeypatch.setattr(evaluation, "ITEMS", items)
     monkeypatch.setattr(evaluation, "USERS", 5)
     monkeypatch.setattr(evaluation, "TABLE_BYTES", table_bytes)
+    encoded = []
     for batch_size in (1, 7, len(rows)):
+        seen.clear()
         assert metrics_of(model, rows, batch_size, mask_history) == expected
+        encoded.append(torch.cat(seen))
+    assert torch.equal(encoded[0], encoded[1]) and torch.equal(encoded[1], encoded[2])
 
 
 @pytest.mark.parametrize(("room", "times"), [(0, 1), (-1, 2)], ids=["held", "projected for targets and for scores"])
@@ -118,7 +133,7 @@ def shop_of_twins(num_items, num_kinds=200, num_users=20):
     kind = random.integers(0, num_kinds, num_items)
     torch.manual_seed(0)
     features = torch.randn(num_kinds, 9)[kind]
-    model = FMRLRec(num_items, features, ModelSettings(mrl_hidden_sizes=(8, 16), lru_r_min=0.3, lru_r_max=0.9))
+    model = FMRLRec(num_items, features, ModelSettings(mrl_hidden_sizes=(8, 16), **RING))
     sequences = random.integers(1, num_items + 1, (num_users, 5)).tolist()
     sequences[0][-1] = num_items  # the only item of its chunk in a catalogue of 32,768
     return with_random_weights(model, 0.5), sequences, kind
@@ -142,42 +157,6 @@ def test_identical_items_share_their_average_rank_in_catalogues_and_batches_of_a
         assert torch.equal(ranks_of(model, sequences, batch_size), found)
 
 
-@pytest.mark.parametrize("num_items", [32_767, 32_768, 100_000])
-def test_a_model_that_tells_no_items_apart_gives_every_target_the_mean_rank(num_items):
-    model, sequences, _ = shop_of_twins(num_items)
-    with torch.no_grad():
-        model.items.projection.weight.zero_()
-    for batch_size in (1, 256):
-        assert ranks_of(model, sequences, batch_size).unique().tolist() == [(num_items + 1) / 2]
-
-
-def watch_z(monkeypatch):
-    """The list to which every later evaluation adds its users' z."""
-    seen, true = [], evaluation._ranks
-    monkeypatch.setattr(evaluation, "_ranks", lambda *a: seen.append(a[2]) or true(*a))
-    return seen
-
-
-def test_users_are_encoded_to_the_same_bits_whatever_the_batch_size(monkeypatch):
-    model, rows, seen = random_model(), rows_of(random_sequences()), watch_z(monkeypatch)
-    for batch_size in (1, 7, 256):
-        metrics_of(model, rows, batch_size)
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
-
-
-def test_ranks_are_those_of_all_exact_scores_at_once():
-    model, rows = random_model().eval(), rows_of(random_sequences())
-    found = rank_targets(model, rows, sizes=SIZES, batch_size=7)
-    (batch,) = eval_batches(rows, len(rows), CPU)
-    with torch.no_grad():
-        table = model.item_table()
-        z = model.encode(table[batch.tokens], batch.position, batch.longest, at=batch.last)
-    for m in SIZES:
-        scores = on_grid(z)[:, :m].double() @ on_grid(table)[:, :m].double().T
-        scores[:, 0] = -math.inf
-        assert found[m].tolist() == target_ranks(scores, batch.targets).tolist()
-
-
 @pytest.mark.parametrize("items", [3, NUM_ITEMS + 1])
 def test_a_user_whose_scores_are_no_numbers_ranks_last_and_no_other_user_notices(monkeypatch, items):
     model, batches = random_model("id"), [a_batch()]
@@ -191,20 +170,9 @@ def test_a_user_whose_scores_are_no_numbers_ranks_last_and_no_other_user_notices
     assert torch.equal(found, before)
 
 
-def test_masking_the_history_changes_the_metrics_of_these_users():
-    model, rows = random_model(), rows_of(random_sequences())
-    assert metrics_of(model, rows, mask_history=True) != metrics_of(model, rows, mask_history=False)
-
-
-def test_a_subset_of_the_sizes_can_be_asked_for():
-    model, rows = random_model(), rows_of(random_sequences())
-    expected = metrics_of(model, rows)
-    assert evaluate(model, rows, sizes=(8,), batch_size=4, ks=KS) == {8: expected[8]}
-
-
 def excluded(sequence, mask_history):
     """The tokens that are no candidates for a user's test target."""
-    (batch,) = eval_batches(rows_of([sequence]), 1, CPU)
+    (batch,) = eval_batches(rows_of([sequence]), 1, torch.device("cpu"))
     row = candidates(batch, 0, NUM_ITEMS + 1, mask_history)[0]
     some = [candidates(batch, *part, mask_history)[0] for part in ((0, 1), (1, 9), (9, NUM_ITEMS + 1))]
     assert torch.equal(torch.cat(some), row)
@@ -212,30 +180,17 @@ def excluded(sequence, mask_history):
     return row.isinf().nonzero().flatten().tolist()
 
 
-def test_without_masking_all_items_are_candidates_and_token_0_is_none():
-    assert excluded([5, 9, 5, 12], mask_history=False) == [0]
+WHOLE = list(range(1, 4 * MAX_LEN))  # older items than the model reads
 
 
-def test_masking_excludes_the_history_and_token_0():
-    assert excluded([5, 9, 5, 12], mask_history=True) == [0, 5, 9]
-
-
-def test_masking_excludes_what_is_older_than_the_model_reads():
-    whole_history = list(range(1, 4 * MAX_LEN))
-    assert excluded([*whole_history, 30], mask_history=True) == [0, *whole_history]
-
-
-@pytest.mark.parametrize("place", [0, 3, 4 * MAX_LEN - 2], ids=["long ago", "early", "just before"])
-def test_masking_never_excludes_the_target_even_if_it_is_in_the_history(place):
-    history = list(range(1, 4 * MAX_LEN))
-    target = history[place]
-    assert excluded([*history, target], mask_history=True) == [0, *(i for i in history if i != target)]
-
-
-def test_masking_excludes_a_users_own_history_only():
-    (batch,) = eval_batches(rows_of([[1, 2, 3], [4, 5, 6, 7]]), 2, CPU)
-    masked = candidates(batch, 0, NUM_ITEMS + 1, mask_history=True).isinf()
-    assert [row.nonzero().flatten().tolist() for row in masked] == [[0, 1, 2], [0, 4, 5, 6]]
+@pytest.mark.parametrize(
+    ("history", "target", "masked"),
+    [([5, 9, 5], 12, [5, 9]), (WHOLE, 30, WHOLE), (WHOLE, 1, WHOLE[1:]), (WHOLE, WHOLE[-1], WHOLE[:-1])],
+    ids=["the history", "long histories", "a target of long ago", "a target of just before"],
+)
+def test_masking_excludes_the_history_and_token_0_but_never_the_target(history, target, masked):
+    assert excluded([*history, target], mask_history=False) == [0]
+    assert excluded([*history, target], mask_history=True) == [0, *masked]
 
 
 @pytest.mark.parametrize("mask_history", [False, True])
@@ -266,7 +221,7 @@ def test_every_slice_alone_ranks_as_the_shared_pass_does_in_the_order_of_sizes(m
 
 
 def a_batch():
-    return next(eval_batches(rows_of(random_sequences()), 8, CPU))
+    return next(eval_batches(rows_of(random_sequences()), 8, torch.device("cpu")))
 
 
 def test_ranks_are_kept_to_any_cut_off(tmp_path):
@@ -308,23 +263,240 @@ def test_ranks_share_the_groups_of_users_out_and_some_may_have_none(monkeypatch,
     assert metrics_of(model, rows) == expected
 
 
-TWO_PROCESSES = """
-import sys, torch
-from common import processes
-from tests.test_evaluation import ranks_of, shop_of_twins
-
-model, sequences, _ = shop_of_twins(32_768, num_kinds=5_000, num_users=600)
-found = ranks_of(model, sequences, 7)
-if processes.rank() == 0:
-    torch.save(found, sys.argv[1])
-"""
+# ------------------------------------------------------------------------------------------------- the test of a run
 
 
-def test_two_processes_find_the_ranks_of_one(tmp_path):
-    script, path = tmp_path / "two.py", tmp_path / "ranks.pt"
-    script.write_text(TWO_PROCESSES, encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = str(Path(evaluation.__file__).parent.parent)
-    subprocess.run([*torchrun, script, path], check=True, env=os.environ | {"PYTHONPATH": root}, timeout=300)
-    model, sequences, _ = shop_of_twins(32_768, num_kinds=5_000, num_users=600)
-    assert torch.equal(torch.load(path), ranks_of(model, sequences, 256))
+@pytest.fixture
+def sequences():
+    return as_sequences(random_sequences())
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder that says what was trained."""
+    write_json(tmp_path / "config.json", {"settings": vars(CONFIG)})
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", [1e-2, math.nan])
+def test_a_slice_passes_the_check_unless_any_weight_is_changed(change):
+    model = random_model()
+    for size in SIZES:
+        check_slice(model, slice_model(model, size), a_batch())
+    for name, _ in model.named_parameters():
+        small = slice_model(model, 8)
+        with torch.no_grad():
+            small.get_parameter(name).view(-1)[0] += change
+        with pytest.raises(RuntimeError, match="the slice of size 8 differs from the full model's scores by"):
+            check_slice(model, small, a_batch())
+
+
+def test_a_wrong_slice_is_reported_after_all_results_are_written(sequences, run, monkeypatch):
+    def wrong_slice(model, size):
+        small = slice_model(model, size)
+        with torch.no_grad():
+            small.items.projection.bias += 0.1 * (size == 8)
+        return small
+
+    monkeypatch.setattr(testing, "slice_model", wrong_slice)
+    with pytest.raises(RuntimeError, match="the slice of size 8 differs"):
+        testing.test_every_size(random_model(), sequences, CONFIG, run)
+    assert set(json.loads((run / "test_mrl_metrics.json").read_text())) == {"4", "8", "16"}
+
+
+@pytest.mark.parametrize("mask_history", [False, True])
+def test_list_metrics_and_every_users_rank_up_to_the_largest_cut_off_are_saved(sequences, run, mask_history):
+    model, rows = random_model().eval(), eval_rows(sequences, MAX_LEN, "test")
+    testing.test_every_size(model, sequences, CONFIG, run, mask_history=mask_history, list_metrics=True)
+    lists = json.loads((run / f"test_list_metrics{'_history_masked' * mask_history}.json").read_text())
+    assert {"Coverage@5", "ARP@5", "Novelty@5", "ILD@5"} <= lists["16"].keys()
+    saved, times = load_ranks(run / f"test_ranks{'_history_masked' * mask_history}.npz", "")
+    expected = rank_targets(model, rows, sizes=SIZES, batch_size=7, mask_history=mask_history)
+    assert times.tolist() == times_trained(sequences, NUM_ITEMS)[rows.targets].tolist()
+    for m in SIZES:
+        near = expected[m].numpy() <= max(KS)
+        assert 0 < near.sum() < len(rows)
+        assert saved[m][near].tolist() == expected[m].numpy()[near].tolist()
+        assert np.isinf(saved[m][~near]).all()
+
+
+# -------------------------------------------------------------------------------------------------------- list metrics
+
+
+@pytest.mark.parametrize("mask_history", [False, True])
+def test_recommended_lists_are_the_items_of_highest_score(sequences, mask_history):
+    model, rows = random_model().eval(), eval_rows(sequences, MAX_LEN, "test")
+    found = top_items(model, rows, 5, mask_history)
+    table = model.item_table()
+    for user in range(len(sequences)):
+        history = sequences.of(user)[:-1]
+        read = torch.as_tensor(history[-MAX_LEN:])
+        z = model.encode(table[read], torch.arange(len(read)), len(read))[-1]
+        for m in SIZES:
+            scores = table[:, :m] @ z[:m]
+            scores[0] = -torch.inf
+            if mask_history:
+                scores[history] = -torch.inf
+            assert found[m][user].tolist() == scores.argsort(descending=True)[:5].tolist()
+
+
+def test_list_metrics_follow_their_definitions(sequences):
+    model, rows = random_model().eval(), eval_rows(sequences, MAX_LEN, "test")
+    counts = torch.from_numpy(times_trained(sequences, NUM_ITEMS))
+    found = list_metrics_of_sizes(model, rows, counts, (1, 5), mask_history=False)
+    features = F.normalize(model.items.rows(torch.arange(1, NUM_ITEMS + 1), torch.float64), dim=1)
+    for m, lists in top_items(model, rows, 5, mask_history=False).items():
+        lists = lists.tolist()
+        listed = [item for items in lists for item in items]
+        pairs = [1 - features[a - 1] @ features[b - 1] for items in lists for a in items for b in items if a != b]
+        assert found[m]["Coverage@5"] == pytest.approx(len(set(listed)) / NUM_ITEMS)
+        assert found[m]["ARP@5"] == pytest.approx(np.mean([counts[item] for item in listed]))
+        surprise = [-math.log2(max(1, counts[item]) / len(lists)) for item in listed]
+        assert found[m]["Novelty@5"] == pytest.approx(np.mean(surprise))
+        assert found[m]["ILD@5"] == pytest.approx(np.mean(pairs))
+        assert "ILD@1" not in found[m]  # a list of one item has no pair
+
+
+def test_a_model_without_features_has_no_diversity_and_popularity_lists_one_list(sequences):
+    rows, counts = eval_rows(sequences, MAX_LEN, "test"), torch.from_numpy(times_trained(sequences, NUM_ITEMS))
+    assert "ILD@5" not in list_metrics_of_sizes(random_model("id").eval(), rows, counts, (5,), False)[4]
+    popularity = Popularity(NUM_ITEMS)
+    popularity.counts = counts.float()
+    (metrics,) = list_metrics_of_sizes(popularity, rows, counts, (5,), mask_history=False).values()
+    assert metrics["Coverage@5"] == 5 / NUM_ITEMS
+    assert metrics["ARP@5"] == pytest.approx(counts[1:].sort(descending=True).values[:5].double().mean().item())
+
+
+def test_list_metrics_without_a_cut_off_within_the_catalogue_are_refused(sequences):
+    rows, counts = eval_rows(sequences, MAX_LEN, "test"), torch.from_numpy(times_trained(sequences, NUM_ITEMS))
+    with pytest.raises(InputError, match=f"needs a cut-off of at most {NUM_ITEMS}"):
+        list_metrics_of_sizes(random_model(), rows, counts, (50, 100), mask_history=False)
+
+
+# ------------------------------------------------------------------------------------------------------ exact scores
+
+
+def random_vectors(*shape, seed=0):
+    """Vectors of very different lengths, with values of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator) * 10 ** torch.randn(*shape, generator=generator)
+    return x * 10 ** torch.randn(shape[0], 1, generator=generator)
+
+
+def ranks_by_counting(z, rows, targets, rounding=0.0, chunk=5):
+    """The ranks that count_ahead finds in chunks, with float32 scores off by `rounding` of what they may be off by."""
+    target = exact_scores(z, rows[targets])
+    counts = torch.zeros(2, len(z))
+    for start in range(0, len(rows), chunk):
+        part = rows[start : start + chunk]
+        off = z.shape[1] * 2**-24 * z.norm(dim=1)[:, None] * part.norm(dim=1)
+        scores = z @ part.T + (rounding * off * torch.randn(off.shape).sign() if rounding else 0.0)
+        here = (targets >= start) & (targets < start + len(part))
+        scores[here, targets[here] - start] = -INF
+        buffers = torch.empty(2, *scores.shape)
+        counts += torch.stack(count_ahead(scores, target, z, part, longest_row(part), buffers))
+    return 1 + counts[0] + counts[1] / 2
+
+
+@pytest.mark.parametrize("dim", [1, 8, 100, 512, 1024])
+@pytest.mark.parametrize("alike", [False, True], ids=["of all sizes", "with the largest sums"])
+def test_scores_of_vectors_on_the_grid_are_exact_in_any_order(dim, alike):
+    torch.manual_seed(0)
+    z, rows = on_grid(random_vectors(3, dim)), on_grid(random_vectors(3, dim, seed=1))
+    if alike:
+        z, rows = (on_grid(1 - torch.rand(3, dim) / 100) for _ in range(2))
+    pairs = zip(z.tolist(), rows.tolist(), strict=True)
+    expected = [sum(Fraction(a) * Fraction(b) for a, b in zip(*pair, strict=True)) for pair in pairs]
+    order = torch.randperm(dim)
+    product = (z.double() @ rows.double().T).diag()
+    for found in (exact_scores(z, rows), exact_scores(z[:, order], rows[:, order]), product):
+        assert [Fraction(score) for score in found.tolist()] == expected
+
+
+@pytest.mark.parametrize(("dim", "bits"), [(8, 22), (512, 22), (1024, 21)])
+def test_the_grid_is_as_fine_as_the_bits_say(dim, bits):
+    x = random_vectors(50, dim)
+    largest = x.abs().amax(dim=1, keepdim=True)
+    assert ((on_grid(x) - x).abs() <= largest * 2**-bits).all()
+    assert torch.equal(on_grid(on_grid(x)), on_grid(x))
+
+
+def test_numbers_that_are_not_finite_stay_and_do_not_change_their_neighbours():
+    x = torch.tensor([[0.3, NAN, -0.7], [0.3, INF, -0.7], [0.3, 0.0, -0.7]])
+    found = on_grid(x)
+    assert torch.equal(found[0].isnan(), x[0].isnan()) and found[1, 1] == INF
+    assert torch.equal(found[:, [0, 2]], found[2, [0, 2]].expand(3, 2))
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-6, 0.0], ids=["far apart", "within rounding", "equal"])
+@pytest.mark.parametrize("rounding", [0.0, 1.0], ids=["as computed", "rounded as badly as possible"])
+def test_counted_ranks_are_those_of_all_exact_scores(spread, rounding):
+    torch.manual_seed(0)
+    z, rows = torch.randn(20, 12), 1 + spread * torch.randn(40, 12)
+    z[:, 11] = 0
+    rows[::3, 11] = 100  # longer, so rounded worse, with scores like the others'
+    rows[10:15] = rows[3]
+    z, rows = on_grid(z), on_grid(rows)
+    targets = torch.arange(20)
+    expected = target_ranks(z.double() @ rows.double().T, targets)
+    assert ranks_by_counting(z, rows, targets, rounding).tolist() == expected.tolist()
+    assert (expected % 1 == 0.5).any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks"),
+    [
+        ([[0.0, 1.0], [NAN, 0.0], [2.0, 2.0], [0.0, 0.0]], [3, 5, 2, 4]),  # not a number: ahead, and last as a target
+        ([[0.0, -INF], [INF, 0.0], [1.0, INF], [3.0, 0.0]], [4, 1.5, 1.5, 3]),  # infinite scores tie
+    ],
+)
+def test_counted_ranks_of_scores_that_are_not_finite(rows, ranks):
+    z, rows = on_grid(torch.ones(1, 2)), on_grid(torch.tensor(rows))
+    assert [ranks_by_counting(z, rows, torch.tensor([target])).item() for target in range(4)] == ranks
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+def ranks_by_sorting(scores, targets):
+    """The target's place in each user's sorted scores; the average place of all that have the same score."""
+    ranks = []
+    for row, target in zip(scores.tolist(), targets.tolist(), strict=True):
+        best_first = sorted(row, reverse=True)
+        places = [place for place, score in enumerate(best_first, start=1) if score == row[target]]
+        ranks.append(sum(places) / len(places))
+    return ranks
+
+
+@pytest.mark.parametrize("num_levels", [1, 2, 5, 10**6])
+def test_ranks_are_those_of_a_sort_averaged_over_ties(num_levels):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, num_levels, (20, 14), generator=generator).float()
+    targets = torch.randint(0, 14, (20,), generator=generator)
+    assert target_ranks(scores, targets).tolist() == ranks_by_sorting(scores, targets)
+
+
+@pytest.mark.parametrize(
+    ("scores", "target", "rank"),
+    [
+        ([-INF, 0.5, -INF, 1.0, -INF], 1, 2),
+        ([INF, 0.5, 1.0], 1, 3),
+        ([INF, 0.5, 1.0], 0, 1),
+        ([INF, 0.5, INF], 2, 1.5),
+        ([NAN, 0.5, NAN, 0.1], 1, 3),
+        ([0.1, NAN, 0.3], 1, 4),
+        ([NAN, NAN, NAN], 1, 4),
+        ([-INF, NAN, INF], 1, 4),
+    ],
+)
+def test_not_a_number_is_ahead_of_every_target_and_as_a_target_behind_all(scores, target, rank):
+    assert target_ranks(torch.tensor([scores]), torch.tensor([target])).item() == rank
+
+
+def test_a_rank_up_to_the_cut_off_is_a_hit_and_half_a_rank_more_is_none():
+    expected = {"Recall@3": 2 / 4, "NDCG@3": (1 + 1 / math.log2(4)) / 4, "MRR@3": (1 + 1 / 3) / 4}
+    assert ranking_metrics(torch.tensor([1.0, 3.0, 3.5, 1e9]), (3,)) == pytest.approx(expected, abs=1e-15)
+
+
+def test_the_settings_accept_the_metrics_of_the_table():
+    assert tuple(METRICS) == config.METRICS

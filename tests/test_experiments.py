@@ -19,11 +19,12 @@ import train
 from common.errors import InputError
 from config import NAMED_PRESETS, Config, resolve
 from datasets.catalog import load_catalog
-from experiments import cold_items, plan, report, run
+from experiments import cold_items, cut, plan, report, run
 from experiments.definition import Definition, Row, definitions, identity, read_definitions, unusual
 from experiments.store import keep, kept_runs
 from serving import export
 from tests.prepared import write_prepared
+from trainer.widths import user_weighted_pca
 
 # ---------------------------------------------------------------------------------------------------------- definitions
 
@@ -396,6 +397,38 @@ def test_an_experiment_on_validation_never_tests_until_another_asks_for_it(workp
     run_experiments("depth --rows '2 blocks'")
     assert [[call[0], "--mask_history" in call] for call in calls] == [["eval.py", False], ["eval.py", True]]
     assert [run_.complete() for run_ in kept_runs(Path("kept"))] == [True, False]
+
+
+# ------------------------------------------------------------------------------------------------------ cut afterwards
+
+
+def test_a_cut_gives_the_best_scores_of_its_width():
+    random = np.random.default_rng(0)
+    users, items = random.normal(size=(50, 6)) @ random.normal(size=(6, 6)), random.normal(size=(30, 6))
+    for_users, for_items = user_weighted_pca(users, items)
+    scores = users @ items.T
+    left, values, right = np.linalg.svd(scores)
+    for width in range(1, 7):
+        best = (left[:, :width] * values[:width]) @ right[:width]
+        cut = (users @ for_users[:, :width]) @ (items @ for_items[:, :width]).T
+        assert np.abs(cut - best).max() < 1e-6 * np.abs(scores).max()
+
+
+def test_a_run_is_cut_and_tested_at_every_width(workplace):
+    flags = "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 4,16 --num_epochs 1"
+    run = train.main([*flags.split(), "--lr=0.01", "--device=cpu"])
+    evaluate.main(["--run", str(run), "--mask_history"])
+    found = cut.main([str(run)])
+    assert found == json.loads((run / "cut.json").read_text())
+    for protocol, suffix in (("kept", ""), ("masked", "_history_masked")):
+        tested = json.loads((run / f"test_mrl_metrics{suffix}.json").read_text())
+        assert list(found[protocol]["cut"]) == ["8", "16"] and list(found[protocol]["nested"]) == ["4", "16"]
+        for metric in ("NDCG@10", "Recall@10"):
+            assert found[protocol]["nested"]["4"][metric] == tested["4"][metric]
+            assert found[protocol]["cut"]["16"][metric] == pytest.approx(tested["16"][metric], abs=0.02)
+    shop = train.main(["--dataset_code=tiny", "--model_code=popularity", "--device=cpu"])
+    with pytest.raises(InputError, match="a run of popularity, which has no item table"):
+        cut.main([str(shop)])
 
 
 # ----------------------------------------------------------------------------------------------------------- cold items

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from common.files import read_json, read_text, replacing, write_json, write_text
+from common.files import read_json, read_text, remove_leftovers, replacing, write_json, write_text
 
 REPOSITORY = Path(__file__).parent.parent
 HINT = "make it again with the press"
@@ -106,6 +106,24 @@ def test_a_process_that_is_killed_in_the_middle_leaves_the_old_file(old):
         assert process.stdout.readline() == "half written\n"
         process.kill()
     assert old.read_text() == "old"
+
+
+def test_leftovers_of_dead_processes_are_removed_and_those_at_work_stay(old):
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    with replacing(old) as at_work:
+        mine = at_work.name
+        left = old.with_name(mine.replace(f"-{os.getpid()}.", f"-{dead.pid}."))
+        unknown = old.with_name(f".{old.name}.abc.tmp")  # of an earlier version
+        other = old.with_name(mine.replace(old.name, "other").replace(f"-{os.getpid()}.", f"-{dead.pid}."))
+        left.mkdir()
+        for path in (left / "deep", unknown, other):
+            path.touch()
+        remove_leftovers(old.parent, old.name)
+        assert {path.name for path in old.parent.iterdir()} == {old.name, mine, unknown.name, other.name}
+        os.utime(unknown, (1, 1))
+        remove_leftovers(old.parent, old.name)
+        assert not unknown.exists()
 
 
 def test_concurrent_writers_leave_the_whole_file_of_one(tmp_path):

@@ -403,6 +403,39 @@ def test_serving_an_onnx_export_imports_nothing_of_the_training(shop):
     assert done.stderr.strip() == ""
 
 
+# ----------------------------------------------------------------------------------------------- an index
+
+
+@pytest.mark.parametrize("kind", ["none", "float16"])
+def test_the_int8_scan_answers_exactly_as_the_table_does_while_the_catalogue_changes(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    model = random_model((4, 12), num_items=2000, features=rng.normal(size=(2000, 16)).astype(np.float32))
+    folders = [write_export(tmp_path / str(index), model, quantize=kind, index=index) for index in (None, "int8")]
+    plain, scanned = map(Recommender.from_pretrained, folders)
+    histories, boost = [rng.integers(1, 2001, n).tolist() for n in (0, 1, 4, 9)], rng.normal(size=2000)
+    lengths, true = [], scanned._now.index.shortlist
+    scanned._now.index.shortlist = lambda *given: lengths.append(len(true(*given))) or true(*given)
+
+    def same(one, other, **options):
+        for ask in (lambda r: histories, lambda r: [r.start(history) for history in histories]):
+            answers = [r.recommend(ask(r), **options) for r in (one, other)]
+            for expected, answer in zip(*answers, strict=True):
+                assert (answer.ids, answer.notes) == (expected.ids, expected.notes)
+                np.testing.assert_allclose(answer.scores, expected.scores, rtol=1e-5, atol=1e-5)
+
+    same(plain, scanned)
+    assert 10 <= max(lengths) < 200
+    same(plain, scanned, boost=boost)
+    same(plain, scanned, candidates=list(range(1, 1500)), top_k=50)
+    for r in (plain, scanned):
+        r.remove_items(range(1, 200))
+        r.update_items([300, 301], np.full((2, 16), 2.0))
+        r.add_items(["NEW", "A5"], np.full((2, 16), -2.0))
+    same(plain, scanned, top_k=50)
+    scanned.save_pretrained(tmp_path / "saved")
+    same(plain, Recommender.from_pretrained(tmp_path / "saved"), top_k=50)
+
+
 # -------------------------------------------------------------------------------------------------------------- states
 
 

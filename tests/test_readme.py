@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from config import Config
+import eval as evaluate
+import train
+from config import PRESETS, Config
 from dataloader import eval_rows
 from datasets.catalog import load_catalog
 from datasets.features import image, text
@@ -49,6 +51,7 @@ RUN_BY = {
     "python -m datasets.prepare --events": ("tests/test_prepare.py", "--events=shop.parquet"),
     "npm ci --prefix serving/page && python -m serving.page": ("tests/test_page.py", "page.main("),
     "python -m serving.hub": ("tests/test_hub.py", "hub.main("),
+    "python -m benchmarks.deploy --synthetic": ("tests/test_export.py", '"--synthetic"'),
     "python -m benchmarks.speed": ("tests/test_benchmarks.py", "speed.main("),
     "python -m benchmarks.scaling": ("tests/test_benchmarks.py", "scaling.main("),
     "python -m benchmarks.features": ("tests/test_benchmarks.py", "features.main("),
@@ -74,6 +77,7 @@ SHORTER = {  # start of a command that trains anew or measures long -> what shor
     "torchrun": f"{LEXICAL} --encoder_batch_size 2",
     "python -m experiments.run": " --dry_run",
     "python -m experiments.run table3": " --dry_run --data_root elsewhere",
+    "python -m benchmarks.onnx_file": " --size 8 --users 50",
     "python -m benchmarks.deploy": " --size 32 --users 50 --requests 5 --catalogue 2000",
 }
 # Runs the commands on its standard input, a line each, in one process, which imports torch once.
@@ -267,10 +271,7 @@ def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
         "CUDA_VISIBLE_DEVICES=0 python eval.py --dataset_code=beauty --lru_dropout=0.6 --lru_attn_dropout=0.6 "
         "--lru_r_min=0.0 --lru_r_max=0.1"
     )
-    for name in ("train.py", "eval.py"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
     write_prepared(tmp_path / "data", "beauty", users=4, items=8, pictures=True)
-    catalog = load_catalog(tmp_path / "data", "beauty")
 
     class Cached(Encoder):
         dim, fingerprint = 1024, {}
@@ -278,17 +279,23 @@ def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
         def prepare(self, batch):
             return normalised(np.random.default_rng(0).normal(size=(len(list(batch)), 1024)))
 
-    monkeypatch.setattr(text, "load_encoder", lambda name, device, precision: Cached())
-    monkeypatch.setattr(image, "load_encoder", lambda name, device, precision: Cached())
     defaults = Config()
-    feature_parts(
-        catalog,
-        language=defaults.language_encoder,
-        image=defaults.img_encoder,
-        attributes=defaults.item_attributes,
-        cache_root=tmp_path / "data" / "features",
-    )
-    shell(f"{train_command} && {eval_command}", tmp_path)
+    with monkeypatch.context() as patch:
+        for modality in (text, image):
+            patch.setattr(modality, "load_encoder", lambda name, device, precision: Cached())
+        feature_parts(
+            load_catalog(tmp_path / "data", "beauty"),
+            language=defaults.language_encoder,
+            image=defaults.img_encoder,
+            attributes=defaults.item_attributes,
+            cache_root=tmp_path / "data" / "features",
+        )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "beauty", PRESETS["beauty"] | {"num_epochs": 2})
+    for command, main in ((train_command, train.main), (eval_command, evaluate.main)):
+        device, _, _, *flags = shlex.split(command)
+        monkeypatch.setenv(*device.split("="))
+        main(flags)
     (run,) = (tmp_path / "experiments/runs/beauty").iterdir()
     metrics = json.loads((run / "test_mrl_metrics.json").read_text())
     assert list(metrics) == ["8", "16", "32", "64", "128", "256", "512", "1024"]
@@ -300,7 +307,7 @@ def rows_of(text):
 
 def without_draws(text):
     """Return the lines of a report without the bootstrap's intervals and p values, which take long to draw."""
-    return [line.split(" .. ")[0].rpartition("|")[0] if " .. " in line else line for line in text.splitlines()]
+    return [re.sub(r"[^|]* \.\. [^|]*\|[^|]*\|", "", line) for line in text.splitlines()]
 
 
 def test_the_tables_shown_are_rows_of_the_report_which_is_made_from_the_kept_files(tmp_path, monkeypatch):
@@ -311,6 +318,9 @@ def test_the_tables_shown_are_rows_of_the_report_which_is_made_from_the_kept_fil
         assert (REPOSITORY / "media" / picture.name).exists(), picture.name
     made = report.OUT.read_text(encoding="utf-8")
     assert without_draws((tmp_path / "RESULTS.md").read_text(encoding="utf-8")) == without_draws(made)
+    numbers = [re.sub(r"p over\s+users [\d.]+", "", path.with_name("REPORT.md").read_text(encoding="utf-8")).split()
+               for path in (tmp_path / "RESULTS.md", report.OUT)]  # fmt: skip
+    assert numbers[0] == numbers[1]
     headings = re.findall(r"^#+ .*", made, re.MULTILINE)
     assert len(headings) == len(set(headings)) > 20
     known, shown = set(rows_of(made)), 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import statistics
 
@@ -13,10 +14,11 @@ from PIL import Image
 
 from common.errors import InputError
 from config import ModelSettings, resolve
-from experiments import RESULTS, figures, paper, parameters, report, tables
+from experiments import best, figures, paper, parameters, report, tables
 from experiments.definition import Definition, Row, definitions
 from experiments.figures import draw_figures
-from experiments.significance import paired_bootstrap, user_metrics
+from experiments.reproduction import write_reproduction
+from experiments.significance import paired_bootstrap, student_p, user_metrics, welch_test
 from experiments.store import keep, kept_runs
 from media import draw
 from model import FMRLRec, count_parameters
@@ -167,12 +169,6 @@ def test_a_damaged_line_is_named(results, name, old, new, problem):
         [run.ranks() for run in kept_runs(results)]
 
 
-def test_the_results_of_this_repository_can_be_read():
-    runs = kept_runs(RESULTS)
-    assert len({run.name for run in runs}) == len(runs) > 90
-    assert all(run.test.index.tolist() == list(run.config.mrl_hidden_sizes) for run in runs if run.tested)
-
-
 # -------------------------------------------------------------------------------------------------------- significance
 
 
@@ -182,6 +178,15 @@ def test_the_metrics_of_users_average_to_those_of_the_test():
     for name in ("Recall@10", "NDCG@50", "MRR@5"):
         assert user_metrics(ranks, name).mean() == pytest.approx(expected[name], rel=1e-12)
         assert user_metrics(np.array([np.inf]), name).tolist() == [0]
+
+
+def test_welchs_test_compares_seeds():
+    assert student_p(2.776445, 4) == pytest.approx(0.05, abs=1e-6)  # tabulated
+    assert student_p(-12.7062, 1) == pytest.approx(0.05, abs=1e-6)
+    assert student_p(0, 2.5) == pytest.approx(1)
+    found = welch_test([1.0, 2.0, 3.0], [2.0, 4.0])
+    assert (found.t, found.freedom) == pytest.approx((-0.866025, 1.684211), rel=1e-5)
+    assert welch_test([1.0], [2.0, 4.0]) is welch_test([1.0, 1.0], [2.0, 2.0]) is None
 
 
 def test_the_bootstrap_resamples_users(monkeypatch):
@@ -281,6 +286,75 @@ def test_a_nested_size_is_compared_with_the_model_trained_alone(results):
     assert row[2].startswith(f"{expected:+.4f}") and row[3] == f"{expected:+.4f} .. {expected:+.4f}"
 
 
+def test_two_seeds_of_both_rows_are_compared_over_seeds(results):
+    for seed in (1, 2):
+        for blocks in (1, 2):
+            keep_run(results, f"{blocks}-{seed}", {"lru_num_blocks": blocks}, seed=seed * blocks)
+    head, row, *_ = (row for row in rows_of(section("depth", results)) if "compared" in row[0] or " - " in row[0])
+    assert head[-3:] == ["p over users", "t over seeds", "p over seeds"]
+    one, two = (
+        [run.test.at[1024, "NDCG@10"] for run in kept_runs(results) if f"-{blocks}-" in run.name] for blocks in (1, 2)
+    )
+    expected = welch_test(two, one)
+    assert row[-2:] == [f"{expected.t:+.2f}", f"{expected.p:.4f}"]
+
+
+def test_every_dataset_is_compared_with_the_best_published(results):
+    plus = LANGUAGE | {"preset": "plus", "mrl_hidden_sizes": (8, 16, 32, 64, 128, 256), "precision": "bf16"}
+    keep_run(results, "plus", plus)
+    lines = best.section(kept_runs(results))
+    headings = [line for line in lines if line.startswith("### ")]
+    assert headings == [f"### {name}, history {p}" for name in best.DATASETS for p in ("masked", "kept")]
+    assert any(row[0].startswith("TV-Rec") and row[3:5] == ["0.1017", "0.0608"] for row in rows_of(lines))
+    masked, kept = (row for row in rows_of(lines) if row[0] == "**plus**, here" and row[3] != "not run")
+    test = kept_runs(results)[0].test
+    for row, suffix, top in ((masked, " masked", 0.0611), (kept, "", 0.0641)):
+        value = test.at[256, f"NDCG@10{suffix}"]
+        assert (row[4], row[6]) == (f"{value:.4f}", f"{value / top - 1:+.1%}")
+
+
+def test_the_report_of_the_reproduction_fills_in_the_fields_of_its_template(results, tmp_path):
+    for seed in (1, 2):
+        keep_run(results, f"two-{seed}", {}, seed=seed)
+    keep_run(results, "one", {"lru_num_blocks": 1})
+    values = [run.test.at[64, "NDCG@10"] for run in kept_runs(results) if "two" in run.name]
+    fields = {
+        "beauty; depth; 2 blocks; 64; NDCG@10": f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}",
+        "beauty; table3; language; 64; NDCG@10": "not run",
+        "sports; depth; 2 blocks - 1 block; NDCG@10": "not run",
+        "beauty; table3; language and image; setting lru_num_blocks": "2",
+        "beauty; table3; language and image; 64; NDCG@10; against both": f"{np.mean(values) / 0.0520 - 1:+.1%}",
+    }
+    template = tmp_path / "template.md"
+    template.write_text("# Title\n\n" + "\n\n".join(f"{{{{{field}}}}}" for field in fields))
+    assert write_reproduction(kept_runs(results), template) == "\n\n".join(["# Title", *fields.values()]) + "\n"
+    template.write_text("{{beauty; depth; 2 blocks - 1 block; NDCG@10}}")
+    assert re.fullmatch(
+        r"[+-]0\.\d{4} \(.*%\), p over\susers [\d.]+, one seed\n", write_reproduction(kept_runs(results), template)
+    )
+    for wrong, problem in (
+        ("beauty; dept; a; 8; NDCG@10", "dept"),
+        ("beauty; depth; 3 blocks; 8; NDCG@10", "3 blocks"),
+    ):
+        template.write_text(f"{{{{{wrong}}}}}")
+        with pytest.raises(InputError, match=f"unknown .* '{problem}'"):
+            write_reproduction([], template)
+
+
+def test_widths_that_were_cut_are_shown_beside_the_nested_sizes(results):
+    for name, sizes in (("nested", ModelSettings().mrl_hidden_sizes), ("alone", (1024,))):
+        run = write_run(results.parent / name, {"mrl_hidden_sizes": sizes, "dataset_code": "sports"})
+        of = {"cut": {"8": {"NDCG@10": 0.1}, "1024": {"NDCG@10": 0.5}}, "nested": {str(sizes[0]): {"NDCG@10": 0.2}}}
+        (run / "cut.json").write_text(json.dumps({"kept": of, "masked": of}))
+        keep(run, results)
+    rows = rows_of(section("nested_or_cut", results))
+    start = next(i for i, row in enumerate(rows) if row[0] == "NDCG@10 by width")
+    assert rows[start][1:5] == ["nested, cut, history kept", "nested, history kept", "nested, cut, history masked",
+                                "nested, history masked"]  # fmt: skip
+    assert rows[start + 2] == ["8", *["0.1000", "0.2000"] * 2, *["0.1000", ""] * 2]
+    assert rows[start + 3] == ["1024", *["0.5000", ""] * 2, *["0.5000", "0.2000"] * 2]
+
+
 def test_rows_of_the_same_name_are_numbered_and_described(results):
     keep_run(results, "one", LANGUAGE)
     keep_run(results, "one-43", LANGUAGE, seed=43, masked=False, commit="fedcba98765")
@@ -369,8 +443,10 @@ def test_a_figure_is_drawn_for_every_dataset_with_runs(results, tmp_path):
     keep(without, results)
     keep_run(results, "alone", LANGUAGE | {"mrl_hidden_sizes": (64,)})
     keep_run(results, "tiny", {"dataset_code": "tiny", "mrl_hidden_sizes": (4, 8)})
+    for name in ("lexical", "encoders/all-MiniLM-L6-v2"):
+        keep_run(results, name[-5:], LANGUAGE | {"language_encoder": name})
     made = draw_figures(kept_runs(results), tmp_path / "media")
-    assert [path.name for path in made] == ["parameters_saved.png", "sizes-beauty.png"]
+    assert [path.name for path in made] == ["parameters_saved.png", "sizes-beauty.png", "encoder_width-beauty.png"]
     for path in made:
         assert_drawn(path)
 

@@ -31,7 +31,7 @@ PLUS = f"{TINY} --preset plus --dropout_from 4 --mrl_hidden_sizes 4,12"
 CASES = {
     "faithful": TINY,
     "plus": f"{PLUS} --num_negatives 0",
-    "sampled": f"{PLUS} --num_negatives 5 --item_embedding_updates rows",
+    "sampled": f"{PLUS} --num_negatives 5 --item_embedding_updates rows --save_every_minutes 1e-9",
     "lonely": f"{TINY} --train_batch_size 1 --num_epochs 1",  # a batch is one user, so one of two processes has none
     "sasrec": "--model_code sasrec --dataset_code tiny --device cpu --mrl_hidden_sizes 8 --num_epochs 2 --lr 0.01 "
     "--warmup_steps 1 --lru_num_blocks 1 --train_batch_size 6",
@@ -61,13 +61,9 @@ def watched(self):
     try:
         return fit(self)
     finally:
-        state = self.state()
-        weights = b"".join(t.numpy().tobytes() for t in state["model"].values())
-        seen.update(
-            weights=hashlib.sha256(weights).hexdigest(),
-            random=hashlib.sha256(state["rng"].numpy().tobytes()).hexdigest(),
-            progress=[self.progress.epoch, self.progress.step, self.progress.best, self.progress.best_epoch],
-        )
+        tensors = [*self.model.state_dict().values(), torch.get_rng_state()]
+        seen["state"] = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+        seen["progress"] = [self.progress.step, self.progress.best, self.progress.best_epoch]
 
 def interrupted(self, *arguments):
     keep(self, *arguments)
@@ -90,6 +86,7 @@ def run(name, arguments, main=train.main):
     results[name] = {"said": said, "printed": printed.getvalue(), **seen}
 
 results, calls = {}, []
+trainer_module.CHECK_EVERY = 1
 Trainer.fit = watched
 for name, flags in cases.items():
     run(f"{name} two", f"{flags} --run_name {name}-two")
@@ -216,21 +213,12 @@ def test_both_ranks_end_alike_and_the_first_alone_prints(folder, case, printed, 
 def test_no_thread_outlives_the_process_group(folder):
     """A thread that drops a tensor as the interpreter ends would abort the process."""
     for threads in outcome(folder, "threads"):
-        assert "python" in threads and not [name for name in threads if "gloo" in name]
+        assert threads and not [name for name in threads if "gloo" in name]
 
 
 def test_a_run_that_another_process_trains_is_refused_on_both(folder):
     for rank in outcome(folder, "held"):
         assert re.match(r"InputError another process is training \S+-faithful-two; wait for it", rank["said"])
-
-
-@pytest.mark.slow
-def test_an_input_error_is_printed_once_and_ends_all(folder):
-    (folder / "file").touch()
-    done = torchrun(REPOSITORY / "train.py", shlex.split(f"{TINY} --runs_root file"), folder)
-    assert done.returncode != 0
-    assert done.stderr.count("error: cannot create the run folder file/tiny") == 1
-    assert "(exitcode: 2) local_rank: 0" in done.stderr and "rank1" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,46 @@
-"""The training loop: schedule, checkpoints, early stopping, losses that are not finite, resuming."""
+"""Training: one step and its recording; schedule, checkpoints, early stopping, resuming."""
 
+import contextlib
+import copy
+import dataclasses
 import math
 import os
+import re
+import resource
 import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from common.errors import InputError
 from config import Config, ModelSettings, TrainingSettings
-from datasets.catalog import load_catalog
+from dataloader import Batch, TrainLoader, train_rows
+from datasets.catalog import Sequences, load_catalog
 from model import FMRLRec
+from model.dropout import Dropout
+from model.extensions.sampled_loss import NegativeSampler
 from model.extensions.whitening import Whitening
+from model.fast import logits, recurrence
 from model.loss import LOSSES
 from model.sizes import nested_mask
-from tests.made_up import made_up_run
+from tests.made_up import NoUpdate, made_up_run
 from tests.prepared import write_prepared
+from trainer import trainer as trainer_module
 from trainer.averaging import WeightAverage
-from trainer.checkpoint import load_state, load_weights, save_weights
+from trainer.checkpoint import load_state, load_weights, save_state, save_weights
+from trainer.cuda_graphs import GraphedStep, cuda_graphs
 from trainer.evaluation import evaluate
-from trainer.runs import is_finished, read_log
-from trainer.step import build_optimizer
+from trainer.runs import read_log
+from trainer.step import Step, build_optimizer
 from trainer.trainer import Trainer
 
 SIZES = (2, 4, 8)
-CPU = torch.device("cpu")
+
+
+def small_model(sizes=SIZES, num_items=5, features=None):
+    return FMRLRec(num_items, features, ModelSettings(mrl_hidden_sizes=sizes, lru_num_blocks=1))
 
 
 def make_trainer(tmp_path, run="run", **settings):
@@ -63,9 +75,13 @@ def test_the_learning_rate_warms_up_linearly_then_falls_as_a_cosine(tmp_path):
     assert make_trainer(tmp_path, lr=0.3, enable_lr_schedule=False).lr_at(1000) == 0.3
 
 
-def test_biases_are_not_decayed_and_everything_else_is():
-    model = FMRLRec(5, torch.randn(5, 3), ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1))
-    decayed, spared = build_optimizer(model, TrainingSettings(weight_decay=0.1)).param_groups
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
+def test_the_optimizer_decays_everything_but_biases(name, kind):
+    model = small_model(features=torch.randn(5, 3))
+    optimizer = build_optimizer(model, TrainingSettings(optimizer=name, adam_epsilon=1e-5, weight_decay=0.1))
+    assert type(optimizer) is kind
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-5}
+    decayed, spared = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
     names = {id(p): name for name, p in model.named_parameters()}
     assert all("bias" in names[id(p)] for p in spared["params"])
@@ -84,6 +100,7 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path, monkeypatch):
 
         monkeypatch.setattr(trainer.step.optimizer, "step", measure)
         update(trainer, next(trainer.loader.epoch(1)))
+        assert trainer.step.clipped == (clip > 0)
         assert all(p.grad is None for p in trainer.model.parameters())  # the next forward pass needs the memory
     assert norms[0.0] > 1e-2
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
@@ -93,18 +110,12 @@ def test_training_lowers_the_loss_and_keeps_masked_weights_at_zero(tmp_path):
     trainer = make_trainer(tmp_path, num_epochs=15)
     trainer.fit()
     log = read_log(trainer.run.folder)
+    assert [record["epoch"] for record in log] == [*range(1, 16)]
+    assert set(log[0]["val"]) == {"2", "4", "8"}
+    assert {"Recall@5", "NDCG@10", "MRR@10"} <= set(log[0]["val"]["8"])
     assert log[-1]["loss"] < log[0]["loss"] - 0.1
     ffn = trainer.model.blocks[0].ffn
     assert not ffn.W1.weight[nested_mask(ffn.W1.sizes) == 0].any()
-
-
-def test_a_line_an_epoch_is_logged_with_every_sizes_validation(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.fit()
-    log = read_log(trainer.run.folder)
-    assert [record["epoch"] for record in log] == [1, 2, 3]
-    assert set(log[0]["val"]) == {"2", "4", "8"}
-    assert {"Recall@5", "NDCG@10", "MRR@10"} <= set(log[0]["val"]["8"])
 
 
 def test_training_stops_when_validation_has_not_improved_for_patience_epochs(tmp_path, monkeypatch):
@@ -113,22 +124,6 @@ def test_training_stops_when_validation_has_not_improved_for_patience_epochs(tmp
     monkeypatch.setattr(trainer, "validate", lambda: {8: {"NDCG@10": next(values)}})
     progress = trainer.fit()
     assert (progress.epoch, progress.best_epoch, progress.best) == (5, 2, 0.3)
-
-
-def test_the_best_epochs_weights_are_kept(tmp_path, monkeypatch):
-    values = iter([0.1, 0.3, 0.2])
-    trainer = make_trainer(tmp_path)
-    weights = []
-
-    def validate():
-        weights.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
-        return {8: {"NDCG@10": next(values)}}
-
-    monkeypatch.setattr(trainer, "validate", validate)
-    trainer.fit()
-    load_weights(trainer.model, trainer.run.folder / "best.safetensors")
-    assert all(torch.equal(p, weights[1][name]) for name, p in trainer.model.named_parameters())
-    assert not torch.equal(weights[1]["items.projection.weight"], weights[2]["items.projection.weight"])
 
 
 def test_a_loss_that_is_not_finite_stops_training_names_the_step_and_keeps_the_last_good_state(tmp_path, monkeypatch):
@@ -148,49 +143,48 @@ def test_a_loss_that_is_not_finite_stops_training_names_the_step_and_keeps_the_l
     load_weights(trainer.model, trainer.run.folder / "best.safetensors")
 
 
-@pytest.mark.parametrize("how", [{"optimizer": "adamw"}, {"optimizer": "adam"}, {"ema_decay": 0.9}])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, how):
+@pytest.mark.parametrize("how", [{"optimizer": "adamw"}, {"optimizer": "adam", "num_negatives": 5}, {"ema_decay": 0.9}])
+@pytest.mark.parametrize("steps", [8, 10], ids=["after an epoch", "within an epoch"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, monkeypatch, how, steps):
+    def save_and_interrupt(path, state):
+        save_state(path, state)
+        if state["progress"]["step"] == steps:
+            raise KeyboardInterrupt
+
     whole = make_trainer(tmp_path, "whole", num_epochs=6, **how)
     whole.fit()
 
-    first = make_trainer(tmp_path, "cut", num_epochs=6, **how)
-    first.finished = lambda: first.progress.epoch >= 2  # cut off after two epochs
-    first.fit()
+    first = make_trainer(tmp_path, "cut", num_epochs=6, save_every_minutes=1e-9, **how)
+    monkeypatch.setattr(trainer_module, "save_state", save_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
     torch.rand(7)  # whatever else draws random numbers before the run goes on
     second = make_trainer(tmp_path, "cut", num_epochs=6, **how)
     second.load_state(load_state(second.run.folder / "last.pt"))
-    assert second.progress.epoch == 2
+    assert (second.progress.epoch, second.progress.batch) == (2, steps - 8)
     second.fit()
 
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name
         assert torch.equal(whole.eval_model.state_dict()[name], second.eval_model.state_dict()[name]), name
     whole_log, cut_log = read_log(whole.run.folder), read_log(second.run.folder)
-    assert [(r["epoch"], r["loss"], r["val"]) for r in whole_log] == [
-        (r["epoch"], r["loss"], r["val"]) for r in cut_log
-    ]
+    for name in ("epoch", "loss", "clipped", "val"):
+        assert [record[name] for record in whole_log] == [record[name] for record in cut_log]
     assert (whole.run.folder / "best.safetensors").read_bytes() == (second.run.folder / "best.safetensors").read_bytes()
 
 
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_previous_one_whole(tmp_path):
-    path = tmp_path / "last.pt"
-    program = textwrap.dedent(f"""
-        import os, signal, torch
-        from pathlib import Path
-        from trainer.checkpoint import save_state
-        save_state(Path({str(path)!r}), {{"epoch": 1}})
-        real = torch.save
-        def dies_half_way(state, file):
-            real(state, file)
-            file.truncate(100)
-            os.kill(os.getpid(), signal.SIGKILL)
-        torch.save = dies_half_way
-        save_state(Path({str(path)!r}), {{"epoch": 2}})
-    """)
-    repository = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=repository, env=os.environ, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert load_state(path) == {"epoch": 1}
+def test_an_epoch_may_be_shorter_than_all_users(tmp_path):
+    trainer = make_trainer(tmp_path, epoch_steps=3)
+    trainer.fit()
+    assert [record["step"] for record in read_log(trainer.run.folder)] == [3, 6, 9]
+    assert trainer.lr_at(9) == 0
+
+
+def test_without_a_terminal_progress_is_printed_in_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer_module, "LINE_EVERY", 0.0)
+    make_trainer(tmp_path, num_epochs=1, save_every_minutes=1e-9).fit()
+    lines = re.findall(r"epoch   1  step (\d)/4  loss \d+\.\d{4}  .* min left in the epoch", capsys.readouterr().out)
+    assert lines == ["1", "2", "3"]
 
 
 def test_an_update_that_breaks_the_weights_is_noticed_before_anything_is_kept(tmp_path):
@@ -201,14 +195,6 @@ def test_an_update_that_breaks_the_weights_is_noticed_before_anything_is_kept(tm
     assert [path.name for path in trainer.run.folder.iterdir()] == []
 
 
-def test_every_step_uses_its_learning_rate(tmp_path):
-    trainer = make_trainer(tmp_path, warmup_steps=10)
-    for step, batch in enumerate(trainer.loader.epoch(1)):
-        update(trainer, batch)
-        assert {group["lr"] for group in trainer.step.optimizer.param_groups} == {trainer.lr_at(step)}
-    assert trainer.lr_at(0) < trainer.lr_at(3)
-
-
 def test_the_sum_over_sizes_is_their_mean_times_their_number(tmp_path):
     losses = {}
     for reduction in ("mean", "sum"):
@@ -217,71 +203,40 @@ def test_the_sum_over_sizes_is_their_mean_times_their_number(tmp_path):
     assert losses["sum"] == pytest.approx(len(SIZES) * losses["mean"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
-def test_the_optimizer_is_the_one_asked_for_with_its_epsilon(name, kind):
-    optimizer = build_optimizer(
-        FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=SIZES)), TrainingSettings(optimizer=name, adam_epsilon=1e-5)
-    )
-    assert type(optimizer) is kind
-    assert {group["eps"] for group in optimizer.param_groups} == {1e-5}
+@contextlib.contextmanager
+def full_disk(room):
+    """No file may grow beyond `room` bytes."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_the_best_epoch_is_picked_by_the_metric_asked_for_also_where_it_is_not_reported(tmp_path):
-    trainer = make_trainer(tmp_path, metric_ks=(5,), best_metric="MRR@3", num_epochs=6)
-    trainer.fit()
-    values = [record["val"]["8"]["MRR@3"] for record in read_log(trainer.run.folder)]
-    assert trainer.progress.best == max(values)
-    assert trainer.progress.best_epoch == 1 + values.index(max(values))
-
-
-def test_a_state_of_another_model_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path)
-    other = trainer.state() | {
-        "model": FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_num_blocks=1)).state_dict()
-    }
-    with pytest.raises(InputError, match=r"last\.pt does not fit the model"):
-        trainer.load_state(other)
-
-
-def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint_whole(tmp_path):
-    program = textwrap.dedent(f"""
-        import resource, signal, torch
-        from pathlib import Path
-        from common.errors import InputError
-        from config import ModelSettings
-        from model import FMRLRec
-        from trainer.checkpoint import save_state, save_weights
-        folder = Path({str(tmp_path)!r})
-        model = FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_num_blocks=1))
-        save_state(folder / "last.pt", {{"epoch": 1}})
-        save_weights(model, folder / "best.safetensors", {{"epoch": "1"}})
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file may grow beyond 1,000 bytes
-        big = FMRLRec(500, None, ModelSettings(mrl_hidden_sizes=(2, 64), lru_num_blocks=1))
-        for save in (
-            lambda: save_state(folder / "last.pt", {{"model": big.state_dict()}}),
-            lambda: save_weights(big, folder / "best.safetensors", {{}}),
-        ):
-            try:
-                save()
-            except InputError as error:
-                print(error)
-    """)
-    repository = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, check=False)
-    assert done.stdout.count("free space or choose another folder") == 2, done.stderr
-    assert load_state(tmp_path / "last.pt") == {"epoch": 1}
-    load_weights(
-        FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_num_blocks=1)), tmp_path / "best.safetensors"
-    )
+@pytest.mark.parametrize("room", [0, 1000, 30_000])
+def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint_whole(tmp_path, room):
+    state, weights, big = tmp_path / "last.pt", tmp_path / "best.safetensors", small_model((2, 64), 500)
+    save_state(state, {"epoch": 1})
+    save_weights(small_model(), weights, {"epoch": "1"})
+    for save in (lambda: save_state(state, {"model": big.state_dict()}), lambda: save_weights(big, weights, {})):
+        with pytest.raises(InputError, match="free space or choose another folder"), full_disk(room):
+            save()
+    assert load_state(state) == {"epoch": 1}
+    load_weights(small_model(), weights)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", "last.pt"]
 
 
-def test_a_damaged_checkpoint_is_named_with_what_mends_it(tmp_path):
-    model = FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1))
+def test_a_damaged_or_unfit_checkpoint_is_named_with_what_mends_it(tmp_path):
+    trainer, model = make_trainer(tmp_path), small_model()
+    with pytest.raises(InputError, match=r"last\.pt does not fit the model"):
+        trainer.load_state(trainer.state() | {"model": model.state_dict()})
     weights, state = tmp_path / "best.safetensors", tmp_path / "last.pt"
     assert load_state(state) is None
     save_weights(model, weights, {"epoch": "1"})
+    with pytest.raises(InputError, match=r"does not fit the model in the run's config.json"):
+        load_weights(small_model((2, 4)), weights)
     weights.write_bytes(weights.read_bytes()[:-50])
     state.write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match=r"best.safetensors is damaged.*--resume"):
@@ -290,16 +245,6 @@ def test_a_damaged_checkpoint_is_named_with_what_mends_it(tmp_path):
         load_state(state)
     with pytest.raises(InputError, match="does not exist"):
         load_weights(model, tmp_path / "nothing.safetensors")
-
-
-def test_weights_of_another_shape_are_refused(tmp_path):
-    save_weights(
-        FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=(2, 4), lru_num_blocks=1)), tmp_path / "best.safetensors", {}
-    )
-    with pytest.raises(InputError, match=r"does not fit the model in the run's config.json"):
-        load_weights(
-            FMRLRec(5, None, ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1)), tmp_path / "best.safetensors"
-        )
 
 
 def test_a_checkpoint_executes_nothing(tmp_path):
@@ -313,24 +258,6 @@ def test_a_checkpoint_executes_nothing(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_run_is_finished_at_its_last_epoch_or_when_patience_is_used_up():
-    assert is_finished(epoch=10, best_epoch=10, num_epochs=10, patience=3)
-    assert is_finished(epoch=7, best_epoch=4, num_epochs=10, patience=3)
-    assert not is_finished(epoch=7, best_epoch=5, num_epochs=10, patience=3)
-    assert not is_finished(epoch=7, best_epoch=1, num_epochs=10, patience=None)
-
-
-def test_in_bf16_training_follows_fp32_with_weights_and_states_in_float32(tmp_path):
-    losses = {}
-    for precision in ("fp32", "bf16"):
-        trainer = make_trainer(tmp_path, precision, precision=precision, num_epochs=10)
-        trainer.fit()
-        losses[precision] = [record["loss"] for record in read_log(trainer.run.folder)]
-        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    assert losses["bf16"] != losses["fp32"]
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
-
-
 def test_a_state_of_another_device_keeps_this_devices_learning_rate_and_way_of_stepping(tmp_path):
     first = make_trainer(tmp_path, "first")
     update(first, next(first.loader.epoch(1)))
@@ -342,7 +269,7 @@ def test_a_state_of_another_device_keeps_this_devices_learning_rate_and_way_of_s
     for group in second.step.optimizer.param_groups:
         assert (type(group["lr"]), group["capturable"]) == (float, False)
     step = next(iter(second.step.optimizer.state.values()))["step"]
-    assert step == 1 and step.device == CPU
+    assert step == 1 and step.device.type == "cpu"
     update(second, next(second.loader.epoch(1)))  # capturable, this would be refused
 
     third, lr = make_trainer(tmp_path, "third"), torch.tensor(0.25)  # a recording reads this very tensor
@@ -352,7 +279,7 @@ def test_a_state_of_another_device_keeps_this_devices_learning_rate_and_way_of_s
     assert all(group["lr"] is lr and group["capturable"] for group in third.step.optimizer.param_groups)
 
 
-def test_a_learning_rate_that_is_a_tensor_is_set_in_its_place(tmp_path):
+def test_every_step_uses_its_learning_rate_which_may_be_a_tensor(tmp_path):
     trainer, plain = make_trainer(tmp_path, warmup_steps=10), make_trainer(tmp_path, "plain", warmup_steps=10)
     lr = torch.tensor(0.0)
     for group in trainer.step.optimizer.param_groups:
@@ -362,22 +289,26 @@ def test_a_learning_rate_that_is_a_tensor_is_set_in_its_place(tmp_path):
             torch.manual_seed(step)
             update(each, batch)
         assert all(group["lr"] is lr for group in trainer.step.optimizer.param_groups)
+        assert {group["lr"] for group in plain.step.optimizer.param_groups} == {plain.lr_at(step)}
         assert lr.item() == pytest.approx(trainer.lr_at(step))
+    assert trainer.lr_at(0) < trainer.lr_at(3)
     for tensor, number in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(tensor, number)
 
 
-def test_validation_may_leave_out_the_history_and_then_picks_the_best_epoch_by_that(tmp_path, capsys):
-    trainer = make_trainer(tmp_path, val_mask_history=True)
+def test_the_best_epoch_has_the_best_metric_asked_for_with_or_without_the_history(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, metric_ks=(5,), best_metric="MRR@3", num_epochs=6, val_mask_history=True)
     trainer.fit()
     masked, kept = (
-        evaluate(trainer.model, trainer.val_rows, sizes=SIZES, batch_size=8, ks=(5, 10), mask_history=masked)
+        evaluate(trainer.model, trainer.val_rows, sizes=SIZES, batch_size=8, ks=(3, 5), mask_history=masked)
         for masked in (True, False)
     )
     assert masked != kept
     assert trainer.validate() == masked
-    assert read_log(trainer.run.folder)[-1]["val"]["8"] == masked[8]
-    assert "val NDCG@10 (history masked)" in capsys.readouterr().out
+    values = [record["val"]["8"]["MRR@3"] for record in read_log(trainer.run.folder)]
+    assert values[-1] == masked[8]["MRR@3"]
+    assert (trainer.progress.best, trainer.progress.best_epoch) == (max(values), 1 + values.index(max(values)))
+    assert "val MRR@3 (history masked)" in capsys.readouterr().out
 
 
 def test_the_average_of_the_weights_is_validated_and_kept_and_does_not_change_the_training(tmp_path):
@@ -407,7 +338,8 @@ def test_the_average_of_the_weights_is_validated_and_kept_and_does_not_change_th
 
 def test_the_average_shares_the_frozen_features_and_their_whitening_with_the_model():
     whitening = Whitening([torch.randn(12, 6)])
-    model = FMRLRec(12, whitening.features(), ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1), whitening)
+    settings = ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1)
+    model = FMRLRec(12, whitening.features(), settings, whitening)
     average = WeightAverage(model, 0.9).model
     assert average.items.whitening is whitening
     assert [part.data_ptr() for part in average.items.features] == [part.data_ptr() for part in model.items.features]
@@ -426,8 +358,204 @@ def test_the_untrained_model_is_validated_if_asked_for_and_may_be_the_best(tmp_p
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-@pytest.mark.parametrize(("clip", "share"), [(1e-4, 1.0), (1e6, 0.0)])
-def test_the_share_of_clipped_steps_is_logged(tmp_path, clip, share):
-    trainer = make_trainer(tmp_path, num_epochs=2, max_grad_norm=clip)
-    trainer.fit()
-    assert [record["clipped"] for record in read_log(trainer.run.folder)] == [share, share]
+# ------------------------------------------------------------------------------------------------------------ one step
+
+NUM_ITEMS, STEP_SIZES = 50, (4, 8, 16)
+
+
+def loader(batch_size=8, users=60, seed=0):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(3, 30, size=users)
+    sequences = Sequences(random.integers(1, NUM_ITEMS + 1, size=lengths.sum()), np.cumsum([0, *lengths]))
+    return TrainLoader(train_rows(sequences, 20), batch_size, seed, torch.device("cpu"))
+
+
+def make_step(precision="fp32", negatives=0, features=True, plus=False):
+    torch.manual_seed(0)
+    given = torch.randn(NUM_ITEMS, 9) if features else None
+    usual = {"mrl_hidden_sizes": STEP_SIZES, "lru_dropout": 0.4, "lru_attn_dropout": 0.4, "lru_r_max": 0.9}
+    options = {"item_embedding": STEP_SIZES[-1], "logit_scale": True} if plus else {}
+    model = FMRLRec(NUM_ITEMS, given, ModelSettings(**usual, **options)).train()
+    settings = TrainingSettings(precision=precision, lr=1e-2, distill=0.5 * plus)
+    sampler = NegativeSampler(loader().label_counts(NUM_ITEMS), negatives) if negatives else None
+    return Step(model, build_optimizer(model, settings), settings, sampler)
+
+
+def run(step, batches, seed=1):
+    """(losses, weights) after an update with each batch."""
+    torch.manual_seed(seed)
+    losses = [step(batch).item() for batch in batches]
+    inner = getattr(step, "step", step)
+    return losses, [p.detach().clone() for p in inner.model.parameters()]
+
+
+def recorder():
+    """(a recording function, the list of what it recorded): it repeats the work in its memory, as a CUDA graph does."""
+    recorded = []
+    return lambda work: recorded.append(work) or work, recorded
+
+
+@pytest.mark.parametrize(
+    ("precision", "features", "negatives"),
+    [("fp32", True, 20), ("fp32", False, 0), ("tf32", True, 0), ("bf16", True, 20), ("bf16", False, 0)],
+)
+def test_every_precision_learns_and_keeps_float32_weights(precision, features, negatives):
+    batches = [batch for number in range(8) for batch in loader().epoch(number)]
+    step = make_step(precision, negatives, features)
+    losses, weights = run(step, batches)
+    assert sum(losses[-8:]) < 0.99 * sum(losses[:8])
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
+    assert all(state["exp_avg"].dtype == torch.float32 for state in step.optimizer.state.values())
+
+
+def test_a_step_leaves_nothing_of_its_batch_in_the_model_and_its_loss():
+    step = make_step()
+    for batch in loader().epoch(1):
+        loss = step(batch)
+    assert loss.ndim == 0 and loss.grad_fn is None and not loss.requires_grad
+    dropouts = [layer for layer in step.model.modules() if isinstance(layer, Dropout)]
+    assert dropouts and all(layer.share is None for layer in dropouts)
+
+
+def test_tf32_is_asked_for_within_a_step_and_not_after_it(monkeypatch):
+    asked, true, cuda = [], FMRLRec.encode, torch.backends.cuda.matmul
+
+    def encode(*arguments):
+        asked.append(torch.get_float32_matmul_precision())
+        assert not cuda.allow_bf16_reduced_precision_reduction
+        return true(*arguments)
+
+    monkeypatch.setattr(FMRLRec, "encode", encode)
+    (batch, *_) = loader().epoch(1)
+    for precision in ("fp32", "tf32", "bf16"):
+        make_step(precision)(batch)
+        assert torch.get_float32_matmul_precision() == "highest" and cuda.allow_bf16_reduced_precision_reduction
+    assert asked == ["highest", "high", "highest"]
+
+
+@pytest.mark.parametrize("negatives", [0, 20])
+@pytest.mark.parametrize(("scan", "plus"), [("steps", False), ("doubling", False), ("doubling", True)])
+def test_a_recording_played_back_trains_as_the_step_does(monkeypatch, scan, plus, negatives):
+    monkeypatch.setattr(recurrence, "_scan", getattr(recurrence, f"_scan_by_{scan}"))
+    batches = [batch for number in range(3) for batch in loader().epoch(number)]
+    plain = run(make_step(negatives=negatives, plus=plus), batches)
+    record, recorded = recorder()
+    graphed = run(GraphedStep(make_step(negatives=negatives, plus=plus), record), batches)
+    assert graphed[0] == plain[0]
+    assert all(torch.equal(g, p) for g, p in zip(graphed[1], plain[1], strict=True))
+    shapes = {(len(batch.tokens), (batch.longest - 1).bit_length()) for batch in batches}
+    assert 1 < len(recorded) <= len(shapes) < len(batches) / 2
+
+
+def test_a_recording_has_memory_of_its_own_and_returns_losses_that_stay():
+    kept, batches = [], list(loader(users=8).epoch(1)) * 3
+    results = torch.zeros(())
+
+    def record(work):
+        def replay():
+            results.copy_(work())  # a graph writes every result to the same place
+            return results
+
+        return replay
+
+    step = GraphedStep(make_step(), record)
+    before = copy.deepcopy(batches)
+    for batch in batches:
+        kept.append(step(batch))
+    assert len({loss.item() for loss in kept}) == 3
+    for batch, same in zip(batches, before, strict=True):
+        assert all(torch.equal(getattr(batch, n), getattr(same, n)) for n in ("tokens", "labels", "position"))
+
+
+def batch_of(lengths, seed):
+    """A batch of rows of these lengths, without padding."""
+    random, total = torch.Generator().manual_seed(seed), sum(lengths)
+    tokens, labels = torch.randint(1, NUM_ITEMS + 1, (2, total), generator=random)
+    position = torch.cat([torch.arange(n) for n in lengths])
+    return Batch(tokens, labels, position, max(lengths), (0, total), torch.tensor(total))
+
+
+@pytest.mark.parametrize(("longest", "later"), [(17, 32), (9, 16), (31, 18)])
+def test_batches_of_one_size_but_longer_histories_are_recorded_anew_and_none_is_written_to(monkeypatch, longest, later):
+    monkeypatch.setattr(recurrence, "_scan", recurrence._scan_by_doubling)  # the one that asks for the longest history
+    short, long, other = [4] * 8, [longest, *[1] * (32 - longest)], [later, *[1] * (32 - later)]
+    rows = [short, short, long, short, long, other, short]
+    batches = [batch_of(lengths, seed) for seed, lengths in enumerate(rows)]
+    before, (record, recorded) = copy.deepcopy(batches), recorder()
+    plain, graphed = run(make_step(), batches), run(GraphedStep(make_step(), record), batches)
+    assert graphed[0] == plain[0] and len(recorded) == 2
+    for batch, same in zip(batches, before, strict=True):
+        for name in ("tokens", "labels", "position", "num_labels"):
+            assert torch.equal(getattr(batch, name), getattr(same, name))
+
+
+def test_cuda_graphs_are_recorded_into_one_memory_and_played_back_one_by_one(monkeypatch):
+    pools, graphs, played = [], [], []
+
+    class FakeGraph:
+        def replay(self):
+            played.append(graphs.index(self))
+
+    @contextlib.contextmanager
+    def recording(graph, pool=None):
+        graphs.append(graph)
+        pools.append(pool)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    record = cuda_graphs()
+    first, second = record(lambda: torch.tensor(1.0)), record(lambda: torch.tensor(2.0))
+    assert pools[0] is not None and pools[0] is pools[1]
+    assert [second().item(), first().item(), second().item()] == [2, 1, 2]
+    assert played == [1, 0, 1]
+
+
+@pytest.mark.parametrize("features", [True, False])
+@pytest.mark.parametrize("negatives", [0, 20])
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_products_of_the_loss_are_computed_in_the_precision(monkeypatch, precision, expected, negatives, features):
+    found = []
+    step, (batch, *_) = make_step(precision, negatives, features), loader().epoch(1)
+    true = step.loss
+
+    def watched(z, table, *arguments, **options):
+        products = table.drawn if negatives else getattr(table, "features", table)
+        found.append((products.dtype, torch.is_autocast_enabled("cpu")))
+        return true(z, table, *arguments, **options)
+
+    monkeypatch.setattr(step, "loss", watched)
+    step(batch)
+    assert found == [(expected, False)]
+
+
+@pytest.mark.parametrize("negatives", [0, 20])
+@pytest.mark.parametrize(("precision", "plus"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_nothing_in_a_step_asks_for_a_number_that_a_gpu_would_have_to_finish(monkeypatch, precision, plus, negatives):
+    monkeypatch.setattr(recurrence, "_scan", recurrence._scan_by_doubling)  # the one of a GPU
+    monkeypatch.setattr(logits, "_buffers", {})  # keeps tensors, which here are fake
+    step, (batch, *_) = make_step(precision, negatives, plus=plus), loader().epoch(1)
+    step.optimizer = NoUpdate()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # tensors without numbers
+
+        def fake(tensor):
+            return mode.from_tensor(tensor)
+
+        named = dict(step.model.named_parameters()) | dict(step.model.named_buffers())
+        if step.sampler:
+            step.sampler.q, step.sampler._cumulative = fake(step.sampler.q), fake(step.sampler._cumulative)
+        held = {n: fake(getattr(batch, n)) for n in ("tokens", "labels", "position", "num_labels")}
+        loss = torch.func.functional_call(_Loss(step), {f"model.{n}": fake(t) for n, t in named.items()},
+                                          (dataclasses.replace(batch, **held),))  # fmt: skip
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
+
+
+class _Loss(torch.nn.Module):
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.model = step, step.model
+
+    def forward(self, batch):
+        return self.step(batch)

@@ -1,11 +1,12 @@
 """Checkpoints: best.safetensors (weights) and last.pt (state for --resume)."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import InputError
 from common.files import replacing
@@ -20,16 +21,21 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None
         temporary.write_bytes(save({name: t.contiguous() for name, t in model.state_dict().items()}, metadata))
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(
+    model: nn.Module, path: Path, change: Callable[[dict[str, Tensor]], None] = lambda weights: None
+) -> None:
     """Load weights into a model.
 
-    Raises InputError for a missing or damaged file, or another shape.
+    change: changes the file's weights in place so that they fit the model. Raises InputError for a missing or damaged
+    file, or another shape.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        model.load_state_dict(load_file(path))
+        weights = load_file(path)
+        change(weights)
+        model.load_state_dict(weights)
     except FileNotFoundError:
         raise no_weights(path) from None
     except (SafetensorError, OSError) as error:
@@ -42,10 +48,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Save last.pt."""
-    # Write through a Python file, so that a full disk raises OSError.
+    """Save last.pt. Raises InputError if the disk is full."""
     with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's zip writer fails again on a disk that is already full
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

@@ -3,12 +3,16 @@
 config.json              settings and the source of each
 env.json                 versions, device, commit, command line, data and features; also of every --resume
 log.jsonl                one line per epoch
+items.json.gz            ids and titles of the items (trainer/run_items.py)
 best.safetensors         weights of the best epoch by validation
-last.pt                  state for --resume (popularity and itemknn have none: they count again)
+table.safetensors        the item table of these weights, if it is made of features: an export needs no dataset
+last.pt                  state for --resume, written after epochs and every save_every_minutes within one (popularity
+                         and itemknn have none: they count again)
 test_metrics.json        test metrics of the largest size
 test_mrl_metrics.json    test metrics of every size
 test_list_metrics.json   metrics of the recommended lists: eval.py --list_metrics
 test_ranks.npz           every user's rank up to the last cut-off, at every size (trainer/user_ranks.py)
+newer_data/<digest>/     tests on other data: eval.py --on_newer_data
 …_history_masked.*       the same without the history among the candidates: eval.py --mask_history
 *.png                    metrics against size
 deploy.json, deploy.png  serving cost of every size: benchmarks/deploy.py
@@ -27,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.files import cannot_write, read_json, write_json
+from common.files import cannot_write, read_json, remove_leftovers, sha256, write_json
 from common.schema import check_schema, read_json_lines
 from common.settings import check_types
 from config import COUNTING, Config
@@ -37,12 +41,18 @@ from trainer.run_files import Environment, Epoch, MetricsBySize, SavedSettings
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
 WEIGHTS, STATE = "best.safetensors", "last.pt"
+ITEMS, TABLE = "items.json.gz", "table.safetensors"
 LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz"
 LIST_METRICS = "test_list_metrics.json"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
 COLD_ITEMS = "cold_items.json"
 RUN_HINT = "give a run's folder, as train.py prints it"
 TIME = "%Y%m%d-%H%M%S"  # format of the time in a run's name
+
+
+def newer_data_folder(run: Path, data: str) -> Path:
+    """Return the folder for tests of a run on another dataset with this digest, or the run if it was trained on it."""
+    return run if read_environment(run).get("data") == data else run / "newer_data" / data[:12]
 
 
 def result_file(name: str, mask_history: bool) -> str:
@@ -103,8 +113,12 @@ def create_run(
                 f"cannot create the run folder {run}: {error.strerror}; give another --runs_root"
             ) from None
         break
-    named = {} if split == LEAVE_ONE_OUT else {"split": split}
-    write_json(run / ENVIRONMENT, environment(device) | {"data": data, **named, "features": features})
+    facts: dict[str, Any] = {"data": data, "features": features}
+    if split != LEAVE_ONE_OUT:
+        facts["split"] = split
+    if origin := config.init_from:
+        facts["init_from"] = {"run": Path(origin).resolve().name, "weights": sha256(Path(origin) / WEIGHTS)}
+    write_json(run / ENVIRONMENT, environment(device) | facts)
     write_json(run / CONFIG, {"settings": vars(config), "sources": sources})
     return run
 
@@ -149,7 +163,8 @@ def check_data(run: Path, data: str) -> None:
     if saved.get("data", data) != data:
         raise InputError(
             f"the dataset (digest {data}) is not the one that {run} was trained on ({saved['data']}); give its "
-            f"--data_root, or train again"
+            f"--data_root, or test the run on this one: eval.py --run {run} --on_newer_data, or train it further on "
+            f"this one: train.py --init_from {run}"
         )
 
 
@@ -172,6 +187,9 @@ def run_lock(run: Path) -> Iterator[None]:
             raise InputError(f"another process is training {run}; wait for it, or stop it") from None
         except (ImportError, OSError):  # this system or file system has no locks
             pass
+        else:  # no other process trains the run, so these are of one that was killed
+            for name in (CONFIG, ENVIRONMENT, LOG, WEIGHTS, STATE, ITEMS, TABLE):
+                remove_leftovers(run, name)
         yield
 
 

@@ -111,13 +111,20 @@ def build_optimizer(
 
 @contextlib.contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
-    """Compute float32 products in TF32 within the block, if that was asked for and the device has it."""
+    """Compute float32 products in TF32 within the block, if that was asked for and the device has it.
+
+    On a GPU, products of bfloat16 are summed in float32 throughout: the loss sums over the whole catalogue.
+    """
     before = torch.get_float32_matmul_precision()
+    cuda = torch.backends.cuda.matmul
+    reduced = cuda.allow_bf16_reduced_precision_reduction
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    cuda.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        cuda.allow_bf16_reduced_precision_reduction = reduced
 
 
 def all_reduce_gradients(model: nn.Module) -> None:

@@ -29,15 +29,18 @@ def test_every_size(
     mask_history: bool = False,
     alone: bool = False,
     list_metrics: bool = False,
+    out: Path | None = None,
 ) -> dict[int, dict[str, float]]:
     """Test every size, print the table, write the run's files, and return size -> metrics.
 
     mask_history: exclude history items from the candidates. alone: rank with each slice as a stand-alone model, instead
-    of all sizes in one pass. list_metrics: also measure the recommended lists. Raises RuntimeError, after all is
+    of all sizes in one pass. list_metrics: also measure the recommended lists. out: write the files there (default: the
+    run's folder). Raises RuntimeError, after all is
     written, if a slice does not score as the model's prefix does.
     """
     rows = eval_rows(sequences, config.lru_max_len, "test")
     trained, _ = read_config(folder)
+    folder = out or folder
     ks = tuple(sorted({*config.metric_ks, *trained.metric_ks}))  # the run's files never lose a cut-off
     batch_size, sizes = config.test_batch_size, model.sizes
     if alone and isinstance(model, FMRLRec):  # eval.py refuses a baseline

@@ -4,10 +4,12 @@ Under torchrun every rank holds the whole model and computes its share of each b
 the same bits on all ranks, so weights, schedule and stopping agree on all; rank 0 alone writes.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +34,7 @@ from trainer.step import Step, build_optimizer
 from trainer.training_run import TrainingRun
 
 CHECK_EVERY = 50  # steps between checks that the losses are finite: a check makes a GPU wait
+LINE_EVERY = 60.0  # seconds between progress lines where there is no terminal
 
 
 @dataclass
@@ -43,6 +46,15 @@ class Progress:
     best: float = -math.inf
     best_epoch: int = 0
     seconds: float = 0.0
+    # Of the unfinished epoch:
+    batch: int = 0  # steps
+    loss: float = 0.0  # sum over the steps
+    clipped: float = 0.0  # clipped steps
+    train_seconds: float = 0.0
+
+    def start_epoch(self) -> None:
+        """Forget the epoch that ended."""
+        self.batch, self.loss, self.clipped, self.train_seconds = 0, 0.0, 0.0, 0.0
 
 
 class Trainer:
@@ -60,7 +72,7 @@ class Trainer:
         self.average = WeightAverage(model, config.ema_decay, self.step.rows) if config.ema_decay else None
         self.patience = config.early_stopping_patience if config.early_stopping else None
         self.criterion = criterion(config.best_metric, config.val_mask_history)
-        self.progress, self._mean_loss = Progress(), math.nan
+        self.progress, self._started, self._saved = Progress(), 0.0, ""
         if config.enable_lr_schedule and config.warmup_steps >= self.num_steps:
             processes.print_main(
                 f"--warmup_steps {config.warmup_steps}: the {self.num_steps} steps of this training all warm up, and "
@@ -70,9 +82,14 @@ class Trainer:
             self.load_state(run.state)
 
     @property
+    def epoch_steps(self) -> int:
+        """Return the steps of an epoch."""
+        return min(self.config.epoch_steps or len(self.loader), len(self.loader))
+
+    @property
     def num_steps(self) -> int:
         """Steps of num_epochs."""
-        return self.config.num_epochs * len(self.loader)
+        return self.config.num_epochs * self.epoch_steps
 
     @property
     def eval_model(self) -> SequenceModel:
@@ -81,13 +98,13 @@ class Trainer:
 
     def fit(self) -> Progress:
         """Train to the end. Raises InputError if loss or weights are not finite; the last good checkpoint stays."""
-        if self.config.validate_untrained and self.progress.epoch == 0:
+        if self.config.validate_untrained and self.progress.step == 0:
             self.run.log.records.clear()  # of a run that was cut off in its first epoch
             self._keep(None, self.validate(), 0.0)
         while not self.finished():
-            started = time.perf_counter()
+            self._started = time.perf_counter() - self.progress.train_seconds
             self.model.train()
-            self.step.clipped.zero_()
+            self.step.clipped.fill_(self.progress.clipped)
             losses: list[Tensor] = []
             for batch in self._batches(losses):
                 self._set_learning_rate()
@@ -98,11 +115,13 @@ class Trainer:
             if self.step.rows:
                 self.step.rows.catch_up()
             self._check_weights()
-            trained = time.perf_counter()
+            loss, seconds = self.progress.loss / self.epoch_steps, time.perf_counter() - self._started
             metrics = self.validate()
             self.progress.epoch += 1
-            self.progress.seconds += time.perf_counter() - started
-            self._keep(self._mean_loss, metrics, trained - started)
+            self.progress.seconds += time.perf_counter() - self._started
+            self.progress.start_epoch()
+            self._keep(loss, metrics, seconds)
+            self._saved = f"epoch {self.progress.epoch}"
         processes.print_main(f"best epoch {self.progress.best_epoch}: val {self.criterion} {self.progress.best:.4f}")
         return self.progress
 
@@ -124,17 +143,27 @@ class Trainer:
         )
 
     def _batches(self, losses: list[Tensor]) -> Iterator[Batch]:
-        """Yield the batches of an epoch under a progress bar, and check the `losses` of their steps on the way."""
-        number, count, total = self.progress.epoch + 1, len(self.loader), 0.0
-        with tqdm(total=count, desc=f"epoch {number}", leave=False, unit="step", disable=_no_bar()) as bar:
-            for done, batch in enumerate(self.loader.epoch(number), start=1):
+        """Yield the rest of an epoch, and check the `losses` of the steps, show progress and save on the way."""
+        progress, number, count = self.progress, self.progress.epoch + 1, self.epoch_steps
+        alone, save_every = processes.world_size() == 1, 60 * self.config.save_every_minutes or math.inf
+        printed = saved = time.perf_counter()
+        batches = itertools.islice(self.loader.epoch(number), progress.batch, count)
+        with _progress_bar(f"epoch {number}", progress.batch, count) as bar:
+            for batch in batches:
                 yield batch
                 bar.update()
-                if len(losses) == CHECK_EVERY or done == count:
-                    total += self._check(losses)
-                    losses.clear()
-                    bar.set_postfix(loss=f"{total / done:.4f}")
-        self._mean_loss = total / count
+                progress.batch += 1
+                now = time.perf_counter()
+                full, last, due = len(losses) == CHECK_EVERY, progress.batch == count, now - saved >= save_every
+                if full or last or (alone and due):
+                    self._check(losses)
+                    bar.set_postfix(loss=f"{progress.loss / progress.batch:.4f}")
+                    if not last and processes.on_main_process(partial(bool, due)):
+                        self._save_within_epoch()
+                        saved = time.perf_counter()
+                if bar.disable and not last and now - printed >= LINE_EVERY:
+                    self._print_progress(now, len(losses))
+                    printed = now
 
     def _set_learning_rate(self) -> None:
         lr = self.lr_at(self.progress.step)
@@ -154,13 +183,35 @@ class Trainer:
         steps = max(1, self.num_steps - config.warmup_steps)
         return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / steps)))
 
-    def _check(self, losses: list[Tensor]) -> float:
-        """Return the sum of the losses. Raises InputError that names the step of one that is not finite."""
+    def _check(self, losses: list[Tensor]) -> None:
+        """Count the losses and clear the list. Raises InputError that names the step of one that is not finite."""
         values = processes.add_up(torch.stack(losses)).tolist()
+        losses.clear()
         for i, value in enumerate(values):
             if not math.isfinite(value):
                 self._give_up(f"the loss is {value}", self.progress.step - len(values) + i + 1)
-        return sum(values)
+            self.progress.loss += value
+
+    def _save_within_epoch(self) -> None:
+        self._check_weights()
+        self.progress.clipped = float(self.step.clipped)
+        self.progress.train_seconds = time.perf_counter() - self._started
+        processes.on_main_process(self._save_state)
+        self._saved = f"epoch {self.progress.epoch}, step {self.progress.batch}"
+
+    def _save_state(self) -> None:
+        save_state(self.run.folder / STATE, self.state())
+
+    def _print_progress(self, now: float, unchecked: int) -> None:
+        """Print a line in place of a progress bar. unchecked: steps whose losses are not counted yet."""
+        progress, count = self.progress, self.epoch_steps
+        rate = progress.batch / (now - self._started)
+        counted = progress.batch - unchecked
+        loss = f"  loss {progress.loss / counted:.4f}" if counted else ""  # counted every CHECK_EVERY steps
+        processes.print_main(
+            f"epoch {progress.epoch + 1:3d}  step {progress.batch}/{count}{loss}  {rate:.1f} steps/s  "
+            f"{(count - progress.batch) / rate / 60:.1f} min left in the epoch"
+        )
 
     def _check_weights(self) -> None:
         """Raise InputError if the epoch's last update, after which no loss was computed, broke the weights."""
@@ -168,8 +219,8 @@ class Trainer:
             self._give_up("weights are not finite", self.progress.step)
 
     def _give_up(self, what: str, step: int) -> NoReturn:
-        epoch = self.progress.epoch
-        kept = f"the state after epoch {epoch} is kept in {self.run.folder}" if epoch else "no epoch was finished"
+        epoch, saved = self.progress.epoch, self._saved
+        kept = f"the state after {saved} is kept in {self.run.folder}" if saved else "no epoch was finished"
         raise InputError(
             f"{what} at step {step} (epoch {epoch + 1}); {kept}. Try a smaller --lr or --max_grad_norm, or more "
             f"--warmup_steps"
@@ -191,7 +242,7 @@ class Trainer:
             "step": progress.step,
             "loss": loss,
             "lr": self.lr_at(max(0, progress.step - 1)),
-            "clipped": round(float(self.step.clipped) / len(self.loader), 4),  # share of the steps
+            "clipped": round(float(self.step.clipped) / self.epoch_steps, 4),  # share of the steps
             "train_seconds": round(train_seconds, 3),
             "seconds": round(progress.seconds, 3),
             "best_epoch": progress.best_epoch,
@@ -199,7 +250,7 @@ class Trainer:
         }
         self.run.log.epoch(record, self._line(record))
         if progress.epoch:
-            save_state(folder / STATE, self.state())
+            self._save_state()
 
     def _line(self, record: dict[str, Any]) -> str:
         progress, value = self.progress, record["val"][str(self.model.sizes[-1])][self.config.best_metric]
@@ -207,7 +258,7 @@ class Trainer:
         if not progress.epoch:
             return f"untrained: val {self.criterion} {value:.4f}"
         per_epoch = progress.seconds / progress.epoch
-        rate = len(self.loader) / max(record["train_seconds"], 1e-9)
+        rate = self.epoch_steps / max(record["train_seconds"], 1e-9)
         eta = per_epoch * (self.config.num_epochs - progress.epoch)
         return (
             f"epoch {progress.epoch:3d}/{self.config.num_epochs}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
@@ -249,6 +300,7 @@ class Trainer:
         for group, of_device in zip(self.step.optimizer.param_groups, own, strict=True):
             group |= of_device  # the state may come from another device
         self.progress = Progress(**state["progress"])
+        self._saved = "the last checkpoint"
         torch.set_rng_state(state["rng"])
         if self.loader.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.loader.device)
@@ -268,5 +320,6 @@ def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Ste
     return GraphedStep(step) if graphed else step
 
 
-def _no_bar() -> bool | None:
-    return True if processes.rank() else None  # None: tqdm is silent if stderr is no terminal
+def _progress_bar(title: str, done: int, count: int) -> tqdm:
+    hidden = True if processes.rank() else None  # None: tqdm is silent if stderr is no terminal
+    return tqdm(total=count, initial=done, desc=title, leave=False, unit="step", disable=hidden)

@@ -17,9 +17,12 @@ from common.devices import device_name
 from common.settings import format_value
 from config import Config
 from datasets.catalog import Catalog
+from model.base import CountingModel, SequenceModel
 from trainer.checkpoint import load_state, load_weights
+from trainer.run_items import RunItems, keep_table, write_items
 from trainer.runlog import RunLog, start_wandb
 from trainer.runs import (
+    ITEMS,
     STATE,
     WEIGHTS,
     check_data,
@@ -69,6 +72,7 @@ class TrainingRun:
         try:
             with ExitStack() as lock:
                 processes.on_main_process(lambda: lock.enter_context(run_lock(self.folder)))
+                processes.on_main_process(lambda: self._keep_items(catalog))
                 self._open_log(device)
                 yield
         except KeyboardInterrupt:
@@ -78,6 +82,10 @@ class TrainingRun:
                     file=sys.stderr,
                 )
             raise
+
+    def _keep_items(self, catalog: Catalog) -> None:
+        if not (self.folder / ITEMS).exists():  # also in a resumed run of an earlier version
+            write_items(self.folder, RunItems.of(catalog))
 
     def _open_log(self, device: torch.device) -> None:
         if self.resumed:
@@ -90,7 +98,9 @@ class TrainingRun:
             wandb_run = start_wandb(self.folder, vars(self.config))
         self.log = RunLog(self.folder, [record for record in records if record["epoch"] <= done], wandb_run)
         if self.resumed:
-            processes.print_main(f"continuing after epoch {done}" if done else "no epoch was finished: from the start")
+            step = self.state["progress"].get("batch", 0) if self.state else 0
+            started = f"continuing after epoch {done}{f', step {step}' if step else ''}"
+            processes.print_main(started if self.state else "no epoch was finished: from the start")
 
     def _print_settings(self) -> None:
         """Print every setting, and where it came from unless it is the default."""
@@ -100,6 +110,10 @@ class TrainingRun:
             if source == "flag" and name in ineffective:
                 source = "flag; without effect, given the other settings"
             processes.print_main(f"  {name:24} {format_value(value)}{'' if source == 'default' else f'   ({source})'}")
+
+    def keep_table(self, model: SequenceModel | CountingModel) -> None:
+        """Keep the item table of the best weights, so that an export needs no dataset."""
+        processes.on_main_process(lambda: keep_table(self.folder, model))
 
     def load_best(self, model: nn.Module) -> None:
         """Load the weights of the best epoch."""

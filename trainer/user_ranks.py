@@ -4,14 +4,12 @@ Ranks per user allow paired comparisons of runs. The file also has the number of
 training interactions of each user's target, to group users by it.
 """
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import InputError
-from common.files import replacing
+from common.files import ARRAY_ERRORS, replacing
 
 TRAINED = "times_trained"  # name of the array of training counts
 
@@ -39,5 +37,5 @@ def load_ranks(path: Path, hint: str) -> tuple[dict[int, np.ndarray], np.ndarray
             arrays = {name: file[name] for name in file.files}
         times_trained = arrays.pop(TRAINED).astype(np.int64)
         return {int(m): np.where(r > 0, r / 2, np.inf) for m, r in arrays.items()}, times_trained
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except ARRAY_ERRORS as error:
         raise InputError(f"{path} cannot be read ({error}); {hint}") from None

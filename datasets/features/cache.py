@@ -27,7 +27,7 @@ import numpy as np
 from msgspec import Struct
 
 from common.errors import InputError
-from common.files import ARRAY_ERRORS, cannot_write, check_regular, read_json, sha256, write_json
+from common.files import ARRAY_ERRORS, cannot_write, check_regular, read_json, remove_leftovers, sha256, write_json
 from common.processes import print_main
 from common.schema import Number, check_schema
 
@@ -116,6 +116,11 @@ def acquire(lock: Any) -> None:
         except Timeout:
             print_main(f"another process is making {path.with_suffix('.npy')}: waiting for it")
             lock.acquire()
+        array = path.with_suffix(".npy")
+        for name in (sidecar(array).name, _parts(array)[2].name):
+            remove_leftovers(path.parent, name)
+        if not _parts(array)[0].exists():  # marks without rows are of no use
+            drop(array)
     except OSError as error:
         raise cannot_write(path, error) from error
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from common import processes
 from common.cli import add_switch, parse_args, run_cli
 from common.errors import InputError
-from common.files import cannot_write, write_json, write_text
+from common.files import cannot_write, remove_leftovers, write_json, write_text
 from config import SECTIONS, Config, resolve
 from datasets.catalog import FILES, REPORT, SPLIT, load_catalog, prepare_command, read_report
 from datasets.item2img import ITEM2IMG, MANIFEST
@@ -245,8 +245,9 @@ def only_one(folder: Path) -> Iterator[None]:
         raise cannot_write(folder.parent, error) from error
     try:
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+        remove_leftovers(folder.parent, holder.name)
         for name in (*FILES, SPLIT, REPORT, MANIFEST, ITEM2IMG):
-            for left_by_a_kill in folder.glob(f".{name}.*.tmp"):
+            for left_by_a_kill in folder.glob(f".{name}.*.tmp"):  # no living process owns it, as the lock is held
                 left_by_a_kill.unlink()
         yield
     finally:

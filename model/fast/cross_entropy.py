@@ -66,7 +66,7 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_V = None if V is None else torch.empty_like(V, dtype=wide)
         scale, grad_log_scale = objective.scale(loss), loss.new_zeros(len(sizes))
 
-        chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize)
+        chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize, z.device)
         buffer = reused_buffer((len(sizes) + 2, chunks[0].stop, len(table)), wide, z.device)
         for rows in chunks:
             z_chunk, label = z_narrow[rows], labels[rows][:, None]  # [C, D], [C, 1]

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 2**26  # of the logits in memory at once, for all sizes: 128 positions of 12,101 items and 8 sizes
+GPU_SHARE = 32  # on a GPU the logits may take this part of its memory: fewer chunks, larger products
 ABSENT = -1e30  # the logit of an excluded candidate: its probability is 0, and 0 times this is still 0
 LEAST = 16  # fewest positions in memory at once, whatever they take: every chunk reads the whole item table
 
 
-def row_chunks(num_positions: int, bytes_a_position: int) -> list[slice]:
+def row_chunks(num_positions: int, bytes_a_position: int, device: torch.device) -> list[slice]:
     """Return the positions of each chunk: a power of two of them, so that chunks have few shapes."""
-    size = min(num_positions, 2 ** (max(LEAST, CHUNK_BYTES // bytes_a_position).bit_length() - 1))
+    limit = CHUNK_BYTES
+    if device.type == "cuda":
+        limit = max(limit, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
+    size = min(num_positions, 2 ** (max(LEAST, limit // bytes_a_position).bit_length() - 1))
     return [slice(start, start + size) for start in range(0, num_positions, size)]
 
 

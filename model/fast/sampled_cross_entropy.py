@@ -56,7 +56,7 @@ class _SampledCrossEntropySum(torch.autograd.Function):
         grad_drawn = torch.zeros_like(drawn, dtype=wide)
 
         scale, grad_log_scale = objective.scale(loss), loss.new_zeros(len(sizes))
-        chunks = row_chunks(len(z), len(sizes) * (len(drawn) + 1) * wide.itemsize)
+        chunks = row_chunks(len(z), len(sizes) * (len(drawn) + 1) * wide.itemsize, z.device)
         buffer = reused_buffer((len(sizes) + 3, chunks[0].stop, len(drawn) + 1), wide, z.device)
         for rows in chunks:
             # Each [C, K+1]; a size's residual: softmax - target; the offset is added to the scaled logits.

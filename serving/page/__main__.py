@@ -146,11 +146,13 @@ def similar_items(table: np.ndarray, top_k: int) -> np.ndarray:
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     top_k = min(top_k, len(unit) - 1)
     found = np.empty((len(unit), top_k), dtype=np.int64)
+    if not top_k:
+        return found
     for start in range(0, len(unit), CHUNK):
         cosines = unit[start : start + CHUNK] @ unit.T
         own = np.arange(len(cosines))
         cosines[own, start + own] = -np.inf
-        best = np.argpartition(-cosines, top_k - 1, axis=1)[:, :top_k] if top_k else found[:0]
+        best = np.argpartition(-cosines, top_k - 1, axis=1)[:, :top_k]
         order = np.argsort(-np.take_along_axis(cosines, best, axis=1), axis=1, kind="stable")
         found[start : start + CHUNK] = np.take_along_axis(best, order, axis=1) + 1
     return found

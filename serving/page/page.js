@@ -111,6 +111,14 @@ function itemButton(item, label, onclick) {
   return button;
 }
 
+// Replace the children of a list; the focus stays at its place.
+function rebuild(list, children) {
+  const at = [...list.querySelectorAll("button")].indexOf(document.activeElement);
+  list.replaceChildren(...children);
+  const buttons = list.querySelectorAll("button");
+  if (at >= 0) (buttons[Math.min(at, buttons.length - 1)] || $("example")).focus();
+}
+
 const listed = (...children) => element("li", {}, ...children);
 const chosen = () => catalogue.models[$("slider").value];
 const largest = () => catalogue.models.at(-1);
@@ -119,10 +127,9 @@ function setHistory(items) {
   history = items;
   const params = new URLSearchParams({ size: chosen().size, history: items.map((i) => catalogue.ids[i - 1]).join(",") });
   globalThis.history.replaceState(null, "", `#${params}`);
-  $("history").replaceChildren(
-    ...items.map((item, at) => listed(itemButton(item, "Remove", () => setHistory(items.filter((_, i) => i !== at))))),
-    ...(items.length ? [] : [listed("Empty: these are the recommendations for a new visitor.")]),
-  );
+  const shown = items.map((item, at) =>
+    listed(itemButton(item, "Remove", () => setHistory(items.filter((_, i) => i !== at)))));
+  rebuild($("history"), shown.length ? shown : [listed("Empty: these are the recommendations for a new visitor.")]);
   $("history").scrollLeft = $("history").scrollWidth;
   return answer();
 }
@@ -165,10 +172,12 @@ function showBest(best, full) {
   const same = best.filter((item) => full.includes(item)).length, all = largest().size;
   $("same").textContent = `${same} of ${best.length}`;
   $("same-label").textContent = `Same as ${all}`;
-  $("changes").textContent = chosen().size === all ? "The full model. Choose an item for similar ones."
-    : same === best.length ? `All ${same} are among the ten of the full model.`
-    : `${best.length - same} with a dot ${best.length - same > 1 ? "are" : "is"} not among the full model's ten.`;
-  $("best").replaceChildren(...best.map((item, at) => {
+  const others = best.length - same;
+  const change = chosen().size === all ? "This is the full model."
+    : !others ? `All ${same} are among the full model's ten.`
+    : `${others} with a dot ${others > 1 ? "are" : "is"} not among the full model's ten.`;
+  $("changes").textContent = `${change} Choose an item to see similar ones.`;
+  rebuild($("best"), best.map((item, at) => {
     const row = element("div", { className: "row" }, element("span", { className: "rank" }, at + 1));
     const made = listed(row);
     const plus = element("button", { className: "add", onclick: () => add(item) }, "+");

@@ -1,0 +1,119 @@
+"""Measure nightly updates: train on the first 90 % of the events, add ten slices of 1 % by train.py --init_from.
+
+python -m experiments.nightly --dataset_code beauty
+python -m experiments.nightly --full "--preset plus --language_encoder lexical" --update "--num_epochs 1 --lr 3e-4"
+
+The prepared files have the order of each user's events but no times. As a stand-in, a user's n events are spread evenly
+over the time from 0 to 1, with a random phase. The catalogue of a night has the items that occurred until then. After
+some nights a model is trained anew on the same data, and both are validated on it. The test set is never read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import train
+from common.cli import Parser, run_cli
+from common.files import write_json, write_text
+from config import Config
+from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
+from trainer.runs import read_log
+
+NIGHTS, FIRST = 10, 0.9
+METRIC = "NDCG@10"
+UPDATE = "--num_epochs 1 --epoch_steps 80 --lr 3e-4 --warmup_steps 10"
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
+    """Train, update every night, train anew, and return a row for each night."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_code", default="beauty", metavar="NAME", help="(default: %(default)s)")
+    parser.add_argument("--data_root", default=Config.data_root, metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("experiments/runs/nightly"), metavar="FOLDER")
+    parser.add_argument("--full", default="--preset plus", metavar="FLAGS", help="of a training (default: %(default)s)")
+    parser.add_argument("--update", default=UPDATE, metavar="FLAGS", help="of an update (default: %(default)s)")
+    parser.add_argument("--anew", default="10", metavar="N,N", help="nights to train anew too (default: 10)")
+    arguments = parser.parse_args(argv)
+    anew = {int(night) for night in arguments.anew.split(",")}
+
+    catalog, out = load_catalog(arguments.data_root, arguments.dataset_code), arguments.out
+    when = event_times(catalog)
+    write_night(catalog, when, 0, out)
+    run, seconds = trained(f"--dataset_code {catalog.name} {arguments.full} --run_name full-0", 0, out)
+    rows = [{"night": 0, "updated": best(run), "seconds": seconds}]
+    for night in range(1, NIGHTS + 1):
+        write_night(catalog, when, night, out)
+        # Another seed draws other users.
+        flags = f"--init_from {run} {arguments.update} --seed {42 + night} --run_name update-{night}"
+        run, seconds = trained(flags, night, out)
+        row = {"night": night, "updated": best(run), "seconds": seconds}
+        if night in anew:
+            full, seconds = trained(
+                f"--dataset_code {catalog.name} {arguments.full} --run_name full-{night}", night, out
+            )
+            row |= {"anew": best(full), "anew_seconds": seconds}
+        rows.append(row)
+        write_json(out / "nightly.json", {"metric": METRIC, "rows": rows})
+    print_rows(rows)
+    return rows
+
+
+def event_times(catalog: Catalog) -> np.ndarray:
+    """Return a time from 0 to 1 for every event, increasing in each user's history."""
+    offsets = catalog.sequences.offsets
+    lengths = np.diff(offsets)
+    position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    phase = np.random.default_rng(0).random(len(lengths))
+    return (position + np.repeat(phase, lengths)) / np.repeat(lengths, lengths)
+
+
+def write_night(catalog: Catalog, when: np.ndarray, night: int, out: Path) -> None:
+    """Write the dataset as it was after a night: its events, and the items that occurred until then."""
+    seen = when <= np.quantile(when, FIRST + (1 - FIRST) * night / NIGHTS)
+    items, offsets = catalog.sequences.items, catalog.sequences.offsets
+    kept = np.unique(items[seen])
+    number = np.zeros(catalog.num_items + 1, dtype=np.int64)
+    number[kept] = np.arange(1, len(kept) + 1)
+    histories = [number[items[a:b][seen[a:b]]] for a, b in itertools.pairwise(offsets)]
+    lines = [f"{user} {' '.join(map(str, v))}" for user, v in enumerate(histories, start=1) if len(v) >= MIN_ITEMS]
+    folder = out / f"data-{night}" / catalog.name
+    write_text(folder / "sequential_data.txt", "\n".join(lines) + "\n")
+    write_json(folder / "datamaps.json", {"item2id": {catalog.asins[i - 1]: str(number[i]) for i in kept}})
+    records = (catalog.metadata[i - 1] | {"asin": catalog.asins[i - 1]} for i in kept)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "meta.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def trained(flags: str, night: int, out: Path) -> tuple[Path, float]:
+    """Train on the data of a night without the test; return the run and the CPU seconds of all, features included."""
+    started = time.process_time()
+    where = f"--data_root {shlex.quote(str(out / f'data-{night}'))} --runs_root {shlex.quote(str(out))} --no-test"
+    return train.main(shlex.split(f"{flags} {where}")), time.process_time() - started
+
+
+def best(run: Path) -> float:
+    """Return the validation metric of a run's best epoch at its largest size."""
+    log = read_log(run)
+    of_sizes = next(record["val"] for record in log if record["epoch"] == log[-1]["best_epoch"])
+    return of_sizes[max(of_sizes, key=int)][METRIC]
+
+
+def print_rows(rows: list[dict[str, float]]) -> None:
+    """Print the table."""
+    print(f"night  updated  seconds     anew  seconds   (validation {METRIC}; CPU seconds)")
+    for row in rows:
+        anew = f"  {row['anew']:.4f}  {row['anew_seconds']:7.1f}" if "anew" in row else ""
+        print(f"{row['night']:5d}  {row['updated']:7.4f}  {row['seconds']:7.1f}{anew}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

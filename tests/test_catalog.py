@@ -152,7 +152,7 @@ def test_bad_names_and_a_missing_dataset_are_refused_before_torch_is_imported(tm
     assert message.format(home=tmp_path) in done.stderr.decode()
 
 
-@pytest.mark.parametrize("number", ["0", "5", "2", 1.5, "one", True, "9" * 5000])
+@pytest.mark.parametrize("number", ["0", "5", "2", 1.5, "one", True, "9" * 900])
 def test_item_ids_that_are_not_1_to_n_each_once_are_refused_by_name(folder, number):
     write_maps(folder, {"A": "1", "B": "2", "C": "3", "D": number})
     assert f"datamaps.json: item 'D' has id {number!r}; ids must be 1..4, each once" in refusal(folder)

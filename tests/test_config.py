@@ -56,7 +56,6 @@ def help_text(capsys) -> str:
         ("--lru_dropout=0.5 --dataset_code=beauty", "lru_dropout", 0.5, "flag"),  # repeats the default
         ("", "dataset_code", "demo", "default"),
         ("", "language_encoder", "lexical", "preset"),  # the demo needs no download
-        ("", "img_encoder", "pixel", "preset"),
         ("--model_code=sasrec", "img_encoder", "pixel", "preset"),
         ("--model_code=lrurec --dataset_code=clothing", "lru_r_max", 0.99, "preset"),  # the model's, not clothing's
         ("--model_code=lrurec --dataset_code=clothing --lru_r_max=0.9", "lru_r_max", 0.9, "flag"),
@@ -71,10 +70,8 @@ def test_a_flag_wins_over_presets_and_a_preset_over_the_default(argv, name, valu
 
 def test_every_setting_has_a_source_and_only_given_flags_are_flags():
     config, sources = parsed("--seed=7", "--no-use_img_encoder", "--dataset_code=my_shop")
-    assert sources.keys() == FIELDS.keys()
-    given = {"dataset_code", "use_img_encoder", "seed"}
-    assert {name for name, source in sources.items() if source == "flag"} == given
-    assert {sources[name] for name in FIELDS.keys() - given} == {"default"}
+    assert {name for name, source in sources.items() if source == "flag"} == {"dataset_code", "use_img_encoder", "seed"}
+    assert sources.keys() == FIELDS.keys() and set(sources.values()) == {"flag", "default"}
     assert config == dataclasses.replace(Config(), dataset_code="my_shop", seed=7, use_img_encoder=False)
 
 
@@ -88,7 +85,7 @@ def test_the_ring_of_a_dataset_is_the_papers(name, r_min):
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *MODEL_PRESETS, "plus", "released"])
-@pytest.mark.parametrize("dataset", [*PRESETS, "my_shop"])
+@pytest.mark.parametrize("dataset", ["beauty", "my_shop"])
 def test_a_preset_sets_values_of_their_types_on_any_dataset(name, dataset):
     flag = "dataset_code" if name in PRESETS else "model_code" if name in MODEL_PRESETS else "preset"
     config, sources = resolve({"dataset_code": dataset, flag: name})
@@ -97,13 +94,6 @@ def test_a_preset_sets_values_of_their_types_on_any_dataset(name, dataset):
         assert (getattr(config, setting), sources[setting]) == (value, "preset")
     if flag == "model_code":
         assert (config.branch, run_label(config), len(config.mrl_hidden_sizes)) == ("id", name, 1)
-
-
-def test_the_released_preset_trains_what_the_released_readme_command_does():
-    config = parsed("--preset=released", "--dataset_code=sports")[0]
-    assert (config.lru_num_blocks, config.mrl_loss, config.validate_untrained) == (1, "mean", True)
-    assert (config.lru_dropout, config.lru_attn_dropout, config.lru_r_min, config.lru_r_max) == (0.6, 0.6, 0.0, 0.1)
-    assert config.embedding_dropout and config.warmup_from_zero and config.lr == 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -125,11 +115,9 @@ def test_booleans_are_read_in_every_common_spelling(name, spelling):
         (["--use_wandb", "--seed=3"], "seed", 3),  # a boolean does not take the next flag
         (["--mrl_hidden_sizes=8,16,32"], "mrl_hidden_sizes", (8, 16, 32)),
         (["--mrl_hidden_sizes", " 8, 16 , 32,"], "mrl_hidden_sizes", (8, 16, 32)),
-        (["--mrl_hidden_sizes=64"], "mrl_hidden_sizes", (64,)),
         (["--item_attributes=brand,title"], "item_attributes", ("brand", "title")),
         (["--item_attributes=", "--no-use_language_encoder"], "item_attributes", ()),
         (["--lr=3e-4"], "lr", 3e-4),
-        (["--lru_dropout=0"], "lru_dropout", 0),
         (["--lru_attn_dropout=0"], "lru_attn_dropout", 0),
         *[([f"--best_metric={metric}@7", "--metric_ks=3,9"], "best_metric", f"{metric}@7") for metric in METRICS],
         (["--best_metric=NDCG@7", "--metric_ks=3,9"], "metric_ks", (3, 9)),
@@ -153,37 +141,19 @@ def test_a_scripts_own_arguments_are_returned_apart_from_the_settings():
         "mrl_hidden_sizes": ["16,8", "8,8", "0,8", "-8,8", "", "8,sixteen", "8,16.5"],
         "metric_ks": ["10,5", "", "ten"],
         "lru_dropout": ["1.0", "-0.1", "nan", "half"],
-        "lru_attn_dropout": ["1.5"],
         "lru_r_min": ["-0.1", "0.1", "nan"],  # .1 is as large as r_max
         "lru_r_max": ["1.5"],
-        "lru_max_len": ["0"],
-        "lru_num_blocks": ["0"],
         "num_epochs": ["0", "1.5"],
-        "early_stopping_patience": ["0"],
         "train_batch_size": ["-1"],
-        "val_batch_size": ["0"],
-        "test_batch_size": ["0"],
-        "encoder_batch_size": ["0"],
-        "encoder_workers": ["-1"],
-        "encoder_precision": ["int8"],
         "lr": ["0.0", "nan", "inf", "fast"],
-        "adam_epsilon": ["0.0"],
         "weight_decay": ["-0.01"],
-        "max_grad_norm": ["nan"],
-        "warmup_steps": ["-1"],
         "seed": ["-1", str(2**64)],
         "best_metric": ["NDCG@0", "NDCG@010", "NDCG@ten", "HR@10", "NDCG", ""],
         "optimizer": ["sgd"],
-        "mrl_loss": ["max"],
         "preset": ["minus"],
-        "item_embedding": ["-1"],
         "item_attributes": [""],
-        "dropout_from": ["-1"],
-        "ema_decay": ["1"],
         "distill": ["1.1", "-0.5", "nan"],
-        "device": ["tpu"],
         "model_code": ["bert4rec"],
-        "num_heads": ["0"],
         "use_img_encoder": ["maybe"],
         "enable_lr_schedule": [""],
     }.items(),
@@ -199,21 +169,16 @@ def test_a_bad_value_is_refused_by_its_flag_and_value(capsys, flag, values):
     ("argv", "message"),
     [
         ("--model_code=sasrec --use_img_encoder", "--use_img_encoder: sasrec uses item ids only"),
-        ("--model_code=itemknn --use_language_encoder", "--use_language_encoder: itemknn uses item ids only"),
         ("--model_code=lrurec --mrl_hidden_sizes=8,16", '--mrl_hidden_sizes "8,16": lrurec takes one size'),
         ("--model_code=popularity --mrl_hidden_sizes=64", "--mrl_hidden_sizes 64: popularity has no size"),
         ("--model_code=lrurec --preset=plus", "--preset plus needs --model_code fmrlrec, not lrurec"),
-        ("--model_code=sasrec --logit_scale", "--logit_scale True needs --model_code fmrlrec, not sasrec"),
         ("--model_code=sasrec --num_heads=3", "--num_heads 3 does not divide --mrl_hidden_sizes 64"),
         ("--item_embedding=4 --no-use_language_encoder --no-use_img_encoder", "--item_embedding needs an encoder or"),
         ("--whiten_features --no-use_language_encoder --no-use_img_encoder", "--whiten_features needs an encoder or"),
         ("--lru_r_min=0.3 --lru_r_max=0.2", "--lru_r_min 0.3 --lru_r_max 0.2"),
         ("--lru_droput=0.3", "unknown flag --lru_droput; did you mean --lru_dropout?"),
-        ("--lru_droput 0.3", "unknown flag --lru_droput; did you mean --lru_dropout?"),
-        ("--seed=1 --lerning_rate=1", "unknown flag --lerning_rate"),
         ("--no-use_img_encodr", "unknown flag --no-use_img_encodr; did you mean --no-use_img_encoder?"),
         ("--lru_drop=0.3", "unknown flag --lru_drop; did you mean --lru_dropout?"),  # abbreviations may change sense
-        ("--lr_rate=1", "unknown flag --lr_rate; did you mean --lr?"),
         ("--zzz", "unknown flag --zzz; --help lists them all"),
         ("beauty", "unknown flag beauty"),
     ],
@@ -265,7 +230,7 @@ def test_help_lists_every_flag_once_with_its_default_and_choices(help_text):
             assert f"--{name} {{{','.join(choices)}}}" in entry
 
 
-def test_help_groups_the_flags(help_text):
+def test_help_groups_the_flags_and_shows_the_settings_of_every_preset(help_text):
     sections = re.split(r"^(\w[\w ]*):\n", help_text, flags=re.MULTILINE)
     groups = {
         title: re.findall(r"^  --(\w+)", body, flags=re.MULTILINE)
@@ -273,12 +238,7 @@ def test_help_groups_the_flags(help_text):
     }
     assert {flag for flags in groups.values() for flag in flags} == FIELDS.keys()
     assert groups["beyond the paper"] == list(EXTENSIONS)
-    for title, flag in (("data", "data_root"), ("feature", "encoder_workers"), ("model", "lru_r_max"),
-                        ("training", "seed"), ("evaluation", "best_metric"), ("run", "use_wandb")):  # fmt: skip
-        assert flag in groups[title]
-
-
-def test_help_shows_the_settings_of_every_preset(help_text):
+    assert {"data", "feature", "model", "training", "evaluation", "run"} <= groups.keys()
     for name, preset in (PRESETS | MODEL_PRESETS | {"plus": NAMED_PRESETS["plus"]}).items():
         [line] = re.findall(rf"^  {name}: (.*(?:\n    .*)*)", help_text, flags=re.MULTILINE)
         assert [pair.split()[0] for pair in " ".join(line.split()).split(", ")] == list(preset)
@@ -408,7 +368,3 @@ def test_a_setting_changes_what_is_trained(base_weights, name):
     if name == "language_encoder":
         changed["language_encoder"] = str(Path("bert").resolve())
     assert weights(**changed) != base_weights
-
-
-def test_the_same_settings_train_the_same_weights(base_weights):
-    assert weights() == base_weights

@@ -253,9 +253,8 @@ def test_every_other_command_of_the_pages_runs(clone, export, monkeypatch):
     side_by_side([trainings[::2], trainings[1::2]], clone)
 
 
-@pytest.mark.parametrize("start", RUN_BY)
-def test_a_command_that_another_file_runs_is_there(start):
-    file, written = RUN_BY[start]
+@pytest.mark.parametrize(("start", "file", "written"), [(start, *by) for start, by in RUN_BY.items()])
+def test_a_command_that_another_file_runs_is_there(start, file, written):
     assert any(command.startswith(start) for command in commands())
     assert written in (REPOSITORY / file).read_text(encoding="utf-8")
 
@@ -372,17 +371,14 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
-        if target.startswith("https://"):
-            continue
-        name, _, anchor = target.partition("#")
-        file = (REPOSITORY / page).parent / name if name else REPOSITORY / page
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
-
-
-def test_the_readme_is_short_and_links_every_page():
+def test_the_readme_is_short_and_links_every_page_and_every_link_leads_somewhere():
     assert len(README.splitlines()) <= 160
     assert all(f"({page}" in README for page in PAGES if page != "README.md")
+    links = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)]+)\)", text)]
+    for page, link in links:
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        file = (REPOSITORY / page).parent / name if name else REPOSITORY / page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), link

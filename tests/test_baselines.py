@@ -62,9 +62,6 @@ TRAINED = ["sasrec", "lrurec", "gru4rec"]
 trained = pytest.mark.parametrize("name", TRAINED)
 
 
-# ------------------------------------------------------------------------------------------------------- the equations
-
-
 def test_sasrec_is_the_equations_of_its_docstring(monkeypatch):
     monkeypatch.setattr(sasrec, "ROWS", 2)  # attention in chunks
     model = a_model("sasrec")
@@ -119,9 +116,6 @@ def test_gru4rec_is_torchs_gru_layer_by_layer():
     torch.testing.assert_close(model.encode(x, position, longest), h)
 
 
-# ----------------------------------------------------------------------------------------------------- packed histories
-
-
 @trained
 @pytest.mark.parametrize("num_blocks", [1, 2])
 def test_a_packed_history_is_encoded_as_alone_and_at_some_tokens_as_at_all(name, num_blocks):
@@ -131,9 +125,6 @@ def test_a_packed_history_is_encoded_as_alone_and_at_some_tokens_as_at_all(name,
     torch.testing.assert_close(model.encode(x, position, longest), alone)
     torch.testing.assert_close(model.encode(x, position, 16), alone)  # longest may be larger
     torch.testing.assert_close(model.encode(x, position, longest, at=at), alone[at])
-
-
-# ----------------------------------------------------------------------------------------------------------- training
 
 
 @trained
@@ -168,22 +159,6 @@ def test_settings_reach_a_baseline(name):
         assert block.lru.B_bias_re is None and modulus.min() > 0.599 and modulus.max() < 0.611
 
 
-@trained
-def test_training_learns_what_comes_next(name):
-    model = make_model(name, dim=16, lru_dropout=0.1, lru_attn_dropout=0.1)
-    settings = TrainingSettings(precision="bf16" if name == "sasrec" else "fp32")
-    step = Step(model, torch.optim.AdamW(model.parameters(), lr=0.03, fused=True), settings)
-    first = torch.randint(1, NUM_ITEMS + 1, (16, 1))
-    rows = (first + torch.arange(6) * 3 - 1) % NUM_ITEMS + 1  # 3 further each time, round and round
-    tokens, labels, position = rows[:, :-1].flatten(), rows[:, 1:].flatten(), torch.arange(5).repeat(16)
-    batch = Batch(tokens, labels, position, 5, (0, 80), torch.tensor(80))
-    losses = [step(batch).item() for _ in range(90)]
-    assert losses[0] > 2 and losses[-1] < 0.5
-
-
-# ----------------------------------------------------------------------------------------------------------- counting
-
-
 def test_itemknn_ranks_by_the_shrunk_cosine_with_the_last_item_then_by_popularity():
     generator = torch.Generator().manual_seed(0)
     users = torch.randint(0, 30, (200,), generator=generator).sort().values
@@ -204,8 +179,6 @@ def test_itemknn_ranks_by_the_shrunk_cosine_with_the_last_item_then_by_popularit
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     assert torch.equal(other.scores(torch.arange(15)), scores)
 
-
-# ----------------------------------------------------------------------------------------------------------------- runs
 
 TINY = "--dataset_code tiny --device cpu --lr 0.01 --warmup_steps 1 --train_batch_size 8 --lru_num_blocks 1"
 COUNTED = {"popularity": Popularity, "itemknn": ItemKNN}
@@ -278,8 +251,6 @@ def test_all_training_items_are_counted_however_old_and_validated_with_the_histo
     kept, masked = (read_log(run)[0]["val"]["1"] for run in (kept, masked))
     assert masked["Recall@50"] >= kept["Recall@50"] and masked["NDCG@10"] > kept["NDCG@10"]
 
-
-# --------------------------------------------------------------------------------- the examples of model/README.md
 
 PAGE = (Path(__file__).parents[1] / "model/README.md").read_text(encoding="utf-8").partition("## Extend it")[2]
 BLOCKS = dict(re.findall(r"^### (.*?)\n.*?^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))

@@ -44,9 +44,6 @@ def help_text(capsys) -> str:
     return capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------------------------- precedence
-
-
 @pytest.mark.parametrize(
     ("argv", "name", "value", "source"),
     [
@@ -94,9 +91,6 @@ def test_a_preset_sets_values_of_their_types_on_any_dataset(name, dataset):
         assert (getattr(config, setting), sources[setting]) == (value, "preset")
     if flag == "model_code":
         assert (config.branch, run_label(config), len(config.mrl_hidden_sizes)) == ("id", name, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------- flags
 
 
 @pytest.mark.parametrize("name", ["use_img_encoder", "use_wandb"])  # one that is on by default, one that is off
@@ -188,35 +182,35 @@ def test_flags_that_contradict_or_are_unknown_are_refused(capsys, argv, message)
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "printed"),
-    [(InputError("no such thing"), 2, "error: no such thing\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+    ("processes", "error", "status", "waited", "printed"),
+    [
+        ("1", InputError("no such thing"), 2, [], "error: no such thing\n"),
+        ("1", KeyboardInterrupt(), 130, [], "interrupted\n"),
+        ("2", InputError("bad"), 2, [10], "error: bad\n"),  # rank 1 waits for the message of rank 0
+        ("2", KeyboardInterrupt(), 130, [], ""),
+    ],
 )
-def test_a_script_ends_with_one_line_on_stderr(monkeypatch, capsys, error, status, printed):
+def test_a_script_ends_with_one_line_on_stderr(monkeypatch, capsys, processes, error, status, waited, printed):
     def main():
         raise error
 
-    monkeypatch.setenv("RANK", "1")  # a process on its own prints and does not wait for others, whatever its rank
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits for others"))
+    for name, value in {"WORLD_SIZE": processes, "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    sleeps = []
+    monkeypatch.setattr("time.sleep", sleeps.append)
     with pytest.raises(SystemExit) as stopped:
         run_cli(main)
-    assert (stopped.value.code, *capsys.readouterr()) == (status, "", printed)
+    assert (stopped.value.code, sleeps, *capsys.readouterr()) == (status, waited, "", printed)
 
 
 def test_a_switch_of_a_script_is_spelled_as_a_setting_is(capsys):
     parser = Parser()
     add_switch(parser, "alone", "help")
-    for argv in ("", "--alone=false", "--alone --no-alone"):
-        assert parser.parse_args(argv.split()).alone is False
-    for argv in ("--alone", "--alone=true"):
-        assert parser.parse_args(argv.split()).alone is True
-    for word in ("--alon", "--alone_", "--no-alon"):
-        with pytest.raises(SystemExit):
-            parser.parse_args([word])
-        assert f"unknown flag {word}; did you mean --" in capsys.readouterr().err
-
-
-# ----------------------------------------------------------------------------------------------------------------- help
+    found = [parser.parse_args(argv.split()).alone for argv in ("", "--alone --no-alone", "--alone", "--alone=true")]
+    assert found == [False, False, True, True]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--no-alon"])
+    assert "unknown flag --no-alon; did you mean --" in capsys.readouterr().err
 
 
 def test_help_lists_every_flag_once_with_its_default_and_choices(help_text):
@@ -250,23 +244,20 @@ MODULES = ("datasets.prepare", "experiments.run", "experiments.report", "experim
 
 
 def test_help_does_not_wait_for_heavy_libraries():
-    code = (
-        "import runpy, sys\n"
-        f"for name in {(*SCRIPTS, *MODULES)!r}:\n"
-        "    sys.argv = [name, '--help']\n"
-        "    try:\n"
-        "        (runpy.run_path if '.py' in name else runpy.run_module)(name, run_name='__main__')\n"
-        "    except SystemExit as stopped:\n"
-        "        assert not stopped.code, name\n"
-        "    heavy = {'torch', 'transformers', 'open_clip', 'matplotlib', 'wandb', 'pandas'} & sys.modules.keys()\n"
-        "    assert not heavy, f'{name} imports {heavy}'\n"
-    )
+    code = f"""
+import runpy, sys
+for name in {(*SCRIPTS, *MODULES)!r}:
+    sys.argv = [name, '--help']
+    try:
+        (runpy.run_path if '.py' in name else runpy.run_module)(name, run_name='__main__')
+    except SystemExit as stopped:
+        assert not stopped.code, name
+    heavy = {{'torch', 'transformers', 'open_clip', 'matplotlib', 'wandb', 'pandas'}} & sys.modules.keys()
+    assert not heavy, f'{{name}} imports {{heavy}}'
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--help") >= len(SCRIPTS) + len(MODULES)
-
-
-# ---------------------------------------------------------------------------------------------------------------- saved
 
 
 def test_settings_come_back_from_json_as_they_were():
@@ -301,8 +292,6 @@ def test_a_bad_saved_setting_is_refused_by_name(saved, problem):
         read_settings({"seed": 1} | saved)
 
 
-# -------------------------------------------------------------------------------------------------------------- effects
-
 BASE = {
     "dataset_code": "tiny", "language_encoder": "lexical", "img_encoder": "pixel", "mrl_hidden_sizes": (2, 4),
     "num_epochs": 2, "lru_num_blocks": 1, "lr": 0.01, "warmup_steps": 1, "train_batch_size": 8, "device": "cpu",
@@ -325,16 +314,13 @@ ELSEWHERE = {
 }  # fmt: skip
 RUNTIME = {
     "data_root", "features_root", "runs_root", "device", "use_wandb", "encoder_batch_size", "encoder_workers",
-    "val_batch_size",
-    "test_batch_size", "metric_ks", "test", "save_every_minutes",
+    "val_batch_size", "test_batch_size", "metric_ks", "test", "save_every_minutes",
 }  # fmt: skip
 
 
 def test_every_setting_is_read_and_is_runtime_or_changes_the_training():
     rooms = ("config.py", "common", "datasets", "dataloader", "model", "trainer", "train.py", "eval.py")
-    paths = [
-        p for room in rooms for p in (REPOSITORY.glob(room) if ".py" in room else (REPOSITORY / room).rglob("*.py"))
-    ]
+    paths = [path for room in rooms for path in REPOSITORY.glob(room if ".py" in room else f"{room}/**/*.py")]
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     assert FIELDS.keys() <= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert {name for name in FIELDS if is_runtime(Config, name)} == RUNTIME
@@ -357,7 +343,9 @@ def base_weights(tmp_path_factory):
     write_tiny_bert(folder / "bert")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        yield weights()
+        found = weights()
+        assert weights() == found
+        yield found
 
 
 @pytest.mark.parametrize("name", CHANGED)

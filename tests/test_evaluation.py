@@ -19,7 +19,7 @@ from model import FMRLRec, slice_model
 from model.baselines.counting import Popularity
 from tests.made_up import as_sequences, with_random_weights
 from trainer import evaluation, testing
-from trainer.evaluation import candidates, evaluate, rank_targets, rank_targets_alone
+from trainer.evaluation import candidates, evaluate, rank_targets
 from trainer.exact import count_ahead, exact_scores, longest_row, on_grid
 from trainer.list_metrics import list_metrics_of_sizes, top_items
 from trainer.metrics import ranking_metrics, target_ranks
@@ -52,28 +52,30 @@ def metrics_of(model, rows, batch_size=4, mask_history=False):
     return evaluate(model, rows, sizes=SIZES, batch_size=batch_size, ks=KS, mask_history=mask_history)
 
 
+def plain_scores(model, table, known):
+    """Return the scores [M, N+1] of what follows a history, at every size."""
+    read = torch.as_tensor(known[-MAX_LEN:])
+    z = model.encode(table[read], torch.arange(len(read)), len(read))[-1].detach()
+    return torch.stack([table[:, :m] @ z[:m] for m in SIZES])
+
+
 def plain_metrics(model, sequences, part, mask_history):
-    """size -> metrics, from the scores of one user at a time in float64."""
+    """Return size -> metrics, from the scores of one user at a time in float64."""
     model = copy.deepcopy(model).double().eval()
     table = model.item_table().detach()
-    results = {}
-    for m in SIZES:
-        sums = dict.fromkeys([f"{metric}@{k}" for k in KS for metric in ("Recall", "NDCG", "MRR")], 0.0)
-        for v in sequences:
-            known = v[:-2] if part == "val" else v[:-1]
-            target = v[len(known)]
-            read = torch.tensor(known[-MAX_LEN:])
-            z = model.encode(table[read], torch.arange(len(read)), len(read))[-1].detach()
-            scores = (table[:, :m] @ z[:m]).tolist()
-            shown = [i for i in range(1, NUM_ITEMS + 1) if i == target or not (mask_history and i in known)]
-            rank = sorted(shown, key=lambda item: -scores[item]).index(target) + 1
+    sums = {m: dict.fromkeys([f"{metric}@{k}" for k in KS for metric in ("Recall", "NDCG", "MRR")], 0.0) for m in SIZES}
+    for v in sequences:
+        known = v[:-2] if part == "val" else v[:-1]
+        target = v[len(known)]
+        shown = [i for i in range(1, NUM_ITEMS + 1) if i == target or not (mask_history and i in known)]
+        for m, scores in zip(SIZES, plain_scores(model, table, known).tolist(), strict=True):
+            rank = sorted(shown, key=lambda item, scores=scores: -scores[item]).index(target) + 1
             for k in KS:
                 if rank <= k:
-                    sums[f"Recall@{k}"] += 1
-                    sums[f"NDCG@{k}"] += 1 / math.log2(rank + 1)
-                    sums[f"MRR@{k}"] += 1 / rank
-        results[m] = {name: total / len(sequences) for name, total in sums.items()}
-    return results
+                    sums[m][f"Recall@{k}"] += 1 / len(sequences)
+                    sums[m][f"NDCG@{k}"] += 1 / math.log2(rank + 1) / len(sequences)
+                    sums[m][f"MRR@{k}"] += 1 / rank / len(sequences)
+    return sums
 
 
 @pytest.mark.parametrize(
@@ -190,20 +192,6 @@ def test_evaluation_drops_nothing_out_and_leaves_the_model_in_its_mode():
     assert not model.training
 
 
-@pytest.mark.parametrize("mask_history", [False, True])
-def test_every_slice_alone_ranks_as_the_shared_pass_does_in_the_order_of_sizes(mask_history):
-    model, rows = random_model().eval(), rows_of(random_sequences())
-    how = {"sizes": SIZES, "batch_size": 7, "mask_history": mask_history}
-    shared, alone = rank_targets(model, rows, **how), rank_targets_alone(model, rows, **how)
-    assert list(shared) == list(alone) == list(SIZES)
-    for m in SIZES:
-        torch.testing.assert_close(alone[m], shared[m], rtol=0, atol=0)
-
-
-def a_batch():
-    return next(eval_batches(rows_of(random_sequences()), 8, torch.device("cpu")))
-
-
 @pytest.mark.parametrize("damage", ["absent", "cut short", "pickled"])
 def test_ranks_are_kept_to_any_cut_off_and_named_if_they_cannot_be_read(tmp_path, damage):
     path = tmp_path / "test_ranks.npz"
@@ -236,7 +224,8 @@ def test_ranks_share_the_groups_of_users_out_and_some_may_have_none(monkeypatch,
     assert metrics_of(model, rows) == expected
 
 
-# ------------------------------------------------------------------------------------------------- the test of a run
+def a_batch():
+    return next(eval_batches(rows_of(random_sequences()), 8, torch.device("cpu")))
 
 
 @pytest.fixture
@@ -289,24 +278,16 @@ def test_list_metrics_and_every_users_rank_up_to_the_largest_cut_off_are_saved(s
         assert np.isinf(saved[m][~near]).all()
 
 
-# -------------------------------------------------------------------------------------------------------- list metrics
-
-
 @pytest.mark.parametrize("mask_history", [False, True])
 def test_recommended_lists_are_the_items_of_highest_score(sequences, mask_history):
     model, rows = random_model().eval(), eval_rows(sequences, MAX_LEN, "test")
     found = top_items(model, rows, 5, mask_history)
-    table = model.item_table()
     for user in range(len(sequences)):
         history = sequences.of(user)[:-1]
-        read = torch.as_tensor(history[-MAX_LEN:])
-        z = model.encode(table[read], torch.arange(len(read)), len(read))[-1]
-        for m in SIZES:
-            scores = table[:, :m] @ z[:m]
-            scores[0] = -torch.inf
-            if mask_history:
-                scores[history] = -torch.inf
-            assert found[m][user].tolist() == scores.argsort(descending=True)[:5].tolist()
+        scores = plain_scores(model, model.item_table().detach(), history)
+        scores[:, [0, *history] if mask_history else 0] = -torch.inf
+        for m, expected in zip(SIZES, scores.argsort(descending=True), strict=True):
+            assert found[m][user].tolist() == expected[:5].tolist()
 
 
 def test_list_metrics_follow_their_definitions(sequences):
@@ -338,9 +319,6 @@ def test_list_metrics_need_features_for_diversity_and_a_cut_off_within_the_catal
     assert metrics["ARP@5"] == pytest.approx(counts[1:].sort(descending=True).values[:5].double().mean().item())
 
 
-# ------------------------------------------------------------------------------------------------------ exact scores
-
-
 def random_vectors(*shape, seed=0):
     """Vectors of very different lengths, with values of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
@@ -363,27 +341,19 @@ def ranks_by_counting(z, rows, targets, rounding=0.0, chunk=5):
     return 1 + counts[0] + counts[1] / 2
 
 
-@pytest.mark.parametrize("dim", [1, 8, 100, 512, 1024])
+@pytest.mark.parametrize(("dim", "bits"), [(1, 22), (8, 22), (512, 22), (1024, 21)])
 @pytest.mark.parametrize("alike", [False, True], ids=["of all sizes", "with the largest sums"])
-def test_scores_of_vectors_on_the_grid_are_exact_in_any_order(dim, alike):
+def test_vectors_are_rounded_to_their_bits_and_scores_are_exact_in_any_order(dim, bits, alike):
     torch.manual_seed(0)
-    z, rows = on_grid(random_vectors(3, dim)), on_grid(random_vectors(3, dim, seed=1))
-    if alike:
-        z, rows = (on_grid(1 - torch.rand(3, dim) / 100) for _ in range(2))
+    vectors = [1 - torch.rand(3, dim) / 100 if alike else random_vectors(3, dim, seed=seed) for seed in (0, 1)]
+    z, rows = map(on_grid, vectors)
+    assert ((z - vectors[0]).abs() <= z.abs().amax(dim=1, keepdim=True) * 2**-bits).all()
     pairs = zip(z.tolist(), rows.tolist(), strict=True)
     expected = [sum(Fraction(a) * Fraction(b) for a, b in zip(*pair, strict=True)) for pair in pairs]
     order = torch.randperm(dim)
     product = (z.double() @ rows.double().T).diag()
     for found in (exact_scores(z, rows), exact_scores(z[:, order], rows[:, order]), product):
         assert [Fraction(score) for score in found.tolist()] == expected
-
-
-@pytest.mark.parametrize(("dim", "bits"), [(8, 22), (512, 22), (1024, 21)])
-def test_the_grid_is_as_fine_as_the_bits_say(dim, bits):
-    x = random_vectors(50, dim)
-    largest = x.abs().amax(dim=1, keepdim=True)
-    assert ((on_grid(x) - x).abs() <= largest * 2**-bits).all()
-    assert torch.equal(on_grid(on_grid(x)), on_grid(x))
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-6, 0.0], ids=["far apart", "within rounding", "equal"])
@@ -399,21 +369,6 @@ def test_counted_ranks_are_those_of_all_exact_scores(spread, rounding):
     expected = target_ranks(z.double() @ rows.double().T, targets)
     assert ranks_by_counting(z, rows, targets, rounding).tolist() == expected.tolist()
     assert (expected % 1 == 0.5).any()
-
-
-@pytest.mark.parametrize(
-    ("rows", "ranks"),
-    [
-        ([[0.0, 1.0], [NAN, 0.0], [2.0, 2.0], [0.0, 0.0]], [3, 5, 2, 4]),  # not a number: ahead, and last as a target
-        ([[0.0, -INF], [INF, 0.0], [1.0, INF], [3.0, 0.0]], [4, 1.5, 1.5, 3]),  # infinite scores tie
-    ],
-)
-def test_counted_ranks_of_scores_that_are_not_finite(rows, ranks):
-    z, rows = on_grid(torch.ones(1, 2)), on_grid(torch.tensor(rows))
-    assert [ranks_by_counting(z, rows, torch.tensor([target])).item() for target in range(4)] == ranks
-
-
-# ---------------------------------------------------------------------------------------------------------- metrics
 
 
 def ranks_by_sorting(scores, targets):

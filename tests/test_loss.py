@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample, sampled_matryoshka_cross_entropy
 from model.fast import logits
-from model.fast.cross_entropy import columns_multiplied_out
 from model.items import Factors
 from model.loss import LOSSES
 
@@ -68,9 +67,6 @@ def hold(monkeypatch, case, positions):
     monkeypatch.setattr(logits, "CHUNK_BYTES", positions * columns * len(sizes) * z.itemsize)
 
 
-# ----------------------------------------------------------------------------------------------------------- the twins
-
-
 @pytest.mark.parametrize(
     ("shape", "objective", "held", "dtype", "tolerance"),
     [
@@ -115,9 +111,6 @@ def test_large_logits_give_a_finite_loss_and_finite_gradients(kind):
     assert all(part.isfinite().all() for part in found)
 
 
-# ---------------------------------------------------------------------------------------------------------- definitions
-
-
 def test_the_loss_is_the_sum_or_mean_of_the_cross_entropies_of_the_sizes():
     (z, table, labels, sizes), _ = random_case("table")
     of = [F.cross_entropy((z[:, :m] @ table[:, :m].T)[labels > 0], labels[labels > 0]) for m in sizes]
@@ -151,9 +144,6 @@ def test_wrong_sizes_and_an_unknown_reduction_are_refused(kind):
             loss(z, table, labels, sizes, reduction="max")
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
 class LargestTensor(TorchDispatchMode):
     """Record the number of elements of the largest tensor."""
 
@@ -179,14 +169,6 @@ def test_memory_holds_the_logits_of_one_chunk_of_positions(monkeypatch):
     assert found == {"fast": buffers * (num_items + 1), "plain": positions * (num_items + 1)}
 
 
-@pytest.mark.parametrize(
-    ("positions", "width", "embedded", "expected"),
-    [(1, 9, 0, 0), (6, 4, 2, 2), (18, 16, 0, 8), (18, 16, 16, 16), (60, 30, 0, 16)],
-)
-def test_columns_are_multiplied_out_if_that_costs_fewer_multiplications(positions, width, embedded, expected):
-    assert columns_multiplied_out(positions, width, (2, 8, 16), embedded) == expected
-
-
 def test_buffers_are_reused_on_the_cpu_only_and_serve_inference_and_later_training(monkeypatch):
     monkeypatch.setattr(logits, "_buffers", {})
     logits.reused_buffer((2, 3), torch.float32, torch.device("meta"))
@@ -197,9 +179,6 @@ def test_buffers_are_reused_on_the_cpu_only_and_serve_inference_and_later_traini
     with torch.inference_mode():
         loss = LOSSES["fast"](*case)
     assert value_and_gradients(LOSSES["fast"], case, leaves)[0] == loss
-
-
-# ---------------------------------------------------------------------------------------------- scales and distillation
 
 
 def test_distillation_targets_the_largest_sizes_scaled_softmax_without_a_gradient_to_it():
@@ -213,9 +192,6 @@ def test_distillation_targets_the_largest_sizes_scaled_softmax_without_a_gradien
     torch.testing.assert_close(losses, torch.stack([0.75 * own + 0.25 * taught, largest]))
     by_large, expected = (torch.autograd.grad(loss, large)[0] for loss in (losses.sum(), largest))
     torch.testing.assert_close(by_large, expected)
-
-
-# -------------------------------------------------------------------------------------------------- the sampled softmax
 
 
 def test_draws_follow_the_distribution_and_never_include_token_0():
@@ -245,13 +221,3 @@ def test_many_draws_give_the_loss_and_gradients_of_the_whole_catalogue():
     exact = sum(F.cross_entropy(z[:, :m] @ table[1:, :m].T, labels - 1) for m in sizes)
     for s, e in zip(*([loss, *torch.autograd.grad(loss, (z, table))] for loss in (sampled, exact)), strict=True):
         assert (s - e).abs().max() <= 0.04 * e.abs().max()
-
-
-def test_in_bfloat16_a_labels_own_logit_and_its_gradient_stay_in_float32():
-    (z, sample, labels, sizes), _ = random_case("sample", dtype=torch.float32, products=torch.bfloat16)
-    own = sample.own.detach().requires_grad_()
-    loss = sampled_matryoshka_cross_entropy(z, sample._replace(own=own), labels, sizes[-1:])
-    (gradient,) = torch.autograd.grad(loss, own)
-    assert gradient.dtype == torch.float32
-    cosine = F.cosine_similarity(gradient.double(), z.double(), dim=1)[labels > 0]  # the gradient is a multiple of z
-    assert (cosine + 1).abs().max() < 1e-9

@@ -24,9 +24,6 @@ NUM_ITEMS, TEXT_WIDTH, IMAGE_WIDTH = 30, 7, 4
 CPU = torch.device("cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------- the oracle
-
-
 def oracle_item_table(w, features):
     """E = concat(E_lang, E_img) W_proj + b; token 0 has no features. Or a learned table."""
     if features is None:
@@ -119,9 +116,6 @@ def oracle_training_tensors(sequences, length=MAX_LEN):
     return tokens, labels
 
 
-# ---------------------------------------------------------------------------------------- the model, and what it reads
-
-
 def random_sequences(seed=0):
     """Sequences of training lengths 1, 2, 9, and all around MAX_LEN."""
     random = np.random.default_rng(seed)
@@ -142,9 +136,6 @@ def random_model(branch, num_blocks=2, use_bias=True, p=0.0, dtype=torch.float64
 def weights_of(model):
     """name -> a copy of the weight for the oracle, which requires a gradient."""
     return {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
-
-
-# ----------------------------------------------------------------------------------------------------------- the tests
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import torch
 
 import eval as eval_script
 import train
-from common import cli
 from common.devices import cpu_name, resolve_device
 from common.errors import InputError
 from tests.prepared import cut_off_after, write_prepared
@@ -209,23 +208,6 @@ def test_a_run_that_another_process_trains_is_refused_on_both_and_no_thread_outl
         assert re.match(r"InputError another process is training \S+-faithful-two; wait for it", rank["said"])
     for threads in outcome(folder, "threads"):
         assert threads and not [name for name in threads if "gloo" in name]
-
-
-@pytest.mark.parametrize(
-    ("error", "waited", "said"), [(InputError("bad"), [10], "error: bad\n"), (KeyboardInterrupt, [], "")]
-)
-def test_other_ranks_leave_the_message_to_the_first(monkeypatch, capsys, error, waited, said):
-    def main():
-        raise error
-
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    sleeps = []
-    monkeypatch.setattr(cli.time, "sleep", sleeps.append)
-    with pytest.raises(SystemExit):
-        cli.run_cli(main)
-    assert sleeps == waited
-    assert capsys.readouterr().err == said
 
 
 def test_every_process_of_a_machine_has_its_own_gpu(monkeypatch):

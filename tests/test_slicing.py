@@ -84,8 +84,6 @@ def test_an_untrained_size_is_refused_with_the_trained_ones(size):
         slice_model(slice_model(random_model((3, 8, 20)), 8), size)
 
 
-# ----------------------------------------------------------------------------------------------- all extensions at once
-
 PLUS_SIZES, SIZE, ITEMS = (2, 4, 8), 4, 40
 EVERYTHING = (
     "--dataset_code tiny --language_encoder lexical --img_encoder pixel --preset plus --dropout_from 2 --device cpu "

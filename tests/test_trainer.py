@@ -324,8 +324,6 @@ def test_the_average_shares_the_frozen_features_and_their_whitening_with_the_mod
     assert not {id(parameter) for parameter in average.parameters()} & {id(p) for p in model.parameters()}
 
 
-# ------------------------------------------------------------------------------------------------------------ one step
-
 NUM_ITEMS, STEP_SIZES = 50, (4, 8, 16)
 
 
@@ -369,27 +367,32 @@ def recorder():
 
 @pytest.mark.parametrize(
     ("precision", "features", "negatives"),
-    [("fp32", True, 20), ("fp32", False, 0), ("tf32", True, 0), ("bf16", True, 20), ("bf16", False, 0)],
+    [
+        ("fp32", True, 20),
+        ("fp32", False, 0),
+        ("bf16", True, 20),
+        ("bf16", False, 0),
+        ("bf16", True, 0),
+    ],
 )
-def test_every_precision_learns_and_keeps_float32_weights(precision, features, negatives):
-    batches = [batch for number in range(4) for batch in loader().epoch(number)]
-    step = make_step(precision, negatives, features)
-    losses, weights = run(step, batches)
+def test_every_precision_learns_by_products_of_its_type_and_keeps_float32_weights(precision, features, negatives):
+    step, products = make_step(precision, negatives, features), []
+    true = step.loss
+
+    def watched(z, table, *arguments, **options):
+        products.append((table.drawn if negatives else getattr(table, "features", table)).dtype)
+        assert not torch.is_autocast_enabled("cpu")
+        return true(z, table, *arguments, **options)
+
+    step.loss = watched
+    losses, weights = run(step, [batch for number in range(4) for batch in loader().epoch(number)])
     assert sum(losses[-8:]) < 0.99 * sum(losses[:8])
+    assert set(products) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
     assert all(state["exp_avg"].dtype == torch.float32 for state in step.optimizer.state.values())
 
 
-def test_a_step_leaves_nothing_of_its_batch_in_the_model_and_its_loss():
-    step = make_step()
-    for batch in loader().epoch(1):
-        loss = step(batch)
-    assert loss.ndim == 0 and loss.grad_fn is None and not loss.requires_grad
-    dropouts = [layer for layer in step.model.modules() if isinstance(layer, Dropout)]
-    assert dropouts and all(layer.share is None for layer in dropouts)
-
-
-def test_tf32_is_asked_for_within_a_step_and_not_after_it(monkeypatch):
+def test_a_step_asks_for_tf32_within_it_alone_and_leaves_nothing_of_its_batch(monkeypatch):
     asked, true, cuda = [], FMRLRec.encode, torch.backends.cuda.matmul
 
     def encode(*arguments):
@@ -400,7 +403,10 @@ def test_tf32_is_asked_for_within_a_step_and_not_after_it(monkeypatch):
     monkeypatch.setattr(FMRLRec, "encode", encode)
     (batch, *_) = loader().epoch(1)
     for precision in ("fp32", "tf32", "bf16"):
-        make_step(precision)(batch)
+        step = make_step(precision)
+        loss = step(batch)
+        assert loss.ndim == 0 and loss.grad_fn is None and not loss.requires_grad
+        assert all(layer.share is None for layer in step.model.modules() if isinstance(layer, Dropout))
         assert torch.get_float32_matmul_precision() == "highest" and cuda.allow_bf16_reduced_precision_reduction
     assert asked == ["highest", "high", "highest"]
 
@@ -441,23 +447,6 @@ def test_batches_of_one_size_but_longer_histories_are_recorded_anew_and_none_is_
             assert torch.equal(getattr(batch, name), getattr(same, name))
 
 
-@pytest.mark.parametrize(("features", "negatives"), [(True, 0), (False, 0), (True, 20)])
-@pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_products_of_the_loss_are_computed_in_the_precision(monkeypatch, precision, expected, negatives, features):
-    found = []
-    step, (batch, *_) = make_step(precision, negatives, features), loader().epoch(1)
-    true = step.loss
-
-    def watched(z, table, *arguments, **options):
-        products = table.drawn if negatives else getattr(table, "features", table)
-        found.append((products.dtype, torch.is_autocast_enabled("cpu")))
-        return true(z, table, *arguments, **options)
-
-    monkeypatch.setattr(step, "loss", watched)
-    step(batch)
-    assert found == [(expected, False)]
-
-
 @pytest.mark.parametrize("negatives", [0, 20])
 @pytest.mark.parametrize(("precision", "plus"), [("fp32", False), ("bf16", False), ("bf16", True)])
 def test_nothing_in_a_step_asks_for_a_number_that_a_gpu_would_have_to_finish(monkeypatch, precision, plus, negatives):
@@ -474,16 +463,9 @@ def test_nothing_in_a_step_asks_for_a_number_that_a_gpu_would_have_to_finish(mon
         if step.sampler:
             step.sampler.q, step.sampler._cumulative = fake(step.sampler.q), fake(step.sampler._cumulative)
         held = {n: fake(getattr(batch, n)) for n in ("tokens", "labels", "position", "num_labels")}
-        loss = torch.func.functional_call(_Loss(step), {f"model.{n}": fake(t) for n, t in named.items()},
-                                          (dataclasses.replace(batch, **held),))  # fmt: skip
+        module = torch.nn.Module()
+        module.model, module.forward = step.model, step.__call__
+        weights = {f"model.{n}": fake(t) for n, t in named.items()}
+        loss = torch.func.functional_call(module, weights, (dataclasses.replace(batch, **held),))
         with pytest.raises(DataDependentOutputException):
             loss.item()
-
-
-class _Loss(torch.nn.Module):
-    def __init__(self, step):
-        super().__init__()
-        self.step, self.model = step, step.model
-
-    def forward(self, batch):
-        return self.step(batch)

@@ -53,9 +53,6 @@ def recommender(features=None, **options):
     return FMRLRec(NUM_ITEMS, features, ModelSettings(**options))
 
 
-# -------------------------------------------------------------------------------------------------------- nested layers
-
-
 @pytest.mark.parametrize("sizes", [(20,), (3, 4, 11), (1, 7, 16, 39)])
 def test_an_output_reads_the_inputs_up_to_the_end_of_its_own_increment(sizes):
     ends = [next(m for m in sizes if output < m) for output in range(sizes[-1])]
@@ -128,8 +125,6 @@ def test_in_bfloat16_the_bands_err_no_more_than_twice_the_masked_weight(sizes):
         assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()
 
 
-# ------------------------------------------------------------------------------------------- the Linear Recurrent Unit
-
 scans = pytest.mark.parametrize("scan", [recurrence._scan_by_steps, recurrence._scan_by_doubling])  # CPU, GPU
 
 
@@ -185,9 +180,6 @@ def test_the_initialisation_is_finite_at_the_ends_of_a_uniform_draw(monkeypatch,
         assert all(part.isfinite().all() for part in ring_init(3, *ring))
 
 
-# ------------------------------------------------------------------------------------------------------- the item table
-
-
 def parts(*dtypes):
     """Return features of every item, one part per dtype, all exact in half precision."""
     return [drawn(NUM_ITEMS, w, seed=w).detach().half().to(dtype) for w, dtype in zip(WIDTHS, dtypes, strict=True)]
@@ -230,9 +222,6 @@ def test_factors_multiply_out_to_the_table_without_its_bias_and_join_features_on
     assert encoder.factors(torch.bfloat16).features.dtype == torch.bfloat16
     table = ItemEncoder(500, 64, None).factors(torch.float32)  # learned
     assert table.shape == (501, 64) and table.std().item() == pytest.approx(0.0176, rel=0.05)
-
-
-# ------------------------------------------------------------------------------------------------- the item embedding V
 
 
 def embedding_model(embedding=SIZES[-1]):
@@ -329,9 +318,6 @@ def test_an_embedding_is_updated_by_rows_if_the_softmax_is_sampled(items, update
     assert (sparse_rows(weight, settings, torch.device(device), sampled) is not None) == expected
 
 
-# ---------------------------------------------------------------------------------------------------- whitened features
-
-
 def features_of(items=200, width=12, rank=12, seed=0):
     """Return features [items, width] float64 of very different variances, far from the origin."""
     random = np.random.default_rng(seed)
@@ -386,9 +372,6 @@ def test_every_encoder_is_whitened_alone_and_its_transform_is_saved_with_the_wei
     small = slice_model(other, 4)
     assert small.items.whitening is other.items.whitening
     torch.testing.assert_close(small.item_table(), other.item_table()[:, :4])
-
-
-# ------------------------------------------------------------------------------------------ the recommender and dropout
 
 
 @pytest.mark.parametrize("post_norm", [True, False])

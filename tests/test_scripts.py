@@ -336,6 +336,7 @@ def test_an_unfinished_run_is_reported_not_kept_as_a_result_and_resumed_to_the_s
     leftover, foreign = cut / ".last.pt.abc.tmp", cut / ".test_metrics.json.abc.tmp"  # eval.py may be writing that
     for path in (leftover, foreign):
         path.touch()
+        os.utime(path, (0, 0))  # long ago
 
     monkeypatch.setattr(runs, "commit", lambda: "0123456789abcdef")
     assert train.main(["--resume", "latest"]) == cut
@@ -377,7 +378,7 @@ def test_a_log_line_of_an_epoch_without_checkpoint_is_dropped_on_resuming(run):
     assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2]
     for text in ('{"epoch": 1', "[]", '{"epoch": 2, "seconds": 1, "train_seconds": 1}'):
         (run / "log.jsonl").write_text(f"{lines.splitlines()[0]}\n{text}\n")
-        with pytest.raises(InputError, match=r"log\.jsonl:2 is damaged: not a JSON object with .*best_epoch.*; remove"):
+        with pytest.raises(InputError, match=r"log\.jsonl:2.*; remove"):
             train.main(["--resume", str(run)])
 
 

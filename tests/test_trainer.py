@@ -386,7 +386,7 @@ def test_every_precision_learns_by_products_of_its_type_and_keeps_float32_weight
 
     step.loss = watched
     losses, weights = run(step, [batch for number in range(4) for batch in loader().epoch(number)])
-    assert sum(losses[-8:]) < 0.99 * sum(losses[:8])
+    assert sum(losses[-8:]) < 0.995 * sum(losses[:8])
     assert set(products) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
     assert all(state["exp_avg"].dtype == torch.float32 for state in step.optimizer.state.values())

@@ -301,16 +301,17 @@ CHANGED = {
     "dataset_code": "other", "use_language_encoder": False, "item_attributes": ("brand",), "use_img_encoder": False,
     "language_encoder": "bert", "model_code": "sasrec", "mrl_hidden_sizes": (4, 8), "lru_max_len": 2,
     "lru_num_blocks": 2, "lru_dropout": 0.1, "lru_attn_dropout": 0.1, "lru_use_bias": False, "lru_r_min": 0.05,
-    "lru_r_max": 0.9, "seed": 9, "train_batch_size": 12, "num_epochs": 1, "precision": "bf16", "optimizer": "adam",
-    "lr": 0.02, "weight_decay": 0.3, "adam_epsilon": 1e-3, "max_grad_norm": 1e-4, "enable_lr_schedule": False,
-    "warmup_steps": 3, "mrl_loss": "mean", "embedding_dropout": False, "warmup_from_zero": False,
+    "lru_r_max": 0.9, "seed": 9, "train_batch_size": 12, "num_epochs": 1, "epoch_steps": 1, "precision": "bf16",
+    "optimizer": "adam", "lr": 0.02, "weight_decay": 0.3, "adam_epsilon": 1e-3, "max_grad_norm": 1e-4,
+    "enable_lr_schedule": False, "warmup_steps": 3, "mrl_loss": "mean", "embedding_dropout": False,
+    "warmup_from_zero": False,
     "loss": "plain", "first_item_label": False, "num_negatives": 7, "whiten_features": True, "item_embedding": 2,
     "post_norm": True, "dropout_from": 2, "logit_scale": True, "distill": 0.5, "ema_decay": 0.5, "preset": "plus",
 }  # fmt: skip
 # Do not change the weights of a short run: chosen, named, or tested elsewhere.
 ELSEWHERE = {
     "img_encoder", "encoder_precision", "num_heads", "early_stopping", "early_stopping_patience", "val_mask_history",
-    "best_metric", "run_name", "validate_untrained", "features", "init_from",
+    "best_metric", "run_name", "validate_untrained", "features", "init_from", "item_embedding_updates",
 }  # fmt: skip
 RUNTIME = {
     "data_root", "features_root", "runs_root", "device", "use_wandb", "encoder_batch_size", "encoder_workers",

@@ -20,7 +20,7 @@ HINT = "make it again with the press"
 @pytest.fixture
 def old(tmp_path) -> Path:
     """Return an existing file."""
-    path = tmp_path / "folder" / "numbers.txt"
+    path = tmp_path / "folder" / "[numbers].txt"
     write_text(path, "old")
     return path
 
@@ -59,12 +59,12 @@ def test_a_full_disk_leaves_the_old_file(old, monkeypatch, step):
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(InputError, match=r"numbers\.txt: No space .*; free space"),
+        pytest.raises(InputError, match=r"numbers\].txt: No space .*; free space"),
     ):
         patch.setattr(*step, full)
         write_text(old, "new")
     assert_untouched(old)
-    with pytest.raises(InputError, match=r"cannot write .*numbers\.txt/below\.txt"):
+    with pytest.raises(InputError, match=r"cannot write .*numbers\].txt/below\.txt"):
         write_text(old / "below.txt", "text")
 
 

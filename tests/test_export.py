@@ -454,7 +454,7 @@ SERVE = """
 import json, sys
 target, folder, products = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 sys.path.insert(0, target)
-for name in ("torch", "transformers", "tqdm", "serving", "common", "config", "datasets", "model", "trainer"):
+for name in ("torch", "transformers", "tqdm", "pandas", "onnx", "serving", "common", "config", "datasets", "model", "trainer"):
     sys.modules[name] = None  # cannot be imported
 import fmrlrec
 from fmrlrec import http

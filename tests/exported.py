@@ -12,7 +12,6 @@ from datasets.catalog import Catalog, load_catalog
 from model import FMRLRec
 from serving import Recommender
 from serving.export import export_size
-from serving.folder import Export, read_folder
 from tests.made_up import NEAR_1, made_up_catalog, random_model
 from tests.prepared import item_features, write_prepared
 
@@ -63,15 +62,6 @@ def write_export(
         overwrite=overwrite,
     )
     return folder
-
-
-def one_of_each_kind(folder: Path) -> dict[str, Export]:
-    """An export of one model in each kind of numbers: {"none": ..., "float16": ..., "int8": ...}."""
-    model = random_model((8, 16, 32), num_blocks=2, num_items=30, ring=NEAR_1)
-    return {
-        kind: read_folder(write_export(folder / kind, model, max_len=20, quantize=kind))
-        for kind in ("none", "float16", "int8")
-    }
 
 
 class Shop:

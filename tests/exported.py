@@ -118,18 +118,6 @@ class Shop:
             return (table @ self.model.encode(table[tokens], torch.arange(len(tokens)), len(tokens))[-1]).numpy()
 
 
-def write_shop_of_ids(folder: Path, shop: Shop, ids: list[str]) -> Path:
-    """Write an export whose items have these ids."""
-    model = random_model((4,), num_items=len(ids))
-    catalog = dataclasses.replace(shop.catalog, asins=ids, metadata=shop.catalog.metadata[: len(ids)])
-    return write_export(folder, model, catalog)
-
-
-def write_id_branch(folder: Path) -> Path:
-    """Write an export of a model without features."""
-    return write_export(folder, random_model((4, 12), num_items=N), max_len=MAX_LEN)
-
-
 def assert_same_answer(actual, expected, tolerance=1e-5):
     """Compare scores up to `tolerance` times the largest, and items unless their scores are as close."""
     unit = tolerance * np.abs(expected.scores).max()

@@ -103,29 +103,21 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_an_engines_steps_end_where_its_encoding_does(exported, name):
-    _, max_len, export = exported
-    engine = open_engine(export, name, threads=1)
-    table, history = engine.table(export), histories_of([max_len] * 3, max_len)
-    hidden = np.zeros((3, export.config["num_blocks"], 2, export.config["size"]), dtype=np.float32)
-    for t in range(max_len):
-        z, hidden = engine.step(history[:, t], hidden, table)
-    assert_close(by_item(engine.rank(z, table, *all_items(table))), ranking(engine, export, history))
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_an_export_scores_histories_of_every_length_as_the_model_does(exported, name):
+def test_an_export_scores_histories_of_every_length_and_steps_as_the_model_does(exported, name):
     model, max_len, export = exported
-    lengths = range(max_len + 1)
-    history = histories_of(lengths, max_len)
-    expected = []
+    history, expected = histories_of(range(max_len + 1), max_len), []
     with torch.no_grad():
         table = model.item_table()
-        for row, length in zip(history, lengths, strict=True):
+        for length, row in enumerate(history):
             tokens = torch.from_numpy(row[-max(length, 1) :])  # an empty history is token 0 alone
             z = model.encode(table[tokens], torch.arange(len(tokens)), len(tokens))
             expected.append((table @ z[-1])[1:].numpy())
-    assert_close(ranking(open_engine(export, name, threads=1), export, history), np.stack(expected))
+    engine = open_engine(export, name, threads=1)
+    assert_close(ranking(engine, export, history), np.stack(expected))
+    table, hidden = engine.table(export), np.zeros((1, export.config["num_blocks"], 2, model.sizes[-1]), np.float32)
+    for item in history[-1]:
+        z, hidden = engine.step(np.array([item]), hidden, table)
+    assert_close(by_item(engine.rank(z, table, *all_items(table))), expected[-1:])
 
 
 # With int8 a difference in the last digit can move an activation to the next of its 127 steps.

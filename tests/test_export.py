@@ -40,7 +40,6 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-
 SIZES, ITEMS = (4, 8, 16), 30
 TINY = "--dataset_code tiny --num_epochs 1 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --lru_max_len 6 --device cpu"
 BY_TEXT = "--language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 4,8,16"
-BY_NUMBER = "--no-use_language_encoder --no-use_img_encoder --mrl_hidden_sizes 4 --runs_root learned"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -169,14 +168,6 @@ def test_the_model_card_gives_size_items_encoders_storage_metrics_and_commands(r
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert config_of(folder)["metrics"] is None and "not tested" in text
     assert "python -m serving.recommend" in text and "fmrlrec-recommend" not in text  # without graphs in a clone only
-
-
-def test_a_learned_table_is_exported_without_a_projection(home):
-    run = home / train.main(shlex.split(f"{TINY} {BY_NUMBER}"))
-    found = read_folder(run_export(run, f"--format onnx --out {home}/learned-4")[0])
-    assert found.config["features"] == found.config["features"] | {"dim": 0, "language": None, "image": None}
-    assert not [name for name in found.weights if name.startswith("projection")]
-    assert "features: none, the item table is learned" in (found.folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_recommend_prints_ids_and_titles_best_first(run, tmp_path, capsys):

@@ -27,7 +27,6 @@ from datasets.prepare.events import read_events
 from datasets.prepare.items import read_items
 from datasets.prepare.raw import FILTERS
 from datasets.prepare.sequences import make_sequences
-from datasets.records import parse_record
 from datasets.text import item_text
 from experiments.definition import FILE as DEFINITIONS
 from experiments.definition import read_definitions
@@ -83,8 +82,6 @@ def bounded(function, *arguments, again=False, **options):
     assert grown < MEGABYTES, f"{grown:.0f} MB"
     return result
 
-
-# ---------------------------------------------------------------------------------------------------------- inputs
 
 VALUES = st.sampled_from(NASTY) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -162,8 +159,6 @@ def fill(folder, files):
         (folder / name).write_bytes(content)
 
 
-# ----------------------------------------------------------------------------------------------------------- datasets
-
 MAPS = {"item2id": {f"B{i}": str(i) for i in range(1, 6)}, "user2id": {"u": "1", "v": "2"}}
 RECORDS = [
     {"asin": "B1", "title": "Tent &amp; <b>lamp</b>", "price": 9.5, "categories": [["Home", "Light"]], "brand": None},
@@ -194,17 +189,6 @@ def load_dataset(root):
 def test_prepared_datasets(folder, changed):
     fill(folder / "tiny", WHOLE | dict([changed]))
     bounded(load_dataset, folder)
-
-
-LINES = altered(RECORDS[0]).map(python_text) | altered(RECORDS[0]).map(to_json) | damaged(LITERALS)
-
-
-@given(line=LINES.map(lambda data: data.decode("utf-8", "replace")) | st.text())
-@fuzzed(100)
-def test_metadata_lines(line):
-    record = bounded(parse_record, line)
-    if record is not None:
-        bounded(item_text, record, ("title", "price", "brand", "categories", "description"))
 
 
 COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
@@ -273,8 +257,6 @@ def test_feature_files(folder, suffix, data):
     bounded(lambda: [rows.sum() for _, rows in open_array_file(path).pieces()])
 
 
-# --------------------------------------------------------------------------------------------------------------- runs
-
 METRICS = {"8": {"NDCG@10": 0.5, "Recall@10": 0.5}, "16": {"NDCG@10": 0.25, "Recall@10": 0.25}}
 ENVIRONMENT = {"started": "a", "command": ["train.py"], "commit": "c", "uncommitted_changes": False, "device": "cpu"}
 ENVIRONMENT |= {"versions": {"torch": "2"}, "data": "d", "features": ["f.npy"], "resumed": []}
@@ -318,8 +300,6 @@ def test_definitions_of_experiments(folder, data):
     (folder / "one.toml").write_bytes(data)
     bounded(read_definitions, folder / "one.toml")
 
-
-# ------------------------------------------------------------------------------------------------------------ serving
 
 FEATURES = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
 

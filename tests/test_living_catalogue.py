@@ -27,7 +27,6 @@ from tests.exported import (
     assert_same_answer,
     everything,
     write_export,
-    write_id_branch,
 )
 from tests.made_up import random_model
 from tests.prepared import draw_picture, item_features, write_tiny_bert
@@ -103,7 +102,9 @@ def test_a_change_that_is_refused_changes_nothing(shop, r, change, problem):
 
 
 def test_a_learned_table_can_be_thinned_but_not_grow(engine, tmp_path):
-    r = Recommender.from_pretrained(write_id_branch(tmp_path / "learned"), engine)
+    export = write_export(tmp_path / "learned", random_model((4, 12), num_items=N), max_len=MAX_LEN)
+    assert "features: none, the item table is learned" in (export / "README.md").read_text(encoding="utf-8")
+    r = Recommender.from_pretrained(export, engine)
     r.remove_items([1])
     for change in (lambda: r.update_items([2], np.ones((1, 12))), lambda: r.add_items(["NEW"], np.ones((1, 12)))):
         with pytest.raises(InputError, match="learned without features, so no items can be added"):

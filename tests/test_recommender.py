@@ -9,7 +9,8 @@ import pytest
 
 from common.errors import InputError
 from serving import Recommender, filters, ranking, torch_engine
-from tests.exported import IDS, MAX_LEN, SAME, N, assert_same_answer, everything, write_shop_of_ids
+from tests.exported import IDS, MAX_LEN, SAME, N, assert_same_answer, everything, write_export
+from tests.made_up import made_up_catalog, random_model
 
 LONG = [3, 17, 5, 9, 1, 4, 20, 2]  # longer than MAX_LEN
 
@@ -247,20 +248,26 @@ def test_similar_items_have_the_largest_cosine(shop, engine, kind, monkeypatch):
         r.similar_items(["no"])
 
 
+def open_items(folder, engine, ids):
+    """Open an export whose items have these ids."""
+    catalog = dataclasses.replace(made_up_catalog(len(ids)), asins=ids)
+    folder = write_export(folder / "export", random_model((4,), num_items=len(ids)), catalog)
+    return Recommender.from_pretrained(folder, engine)
+
+
 @pytest.mark.parametrize("ids", [["4", "2", "x", "30"], ["Ü1", "ü", "日本"], ["a b", "a", "A", "x" * 256]])
-def test_a_string_is_always_an_id(shop, engine, tmp_path, ids):
-    r = Recommender.from_pretrained(write_shop_of_ids(tmp_path / "any", shop, ids), engine)
+def test_a_string_is_always_an_id(engine, tmp_path, ids):
+    r = open_items(tmp_path, engine, ids)
     assert r.start(ids).items == tuple(range(1, len(ids) + 1))
     assert sorted(everything(r, []).ids) == sorted(ids)
     assert ids[0] in r and 1 in r and "3" not in r and 5 not in r
 
 
-def test_if_all_ids_are_whole_numbers_a_number_is_an_id(shop, engine, tmp_path):
-    r = Recommender.from_pretrained(write_shop_of_ids(tmp_path / "numeric", shop, ["42", "7", "1", "007"]), engine)
+def test_if_all_ids_are_whole_numbers_a_number_is_an_id(engine, tmp_path):
+    r = open_items(tmp_path, engine, ["42", "7", "1", "007"])
     assert r.start([7, "7", np.int32(1), "007"]).items == (2, 2, 3, 4)
     assert 42 in r and 2 not in r and "2" not in r
-    [answer] = r.recommend([[4, 42]])
-    assert answer.notes[0] == "unknown: 4 (of 4 items); skipped"
+    assert r.recommend([[4, 42]])[0].notes[0] == "unknown: 4 (of 4 items); skipped"
 
 
 UNKNOWN = ["", "a\0b", IDS[0] + "\0", IDS[0][:-1], IDS[1] + "g", "a\udce9", "1", "x" * 70, 0, N + 1]

@@ -18,9 +18,10 @@ Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
 class GraphedStep:
-    """A `Step` on one GPU, recorded and replayed. Its plain twin is the step itself.
+    """A `Step` on a GPU, recorded and replayed. Its plain twin is the step itself.
 
-    The first batch of a shape is an ordinary step, which also allocates what a recording needs; the second is recorded.
+    Under torchrun a recording includes the sum of the gradients over all ranks. Every step has this one sum, so a rank
+    may replay while another one, whose share has another shape, takes an ordinary step or records. The first batch of a shape is an ordinary step, which also allocates what a recording needs; the second is recorded.
     Learning rates must be tensors, so that a recording reads the current ones.
     """
 
@@ -35,7 +36,7 @@ class GraphedStep:
     def __call__(self, batch: Batch) -> Tensor:
         longest = 2 ** (batch.longest - 1).bit_length()  # the recurrence doubles its reach: few shapes, the same result
         key = len(batch.tokens), longest
-        if key not in self._seen:
+        if key not in self._seen or not len(batch.tokens):  # under torchrun a share may be empty
             self._seen.add(key)
             return self.step(batch)
         if key not in self._recorded:

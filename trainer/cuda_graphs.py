@@ -20,9 +20,11 @@ Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 class GraphedStep:
     """A `Step` on a GPU, recorded and replayed. Its plain twin is the step itself.
 
-    Under torchrun a recording includes the sum of the gradients over all ranks. Every step has this one sum, so a rank
-    may replay while another one, whose share has another shape, takes an ordinary step or records. The first batch of a shape is an ordinary step, which also allocates what a recording needs; the second is recorded.
+    The first batch of a shape is an ordinary step, which also allocates what a recording needs; the second is recorded.
     Learning rates must be tensors, so that a recording reads the current ones.
+
+    Under torchrun a recording includes the sum of the gradients over all ranks. Every step has this one sum, so a rank
+    may replay while another one, whose share has another shape, takes an ordinary step or records.
     """
 
     def __init__(self, step: Step, record: Recorder | None = None) -> None:

@@ -74,9 +74,8 @@ def _received(file: cache.File, job: Job) -> cache.File:
 
     processes.on_each_machine(find)
     digest = header["sha256"] if header else file.header["sha256"]
-    processes.check_same(
-        f"the features {own.path.name}", digest, f"remove the file in {own.path.parent} on one of them"
-    )
+    hint = f"remove it from {own.path.parent} on the machine where it is wrong, and it is made or sent again"
+    processes.check_same(f"the feature file {own.path.name}", digest, hint)
     wanted = processes.local_rank() == 0 and header is None
     if processes.any_rank(wanted):
         processes.print_main(f"sending {file.path} to the machines that lack it")

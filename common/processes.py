@@ -177,7 +177,7 @@ def check_same(what: str, digest: str, hint: str) -> None:
     for other, name in found:
         if other != found[0][0]:
             raise _raised_everywhere(
-                f"{what} on {name} has the digest {other}, and on {found[0][1]} {found[0][0]}; {hint}"
+                f"{what}: the digest is {other} on {name} and {found[0][0]} on {found[0][1]}; {hint}"
             )
 
 

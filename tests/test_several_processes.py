@@ -48,6 +48,7 @@ from common.errors import InputError
 from common import processes
 from model.loss import LOSSES
 from trainer import testing, trainer as trainer_module
+from trainer.cuda_graphs import GraphedStep
 from trainer.runs import run_lock
 from trainer.trainer import Trainer
 
@@ -85,7 +86,7 @@ def run(name, arguments, main=train.main):
             said = f"{type(error).__name__} {error}"
     results[name] = {"said": said, "printed": printed.getvalue(), **seen}
 
-results, calls = {}, []
+results, calls, recorded = {}, [], []
 trainer_module.CHECK_EVERY = 1
 Trainer.fit = watched
 for name, flags in cases.items():
@@ -96,6 +97,11 @@ run("resumed by two", "--resume latest --run_name cut-by-one")
 Trainer._keep = interrupted
 run("cut by two", f"{tiny} --run_name cut-by-two")
 Trainer._keep = keep
+plain = trainer_module.build_step
+trainer_module.build_step = lambda *given: GraphedStep(plain(*given), lambda work: recorded.append(work) or work)
+run("recorded", f"{cases['faithful']} --run_name recorded")
+assert 0 < len(recorded) < 6  # of 8 steps
+trainer_module.build_step = plain
 LOSSES["fast"] = broken
 run("not finite", f"{tiny} --run_name not-finite")
 LOSSES["fast"] = true_loss
@@ -169,9 +175,9 @@ def test_two_processes_train_as_one_does(folder, name):
     assert_same_training(named(f"{name}-two", folder), named(f"{name}-one", folder))
 
 
-@pytest.mark.parametrize("began", ["one", "two"])
-def test_one_process_and_two_resume_runs_of_each_other(folder, began):
-    assert_same_training(named(f"cut-by-{began}", folder), named("faithful-one", folder))
+@pytest.mark.parametrize("began", ["cut-by-one", "cut-by-two", "recorded"])
+def test_runs_resumed_by_other_processes_or_of_recorded_steps_are_the_same(folder, began):
+    assert_same_training(named(began, folder), named("faithful-one", folder))
 
 
 def test_two_processes_count_and_share_the_ranking(folder):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from common import processes
 from dataloader import Batch
 from trainer.step import Step
 
@@ -32,21 +33,26 @@ class GraphedStep:
         self.step, self.record = step, record or cuda_graphs()
         self.model, self.optimizer, self.clipped = step.model, step.optimizer, step.clipped
         self.rows = step.rows
-        self._seen: set[tuple[int, int]] = set()
-        self._recorded: dict[tuple[int, int], tuple[Batch, Callable[[], Tensor]]] = {}
+        self._seen: set[tuple[int, int, int]] = set()
+        self._recorded: dict[tuple[int, int, int], tuple[Batch, Callable[[], Tensor]]] = {}
 
     def __call__(self, batch: Batch) -> Tensor:
         longest = 2 ** (batch.longest - 1).bit_length()  # the recurrence doubles its reach: few shapes, the same result
-        key = len(batch.tokens), longest
-        if key not in self._seen or not len(batch.tokens):  # under torchrun a share may be empty
+        key = len(batch.tokens), longest, batch.share[1]
+        if key not in self._seen:
             self._seen.add(key)
             return self.step(batch)
         if key not in self._recorded:
             static = replace(batch, longest=longest, **{name: getattr(batch, name).clone() for name in TENSORS})
+            if processes.world_size() > 1:  # the share begins elsewhere in every batch
+                first = torch.tensor(batch.share[0], device=batch.tokens.device)
+                static = replace(static, share=(first, batch.share[1]))
             self._recorded[key] = static, self.record(lambda: self.step(static))
         static, replay = self._recorded[key]
         for name in TENSORS:
             getattr(static, name).copy_(getattr(batch, name))
+        if isinstance(static.share[0], Tensor):
+            static.share[0].fill_(batch.share[0])
         return replay().clone()
 
 

@@ -25,6 +25,8 @@ TINY = (
     "--dataset_code tiny --language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 2,4,8 --num_epochs 2 "
     "--lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu --train_batch_size 6"
 )
+EVERYWHERE = InputError("on every rank")
+EVERYWHERE.on_every_rank = True
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 # A LayerNorm of 2 dimensions has no gradient, and many draws of few items gradients that rounding decides.
 PLUS = f"{TINY} --preset plus --dropout_from 4 --mrl_hidden_sizes 4,12"
@@ -228,7 +230,8 @@ def test_a_run_that_another_process_trains_is_refused_on_both(folder):
 
 
 @pytest.mark.parametrize(
-    ("error", "waited", "said"), [(InputError("bad"), [10], "error: bad\n"), (KeyboardInterrupt, [], "")]
+    ("error", "waited", "said"),
+    [(InputError("bad"), [10], "error: bad\n"), (EVERYWHERE, [3], ""), (KeyboardInterrupt, [], "")],
 )
 def test_other_ranks_leave_the_message_to_the_first(monkeypatch, capsys, error, waited, said):
     def main():

@@ -207,9 +207,9 @@ class Trainer:
         progress, count = self.progress, self.epoch_steps
         rate = progress.batch / (now - self._started)
         counted = progress.batch - unchecked
-        loss = f"{progress.loss / counted:.4f}" if counted else "?"
+        loss = f"  loss {progress.loss / counted:.4f}" if counted else ""  # counted every CHECK_EVERY steps
         processes.print_main(
-            f"epoch {progress.epoch + 1:3d}  step {progress.batch}/{count}  loss {loss}  {rate:.1f} steps/s  "
+            f"epoch {progress.epoch + 1:3d}  step {progress.batch}/{count}{loss}  {rate:.1f} steps/s  "
             f"{(count - progress.batch) / rate / 60:.1f} min left in the epoch"
         )
 

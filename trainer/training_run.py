@@ -78,7 +78,7 @@ class TrainingRun:
         try:
             with ExitStack() as lock:
                 processes.on_main_process(lambda: lock.enter_context(run_lock(self.folder)))
-                processes.on_main_process(lambda: self._write_items(catalog))
+                processes.on_main_process(lambda: self._keep_items(catalog))
                 self._open_log(device)
                 yield
         except KeyboardInterrupt:
@@ -86,8 +86,8 @@ class TrainingRun:
                 print(f"\ncontinue with: {processes.command()} train.py --resume {self.folder}", file=sys.stderr)
             raise
 
-    def _write_items(self, catalog: Catalog) -> None:
-        if not (self.folder / ITEMS).exists():
+    def _keep_items(self, catalog: Catalog) -> None:
+        if not (self.folder / ITEMS).exists():  # also in a resumed run of an earlier version
             write_items(self.folder, RunItems.of(catalog))
 
     def _open_log(self, device: torch.device) -> None:

@@ -24,7 +24,9 @@ class Batch:
     labels: Tensor  # [T] int64; 0: no label
     position: Tensor  # [T] int64, steps since the LRU's initial state
     longest: int  # tokens of the longest row
-    share: tuple[int, int]  # offset of the first token in the batch of all ranks, and that batch's padded length
+    share: tuple[
+        int | Tensor, int
+    ]  # offset of the first token in the batch of all ranks, and that batch's padded length
     num_labels: Tensor  # scalar int64, in the batch of all ranks
 
 

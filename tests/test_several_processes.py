@@ -13,6 +13,7 @@ import torch
 
 import eval as eval_script
 import train
+from common import cli
 from common.devices import cpu_name, resolve_device
 from common.errors import InputError
 from tests.prepared import cut_off_after, write_prepared
@@ -24,6 +25,8 @@ TINY = (
     "--dataset_code tiny --language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 2,4,8 --num_epochs 2 "
     "--lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu --train_batch_size 6"
 )
+EVERYWHERE = InputError("on every rank")
+EVERYWHERE.on_every_rank = True
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 # A LayerNorm of 2 dimensions has no gradient, and many draws of few items gradients that rounding decides.
 PLUS = f"{TINY} --preset plus --dropout_from 4 --mrl_hidden_sizes 4,12"
@@ -43,10 +46,12 @@ from pathlib import Path
 import torch
 import eval as eval_script
 import train
+from common import cli
 from common.errors import InputError
 from common import processes
 from model.loss import LOSSES
 from trainer import testing, trainer as trainer_module
+from trainer.cuda_graphs import GraphedStep
 from trainer.runs import run_lock
 from trainer.trainer import Trainer
 
@@ -84,7 +89,7 @@ def run(name, arguments, main=train.main):
             said = f"{type(error).__name__} {error}"
     results[name] = {"said": said, "printed": printed.getvalue(), **seen}
 
-results, calls = {}, []
+results, calls, recorded = {}, [], []
 trainer_module.CHECK_EVERY = 1
 Trainer.fit = watched
 for name, flags in cases.items():
@@ -95,6 +100,11 @@ run("resumed by two", "--resume latest --run_name cut-by-one")
 Trainer._keep = interrupted
 run("cut by two", f"{tiny} --run_name cut-by-two")
 Trainer._keep = keep
+plain = trainer_module.build_step
+trainer_module.build_step = lambda *given: GraphedStep(plain(*given), lambda work: recorded.append(work) or work)
+run("recorded", f"{cases['faithful']} --run_name recorded")
+assert 0 < len(recorded) < 6  # of 8 steps
+trainer_module.build_step = plain
 LOSSES["fast"] = broken
 run("not finite", f"{tiny} --run_name not-finite")
 LOSSES["fast"] = true_loss
@@ -162,9 +172,9 @@ def test_two_processes_train_as_one_does(folder, name):
     assert_same_training(named(f"{name}-two", folder), named(f"{name}-one", folder))
 
 
-@pytest.mark.parametrize("began", ["one", "two"])
-def test_one_process_and_two_resume_runs_of_each_other(folder, began):
-    assert_same_training(named(f"cut-by-{began}", folder), named("faithful-one", folder))
+@pytest.mark.parametrize("began", ["cut-by-one", "cut-by-two", "recorded"])
+def test_runs_resumed_by_other_processes_or_of_recorded_steps_are_the_same(folder, began):
+    assert_same_training(named(began, folder), named("faithful-one", folder))
 
 
 def test_two_processes_count_and_share_the_ranking(folder):
@@ -208,6 +218,24 @@ def test_a_run_that_another_process_trains_is_refused_on_both_and_no_thread_outl
         assert re.match(r"InputError another process is training \S+-faithful-two; wait for it", rank["said"])
     for threads in outcome(folder, "threads"):
         assert threads and not [name for name in threads if "gloo" in name]
+
+
+@pytest.mark.parametrize(
+    ("error", "waited", "said"),
+    [(InputError("bad"), [10], "error: bad\n"), (EVERYWHERE, [3], ""), (KeyboardInterrupt, [], "")],
+)
+def test_other_ranks_leave_the_message_to_the_first(monkeypatch, capsys, error, waited, said):
+    def main():
+        raise error
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    sleeps = []
+    monkeypatch.setattr(cli.time, "sleep", sleeps.append)
+    with pytest.raises(SystemExit):
+        cli.run_cli(main)
+    assert sleeps == waited
+    assert capsys.readouterr().err == said
 
 
 def test_every_process_of_a_machine_has_its_own_gpu(monkeypatch):

@@ -46,8 +46,9 @@ def find_resumed(resume: str, flags: dict[str, Any]) -> TrainingRun:
         return folder, with_runtime_flags(saved, flags, folder), sources
 
     folder, config, sources = processes.on_main_process(find)
-    processes.print_main(describe_run(folder))
-    return TrainingRun(config, sources, folder)
+    if processes.rank() == 0:
+        print(describe_run(folder), flush=True)
+    return TrainingRun(with_runtime_flags(config, flags, folder), sources, folder)  # each machine's own folders
 
 
 def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:

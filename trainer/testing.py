@@ -39,9 +39,9 @@ def test_every_size(
     written, if a slice does not score as the model's prefix does.
     """
     rows = eval_rows(sequences, config.lru_max_len, "test")
-    trained, _ = read_config(folder)
-    folder = out or folder
-    ks = tuple(sorted({*config.metric_ks, *trained.metric_ks}))  # the run's files never lose a cut-off
+    trained_ks = processes.on_main_process(lambda: read_config(folder)[0].metric_ks)
+    out = out or folder
+    ks = tuple(sorted({*config.metric_ks, *trained_ks}))  # the run's files never lose a cut-off
     batch_size, sizes = config.test_batch_size, model.sizes
     if alone and isinstance(model, FMRLRec):  # eval.py refuses a baseline
         ranks = rank_targets_alone(model, rows, sizes=sizes, batch_size=batch_size, mask_history=mask_history)
@@ -54,17 +54,17 @@ def test_every_size(
         masked = ", history masked" if mask_history else ""
         title = f"{config.dataset_code}{by_time}, {describe_model(config)}: test{masked}"
         of_users = {m: of_size.numpy() for m, of_size in ranks.items()}
-        save_ranks(folder / result_file(USER_RANKS, mask_history), of_users, max(ks), counts[rows.targets])
+        save_ranks(out / result_file(USER_RANKS, mask_history), of_users, max(ks), counts[rows.targets])
         print_table(results, [f"{metric}@{k}" for k in config.metric_ks[:2] for metric in METRICS])
-        write_json(folder / result_file(LARGEST, mask_history), results[max(results)])
-        path = folder / result_file(EVERY_SIZE, mask_history)
+        write_json(out / result_file(LARGEST, mask_history), results[max(results)])
+        path = out / result_file(EVERY_SIZE, mask_history)
         write_json(path, {str(m): metrics for m, metrics in results.items()})
         plot_metric_by_size(results, ks, title, path.with_suffix(".png"))
         print(f"written: {path} and {path.with_suffix('.png').name}", flush=True)
         if list_metrics:
             found = list_metrics_of_sizes(model, rows, torch.from_numpy(counts), config.metric_ks[:2], mask_history)
             print_table(found, list(found[model.sizes[-1]]))
-            write_json(folder / result_file(LIST_METRICS, mask_history), {str(m): found[m] for m in found})
+            write_json(out / result_file(LIST_METRICS, mask_history), {str(m): found[m] for m in found})
     if isinstance(model, FMRLRec):  # a baseline has nothing to slice
         batch = next(eval_batches(rows, config.test_batch_size, next(model.parameters()).device))
         for m in model.sizes:

@@ -307,7 +307,7 @@ class Trainer:
 
 
 def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Step | GraphedStep:
-    """Return the training step: as CUDA graphs on a single GPU, with sampled negatives if the settings ask for them."""
+    """Return the training step: as CUDA graphs on GPUs, with sampled negatives if the settings ask for them."""
     sampled = 0 < config.num_negatives < model.num_items
     if config.num_negatives and not sampled:
         processes.print_main(
@@ -316,7 +316,7 @@ def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Ste
     sampler = NegativeSampler(loader.label_counts(model.num_items), config.num_negatives) if sampled else None
     rows = sparse_rows(model.items.learned, config, loader.device, sampled)
     step = Step(model, build_optimizer(model, config, rows), config, sampler, rows)
-    graphed = loader.device.type == "cuda" and processes.world_size() == 1 and model.static_shapes and not rows
+    graphed = loader.device.type == "cuda" and model.static_shapes and not rows
     return GraphedStep(step) if graphed else step
 
 

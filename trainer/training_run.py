@@ -1,5 +1,6 @@
 """A run that is being trained: its settings, its folder, its lock and its log. Rank 0 alone touches files."""
 
+import hashlib
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import nn
 
 from common import processes
 from common.devices import device_name
-from common.settings import format_value
+from common.settings import format_value, is_runtime
 from config import Config
 from datasets.catalog import Catalog
 from model.base import CountingModel, SequenceModel
@@ -61,7 +62,13 @@ class TrainingRun:
     def training(
         self, device: torch.device, catalog: Catalog, features: Sequence[np.memmap], num_parameters: int
     ) -> Iterator[None]:
-        """Make or resume the folder, hold its lock, and print the settings. Ctrl-C prints how to continue."""
+        """Make or resume the folder, hold its lock, and print the settings. Ctrl-C prints how to continue.
+
+        Raises InputError that names a machine whose flags are others.
+        """
+        trained = [f"{name}={value}" for name, value in vars(self.config).items() if not is_runtime(Config, name)]
+        digest = hashlib.sha256(" ".join(trained).encode()).hexdigest()
+        processes.check_same("the settings", digest, "start the same command on every machine")
         files = [Path(str(part.filename)).name for part in features]
         make = partial(
             create_run, self.config, self.sources, device_name(device), catalog.digest(), catalog.sequences.split, files

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from common import processes
 from common.errors import InputError
 from common.files import sha256
 from common.settings import format_value, is_runtime
@@ -31,6 +32,10 @@ def warm_settings(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
 
     Raises InputError that names a flag with which the run's weights do not fit the model.
     """
+    return processes.on_main_process(lambda: _warm_settings(flags))
+
+
+def _warm_settings(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     run = Path(flags["init_from"])
     saved, _ = read_config(run)
     if saved.model_code in COUNTING:
@@ -60,9 +65,15 @@ def load_initial(model: SequenceModel | CountingModel, catalog: Catalog, origin:
 
     run: the run that starts. Raises InputError if the origin has other weights now than when the run was made.
     """
-    if read_environment(run).get("init_from", {}).get("weights") != sha256(origin / WEIGHTS):
-        raise InputError(f"{origin / WEIGHTS} changed since {run} was made of it; start another run with --init_from")
-    load_moved(model, origin, catalog.asins, known_ids(origin, catalog))
+
+    def read() -> list[str]:
+        if read_environment(run).get("init_from", {}).get("weights") != sha256(origin / WEIGHTS):
+            raise InputError(
+                f"{origin / WEIGHTS} changed since {run} was made of it; start another run with --init_from"
+            )
+        return known_ids(origin, catalog)
+
+    load_moved(model, origin, catalog.asins, processes.on_main_process(read))
 
 
 def load_moved(model: SequenceModel | CountingModel, run: Path, ids: Sequence[str], known: Sequence[str]) -> None:

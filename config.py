@@ -247,6 +247,9 @@ class RunSettings(Settings):
     )
     run_name: str = setting("", "run name; empty: modalities and size, such as both-1024", folder_name=True)
     use_wandb: bool = setting(False, "log to Weights & Biases too; offline without a key or WANDB_MODE", runtime=True)
+    use_tensorboard: bool = setting(
+        False, "log to TensorBoard too, in the run's folder (needs the package tensorboard)", runtime=True
+    )
 
 
 SECTIONS = (DataSettings, FeatureSettings, ModelSettings, TrainingSettings, EvaluationSettings, RunSettings)

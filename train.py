@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             Trainer(model, catalog.sequences, config, run).fit()
         run.load_best(model)
         run.keep_table(model)
+        run.plot_training()
         results = test_every_size(model, catalog.sequences, config, run.folder) if config.test else {}
         run.log.finish(results)
     return run.folder

@@ -364,7 +364,7 @@ ELSEWHERE = {
     "best_metric", "run_name", "validate_untrained", "features", "init_from",
 }  # fmt: skip
 RUNTIME = {
-    "data_root", "features_root", "runs_root", "device", "use_wandb", "encoder_batch_size", "encoder_workers",
+    "data_root", "features_root", "runs_root", "device", "use_wandb", "use_tensorboard", "encoder_batch_size", "encoder_workers",
     "val_batch_size",
     "test_batch_size", "metric_ks", "test", "save_every_minutes",
 }  # fmt: skip

@@ -457,15 +457,27 @@ def assert_drawn(path, width=800):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
 
 
-def test_the_pictures_of_the_readme_are_drawn_from_a_run(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
+@pytest.mark.parametrize("sizes", [(8, 16), (8,)])
+def test_a_run_draws_its_metrics_and_its_training(tmp_path, sizes):
     metrics = {f"{name}@{k}": 0.1 for name in ("Recall", "NDCG", "MRR") for k in (5, 10)}
-    (run / "test_mrl_metrics.json").write_text(json.dumps({"8": metrics, "16": metrics}))
-    draw.main(["--out", str(tmp_path), "--demo_run", str(run)])
-    plots.plot_metric_by_size({8: metrics, 16: metrics}, (5, 10), "a run", tmp_path / "curve.png")
-    for name in ("architecture.png", "nesting.png", "demo.png", "curve.png"):
+    curve, training = tmp_path / "test_mrl_metrics.png", tmp_path / "training.png"
+    plots.plot_metric_by_size(dict.fromkeys(sizes, metrics), (5, 10), "a run", curve, metrics)
+    record = {"best_epoch": 1, "val": {str(m): metrics for m in sizes}}
+    plots.plot_training([record | {"epoch": 0, "loss": None}], "NDCG@10", "a run", training)
+    assert not training.exists()
+    epochs = [record | {"epoch": epoch, "loss": loss} for epoch, loss in enumerate((None, 2.0, 1.0))]
+    plots.plot_training(epochs, "NDCG@10", "a run", training)
+    draw.main(["--out", str(tmp_path), "--demo_run", str(tmp_path)])
+    for name in ("architecture.png", "nesting.png", "demo.png", "training.png"):
         assert_drawn(tmp_path / name)
+
+
+def test_labels_of_lines_that_end_together_do_not_overlap(tmp_path):
+    with plots.figure(tmp_path / "a.png", 1) as [panel]:
+        panel.set_ylim(0, 1)
+        plots.label_lines(panel, [(0.5, "b", "black"), (0.1, "a", "black"), (0.5, "c", "black")])
+        low, *near = [text.get_position()[1] for text in panel.texts]
+    assert low == 0.1 and near[1] - near[0] > 0.04 and sum(near) == pytest.approx(1)
 
 
 def test_plus_is_drawn_beside_the_faithful_model_and_one_size_models(results, tmp_path, monkeypatch):
@@ -474,23 +486,31 @@ def test_plus_is_drawn_beside_the_faithful_model_and_one_size_models(results, tm
     sampled = {"num_negatives": 1024, "lru_dropout": 0.6, "lru_attn_dropout": 0.6}
     keep_run(results, "faithful", small | short | sampled)
     keep_run(results, "plus", small | {"preset": "plus"})
+    keep_run(results, "plus2", small | {"preset": "plus"}, seed=5)
+    keep_run(results, "exact", LANGUAGE | {"preset": "plus", "num_negatives": 0, "precision": "bf16"})
     keep_run(results, "alone", small | {"preset": "plus", "mrl_hidden_sizes": (64,)})
     keep_run(results, "sasrec", {"model_code": "sasrec"}, seed=5)
+    keep_run(results, "lonely", small | {"preset": "plus", "dataset_code": "sports"})
     drawn = []
-    true_draw = figures.draw_plus
-    monkeypatch.setattr(figures, "draw_plus", lambda *given: (drawn.append(given), true_draw(*given)))
+    true_draw = figures.draw_curves
+    monkeypatch.setattr(figures, "draw_curves", lambda *given: (drawn.append(given), true_draw(*given)))
     runs = kept_runs(results)
     made = draw_figures(runs, tmp_path / "media")
-    assert [path.name for path in made] == ["parameters_saved.png", "plus-beauty.png"]
-    ((dataset, curves, separate, levels, _),) = drawn
-    assert dataset == "beauty"
-    assert [(row.row.name, row.size) for row in curves] == [("faithful, sampled softmax", 256), ("plus", 256)]
+    assert [path.name for path in made] == ["parameters_saved.png", "plus.png"]
+    (panel, dataset, name, curves, separate, levels), masked, sports, _ = drawn
+    assert (dataset, name) == ("beauty", "Recall@10") and sports[1] == "sports"
+    exact = "to 1024"  # differs in a setting that only the sampled softmax reads
+    assert [text for _, text in curves] == ["faithful", "plus", exact]
     assert [row.size for row in separate] == [64]
     sasrec = {run.name: run for run in runs}["beauty-sasrec"].test
-    assert levels["SASRec, 64"] == {name: sasrec.at[64, name] for name in ("Recall@10", "NDCG@10 masked")}
-    assert levels["BSARec, published"] == paper.PUBLISHED["bsarec"]["beauty"]
+    assert levels == {"SASRec, 64": sasrec.at[64, "Recall@10"], "best published": 0.1249}
+    assert masked[5]["best published"] == paper.PUBLISHED["bsarec"]["beauty"]["NDCG@10 masked"]
+    labels = [text.get_text() for text in panel.texts]
+    assert sorted(labels) == ["SASRec, 64", "best published", "faithful", "paper", "plus", f"{exact} (dashed)"]
+    bars = [container.has_yerr for container in panel.containers]
+    assert bars == [False, True, False, False]  # two seeds of plus
     text = "\n".join(section("plus", results))
-    assert "](../media/plus-beauty.png)" in text and "| plus - faithful, sampled softmax | NDCG@10 |" in text
+    assert "](../media/plus.png)" in text and "| plus - faithful, sampled softmax | NDCG@10 |" in text
 
 
 def test_a_deployment_card_is_drawn_and_shown(results, tmp_path):

@@ -278,6 +278,13 @@ def test_help_groups_the_flags(help_text):
         assert flag in groups[title]
 
 
+def test_plus_takes_more_steps_on_the_small_demo():
+    on_demo, _ = resolve({"preset": "plus"})
+    elsewhere, _ = resolve({"preset": "plus", "dataset_code": "beauty"})
+    assert [(c.train_batch_size, c.num_epochs) for c in (on_demo, elsewhere)] == [(32, 12), (128, 7)]
+    assert resolve({"preset": "plus", "num_epochs": 3})[0].num_epochs == 3
+
+
 def test_help_shows_the_settings_of_every_preset(help_text):
     for name, preset in (PRESETS | MODEL_PRESETS | {"plus": NAMED_PRESETS["plus"]}).items():
         [line] = re.findall(rf"^  {name}: (.*(?:\n    .*)*)", help_text, flags=re.MULTILINE)
@@ -286,7 +293,8 @@ def test_help_shows_the_settings_of_every_preset(help_text):
 
 SCRIPTS = ("train.py", "eval.py")
 MODULES = ("datasets.prepare", "experiments.run", "experiments.report", "experiments.cold_items", "experiments.cut",
-           "serving.export", "serving.recommend", "media.draw", "benchmarks.deploy", "benchmarks.pictures")  # fmt: skip
+           "experiments.look", "experiments.tune", "serving.export", "serving.recommend", "media.draw", "benchmarks.deploy",
+           "benchmarks.pictures")  # fmt: skip
 
 
 def test_help_does_not_wait_for_heavy_libraries():
@@ -364,9 +372,8 @@ ELSEWHERE = {
     "best_metric", "run_name", "validate_untrained", "features", "init_from",
 }  # fmt: skip
 RUNTIME = {
-    "data_root", "features_root", "runs_root", "device", "use_wandb", "use_tensorboard", "encoder_batch_size", "encoder_workers",
-    "val_batch_size",
-    "test_batch_size", "metric_ks", "test", "save_every_minutes",
+    "data_root", "features_root", "runs_root", "device", "use_wandb", "use_tensorboard", "encoder_batch_size",
+    "encoder_workers", "val_batch_size", "test_batch_size", "metric_ks", "test", "save_every_minutes",
 }  # fmt: skip
 
 

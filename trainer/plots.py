@@ -44,7 +44,7 @@ def figure(path: Path, panels: int, title: str = "", *, rows: int = 1, height: f
             fig.set_dpi(DPI)
             canvas = FigureCanvasAgg(fig)
             canvas.draw()
-            image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64)
+            image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize()
             with replacing(path) as temporary:
                 image.save(temporary, "png", optimize=True)  # half the bytes of matplotlib's own
         finally:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +22,16 @@ class RunLog:
     """
 
     def __init__(
-        self, run: Path, records: list[dict[str, Any]], wandb_run: Any | None = None, tensorboard: Any | None = None
+        self,
+        run: Path,
+        records: list[dict[str, Any]],
+        wandb_run: Any | None = None,
+        tensorboard: Any | None = None,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """wandb_run, tensorboard: a run of wandb and a SummaryWriter; None: not used."""
-        self.path, self.records, self.wandb_run, self.tensorboard = run / LOG, records, wandb_run, tensorboard
+        """wandb_run, tensorboard: a run of wandb and a SummaryWriter; None: not used. on_epoch: called with records."""
+        self.path, self.records, self.on_epoch = run / LOG, records, on_epoch
+        self.wandb_run, self.tensorboard = wandb_run, tensorboard
 
     def epoch(self, record: dict[str, Any], line: str) -> None:
         """Save an epoch's record and print its line."""
@@ -38,6 +44,8 @@ class RunLog:
             for name, value in scalars(record):
                 self.tensorboard.add_scalar(name, value, record["epoch"])
             self.tensorboard.flush()
+        if self.on_epoch:
+            self.on_epoch(record)
 
     def plot(self, config: Config) -> None:
         """Draw loss and validation by epoch into the run's folder."""

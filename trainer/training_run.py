@@ -1,7 +1,7 @@
 """A run that is being trained: its settings, its folder, its lock and its log. Rank 0 alone touches files."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ class TrainingRun:
 
     folder: Path
     log: RunLog
+    on_epoch: Callable[[dict[str, Any]], None] | None = None  # called with each record of the log
 
     def __init__(self, config: Config, sources: dict[str, str], resumed: Path | None = None) -> None:
         """sources: where each setting came from. resumed: the folder of the run to continue; None: a new run."""
@@ -94,7 +95,7 @@ class TrainingRun:
         if self.config.use_tensorboard and processes.rank() == 0:
             tensorboard = start_tensorboard(self.folder, done)
         done_records = [record for record in records if record["epoch"] <= done]
-        self.log = RunLog(self.folder, done_records, wandb_run, tensorboard)
+        self.log = RunLog(self.folder, done_records, wandb_run, tensorboard, self.on_epoch)
         if self.resumed:
             step = self.state["progress"].get("batch", 0) if self.state else 0
             started = f"continuing after epoch {done}{f', step {step}' if step else ''}"

@@ -80,7 +80,7 @@ def test_a_preset_in_a_definition_sets_its_settings(tmp_path):
     a, b, c = definition.rows
     assert a.settings == NAMED_PRESETS["plus"] | {"distill": 0.25}
     assert (b.settings, c.settings) == ({}, NAMED_PRESETS["plus"])
-    for config in (resolve({"preset": "plus"})[0], resolve(c.settings)[0]):
+    for config in (resolve({"preset": "plus", "dataset_code": "beauty"})[0], resolve(c.settings)[0]):
         assert [definition.fits(row, config) for row in (a, b, c)] == [False, False, True]
 
 

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -386,3 +387,18 @@ def test_every_link_leads_somewhere(page):
 def test_the_readme_is_short_and_links_every_page():
     assert len(README.splitlines()) <= 160
     assert all(f"({page}" in README for page in PAGES if page != "README.md")
+
+
+def test_the_notebook_runs(clone, monkeypatch):
+    pictures = SimpleNamespace(Image=Path, display=lambda *paths: shown.extend(paths))
+    shown: list[Path] = []
+    monkeypatch.chdir(clone)
+    monkeypatch.setitem(sys.modules, "IPython.display", pictures)
+    cells = json.loads((REPOSITORY / "examples/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert len(cells) <= 10 and not any(cell.get("outputs") for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    short = ["--runs_root=notebook", *SHORT.replace("epochs 5", "epochs 1").split()]
+    monkeypatch.setattr(train, "main", partial(lambda main, flags: main([*flags, *short]), train.main))
+    exec(compile(code, "quickstart.ipynb", "exec"), {})
+    assert [path.name for path in shown] == ["test_mrl_metrics.png", "training.png", "embeddings.png"]
+    assert all(path.exists() for path in shown)

@@ -11,8 +11,9 @@ torchrun --nproc_per_node=4 train.py --dataset_code=beauty ...      # on 4 GPUs,
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.cli import parse_args, run_cli
 from config import ALL_PRESETS, SECTIONS, resolve
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Train, test every size, and return the run's folder."""
+def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """Train, test every size, and return the run's folder. on_epoch: called with each line of log.jsonl."""
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], SECTIONS, add_arguments, presets=ALL_PRESETS)
     settings = None if arguments.resume or flags.get("init_from") else resolve(flags)
     if settings:
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         run = TrainingRun(*(settings or warm_settings(flags)))
     else:
         run = find_resumed(arguments.resume, flags)
+    run.on_epoch = on_epoch
     config = run.config
     device = resolve_device(config.device)
 
@@ -75,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             Trainer(model, catalog.sequences, config, run).fit()
         run.load_best(model)
         run.keep_table(model)
+        run.plot_training()
         results = test_every_size(model, catalog.sequences, config, run.folder) if config.test else {}
         run.log.finish(results)
     return run.folder

@@ -19,7 +19,7 @@ import train
 from common.errors import InputError
 from config import NAMED_PRESETS, Config, resolve
 from datasets.catalog import load_catalog
-from experiments import cold_items, cut, plan, report, run
+from experiments import cold_items, cut, look, plan, report, run, tune
 from experiments.definition import Definition, Row, definitions, identity, read_definitions
 from experiments.store import keep, kept_runs
 from serving import export
@@ -77,7 +77,9 @@ def test_a_preset_in_a_definition_sets_its_settings_and_extensions_must_be_named
     assert a.settings == NAMED_PRESETS["plus"] | {"distill": 0.25}
     assert (b.settings, c.settings) == ({}, NAMED_PRESETS["plus"])
     for flags, expected in (({"preset": "plus"}, [c]), (c.settings, [c]), ({}, [b]), ({"item_embedding": 64}, [])):
-        assert [row for row in definition.rows if definition.fits(row, resolve(flags)[0])] == expected
+        assert [
+            row for row in definition.rows if definition.fits(row, resolve(flags | {"dataset_code": "beauty"})[0])
+        ] == expected
 
 
 @pytest.mark.parametrize(
@@ -454,3 +456,59 @@ def test_recall_counts_a_target_by_its_place_in_the_answer():
 def test_a_share_without_any_item_is_refused(made, share):
     with pytest.raises(InputError, match="--share"):
         cold_items.main(["make", "--dataset_code", "whole", "--from_root", str(made[0]), "--share", share])
+
+
+# ------------------------------------------------------------------------------------------------------ look and tune
+
+TINY = "--dataset_code tiny --language_encoder lexical --img_encoder pixel --device cpu --lru_num_blocks 1"
+
+
+def test_look_lists_neighbours_by_title_and_draws_a_map(workplace, capsys):
+    trained = train.main([*TINY.split(), "--mrl_hidden_sizes", "4,8", "--num_epochs", "1", "--no-test"])
+    catalog = load_catalog("data", "tiny")
+    capsys.readouterr()
+    look.main([str(trained), "--item", catalog.metadata[2]["title"].lower(), "--neighbours", "3", "--size", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"most like {catalog.asins[2]}"))
+    cosines = [float(line.split()[0]) for line in lines[start + 1 : start + 4]]
+    assert cosines == sorted(cosines, reverse=True) and catalog.asins[2] not in "".join(lines[start + 1 :])
+    assert (trained / "embeddings.png").read_bytes().startswith(b"\x89PNG")
+    for flags, problem in (("--item e", r"fits \d+ titles; give an id"), ("--size 5", r"its sizes are \(4, 8\)")):
+        with pytest.raises(InputError, match=problem):
+            look.main([str(trained), *flags.split()])
+
+
+def test_tune_searches_by_validation_and_continues(workplace, capsys):
+    pytest.importorskip("optuna", reason="the search needs optuna")
+    flags = f"table3 {TINY} --mrl_hidden_sizes 4,8 --num_epochs 1 --range lr=1e-4..1e-2:log --choice lru_dropout=0,0.5"
+    tune.main([*flags.split(), "--trials", "1"])
+    best = tune.main([*flags.split(), "--trials", "2"])
+    runs = sorted(Path("experiments/runs/tiny").iterdir())
+    assert [path.name.partition("-tune-")[2] for path in runs] == ["0", "1"]
+    assert not any((path / "test_metrics.json").exists() for path in runs)
+    values = [json.loads((path / "log.jsonl").read_text())["val"]["8"]["NDCG@10"] for path in runs]
+    settings = json.loads((runs[values.index(max(values))] / "config.json").read_text())["settings"]
+    assert settings["lr"] == pytest.approx(float(best["lr"])) and settings["lru_dropout"] == float(best["lru_dropout"])
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.startswith("python train.py --dataset_code=tiny") and f"--lr={best['lr']}" in command
+    assert len(list(Path("experiments/runs").glob("tune-table3-*.png"))) == 1
+    for wrong in ("--range lr=1..1e-4", "--range colour=1..2", "--choice lr=", "--range lr=1e-4..1e-2:ln"):
+        with pytest.raises(InputError, match="must be a setting with"):
+            tune.main(["table3", *TINY.split(), *wrong.split()])
+
+
+def test_tune_stops_a_trial_that_is_behind(monkeypatch):
+    optuna = pytest.importorskip("optuna", reason="the search needs optuna")
+    config, _ = resolve({})
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
+    epochs = {"0": (0.5, 0.6, 0.4), "1": (0.1, 0.9)}
+
+    def trained(flags, on_epoch):
+        for epoch, value in enumerate(epochs[flags[-1].rpartition("-")[2]], start=1):
+            on_epoch({"epoch": epoch, "val": {"8": {"NDCG@10": 0.0}, "16": {"NDCG@10": value}}})
+
+    monkeypatch.setattr(train, "main", trained)
+    study.optimize(lambda trial: tune.train_trial(trial, {"lr": ("range", 1e-4, 1e-2, True)}, {}, config), 2)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert study.best_value == 0.6
+    assert study.trials[1].intermediate_values == {1: 0.1}

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,3 +342,18 @@ def test_the_readme_is_short_and_links_every_page_and_every_link_leads_somewhere
         file = (REPOSITORY / page).parent / name if name else REPOSITORY / page
         assert file.exists(), link
         assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), link
+
+
+def test_the_notebook_runs(clone, monkeypatch):
+    pictures = SimpleNamespace(Image=Path, display=lambda *paths: shown.extend(paths))
+    shown: list[Path] = []
+    monkeypatch.chdir(clone)
+    monkeypatch.setitem(sys.modules, "IPython.display", pictures)
+    cells = json.loads((REPOSITORY / "examples/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert len(cells) <= 10 and not any(cell.get("outputs") for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    short = ["--runs_root=notebook", *SHORT.replace("epochs 5", "epochs 1").split()]
+    monkeypatch.setattr(train, "main", partial(lambda main, flags: main([*flags, *short]), train.main))
+    exec(compile(code, "quickstart.ipynb", "exec"), {})
+    assert [path.name for path in shown] == ["test_mrl_metrics.png", "training.png", "embeddings.png"]
+    assert all(path.exists() for path in shown)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.errors import InputError
 from config import ModelSettings, resolve
-from experiments import paper, parameters, report, tables
+from experiments import figures, paper, parameters, report, tables
 from experiments.definition import Definition, Row, definitions
 from experiments.figures import draw_figures
 from experiments.reproduction import write_reproduction
@@ -327,15 +327,79 @@ def assert_drawn(path, width=800):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
 
 
-def test_the_pictures_of_the_readme_are_drawn_from_a_run(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
+@pytest.mark.parametrize("sizes", [(8, 16), (8,)])
+def test_a_run_draws_its_metrics_and_its_training(tmp_path, sizes):
     metrics = {f"{name}@{k}": 0.1 for name in ("Recall", "NDCG", "MRR") for k in (5, 10)}
-    (run / "test_mrl_metrics.json").write_text(json.dumps({"8": metrics, "16": metrics}))
-    draw.main(["--out", str(tmp_path), "--demo_run", str(run)])
-    plots.plot_metric_by_size({8: metrics, 16: metrics}, (5, 10), "a run", tmp_path / "curve.png")
-    for name in ("architecture.png", "nesting.png", "demo.png", "curve.png"):
+    curve, training = tmp_path / "test_mrl_metrics.png", tmp_path / "training.png"
+    plots.plot_metric_by_size(dict.fromkeys(sizes, metrics), (5, 10), "a run", curve, metrics)
+    record = {"best_epoch": 1, "val": {str(m): metrics for m in sizes}}
+    plots.plot_training([record | {"epoch": 0, "loss": None}], "NDCG@10", "a run", training)
+    assert not training.exists()
+    epochs = [record | {"epoch": epoch, "loss": loss} for epoch, loss in enumerate((None, 2.0, 1.0))]
+    plots.plot_training(epochs, "NDCG@10", "a run", training)
+    draw.main(["--out", str(tmp_path), "--demo_run", str(tmp_path)])
+    for name in ("architecture.png", "nesting.png", "demo.png", "training.png"):
         assert_drawn(tmp_path / name)
+
+
+def test_labels_of_lines_that_end_together_do_not_overlap(tmp_path):
+    with plots.figure(tmp_path / "a.png", 1) as [panel]:
+        panel.set_ylim(0, 1)
+        plots.label_lines(panel, [(0.5, "b", "black"), (0.1, "a", "black"), (0.5, "c", "black")])
+        low, *near = [text.get_position()[1] for text in panel.texts]
+    assert low == 0.1 and near[1] - near[0] > 0.04 and sum(near) == pytest.approx(1)
+
+
+def test_plus_is_drawn_beside_the_faithful_model_and_one_size_models(results, tmp_path, monkeypatch):
+    small = LANGUAGE | {"mrl_hidden_sizes": (8, 16, 32, 64, 128, 256), "precision": "bf16"}
+    short = {"train_batch_size": 128, "lr": 2e-3, "num_epochs": 12, "early_stopping_patience": 3}
+    sampled = {"num_negatives": 1024, "lru_dropout": 0.6, "lru_attn_dropout": 0.6}
+    keep_run(results, "faithful", small | short | sampled)
+    keep_run(results, "plus", small | {"preset": "plus"})
+    keep_run(results, "plus2", small | {"preset": "plus"}, seed=5)
+    keep_run(results, "exact", LANGUAGE | {"preset": "plus", "num_negatives": 0, "precision": "bf16"})
+    keep_run(results, "alone", small | {"preset": "plus", "mrl_hidden_sizes": (64,)})
+    keep_run(results, "sasrec", {"model_code": "sasrec"}, seed=5)
+    keep_run(results, "lonely", small | {"preset": "plus", "dataset_code": "sports"})
+    drawn = []
+    true_draw = figures.draw_curves
+    monkeypatch.setattr(figures, "draw_curves", lambda *given: (drawn.append(given), true_draw(*given)))
+    runs = kept_runs(results)
+    made = draw_figures(runs, tmp_path / "media")
+    assert [path.name for path in made] == ["parameters_saved.png", "plus.png"]
+    (panel, dataset, name, curves, separate, levels), masked, sports, _ = drawn
+    assert (dataset, name) == ("beauty", "Recall@10") and sports[1] == "sports"
+    exact = "to 1024"  # differs in a setting that only the sampled softmax reads
+    assert [text for _, text in curves] == ["faithful", "plus", exact]
+    assert [row.size for row in separate] == [64]
+    sasrec = {run.name: run for run in runs}["beauty-sasrec"].test
+    assert levels == {"SASRec, 64": sasrec.at[64, "Recall@10"], "best published": 0.1249}
+    assert masked[5]["best published"] == paper.PUBLISHED["bsarec"]["beauty"]["NDCG@10 masked"]
+    labels = [text.get_text() for text in panel.texts]
+    assert sorted(labels) == ["SASRec, 64", "best published", "faithful", "paper", "plus", f"{exact} (dashed)"]
+    bars = [container.has_yerr for container in panel.containers]
+    assert bars == [False, True, False, False]  # two seeds of plus
+    text = "\n".join(section("plus", results))
+    assert "](../media/plus.png)" in text and "| plus - faithful, sampled softmax | NDCG@10 |" in text
+
+
+def test_a_deployment_card_is_drawn_and_shown(results, tmp_path):
+    row = {"size": 8, "engine": "torch", "quantize": "none", "bytes": 2_000_000, "resident_mb": 500.0, "load_s": 1.0,
+           "p50_ms": 1.0, "p95_ms": 2.0, "step_p50_ms": 0.5, "batch256_p50_ms": 30.0, "batch256_p95_ms": 40.0,
+           "Recall@10": 0.2, "NDCG@10": 0.1, "same_top10": 1.0, "add_10000_s": None}  # fmt: skip
+    onnx = row | {"engine": "onnx", "quantize": "int8", "NDCG@10": 0.099, "same_top10": 0.5, "same_top10_as_torch": 1}
+    card = {"dataset": "tiny", "users": 9, "large_catalogue": None, "rows": [row, onnx],
+            "environment": {"device": "one core", "commit": None,
+                            "versions": {"torch": "2", "onnxruntime": "1"}}}  # fmt: skip
+    run = write_run(tmp_path / "a", {"dataset_code": "tiny", "mrl_hidden_sizes": (8,)})
+    (run / "deploy.json").write_text(json.dumps(card))
+    keep(run, results)
+    runs = kept_runs(results)
+    text = report.report(runs)
+    start = "| 8 | onnx | int8 | 2.00 | 500 | 1.00 | 1.00 | 2.00 | 0.50 | 30 | 40 | 0.2000 | 0.0990 |"
+    assert f"{start} 1.00% | 50.00% | 100.00% |" in text
+    assert "](../media/deploy-tiny.png)" in text
+    assert draw_figures(runs, tmp_path)[-1].name == "deploy-tiny.png"
 
 
 def test_the_report_of_other_results_does_not_replace_the_repositorys(results, tmp_path):

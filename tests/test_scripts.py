@@ -82,7 +82,7 @@ def test_a_run_folder_holds_settings_environment_log_weights_and_metrics(workpla
     run = run_train("--num_heads 2 --img_encoder pixel --lru_dropout 0.1")
     assert run.parent == Path("experiments/runs/tiny")
     files = "config.json env.json log.jsonl best.safetensors last.pt test_metrics.json test_mrl_metrics.json"
-    files += " items.json.gz table.safetensors test_mrl_metrics.png test_ranks.npz"
+    files += " items.json.gz table.safetensors test_mrl_metrics.png training.png test_ranks.npz"
     assert {p.name for p in run.iterdir()} == set(files.split())
     saved, environment = read_json(run / "config.json"), read_json(run / "env.json")
     assert saved["settings"]["mrl_hidden_sizes"] == [2, 4, 8]
@@ -400,3 +400,21 @@ def test_wandb_logs_every_epoch_and_the_test_online_if_it_can(workplace, monkeyp
     (summary,) = started.summary.update.call_args.args
     assert summary["test/8/NDCG@10"] == read_json(run / "test_metrics.json")["NDCG@10"]
     assert started.mock_calls[-1] == call.finish()
+
+
+def test_tensorboard_has_the_numbers_of_the_log_and_of_the_test(workplace, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with cut_off_after(1):
+        run_train("--use_tensorboard")
+    (run,) = Path("experiments/runs/tiny").iterdir()
+    train.main(["--resume", str(run)])
+    events = accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(record["epoch"], pytest.approx(record["loss"])) for record in log]
+    assert events.Scalars("val/8/NDCG@10")[-1].value == pytest.approx(log[-1]["val"]["8"]["NDCG@10"])
+    (tested,) = events.Scalars("test/8/NDCG@10")
+    assert tested.value == pytest.approx(read_json(run / "test_metrics.json")["NDCG@10"])
+    monkeypatch.setattr("trainer.runlog.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--use_tensorboard needs the package tensorboard: pip install"):
+        run_train("--use_tensorboard")

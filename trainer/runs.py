@@ -14,7 +14,7 @@ test_list_metrics.json   metrics of the recommended lists: eval.py --list_metric
 test_ranks.npz           every user's rank up to the last cut-off, at every size (trainer/user_ranks.py)
 newer_data/<digest>/     tests on other data: eval.py --on_newer_data
 …_history_masked.*       the same without the history among the candidates: eval.py --mask_history
-*.png                    metrics against size
+*.png                    metrics against size; training.png: loss and validation against epochs
 deploy.json, deploy.png  serving cost of every size: benchmarks/deploy.py
 cold_items.json          metrics on items unseen in training: experiments/cold_items.py
 """
@@ -45,6 +45,7 @@ ITEMS, TABLE = "items.json.gz", "table.safetensors"
 LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz"
 LIST_METRICS = "test_list_metrics.json"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
+TRAINING_PICTURE = "training.png"
 COLD_ITEMS = "cold_items.json"
 RUN_HINT = "give a run's folder, as train.py prints it"
 TIME = "%Y%m%d-%H%M%S"  # format of the time in a run's name

@@ -42,7 +42,7 @@ def _warm_settings(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
         raise InputError(f"--init_from {run} is a run of {saved.model_code}, which only counts; leave --init_from out")
     if not (run / WEIGHTS).exists():
         raise no_weights(run / WEIGHTS)
-    given = expand_preset(flags)
+    given = expand_preset(flags, flags.get("dataset_code", saved.dataset_code))
     config = Config(**{**vars(saved), **flags, **given})
     names = [*ARCHITECTURE, "embedded", "branch", *(["lru_max_len"] if config.model_code == "sasrec" else [])]
     for name in names:

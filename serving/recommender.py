@@ -29,7 +29,7 @@ from common.errors import InputError
 from common.files import open_regular, read_json
 from serving import hub
 from serving.catalogue import Catalogue
-from serving.engines import Engine, OnnxEngine, open_engine
+from serving.engines import Engine, OnnxEngine, WideRows, open_engine
 from serving.filters import Filter, filters_of, listed, make_filter
 from serving.folder import (
     CONFIG,
@@ -37,10 +37,12 @@ from serving.folder import (
     HINT,
     INDEX,
     ITEMS,
+    ROWS,
     SCAN,
     WEIGHTS,
     Export,
     pack_items,
+    pack_rows,
     read_folder,
     write_folder,
 )
@@ -218,11 +220,15 @@ class Recommender:
         return catalogue.table.vectors(np.array(_known(catalogue, items, "items"), dtype=np.int64))
 
     def user_vectors(self, histories: Iterable[Sequence[ItemId] | State]) -> np.ndarray:
-        """Return vectors [n, m] float32 of users; histories as in `recommend`, unknown items are skipped."""
+        """Return vectors [n, m] float32 of users; histories as in `recommend`, unknown items are skipped.
+
+        Vectors of users and items have the width w of an export with --table_width w.
+        """
         now = self._now
         _check_vectors(now)
         requests = [read_request(now, history) for history in listed(histories, "histories", "[['id', 'id'], []]")]
-        vectors = np.zeros((len(requests), now.config["size"]), dtype=np.float32)
+        width = now.catalogue.table.vectors(slice(1)).shape[1]
+        vectors = np.zeros((len(requests), width), dtype=np.float32)
         for rows in batches(requests, [], 1):
             vectors[rows] = vectors_of(now, [requests[row] for row in rows])
         return vectors
@@ -352,6 +358,8 @@ class Recommender:
             except ImportError as error:
                 message = f"saved without its index, which needs a clone of the repository and onnx ({error})"
                 warnings.warn(message, stacklevel=2)
+        if isinstance(wide := catalogue.table.wide, WideRows):
+            files[ROWS] = pack_rows(wide.all())
         files[ITEMS] = pack_items(catalogue.all_items(), table, scale, catalogue.removed)
         changed = {"num_items": len(catalogue)}
         if len(catalogue.removed) or "num_removed" in config:

@@ -181,6 +181,18 @@ def test_the_model_card_gives_size_items_encoders_storage_metrics_and_commands(r
         assert f"\nfrom {package} import Recommender\n" in text
 
 
+def test_the_card_and_config_of_a_narrow_table_say_both_widths(run, tmp_path, home):
+    flags = f"--size 8 --table_width 3 --format onnx --data_root {home}/data"
+    (folder,) = run_export(run, f"{flags} --out {tmp_path / 'shop'}")
+    assert (config_of(folder)["size"], config_of(folder)["table_width"]) == (8, 3)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Ranks vectors of 3 numbers, cut from the 8" in text and "`rank.onnx`, B users, N items, m = 3:" in text
+    rows = folder / "rows.safetensors"
+    rows.write_bytes(b"0" * rows.stat().st_size)
+    with pytest.raises(InputError, match=r"rows.safetensors was altered"):
+        read_folder(folder)
+
+
 def test_a_run_that_was_not_tested_is_exported_without_metrics_and_without_graphs_for_a_clone_only(copy, tmp_path):
     (copy / "test_mrl_metrics.json").unlink()
     (folder,) = run_export(copy, f"--out {tmp_path / 'out'}")
@@ -242,6 +254,12 @@ def test_recommend_prints_ids_and_titles_best_first(run, tmp_path, capsys):
         ("--size 4,", "--size '' was not trained"),
         ("--size 8.0", "--size 8.0 was not trained"),
         ("--size 4 --max_bytes 2MB", "give --size, or --max_bytes and --max_latency_ms, not both"),
+        ("--size 4,8 --table_width 5", "--table_width 5 must be from 1 to the size, 4"),
+        ("--table_width 5 --quantize int8", "not for --quantize int8; use --format onnx or torch, --quantize float16"),
+        (
+            "--table_width 5 --data_root gone",
+            "--table_width needs the validation users of the run's dataset: dataset 'tiny' is not at gone",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused_with_the_trained_ones(run, tmp_path, flags, problem):

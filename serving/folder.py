@@ -12,6 +12,7 @@ items.safetensors     table   [N+1, m]  item table, float32, float16 or int8; ro
 rows.safetensors      with --table_width only: rows [N+1, m], which the encoder reads; `table` then is [N+1, w]
 *.onnx                optional: recommend, step and rank (serving/graphs.py)
 index.safetensors, scan.onnx     optional: the int8 scan (serving/index.py)
+index.faiss           optional: the approximate index
 
 N items, m the size, w the table's width, W bytes of the longest id. A folder is written under a temporary name and
 renamed, so it is never half written. While an export is replaced, the old one is briefly called `_former(folder)`.
@@ -47,6 +48,7 @@ CONFIG, WEIGHTS, ITEMS = "config.json", "model.safetensors", "items.safetensors"
 GRAPHS = ("recommend.onnx", "step.onnx", "rank.onnx")
 ROWS = "rows.safetensors"
 INDEX, SCAN = "index.safetensors", "scan.onnx"  # of an export with --index int8 (serving/index.py)
+FAISS = "index.faiss"  # of an export with --index faiss
 STORED = {
     "none": ("F32", np.float32),
     "float16": ("F16", np.float16),

@@ -109,7 +109,7 @@ def ranked(now: Snapshot, batch: list[Request], choices: list[Choice], k: int) -
     histories = None if batch[0].state else filled(now, batch)
     if len(choices) == 1 and choices[0].bias is not None:
         bias, boosted = choices[0].bias, choices[0].boost is not None
-        if now.index is not None:
+        if now.index is not None and (now.index.any_bias or bias is now.catalogue.bias):
             assert isinstance(now.engine, VectorEngine)  # as Recommender.from_pretrained opens it
             if histories is None:
                 z = vectors_of(now, batch)

@@ -29,10 +29,11 @@ from common.errors import InputError
 from common.files import open_regular, read_json
 from serving import hub
 from serving.catalogue import Catalogue
-from serving.engines import Engine, OnnxEngine, WideRows, open_engine
+from serving.engines import Engine, WideRows, open_engine
 from serving.filters import Filter, filters_of, listed, make_filter
 from serving.folder import (
     CONFIG,
+    FAISS,
     GRAPHS,
     HINT,
     INDEX,
@@ -46,7 +47,7 @@ from serving.folder import (
     read_folder,
     write_folder,
 )
-from serving.index import Int8Index, build_index
+from serving.index import Index, build_faiss, build_index, open_index
 from serving.items import ItemId, make_items
 from serving.ranking import Recommendation, batches, make_answer, ranked, read_request, vectors_of
 from serving.snapshot import Snapshot, check_state, project
@@ -59,7 +60,7 @@ CHUNK = 1 << 16  # items compared at once
 class Recommender:
     """Recommends from an export; `from_pretrained` opens one."""
 
-    def __init__(self, export: Export, engine: Engine, index: Int8Index | None = None) -> None:
+    def __init__(self, export: Export, engine: Engine, index: Index | None = None) -> None:
         self._now = Snapshot.of(export, engine, index)  # read it once per call
         self._lock = threading.Lock()  # held by whoever replaces it
         self._opened: tuple[Path, str | None, int] = (export.folder, None, 1)
@@ -79,10 +80,7 @@ class Recommender:
         try:
             export = read_folder(folder)
             opened_engine = open_engine(export, engine, threads)
-            has_index = INDEX in export.config["files"] and isinstance(opened_engine, OnnxEngine)
-            opened = cls(
-                export, opened_engine, Int8Index(export.folder, export.table.shape, threads) if has_index else None
-            )
+            opened = cls(export, opened_engine, open_index(export, opened_engine, threads))
         finally:
             if before is not None and _content(path) != before:
                 raise InputError(f"{folder} was replaced while it was being opened; open it again")
@@ -358,6 +356,8 @@ class Recommender:
             except ImportError as error:
                 message = f"saved without its index, which needs a clone of the repository and onnx ({error})"
                 warnings.warn(message, stacklevel=2)
+        if FAISS in config["files"]:
+            files[FAISS] = build_faiss(catalogue.table.vectors(slice(None)))
         if isinstance(wide := catalogue.table.wide, WideRows):
             files[ROWS] = pack_rows(wide.all())
         files[ITEMS] = pack_items(catalogue.all_items(), table, scale, catalogue.removed)

@@ -16,6 +16,8 @@ from dataloader import eval_rows
 from datasets.features.text import LexicalEncoder
 from datasets.text import NO_TEXT
 from serving import Recommender, recommender, states
+from serving.folder import FAISS
+from serving.index import FaissIndex, build_faiss
 from serving.states import State
 from tests.exported import (
     ATTRIBUTES,
@@ -437,6 +439,47 @@ def test_the_int8_scan_answers_exactly_as_the_table_does_while_the_catalogue_cha
     same(plain, scanned, top_k=50)
     scanned.save_pretrained(tmp_path / "saved")
     same(plain, Recommender.from_pretrained(tmp_path / "saved"), top_k=50)
+
+
+def test_faiss_finds_the_items_of_the_table_while_the_catalogue_changes(tmp_path):
+    rng = np.random.default_rng(0)
+    model = random_model((4, 12), num_items=2000, features=rng.normal(size=(2000, 16)).astype(np.float32))
+    folders = [write_export(tmp_path / str(index), model, index=index) for index in (None, "faiss")]
+    plain, found = map(Recommender.from_pretrained, folders)
+    searches, true = [], found._now.index.shortlist
+    found._now.index.shortlist = lambda *given: searches.append(len(true(*given))) or true(*given)
+    histories = [rng.integers(1, 2001, n).tolist() for n in (0, 1, 4, 9)]
+    for change in ("none", "some", "most", "saved"):
+        if change == "saved":
+            found.save_pretrained(tmp_path / "saved")
+            found = Recommender.from_pretrained(tmp_path / "saved")
+        elif change != "none":
+            for r in (plain, found):
+                r.remove_items(range(1, 200) if change == "some" else range(302, 1900))
+                r.update_items([300, 301], np.full((2, 16), 2.0))
+                r.add_items([f"NEW {change}"], np.full((1, 16), -2.0))
+        for answer, expected in zip(found.recommend(histories), plain.recommend(histories), strict=True):
+            assert_same_answer(answer, expected)
+        for options in ({"boost": rng.normal(size=2000)}, {"candidates": list(range(250, 1900))}):
+            assert found.recommend(histories, **options) == plain.recommend(histories, **options)
+    assert len(searches) == 3 * len(histories) and max(searches) == 1000
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 200, "other"], ids=["empty", "zeros", "another table"])
+def test_a_damaged_faiss_index_is_refused(tmp_path, content):
+    if content == "other":
+        content = build_faiss(np.ones((30, 4), np.float32))
+    (tmp_path / FAISS).write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"index.faiss is (damaged|not the index of a table \[31, 4\]).*export the model"
+    ):
+        FaissIndex(tmp_path, (31, 4))
+
+
+def test_without_faiss_the_package_to_install_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InputError, match=r"--index faiss needs the package faiss-cpu .*pip install faiss-cpu"):
+        write_export(tmp_path / "a", random_model((4,), num_items=20), index="faiss")
 
 
 # --------------------------------------------------------------------------------------------------------- two widths

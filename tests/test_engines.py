@@ -20,6 +20,7 @@ from serving.torch_engine import TorchEngine
 from serving.weights import BASELINES
 from tests.exported import one_of_each_kind, write_export
 from tests.made_up import NEAR_1, made_up_catalog, random_model
+from trainer.run_items import RunItems
 
 NUM_ITEMS = 30
 ENGINES = ("torch", "onnx")
@@ -342,7 +343,9 @@ def test_a_baselines_export_answers_as_its_model(tmp_path, name):
     model, settings = baseline(name)
     catalog = made_up_catalog(NUM_ITEMS)
     folder = tmp_path / "export"
-    export_baseline(model, folder, config=settings, catalog=catalog, run=tmp_path / "no-such-run", quantize="none")
+    export_baseline(
+        model, folder, config=settings, items=RunItems.of(catalog), run=tmp_path / "no-such-run", quantize="none"
+    )
     r = Recommender.from_pretrained(folder)
     for history in ([], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]):
         tokens = torch.tensor(history or [0])
@@ -375,7 +378,7 @@ def test_a_baselines_export_answers_as_its_model(tmp_path, name):
 
 def test_a_baseline_refuses_what_it_cannot_do_by_name(tmp_path):
     model, settings = baseline("itemknn")
-    export_baseline(model, tmp_path / "e", config=settings, catalog=made_up_catalog(NUM_ITEMS), run=tmp_path)
+    export_baseline(model, tmp_path / "e", config=settings, items=RunItems.of(made_up_catalog(NUM_ITEMS)), run=tmp_path)
     r, flags = Recommender.from_pretrained(tmp_path / "e"), export.arguments_parser().parse_args(["--size", "4"])
     for ask, problem in (
         (lambda: r.embed_items([{"title": "a"}]), "itemknn knows items by id alone and cannot embed products"),

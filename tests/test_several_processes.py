@@ -13,7 +13,7 @@ import torch
 
 import eval as eval_script
 import train
-from common import cli
+from common import cli, processes
 from common.devices import cpu_name, resolve_device
 from common.errors import InputError
 from tests.prepared import cut_off_after, write_prepared
@@ -241,10 +241,13 @@ def test_other_ranks_leave_the_message_to_the_first(monkeypatch, capsys, error, 
 def test_every_process_of_a_machine_has_its_own_gpu(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    current = []
+    current, bound = [], []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **given: bound.append(given.get("device_id")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    processes.start()
+    assert bound == [torch.device("cuda:1") if gpus == 2 else None]
     assert resolve_device("cpu") == torch.device("cpu")
     assert str(resolve_device("auto")) == "cuda:1" == current[0]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -82,7 +82,7 @@ def parse_space(ranges: Sequence[str], choices: Sequence[str]) -> Space:
     for text in ranges:
         name, _, limits = text.partition("=")
         limits, _, scale = limits.partition(":")
-        kind = type(getattr(Config, name, None))
+        kind: Any = type(getattr(Config, name, ""))
         try:
             low, high = (kind(limit) for limit in limits.split(".."))
             valid = kind in (int, float) and low < high and scale in ("", "log") and (low > 0 or not scale)

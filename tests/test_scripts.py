@@ -90,7 +90,7 @@ def test_a_run_folder_holds_settings_environment_log_weights_and_metrics(workpla
     run = run_train("--num_heads 2 --img_encoder pixel --lru_dropout 0.1")
     assert run.parent == Path("experiments/runs/tiny")
     files = "config.json env.json log.jsonl best.safetensors last.pt test_metrics.json test_mrl_metrics.json"
-    files += " items.json.gz table.safetensors"
+    files += " items.json.gz table.safetensors histories.npy"
     assert {p.name for p in run.iterdir()} == {*files.split(), "test_mrl_metrics.png", "test_ranks.npz"}
     saved = read_json(run / "config.json")
     assert saved["settings"]["mrl_hidden_sizes"] == [2, 4, 8]
@@ -296,6 +296,24 @@ def test_a_warm_start_on_the_same_data_trains_a_finished_run_further(run):
     before, after = ([json.loads(line) for line in (r / "log.jsonl").open()] for r in (run, further))
     assert after[0]["val"] == before[before[-1]["best_epoch"] - 1]["val"]
     assert after[-1]["epoch"] == 1
+
+
+def test_a_warm_start_trains_on_changed_users_alone_whatever_the_items_numbers(run, monkeypatch):
+    path = Path("data/tiny/sequential_data.txt")
+    ids = list(read_json(path.parent / "datamaps.json")["item2id"])
+    lines = [[int(x) for x in line.split()] for line in path.read_text().splitlines()]
+    changed = [[user, *(len(ids) + 1 - i for i in items), *[1] * (user in (4, 7))] for user, *items in lines]
+    path.write_text("".join(f"{' '.join(map(str, line))}\n" for line in changed))
+    write_maps(path.parent, {item: str(number) for number, item in enumerate(ids[::-1], start=1)}, users=len(lines))
+    users, fit = [], Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: (users.extend(self.loader.users), fit(self)))
+    update = train.main(["--init_from", str(run), "--train_users", "changed", "--num_epochs", "1"])
+    assert [lines[user][0] for user in users] == [4, 7]
+    with pytest.raises(InputError, match=f"all {len(lines)} users have the training items .* give newer data, or"):
+        train.main(["--init_from", str(update)])
+    (update / "histories.npy").unlink()
+    with pytest.raises(InputError, match=r"cannot read .*histories.npy .* give --train_users all"):
+        train.main(["--init_from", str(update)])
 
 
 @pytest.mark.parametrize(

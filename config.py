@@ -179,6 +179,13 @@ class TrainingSettings(Settings):
     epoch_steps: int = setting(
         0, "steps per epoch, each with random users; 0: every user once", at_least=0, extension=True
     )
+    train_users: str = setting(
+        "all",
+        "all, or changed: only users with other training items than in the run of --init_from",
+        choices=("all", "changed"),
+        used_if=lambda c: bool(c.init_from),
+        extension=True,
+    )
     precision: str = setting(
         "fp32", "precision of matrix products in training; everything else is float32", choices=("fp32", "tf32", "bf16")
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,12 @@ def parse_space(ranges: Sequence[str], choices: Sequence[str]) -> Space:
     for text in ranges:
         name, _, limits = text.partition("=")
         limits, _, scale = limits.partition(":")
-        kind: Any = type(getattr(Config, name, ""))
+        kind = type(getattr(Config, name, ""))
+        number: Callable[[str], float] = int if kind is int else float
         try:
-            low, high = (kind(limit) for limit in limits.split(".."))
+            low, high = (number(limit) for limit in limits.split(".."))
             valid = kind in (int, float) and low < high and scale in ("", "log") and (low > 0 or not scale)
-        except (TypeError, ValueError):
+        except ValueError:
             valid = False
         if not valid:
             raise InputError(f"--range {text!r} must be a setting with numbers LOW < HIGH, such as lr=1e-4..1e-2:log")

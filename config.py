@@ -261,8 +261,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# What --preset names, on every dataset. "released": what the README command of the authors' code trains. "plus": better
-# accuracy by settings beyond the paper, chosen on Beauty and Sports from text alone.
+# "released": what the README command of the authors' code trains. "plus": beyond the paper, chosen on Beauty and Sports.
 NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {
@@ -296,6 +295,5 @@ def resolve(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     dataset = flags.get("dataset_code", Config.dataset_code)
     preset = PRESETS.get(dataset, {}) | MODEL_PRESETS.get(flags.get("model_code", Config.model_code), {})
     preset = preset | named_preset(flags.get("preset", Config.preset), dataset)
-    names = [f.name for f in fields(Config)]
-    sources = {name: "flag" if name in flags else "preset" if name in preset else "default" for name in names}
+    sources = {name: "flag" if name in flags else "preset" if name in preset else "default" for name in vars(Config())}
     return Config(**{**preset, **flags}), sources

@@ -261,7 +261,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# "released": what the README command of the authors' code trains. "plus": beyond the paper, chosen on Beauty and Sports.
+# The paper's choices per dataset (section 4.3 and appendix; Beauty's dropout of the released README), and the demo's.
 NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {

@@ -77,7 +77,7 @@ def test_the_ring_of_a_dataset_is_the_papers(name, r_min):
     config, _ = parsed(f"--dataset_code={name}")
     assert (config.lru_r_min, config.lru_r_max) == (r_min, pytest.approx(r_min + 0.1))
     for extension in EXTENSIONS:
-        assert not getattr(config, extension), extension
+        assert getattr(config, extension) == getattr(Config, extension), extension
     assert parsed("--preset=paper", f"--dataset_code={name}")[0] == config
 
 

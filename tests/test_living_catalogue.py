@@ -128,8 +128,9 @@ class Watched(Recommender):
 @pytest.mark.parametrize("kind", ["none", "int8"])
 def test_while_threads_change_the_catalogue_every_answer_is_that_of_one_catalogue(shop, kind, monkeypatch):
     """Four writers own one item each, so that every catalogue can be told apart by the items that it has."""
-    true = recommender.project
-    monkeypatch.setattr(recommender, "project", lambda *given: time.sleep(1e-3) or true(*given))  # others may run now
+    for name in ("project", "read_request"):  # let other threads run after each
+        true = getattr(recommender, name)
+        monkeypatch.setattr(recommender, name, lambda *given, true=true: (true(*given), time.sleep(1e-3))[0])
     r, opened = shop.first("onnx", kind, 16), shop.first("onnx", kind, 16)
     r.snapshots, r.__class__ = [r._now], Watched
     histories, stop = [[3, 5], ["NEW-1", 2], []], time.monotonic() + 1

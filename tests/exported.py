@@ -38,9 +38,13 @@ def write_export(
     format: str = "onnx",
     index: str | None = None,
     overwrite: bool = False,
+    cut: dict | None = None,
     **settings,
 ) -> Path:
-    """Export a model at a size, its largest by default; settings: of the run, where they matter."""
+    """Export a model at a size, its largest by default.
+
+    cut: table_width and users of `export_size`. settings: of the run, where they matter.
+    """
     by_text = {"use_language_encoder": hasattr(model.items, "projection"), "use_img_encoder": False}
     config = Config(
         **{"language_encoder": "lexical", "img_encoder": "pixel", **by_text, **settings},
@@ -60,6 +64,7 @@ def write_export(
         quantize=quantize,
         index=index,
         overwrite=overwrite,
+        **(cut or {}),
     )
     return folder
 

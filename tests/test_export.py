@@ -170,6 +170,18 @@ def test_the_model_card_gives_size_items_encoders_storage_metrics_and_commands(r
     assert "python -m serving.recommend" in text and "fmrlrec-recommend" not in text  # without graphs in a clone only
 
 
+def test_the_card_and_config_of_a_narrow_table_say_both_widths(run, tmp_path, home):
+    flags = f"--size 8 --table_width 3 --format onnx --data_root {home}/data"
+    (folder,) = run_export(run, f"{flags} --out {tmp_path / 'shop'}")
+    assert (config_of(folder)["size"], config_of(folder)["table_width"]) == (8, 3)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Ranks vectors of 3 numbers, cut from the 8" in text and "`rank.onnx`, B users, N items, m = 3:" in text
+    rows = folder / "rows.safetensors"
+    rows.write_bytes(b"0" * rows.stat().st_size)
+    with pytest.raises(InputError, match=r"rows.safetensors was altered"):
+        read_folder(folder)
+
+
 def test_recommend_prints_ids_and_titles_best_first(run, tmp_path, capsys):
     (folder,) = run_export(run, f"--out {tmp_path / 'out'}")
 
@@ -199,6 +211,12 @@ def test_recommend_prints_ids_and_titles_best_first(run, tmp_path, capsys):
         ("--size 4,5", "--size 5 was not trained; use sizes of 4,8,16, or all"),
         ("--size 8.0", "--size 8.0 was not trained"),
         ("--size 4 --max_bytes 2MB", "give --size, or --max_bytes and --max_latency_ms, not both"),
+        ("--size 4,8 --table_width 5", "--table_width 5 must be from 1 to the size, 4"),
+        ("--table_width 5 --quantize int8", "not for --quantize int8; use --format onnx or torch, --quantize float16"),
+        (
+            "--table_width 5 --data_root gone",
+            "--table_width needs the validation users of the run's dataset: dataset 'tiny' is not at gone",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused_with_the_trained_ones(run, tmp_path, flags, problem):
@@ -359,9 +377,9 @@ def test_the_card_has_plausible_costs_and_the_metrics_and_bytes_of_every_export(
         deploy.main(["--run", str(copy), "--requests", "1"])
 
 
-def test_the_scan_of_synthetic_items_is_measured_and_differs_nowhere():
+def test_the_indices_of_synthetic_items_are_measured_and_int8_differs_nowhere():
     found = deploy.main(["--synthetic", "5000", "--size", "16", "--requests", "20"])
-    assert found["different"] == 0 and found["scan_p50_ms"] > 0 and found["float32_p50_ms"] > 0
+    assert found["int8_different"] == 0 and found["faiss_recall"] > 0.9 and found["faiss_p50_ms"] > 0
 
 
 @pytest.mark.parametrize("axis", [0, 1])

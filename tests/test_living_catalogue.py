@@ -6,15 +6,19 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from common.errors import InputError
+from dataloader import eval_rows
 from datasets.features.text import LexicalEncoder
 from datasets.text import NO_TEXT
 from serving import Recommender, recommender, states
+from serving.folder import FAISS
+from serving.index import FaissIndex, build_faiss
 from serving.states import State
 from tests.exported import (
     ATTRIBUTES,
@@ -28,8 +32,9 @@ from tests.exported import (
     everything,
     write_export,
 )
-from tests.made_up import random_model
+from tests.made_up import as_sequences, random_model
 from tests.prepared import draw_picture, item_features, write_tiny_bert
+from trainer.widths import user_weighted_pca
 
 
 def test_updated_items_have_the_embeddings_and_titles_of_their_new_features(shop, engine, kind):
@@ -334,6 +339,110 @@ def test_the_int8_scan_answers_exactly_as_the_table_does_while_the_catalogue_cha
     same(plain, scanned, top_k=50)
     scanned.save_pretrained(tmp_path / "saved")
     same(plain, Recommender.from_pretrained(tmp_path / "saved"), top_k=50)
+
+
+def test_faiss_finds_the_items_of_the_table_while_the_catalogue_changes(tmp_path):
+    rng = np.random.default_rng(0)
+    model = random_model((4, 12), num_items=2000, features=rng.normal(size=(2000, 16)).astype(np.float32))
+    folders = [write_export(tmp_path / str(index), model, index=index) for index in (None, "faiss")]
+    plain, found = map(Recommender.from_pretrained, folders)
+    searches, true = [], found._now.index.shortlist
+    found._now.index.shortlist = lambda *given: searches.append(len(true(*given))) or true(*given)
+    histories = [rng.integers(1, 2001, n).tolist() for n in (0, 1, 4, 9)]
+    for change in ("none", "some", "most", "saved"):
+        if change == "saved":
+            found.save_pretrained(tmp_path / "saved")
+            found = Recommender.from_pretrained(tmp_path / "saved")
+        elif change != "none":
+            for r in (plain, found):
+                r.remove_items(range(1, 200) if change == "some" else range(302, 1900))
+                r.update_items([300, 301], np.full((2, 16), 2.0))
+                r.add_items([f"NEW {change}"], np.full((1, 16), -2.0))
+        for answer, expected in zip(found.recommend(histories), plain.recommend(histories), strict=True):
+            assert_same_answer(answer, expected)
+        for options in ({"boost": rng.normal(size=2000)}, {"candidates": list(range(250, 1900))}):
+            assert found.recommend(histories, **options) == plain.recommend(histories, **options)
+    assert len(searches) == 3 * len(histories) and max(searches) == 1000
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 200, "other"], ids=["empty", "zeros", "another table"])
+def test_a_damaged_faiss_index_is_refused(tmp_path, content):
+    if content == "other":
+        content = build_faiss(np.ones((30, 4), np.float32))
+    (tmp_path / FAISS).write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"index.faiss is (damaged|not the index of a table \[31, 4\]).*export the model"
+    ):
+        FaissIndex(tmp_path, (31, 4))
+
+
+def test_without_faiss_the_package_to_install_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InputError, match=r"--index faiss needs the package faiss-cpu .*pip install faiss-cpu"):
+        write_export(tmp_path / "a", random_model((4,), num_items=20), index="faiss")
+
+
+# --------------------------------------------------------------------------------------------------------- two widths
+
+SEQUENCES = [[(7 * user + 5 * step * step) % 300 + 1 for step in range(3 + user % 6)] for user in range(200)]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """(a model of 300 items, its export of one width)."""
+    features = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    model = random_model((4, 12), num_items=300, features=features)
+    return model, write_export(tmp_path_factory.mktemp("wide") / "export", model)
+
+
+def write_narrow(folder: Path, model, width: int, **options) -> Path:
+    users = eval_rows(as_sequences(SEQUENCES), 7, "val")
+    return write_export(folder, model, cut={"table_width": width, "users": users}, **options)
+
+
+def change(r: Recommender) -> None:
+    r.remove_items([5])
+    r.update_items([2, 300], np.linspace(-2, 2, 32).reshape(2, 16))
+    r.add_items(["NEW"], np.full((1, 16), -2.0))
+
+
+def test_a_table_as_wide_as_the_encoder_answers_as_one_width(wide, engine, tmp_path):
+    plain, narrow = (
+        Recommender.from_pretrained(f, engine) for f in (wide[1], write_narrow(tmp_path / "a", wide[0], 12))
+    )
+    for r in (plain, narrow):
+        change(r)
+    rules = {"boost": np.linspace(0, 1, 300), "candidates": list(range(1, 290))}
+    for options in ({}, rules, {"candidates": [7, 8, 2, 10]}):
+        for history in ([], [3, 300, 7], ["NEW"]):
+            expected = everything(plain, history, **options)
+            assert_same_answer(everything(narrow, history, **options), expected)
+            assert_same_answer(everything(narrow, narrow.start(history), **options), expected)
+
+
+@pytest.mark.parametrize(("kind", "index", "tolerance"), [("none", None, 1e-5), ("float16", "int8", 2e-3)])
+def test_a_narrow_table_scores_as_the_cut_of_users_and_items(wide, engine, kind, index, tolerance, tmp_path):
+    plain = Recommender.from_pretrained(wide[1], engine)
+    r = Recommender.from_pretrained(write_narrow(tmp_path / "a", wide[0], 5, quantize=kind, index=index), engine)
+    users, items = user_weighted_pca(plain.user_vectors([each[:-2] for each in SEQUENCES]), plain.item_vectors())
+    for changed in (False, True):
+        if changed:
+            change(plain)
+            change(r)
+            r.save_pretrained(tmp_path / "saved")
+            r = Recommender.from_pretrained(tmp_path / "saved", engine)
+        history, vectors = [3, 300, 2, len(r.items)], plain.item_vectors() @ items[:, :5]
+        scores = plain.user_vectors([history])[0] @ users[:, :5] @ vectors.T
+        lengths = np.linalg.norm(vectors, axis=1)
+        for answer, expected, without in (
+            (everything(r, history), scores, []),
+            (everything(r, r.step(r.start(history[:-1]), history[-1])), scores, []),
+            (r.similar_items([1], top_k=300)[0], vectors @ vectors[0] / lengths / lengths[0], [1]),
+        ):
+            ranked = [i for i in (np.argsort(-expected) + 1).tolist() if i not in (without + [5] * changed)]
+            assert_same_answer(
+                answer, SimpleNamespace(numbers=ranked, scores=expected[np.array(ranked) - 1]), tolerance
+            )
 
 
 @pytest.mark.parametrize("length", [0, 1, MAX_LEN, 30])

@@ -288,7 +288,9 @@ def test_a_graph_that_onnxruntime_cannot_load_is_named(tmp_path, damage):
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baselines_export_answers_as_its_model(tmp_path, name):
     model, r = exported_baseline(tmp_path / "export", name)
-    for history in ([], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]):
+    histories = [[], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]]
+    answers = r.recommend(histories, top_k=NUM_ITEMS, exclude_history=False)
+    for history, answer in zip(histories, answers, strict=True):
         tokens = torch.tensor(history or [0])
         with torch.no_grad():
             if name in COUNTING:
@@ -297,7 +299,6 @@ def test_a_baselines_export_answers_as_its_model(tmp_path, name):
                 table = model.item_table()
                 scores = table @ model.encode(table[tokens], torch.arange(len(tokens)), len(tokens))[-1]
         expected = scores[1:].numpy()
-        [answer] = r.recommend([history], top_k=NUM_ITEMS, exclude_history=False)
         np.testing.assert_allclose(answer.scores, -np.sort(-expected), atol=1e-5 * np.abs(expected).max())
         np.testing.assert_allclose(expected[np.array(answer.numbers) - 1], answer.scores, atol=1e-5, rtol=1e-4)
         [few] = r.recommend([history], top_k=2, exclude_history=False, candidates=[5, 29])

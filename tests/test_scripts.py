@@ -287,7 +287,7 @@ def test_eval_tests_a_run_on_newer_data_when_asked_to_and_apart_from_its_results
 def test_a_night_has_each_users_first_events_and_the_items_until_then(workplace):
     catalog = load_catalog("data", "tiny")
     for night in (0, 10):
-        nightly.write_night(catalog, nightly.event_times(catalog), night, Path())
+        nightly.write_night(catalog, nightly.event_times(catalog), 0.9 + 0.01 * night, night, Path())
     first, last = (load_catalog(f"data-{night}", "tiny") for night in (0, 10))
     assert last.digest() == catalog.digest()
     assert 0.8 < len(first.sequences.items) / len(last.sequences.items) < 0.95

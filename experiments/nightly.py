@@ -5,7 +5,8 @@ python -m experiments.nightly --full "--preset plus --language_encoder lexical" 
 
 The prepared files have the order of each user's events but no times. As a stand-in, a user's n events are spread evenly
 over the time from 0 to 1, with a random phase. The catalogue of a night has the items that occurred until then. After
-some nights a model is trained anew on the same data, and both are validated on it. The test set is never read.
+some nights a model is trained anew on the same data. It, the updated model and the first one, which gets no update, are
+validated on that data. The test set is never read.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ import train
 from common.cli import Parser, run_cli
 from common.files import write_json, write_text
 from config import Config
+from dataloader import eval_rows
 from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
+from trainer.evaluation import evaluate
+from trainer.load_run import load_run
 from trainer.runs import read_log
 
 NIGHTS, FIRST = 10, 0.9
@@ -34,7 +38,7 @@ UPDATE = "--num_epochs 1 --epoch_steps 80 --lr 3e-4 --warmup_steps 10"
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
-    """Train, update every night, train anew, and return a row for each night."""
+    """Train, update every night, train anew on some, and return a row for each night."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_code", default="beauty", metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--data_root", default=Config.data_root, metavar="FOLDER", help="(default: %(default)s)")
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     when = event_times(catalog)
     write_night(catalog, when, 0, out)
     run, seconds = trained(f"--dataset_code {catalog.name} {arguments.full} --run_name full-0", 0, out)
-    rows = [{"night": 0, "updated": best(run), "seconds": seconds}]
+    first, rows = run, [{"night": 0, "no_update": best(run), "updated": best(run), "seconds": seconds}]
     for night in range(1, NIGHTS + 1):
         write_night(catalog, when, night, out)
         # Another seed draws other users.
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
             full, seconds = trained(
                 f"--dataset_code {catalog.name} {arguments.full} --run_name full-{night}", night, out
             )
-            row |= {"anew": best(full), "anew_seconds": seconds}
+            row |= {"anew": best(full), "anew_seconds": seconds, "no_update": validated(first, night, out)}
         rows.append(row)
         write_json(out / "nightly.json", {"metric": METRIC, "rows": rows})
     print_rows(rows)
@@ -107,12 +111,27 @@ def best(run: Path) -> float:
     return of_sizes[max(of_sizes, key=int)][METRIC]
 
 
+def validated(run: Path, night: int, out: Path) -> float:
+    """Return the validation metric of a run as it is on the data of a night, at its largest size."""
+    config, catalog, model = load_run(run, {"data_root": str(out / f"data-{night}")}, newer_data=True)
+    metrics = evaluate(
+        model,
+        eval_rows(catalog.sequences, config.lru_max_len, "val"),
+        sizes=model.sizes,
+        batch_size=config.val_batch_size,
+        ks=config.metric_ks,
+        mask_history=config.val_mask_history,
+    )
+    return metrics[model.sizes[-1]][METRIC]
+
+
 def print_rows(rows: list[dict[str, float]]) -> None:
     """Print the table."""
-    print(f"night  updated  seconds     anew  seconds   (validation {METRIC}; CPU seconds)")
+    print(f"night  updated  seconds  no update     anew  seconds   (validation {METRIC}; CPU seconds)")
     for row in rows:
-        anew = f"  {row['anew']:.4f}  {row['anew_seconds']:7.1f}" if "anew" in row else ""
-        print(f"{row['night']:5d}  {row['updated']:7.4f}  {row['seconds']:7.1f}{anew}")
+        first = f"  {row['no_update']:9.4f}" if "no_update" in row else ""
+        anew = f"  {row['anew']:7.4f}  {row['anew_seconds']:7.1f}" if "anew" in row else ""
+        print(f"{row['night']:5d}  {row['updated']:7.4f}  {row['seconds']:7.1f}{first}{anew}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,7 +240,10 @@ def best_size(arguments: argparse.Namespace) -> int:
     from trainer.runs import DEPLOYMENT
     from trainer.runs import WEIGHTS as RUN_WEIGHTS
 
-    path, measure = arguments.run / DEPLOYMENT, f"measure it: python -m benchmarks.deploy --run {arguments.run}"
+    path, measure = (
+        arguments.run / DEPLOYMENT,
+        f"measure it: python -m benchmarks.deploy --run {shlex.quote(str(arguments.run))}",
+    )
     measured = check_schema(read_json(path, measure), Deployment, path, measure)
     if measured["weights"] != sha256(arguments.run / RUN_WEIGHTS):
         raise InputError(f"{path} was measured on other weights than the run has now; {measure}")

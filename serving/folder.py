@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -208,7 +209,9 @@ def read_folder(folder: str | Path) -> Export:
         raise InputError(f"{folder} is not an export (it has no {CONFIG}); python -m serving.export makes one")
     config = read_json(folder / CONFIG, HINT, MAX_CONFIG)
     if "settings" in config:
-        raise InputError(f"{folder} is a run, not an export; export it: python -m serving.export --run {folder}")
+        raise InputError(
+            f"{folder} is a run, not an export; export it: python -m serving.export --run {shlex.quote(str(folder))}"
+        )
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG} does not describe an export; {HINT}")
     if config.get("version") not in (VERSION, WITH_REMOVED):

@@ -268,13 +268,12 @@ def measure_scan(size: int, num_items: int, users: int, folder: Path) -> dict[st
     The singular values of items and users decay as i^(-2/3), as those of trained tables do: .16 of the first at 16, .06
     at 64, .015 at 256 on Beauty. Rows of independent numbers have no structure that a quantizer could use.
     """
-    import faiss
     import numpy as np
 
     from serving.engines import Table, best_columns
     from serving.folder import FAISS, INDEX, SCAN
     from serving.graphs import build_scan
-    from serving.index import FaissIndex, Int8Index, build_faiss, build_index
+    from serving.index import FaissIndex, Int8Index, build_faiss, build_index, import_faiss
 
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -284,7 +283,7 @@ def measure_scan(size: int, num_items: int, users: int, folder: Path) -> dict[st
     rows = rng.standard_normal((num_items + 1, size), dtype=np.float32)
     for start in range(0, len(rows), 1 << 16):
         rows[start : start + (1 << 16)] @= spectrum
-    faiss.omp_set_num_threads(1)
+    import_faiss().omp_set_num_threads(1)
     packed = build_index(rows)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).write_bytes(packed)

@@ -76,6 +76,8 @@ SHORTER = {  # start of a command that trains anew or measures long -> what shor
     "python -m experiments.run": " --dry_run",
     "python -m experiments.run table3": " --dry_run --data_root elsewhere",
     "python -m benchmarks.onnx_file": " --size 8 --users 50",
+    "python -m benchmarks.server": " --requests 50",
+    "python -m benchmarks.deploy --synthetic": " --synthetic 20000 --size 32 --requests 5",
     "python -m benchmarks.deploy": " --size 32 --users 50 --requests 5 --catalogue 2000",
 }
 # Runs the commands on its standard input, a line each, in one process, which imports torch once.

@@ -34,7 +34,7 @@ from trainer.runs import read_log
 
 NIGHTS, FIRST = 10, 0.9
 METRIC = "NDCG@10"
-UPDATE = "--num_epochs 1 --epoch_steps 80 --lr 3e-4 --warmup_steps 10"
+UPDATE = "--num_epochs 1 --epoch_steps 80 --lr 3e-4 --warmup_steps 10 --validate_untrained"
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:

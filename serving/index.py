@@ -12,8 +12,8 @@ The scan (serving/graphs.py) returns the others, some dozens of a million, and t
 ẑ has two parts of 63 steps a side, of which the second holds the rounding error of the first, so |z - ẑ| is small.
 Rows that were added or changed since the export have no int8 row: their scores are always computed.
 
-faiss's product quantizer (4 bits for every two dimensions) finds a shortlist, whose scores are computed in float32. It
-misses an item now and then. It is used only where no filter and no boost is given; removed and new items are no filter.
+faiss scans the items' 64 principal components in 4 bits each. Its shortlist is scored in float32. It misses an item now
+and then. It is used only where no filter and no boost is given; removed and new items are no filter.
 
 N items, m the width of the table, B users.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from safetensors.numpy import load, save
+from safetensors.numpy import load_file, save
 
 from common.errors import InputError
 from serving.engines import Engine, OnnxEngine, Table, best_columns
@@ -32,7 +32,8 @@ from serving.folder import FAISS, HINT, INDEX, SCAN, Export
 from serving.quantize import STEPS, dequantize, quantize
 
 ROUNDING = 4e-6  # of the float32 operations, relative to |z| |t|
-SHORTLIST, TIMES = 1000, 20  # faiss's shortlist has at least 1000 items, and 20 times as many as are asked for
+COMPONENTS = 64  # principal components that faiss scans
+SHORTLIST, TIMES = 4000, 20  # faiss's shortlist has at least 4000 items, and 20 times as many as are asked for
 TRAINED_ON = 1 << 16  # rows that faiss's quantizer is trained on
 
 
@@ -75,7 +76,7 @@ class Int8Index:
         import onnxruntime
 
         path = folder / INDEX
-        parts = load(path.read_bytes())
+        parts = load_file(path)
         shapes = {name: part.shape for name, part in parts.items()}
         rows, size = shape
         if shapes != {"codes": (size, rows), "scale": (rows,), "bound": (rows,)}:
@@ -143,13 +144,21 @@ def import_faiss() -> Any:
 def build_faiss(table: np.ndarray) -> bytes:
     """Return the bytes of index.faiss for a table [N+1, m] float32."""
     faiss = import_faiss()
-    rows, width = table.shape
-    parts = width if width % 2 else width // 2
-    index = faiss.index_factory(width, f"PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
-    if rows < (least := 1 << index.pq.nbits):
-        raise InputError(f"--index faiss needs at least {least} items, this catalogue has {rows - 1}; leave it out")
-    sample = np.random.default_rng(0).permutation(rows)[:TRAINED_ON]
-    index.train(table[np.sort(sample)])
+    (rows, width), bits = table.shape, 4
+    if rows < 1 << bits:
+        raise InputError(f"--index faiss needs at least {1 << bits} items, this catalogue has {rows - 1}; leave it out")
+    rng = np.random.default_rng(0)
+    sample = table[np.sort(rng.permutation(rows)[:TRAINED_ON])]
+    kept = min(width, COMPONENTS)
+    # Not centred, which would change inner products; rotated, so that components of like variance share the bits.
+    components = np.linalg.eigh(sample.T.astype(np.float64) @ sample)[1][:, ::-1][:, :kept]
+    rotation = np.linalg.qr(rng.standard_normal((kept, kept)))[0]
+    transform = faiss.LinearTransform(width, kept, False)
+    faiss.copy_array_to_vector((rotation @ components.T).astype(np.float32).ravel(), transform.A)
+    transform.is_trained = True
+    scan = faiss.IndexPQFastScan(kept, kept, bits, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.IndexPreTransform(transform, scan)
+    index.train(sample)
     index.add(np.ascontiguousarray(table))
     return faiss.serialize_index(index).tobytes()
 
@@ -182,17 +191,20 @@ class FaissIndex:
         fresh = table.changed_since(self._rows)
         scores, items = np.full((len(z), k), -np.inf, np.float32), np.zeros((len(z), k), np.int64)
         for row, user in enumerate(z):
-            exact, best = best_of(user, np.union1d(self.shortlist(user, bias[0], k, fresh), fresh), table, bias[0], k)
+            among = self.shortlist(user, bias[0], k, fresh)
+            among = np.union1d(among, fresh) if len(fresh) else among
+            exact, best = best_of(user, among, table, bias[0], k)
             scores[row, : len(best)], items[row, : len(best)] = exact, best
         return scores, items
 
     def shortlist(self, z: np.ndarray, bias: np.ndarray, k: int, without: np.ndarray) -> np.ndarray:
-        """Return at least max(SHORTLIST, TIMES k) items that are likely among the best for z [m], except `without`."""
+        """Return some max(SHORTLIST, TIMES k) items, sorted, that are likely the best for z [m], except `without`."""
         wanted = asked = min(self._rows, max(SHORTLIST, TIMES * k))
         while True:
             found = self._index.search(z[None], asked)[1][0]
             found = found[found >= 0]
-            usable = found[(bias[found] > -np.inf) & ~np.isin(found, without)]
+            usable = found[bias[found] > -np.inf]
+            usable = np.setdiff1d(usable, without) if len(without) else np.sort(usable)
             if 2 * len(usable) >= wanted or asked == self._rows:
                 return usable
             asked = min(self._rows, 2 * asked)

@@ -295,6 +295,16 @@ def test_a_night_has_each_users_first_events_and_the_items_until_then(workplace)
     assert all(any(history == other[: len(history)] for other in whole) for history in cut)
 
 
+def test_nightly_updates_are_compared_with_no_update_and_with_training_anew(workplace, monkeypatch):
+    monkeypatch.setattr(nightly, "NIGHTS", 1)
+    flags = TINY.replace("--dataset_code tiny", "")
+    first, last = nightly.main(["--dataset_code", "tiny", "--out", "out", "--full", flags, "--anew", "1"])
+    assert first["no_update"] == first["updated"]
+    assert last.keys() == {"night", "updated", "seconds", "no_update", "anew", "anew_seconds"}
+    [update] = Path("out/tiny").glob("*-update-1")
+    assert last["no_update"] == runs.read_log(update)[0]["val"]["8"]["NDCG@10"]
+
+
 def test_a_run_on_other_texts_is_refused(run):
     before = contents(run)
     path = Path("data/tiny/meta.json.gz")

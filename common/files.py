@@ -151,8 +151,8 @@ def read_text(path: Path, hint: str, limit: int = MAX_TEXT) -> str:
     hint: how to fix the problem, the end of the error message. limit: bytes of the text. Raises InputError if the file
     is missing, not a regular file, damaged, empty or too large.
     """
-    check_regular(path, hint)
     try:
+        check_regular(path, hint)
         with open_regular(path) as file:
             # one byte more than the limit, so a small file that unpacks to terabytes is refused early
             data = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(limit + 1)

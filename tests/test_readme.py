@@ -45,7 +45,7 @@ RUN_BY = {
     "torchrun --nnodes=2": ("tests/test_several_machines.py", "--nnodes=2"),
     "pip install .": ("tests/test_export.py", '"install"'),
     "fmrlrec-recommend ": ("tests/test_export.py", "bin/fmrlrec-recommend"),
-    "fmrlrec-serve ": ("tests/test_http.py", '"-m", "serving.http"'),
+    "fmrlrec-serve ": ("tests/test_http.py", "server.main("),
     "python -m datasets.prepare --events": ("tests/test_prepare.py", "--events=shop.parquet"),
     "npm ci --prefix serving/page && python -m serving.page": ("tests/test_page.py", "page.main("),
     "python -m serving.hub": ("tests/test_hub.py", "hub.main("),

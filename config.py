@@ -3,8 +3,6 @@
 Edit a default below, or give a flag of the same name on the command line. Precedence:
 
     explicit flag  >  --preset  >  preset of the model  >  preset of the dataset  >  default
-
-Code takes only the section that it reads; Config combines all sections.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,11 +24,9 @@ class DataSettings(Settings):
     """The dataset and its location."""
 
     dataset_code: str = setting(
-        "demo", "demo, beauty, clothing, sports, toys, or any prepared folder below data_root", folder_name=True
+        "demo", "demo, beauty, clothing, sports, toys, or a folder of data_root", folder_name=True
     )
-    data_root: str = setting(
-        "data", "folder with <dataset_code>/ and photos/<dataset_code>/; read-only for training", runtime=True
-    )
+    data_root: str = setting("data", "folder of <dataset_code>/ and photos/<dataset_code>/", runtime=True)
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,7 @@ def size_within(sizes: tuple[int, ...], width: int) -> int:
 _IDS_ONLY = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ONLY, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
-# Baselines (model/registry.py) and their settings on every dataset. Learning rate and dropout are not tuned; LRURec
-# reaches a test NDCG@10 of .0427 on Beauty after 30 epochs, against .0438 in Table 2 of the fMRLRec paper.
+# Baselines (model/registry.py) and their settings on every dataset. Learning rate and dropout are not tuned.
 MODEL_PRESETS: dict[str, dict[str, Any]] = {
     "sasrec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5},
     "lrurec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5, "lru_r_min": 0.8, "lru_r_max": 0.99},
@@ -110,16 +105,12 @@ class ModelSettings(Settings):
 
     model_code: str = setting(
         "fmrlrec",
-        "fmrlrec or an id-only baseline; popularity and itemknn are counted, not trained",
+        "fmrlrec or a baseline by ids; popularity and itemknn only count",
         choices=("fmrlrec", *MODEL_PRESETS),
     )
-    mrl_hidden_sizes: tuple[int, ...] = setting(
-        (8, 16, 32, 64, 128, 256, 512, 1024), "increasing nested sizes, the last is D; baselines take one"
-    )
+    mrl_hidden_sizes: tuple[int, ...] = setting((8, 16, 32, 64, 128, 256, 512, 1024), "nested sizes; the last one is D")
     lru_max_len: int = setting(50, "maximum history length; older items are dropped", at_least=1, at_most=2**20)
-    lru_num_blocks: int = setting(
-        2, "LRU (sasrec: attention) and FFN blocks; gru4rec: GRU layers", at_least=1, at_most=1000
-    )
+    lru_num_blocks: int = setting(2, "blocks of LRU (attention, GRU) and FFN", at_least=1, at_most=1000)
     lru_dropout: float = setting(0.5, "dropout in and after the FFN; baselines: embeddings too", at_least=0, below=1)
     lru_attn_dropout: float = setting(0.5, "dropout after the LRU, attention or GRU", at_least=0, below=1)
     embedding_dropout: bool = setting(True, "lru_dropout on the input embeddings too", used_if=_only("fmrlrec"))
@@ -130,13 +121,11 @@ class ModelSettings(Settings):
     whiten_features: bool = setting(False, "whiten each encoder's features", extension=True)
     item_embedding: int = setting(
         0,
-        "leading dimensions with a learned item embedding, rounded down to a size (at least the smallest); 0: none",
+        "leading dimensions with a learned item embedding, rounded down to a size; 0: none",
         at_least=0,
         extension=True,
     )
-    post_norm: bool = setting(
-        False, "LayerNorm after each LRU and FFN, and dropout and LayerNorm on the input", extension=True
-    )
+    post_norm: bool = setting(False, "LayerNorm after each LRU and FFN, and on the input", extension=True)
     dropout_from: int = setting(0, "number of leading dimensions without dropout", at_least=0, extension=True)
     logit_scale: bool = setting(False, "learn one logit scale per size", extension=True)
 
@@ -167,21 +156,18 @@ class ModelSettings(Settings):
 class TrainingSettings(Settings):
     """Optimisation and loss."""
 
-    seed: int = setting(
-        42,
-        "seed of initialisation, dropout and user order",
-        at_least=0,
-        below=2**64,
-        for_several="python -m experiments.run --seeds",
-    )
+    seed: int = setting(42, "random seed", at_least=0, below=2**64, for_several="python -m experiments.run --seeds")
     train_batch_size: int = setting(32, "users per training step, over all processes", at_least=1)
     num_epochs: int = setting(500, "maximum number of epochs, and end of the cosine schedule", at_least=1)
-    epoch_steps: int = setting(
-        0, "steps per epoch, each with random users; 0: every user once", at_least=0, extension=True
+    epoch_steps: int = setting(0, "steps per epoch, of random users; 0: every user once", at_least=0, extension=True)
+    train_users: str = setting(
+        "all",
+        "all, or changed: only users with other training items than in the run of --init_from",
+        choices=("all", "changed"),
+        used_if=lambda c: bool(c.init_from),
+        extension=True,
     )
-    precision: str = setting(
-        "fp32", "precision of matrix products in training; everything else is float32", choices=("fp32", "tf32", "bf16")
-    )
+    precision: str = setting("fp32", "precision of matrix products in training", choices=("fp32", "tf32", "bf16"))
     optimizer: str = setting("adamw", "adamw, or adam: weight decay added to the gradient", choices=("adamw", "adam"))
     lr: float = setting(1e-4, "peak learning rate", above=0)
     weight_decay: float = setting(1e-2, "weight decay; biases are never decayed", at_least=0)
@@ -192,9 +178,7 @@ class TrainingSettings(Settings):
     warmup_steps: int = setting(100, "warm-up steps", at_least=0, used_if=lambda c: c.enable_lr_schedule)
     mrl_loss: str = setting("sum", "reduction over sizes: sum (paper), mean (released code)", choices=("sum", "mean"))
     loss: str = setting("fast", "name in LOSSES of model/loss.py: fast, or plain, its readable twin for experiments")
-    first_item_label: bool = setting(
-        True, "also predict the first item, from token 0, if the training items fit in lru_max_len"
-    )
+    first_item_label: bool = setting(True, "predict the first item too, from token 0, if all items fit in lru_max_len")
     num_negatives: int = setting(0, "sampled items per step for a sampled softmax; 0: exact softmax", at_least=0)
     item_embedding_updates: str = setting(
         "auto",
@@ -205,7 +189,7 @@ class TrainingSettings(Settings):
     early_stopping: bool = setting(True, "stop after early_stopping_patience epochs without a better best_metric")
     early_stopping_patience: int = setting(10, "patience in epochs", at_least=1, used_if=lambda c: c.early_stopping)
     distill: float = setting(
-        0.0, "weight of the largest size's softmax in the smaller sizes' targets", at_least=0, at_most=1, extension=True
+        0.0, "share of the largest size's softmax in targets", at_least=0, at_most=1, extension=True
     )
     ema_decay: float = setting(0.0, "EMA decay of the evaluated weights; 0: none", at_least=0, below=1, extension=True)
 
@@ -226,8 +210,7 @@ class EvaluationSettings(Settings):
         yield from super().problems()
         metric, _, k = self.best_metric.partition("@")
         if metric not in METRICS or not k.isascii() or not k.isdigit() or k.startswith("0"):
-            names = ", ".join(METRICS)
-            yield f"--best_metric {self.best_metric!r} must be one of {names} at a cut-off, such as NDCG@10"
+            yield f"--best_metric {self.best_metric!r} must be {', '.join(METRICS)} at a cut-off, such as NDCG@10"
 
 
 @dataclass(frozen=True)
@@ -235,18 +218,13 @@ class RunSettings(Settings):
     """Preset, device, output and logging."""
 
     preset: str = setting("paper", "settings that are listed below", choices=("paper", "released", "plus"))
-    device: str = setting(
-        "auto", "auto: a GPU per process, if available", choices=("auto", "cpu", "cuda"), runtime=True
-    )
+    device: str = setting("auto", "auto: a GPU per process, if any", choices=("auto", "cpu", "cuda"), runtime=True)
     runs_root: str = setting("experiments/runs", "root of run folders <dataset_code>/<time>-<run_name>", runtime=True)
-    init_from: str = setting(
-        "", "start from the best weights of this run (a folder), with its settings unless given", extension=True
-    )
-    save_every_minutes: float = setting(
-        10.0, "minutes between checkpoints within an epoch; 0: only after epochs", at_least=0, runtime=True
-    )
+    init_from: str = setting("", "start from this run's best weights, with its settings unless given", extension=True)
+    save_every_minutes: float = setting(10.0, "minutes between saves in an epoch; 0: none", at_least=0, runtime=True)
     run_name: str = setting("", "run name; empty: modalities and size, such as both-1024", folder_name=True)
     use_wandb: bool = setting(False, "log to Weights & Biases too; offline without a key or WANDB_MODE", runtime=True)
+    use_tensorboard: bool = setting(False, "log to TensorBoard too, in the run's folder", runtime=True)
 
 
 SECTIONS = (DataSettings, FeatureSettings, ModelSettings, TrainingSettings, EvaluationSettings, RunSettings)
@@ -271,8 +249,7 @@ class Config(RunSettings, EvaluationSettings, TrainingSettings, ModelSettings, F
 
 EXTENSIONS = tuple(f.name for f in fields(Config) if f.metadata["extension"])  # beyond the paper, fmrlrec only
 
-# The paper's choices per dataset (section 4.3 and appendix; Beauty's dropout from the released README). The demo's
-# catalogue is small, so it trains a smaller model for fewer epochs.
+# The paper's choices per dataset (section 4.3 and appendix; Beauty's dropout from the released README), and the demo's.
 PRESETS: dict[str, dict[str, Any]] = {
     "beauty": {"lru_dropout": 0.6, "lru_attn_dropout": 0.6, "lru_r_min": 0.0, "lru_r_max": 0.1},
     "clothing": {"lru_r_min": 0.1, "lru_r_max": 0.2},
@@ -284,8 +261,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# What --preset names, on every dataset. "released": what the README command of the authors' code trains. "plus": better
-# accuracy by settings beyond the paper, chosen on Beauty and Sports from text alone.
+# The paper's choices per dataset (section 4.3 and appendix; Beauty's dropout of the released README), and the demo's.
 NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {
@@ -300,7 +276,15 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-ALL_PRESETS = {**PRESETS, **MODEL_PRESETS, **NAMED_PRESETS}  # for --help
+# What a named preset has otherwise on a dataset. The demo's 3,000 users are 24 batches of 128, too few for 7 epochs.
+ON_DATASET: dict[tuple[str, str], dict[str, Any]] = {("plus", "demo"): {"train_batch_size": 32, "num_epochs": 12}}
+
+ALL_PRESETS = {**PRESETS, **MODEL_PRESETS, **NAMED_PRESETS, "plus on demo": ON_DATASET["plus", "demo"]}  # for --help
+
+
+def named_preset(name: str, dataset: str) -> dict[str, Any]:
+    """Return what --preset stands for on a dataset."""
+    return NAMED_PRESETS.get(name, {}) | ON_DATASET.get((name, dataset), {})
 
 
 def resolve(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
@@ -308,9 +292,8 @@ def resolve(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
 
     Raises InputError that names the first invalid value.
     """
-    preset = PRESETS.get(flags.get("dataset_code", Config.dataset_code), {})
-    preset = preset | MODEL_PRESETS.get(flags.get("model_code", Config.model_code), {})
-    preset = preset | NAMED_PRESETS.get(flags.get("preset", Config.preset), {})
-    names = [f.name for f in fields(Config)]
-    sources = {name: "flag" if name in flags else "preset" if name in preset else "default" for name in names}
+    dataset = flags.get("dataset_code", Config.dataset_code)
+    preset = PRESETS.get(dataset, {}) | MODEL_PRESETS.get(flags.get("model_code", Config.model_code), {})
+    preset = preset | named_preset(flags.get("preset", Config.preset), dataset)
+    sources = {name: "flag" if name in flags else "preset" if name in preset else "default" for name in vars(Config())}
     return Config(**{**preset, **flags}), sources

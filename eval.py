@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     trained, _ = processes.on_main_process(lambda: read_config(run))
     if arguments.alone and trained.model_code != "fmrlrec":
         raise InputError(f"--alone tests slices of fmrlrec; {run} is a run of {trained.model_code}: leave --alone out")
-    processes.print_main(describe_run(run))
+    if processes.rank() == 0:
+        print(describe_run(run), flush=True)
     config, catalog, model = load_run(run, flags, arguments.on_newer_data)
     digest = catalog.digest()
     out = processes.on_main_process(lambda: newer_data_folder(run, digest))

@@ -11,8 +11,9 @@ torchrun --nproc_per_node=4 train.py --dataset_code=beauty ...      # on 4 GPUs,
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.cli import parse_args, run_cli
 from config import ALL_PRESETS, SECTIONS, resolve
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Train, test every size, and return the run's folder."""
+def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """Train, test every size, and return the run's folder. on_epoch: called with each line of log.jsonl."""
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], SECTIONS, add_arguments, presets=ALL_PRESETS)
     settings = None if arguments.resume or flags.get("init_from") else resolve(flags)
     if settings:
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     # Heavy imports wait until flags and dataset are known to be good, so that --help and errors come at once.
     import torch
 
+    from common import processes
     from common.devices import resolve_device
     from datasets.features.load import load_features
     from datasets.load import load_dataset
@@ -49,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from trainer.testing import test_every_size
     from trainer.trainer import Trainer
     from trainer.training_run import TrainingRun
-    from trainer.warm_start import load_initial, warm_settings
+    from trainer.warm_start import load_initial, users_to_train, warm_settings
 
     if settings or not arguments.resume:
         run = TrainingRun(*(settings or warm_settings(flags)))
     else:
         run = find_resumed(arguments.resume, flags)
+    run.on_epoch = on_epoch
     config = run.config
     device = resolve_device(config.device)
 
@@ -72,9 +75,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if isinstance(model, CountingModel):
             CountingTrainer(model, catalog.sequences, config, run).fit()
         else:
-            Trainer(model, catalog.sequences, config, run).fit()
+            users = processes.on_main_process(lambda: users_to_train(catalog, config, run.folder))
+            Trainer(model, catalog.sequences, config, run, users).fit()
         run.load_best(model)
         run.keep_table(model)
+        run.plot_training()
         results = test_every_size(model, catalog.sequences, config, run.folder) if config.test else {}
         run.log.finish(results)
     return run.folder

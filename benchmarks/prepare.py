@@ -2,9 +2,11 @@
 
 python -m benchmarks.prepare                  # 10 million events, 1 million items: 6 GB of files
 python -m benchmarks.prepare --reviews 1000000 --products 100000 --formats csv,parquet
+python -m benchmarks.prepare --formats parquet --counts memory,duckdb --events_only    # the counts' memory alone
 """
 
 import gzip
+import itertools
 import multiprocessing
 import platform
 import shutil
@@ -18,9 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.measure import memory_mb
-from common.cli import Parser, run_cli
+from common.cli import Parser, add_switch, run_cli
 from common.errors import InputError
 from common.files import sha256
+from datasets.catalog import REPORT
 
 CHUNK = 20_000  # lines that are made at a time
 FILES = {"json": "reviews.json.gz", "csv": "events.csv", "parquet": "events.parquet"}
@@ -32,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--reviews", type=int, default=10_000_000, metavar="N", help="events (default: 10,000,000)")
     parser.add_argument("--products", type=int, default=1_000_000, metavar="N", help="items (default: 1,000,000)")
     parser.add_argument("--formats", default=",".join(FILES), metavar="NAME,...", help="(default: %(default)s)")
+    parser.add_argument("--counts", default="memory", metavar="WHERE,...", help="(default: %(default)s)")
+    add_switch(parser, "events_only", "prepare without the items, whose metadata take memory too")
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark"), help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs, of which the median counts")
     arguments = parser.parse_args(argv)
@@ -41,27 +46,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     raw = arguments.folder / f"raw-{arguments.reviews}-{arguments.products}"
     make_files(raw, formats, arguments.reviews, arguments.products)
     print(f"Python {platform.python_version()}, numpy {np.__version__}, {platform.processor() or platform.machine()}\n")
-    print("| events | items | format | raw file GB | seconds | peak GB | same bytes |")
-    print("| ---: | ---: | --- | ---: | ---: | ---: | --- |")
+    print("| events | items | format | counts | raw file GB | seconds | CPU seconds | peak GB | same bytes |")
+    print("| ---: | ---: | --- | --- | ---: | ---: | ---: | ---: | --- |")
     first = None
-    for name in formats:
-        runs = [run(raw, FILES[name], arguments.folder) for _ in range(arguments.repeats)]
-        seconds, peak = np.median(runs, axis=0)
-        made = sha256(arguments.folder / "made" / "sequential_data.txt")
+    for name, counts in itertools.product(formats, arguments.counts.split(",")):
+        flags = [f"--raw_root={raw}", f"--events={FILES[name]}", f"--counts={counts}"]
+        flags += ["--items=meta.json.gz"] if not arguments.events_only else []
+        runs = [run(arguments.folder, flags) for _ in range(arguments.repeats)]
+        seconds, cpu_seconds, peak = np.median(runs, axis=0)
+        made = [sha256(path) for path in sorted(arguments.folder.glob("made/*")) if path.name != REPORT]
         first = first or made
         size = (raw / FILES[name]).stat().st_size / 1e9
         print(
-            f"| {arguments.reviews:,} | {arguments.products:,} | {name} | {size:.2f} | {seconds:.0f} | "
-            f"{peak / 1e3:.2f} | {'yes' if made == first else 'no'} |",
+            f"| {arguments.reviews:,} | {arguments.products:,} | {name} | {counts} | {size:.2f} | {seconds:.0f} | "
+            f"{cpu_seconds:.0f} | {peak / 1e3:.2f} | {'yes' if made == first else 'no'} |",
             flush=True,
         )
 
 
-def run(raw: Path, events: str, folder: Path) -> tuple[float, float]:
-    """Prepare the data in a process of its own, and return seconds and the peak resident MB."""
+def run(folder: Path, flags: list[str]) -> tuple[float, float, float]:
+    """Prepare the data in a process of its own, and return seconds, CPU seconds and the peak resident MB."""
     shutil.rmtree(folder / "made", ignore_errors=True)
     receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=measure, args=(raw, events, folder, send))
+    process = multiprocessing.get_context("spawn").Process(target=measure, args=(folder, flags, send))
     process.start()
     send.close()
     try:
@@ -72,14 +79,13 @@ def run(raw: Path, events: str, folder: Path) -> tuple[float, float]:
         process.join()
 
 
-def measure(raw: Path, events: str, folder: Path, send: Connection) -> None:
-    """Prepare the data, and send seconds and the peak resident MB."""
+def measure(folder: Path, flags: list[str], send: Connection) -> None:
+    """Prepare the data, and send seconds, CPU seconds and the peak resident MB."""
     from datasets.prepare.__main__ import main as prepare
 
     started = time.perf_counter()
-    prepare([f"--data_root={folder}", "--dataset_code=made", "--only=data", f"--raw_root={raw}",
-             f"--events={events}", "--items=meta.json.gz"])  # fmt: skip
-    send.send((time.perf_counter() - started, memory_mb("VmHWM")))
+    prepare([f"--data_root={folder}", "--dataset_code=made", "--only=data", *flags])
+    send.send((time.perf_counter() - started, time.process_time(), memory_mb("VmHWM")))
 
 
 def make_files(raw: Path, formats: list[str], reviews: int, products: int) -> None:

@@ -81,14 +81,14 @@ def run_cli(main: Callable[[], Any]) -> None:
     """Run a script's main and turn errors into exit statuses.
 
     Exits with 2 on an InputError, which is printed as one line, and with 130 on Ctrl-C.
-    Under torchrun only rank 0 prints.
+    Under torchrun only rank 0 prints an error that every rank has.
     """
     if spec := sys.modules["__main__"].__spec__:  # show "python -m MODULE" in the usage; Python 3.14 does it itself
         sys.argv[0] = f"python -m {spec.name.removesuffix('.__main__')}"
     try:
         main()
     except InputError as error:
-        sys.exit(_fail(f"error: {error}", 2))
+        sys.exit(_fail(f"error: {error}", 2, error.on_every_rank))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -97,11 +97,11 @@ def run_cli(main: Callable[[], Any]) -> None:
         sys.exit(_fail("interrupted", 130))
 
 
-def _fail(message: str, status: int) -> int:
+def _fail(message: str, status: int, on_every_rank: bool = False) -> int:
     is_main = int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
     if not is_main and status != 130:
-        time.sleep(10)  # rank 0 most likely prints the same error; torchrun then ends this process
-    if is_main or status != 130:
+        time.sleep(3 if on_every_rank else 10)  # rank 0 prints the same error, or probably does; torchrun then ends us
+    if is_main or not (on_every_rank or status == 130):
         print(message, file=sys.stderr)
     return status
 

@@ -37,8 +37,9 @@ def device_name(device: torch.device) -> str:
     else:
         threads = torch.get_num_threads()
         name = f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-    count = processes.world_size()
-    return name if count == 1 else f"{count} processes, each on {name}"
+    count, machines = processes.world_size(), processes.machines()
+    where = f" on {machines} machines" if machines > 1 else ""
+    return name if count == 1 else f"{count} processes{where}, each on {name}"
 
 
 def cpu_name() -> str:

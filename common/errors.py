@@ -9,6 +9,8 @@ class InputError(Exception):
     The message names the bad value, the accepted values, and how to fix it. The middle of a very long one is left out.
     """
 
+    on_every_rank = False  # under torchrun: every rank raises it, so rank 0 alone prints it
+
     def __str__(self) -> str:
         text = super().__str__()
         return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"

@@ -152,6 +152,7 @@ def read_text(path: Path, hint: str, limit: int = MAX_TEXT) -> str:
     is missing, not a regular file, damaged, empty or too large.
     """
     try:
+        check_regular(path, hint)
         with open_regular(path) as file:
             # one byte more than the limit, so a small file that unpacks to terabytes is refused early
             data = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(limit + 1)

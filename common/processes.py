@@ -1,13 +1,16 @@
-"""Distributed helpers for torchrun: ranks, collectives and code for rank 0 only.
+"""Distributed helpers for torchrun: ranks, machines, collectives and code for some ranks only.
 
-In a single process every function returns at once without importing torch.
+In a single process every function returns at once without importing torch. Machines share neither memory nor disks.
 """
 
 import atexit
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.errors import InputError
@@ -17,31 +20,45 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TIMEOUT = timedelta(days=1)  # ranks may wait long for a slow share; torchrun ends all of them if one fails
+PIECE = 1 << 24  # bytes of a file that are sent at once
+
+_first_machine: Any = None  # process group of the collectives within `on_first_machine`; None: all processes
 
 
 def world_size() -> int:
-    """Return the number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Return the number of processes, within `on_first_machine` those of the first machine."""
+    return _environment("LOCAL_WORLD_SIZE" if _first_machine else "WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Return the rank of this process, 0 in a single process."""
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    return _environment("RANK", 0) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """Return the rank of this process on its machine, which is also its GPU's index."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+    return _environment("LOCAL_RANK", 0) if world_size() > 1 else 0
 
 
 def local_world_size() -> int:
     """Return the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+    return _environment("LOCAL_WORLD_SIZE", world_size()) if world_size() > 1 else 1
+
+
+def machine() -> int:
+    """Return the number of this machine, from 0; rank 0 is on machine 0."""
+    return _environment("GROUP_RANK", 0) if world_size() > 1 else 0
+
+
+def machines() -> int:
+    """Return the number of machines."""
+    return _environment("GROUP_WORLD_SIZE", 1) if world_size() > 1 else 1
 
 
 def command() -> str:
     """Return the command that started these processes, as a user types it."""
-    return "python" if world_size() == 1 else f"torchrun --nproc_per_node={local_world_size()}"
+    nodes = f"--nnodes={machines()} " if machines() > 1 else ""
+    return "python" if world_size() == 1 else f"torchrun {nodes}--nproc_per_node={local_world_size()}"
 
 
 def start() -> None:
@@ -53,8 +70,13 @@ def start() -> None:
     import torch.distributed.nn  # a later import would keep the group, and its threads, alive after end()
 
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        options: dict[str, Any] = {"backend": "gloo"}
+        if torch.cuda.is_available():
+            options["backend"] = "cpu:gloo,cuda:nccl"
+            if local_rank() < torch.cuda.device_count():  # otherwise resolve_device raises an InputError later
+                options["device_id"] = torch.device("cuda", local_rank())
+        with _connected():
+            dist.init_process_group(timeout=TIMEOUT, **options)
         atexit.register(end)
 
 
@@ -78,20 +100,106 @@ def on_main_process(function: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return function()
-    import torch
-    import torch.distributed as dist
-
-    start()
     answer: list[Any] = [None, None]  # result, message of the InputError
     if rank() == 0:
         try:
             answer[0] = function()
         except InputError as error:
             answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+    _broadcast_objects(answer)
     if answer[1] is not None:
-        raise InputError(answer[1])
+        raise _raised_everywhere(answer[1])
     return answer[0]
+
+
+def together(function: Callable[[], T]) -> T:
+    """Call `function` on every rank and return the rank's own result.
+
+    InputErrors of any ranks are raised on every rank as one, which names their machines if there are several.
+    """
+    if world_size() == 1:
+        return function()
+    result: Any = None
+    message = where = None
+    try:
+        result = function()
+    except InputError as error:
+        message = str(error)
+        where = f"{_machine_name()}: {message}" if machines() > 1 and not error.on_every_rank else message
+    found = _gather((message, where))
+    if len({message for message, _ in found}) > 1:  # not the same on every rank
+        raise _raised_everywhere("\n".join(dict.fromkeys(where for _, where in found if where)))
+    if message is not None:
+        raise _raised_everywhere(message)
+    return result
+
+
+def on_each_machine(function: Callable[[], object]) -> None:
+    """Call `function` on one rank of each machine while the others wait. InputErrors as in `together`."""
+    together(lambda: function() if local_rank() == 0 else None)
+
+
+def on_first_machine(function: Callable[[], T]) -> T:
+    """Call `function` on every rank of the first machine and return rank 0's result on every rank of all machines.
+
+    Within `function` the other machines do not count: world_size and every collective are those of the first machine.
+    InputErrors as in `together`.
+    """
+    if machines() == 1:
+        return function()
+    global _first_machine
+    import torch.distributed as dist
+
+    count = on_main_process(local_world_size)
+    group = dist.new_group(range(count), timeout=TIMEOUT, backend="gloo")  # every rank takes part in making it
+
+    def call() -> T | None:
+        global _first_machine
+        if machine():
+            return None
+        _first_machine = group
+        try:
+            return function()
+        finally:
+            _first_machine = None
+
+    result = together(call)
+    if machine() == 0:
+        dist.destroy_process_group(group)
+    return on_main_process(lambda: result)  # type: ignore[return-value]  # rank 0 has one
+
+
+def check_same(what: str, digest: str, hint: str) -> None:
+    """Raise InputError on every rank, naming the machine, if a rank has another digest than rank 0."""
+    if world_size() == 1:
+        return
+    found = _gather((digest, _machine_name()))
+    for other, name in found:
+        if other != found[0][0]:
+            raise _raised_everywhere(
+                f"{what}: the digest is {other} on {name} and {found[0][0]} on {found[0][1]}; {hint}"
+            )
+
+
+def any_rank(found: bool) -> bool:
+    """Return whether `found` is true on any rank."""
+    return found if world_size() == 1 else any(_gather(found))
+
+
+def pieces_of(path: Path) -> Iterator[bytes]:
+    """Yield a file of rank 0 in pieces on every rank. Each rank must read them to the end."""
+    import torch
+    import torch.distributed as dist
+
+    size = on_main_process(lambda: path.stat().st_size)
+    with (path if rank() == 0 else Path(os.devnull)).open("rb") as file:
+        for at in range(0, size, PIECE):
+            piece = torch.empty(min(PIECE, size - at), dtype=torch.uint8)
+            if rank() == 0:
+                piece = torch.frombuffer(bytearray(file.read(len(piece))), dtype=torch.uint8)
+            with _connected():
+                dist.broadcast(piece, src=0, group=_first_machine)
+            yield piece.numpy().tobytes()
 
 
 def add_up(tensor: "Tensor") -> "Tensor":
@@ -100,7 +208,8 @@ def add_up(tensor: "Tensor") -> "Tensor":
         import torch.distributed as dist
 
         start()
-        dist.all_reduce(tensor)
+        with _connected():
+            dist.all_reduce(tensor, group=_first_machine)
     return tensor
 
 
@@ -117,3 +226,52 @@ def end() -> None:
     crashed = hasattr(sys, "last_value")  # other ranks may never get here, and NCCL would wait for them
     if dist.is_initialized() and not crashed:
         dist.destroy_process_group()
+
+
+def _environment(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def _machine_name() -> str:
+    return f"machine {machine()} ({socket.gethostname()})"
+
+
+def _raised_everywhere(message: str) -> InputError:
+    """Return an InputError that every rank raises, so that rank 0 alone prints it."""
+    error = InputError(message)
+    error.on_every_rank = True
+    return error
+
+
+def _broadcast_objects(objects: list[Any]) -> None:
+    """Replace the objects by those of rank 0."""
+    import torch
+    import torch.distributed as dist
+
+    start()
+    with _connected():
+        dist.broadcast_object_list(objects, src=0, group=_first_machine, device=torch.device("cpu"))
+
+
+def _gather(value: T) -> list[T]:
+    """Return the values of all ranks, in order."""
+    import torch.distributed as dist
+
+    start()
+    found: list[Any] = [None] * world_size()
+    with _connected():
+        dist.all_gather_object(found, value, group=_first_machine)
+    return found
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Raise InputError if the connection to another process is lost, whose own message says why it ended."""
+    try:
+        yield
+    except RuntimeError as error:  # of the backend
+        lines = str(error).strip().splitlines() or [""]
+        raise _raised_everywhere(
+            f"a process of this training ended early or cannot be reached ({lines[0][:200]}); its own message, perhaps "
+            f"on another machine, says why"
+        ) from error

@@ -14,6 +14,7 @@ T = TypeVar("T")
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Number = Annotated[float, Meta(ge=-1e308, le=1e308)]  # finite
+MAX_ID = 256  # bytes of an item's id in UTF-8
 
 
 def check_schema(value: T, schema: Any, where: Path | str, hint: str) -> T:

@@ -24,15 +24,14 @@ from msgspec import Struct
 
 from common.errors import InputError
 from common.files import read_json, read_text
-from common.schema import check_schema
+from common.schema import MAX_ID, check_schema
 from config import Config
 from datasets.item2img import read_item2img
 from datasets.prepare.amazon import PAPER_SETS
 from datasets.records import RecordFile, parse_record
 from datasets.text import attribute_text
 
-MAX_ID = 256  # bytes of an item's id
-MIN_ITEMS = 3  # one to train on, one to validate on, one to test on
+MIN_ITEMS = 3  # leave-one-out: one to train on, one to validate on, one to test on
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
 SPLIT = "split.json"  # {"name": "time DATE DATE", "cuts": [[before validation, before test], ...]}, a pair per user
 REPORT = "prepare_report.json"
@@ -44,7 +43,7 @@ class Prepared(Struct):
     """How datasets.prepare made a dataset."""
 
     recipe: dict[str, Any]
-    files: dict[Literal["sequential_data.txt", "datamaps.json", "meta.json.gz"], str]
+    files: dict[Literal["sequential_data.txt", "datamaps.json", "meta.json.gz", "split.json"], str]
     filters: list[dict[str, Any]]
     notes: list[str]
 
@@ -207,7 +206,7 @@ def _load_sequences(
     lines: dict[int, int] = {}  # user id -> line
     rows: list[list[int]] = []
     cuts: list[list[int]] = []
-    short = 0
+    short, least = 0, 1 if split else MIN_ITEMS
     for number, line in enumerate(read_text(path, LAYOUT).splitlines(), start=1):
         if not line.strip():
             continue
@@ -223,7 +222,7 @@ def _load_sequences(
         bad = next((i for i in items if not 1 <= i <= num_items), None)
         if bad is not None:
             raise InputError(f"{path}:{number}: item {bad} is not in datamaps.json; its item2id has 1..{num_items}")
-        if len(items) < MIN_ITEMS:
+        if len(items) < least:
             short += 1
             continue
         rows.append(items)
@@ -238,9 +237,10 @@ def _load_sequences(
             f"copy it again"
         )
     if not rows:
-        raise InputError(f"{path}: no user has at least {MIN_ITEMS} items (one each to train, validate and test on)")
+        needed = "an item" if split else f"at least {MIN_ITEMS} items (one each to train, validate and test on)"
+        raise InputError(f"{path}: no user has {needed}")
     if short:
-        notes.append(f"{short} users with fewer than {MIN_ITEMS} items dropped")
+        notes.append(f"{short} users with fewer than {least} items dropped")
     offsets = np.cumsum([0] + [len(row) for row in rows])
     flat = np.fromiter((item for row in rows for item in row), dtype=np.int64, count=offsets[-1])
     return Sequences(flat, offsets, split[0], np.array(cuts)) if split else Sequences(flat, offsets)

@@ -58,30 +58,36 @@ def prepare_demo(root: Path = DEMO_ROOT) -> Path:
     """Write the demo below `root` unless it exists, and return `root` (a data_root)."""
     folder, photos = root / "demo", root / "photos" / "demo"
     mark = folder / "generated.json"
-    recipe = {"version": VERSION, "seed": SEED, "items": NUM_ITEMS, "users": NUM_USERS}
-    if mark.is_file() and mark.read_bytes() == json.dumps(recipe).encode():
+    made = json.dumps({"version": VERSION, "seed": SEED, "items": NUM_ITEMS, "users": NUM_USERS}).encode()
+    if mark.is_file() and mark.read_bytes() == made:
         return root
     if (folder / "sequential_data.txt").exists() and not mark.exists():
         raise InputError(f"{folder} holds another dataset, but the name demo is reserved; rename the folder")
+    from filelock import FileLock
+
     try:
-        write_text(mark, "unfinished")
-        photos.mkdir(parents=True, exist_ok=True)
-        _write_demo(folder, photos)
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".demo.lock"):  # another machine may share the folder
+            if mark.is_file() and mark.read_bytes() == made:
+                return root
+            write_text(mark, "unfinished")
+            photos.mkdir(parents=True, exist_ok=True)
+            _write_demo(folder, photos)
+            write_text(mark, made.decode())
     except OSError as error:
         raise InputError(
             f"cannot write the demo below {root}: {error}; run in a writable folder with free space"
         ) from None
-    write_text(mark, json.dumps(recipe))
     return root
 
 
 def load_demo() -> Catalog:
     """Return the demo catalogue, generating it on first use."""
-    root = processes.on_main_process(prepare_demo)
+    processes.on_each_machine(prepare_demo)
     try:
-        return load_catalog(root, "demo")
+        return load_catalog(DEMO_ROOT, "demo")
     except InputError as error:
-        raise InputError(f"{error}. Remove {root / 'demo'} to generate it again") from None
+        raise InputError(f"{error}. Remove {DEMO_ROOT / 'demo'} to generate it again") from None
 
 
 def _write_demo(folder: Path, photos: Path) -> None:

@@ -67,6 +67,8 @@ class Definition:
             varied.add("item_embedding")  # is rounded down to one of them
         if "enable_lr_schedule" in varied:
             varied.add("warmup_steps")  # has no effect without the schedule
+        if "num_negatives" in varied:
+            varied.add("item_embedding_updates")  # has no effect with the exact softmax
         return set(Config.__dataclass_fields__) if "model_code" in varied else varied
 
     def fits(self, row: Row, config: Config) -> bool:

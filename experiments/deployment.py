@@ -106,7 +106,7 @@ def plot_card(card: dict[str, Any], path: Path) -> None:
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.12 * max(row["NDCG@10"] for row in rows) or None)
             panel.set_xlabel(unit)
         panels[0].set_title("NDCG@10 of every size (numbers: dimensions)", loc="left")
         panels[1].legend(frameon=False, fontsize=8, loc="lower right")

@@ -1,4 +1,4 @@
-"""Measure nightly updates: train on the first 90 % of the events, add ten slices of 1 % by train.py --init_from.
+"""Measure nightly updates: train on the first 90 % of the events, add the rest in ten slices by train.py --init_from.
 
 python -m experiments.nightly --dataset_code beauty
 python -m experiments.nightly --full "--preset plus --language_encoder lexical" --update "--num_epochs 1 --lr 3e-4"
@@ -32,7 +32,7 @@ from trainer.evaluation import evaluate
 from trainer.load_run import load_run
 from trainer.runs import read_log
 
-NIGHTS, FIRST = 10, 0.9
+NIGHTS = 10
 METRIC = "NDCG@10"
 UPDATE = "--num_epochs 1 --epoch_steps 80 --lr 3e-4 --warmup_steps 10 --validate_untrained"
 
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_code", default="beauty", metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--data_root", default=Config.data_root, metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument("--held_back", type=float, default=0.1, metavar="SHARE", help="of the events (default: 0.1)")
     parser.add_argument("--out", type=Path, default=Path("experiments/runs/nightly"), metavar="FOLDER")
     parser.add_argument("--full", default="--preset plus", metavar="FLAGS", help="of a training (default: %(default)s)")
     parser.add_argument("--update", default=UPDATE, metavar="FLAGS", help="of an update (default: %(default)s)")
@@ -51,11 +52,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
 
     catalog, out = load_catalog(arguments.data_root, arguments.dataset_code), arguments.out
     when = event_times(catalog)
-    write_night(catalog, when, 0, out)
+    held_back = arguments.held_back
+    write_night(catalog, when, 1 - held_back, 0, out)
     run, seconds = trained(f"--dataset_code {catalog.name} {arguments.full} --run_name full-0", 0, out)
     first, rows = run, [{"night": 0, "no_update": best(run), "updated": best(run), "seconds": seconds}]
     for night in range(1, NIGHTS + 1):
-        write_night(catalog, when, night, out)
+        write_night(catalog, when, 1 - held_back + held_back * night / NIGHTS, night, out)
         # Another seed draws other users.
         flags = f"--init_from {run} {arguments.update} --seed {42 + night} --run_name update-{night}"
         run, seconds = trained(flags, night, out)
@@ -80,9 +82,9 @@ def event_times(catalog: Catalog) -> np.ndarray:
     return (position + np.repeat(phase, lengths)) / np.repeat(lengths, lengths)
 
 
-def write_night(catalog: Catalog, when: np.ndarray, night: int, out: Path) -> None:
-    """Write the dataset as it was after a night: its events, and the items that occurred until then."""
-    seen = when <= np.quantile(when, FIRST + (1 - FIRST) * night / NIGHTS)
+def write_night(catalog: Catalog, when: np.ndarray, share: float, night: int, out: Path) -> None:
+    """Write the dataset of a night: the first `share` of the events, and the items that occurred until then."""
+    seen = when <= np.quantile(when, share)
     items, offsets = catalog.sequences.items, catalog.sequences.offsets
     kept = np.unique(items[seen])
     number = np.zeros(catalog.num_items + 1, dtype=np.int64)

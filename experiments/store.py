@@ -10,6 +10,7 @@ ranks/<dataset>.npz   the rank of every user's target, for runs that an experime
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -216,7 +217,7 @@ def keep(run: Path, results: Path, tests: bool = True) -> None:
 
     config, sources = read_config(run)
     if progress := unfinished(run) if tests else untrained(run):
-        raise InputError(f"{run} is not finished ({progress}); train.py --resume {run} finishes it")
+        raise InputError(f"{run} is not finished ({progress}); train.py --resume {shlex.quote(str(run))} finishes it")
     name = f"{config.dataset_code}-{run.name}"
     record = _record(name, run, config, sources)
     check_schema(record, Record, f"the record of {run}", "train it again")

@@ -43,7 +43,8 @@ def section(definition: Definition, runs: list[KeptRun]) -> list[str]:
                 parts += by_popularity(group)
             parts += provenance(definition, group)
         if definition.name in PICTURED and groups:
-            parts += [f"![Metrics against size](../media/{definition.name}-{dataset}.png)", ""]
+            picture = "plus" if definition.name == "plus" else f"{definition.name}-{dataset}"
+            parts += [f"![Metrics against size](../media/{picture}.png)", ""]
     return [f"## {definition.title}", "", definition.text, "", *parts] if parts else []
 
 

@@ -1,124 +1,105 @@
-"""Draw the README's figures: architecture, nested weights, metrics of the demo."""
+"""Draw the README's figures of the method: architecture and nested weights."""
 
 import itertools
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from common.files import replacing
 from model.sizes import increments, nested_mask
-from trainer.plots import plot_metric_by_size
-from trainer.runs import EVERY_SIZE, read_metrics
+from trainer.plots import INK, SMALL, figure, shades
 
-FROZEN, LEARNED, NESTED, INK = "#e3e6ea", "#fbe3c0", "#cfe6e0", "#27313b"
+FROZEN, LEARNED, NESTED = "#e3e6ea", "#fbe3c0", "#cfe6e0"
+SIZES = (8, 16, 32, 64)  # of the drawn weights
 
 
 def draw_architecture(path: Path) -> None:
-    """Draw the model: from items and a user's history to scores."""
-    figure, axes = plt.subplots(figsize=(11, 4.6), layout="constrained")
-    axes.set_xlim(0, 110)
-    axes.set_ylim(0, 46)
-    axes.axis("off")
+    """Draw the model, a nested weight, and the loss over the sizes."""
+    with figure(path, 2, height=5.4) as [axes, unused]:
+        unused.remove()
+        axes.set_position([0, 0, 1, 1])
+        axes.set_in_layout(False)
+        axes.set(xlim=(-1, 101), ylim=(-2, 68))
+        axes.axis("off")
 
-    def box(x: float, y: float, w: float, h: float, text: str, colour: str, size: float = 9) -> None:
-        axes.add_patch(FancyBboxPatch((x, y), w, h, "round,pad=0,rounding_size=1", fc=colour, ec=INK, lw=1))
-        axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, color=INK, linespacing=1.45)
+        def text(x: float, y: float, words: str, **options: Any) -> None:
+            axes.text(x, y, words, fontsize=SMALL, color=INK, va="center", linespacing=1.4, **options)
 
-    def arrow(*points: tuple[float, float]) -> None:
-        for start, end in itertools.pairwise(points[:-1]):
-            axes.plot(*zip(start, end, strict=True), color=INK, lw=1.1, solid_capstyle="round")
-        axes.add_patch(
-            FancyArrowPatch(
-                points[-2], points[-1], arrowstyle="-|>", mutation_scale=11, lw=1.1, color=INK, shrinkA=0, shrinkB=0
-            )
-        )
+        def box(x: float, y: float, w: float, h: float, words: str, colour: str) -> None:
+            axes.add_patch(FancyBboxPatch((x, y), w, h, "round,pad=0,rounding_size=1", fc=colour, ec=INK, lw=1))
+            text(x + w / 2, y + h / 2, words, ha="center")
 
-    box(1, 33, 16, 7, "text\ntitle, price, brand, …", "white")
-    box(1, 22, 16, 7, "picture", "white")
-    box(22, 33, 16, 7, "text encoder\nbge, frozen", FROZEN)
-    box(22, 22, 16, 7, "image encoder\nSigLIP, frozen", FROZEN)
-    box(43, 27.5, 14, 7, "projection\nF → D", LEARNED)
-    box(62, 26, 17, 10, "item table E\n[N+1, D]", LEARNED)
-    arrow((17, 36.5), (22, 36.5))
-    arrow((17, 25.5), (22, 25.5))
-    arrow((38, 36.5), (40.5, 36.5), (40.5, 32.5), (43, 32.5))
-    arrow((38, 25.5), (40.5, 25.5), (40.5, 29.5), (43, 29.5))
-    arrow((57, 31), (62, 31))
+        def arrow(*points: tuple[float, float]) -> None:
+            for start, end in itertools.pairwise(points[:-1]):
+                axes.plot(*zip(start, end, strict=True), color=INK, lw=1.1, solid_capstyle="round")
+            options: dict[str, Any] = {
+                "arrowstyle": "-|>",
+                "mutation_scale": 11,
+                "lw": 1.1,
+                "color": INK,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            }
+            axes.add_patch(FancyArrowPatch(points[-2], points[-1], **options))
 
-    box(1, 5, 16, 8, "user history\ni₁ i₂ … iₖ", "white")
-    box(22, 5, 14, 8, "embeddings\nrows of E", LEARNED)
-    box(43, 1.5, 27, 15, "", "#f6faf9")
-    axes.text(68, 3, "× blocks", ha="right", fontsize=8.5, color=INK)
-    box(45, 10, 23, 4.6, "x + Dropout(LRU(LN(x)))", NESTED)
-    box(45, 4.6, 23, 4.6, "x + FFN(LN(x))", NESTED)
-    box(76, 5, 12, 8, "z\n[D]", LEARNED)
-    box(93, 12, 16, 17, "scores of size m\nz[:m] · E[i, :m]\n\nranked against\nall N items", "white")
-    arrow((17, 9), (22, 9))
-    arrow((36, 9), (43, 9))
-    arrow((70, 9), (76, 9))
-    arrow((88, 9), (101, 9), (101, 12))
-    arrow((79, 31), (86, 31), (86, 24), (93, 24))
-    arrow((70.5, 26), (70.5, 20.5), (29, 20.5), (29, 13))
+        box(0, 57, 15, 8, "item text", "white")
+        box(0, 46, 15, 8, "item picture", "white")
+        box(20, 57, 18, 8, "text encoder", FROZEN)
+        box(20, 46, 18, 8, "image encoder", FROZEN)
+        box(46, 51.5, 16, 8, "projection\nF → D", LEARNED)
+        box(70, 51.5, 17, 8, "item table E\n[N+1, D]", LEARNED)
+        for y, bend in ((61, 57.5), (50, 53.5)):
+            arrow((15, y), (20, y))
+            arrow((38, y), (42, y), (42, bend), (46, bend))
+        arrow((62, 55.5), (70, 55.5))
+        arrow((78.5, 51.5), (78.5, 42.5), (29, 42.5), (29, 36.5))
 
-    for x, colour, text in (
-        (1, FROZEN, "frozen"),
-        (13, LEARNED, "sliced to m columns"),
-        (36, NESTED, "nested weights"),
-    ):
-        axes.add_patch(Rectangle((x, 43), 2.2, 2.2, fc=colour, ec=INK, lw=0.8))
-        axes.text(x + 3.2, 44.1, text, va="center", fontsize=8.5, color=INK)
-    legend = "N items   F feature width   D largest size   z user state   LRU linear recurrent unit"
-    axes.text(109, 44.1, legend, ha="right", va="center", fontsize=8.5, color=INK)
-    _save(figure, path)
+        box(0, 27.5, 15, 9, "user history\ni₁ i₂ … iₖ", "white")
+        box(20, 27.5, 18, 9, "rows of E", LEARNED)
+        box(46, 24, 31, 16, "", "#f6faf9")
+        box(47.5, 32.5, 28, 6, "x + Dropout(LRU(LN(x)))", NESTED)
+        box(47.5, 25.5, 28, 6, "x + FFN(LN(x))", NESTED)
+        text(77.5, 38.5, "× blocks")
+        box(86, 27.5, 14, 9, "user state z\n[D]", LEARNED)
+        for start, end in ((15, 20), (38, 46), (77, 86)):
+            arrow((start, 32), (end, 32))
+
+        draw_mask(axes, SIZES, 1, 0, 16)
+        text(19, 5, "Each weight of a block is nested:\nits corner W[:m, :m] is the\nweight of the model of size m.")
+        arrow((52, 24), (52, 20.5), (9, 20.5), (9, 16.5))
+        text(62, 17.2, "One training minimises the sum of these:")
+        for j, (m, colour) in enumerate(zip(("8", "16", "…", "D"), shades(4), strict=True)):
+            axes.add_patch(Rectangle((62, 11.6 - 4.1 * j), 1.5 * 2**j, 2.6, fc=colour))
+            text(76, 12.9 - 4.1 * j, "…" if m == "…" else f"loss of z[:{m}] · E[:, :{m}]ᵀ")
+        arrow((93, 27.5), (93, 19.5))
+
+        legend = ((66, FROZEN, "frozen"), (63.5, LEARNED, "sliced to m columns"), (61, NESTED, "nested"))
+        for middle, colour, words in legend:
+            axes.add_patch(Rectangle((79, middle - 0.9), 1.8, 1.8, fc=colour, ec=INK, lw=0.8))
+            text(82, middle, words)
+
+
+def draw_mask(axes: Any, sizes: tuple[int, ...], x: float, y: float, side: float) -> None:
+    """Draw a nested weight in a square: a colour for what each size adds, and a frame around each size."""
+    unit, mask = side / sizes[-1], nested_mask(sizes)
+    for (low, high), colour in zip(increments(sizes), shades(len(sizes)), strict=True):
+        for first, end in increments(sizes):
+            if mask[low, first]:
+                corner = x + unit * first, y + side - unit * high
+                axes.add_patch(Rectangle(corner, unit * (end - first), unit * (high - low), fc=colour))
+    for m in sizes:
+        axes.add_patch(Rectangle((x, y + side - unit * m), unit * m, unit * m, fill=False, ec=INK, lw=1.2))
 
 
 def draw_nesting(path: Path) -> None:
     """Draw a weight's mask: each leading square is the weight of a smaller model."""
-    sizes = (8, 16, 32, 64)
-    figure, panels = plt.subplots(1, len(sizes), figsize=(11, 3), layout="constrained")
-    ranges, dim = increments(sizes), sizes[-1]
-    shades = plt.get_cmap("viridis")([0.9 - 0.75 * j / (len(sizes) - 1) for j in range(len(sizes))])
-    mask = nested_mask(sizes)
-    for panel, m in zip(panels, sizes, strict=True):
-        for j, (low, high) in enumerate(ranges):
-            for inner_low, inner_high in ranges:
-                if mask[low, inner_low]:
-                    used = high <= m and inner_high <= m
-                    panel.add_patch(
-                        Rectangle(
-                            (inner_low, low),
-                            inner_high - inner_low,
-                            high - low,
-                            fc=shades[j],
-                            alpha=1 if used else 0.12,
-                        )
-                    )
-        panel.add_patch(Rectangle((0, 0), m, m, fill=False, ec=INK, lw=1.6))
-        panel.set(xlim=(-1, dim + 1), ylim=(dim + 1, -1), aspect="equal", xticks=[0, *sizes], yticks=[0, *sizes])
-        panel.set_xticklabels(["", *["" if s < 16 else s for s in sizes]], fontsize=7)
-        panel.set_yticklabels(["", *["" if s < 16 else s for s in sizes]], fontsize=7)
-        panel.spines[:].set_visible(False)
-        panel.tick_params(length=0)
-        panel.set_title(f"size {m}: W[:{m}, :{m}]", fontsize=9.5, color=INK)
-    panels[0].set_ylabel("outputs", fontsize=8.5, color=INK)
-    panels[0].set_xlabel("inputs", fontsize=8.5, color=INK)
-    _save(figure, path)
-
-
-def draw_demo(run: Path, path: Path) -> None:
-    """Plot metrics against size from a demo run's files."""
-    metrics = read_metrics(run / EVERY_SIZE, "give the folder of a finished run")
-    results = {int(size): values for size, values in metrics.items()}
-    ks = tuple(sorted({int(name.partition("@")[2]) for values in results.values() for name in values}))
-    plot_metric_by_size(results, ks, "demo catalogue, text and pictures: one training, every size", path)
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, facecolor="white")
-    plt.close(figure)
-    print(path)
+    with figure(path, 1, height=3) as [panel]:
+        panel.set(xlim=(-8, 140), ylim=(-2, 70), aspect="equal")
+        panel.axis("off")
+        draw_mask(panel, SIZES, 0, 0, SIZES[-1])
+        panel.text(32, 65.5, "inputs", ha="center", fontsize=SMALL, color=INK)
+        panel.text(-2, 32, "outputs", rotation=90, va="center", ha="right", fontsize=SMALL, color=INK)
+        for (low, high), m, colour in zip(increments(SIZES), SIZES, shades(len(SIZES)), strict=True):
+            words = f"size {m}: the square W[:{m}, :{m}]"
+            panel.text(68, 64 - (low + high) / 2, words, va="center", fontsize=SMALL, color=colour)
+        panel.text(68, 2, "white: always zero, so a size\nnever reads a larger one", fontsize=SMALL, color=INK)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Share = tuple[int | Tensor, int]  # first token, which a recorded step reads from a tensor; tokens of the whole batch
+
 
 class Dropout(nn.Module):
     """Dropout of x [T, D].
@@ -19,7 +21,7 @@ class Dropout(nn.Module):
         """p: probability of a zero. start: the number of first dimensions without dropout."""
         super().__init__()
         self.p, self.start = p, start
-        self.share: tuple[int, int] | None = None  # (first token, tokens of the whole batch); None: x is the batch
+        self.share: Share | None = None  # None: x is the whole batch
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or self.start >= x.shape[-1]:
@@ -33,17 +35,21 @@ class Dropout(nn.Module):
         """Apply dropout to every dimension."""
         first, total = self.share or (0, len(x))
         # Not F.dropout: drawing its masks takes three times as long on a CPU.
-        kept = torch.rand(total, *x.shape[1:], device=x.device)[first : first + len(x)] >= self.p
+        kept = torch.rand(total, *x.shape[1:], device=x.device) >= self.p
         # The padding of a share may reach beyond the end of the batch.
-        kept = F.pad(kept, (0,) * (2 * x.ndim - 1) + (len(x) - len(kept),))
+        if isinstance(first, Tensor):
+            kept = kept[(first + torch.arange(len(x), device=x.device)).clamp(max=total - 1)]
+        else:
+            kept = kept[first : first + len(x)]
+            kept = F.pad(kept, (0,) * (2 * x.ndim - 1) + (len(x) - len(kept),))
         return x * kept / (1 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, start={self.start}"
 
 
-def set_share(model: nn.Module, share: tuple[int, int] | None) -> None:
-    """Set which tokens of the batch, (first token, tokens of the batch), the next forward pass reads; None: all."""
+def set_share(model: nn.Module, share: Share | None) -> None:
+    """Set which tokens of the batch the next forward pass reads; None: all."""
     for module in model.modules():
         if isinstance(module, Dropout):
             module.share = share

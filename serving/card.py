@@ -82,6 +82,12 @@ STORED = {
 def model_card(config: dict[str, Any]) -> str:
     """Return the README.md of an export with this config.json."""
     features, metrics = config["features"], config["metrics"] or {}
+    width = config.get("table_width")
+    cut = (
+        f" Ranks vectors of {width} numbers, cut from the {config['size']}; the metrics are of the whole."
+        if width
+        else ""
+    )
     ranked = config["num_items"] - config.get("num_removed", 0)
     described = [features[kind]["encoder"] for kind in ("language", "image") if features[kind]]
     encoders = " and ".join(described + [f"`{file['name']}` from a file" for file in features.get("files", ())])
@@ -96,7 +102,7 @@ def model_card(config: dict[str, Any]) -> str:
 A sequential recommender ({kind}) with {config["size"]} dimensions, {"from" if name else "sliced from"} the run
 `{config["run"]}`. It reads the last {config["max_len"]} items of a history and ranks {ranked:,} items.
 
-- Item features: {encoders or "none, the item table is learned"}. Stored {STORED[config["quantize"]]}.
+- Item features: {encoders or "none, the item table is learned"}. Stored {STORED[config["quantize"]]}.{cut}
 - Test metrics at this size in float32, full ranking, history kept: {", ".join(named) or "not tested"}.
 - `config.json` records how it was made{commit} and the checksums of the files.
 {_usage_of_file() if IDS in config["files"] else _usage_of_folder(config)}"""
@@ -118,9 +124,16 @@ def _usage_of_folder(config: dict[str, Any]) -> str:
     if MODEL not in config["files"] and "model" not in config:
         return text
     text += _commands("Installed (`pip install .` in a clone), without torch", "fmrlrec-recommend", "fmrlrec")
+    width = config.get("table_width")
+    if width:
+        text += (
+            "\n`recommend.onnx` and `step.onnx` read the table of rows.safetensors, `rank.onnx` ranks that of "
+            "items.safetensors. Multiply z by `cut.users` of model.safetensors before `rank.onnx`.\n"
+        )
     for name, (inputs, outputs) in graphs_of_folder(config["quantize"] == "int8").items():
         if name in config["files"]:
-            text += f"\n`{name}`, B users, N items, m = {config['size']}:\n{_tensors(inputs, outputs)}"
+            m = width if width and name == "rank.onnx" else config["size"]
+            text += f"\n`{name}`, B users, N items, m = {m}:\n{_tensors(inputs, outputs)}"
     return text + "\nFor other languages, `--format onnx-file` exports one file without the table as an input.\n"
 
 

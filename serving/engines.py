@@ -8,6 +8,8 @@ history: item numbers, oldest first, left-padded with 0; all zeros: an empty his
 for candidates, -inf for all other items, for row 0 and from N+1 on. Other numbers are added to the scores, except by
 onnxruntime with int8 (bias_before_scaling). B users, L steps, N items, m the size.
 
+An export of two widths has a table [N+1, w]. `rank` then takes z [B, w], and the encoder reads `table.wide` [N+1, m].
+
 The engines agree up to rounding. With int8, onnxruntime multiplies integers and torch multiplies dequantized float32.
 """
 
@@ -20,7 +22,7 @@ import numpy as np
 
 from common.errors import InputError
 from serving.folder import GRAPHS, HINT, Export, spare_rows
-from serving.quantize import STEPS, dequantize, quantize
+from serving.quantize import STEPS, dequantize, quantize, rounded
 from serving.weights import MATRICES
 
 ENGINES = ("torch", "onnx")
@@ -63,6 +65,52 @@ class Growing:
         return Growing(grown.buffer, end, grown._used)
 
 
+class WideRows:
+    """The rows [N+1, m] that the encoder of an export of two widths reads. They never change.
+
+    The exported ones stay in their memory-mapped file; added and replaced rows are in memory.
+    """
+
+    def __init__(self, exported: np.ndarray, users: np.ndarray, items: np.ndarray, stored_as: str) -> None:
+        """users, items [m, w]: map z and rows to vectors of width w. stored_as: as serving/quantize.py."""
+        self.exported, self.users, self.items, self.stored_as = exported, users, items, stored_as
+        self._more = Growing(np.zeros((64, exported.shape[1]), np.float32), 0)
+        self._replaced: dict[int, np.ndarray] = {}
+
+    def vectors(self, numbers: np.ndarray) -> np.ndarray:
+        """Return rows in float32, in the shape of `numbers` and m."""
+        rows = np.empty((numbers.size, self.exported.shape[1]), np.float32)
+        flat, first = numbers.ravel(), len(self.exported)
+        rows[flat < first] = self.exported[flat[flat < first]]
+        rows[flat >= first] = self._more.values[flat[flat >= first] - first]
+        for at in np.flatnonzero(np.isin(flat, list(self._replaced))) if self._replaced else ():
+            rows[at] = self._replaced[int(flat[at])]
+        return rows.reshape(*numbers.shape, -1)
+
+    def all(self) -> np.ndarray:
+        """Return all rows [N+1, m] in the type of the export."""
+        return self.vectors(np.arange(len(self.exported) + self._more.length)).astype(self.exported.dtype)
+
+    def gathered(self, numbers: np.ndarray) -> Table:
+        """Return the table of some rows."""
+        return Table(self.vectors(numbers), None)
+
+    def narrow(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows [n, w] of the table for rows [n, m], rounded as the table is stored."""
+        return rounded(rows @ self.items, self.stored_as)
+
+    def extended(self, rows: np.ndarray) -> WideRows:
+        return self._with(self._more.extended(rows), self._replaced)
+
+    def replaced(self, numbers: np.ndarray, rows: np.ndarray) -> WideRows:
+        return self._with(self._more, self._replaced | dict(zip(numbers.tolist(), rows.copy(), strict=True)))
+
+    def _with(self, more: Growing, replaced: dict[int, np.ndarray]) -> WideRows:
+        wide = WideRows.__new__(WideRows)
+        wide.__dict__ |= self.__dict__ | {"_more": more, "_replaced": replaced}
+        return wide
+
+
 class Table:
     """The item table in memory: float32 [N+1, m], or int8 [m, width] with a scale per item. It never changes.
 
@@ -70,19 +118,44 @@ class Table:
     then a part of the columns: width >= N+1.
     """
 
-    def __init__(self, table: np.ndarray, scale: np.ndarray | None, buffer: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        table: np.ndarray,
+        scale: np.ndarray | None,
+        buffer: np.ndarray | None = None,
+        wide: WideRows | None = None,
+    ) -> None:
         """table: [N+1, m], int8 with `scale` [N+1] or float32 without. buffer: begins with a float32 `table` and has
-        room for more rows."""
+        room for more rows. wide: the encoder's rows, if they have another width."""
         if scale is not None:
             table = np.asfortranarray(table)
         self._rows = Growing(table if buffer is None else buffer, len(table))
         self._scale = None if scale is None else Growing(scale, len(scale))
         self._replaced = np.zeros(0, dtype=np.int64)  # numbers, sorted
+        self._wide = wide
 
-    def _of(self, rows: Growing, scale: Growing | None) -> Table:
+    def _of(self, rows: Growing, scale: Growing | None, wide: WideRows | None) -> Table:
         table = Table.__new__(Table)
-        table._rows, table._scale, table._replaced = rows, scale, self._replaced
+        table._rows, table._scale, table._replaced, table._wide = rows, scale, self._replaced, wide
         return table
+
+    @classmethod
+    def of(cls, export: Export) -> Table:
+        """Return the table of an export, as it is stored."""
+        wide = None
+        if export.rows is not None:
+            users, items = export.weights["cut.users"], export.weights["cut.items"]
+            wide = WideRows(export.rows, users, items, export.config["quantize"])
+        return cls(export.table, export.scale, export.buffer if export.scale is None else None, wide)
+
+    @property
+    def wide(self) -> WideRows | Table:
+        """The rows that the encoder reads: these, unless the export has two widths."""
+        return self if self._wide is None else self._wide
+
+    def vectors_to_rank(self, z: np.ndarray) -> np.ndarray:
+        """Return z [B, m] as vectors [B, w] to rank this table with: the same, unless the export has two widths."""
+        return z if self._wide is None else z @ self._wide.users
 
     def __len__(self) -> int:
         return self._rows.length
@@ -130,7 +203,7 @@ class Table:
     def with_room(self, least: int = 1) -> Table:
         """Return this table with room for `least` more rows; copied if there is none."""
         rows = self._rows.with_room(least)
-        return self if rows is self._rows else self._of(rows, self._scale and self._scale_for(rows))
+        return self if rows is self._rows else self._of(rows, self._scale and self._scale_for(rows), self._wide)
 
     def _scale_for(self, rows: Growing) -> Growing:
         """Return a copy of the scales with the same room as `rows`."""
@@ -144,21 +217,25 @@ class Table:
 
         Both share their memory if there is room.
         """
-        table = self.with_room(len(embeddings))
+        table, wide = self.with_room(len(embeddings)), self._wide
+        if wide is not None:
+            embeddings, wide = wide.narrow(embeddings), wide.extended(embeddings)
         if table._scale is None:
-            return self._of(table._rows.extended(embeddings), None)
+            return self._of(table._rows.extended(embeddings), None, wide)
         more, more_scale = quantize(embeddings, axis=1)
-        return self._of(table._rows.extended(more), table._scale.extended(more_scale))
+        return self._of(table._rows.extended(more), table._scale.extended(more_scale), wide)
 
     def replaced(self, numbers: np.ndarray, embeddings: np.ndarray) -> Table:
         """Return a copy with other rows [n, m] float32 at `numbers`."""
-        rows, scale = self._rows.copied(), self._scale
+        rows, scale, wide = self._rows.copied(), self._scale, self._wide
+        if wide is not None:
+            embeddings, wide = wide.narrow(embeddings), wide.replaced(numbers, embeddings)
         if scale is None:
             rows.values[numbers] = embeddings
         else:
             scale = self._scale_for(rows)
             rows.values[numbers], scale.values[numbers] = quantize(embeddings, axis=1)
-        table = self._of(rows, scale)
+        table = self._of(rows, scale, wide)
         table._replaced = np.union1d(self._replaced, numbers)
         return table
 
@@ -189,6 +266,13 @@ class Encoder(Protocol):
     """An engine that encodes histories without states."""
 
     def encode(self, history: np.ndarray, table: Table) -> np.ndarray: ...
+
+
+@runtime_checkable
+class VectorEngine(Protocol):
+    """An engine that returns z [B, m] of histories [B, L], as needed for an index and for two widths."""
+
+    def vectors(self, history: np.ndarray, table: Table) -> np.ndarray: ...
 
 
 def open_engine(export: Export, name: str | None, threads: int) -> Engine:
@@ -251,12 +335,13 @@ class OnnxEngine:
         # Load all graphs now: if the folder is replaced later, its graphs must not be used with this table.
         recommend, step, rank = GRAPHS
         self._max_len: int = export.config["max_len"]
+        self._size: int = export.config["size"]
         self._rank = load(rank)
         options.add_external_initializers(names, weights)
         self._recommend, self._step = load(recommend), load(step)
 
     def table(self, export: Export) -> Table:
-        return Table(export.table, export.scale, export.buffer if export.scale is None else None)
+        return Table.of(export)
 
     def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores, items = np.empty((len(history), k), np.float32), np.empty((len(history), k), np.int64)
@@ -266,10 +351,10 @@ class OnnxEngine:
         return scores, items
 
     def vectors(self, history: np.ndarray, table: Table) -> np.ndarray:
-        """Return z [B, m] of histories [B, L]. The export must have been made with an index (serving/index.py)."""
-        z = np.empty((len(history), table.vectors(slice(1)).shape[1]), np.float32)
+        """Return z [B, m] of histories [B, L]. Graphs of exports before the index have no such output."""
+        z = np.empty((len(history), self._size), np.float32)
         needed = np.unique(np.append(history, 0))
-        few, bias = table.gathered(needed), np.zeros((1, len(needed)), np.float32)
+        few, bias = table.wide.gathered(needed), np.zeros((1, len(needed)), np.float32)
         for rows, read in self._of_one_length(np.searchsorted(needed, history)):
             inputs = {"history": filled_up(read, ONNX_ROWS), "bias": bias, "k": np.ones(1, np.int64), **few.inputs()}
             z[rows] = _run(self._recommend, inputs, ["z"])[0][: len(rows)]
@@ -284,6 +369,9 @@ class OnnxEngine:
             yield rows, np.pad(history[rows, -n:], ((0, 0), (max(0, n - history.shape[1]), 0)))
 
     def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
+        if table.wide is not table:
+            needed, item = np.unique(item, return_inverse=True)
+            table = table.wide.gathered(needed)
         z, hidden = _run(self._step, {"item": item, "hidden": hidden, **table.inputs()})
         return z, hidden
 

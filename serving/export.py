@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from serving.quantize import TABLES
 from serving.weights import BASELINES, COUNTING
 
 if TYPE_CHECKING:
+    from dataloader import EvalRows
     from datasets.catalog import Catalog
     from model import FMRLRec
     from trainer.run_items import RunItems
@@ -64,10 +66,18 @@ def arguments_parser() -> argparse.ArgumentParser:
         "blocks' matrices in int8",
     )
     parser.add_argument(
+        "--table_width",
+        type=int,
+        metavar="W",
+        help="keep the encoder of --size and cut the ranked item table to W dimensions, by a PCA weighted by the "
+        "validation users; needs the run's dataset (default: the size)",
+    )
+    parser.add_argument(
         "--index",
-        choices=("int8",),
-        help="add an int8 scan, which finds the same items in a fraction of the time; for large catalogues, with "
-        "--format onnx and without --quantize int8 (default: none)",
+        choices=("int8", "faiss"),
+        help="for large catalogues, with --format onnx and without --quantize int8: int8 adds a scan that finds the "
+        "same items in a fraction of the time; faiss (package faiss-cpu) is faster still and may miss an item "
+        "(default: none)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="output folder; with several sizes the parent of their folders "
@@ -122,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     from serving.folder import refuse_existing
     from trainer.load_run import load_for_export
 
+    check_table_width(arguments.table_width, sizes, arguments.format, arguments.quantize)
     for folder in folders:
         refuse_existing(folder, arguments.overwrite)
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
@@ -132,12 +143,15 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         export_baseline(model, folders[0], config=config, items=items, run=arguments.run, **options)
         print(f"{folders[0]}  {config.model_code}: {folder_bytes(folders[0]) / 1e6:.2f} MB", flush=True)
         return folders
+    users = validation_users(config, items) if arguments.table_width else None
     for size, folder in zip(sizes, folders, strict=True):
         export_size(
             model, size, folder, config=config, catalog=items, run=arguments.run,
             format=arguments.format, quantize=arguments.quantize, index=arguments.index, overwrite=arguments.overwrite,
+            table_width=arguments.table_width, users=users,
         )  # fmt: skip
         how = f"{arguments.format}, {arguments.quantize}"
+        how += f", table width {arguments.table_width}" if arguments.table_width else ""
         print(f"{folder}  size {size}, {how}: {folder_bytes(folder) / 1e6:.2f} MB", flush=True)
     return folders
 
@@ -156,9 +170,38 @@ def check_baseline_flags(arguments: argparse.Namespace, model: str) -> None:
         ("--format onnx", arguments.format == "onnx"),
         ("--quantize int8", arguments.quantize == "int8"),
         ("--index", arguments.index is not None),
+        ("--table_width", arguments.table_width is not None),
     ):
         if given:
             raise InputError(f"{flag} is for runs of fmrlrec; leave it out: {model} has one size, which NumPy serves")
+
+
+def check_table_width(width: int | None, sizes: Sequence[int], format: str, quantize: str) -> None:
+    """Raise InputError if a table of these sizes cannot be cut to `width`."""
+    if width is None:
+        return
+    if not 1 <= width <= min(sizes):
+        raise InputError(f"--table_width {width} must be from 1 to the size, {min(sizes)}")
+    if format == "onnx-file" or quantize == "int8":
+        given = "--format onnx-file" if format == "onnx-file" else "--quantize int8"
+        raise InputError(f"--table_width is not for {given}; use --format onnx or torch, --quantize float16 or none")
+
+
+def validation_users(config: Config, items: RunItems) -> EvalRows:
+    """Return the histories of the validation users. Raises InputError unless the run's dataset is at hand."""
+    from dataloader import eval_rows
+    from datasets.load import load_dataset
+
+    try:
+        catalog = load_dataset(config)
+    except InputError as error:
+        raise InputError(f"--table_width needs the validation users of the run's dataset: {error}") from error
+    if catalog.digest() != items.data:
+        raise InputError(
+            f"--table_width needs the validation users of the run's dataset, but {config.dataset_code} in "
+            f"{config.data_root} has changed; name the folder of the old one: --data_root FOLDER"
+        )
+    return eval_rows(catalog.sequences, config.lru_max_len, "val")
 
 
 def target(arguments: argparse.Namespace, dataset: str, size: int, how_many: int) -> Path:
@@ -197,7 +240,10 @@ def best_size(arguments: argparse.Namespace) -> int:
     from trainer.runs import DEPLOYMENT
     from trainer.runs import WEIGHTS as RUN_WEIGHTS
 
-    path, measure = arguments.run / DEPLOYMENT, f"measure it: python -m benchmarks.deploy --run {arguments.run}"
+    path, measure = (
+        arguments.run / DEPLOYMENT,
+        f"measure it: python -m benchmarks.deploy --run {shlex.quote(str(arguments.run))}",
+    )
     measured = check_schema(read_json(path, measure), Deployment, path, measure)
     if measured["weights"] != sha256(arguments.run / RUN_WEIGHTS):
         raise InputError(f"{path} was measured on other weights than the run has now; {measure}")
@@ -245,22 +291,37 @@ def export_size(
     quantize: str = "float16",
     index: str | None = None,
     overwrite: bool = False,
+    table_width: int | None = None,
+    users: EvalRows | None = None,
 ) -> None:
     """Write one size of a run's model as an export.
 
+    table_width: cut the ranked table to this width, fitted on `users`.
     Raises InputError if weights are not finite, the table overflows float16, or the folder cannot be written.
     """
     import torch
 
     from model import slice_model
     from serving.convert import serving_weights
-    from serving.folder import INDEX, ITEMS, SCAN, WEIGHTS, pack_items, pack_weights, write_folder
+    from serving.folder import (
+        FAISS,
+        INDEX,
+        ITEMS,
+        ROWS,
+        SCAN,
+        WEIGHTS,
+        pack_items,
+        pack_rows,
+        pack_weights,
+        write_folder,
+    )
     from serving.items import make_items
     from serving.quantize import quantize as to_int8
     from trainer.run_items import RunItems
 
     if index and (format != "onnx" or quantize == "int8"):
-        raise InputError("--index int8 needs --format onnx, and --quantize float16 or none")
+        raise InputError(f"--index {index} needs --format onnx, and --quantize float16 or none")
+    check_table_width(table_width, [size], format, quantize)
     small = slice_model(model, size)
     with torch.inference_mode():
         table, scale = small.item_table().float().cpu().numpy(), None
@@ -268,6 +329,12 @@ def export_size(
     for name, value in {"the item table": table, **weights}.items():
         if not np.isfinite(value).all():
             raise InputError(f"{name} of {run} is not finite and cannot be exported; train it again")
+    rows: np.ndarray | None = None
+    if table_width:
+        assert users is not None
+        weights["cut.users"], weights["cut.items"] = cut_of(small, table, users, table_width)
+        rows = table.astype(STORED[quantize][1])
+        table = rows.astype(np.float32) @ weights["cut.items"]
     if quantize == "int8":
         (table, scale), weights = to_int8(table, axis=1), serving_weights(small, quantized=True)
     elif quantize == "float16":
@@ -279,12 +346,19 @@ def export_size(
     items = make_items(known.ids, known.titles)
     files: dict[str, Any] = {WEIGHTS: packed, ITEMS: pack_items(items, table, scale)}
     described = description(small, config, known, run) | {"quantize": quantize}
+    if rows is not None:
+        files[ROWS] = pack_rows(rows)
+        described["table_width"] = table_width
     try:
         if format == "onnx":
             from serving.graphs import build_graphs
 
-            files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len)
-            if index:
+            files |= build_graphs(weights, packed, small.sizes, config.lru_num_blocks, config.lru_max_len, table_width)
+            if index == "faiss":
+                from serving.index import build_faiss
+
+                files[FAISS] = build_faiss(table.astype(np.float32))
+            elif index:
                 from serving.graphs import build_scan
                 from serving.index import build_index
 
@@ -299,6 +373,21 @@ def export_size(
             f"--format {format} needs the packages onnx and onnxruntime ({error}): pip install onnx onnxruntime"
         ) from error
     write_folder(folder, described, files, overwrite)
+
+
+def cut_of(model: FMRLRec, table: np.ndarray, users: EvalRows, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return [m, width] float32 twice: z @ the first and item rows @ the second score nearest to the whole table."""
+    import torch
+
+    from dataloader import eval_batches
+    from trainer.evaluation import GROUP, encode_last
+    from trainer.widths import user_weighted_pca
+
+    with torch.inference_mode():
+        batches = eval_batches(users, GROUP, torch.device("cpu"))
+        z = [encode_last(model, batch, torch.from_numpy(table)).numpy() for batch in batches]
+    for_users, for_items = user_weighted_pca(np.concatenate(z), table[1:])
+    return for_users[:, :width].astype(np.float32), for_items[:, :width].astype(np.float32)
 
 
 def export_baseline(

@@ -9,11 +9,13 @@ items.safetensors     table   [N+1, m]  item table, float32, float16 or int8; ro
                       titles  [bytes]   all titles in UTF-8, concatenated
                       title_ends [N]    end of each title
                       removed [n]       numbers of removed items; version 2, written only if there are any
+rows.safetensors      with --table_width only: rows [N+1, m], which the encoder reads; `table` then is [N+1, w]
 *.onnx                optional: recommend, step and rank (serving/graphs.py)
 index.safetensors, scan.onnx     optional: the int8 scan (serving/index.py)
+index.faiss           optional: the approximate index
 
-N items, m the size, W bytes of the longest id. A folder is written under a temporary name and renamed, so it is never
-half written. While an export is replaced, the old one is briefly called `_former(folder)`.
+N items, m the size, w the table's width, W bytes of the longest id. A folder is written under a temporary name and
+renamed, so it is never half written. While an export is replaced, the old one is briefly called `_former(folder)`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +47,9 @@ FORMAT, VERSION = "fmrlrec-export", 1
 WITH_REMOVED = 2  # the version of an export with removed items, which earlier code would recommend
 CONFIG, WEIGHTS, ITEMS = "config.json", "model.safetensors", "items.safetensors"
 GRAPHS = ("recommend.onnx", "step.onnx", "rank.onnx")
+ROWS = "rows.safetensors"
 INDEX, SCAN = "index.safetensors", "scan.onnx"  # of an export with --index int8 (serving/index.py)
+FAISS = "index.faiss"  # of an export with --index faiss
 STORED = {
     "none": ("F32", np.float32),
     "float16": ("F16", np.float16),
@@ -66,6 +71,7 @@ class Export:
     buffer: np.ndarray  # [N+1 and spare rows, m] float32 (also if stored as float16) or int8
     scale: np.ndarray | None  # [N+1] float32 if the table is int8
     removed: np.ndarray  # numbers of removed items, sorted
+    rows: np.ndarray | None = None  # [N+1, m], memory-mapped, if the table has another width
 
     @property
     def table(self) -> np.ndarray:
@@ -98,6 +104,11 @@ def pack_items(items: Items, table: np.ndarray, scale: np.ndarray | None, remove
     if removed is not None and len(removed):
         tensors["removed"] = removed
     return save(tensors)
+
+
+def pack_rows(rows: np.ndarray) -> bytes:
+    """Return the bytes of rows.safetensors."""
+    return save({"rows": np.ascontiguousarray(rows)})
 
 
 def spare_rows(rows: int) -> int:
@@ -198,7 +209,9 @@ def read_folder(folder: str | Path) -> Export:
         raise InputError(f"{folder} is not an export (it has no {CONFIG}); python -m serving.export makes one")
     config = read_json(folder / CONFIG, HINT, MAX_CONFIG)
     if "settings" in config:
-        raise InputError(f"{folder} is a run, not an export; export it: python -m serving.export --run {folder}")
+        raise InputError(
+            f"{folder} is a run, not an export; export it: python -m serving.export --run {shlex.quote(str(folder))}"
+        )
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG} does not describe an export; {HINT}")
     if config.get("version") not in (VERSION, WITH_REMOVED):
@@ -225,7 +238,8 @@ def read_folder(folder: str | Path) -> Export:
         if sha256(path) != expected["sha256"]:
             raise InputError(f"{path} was altered (its checksum differs); {HINT}")
     weights = _read_weights(folder / WEIGHTS, config)
-    return Export(folder, config, weights, *_read_items(folder / ITEMS, config))
+    rows = _map_rows(folder / ROWS, config) if config.get("table_width") else None
+    return Export(folder, config, weights, *_read_items(folder / ITEMS, config), rows)
 
 
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -241,6 +255,7 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
         int8,
         features.get("whitened", ()),
         config.get("post_norm", False),
+        config.get("table_width"),
     )
     for name in sorted(shapes.keys() | weights.keys()):
         found = f"{weights[name].dtype} {list(weights[name].shape)}" if name in weights else "nothing"
@@ -268,6 +283,20 @@ def _checked_baseline(path: Path, weights: dict[str, np.ndarray], config: dict[s
     return weights
 
 
+def _map_rows(path: Path, config: dict[str, Any]) -> np.ndarray:
+    """Return the full rows [N+1, m], memory-mapped: only rows of histories are ever read."""
+    shape, (name, dtype) = [config["num_items"] + 1, config["size"]], STORED[config["quantize"]]
+    if ROWS not in config["files"]:
+        raise InputError(f"{path} is missing; {HINT}")
+    with _named(path), safe_open(path, framework="numpy") as file:
+        found = file.get_slice("rows")
+        if (found.get_shape(), found.get_dtype()) != (shape, name):
+            raise ValueError(f"rows is {found.get_dtype()} {found.get_shape()} instead of {name} {shape}")
+    with path.open("rb") as opened:
+        offset = tensor_offsets(opened.read(int.from_bytes(opened.read(8), "little")))["rows"][0]
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=tuple(shape))
+
+
 def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, np.ndarray | None, np.ndarray]:
     with _named(path), safe_open(path, framework="numpy") as file:
         ids = _tensor(file, "ids", np.uint8, 2)
@@ -276,7 +305,8 @@ def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, 
             _tensor(file, "titles", np.uint8, 1),
             _tensor(file, "title_ends", np.int64, 1),
         )
-        rows, size, found = len(items) + 1, config["size"], file.get_slice("table")
+        rows, found = len(items) + 1, file.get_slice("table")
+        size = config.get("table_width") or config["size"]
         scale = _tensor(file, "scale", np.float32, 1) if config["quantize"] == "int8" else None
         removed = _tensor(file, "removed", np.int64, 1) if config["version"] == WITH_REMOVED else np.zeros(0, np.int64)
         shape, stored = found.get_shape(), STORED[config["quantize"]]

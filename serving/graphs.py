@@ -32,14 +32,22 @@ TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int8): TensorProto
 
 
 def build_graphs(
-    weights: dict[str, np.ndarray], packed: bytes, sizes: tuple[int, ...], num_blocks: int, max_len: int
+    weights: dict[str, np.ndarray],
+    packed: bytes,
+    sizes: tuple[int, ...],
+    num_blocks: int,
+    max_len: int,
+    table_width: int | None = None,
 ) -> dict[str, bytes]:
-    """Return file name -> ONNX bytes. packed: the bytes of model.safetensors, which holds `weights`."""
+    """Return file name -> ONNX bytes.
+
+    packed: the bytes of model.safetensors, which holds `weights`. table_width: of the table that is ranked; None: m.
+    """
     offsets = tensor_offsets(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
     graphs = (
         Graph(weights, offsets, sizes).recommend(num_blocks, max_len),
         Graph(weights, offsets, sizes).step(num_blocks),
-        Graph(weights, offsets, sizes).only_rank(),
+        Graph(weights, offsets, (table_width or sizes[-1],)).only_rank(),
     )
     return {name: graph.SerializeToString() for name, graph in zip(GRAPHS, graphs, strict=True)}
 

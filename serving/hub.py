@@ -17,7 +17,7 @@ from typing import Any
 from common.cli import Parser, add_switch, run_cli
 from common.errors import InputError
 
-FILES = ["config.json", "README.md", "items.json", "*.safetensors", "*.onnx", "*.ort"]
+FILES = ["config.json", "README.md", "items.json", "*.safetensors", "*.onnx", "*.ort", "*.faiss"]
 REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 

@@ -9,8 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from common.errors import InputError
-
-MAX_ID = 256  # bytes of UTF-8
+from common.schema import MAX_ID
 
 ItemId = str | int  # the dataset's id, or the item's number (serving/catalogue.py)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from serving.catalogue import Catalogue
-from serving.engines import Encoder, OnnxEngine, bias_before_scaling
+from serving.engines import Encoder, VectorEngine, bias_before_scaling
 from serving.filters import Choice, listed
 from serving.items import ItemId
 from serving.snapshot import Snapshot, check_state
@@ -84,12 +84,18 @@ def filled(now: Snapshot, batch: list[Request]) -> np.ndarray:
 
 
 def vectors_of(now: Snapshot, batch: list[Request]) -> np.ndarray:
-    """Return z [B, m] of a batch, which has only states or only histories."""
+    """Return the vectors to rank with [B, m] (or [B, w]) of a batch, which has only states or only histories."""
+    table = now.catalogue.table
     if states := [request.state for request in batch if request.state]:
-        return np.stack([state.z for state in states])
-    if isinstance(now.engine, Encoder):
-        return now.engine.encode(filled(now, batch), now.catalogue.table)
-    return encode(now.engine, now.catalogue.table, now.eigenvalues, filled(now, batch))[0]
+        z = np.stack([state.z for state in states])
+    elif isinstance(now.engine, Encoder):
+        z = now.engine.encode(filled(now, batch), table)
+    elif table.wide is not table:
+        assert isinstance(now.engine, VectorEngine)  # baselines have one width
+        z = now.engine.vectors(filled(now, batch), table)
+    else:
+        z = encode(now.engine, table, now.eigenvalues, filled(now, batch))[0]
+    return table.vectors_to_rank(z)
 
 
 def ranked(now: Snapshot, batch: list[Request], choices: list[Choice], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,9 +109,12 @@ def ranked(now: Snapshot, batch: list[Request], choices: list[Choice], k: int) -
     histories = None if batch[0].state else filled(now, batch)
     if len(choices) == 1 and choices[0].bias is not None:
         bias, boosted = choices[0].bias, choices[0].boost is not None
-        if now.index is not None:
-            assert isinstance(now.engine, OnnxEngine)  # as Recommender.from_pretrained opens it
-            z = vectors_of(now, batch) if histories is None else now.engine.vectors(histories, table)
+        if now.index is not None and (now.index.any_bias or bias is now.catalogue.bias):
+            assert isinstance(now.engine, VectorEngine)  # as Recommender.from_pretrained opens it
+            if histories is None:
+                z = vectors_of(now, batch)
+            else:
+                z = table.vectors_to_rank(now.engine.vectors(histories, table))
             return now.index.rank(z, table, bias, k)
     else:
         numbers = [choice.numbers for choice in choices if choice.numbers is not None]
@@ -118,7 +127,8 @@ def ranked(now: Snapshot, batch: list[Request], choices: list[Choice], k: int) -
         for row, (choice, own) in enumerate(zip(choices, numbers, strict=True)):
             bias[row, np.searchsorted(read, own)] = choice.boost_of(own)
         histories = None if histories is None else np.searchsorted(read, histories)
-    if histories is not None and not (boosted and table.scale is not None):
+    whole = now.catalogue.table
+    if histories is not None and whole.wide is whole and not (boosted and whole.scale is not None):
         scores, items = now.engine.recommend(histories, table, bias, k)
     else:
         z = vectors_of(now, batch)

@@ -29,22 +29,25 @@ from common.errors import InputError
 from common.files import open_regular, read_json
 from serving import hub
 from serving.catalogue import Catalogue
-from serving.engines import Engine, OnnxEngine, open_engine
+from serving.engines import Engine, WideRows, open_engine
 from serving.filters import Filter, filters_of, listed, make_filter
 from serving.folder import (
     CONFIG,
+    FAISS,
     GRAPHS,
     HINT,
     INDEX,
     ITEMS,
+    ROWS,
     SCAN,
     WEIGHTS,
     Export,
     pack_items,
+    pack_rows,
     read_folder,
     write_folder,
 )
-from serving.index import Int8Index, build_index
+from serving.index import Index, build_faiss, build_index, open_index
 from serving.items import ItemId, make_items
 from serving.ranking import Recommendation, batches, make_answer, ranked, read_request, vectors_of
 from serving.snapshot import Snapshot, check_state, project
@@ -57,7 +60,7 @@ CHUNK = 1 << 16  # items compared at once
 class Recommender:
     """Recommends from an export; `from_pretrained` opens one."""
 
-    def __init__(self, export: Export, engine: Engine, index: Int8Index | None = None) -> None:
+    def __init__(self, export: Export, engine: Engine, index: Index | None = None) -> None:
         self._now = Snapshot.of(export, engine, index)  # read it once per call
         self._lock = threading.Lock()  # held by whoever replaces it
         self._opened: tuple[Path, str | None, int] = (export.folder, None, 1)
@@ -77,10 +80,7 @@ class Recommender:
         try:
             export = read_folder(folder)
             opened_engine = open_engine(export, engine, threads)
-            has_index = INDEX in export.config["files"] and isinstance(opened_engine, OnnxEngine)
-            opened = cls(
-                export, opened_engine, Int8Index(export.folder, export.table.shape, threads) if has_index else None
-            )
+            opened = cls(export, opened_engine, open_index(export, opened_engine, threads))
         finally:
             if before is not None and _content(path) != before:
                 raise InputError(f"{folder} was replaced while it was being opened; open it again")
@@ -218,11 +218,15 @@ class Recommender:
         return catalogue.table.vectors(np.array(_known(catalogue, items, "items"), dtype=np.int64))
 
     def user_vectors(self, histories: Iterable[Sequence[ItemId] | State]) -> np.ndarray:
-        """Return vectors [n, m] float32 of users; histories as in `recommend`, unknown items are skipped."""
+        """Return vectors [n, m] float32 of users; histories as in `recommend`, unknown items are skipped.
+
+        Vectors of users and items have the width w of an export with --table_width w.
+        """
         now = self._now
         _check_vectors(now)
         requests = [read_request(now, history) for history in listed(histories, "histories", "[['id', 'id'], []]")]
-        vectors = np.zeros((len(requests), now.config["size"]), dtype=np.float32)
+        width = now.catalogue.table.vectors(slice(1)).shape[1]
+        vectors = np.zeros((len(requests), width), dtype=np.float32)
         for rows in batches(requests, [], 1):
             vectors[rows] = vectors_of(now, [requests[row] for row in rows])
         return vectors
@@ -352,6 +356,10 @@ class Recommender:
             except ImportError as error:
                 message = f"saved without its index, which needs a clone of the repository and onnx ({error})"
                 warnings.warn(message, stacklevel=2)
+        if FAISS in config["files"]:
+            files[FAISS] = build_faiss(catalogue.table.vectors(slice(None)))
+        if isinstance(wide := catalogue.table.wide, WideRows):
+            files[ROWS] = pack_rows(wide.all())
         files[ITEMS] = pack_items(catalogue.all_items(), table, scale, catalogue.removed)
         changed = {"num_items": len(catalogue)}
         if len(catalogue.removed) or "num_removed" in config:

@@ -73,6 +73,7 @@ class ExportConfig(Struct):
     quantize: Literal["none", "float16", "int8"]
     files: dict[str, StoredFile]
     post_norm: bool = False
+    table_width: Annotated[int, Meta(ge=1, le=MAX_SIZE)] | None = None  # of the table that is ranked; None: size
     num_removed: Count = 0
     run: str = ""
     commit: str | None = None

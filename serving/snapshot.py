@@ -15,7 +15,7 @@ from common.errors import InputError
 from serving.catalogue import Catalogue
 from serving.engines import Engine
 from serving.folder import WEIGHTS, Export
-from serving.index import Int8Index
+from serving.index import Index
 from serving.quantize import rounded
 from serving.states import State, decays_of, state_shape
 from serving.weights import whitened
@@ -34,10 +34,10 @@ class Snapshot:
     projection: tuple[np.ndarray | None, np.ndarray | None]  # for new items
     whitening: dict[str, np.ndarray]
     encoders: dict[tuple, list]  # loaded modalities, by where their encoders are
-    index: Int8Index | None
+    index: Index | None
 
     @classmethod
-    def of(cls, export: Export, engine: Engine, index: Int8Index | None = None) -> Snapshot:
+    def of(cls, export: Export, engine: Engine, index: Index | None = None) -> Snapshot:
         config, weights = export.config, export.weights
         # The engine has the blocks' weights; keep the others.
         return cls(

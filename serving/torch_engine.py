@@ -23,25 +23,29 @@ class TorchEngine:
 
     def table(self, export: Export) -> Table:
         if export.scale is None:
-            return Table(export.table, None, export.buffer)
+            return Table.of(export)
         return Table(dequantize(export.table, export.scale, axis=1), None)
 
     def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rank(self.vectors(history, table), table, bias, k)
+
+    def vectors(self, history: np.ndarray, table: Table) -> np.ndarray:
+        """Return z [B, m] of histories [B, L]."""
         users, history = len(history), filled_up(history, ROWS)
         live = history > 0
         live[:, -1] = True  # an empty history is token 0 alone
         lengths = live.sum(axis=1)
         position = (np.arange(history.shape[1]) - (history.shape[1] - lengths)[:, None])[live]
-        x, last = table.values[history[live]], np.cumsum(lengths) - 1
+        x, last = table.wide.vectors(history[live]), np.cumsum(lengths) - 1
         with torch.inference_mode():
             z = self.model.encode(
                 torch.from_numpy(x), torch.from_numpy(position), int(lengths.max()), torch.from_numpy(last)
             )
-        return self.rank(z.numpy()[:users], table, bias, k)
+        return z.numpy()[:users]
 
     def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
         with torch.inference_mode():
-            z, after = self.model.step(*map(torch.from_numpy, (table.values[item], hidden)))
+            z, after = self.model.step(*map(torch.from_numpy, (table.wide.vectors(item), hidden)))
         return z.numpy(), after.numpy()
 
     def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ a model.
     blocks.i.ffn.expand, .expand_bias   [m, 2m]   G and W1 side by side
     blocks.i.ffn.reduce, .reduce_bias   [m, m]    W2
     projection.weight, .bias            [F, m]    features -> new item; absent if the model has no features
+    cut.users, .items                   [m, w]    z and item -> vectors of width w; with --table_width w only
     whitening.i.mean, .matrix           [F_i], [F_i, F_i]   encoder i's whitening (model/extensions/whitening.py),
                                                   applied before the projection; absent without whitening
 
@@ -44,6 +45,7 @@ def expected_shapes(
     quantized: bool,
     whitened: Sequence[int] = (),
     post_norm: bool = False,
+    table_width: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every weight.
 
@@ -61,6 +63,8 @@ def expected_shapes(
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     if feature_dim:
         shapes |= {"projection.weight": (feature_dim, m), "projection.bias": (m,)}
+    if table_width:
+        shapes |= dict.fromkeys(("cut.users", "cut.items"), (m, table_width))
     for i, width in enumerate(whitened):
         shapes |= {f"whitening.{i}.mean": (width,), f"whitening.{i}.matrix": (width, width)}
     return shapes

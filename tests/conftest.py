@@ -15,9 +15,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_curves() -> Iterator[None]:
-    """Write an empty picture instead of a test's curve, which takes longer than the training of a tiny run."""
+    """Write an empty picture instead of a test's curves, which take longer than the training of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.testing.plot_metric_by_size", lambda *given: Image.new("L", (1, 1)).save(given[-1]))
+        for name in ("trainer.testing.plot_metric_by_size", "trainer.runlog.plot_training"):
+            patch.setattr(name, lambda *given: Image.new("L", (1, 1)).save(given[3]))
         yield
 
 

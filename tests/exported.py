@@ -12,7 +12,6 @@ from datasets.catalog import Catalog, load_catalog
 from model import FMRLRec
 from serving import Recommender
 from serving.export import export_size
-from serving.folder import Export, read_folder
 from tests.made_up import NEAR_1, made_up_catalog, random_model
 from tests.prepared import item_features, write_prepared
 
@@ -39,9 +38,13 @@ def write_export(
     format: str = "onnx",
     index: str | None = None,
     overwrite: bool = False,
+    cut: dict | None = None,
     **settings,
 ) -> Path:
-    """Export a model at a size, its largest by default; settings: of the run, where they matter."""
+    """Export a model at a size, its largest by default.
+
+    cut: table_width and users of `export_size`. settings: of the run, where they matter.
+    """
     by_text = {"use_language_encoder": hasattr(model.items, "projection"), "use_img_encoder": False}
     config = Config(
         **{"language_encoder": "lexical", "img_encoder": "pixel", **by_text, **settings},
@@ -61,17 +64,9 @@ def write_export(
         quantize=quantize,
         index=index,
         overwrite=overwrite,
+        **(cut or {}),
     )
     return folder
-
-
-def one_of_each_kind(folder: Path) -> dict[str, Export]:
-    """An export of one model in each kind of numbers: {"none": ..., "float16": ..., "int8": ...}."""
-    model = random_model((8, 16, 32), num_blocks=2, num_items=30, ring=NEAR_1)
-    return {
-        kind: read_folder(write_export(folder / kind, model, max_len=20, quantize=kind))
-        for kind in ("none", "float16", "int8")
-    }
 
 
 class Shop:
@@ -126,18 +121,6 @@ class Shop:
         with torch.no_grad():
             table = self.model.item_table()
             return (table @ self.model.encode(table[tokens], torch.arange(len(tokens)), len(tokens))[-1]).numpy()
-
-
-def write_shop_of_ids(folder: Path, shop: Shop, ids: list[str]) -> Path:
-    """Write an export whose items have these ids."""
-    model = random_model((4,), num_items=len(ids))
-    catalog = dataclasses.replace(shop.catalog, asins=ids, metadata=shop.catalog.metadata[: len(ids)])
-    return write_export(folder, model, catalog)
-
-
-def write_id_branch(folder: Path) -> Path:
-    """Write an export of a model without features."""
-    return write_export(folder, random_model((4, 12), num_items=N), max_len=MAX_LEN)
 
 
 def assert_same_answer(actual, expected, tolerance=1e-5):

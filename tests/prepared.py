@@ -2,8 +2,9 @@
 
 import gzip
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,17 @@ def cut_off_after(epochs: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_keep", interrupt)
         yield
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run `work` in a forked process and return its exit status, negative for a signal."""
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+        except SystemExit as ended:
+            os._exit(int(ended.code or 0))
+        except BaseException:
+            os._exit(99)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

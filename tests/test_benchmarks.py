@@ -3,11 +3,9 @@
 import contextlib
 import io
 import re
-import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
-import pytest
 import torch
 
 from benchmarks import features, pictures, prepare, scaling, speed
@@ -82,21 +80,6 @@ def test_the_speed_benchmark_prints_every_case_with_its_ratio(monkeypatch, capsy
     assert printed.count("times its bare products") == 5
 
 
-def test_bare_products_are_those_of_the_case():
-    layer, x, multiplied = torch.nn.Linear(3, 4), torch.ones(2, 3), []
-
-    def case():
-        layer(x).square().sum().backward()  # a product forward and one backward
-        with torch.inference_mode():
-            layer(x) @ torch.ones(4, 5)
-
-    run = speed.bare_products(case)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "__matmul__", lambda a, b: multiplied.append((*a.shape, b.shape[1])))
-        run()
-    assert multiplied == [(2, 3, 4), (4, 2, 3), (2, 3, 4), (2, 4, 5)]
-
-
 def test_the_scaling_benchmark_prints_a_row_for_every_case(monkeypatch, capsys):
     in_one_process(scaling, monkeypatch)
     monkeypatch.setattr(scaling, "SIZES", (4, 8))
@@ -121,24 +104,16 @@ def test_the_pictures_benchmark_downloads_despite_failures(capsys):
     assert second.endswith("| 8 | 2 | 4 | yes |")
 
 
-def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, monkeypatch, capsys):
-    def run_here(raw, events, folder):
-        sent = []
-        shutil.rmtree(folder / "made", ignore_errors=True)
-        prepare.measure(raw, events, folder, SimpleNamespace(send=sent.append))
-        return sent[0]
-
-    small = ["--reviews", "3000", "--products", "100", "--folder", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "run", run_here)
-        prepare.main(small)
-    raw = tmp_path / "raw-3000-100" / "reviews.json.gz"
-    made = raw.stat().st_mtime_ns
-    prepare.main([*small, "--formats=parquet"])  # in a process of its own
-    assert raw.stat().st_mtime_ns == made
+def test_the_prepare_benchmark_makes_raw_files_once_and_prepares_them(tmp_path, capsys):
+    small = ["--reviews", "3000", "--products", "100", "--folder", str(tmp_path), "--formats=json,parquet"]
+    prepare.main(small)
+    raw = tmp_path / "raw-3000-100"
+    made = (raw / "reviews.json.gz").stat().st_mtime_ns
+    prepare.make_files(raw, ["json"], 3000, 100)
+    assert (raw / "reviews.json.gz").stat().st_mtime_ns == made
     out = capsys.readouterr().out
-    assert out.count("| yes |") == 4
-    assert out.splitlines()[-1].startswith("| 3,000 | 100 | parquet | 0.00 |")
+    assert out.count("| yes |") == 2
+    assert out.splitlines()[-1].startswith("| 3,000 | 100 | parquet | memory | 0.00 |")
     assert (tmp_path / "made" / "sequential_data.txt").exists()
 
 

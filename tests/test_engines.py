@@ -18,8 +18,9 @@ from serving.quantize import quantize
 from serving.states import State
 from serving.torch_engine import TorchEngine
 from serving.weights import BASELINES
-from tests.exported import one_of_each_kind, write_export
+from tests.exported import write_export
 from tests.made_up import NEAR_1, made_up_catalog, random_model
+from trainer.run_items import RunItems
 
 NUM_ITEMS = 30
 ENGINES = ("torch", "onnx")
@@ -44,28 +45,27 @@ def exported(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """One export of each storage: {"none": ..., "float16": ..., "int8": ...}."""
-    return one_of_each_kind(tmp_path_factory.mktemp("one"))
+    """Exports of one model in two storages: {"none": ..., "int8": ...}."""
+    folder = tmp_path_factory.mktemp("one")
+    model = random_model((8, 16, 32), num_blocks=2, num_items=NUM_ITEMS, ring=NEAR_1)
+    return {kind: read_folder(write_export(folder / kind, model, max_len=20, quantize=kind)) for kind in ALONE}
 
 
-def baseline(name):
-    """Return (a baseline of random weights, its settings)."""
-    options = {"mrl_hidden_sizes": (8,), "num_heads": 2 if name == "sasrec" else 1}
-    settings = Config(
-        **{**MODEL_PRESETS[name], **({} if name in COUNTING else options)},
-        model_code=name,
-        dataset_code="made-up",
-        lru_max_len=7,
-    )
+def exported_baseline(folder, name):
+    """Return (a baseline of random weights, its Recommender)."""
+    options = {} if name in COUNTING else {"mrl_hidden_sizes": (8,), "num_heads": 2 if name == "sasrec" else 1}
+    run = {"model_code": name, "dataset_code": "made-up", "lru_max_len": 7}
+    settings = Config(**{**MODEL_PRESETS[name], **options, **run})
     torch.manual_seed(0)
-    model = build_model(NUM_ITEMS, [], settings)
+    model = build_model(NUM_ITEMS, [], settings).eval()
     if name in COUNTING:
         model.count(torch.randint(20, (200,)), torch.randint(1, NUM_ITEMS + 1, (200,)))
-        return model, settings
-    for parameter_name, parameter in model.named_parameters():
+    for parameter_name, parameter in model.named_parameters() if name not in COUNTING else ():
         if not parameter_name.endswith(("nu_log", "theta_log")):
             torch.nn.init.normal_(parameter, std=0.5)
-    return model.eval(), settings
+    items = RunItems.of(made_up_catalog(NUM_ITEMS))
+    export_baseline(model, folder, config=settings, items=items, run=folder / "no-such-run", quantize="none")
+    return model, Recommender.from_pretrained(folder)
 
 
 def histories_of(lengths, longest, num_items=NUM_ITEMS) -> np.ndarray:
@@ -102,54 +102,25 @@ def assert_close(actual, expected, tolerance=1e-5):
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
-# ------------------------------------------------------------------------------------------------------- step by step
-
-
 @pytest.mark.parametrize("name", ENGINES)
-def test_an_engines_steps_end_where_its_encoding_does(exported, name):
-    _, max_len, export = exported
-    engine = open_engine(export, name, threads=1)
-    table, history = engine.table(export), histories_of([max_len] * 3, max_len)
-    hidden = np.zeros((3, export.config["num_blocks"], 2, export.config["size"]), dtype=np.float32)
-    for t in range(max_len):
-        z, hidden = engine.step(history[:, t], hidden, table)
-    assert_close(by_item(engine.rank(z, table, *all_items(table))), ranking(engine, export, history))
-
-
-# ----------------------------------------------------------------------------------- the engines, and the model itself
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_an_export_scores_histories_of_every_length_as_the_model_does(exported, name):
+def test_an_export_scores_histories_of_every_length_and_steps_as_the_model_does(exported, name):
     model, max_len, export = exported
-    lengths = range(max_len + 1)
-    history = histories_of(lengths, max_len)
-    expected = []
+    history, expected = histories_of(range(max_len + 1), max_len), []
     with torch.no_grad():
         table = model.item_table()
-        for row, length in zip(history, lengths, strict=True):
+        for length, row in enumerate(history):
             tokens = torch.from_numpy(row[-max(length, 1) :])  # an empty history is token 0 alone
             z = model.encode(table[tokens], torch.arange(len(tokens)), len(tokens))
             expected.append((table @ z[-1])[1:].numpy())
-    assert_close(ranking(open_engine(export, name, threads=1), export, history), np.stack(expected))
+    engine = open_engine(export, name, threads=1)
+    assert_close(ranking(engine, export, history), np.stack(expected))
+    table, hidden = engine.table(export), np.zeros((1, export.config["num_blocks"], 2, model.sizes[-1]), np.float32)
+    for item in history[-1]:
+        z, hidden = engine.step(np.array([item]), hidden, table)
+    assert_close(by_item(engine.rank(z, table, *all_items(table))), expected[-1:])
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_an_export_of_any_size_scores_as_the_full_models_prefix(tmp_path, name):
-    model = random_model((3, 8, 9, 20), num_blocks=2, ring=NEAR_1)
-    history = histories_of([7, 7], 7)
-    with torch.no_grad():
-        table = model.item_table()
-        z = model.encode(table[torch.from_numpy(history).flatten()], torch.arange(7).repeat(2), 7)[[6, 13]]
-    z, table = z.numpy(), table.detach().numpy()
-    for size in model.sizes:
-        export = read_folder(write_export(tmp_path / str(size), model, size=size))
-        expected = z[:, :size] @ table[1:, :size].T
-        assert_close(ranking(open_engine(export, name, threads=1), export, history), expected)
-
-
-# A batch may sum products in another order than a single row. With int8 a difference in the last digit can move an
-# activation to the next of its 127 steps, which is far below the effect of a scale shared between users.
+# With int8 a difference in the last digit can move an activation to the next of its 127 steps.
 ALONE = {"none": 1e-5, "int8": 2e-3}
 
 
@@ -184,9 +155,6 @@ def test_engines_do_not_write_to_their_arguments(one, name):
         np.testing.assert_array_equal(array, was)
 
 
-# --------------------------------------------------------------------------------------------------------------- int8
-
-
 def test_the_int8_graphs_multiply_integers_of_63_steps_a_side(one):
     export = one["int8"]
     engine = OnnxEngine(export, threads=1)
@@ -200,32 +168,23 @@ def test_the_int8_graphs_multiply_integers_of_63_steps_a_side(one):
     assert not scores[4].any()
 
 
-# With int8 a weight is off by at most half a step of 1/127 of its column's largest, an activation by half a step of
-# 1/63 of its row's largest: about 0.5 % and 1 % of a product (uniform errors; the largest of a few dozen is 2 to 3
-# times the root mean square). A score after 3 blocks depends on 13 such products: 1.1 % * sqrt(13) = 4 % of the scores'
-# spread. The largest score is 2 to 4 times the spread: rms 2 %, and the worst of a few thousand scores 4 times as much,
-# relative to the largest score. The weights alone are half of one product's part: 0.5 % and 2 %.
+# A weight is off by at most half of 1/127 of its column's largest, an activation by half of 1/63 of its row's: about
+# 0.5 % and 1 % of a product. A score after 3 blocks sums 13 such products: 1.1 % * sqrt(13) = 4 % of their spread,
+# and the largest score is 2 to 4 times the spread.
 BOUNDS = {"onnx": (0.02, 0.08), "torch": (0.005, 0.02)}  # (rms, largest) error / largest score
 
 
-@pytest.mark.parametrize("num_blocks", [1, 3])
 @pytest.mark.parametrize("name", ENGINES)
-def test_int8_scores_are_close_to_float32_scores(tmp_path, name, num_blocks):
-    model = random_model((8, 16, 32), num_blocks, num_items=100, ring=NEAR_1)
-    history = histories_of(range(51), 50, num_items=100)
-    exact, rounded = (
-        ranking(engine, export, history)
-        for kind, engine_name in (("none", "torch"), ("int8", name))
-        for export in [read_folder(write_export(tmp_path / kind, model, max_len=50, quantize=kind))]
-        for engine in [open_engine(export, engine_name, threads=1)]
-    )
-    error = (rounded - exact) / np.abs(exact).max()
+def test_int8_scores_are_close_to_float32_scores(tmp_path, name):
+    model = random_model((8, 16, 32), 3, num_items=100, ring=NEAR_1)
+    history, scores = histories_of(range(51), 50, num_items=100), []
+    for kind, engine in (("none", "torch"), ("int8", name)):
+        export = read_folder(write_export(tmp_path / kind, model, max_len=50, quantize=kind))
+        scores.append(ranking(open_engine(export, engine, threads=1), export, history))
+    error = (scores[1] - scores[0]) / np.abs(scores[0]).max()
     rms, largest = BOUNDS[name]
     assert 0 < np.sqrt((error**2).mean()) <= rms
     assert np.abs(error).max() <= largest
-
-
-# ------------------------------------------------------------------------------------------------------------- a table
 
 
 def table_of(rows: np.ndarray, kind: str) -> Table:
@@ -246,22 +205,14 @@ def test_tables_share_their_rows_and_only_the_newest_has_more(kind):
     np.testing.assert_array_equal(one.vectors(np.array([6])), table_of(rows, kind).vectors(np.array([6])))
 
 
-# -------------------------------------------------------------------------------------------------------- equal scores
-
-
-def whole_numbers(users, items):
-    """Return (z, table) whose scores are exact in float32, and many of them equal."""
-    rng = np.random.default_rng(0)
-    z, table = (rng.integers(-1, 2, size=(rows, 32)).astype(np.float32) for rows in (users, items + 1))
-    return z, table * (np.arange(32) < 4)
-
-
 @pytest.mark.parametrize("chunk", [1, 10, 64])
 @pytest.mark.parametrize("k", [1, 10, 63])
 @pytest.mark.parametrize("name", ENGINES)
 def test_ranking_is_a_stable_sort_however_the_catalogue_is_chunked(one, monkeypatch, name, chunk, k):
     monkeypatch.setattr(torch_engine, "CHUNK", chunk)
-    z, table = whole_numbers(users=5, items=63)
+    rng = np.random.default_rng(0)  # whole numbers, so that scores are exact and many equal
+    z, table = (rng.integers(-1, 2, size=(rows, 32)).astype(np.float32) for rows in (5, 64))
+    table[:, 4:] = 0
     bias = np.zeros((5, 64), dtype=np.float32)
     bias[:, 0] = bias[0, 10:] = bias[1, :20] = -np.inf
     expected = np.argsort(-(z @ table.T + bias), axis=1, kind="stable")[:, :k]
@@ -301,9 +252,6 @@ def test_a_user_alone_is_answered_to_the_last_bit_as_in_a_batch(one, name):
         np.testing.assert_array_equal(of_user[0], scores[user])
 
 
-# -------------------------------------------------------------------------------------------------- opening an engine
-
-
 def test_the_default_engine_is_onnx_if_there_are_graphs_else_torch(one, tmp_path):
     assert isinstance(open_engine(one["none"], None, 1), OnnxEngine)
     bare = read_folder(write_export(tmp_path / "bare", random_model((4,)), format="torch"))
@@ -312,17 +260,20 @@ def test_the_default_engine_is_onnx_if_there_are_graphs_else_torch(one, tmp_path
         open_engine(bare, "onnx", 1)
 
 
-def test_an_unknown_engine_number_of_threads_or_missing_package_is_refused(one, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setitem(sys.modules, "serving.torch_engine", None)
-    for name, threads, problem in (
+@pytest.mark.parametrize(
+    ("name", "threads", "problem"),
+    [
         ("tensorrt", 1, "engine 'tensorrt' is unknown; use one of torch, onnx"),
         (None, -1, "threads -1 must be a whole number, 0 for one per core"),
         ("onnx", 1, "the onnx engine needs .*pip install onnxruntime"),
         ("torch", 1, "the torch engine needs .*export with --format onnx"),
-    ):
-        with pytest.raises(InputError, match=problem):
-            open_engine(one["none"], name, threads)
+    ],
+)
+def test_an_unknown_engine_number_of_threads_or_missing_package_is_refused(one, monkeypatch, name, threads, problem):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "serving.torch_engine", None)
+    with pytest.raises(InputError, match=problem):
+        open_engine(one["none"], name, threads)
 
 
 @pytest.mark.parametrize("damage", [lambda graph: b"not a graph", lambda graph: graph[: len(graph) // 2], None])
@@ -334,26 +285,20 @@ def test_a_graph_that_onnxruntime_cannot_load_is_named(tmp_path, damage):
         open_engine(export, "onnx", 1)
 
 
-# ----------------------------------------------------------------------------------------------------- baselines
-
-
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baselines_export_answers_as_its_model(tmp_path, name):
-    model, settings = baseline(name)
-    catalog = made_up_catalog(NUM_ITEMS)
-    folder = tmp_path / "export"
-    export_baseline(model, folder, config=settings, catalog=catalog, run=tmp_path / "no-such-run", quantize="none")
-    r = Recommender.from_pretrained(folder)
-    for history in ([], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]):
+    model, r = exported_baseline(tmp_path / "export", name)
+    histories = [[], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]]
+    answers = r.recommend(histories, top_k=NUM_ITEMS, exclude_history=False)
+    for history, answer in zip(histories, answers, strict=True):
         tokens = torch.tensor(history or [0])
         with torch.no_grad():
             if name in COUNTING:
                 scores = model.scores(tokens[-1:])[0]
             else:
-                x = model.item_table()[tokens]
-                scores = model.item_table() @ model.encode(x, torch.arange(len(tokens)), len(tokens))[-1]
+                table = model.item_table()
+                scores = table @ model.encode(table[tokens], torch.arange(len(tokens)), len(tokens))[-1]
         expected = scores[1:].numpy()
-        [answer] = r.recommend([history], top_k=NUM_ITEMS, exclude_history=False)
         np.testing.assert_allclose(answer.scores, -np.sort(-expected), atol=1e-5 * np.abs(expected).max())
         np.testing.assert_allclose(expected[np.array(answer.numbers) - 1], answer.scores, atol=1e-5, rtol=1e-4)
         [few] = r.recommend([history], top_k=2, exclude_history=False, candidates=[5, 29])
@@ -367,16 +312,14 @@ def test_a_baselines_export_answers_as_its_model(tmp_path, name):
         [stepped] = r.recommend([State.from_bytes(state.to_bytes())], top_k=NUM_ITEMS, exclude_history=False)
         np.testing.assert_allclose(stepped.scores, answer.scores, rtol=1e-4, atol=1e-5)
     r.remove_items([5])
-    r.save_pretrained(folder, overwrite=True)
-    assert (
-        f"# made-up, {name}\n" in (folder / "README.md").read_text() and len(Recommender.from_pretrained(folder)) == 29
-    )
+    r.save_pretrained(tmp_path / "saved")
+    assert f"# made-up, {name}\n" in (tmp_path / "saved/README.md").read_text()
+    assert len(Recommender.from_pretrained(tmp_path / "saved")) == 29
 
 
 def test_a_baseline_refuses_what_it_cannot_do_by_name(tmp_path):
-    model, settings = baseline("itemknn")
-    export_baseline(model, tmp_path / "e", config=settings, catalog=made_up_catalog(NUM_ITEMS), run=tmp_path)
-    r, flags = Recommender.from_pretrained(tmp_path / "e"), export.arguments_parser().parse_args(["--size", "4"])
+    _, r = exported_baseline(tmp_path / "e", "itemknn")
+    flags = export.arguments_parser().parse_args(["--size", "4"])
     for ask, problem in (
         (lambda: r.embed_items([{"title": "a"}]), "itemknn knows items by id alone and cannot embed products"),
         (lambda: r.user_vectors([[3]]), "itemknn counts and has no vectors of users and items"),

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import config
 from common import processes
 from common.errors import InputError
 from common.files import write_json
@@ -20,10 +19,10 @@ from model import FMRLRec, slice_model
 from model.baselines.counting import Popularity
 from tests.made_up import as_sequences, with_random_weights
 from trainer import evaluation, testing
-from trainer.evaluation import candidates, evaluate, rank_targets, rank_targets_alone
+from trainer.evaluation import candidates, evaluate, rank_targets
 from trainer.exact import count_ahead, exact_scores, longest_row, on_grid
 from trainer.list_metrics import list_metrics_of_sizes, top_items
-from trainer.metrics import METRICS, ranking_metrics, target_ranks
+from trainer.metrics import ranking_metrics, target_ranks
 from trainer.testing import check_slice
 from trainer.user_ranks import load_ranks, save_ranks
 
@@ -53,33 +52,35 @@ def metrics_of(model, rows, batch_size=4, mask_history=False):
     return evaluate(model, rows, sizes=SIZES, batch_size=batch_size, ks=KS, mask_history=mask_history)
 
 
+def plain_scores(model, table, known):
+    """Return the scores [M, N+1] of what follows a history, at every size."""
+    read = torch.as_tensor(known[-MAX_LEN:])
+    z = model.encode(table[read], torch.arange(len(read)), len(read))[-1].detach()
+    return torch.stack([table[:, :m] @ z[:m] for m in SIZES])
+
+
 def plain_metrics(model, sequences, part, mask_history):
-    """size -> metrics, from the scores of one user at a time in float64."""
+    """Return size -> metrics, from the scores of one user at a time in float64."""
     model = copy.deepcopy(model).double().eval()
     table = model.item_table().detach()
-    results = {}
-    for m in SIZES:
-        sums = dict.fromkeys([f"{metric}@{k}" for k in KS for metric in ("Recall", "NDCG", "MRR")], 0.0)
-        for v in sequences:
-            known = v[:-2] if part == "val" else v[:-1]
-            target = v[len(known)]
-            read = torch.tensor(known[-MAX_LEN:])
-            z = model.encode(table[read], torch.arange(len(read)), len(read))[-1].detach()
-            scores = (table[:, :m] @ z[:m]).tolist()
-            shown = [i for i in range(1, NUM_ITEMS + 1) if i == target or not (mask_history and i in known)]
-            rank = sorted(shown, key=lambda item: -scores[item]).index(target) + 1
+    sums = {m: dict.fromkeys([f"{metric}@{k}" for k in KS for metric in ("Recall", "NDCG", "MRR")], 0.0) for m in SIZES}
+    for v in sequences:
+        known = v[:-2] if part == "val" else v[:-1]
+        target = v[len(known)]
+        shown = [i for i in range(1, NUM_ITEMS + 1) if i == target or not (mask_history and i in known)]
+        for m, scores in zip(SIZES, plain_scores(model, table, known).tolist(), strict=True):
+            rank = sorted(shown, key=lambda item, scores=scores: -scores[item]).index(target) + 1
             for k in KS:
                 if rank <= k:
-                    sums[f"Recall@{k}"] += 1
-                    sums[f"NDCG@{k}"] += 1 / math.log2(rank + 1)
-                    sums[f"MRR@{k}"] += 1 / rank
-        results[m] = {name: total / len(sequences) for name, total in sums.items()}
-    return results
+                    sums[m][f"Recall@{k}"] += 1 / len(sequences)
+                    sums[m][f"NDCG@{k}"] += 1 / math.log2(rank + 1) / len(sequences)
+                    sums[m][f"MRR@{k}"] += 1 / rank / len(sequences)
+    return sums
 
 
-@pytest.mark.parametrize("branch", ["both", "id"])
-@pytest.mark.parametrize("mask_history", [False, True])
-@pytest.mark.parametrize("part", ["val", "test"])
+@pytest.mark.parametrize(
+    ("part", "mask_history", "branch"), [("val", True, "both"), ("test", False, "id"), ("test", True, "both")]
+)
 def test_every_size_is_ranked_as_one_user_at_a_time_by_sorting(part, mask_history, branch):
     model, sequences = random_model(branch), random_sequences()
     metrics = metrics_of(model, rows_of(sequences, part), mask_history=mask_history)
@@ -113,16 +114,6 @@ def test_chunks_and_batches_give_what_the_whole_gives(monkeypatch, items, table_
     assert torch.equal(encoded[0], encoded[1]) and torch.equal(encoded[1], encoded[2])
 
 
-@pytest.mark.parametrize(("room", "times"), [(0, 1), (-1, 2)], ids=["held", "projected for targets and for scores"])
-def test_the_item_table_is_held_where_there_is_room_for_it(monkeypatch, room, times):
-    model, projected = random_model(), []
-    monkeypatch.setattr(evaluation, "TABLE_BYTES", NUM_ITEMS * SIZES[-1] * 4 + room)
-    true = evaluation._project
-    monkeypatch.setattr(evaluation, "_project", lambda model, start: projected.append(start) or true(model, start))
-    metrics_of(model, rows_of(random_sequences()))
-    assert projected == [0] * times
-
-
 def ranks_of(model, sequences, batch_size):
     return torch.stack(list(rank_targets(model, rows_of(sequences), sizes=model.sizes, batch_size=batch_size).values()))
 
@@ -139,7 +130,7 @@ def shop_of_twins(num_items, num_kinds=200, num_users=20):
     return with_random_weights(model, 0.5), sequences, kind
 
 
-@pytest.mark.parametrize("num_items", [32_767, 32_768, 100_000])
+@pytest.mark.parametrize("num_items", [32_767, 32_768])
 def test_identical_items_share_their_average_rank_in_catalogues_and_batches_of_any_size(monkeypatch, num_items):
     monkeypatch.setattr(evaluation, "GROUP", 8)
     model, sequences, kind = shop_of_twins(num_items)
@@ -185,59 +176,29 @@ WHOLE = list(range(1, 4 * MAX_LEN))  # older items than the model reads
 
 @pytest.mark.parametrize(
     ("history", "target", "masked"),
-    [([5, 9, 5], 12, [5, 9]), (WHOLE, 30, WHOLE), (WHOLE, 1, WHOLE[1:]), (WHOLE, WHOLE[-1], WHOLE[:-1])],
-    ids=["the history", "long histories", "a target of long ago", "a target of just before"],
+    [([5, 9, 5], 12, [5, 9]), (WHOLE, 30, WHOLE), (WHOLE, 1, WHOLE[1:])],
+    ids=["the history", "a long history", "a target of long ago"],
 )
 def test_masking_excludes_the_history_and_token_0_but_never_the_target(history, target, masked):
     assert excluded([*history, target], mask_history=False) == [0]
     assert excluded([*history, target], mask_history=True) == [0, *masked]
 
 
-@pytest.mark.parametrize("mask_history", [False, True])
-def test_token_0_is_never_ranked_however_well_it_scores(mask_history):
-    model, rows = random_model("id"), rows_of(random_sequences())
-    before = metrics_of(model, rows, mask_history=mask_history)
-    z = model.eval().encode(model.item_table()[[1]], torch.tensor([0]), 1)
-    with torch.no_grad():
-        model.items.table[0] = 1000 * z[0].sign()
-    assert metrics_of(model, rows, mask_history=mask_history) == before
+def test_evaluation_drops_nothing_out_and_leaves_the_model_in_its_mode():
+    model, rows = random_model(), rows_of(random_sequences())
+    assert metrics_of(model.train(), rows) == metrics_of(model, rows)
+    assert model.training
+    metrics_of(model.eval(), rows)
+    assert not model.training
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_evaluation_drops_nothing_out_and_leaves_the_model_in_its_mode(training):
-    model, rows = random_model().train(training), rows_of(random_sequences())
-    assert metrics_of(model, rows) == metrics_of(model, rows)
-    assert model.training is training
-
-
-@pytest.mark.parametrize("mask_history", [False, True])
-def test_every_slice_alone_ranks_as_the_shared_pass_does_in_the_order_of_sizes(mask_history):
-    model, rows = random_model().eval(), rows_of(random_sequences())
-    how = {"sizes": SIZES, "batch_size": 7, "mask_history": mask_history}
-    shared, alone = rank_targets(model, rows, **how), rank_targets_alone(model, rows, **how)
-    assert list(shared) == list(alone) == list(SIZES)
-    for m in SIZES:
-        torch.testing.assert_close(alone[m], shared[m], rtol=0, atol=0)
-
-
-def a_batch():
-    return next(eval_batches(rows_of(random_sequences()), 8, torch.device("cpu")))
-
-
-def test_ranks_are_kept_to_any_cut_off(tmp_path):
-    ranks = np.array([1.0, 49_999.5, 50_000.0, 50_001.0])
-    save_ranks(tmp_path / "r.npz", {4: ranks}, 50_000, np.zeros(4))
-    assert load_ranks(tmp_path / "r.npz", "")[0][4].tolist() == [1.0, 49_999.5, 50_000.0, np.inf]
-
-
-@pytest.mark.parametrize("damage", ["absent", "text", "cut short", "pickled"])
-def test_ranks_that_cannot_be_read_are_named(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["absent", "cut short", "pickled"])
+def test_ranks_are_kept_to_any_cut_off_and_named_if_they_cannot_be_read(tmp_path, damage):
     path = tmp_path / "test_ranks.npz"
-    save_ranks(path, {4: np.array([1.0, 2.5])}, 10, np.array([3, 4]))
+    save_ranks(path, {4: np.array([1.0, 49_999.5, 50_000.0, 50_001.0])}, 50_000, np.zeros(4))
+    assert load_ranks(path, "")[0][4].tolist() == [1.0, 49_999.5, 50_000.0, np.inf]
     if damage == "absent":
         path.unlink()
-    elif damage == "text":
-        path.write_text("ranks", encoding="utf-8")
     elif damage == "cut short":
         path.write_bytes(path.read_bytes()[:-30])
     else:
@@ -263,7 +224,8 @@ def test_ranks_share_the_groups_of_users_out_and_some_may_have_none(monkeypatch,
     assert metrics_of(model, rows) == expected
 
 
-# ------------------------------------------------------------------------------------------------- the test of a run
+def a_batch():
+    return next(eval_batches(rows_of(random_sequences()), 8, torch.device("cpu")))
 
 
 @pytest.fixture
@@ -292,13 +254,9 @@ def test_a_slice_passes_the_check_unless_any_weight_is_changed(change):
 
 
 def test_a_wrong_slice_is_reported_after_all_results_are_written(sequences, run, monkeypatch):
-    def wrong_slice(model, size):
-        small = slice_model(model, size)
-        with torch.no_grad():
-            small.items.projection.bias += 0.1 * (size == 8)
-        return small
-
-    monkeypatch.setattr(testing, "slice_model", wrong_slice)
+    wrong = slice_model(random_model(), 8).requires_grad_(False)
+    wrong.items.projection.bias += 0.1
+    monkeypatch.setattr(testing, "slice_model", lambda model, size: wrong if size == 8 else slice_model(model, size))
     with pytest.raises(RuntimeError, match="the slice of size 8 differs"):
         testing.test_every_size(random_model(), sequences, CONFIG, run)
     assert set(json.loads((run / "test_mrl_metrics.json").read_text())) == {"4", "8", "16"}
@@ -320,24 +278,16 @@ def test_list_metrics_and_every_users_rank_up_to_the_largest_cut_off_are_saved(s
         assert np.isinf(saved[m][~near]).all()
 
 
-# -------------------------------------------------------------------------------------------------------- list metrics
-
-
 @pytest.mark.parametrize("mask_history", [False, True])
 def test_recommended_lists_are_the_items_of_highest_score(sequences, mask_history):
     model, rows = random_model().eval(), eval_rows(sequences, MAX_LEN, "test")
     found = top_items(model, rows, 5, mask_history)
-    table = model.item_table()
     for user in range(len(sequences)):
         history = sequences.of(user)[:-1]
-        read = torch.as_tensor(history[-MAX_LEN:])
-        z = model.encode(table[read], torch.arange(len(read)), len(read))[-1]
-        for m in SIZES:
-            scores = table[:, :m] @ z[:m]
-            scores[0] = -torch.inf
-            if mask_history:
-                scores[history] = -torch.inf
-            assert found[m][user].tolist() == scores.argsort(descending=True)[:5].tolist()
+        scores = plain_scores(model, model.item_table().detach(), history)
+        scores[:, [0, *history] if mask_history else 0] = -torch.inf
+        for m, expected in zip(SIZES, scores.argsort(descending=True), strict=True):
+            assert found[m][user].tolist() == expected[:5].tolist()
 
 
 def test_list_metrics_follow_their_definitions(sequences):
@@ -357,23 +307,16 @@ def test_list_metrics_follow_their_definitions(sequences):
         assert "ILD@1" not in found[m]  # a list of one item has no pair
 
 
-def test_a_model_without_features_has_no_diversity_and_popularity_lists_one_list(sequences):
+def test_list_metrics_need_features_for_diversity_and_a_cut_off_within_the_catalogue(sequences):
     rows, counts = eval_rows(sequences, MAX_LEN, "test"), torch.from_numpy(times_trained(sequences, NUM_ITEMS))
     assert "ILD@5" not in list_metrics_of_sizes(random_model("id").eval(), rows, counts, (5,), False)[4]
+    with pytest.raises(InputError, match=f"needs a cut-off of at most {NUM_ITEMS}"):
+        list_metrics_of_sizes(random_model(), rows, counts, (50, 100), mask_history=False)
     popularity = Popularity(NUM_ITEMS)
     popularity.counts = counts.float()
     (metrics,) = list_metrics_of_sizes(popularity, rows, counts, (5,), mask_history=False).values()
     assert metrics["Coverage@5"] == 5 / NUM_ITEMS
     assert metrics["ARP@5"] == pytest.approx(counts[1:].sort(descending=True).values[:5].double().mean().item())
-
-
-def test_list_metrics_without_a_cut_off_within_the_catalogue_are_refused(sequences):
-    rows, counts = eval_rows(sequences, MAX_LEN, "test"), torch.from_numpy(times_trained(sequences, NUM_ITEMS))
-    with pytest.raises(InputError, match=f"needs a cut-off of at most {NUM_ITEMS}"):
-        list_metrics_of_sizes(random_model(), rows, counts, (50, 100), mask_history=False)
-
-
-# ------------------------------------------------------------------------------------------------------ exact scores
 
 
 def random_vectors(*shape, seed=0):
@@ -398,34 +341,19 @@ def ranks_by_counting(z, rows, targets, rounding=0.0, chunk=5):
     return 1 + counts[0] + counts[1] / 2
 
 
-@pytest.mark.parametrize("dim", [1, 8, 100, 512, 1024])
+@pytest.mark.parametrize(("dim", "bits"), [(1, 22), (8, 22), (512, 22), (1024, 21)])
 @pytest.mark.parametrize("alike", [False, True], ids=["of all sizes", "with the largest sums"])
-def test_scores_of_vectors_on_the_grid_are_exact_in_any_order(dim, alike):
+def test_vectors_are_rounded_to_their_bits_and_scores_are_exact_in_any_order(dim, bits, alike):
     torch.manual_seed(0)
-    z, rows = on_grid(random_vectors(3, dim)), on_grid(random_vectors(3, dim, seed=1))
-    if alike:
-        z, rows = (on_grid(1 - torch.rand(3, dim) / 100) for _ in range(2))
+    vectors = [1 - torch.rand(3, dim) / 100 if alike else random_vectors(3, dim, seed=seed) for seed in (0, 1)]
+    z, rows = map(on_grid, vectors)
+    assert ((z - vectors[0]).abs() <= z.abs().amax(dim=1, keepdim=True) * 2**-bits).all()
     pairs = zip(z.tolist(), rows.tolist(), strict=True)
     expected = [sum(Fraction(a) * Fraction(b) for a, b in zip(*pair, strict=True)) for pair in pairs]
     order = torch.randperm(dim)
     product = (z.double() @ rows.double().T).diag()
     for found in (exact_scores(z, rows), exact_scores(z[:, order], rows[:, order]), product):
         assert [Fraction(score) for score in found.tolist()] == expected
-
-
-@pytest.mark.parametrize(("dim", "bits"), [(8, 22), (512, 22), (1024, 21)])
-def test_the_grid_is_as_fine_as_the_bits_say(dim, bits):
-    x = random_vectors(50, dim)
-    largest = x.abs().amax(dim=1, keepdim=True)
-    assert ((on_grid(x) - x).abs() <= largest * 2**-bits).all()
-    assert torch.equal(on_grid(on_grid(x)), on_grid(x))
-
-
-def test_numbers_that_are_not_finite_stay_and_do_not_change_their_neighbours():
-    x = torch.tensor([[0.3, NAN, -0.7], [0.3, INF, -0.7], [0.3, 0.0, -0.7]])
-    found = on_grid(x)
-    assert torch.equal(found[0].isnan(), x[0].isnan()) and found[1, 1] == INF
-    assert torch.equal(found[:, [0, 2]], found[2, [0, 2]].expand(3, 2))
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-6, 0.0], ids=["far apart", "within rounding", "equal"])
@@ -441,21 +369,6 @@ def test_counted_ranks_are_those_of_all_exact_scores(spread, rounding):
     expected = target_ranks(z.double() @ rows.double().T, targets)
     assert ranks_by_counting(z, rows, targets, rounding).tolist() == expected.tolist()
     assert (expected % 1 == 0.5).any()
-
-
-@pytest.mark.parametrize(
-    ("rows", "ranks"),
-    [
-        ([[0.0, 1.0], [NAN, 0.0], [2.0, 2.0], [0.0, 0.0]], [3, 5, 2, 4]),  # not a number: ahead, and last as a target
-        ([[0.0, -INF], [INF, 0.0], [1.0, INF], [3.0, 0.0]], [4, 1.5, 1.5, 3]),  # infinite scores tie
-    ],
-)
-def test_counted_ranks_of_scores_that_are_not_finite(rows, ranks):
-    z, rows = on_grid(torch.ones(1, 2)), on_grid(torch.tensor(rows))
-    assert [ranks_by_counting(z, rows, torch.tensor([target])).item() for target in range(4)] == ranks
-
-
-# ---------------------------------------------------------------------------------------------------------- metrics
 
 
 def ranks_by_sorting(scores, targets):
@@ -479,14 +392,10 @@ def test_ranks_are_those_of_a_sort_averaged_over_ties(num_levels):
 @pytest.mark.parametrize(
     ("scores", "target", "rank"),
     [
-        ([-INF, 0.5, -INF, 1.0, -INF], 1, 2),
-        ([INF, 0.5, 1.0], 1, 3),
-        ([INF, 0.5, 1.0], 0, 1),
+        ([-INF, 0.5, -INF, 1.0, INF], 1, 3),
         ([INF, 0.5, INF], 2, 1.5),
         ([NAN, 0.5, NAN, 0.1], 1, 3),
         ([0.1, NAN, 0.3], 1, 4),
-        ([NAN, NAN, NAN], 1, 4),
-        ([-INF, NAN, INF], 1, 4),
     ],
 )
 def test_not_a_number_is_ahead_of_every_target_and_as_a_target_behind_all(scores, target, rank):
@@ -496,7 +405,3 @@ def test_not_a_number_is_ahead_of_every_target_and_as_a_target_behind_all(scores
 def test_a_rank_up_to_the_cut_off_is_a_hit_and_half_a_rank_more_is_none():
     expected = {"Recall@3": 2 / 4, "NDCG@3": (1 + 1 / math.log2(4)) / 4, "MRR@3": (1 + 1 / 3) / 4}
     assert ranking_metrics(torch.tensor([1.0, 3.0, 3.5, 1e9]), (3,)) == pytest.approx(expected, abs=1e-15)
-
-
-def test_the_settings_accept_the_metrics_of_the_table():
-    assert tuple(METRICS) == config.METRICS

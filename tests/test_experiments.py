@@ -19,20 +19,17 @@ import train
 from common.errors import InputError
 from config import NAMED_PRESETS, Config, resolve
 from datasets.catalog import load_catalog
-from experiments import cold_items, cut, plan, report, run
-from experiments.definition import Definition, Row, definitions, identity, read_definitions, unusual
+from experiments import cold_items, cut, look, plan, report, run, tune
+from experiments.definition import Definition, Row, definitions, identity, read_definitions
 from experiments.store import keep, kept_runs
 from serving import export
 from tests.prepared import write_prepared
 from trainer.widths import user_weighted_pca
 
-# ---------------------------------------------------------------------------------------------------------- definitions
-
 
 def test_every_definition_of_this_repository_can_be_read():
     found = definitions()
     assert {"table2", "table3", "sizes", "independent", "depth", "loss", "first_label", "released"} <= set(found)
-    assert all(set(definition.datasets) <= {"beauty", "clothing", "sports", "toys"} for definition in found.values())
     rows = [resolve(row.settings | {"dataset_code": "beauty"})[0] for row in found["table3"].rows]
     assert [config.branch for config in rows] == ["both", "language", "image", "id"]
     assert rows[0] == resolve({"dataset_code": "beauty"})[0]
@@ -50,7 +47,6 @@ def defined(tmp_path, text):
     [
         ("rows.a = { lru_blocks = 2 }", r"unknown settings \['lru_blocks'\]"),
         ('rows.a = { lru_num_blocks = "2" }', "lru_num_blocks '2', which must be of type int"),
-        ("rows.a = { lru_num_blocks = 0 }", "--lru_num_blocks 0 must be at least 1"),
         ('compare = [["a", "c"]]\nrows.a = { }', r"compares unknown rows \['c'\]; its rows are \['a'\]"),
         ("colour = 1\nrows.a = { }", "colour"),
         ("rows.a = { size = 7 }", "size 7; its sizes are 8,16"),
@@ -74,22 +70,16 @@ def test_the_settings_in_which_rows_differ_are_varied(tmp_path):
     assert definitions()["baselines"].varied() == set(Config.__dataclass_fields__)  # other models differ in all
 
 
-def test_a_preset_in_a_definition_sets_its_settings(tmp_path):
+def test_a_preset_in_a_definition_sets_its_settings_and_extensions_must_be_named(tmp_path):
     text = 'rows.a = { preset = "plus", distill = 0.25 }\nrows.b = { preset = "paper" }\nrows.c = { preset = "plus" }'
     definition = defined(tmp_path, text)
     a, b, c = definition.rows
     assert a.settings == NAMED_PRESETS["plus"] | {"distill": 0.25}
     assert (b.settings, c.settings) == ({}, NAMED_PRESETS["plus"])
-    for config in (resolve({"preset": "plus"})[0], resolve(c.settings)[0]):
-        assert [definition.fits(row, config) for row in (a, b, c)] == [False, False, True]
-
-
-def test_a_row_fits_no_run_with_extensions_that_it_does_not_name():
-    (row,) = (row for row in definitions()["depth"].rows if row.name == "2 blocks")
-    beauty = {"dataset_code": "beauty"}
-    assert definitions()["depth"].fits(row, resolve(beauty)[0])
-    for flags in ({"whiten_features": True}, {"item_embedding": 64}, {"distill": 0.1}, {"preset": "plus"}):
-        assert not definitions()["depth"].fits(row, resolve(beauty | flags)[0])
+    for flags, expected in (({"preset": "plus"}, [c]), (c.settings, [c]), ({}, [b]), ({"item_embedding": 64}, [])):
+        assert [
+            row for row in definition.rows if definition.fits(row, resolve(flags | {"dataset_code": "beauty"})[0])
+        ] == expected
 
 
 @pytest.mark.parametrize(
@@ -99,12 +89,8 @@ def test_a_row_fits_no_run_with_extensions_that_it_does_not_name():
         ({}, {"img_encoder": "other"}, False),
         ({}, {"device": "cpu", "val_batch_size": 3, "run_name": "x"}, True),
         ({}, {"seed": 1}, False),
-        ({"use_language_encoder": False}, {"language_encoder": "x", "item_attributes": ("brand",)}, True),
-        ({}, {"item_attributes": ("brand",)}, False),
-        ({"model_code": "fmrlrec"}, {"num_heads": 2}, True),
         ({"model_code": "sasrec"}, {"num_heads": 2}, False),
         ({"model_code": "sasrec"}, {"lru_r_max": 0.995, "lru_use_bias": False}, True),
-        ({"model_code": "lrurec"}, {"lru_r_max": 0.995}, False),
         ({"model_code": "popularity"}, {"lr": 0.5}, True),
         ({"model_code": "popularity"}, {"best_metric": "MRR@5"}, False),
     ],
@@ -114,13 +100,6 @@ def test_runs_are_the_same_if_they_differ_in_ineffective_settings_alone(flags, c
     config = resolve(flags)[0]
     assert (identity(dataclasses.replace(config, **change)) == identity(config)) == same
 
-
-def test_unusual_settings_differ_from_defaults_and_presets():
-    beauty, _ = resolve({"dataset_code": "beauty", "lr": 0.5, "lru_dropout": 0.6, "seed": 7})
-    assert unusual(beauty, {"seed"}) == {"lr": 0.5}
-
-
-# ----------------------------------------------------------------------------------------------------------- the runner
 
 FLAGS = (
     "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 2,4 --num_epochs 1 "
@@ -183,7 +162,6 @@ def test_every_seed_dataset_and_row_has_a_job_and_rows_of_the_same_training_shar
         ("depth --seeds 4,x", "--seeds '4,x' must be integers"),
         ("depth --lru_num_blocks 4", "--lru_num_blocks 4 contradicts depth, whose row '1 block' has 1"),
         ("depth --distill .9", "--distill 0.9 contradicts depth, whose row '1 block' has no other extensions"),
-        ("depth --preset plus", "--preset plus contradicts depth"),
     ],
 )
 def test_an_invalid_choice_of_runs_is_refused(workplace, arguments, problem):
@@ -243,19 +221,23 @@ def test_an_interrupted_run_is_continued(workplace, calls, monkeypatch):
     assert [job.state for job in jobs] == ["finished"] * 2
 
 
-def test_a_failed_run_is_named_and_the_others_go_on(workplace, calls, monkeypatch, capsys):
-    true = train.main
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [("train", "train.py failed with 2: tiny, seed 42: depth/1 block"), ("keep", "failed: no: tiny, seed 42: depth/1")],
+)
+def test_a_failed_run_is_named_and_the_others_go_on(workplace, calls, monkeypatch, capsys, broken, message):
+    module, name = (train, "main") if broken == "train" else (run, "keep")
+    true = getattr(module, name)
 
-    def broken(argv):
-        if "--lru_num_blocks=1" in argv:
-            raise InputError("no")
-        return true(argv)
+    def fail_once(*arguments):
+        monkeypatch.setattr(module, name, true)
+        raise InputError("no")
 
-    monkeypatch.setattr(train, "main", broken)
+    monkeypatch.setattr(module, name, fail_once)
     with pytest.raises(SystemExit) as stopped:
         run_experiments("depth")
     assert stopped.value.code == 1
-    assert "train.py failed with 2: tiny, seed 42: depth/1 block" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert len(names(Path("kept"))) == 1
 
 
@@ -265,20 +247,24 @@ def test_runs_on_other_data_or_of_another_version_do_not_count(workplace, calls,
     (again,) = run_experiments(ONE)
     assert again.state == "finished" and again.run != job.run
     assert len(names(Path("kept"))) == 2
+    shutil.rmtree("kept")
     for path in Path("experiments/runs").glob("*/*/config.json"):
         path.write_text(path.read_text().replace('"lr"', '"learning_rate"'))
-    shutil.rmtree("kept")
-    (again,) = run_experiments(f"{ONE} --dry_run")
-    assert again.state == "to start"
+    assert [job.state for job in run_experiments(f"{ONE} --dry_run")] == ["to start"]
     assert "unknown settings ['learning_rate']" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written_are_named_before_a_run_starts(workplace, calls):
+    Path("kept").write_text("a file")
+    with pytest.raises(InputError, match="cannot write kept"):
+        run_experiments("depth")
+    assert not calls
 
 
 def test_sigterm_ends_the_running_script_and_starts_no_other(workplace, monkeypatch, capsys):
     began = workplace / "began"
-    (workplace / "train.py").write_text(
-        f"import pathlib, time\npathlib.Path({str(began)!r}).open('a').write('one ')\ntime.sleep(60)\n"
-    )
-    assert (run.REPOSITORY / "train.py").exists()
+    script = f"import pathlib, time\npathlib.Path({str(began)!r}).open('a').write('one ')\ntime.sleep(60)\n"
+    (workplace / "train.py").write_text(script)
     monkeypatch.setattr(run, "REPOSITORY", workplace)
 
     def end():
@@ -295,78 +281,48 @@ def test_sigterm_ends_the_running_script_and_starts_no_other(workplace, monkeypa
     assert not run.CHILDREN and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_every_device_has_one_run_at_a_time(workplace, monkeypatch):
+def test_every_visible_device_has_one_run_at_a_time(workplace, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    busy, most, lock = set(), [], threading.Lock()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    busy, most, lock = [], [], threading.Lock()
 
     def call(script, arguments, environment):
-        device = environment["CUDA_VISIBLE_DEVICES"]
         with lock:
-            assert device not in busy
-            busy.add(device)
-            most.append(len(busy))
+            busy.append(environment["CUDA_VISIBLE_DEVICES"])
+            most.append(sorted(busy))
         time.sleep(0.05)
         with lock:
-            busy.remove(device)
+            busy.remove(environment["CUDA_VISIBLE_DEVICES"])
         return 1
 
     monkeypatch.setattr(run, "call_script", call)
     with pytest.raises(SystemExit):
         run.main(f"depth --seeds 1,2,3 {FLAGS}".replace("--device cpu", "").split())
-    assert (len(most), max(most)) == (6, 2)
-
-
-@pytest.mark.parametrize(("visible", "expected"), [("2,5", ["2", "5"]), ("", ["0", "1"])])
-def test_only_visible_gpus_are_used(monkeypatch, visible, expected):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    devices = run.free_devices([])
-    assert [devices.get() for _ in expected] == expected
-    assert devices.empty()
+    assert len(most) == 6 and max(most, key=len) == ["2", "5"]
+    assert all(len(set(some)) == len(some) for some in most)
 
 
 def test_a_missing_test_is_made_while_the_run_folder_exists(workplace, calls):
     (job,) = run_experiments(ONE)
-    before = (job.run / "test_mrl_metrics.json").read_bytes()
-    for missing, masked in (("test_*_history_masked.*", True), ("test_ranks.npz", False)):
+
+    def keep_without(missing):
         shutil.rmtree("kept")
         for path in job.run.glob(missing):
             path.unlink()
         keep(job.run, Path("kept"))
         calls.clear()
+
+    before = (job.run / "test_mrl_metrics.json").read_bytes()
+    for missing, masked in (("test_*_history_masked.*", True), ("test_ranks.npz", False)):
+        keep_without(missing)
         (again,) = run_experiments(ONE)
         assert again.state == "finished"
         assert [[call[0], "--mask_history" in call] for call in calls] == [["eval.py", masked]]
     assert (job.run / "test_mrl_metrics.json").read_bytes() == before
-    for path in job.run.glob("test_*_history_masked.*"):
-        path.unlink()
-    shutil.rmtree("kept")
-    keep(job.run, Path("kept"))
+    keep_without("test_*_history_masked.*")
     shutil.rmtree("experiments")
     (again,) = run_experiments(ONE)
     assert again.state == "kept in part"
-
-
-def test_results_that_cannot_be_written_are_named(workplace, calls, monkeypatch, capsys):
-    true, tried = run.keep, []
-
-    def keep(of_run, results, tests):
-        tried.append(of_run)
-        if len(tried) == 1:
-            raise InputError("cannot write kept")
-        true(of_run, results, tests)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(run, "keep", keep)
-        run_experiments("depth")
-    assert "failed: cannot write kept: tiny, seed 42: depth/1 block" in capsys.readouterr().err
-    assert len(names(Path("kept"))) == 1  # the other run
-    shutil.rmtree("kept")
-    Path("kept").write_text("a file")
-    calls.clear()
-    with pytest.raises(InputError, match="cannot write kept"):
-        run_experiments("depth")
-    assert not calls
 
 
 @pytest.fixture
@@ -399,9 +355,6 @@ def test_an_experiment_on_validation_never_tests_until_another_asks_for_it(workp
     assert [run_.complete() for run_ in kept_runs(Path("kept"))] == [True, False]
 
 
-# ------------------------------------------------------------------------------------------------------ cut afterwards
-
-
 def test_a_cut_gives_the_best_scores_of_its_width():
     random = np.random.default_rng(0)
     users, items = random.normal(size=(50, 6)) @ random.normal(size=(6, 6)), random.normal(size=(30, 6))
@@ -431,8 +384,6 @@ def test_a_run_is_cut_and_tested_at_every_width(workplace):
         cut.main([str(shop)])
 
 
-# ----------------------------------------------------------------------------------------------------------- cold items
-
 COLD_FLAGS = shlex.split(
     "--language_encoder lexical --no-use_img_encoder --lru_num_blocks 1 --mrl_hidden_sizes 4,8 --num_epochs 1 "
     "--val_batch_size 8"
@@ -454,12 +405,12 @@ def test_held_out_items_leave_the_others_and_the_users_who_end_in_them_are_the_t
     _, whole, cold, held = made
     out = {record["asin"] for record in held["items"]}
     assert len(out) == 30
-    assert cold.asins == [asin for asin in whole.asins if asin not in out]
-    titles = [record["title"] for record in whole.metadata if record["asin"] not in out]
-    assert [record["title"] for record in cold.metadata] == titles
+    left = [
+        (asin, record["title"]) for asin, record in zip(whole.asins, whole.metadata, strict=True) if asin not in out
+    ]
+    assert [(asin, record["title"]) for asin, record in zip(cold.asins, cold.metadata, strict=True)] == left
     before, after = (
-        [[catalog.asins[i - 1] for i in catalog.sequences.of(row)] for row in range(len(catalog.sequences))]
-        for catalog in (whole, cold)
+        [[c.asins[i - 1] for i in c.sequences.of(u)] for u in range(len(c.sequences))] for c in (whole, cold)
     )
     without = [[asin for asin in history if asin not in out] for history in before]
     assert after == [history for history in without if len(history) >= 3]
@@ -490,20 +441,14 @@ def test_held_out_items_are_added_to_an_export_and_ranked_among_all(made, tmp_pa
     assert f"| never trained | {never['count']} | {never['Recall@10']:.4f} |" in (tmp_path / "R.md").read_text()
 
 
-@pytest.mark.parametrize(("items", "asked"), [(5000, 100), (60, 60)])
-def test_recall_counts_a_target_by_its_place_in_the_answer(items, asked):
-    class Answers:
-        def __len__(self):
-            return items
-
+def test_recall_counts_a_target_by_its_place_in_the_answer():
+    class Answers(list):
         def recommend(self, histories, top_k, exclude_history):
-            assert top_k == asked and not exclude_history
-            answers = [
-                [*range(1000, 1000 + place), 7, *range(2000, 2000 + asked - place - 1)] for (place,) in histories
-            ]
+            assert top_k == 100 and not exclude_history
+            answers = [[*range(1000, 1000 + place), 7, *range(2000, 2099 - place)] for (place,) in histories]
             return [SimpleNamespace(numbers=np.array(a), ids=[str(number) for number in a]) for a in answers]
 
-    found = cold_items.recalls(Answers(), [([9], 7), ([10], "7"), ([49], 7), ([asked - 1], 8)])
+    found = cold_items.recalls(Answers(range(5000)), [([9], 7), ([10], "7"), ([49], 7), ([99], 8)])
     assert found == {"count": 4, "Recall@10": 0.25, "Recall@50": 0.75, "Recall@100": 0.75}
 
 
@@ -511,3 +456,59 @@ def test_recall_counts_a_target_by_its_place_in_the_answer(items, asked):
 def test_a_share_without_any_item_is_refused(made, share):
     with pytest.raises(InputError, match="--share"):
         cold_items.main(["make", "--dataset_code", "whole", "--from_root", str(made[0]), "--share", share])
+
+
+# ------------------------------------------------------------------------------------------------------ look and tune
+
+TINY = "--dataset_code tiny --language_encoder lexical --img_encoder pixel --device cpu --lru_num_blocks 1"
+
+
+def test_look_lists_neighbours_by_title_and_draws_a_map(workplace, capsys):
+    trained = train.main([*TINY.split(), "--mrl_hidden_sizes", "4,8", "--num_epochs", "1", "--no-test"])
+    catalog = load_catalog("data", "tiny")
+    capsys.readouterr()
+    look.main([str(trained), "--item", catalog.metadata[2]["title"].lower(), "--neighbours", "3", "--size", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"most like {catalog.asins[2]}"))
+    cosines = [float(line.split()[0]) for line in lines[start + 1 : start + 4]]
+    assert cosines == sorted(cosines, reverse=True) and catalog.asins[2] not in "".join(lines[start + 1 :])
+    assert (trained / "embeddings.png").read_bytes().startswith(b"\x89PNG")
+    for flags, problem in (("--item e", r"fits \d+ titles; give an id"), ("--size 5", r"its sizes are \(4, 8\)")):
+        with pytest.raises(InputError, match=problem):
+            look.main([str(trained), *flags.split()])
+
+
+def test_tune_searches_by_validation_and_continues(workplace, capsys):
+    pytest.importorskip("optuna", reason="the search needs optuna")
+    flags = f"table3 {TINY} --mrl_hidden_sizes 4,8 --num_epochs 1 --range lr=1e-4..1e-2:log --choice lru_dropout=0,0.5"
+    tune.main([*flags.split(), "--trials", "1"])
+    best = tune.main([*flags.split(), "--trials", "2"])
+    runs = sorted(Path("experiments/runs/tiny").iterdir())
+    assert [path.name.partition("-tune-")[2] for path in runs] == ["0", "1"]
+    assert not any((path / "test_metrics.json").exists() for path in runs)
+    values = [json.loads((path / "log.jsonl").read_text())["val"]["8"]["NDCG@10"] for path in runs]
+    settings = json.loads((runs[values.index(max(values))] / "config.json").read_text())["settings"]
+    assert settings["lr"] == pytest.approx(float(best["lr"])) and settings["lru_dropout"] == float(best["lru_dropout"])
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.startswith("python train.py --dataset_code=tiny") and f"--lr={best['lr']}" in command
+    assert len(list(Path("experiments/runs").glob("tune-table3-*.png"))) == 1
+    for wrong in ("--range lr=1..1e-4", "--range colour=1..2", "--choice lr=", "--range lr=1e-4..1e-2:ln"):
+        with pytest.raises(InputError, match="must be a setting with"):
+            tune.main(["table3", *TINY.split(), *wrong.split()])
+
+
+def test_tune_stops_a_trial_that_is_behind(monkeypatch):
+    optuna = pytest.importorskip("optuna", reason="the search needs optuna")
+    config, _ = resolve({})
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
+    epochs = {"0": (0.5, 0.6, 0.4), "1": (0.1, 0.9)}
+
+    def trained(flags, on_epoch):
+        for epoch, value in enumerate(epochs[flags[-1].rpartition("-")[2]], start=1):
+            on_epoch({"epoch": epoch, "val": {"8": {"NDCG@10": 0.0}, "16": {"NDCG@10": value}}})
+
+    monkeypatch.setattr(train, "main", trained)
+    study.optimize(lambda trial: tune.train_trial(trial, {"lr": ("range", 1e-4, 1e-2, True)}, {}, config), 2)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert study.best_value == 0.6
+    assert study.trials[1].intermediate_values == {1: 0.1}

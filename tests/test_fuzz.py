@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from common.errors import InputError
 from config import Config
@@ -27,7 +27,6 @@ from datasets.prepare.events import read_events
 from datasets.prepare.items import read_items
 from datasets.prepare.raw import FILTERS
 from datasets.prepare.sequences import make_sequences
-from datasets.records import parse_record
 from datasets.text import item_text
 from experiments.definition import FILE as DEFINITIONS
 from experiments.definition import read_definitions
@@ -43,29 +42,21 @@ from trainer.runs import check_data, describe_run, features_of, read_config, rea
 MANY = int(os.environ.get("FUZZ_EXAMPLES", 0))
 SECONDS, MEGABYTES = 2, 500  # the most that an input may take
 DEEP = b"[" * 990 + b"]" * 990  # stands in JSON where NASTY has "DEEP"
-NASTY = [
-    None, True, -1, 0, 1, 7, 10**6, 10**12, 2**31, 2**63, 10**30, 1.5, 1e308, float("nan"), float("inf"), "", "x", "0",
-    "../..", "/etc/passwd", "a\0b", "a\nb", "\ud800", "x" * 300, "é" * 5000, [], {}, [[]], [None], [1, 0], {"a": 1},
-    {"": {}}, "DEEP",
-]  # fmt: skip
-BYTES = [
-    b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b'"', b"'", b",", b"\t", b"{", b"[", b"}", b"]", b"::",
-    b"\x1f\x8b", b"nan", b"-1", b"9" * 5000, b"1e999", b"(" * 200, b"[" * 990, b"&amp;" * 50, b"\\ud800",
-    b"\xed\xa0\x80",    b"A" * 300, b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"PK\x03\x04", b"\x80\x04", b"<a =", b"<!--",
-    b"__import__('os')", b"\x28\xb5\x2f\xfd",
-]  # fmt: skip
+NUMBERS = [-1, 0, 1, 7, 10**6, 10**12, 2**31, 2**63, 10**30, 1.5, 1e308, float("nan"), float("inf")]
+TEXTS = ["", "x", "0", "../..", "/etc/passwd", "a\0b", "a\nb", "\ud800", "x" * 300, "é" * 5000, "DEEP"]
+NASTY = [None, True, *NUMBERS, *TEXTS, [], {}, [[]], [None], [1, 0], {"a": 1}, {"": {}}]
+MARKS = [bytes([mark]) for mark in b"\0\n\r\"',\t{[}]"]
+STARTS = [b"\xff\xfe", b"\xef\xbb\xbf", b"\x1f\x8b", b"PK\x03\x04", b"\x80\x04", b"\x28\xb5\x2f\xfd", b"<a =", b"<!--"]
+LONG = [b"9" * 5000, b"(" * 200, b"[" * 990, b"&amp;" * 50, b"A" * 300, b"\xff" * 7 + b"\x7f", b"__import__('os')"]
+BYTES = [b"", b"::", b"nan", b"-1", b"1e999", b"\\ud800", b"\xed\xa0\x80", *MARKS, *STARTS, *LONG]
 
 
 def fuzzed(count):
     """Run a test on `count` derandomized inputs, or on FUZZ_EXAMPLES random ones."""
-
-    def decorate(test):
-        options = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
-        if MANY:
-            return seed(int(time.time()))(settings(max_examples=MANY, **options)(test))
-        return settings(max_examples=count, derandomize=True, **options)(test)
-
-    return decorate
+    options = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+    if MANY:
+        return lambda test: seed(int(time.time()))(settings(max_examples=MANY, **options)(test))
+    return settings(max_examples=count, derandomize=True, **options)
 
 
 def memory(name):
@@ -91,8 +82,6 @@ def bounded(function, *arguments, again=False, **options):
     assert grown < MEGABYTES, f"{grown:.0f} MB"
     return result
 
-
-# ---------------------------------------------------------------------------------------------------------- inputs
 
 VALUES = st.sampled_from(NASTY) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -147,6 +136,10 @@ def json_lines(rows):
     return b"\n".join(map(to_json, rows if isinstance(rows, list) else [rows]))
 
 
+def python_text(rows):
+    return repr(rows).encode("utf-8", "surrogatepass")
+
+
 def json_file(original):
     return altered(original).map(to_json) | damaged(to_json(original))
 
@@ -156,7 +149,15 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-# ----------------------------------------------------------------------------------------------------------- datasets
+def fill(folder, files):
+    """Write files into a folder and remove all others."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name not in files:
+            path.unlink()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
 
 MAPS = {"item2id": {f"B{i}": str(i) for i in range(1, 6)}, "user2id": {"u": "1", "v": "2"}}
 RECORDS = [
@@ -164,17 +165,15 @@ RECORDS = [
     {"asin": "B2", "title": "Stove", "description": ["a", "b"], "related": {"also_bought": ["B1"]}},
 ]
 LITERALS = "".join(f"{record}\n" for record in RECORDS).encode()
+WHOLE = {"datamaps.json": to_json(MAPS), "sequential_data.txt": b"1 1 2 3 4\n2 5 4 3\n", "meta.json.gz": LITERALS}
 DATASET = {
     "datamaps.json": json_file(MAPS),
-    "sequential_data.txt": damaged(b"1 1 2 3 4\n2 5 4 3\n"),
-    "meta.json.gz": altered(RECORDS).map(json_lines)
-    | altered(RECORDS).map(lambda rows: repr(rows).encode("utf-8", "surrogatepass"))
-    | damaged(LITERALS),
+    "sequential_data.txt": damaged(WHOLE["sequential_data.txt"]),
+    "meta.json.gz": altered(RECORDS).map(json_lines) | altered(RECORDS).map(python_text) | damaged(LITERALS),
     "item2img.json": json_file({"1": "a.png", "B2": "b.png"}),
     "prepare_report.json": json_file({"prepared": {"recipe": {}, "files": {}, "filters": [], "notes": []}}),
     "item2img_dict.pkl": damaged(pickle.dumps({"B1": "x/B1.png", "B2": "B2.jpg"})),
-}  # fmt: skip
-WHOLE = {"datamaps.json": to_json(MAPS), "sequential_data.txt": b"1 1 2 3 4\n2 5 4 3\n", "meta.json.gz": LITERALS}
+}
 
 
 def load_dataset(root):
@@ -186,38 +185,29 @@ def load_dataset(root):
 
 
 @given(changed=st.sampled_from(sorted(DATASET)).flatmap(lambda name: st.tuples(st.just(name), DATASET[name])))
-@fuzzed(150)
+@fuzzed(80)
 def test_prepared_datasets(folder, changed):
-    tiny = folder / "tiny"
-    tiny.mkdir(exist_ok=True)
-    for path in tiny.iterdir():
-        path.unlink()
-    for name, data in (WHOLE | dict([changed])).items():
-        (tiny / name).write_bytes(data)
+    fill(folder / "tiny", WHOLE | dict([changed]))
     bounded(load_dataset, folder)
 
 
-@given(line=(altered(RECORDS[0]).map(repr) | altered(RECORDS[0]).map(json.dumps)
-             | damaged(LITERALS).map(lambda data: data.decode("utf-8", "replace")) | st.text()))  # fmt: skip
-@fuzzed(200)
-def test_metadata_lines(line):
-    record = bounded(parse_record, line)
-    if record is not None:
-        bounded(item_text, record, ("title", "price", "brand", "categories", "description"))
-
-
-EVENTS = pd.DataFrame({"user_id": ["u", "u", "v"], "item_id": ["B1", "B2", "B1"], "rating": [5.0, 4.0, 1.0],
-                       "timestamp": [1400000000, 1400000001, 1400000002]})  # fmt: skip
+COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
+EVENTS = pd.DataFrame([["u", "B1", 5.0, 1400000000], ["u", "B2", 4.0, 1400000001]], columns=COLUMNS)
 ROWS = EVENTS.to_dict("records")
-LISTED = b"\n".join(map(to_json, ROWS))
 RAW = [
-    LISTED, to_json(ROWS), to_json({"reviews": ROWS}), to_json({"0": [3, 7], "1": [4, 5]}), EVENTS.to_csv().encode(),
-    EVENTS.to_csv(index=False, sep="\t").encode(), b"u1,i1,5.0,1400000000\nu2,i1,4.0,1400000001\n", LITERALS,
-    b"1 3 4 5\n2 5 4\n", b"1::1193::5::978300760\n1::661::3::978302109\n",
+    json_lines(ROWS),
+    *map(to_json, (ROWS, {"reviews": ROWS}, {"0": [3, 7], "1": [4, 5]})),
+    EVENTS.to_csv().encode(),
+    EVENTS.to_csv(index=False, sep="\t").encode(),
+    EVENTS.to_parquet(),
+    LITERALS,
+    b"u1,i1,5.0,1400000000\nu2,i1,4.0,1400000001\n",
+    b"1 3 4 5\n2 5 4\n",
+    b"1::1193::5::978300760\n1::661::3::978302109\n",
     b"196\t242\t3\t881250949\n186\t302\t3\t891717742\n",
-    b"movieId,title,genres\n1,Toy Story (1995),Adventure|Animation\n", EVENTS.to_parquet(),
+    b"movieId,title,genres\n1,Toy Story (1995),Adventure|Animation\n",
     b"user_id:token\titem_id:token\n1\t2\n",
-]  # fmt: skip
+]
 CHANGED_RAW = st.sampled_from(RAW).flatmap(damaged) | altered(ROWS).map(json_lines)
 
 
@@ -226,7 +216,7 @@ def prepare(path):
 
 
 @given(data=CHANGED_RAW)
-@fuzzed(150)
+@fuzzed(80)
 def test_raw_files(folder, data):
     path = folder / "raw"
     path.write_bytes(data)
@@ -258,7 +248,7 @@ NUMPY_HEADERS = [
 
 
 @given(suffix=st.sampled_from(sorted(ARRAYS)), data=st.data())
-@fuzzed(120)
+@fuzzed(80)
 def test_feature_files(folder, suffix, data):
     path = folder / f"vectors{suffix}"
     content = damaged(ARRAYS[suffix]) | (st.sampled_from(NUMPY_HEADERS) if suffix == ".npy" else st.nothing())
@@ -267,42 +257,32 @@ def test_feature_files(folder, suffix, data):
     bounded(lambda: [rows.sum() for _, rows in open_array_file(path).pieces()])
 
 
-# --------------------------------------------------------------------------------------------------------------- runs
-
 METRICS = {"8": {"NDCG@10": 0.5, "Recall@10": 0.5}, "16": {"NDCG@10": 0.25, "Recall@10": 0.25}}
-ENVIRONMENT = {"started": "a", "command": ["train.py"], "commit": "c", "uncommitted_changes": False, "device": "cpu",
-               "versions": {"torch": "2"}, "data": "d", "features": ["f.npy"], "resumed": []}  # fmt: skip
-EPOCH = {"epoch": 1, "best_epoch": 1, "seconds": 1.0, "train_seconds": 1.0, "val": METRICS}
-CARD = {"weights": hashlib.sha256(b"").hexdigest(),
-        "rows": [{"engine": "torch", "quantize": "float16", "size": 8, "bytes": 9, "p50_ms": 1,
-                  "NDCG@10": 0.5}]}  # fmt: skip
-RECORD = {"run": "demo-a", "settings": vars(Config()), "sources": {}, "environment": ENVIRONMENT, "epochs": 1,
-          "best_epoch": 1, "seconds": 1.0, "train_seconds": 1.0}  # fmt: skip
+ENVIRONMENT = {"started": "a", "command": ["train.py"], "commit": "c", "uncommitted_changes": False, "device": "cpu"}
+ENVIRONMENT |= {"versions": {"torch": "2"}, "data": "d", "features": ["f.npy"], "resumed": []}
+TIMES = {"best_epoch": 1, "seconds": 1.0, "train_seconds": 1.0}
+COSTS = {"engine": "torch", "quantize": "float16", "size": 8, "bytes": 9, "p50_ms": 1, "NDCG@10": 0.5}
+SETTINGS = {"settings": vars(Config()), "sources": {"lr": "flag"}}
 RUN = {
-    "config.json": {"settings": vars(Config()), "sources": {"lr": "flag"}},
+    "config.json": SETTINGS,
     "env.json": ENVIRONMENT,
-    "log.jsonl": EPOCH,
+    "log.jsonl": TIMES | {"epoch": 1, "val": METRICS},
     "test_mrl_metrics.json": METRICS,
-    "deploy.json": CARD,
-    "runs.jsonl": RECORD,
+    "deploy.json": {"weights": hashlib.sha256(b"").hexdigest(), "rows": [COSTS]},
+    "runs.jsonl": SETTINGS | TIMES | {"run": "demo-a", "environment": ENVIRONMENT, "epochs": 1},
 }
 RUN = json.loads(json.dumps(RUN))  # tuples as lists
 
 
 @given(changed=st.sampled_from(sorted(RUN)).flatmap(lambda name: st.tuples(st.just(name), json_file(RUN[name]))))
-@fuzzed(100)
+@fuzzed(60)
 def test_runs(folder, changed):
     run = folder / "run"
-    run.mkdir(exist_ok=True)
-    for name, data in ({name: to_json(value) for name, value in RUN.items()} | dict([changed])).items():
-        (run / name).write_bytes(data)
-    (run / "best.safetensors").touch()
-    (run / "metrics.csv").write_text("run,dataset,split,protocol,size,NDCG@10\ndemo-a,demo,test,kept,8,0.5\n")
-    bounded(read_config, run)
-    bounded(read_log, run)
-    bounded(describe_run, run)
-    bounded(features_of, run)
-    bounded(check_data, run, "d")
+    csv = b"run,dataset,split,protocol,size,NDCG@10\ndemo-a,demo,test,kept,8,0.5\n"
+    whole = {name: to_json(value) for name, value in RUN.items()} | {"best.safetensors": b"", "metrics.csv": csv}
+    fill(run, whole | dict([changed]))
+    for read in (read_config, read_log, describe_run, features_of, lambda run: check_data(run, "d")):
+        bounded(read, run)
     bounded(read_metrics, run / "test_mrl_metrics.json", "test again")
     if changed[0] == "runs.jsonl":  # pandas makes it slow
         bounded(kept_runs, run)
@@ -320,8 +300,6 @@ def test_definitions_of_experiments(folder, data):
     (folder / "one.toml").write_bytes(data)
     bounded(read_definitions, folder / "one.toml")
 
-
-# ------------------------------------------------------------------------------------------------------------ serving
 
 FEATURES = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
 
@@ -348,12 +326,11 @@ def checked(files):
         return files
 
 
-ARRAY = st.sampled_from([
-    np.zeros(0, np.float32), np.zeros((0, 0), np.uint8), np.zeros((12, 0), np.uint8), np.zeros(3, np.int64),
-    np.full((12, 4), 255, np.uint8), np.full(12, 10**12), np.full(12, -1), np.arange(12)[::-1].copy(), np.zeros(()),
-    np.full((13, 8), np.nan, np.float32), np.full((13, 8), -128, np.int8), np.full(13, np.nan, np.float32),
-    np.full((8, 16), np.inf, np.float32), np.zeros((1, 10**5), bool), np.zeros((13, 8), np.float16),
-])  # fmt: skip
+EMPTY = [np.zeros(0, np.float32), np.zeros((0, 0), np.uint8), np.zeros((12, 0), np.uint8), np.zeros(())]
+NUMBERED = [np.zeros(3, np.int64), np.full(12, 10**12), np.full(12, -1), np.arange(12)[::-1].copy()]
+TABLES = [np.full((13, 8), *value) for value in ((np.nan, np.float32), (-128, np.int8), (0, np.float16))]
+OTHER = [np.full((12, 4), 255, np.uint8), np.full(13, np.nan, np.float32), np.full((8, 16), np.inf, np.float32)]
+ARRAY = st.sampled_from([*EMPTY, *NUMBERED, *TABLES, *OTHER, np.zeros((1, 10**5), bool)])
 
 
 @st.composite
@@ -363,12 +340,9 @@ def broken_export(draw, files):
     if name == CONFIG:
         return checked(files | {name: draw(json_file(json.loads(files[name])))})
     if name in (ITEMS, WEIGHTS) and draw(st.booleans()):
-        path = Path(os.environ["FUZZ_FOLDER"], name)
-        path.write_bytes(files[name])
-        tensors = load_file(path)
+        tensors = load(files[name])
         which = draw(st.sampled_from([*sorted(tensors), "removed", "more"]))
-        tensors |= {which: draw(ARRAY)}
-        return checked(files | {name: save(tensors)})
+        return checked(files | {name: save(tensors | {which: draw(ARRAY)})})
     return checked(files | {name: draw(damaged(files[name]))})
 
 
@@ -384,16 +358,10 @@ def serve(folder, engine):
 
 
 @given(data=st.data(), engine=st.sampled_from(["onnx", "torch", None]))
-@fuzzed(120)
+@fuzzed(80)
 def test_exports_with_right_checksums(folder, exported, data, engine):
-    os.environ["FUZZ_FOLDER"] = str(folder)
-    place = folder / "broken"
-    place.mkdir(exist_ok=True)
-    for path in place.iterdir():
-        path.unlink()
-    for name, content in data.draw(broken_export(exported)).items():
-        (place / name).write_bytes(content)
-    bounded(serve, place, engine)
+    fill(folder / "broken", data.draw(broken_export(exported)))
+    bounded(serve, folder / "broken", engine)
 
 
 @pytest.fixture(scope="module")
@@ -401,38 +369,59 @@ def recommender(folder, exported):
     return Recommender.from_pretrained(folder / "export", "onnx")
 
 
-ITEM = st.sampled_from(
-    ["A1", "A12", 1, 12, 13, 0, -1, True, None, 1.0, "", "zzz", "\ud800", "a\0", 10**30, np.int64(3), b"A1"]
+ITEM = (
+    st.sampled_from(["A1", "A12", 1, 12, 13, -1, True, 1.0, "zzz", "\ud800", "a\0", 10**30, np.int64(3), b"A1"])
+    | VALUES
 )
-ITEMS_GIVEN = st.lists(ITEM, max_size=4) | VALUES | st.just(("A1",)) | st.just(np.array([1, 2])) | st.just(range(3))
-VECTORS = st.sampled_from([
-    FEATURES[:1], FEATURES[:2], FEATURES.astype(str), np.full((1, 6), np.nan), np.full((1, 6), 1e38), np.zeros((0, 6)),
-    np.zeros((1, 0)), [[1, 2, 3, 4, 5, 6]], [[1], [2, 3]], FEATURES[:1].astype(complex), np.array([[None] * 6]),
-]) | VALUES  # fmt: skip
-PRODUCT = altered([{"title": "Tent", "brand": "B", "price": 3}]) | VALUES
-CALLS = {
-    "recommend": st.fixed_dictionaries(
-        {"histories": st.lists(ITEMS_GIVEN, max_size=3) | VALUES},
-        optional={"top_k": st.sampled_from([1, 3, 10**9, 0, -1, True, None, 2.5, "3", 10**30]),
-                  "candidates": ITEMS_GIVEN | st.lists(ITEMS_GIVEN, max_size=3),
-                  "boost": VECTORS, "exclude_history": st.booleans() | VALUES},
+GIVEN = st.lists(ITEM, max_size=4) | VALUES | st.just(("A1",)) | st.just(np.array([1, 2])) | st.just(range(3))
+SHAPED = [
+    FEATURES[:1],
+    FEATURES[:2],
+    np.full((1, 6), np.nan),
+    np.full((1, 6), 1e38),
+    np.zeros((0, 6)),
+    np.zeros((1, 0)),
+]
+TYPED = [
+    FEATURES.astype(str),
+    FEATURES[:1].astype(complex),
+    np.array([[None] * 6]),
+    [[1, 2, 3, 4, 5, 6]],
+    [[1], [2, 3]],
+]
+VECTORS = st.sampled_from([*SHAPED, *TYPED]) | VALUES
+MASKS = st.sampled_from([np.ones(12, bool), np.ones((2, 2), bool)])
+TOP_K = st.sampled_from([1, 3, 2.5, "3"]) | VALUES
+
+
+def call(name, required, **optional):
+    return st.tuples(st.just(name), st.fixed_dictionaries(required, optional=optional))
+
+
+CALLS = st.one_of(
+    call(
+        "recommend",
+        {"histories": st.lists(GIVEN, max_size=3) | VALUES},
+        top_k=TOP_K,
+        candidates=GIVEN | st.lists(GIVEN, max_size=3),
+        boost=VECTORS,
+        exclude_history=VALUES,
     ),
-    "similar_items": st.fixed_dictionaries({"items": ITEMS_GIVEN}, optional={"top_k": VALUES}),
-    "start": st.fixed_dictionaries({"history": ITEMS_GIVEN}),
-    "step": st.fixed_dictionaries({"state": VALUES | st.just("state"), "item": ITEM | VALUES}),
-    "filter": st.fixed_dictionaries({"items": ITEMS_GIVEN | st.sampled_from([np.ones(12, bool), np.ones((2, 2), bool)]),
-                                     "boost": VECTORS | st.none()}),
-    "item_vectors": st.fixed_dictionaries({"items": ITEMS_GIVEN}),
-    "user_vectors": st.fixed_dictionaries({"histories": st.lists(ITEMS_GIVEN, max_size=3)}),
-    "add_items": st.fixed_dictionaries({"ids": ITEMS_GIVEN, "features": VECTORS}, optional={"titles": ITEMS_GIVEN}),
-    "update_items": st.fixed_dictionaries({"ids": ITEMS_GIVEN}, optional={"features": VECTORS, "titles": ITEMS_GIVEN}),
-    "remove_items": st.fixed_dictionaries({"ids": ITEMS_GIVEN}),
-    "embed_items": st.fixed_dictionaries({"products": PRODUCT}),
-}  # fmt: skip
+    call("similar_items", {"items": GIVEN}, top_k=TOP_K),
+    call("start", {"history": GIVEN}),
+    call("step", {"state": VALUES | st.just("state"), "item": ITEM}),
+    call("filter", {"items": GIVEN | MASKS, "boost": VECTORS | st.none()}),
+    call("item_vectors", {"items": GIVEN}),
+    call("user_vectors", {"histories": st.lists(GIVEN, max_size=3)}),
+    call("add_items", {"ids": GIVEN, "features": VECTORS}, titles=GIVEN),
+    call("update_items", {"ids": GIVEN}, features=VECTORS, titles=GIVEN),
+    call("remove_items", {"ids": GIVEN}),
+    call("embed_items", {"products": altered([{"title": "Tent", "brand": "B", "price": 3}]) | VALUES}),
+)
 
 
-@given(call=st.sampled_from(sorted(CALLS)).flatmap(lambda name: st.tuples(st.just(name), CALLS[name])))
-@fuzzed(300)
+@given(call=CALLS)
+@fuzzed(200)
 def test_calls_of_the_recommender(recommender, call):
     name, arguments = call
     if arguments.get("state") == "state":
@@ -443,7 +432,7 @@ def test_calls_of_the_recommender(recommender, call):
 
 
 @given(data=st.data())
-@fuzzed(100)
+@fuzzed(60)
 def test_bytes_of_states(recommender, data):
     whole = recommender.start(["A1", "A2"]).to_bytes()
     state = bounded(State.from_bytes, data.draw(damaged(whole) | VALUES | st.just(whole)))

@@ -57,18 +57,13 @@ def test_a_gpu_computes_the_losses_and_gradients_of_the_cpu():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_gpu_trains_as_the_cpu(workplace, case):
+def test_a_gpu_trains_as_the_cpu_which_evaluates_its_run_alike(workplace, case):
     """Batches of a repeated shape are replayed from a CUDA graph."""
-    flags = "" if case == "itemknn" else NO_DROPOUT
-    logs = [[(line.get("loss", 0), line["val"]) for line in read_log(trained(case, d, flags))] for d in (GPU, "cpu")]
+    runs = [trained(case, device, "" if case == "itemknn" else NO_DROPOUT) for device in (GPU, "cpu")]
+    logs = [[(line.get("loss", 0), line["val"]) for line in read_log(run)] for run in runs]
     torch.testing.assert_close(*logs, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_cpu_evaluates_a_run_as_the_gpu(workplace, case):
-    run = trained(case, GPU)
-    found = json.loads((run / EVERY_SIZE).read_text())
-    on_cpu = eval_script.main(["--run", str(run), "--device", "cpu"])
+    found = json.loads((runs[0] / EVERY_SIZE).read_text())
+    on_cpu = eval_script.main(["--run", str(runs[0]), "--device", "cpu"])
     torch.testing.assert_close({str(m): on_cpu[m] for m in on_cpu}, found, rtol=0, atol=1e-6)
 
 

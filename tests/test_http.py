@@ -1,15 +1,10 @@
-"""The HTTP server, asked by real requests from this process while it runs in another."""
+"""The HTTP server: its answers, limits, counters and batches, and the benchmark that runs it in a process."""
 
 import asyncio
 import base64
-import socket
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import httpx
 import pytest
 
 from benchmarks import server
@@ -21,9 +16,7 @@ from serving.states import State
 from tests.exported import N, write_export
 from tests.made_up import random_model
 
-pytest.importorskip("fastapi", reason="the server needs the extra http")
-pytest.importorskip("uvicorn", reason="the server needs the extra http")
-REPOSITORY = Path(__file__).parent.parent
+testclient = pytest.importorskip("fastapi.testclient", reason="the server needs the extra http")
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +26,14 @@ def export(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(export):
-    """A client of a server of the export."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "serving.http", str(export), "--port", str(port)]
-    with subprocess.Popen(command, cwd=REPOSITORY) as process:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-            for _ in range(300):
-                try:
-                    client.get("/health")
-                    break
-                except httpx.ConnectError:
-                    assert process.poll() is None
-                    time.sleep(0.1)
-            yield client
-        process.terminate()
-    assert process.returncode in (0, -15)
+    """A client of the application on the export."""
+    with testclient.TestClient(http.create_app(Recommender.from_pretrained(export))) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def r(export):
+    return Recommender.from_pretrained(export)
 
 
 def counts(client) -> dict[str, float]:
@@ -57,33 +41,35 @@ def counts(client) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-def test_a_recommendation_is_that_of_the_recommender(client, export):
-    r = Recommender.from_pretrained(export)
-    for body in ({"history": ["A3", 5]}, {}, {"history": ["A3"], "top_k": 3, "exclude_history": False},
-                 {"history": ["A3"], "candidates": ["A1", "A9"], "top_k": 2}):  # fmt: skip
-        [expected] = r.recommend([body.get("history", [])], **{n: v for n, v in body.items() if n != "history"})
-        answer = client.post("/recommend", json=body).raise_for_status().json()
-        assert (answer["ids"], answer["titles"], answer["notes"]) == (expected.ids, expected.titles, expected.notes)
-        assert answer["scores"] == pytest.approx(expected.scores, rel=1e-5)
+@pytest.mark.parametrize(
+    ("history", "options"),
+    [
+        ([], {}),
+        (["A3", 5], {}),
+        (["A3"], {"top_k": 3, "exclude_history": False}),
+        (["A3"], {"candidates": ["A1", "A9"], "top_k": 2}),
+    ],
+)
+def test_a_recommendation_is_that_of_the_recommender(client, r, history, options):
+    [expected] = r.recommend([history], **options)
+    answer = client.post("/recommend", json={"history": history} | options).raise_for_status().json()
+    assert (answer["ids"], answer["titles"], answer["notes"]) == (expected.ids, expected.titles, expected.notes)
+    assert answer["scores"] == pytest.approx(expected.scores, rel=1e-5)
 
 
-def test_events_lead_to_the_state_of_the_history(client, export):
-    r, state = Recommender.from_pretrained(export), None
+def test_events_lead_to_the_state_of_the_history(client, r):
+    body = {}
     for item in ("A3", "A5"):
-        body = {"item": item} | ({"state": state} if state else {})
-        state = client.post("/events", json=body).raise_for_status().json()["state"]
-    assert State.from_bytes(base64.b64decode(state)).items == (3, 5)
-    answer = client.post("/recommend", json={"state": state}).json()
-    assert answer["ids"] == r.recommend([["A3", "A5"]])[0].ids
+        body = client.post("/events", json={"item": item} | body).raise_for_status().json()
+    assert State.from_bytes(base64.b64decode(body["state"])).items == (3, 5)
+    assert client.post("/recommend", json=body).json()["ids"] == r.recommend([["A3", "A5"]])[0].ids
 
 
-def test_similar_items_and_the_version(client, export):
-    r = Recommender.from_pretrained(export)
+def test_similar_items_and_the_version(client, r):
     answers = client.post("/similar", json={"items": ["A3", "A4"], "top_k": 2}).json()
     assert [answer["ids"] for answer in answers] == [answer.ids for answer in r.similar_items(["A3", "A4"], 2)]
-    assert (
-        client.get("/version").json() | {"model": r.model, "items": N, "status": "ok"} == client.get("/health").json()
-    )
+    version = client.get("/version").json()
+    assert version == version | {"model": r.model, "items": N, "status": "ok"} == client.get("/health").json()
 
 
 @pytest.mark.parametrize(
@@ -102,14 +88,15 @@ def test_similar_items_and_the_version(client, export):
         ("/recommend", {"history": ["A" * (1 << 20)]}, 413, "at most 1048576 bytes"),
         ("/nothing", {}, 404, "Not Found"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_request_is_refused_with_the_reason(client, path, body, status, problem):
     answer = client.post(path, json=body)
     assert answer.status_code == status and problem in answer.text
 
 
 def test_a_body_without_its_length_is_refused(client):
-    assert client.post("/recommend", content=iter([b"{}"])).status_code == 413
+    for body, headers in ((iter([b"{}"]), {}), (b"{}", {"Transfer-Encoding": "chunked", "Content-Length": "2"})):
+        assert client.post("/recommend", content=body, headers=headers).status_code == 413
 
 
 def test_metrics_count_requests_seconds_and_unknown_ids(client):
@@ -126,15 +113,14 @@ def test_metrics_count_requests_seconds_and_unknown_ids(client):
     assert before["fmrlrec_items"] == N
 
 
-def test_many_clients_get_their_own_answers(client, export):
-    r = Recommender.from_pretrained(export)
-    expected = {i: r.recommend([[i]])[0].ids for i in range(1, N + 1)}
+def test_many_clients_get_their_own_answers(client, r):
+    def ask(i: int) -> list[str]:
+        return client.post("/recommend", json={"history": [i]}).json()["ids"]
 
-    def ask(i: int) -> bool:
-        return client.post("/recommend", json={"history": [i]}).json()["ids"] == expected[i]
-
+    histories = [i % N + 1 for i in range(100)]
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(ask, [i % N + 1 for i in range(200)]))
+        found = list(pool.map(ask, histories))
+    assert found == [answer.ids for answer in r.recommend([[i] for i in histories])]
 
 
 def test_a_replaced_export_is_served_after_reload(client, export):
@@ -157,16 +143,14 @@ def test_the_benchmark_compares_the_server_with_the_bare_recommender(export, cap
 def test_waiting_requests_are_answered_together_and_a_bad_one_fails_alone(export, monkeypatch):
     r, sizes = Recommender.from_pretrained(export), []
     recommend = r.recommend
-    monkeypatch.setattr(
-        r, "recommend", lambda histories, *rest: sizes.append(len(histories)) or recommend(histories, *rest)
-    )
+    monkeypatch.setattr(r, "recommend", lambda asked, *rest: sizes.append(len(asked)) or recommend(asked, *rest))
     options = {"top_k": 3, "exclude_history": True, "candidates": None}
     some = options | {"candidates": ["A1", "A2"]}
+    requests = [([1], options), ([2], options), ([3], options), ([1], some), ([2], some), ([None], options)]
 
     async def ask():
         batcher = Batcher(r, Metrics())
-        asked = [batcher.ask([i], options) for i in (1, 2, 3)] + [batcher.ask([1], some), batcher.ask([2], some)]
-        asked = asyncio.gather(*asked, batcher.ask([None], options), return_exceptions=True)
+        asked = asyncio.gather(*(batcher.ask(*request) for request in requests), return_exceptions=True)
         await asyncio.sleep(0)
         task = asyncio.create_task(batcher.run())
         answers = await asked

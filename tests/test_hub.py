@@ -36,9 +36,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 if entry["key"] == "file":
                     self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             self.server.commit = hashlib.sha1(body).hexdigest()
-            self.answer(
-                {"success": True, "commitOid": self.server.commit, "commitUrl": f"{self.server.address}/user/shop"}
-            )
+            address = f"{self.server.address}/user/shop"
+            self.answer({"success": True, "commitOid": self.server.commit, "commitUrl": address})
 
     def do_GET(self):
         path = self.path.partition("?")[0]

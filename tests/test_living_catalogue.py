@@ -1,38 +1,40 @@
 """A catalogue that changes, users' states, new products, and a folder that is saved, replaced and reloaded."""
 
+import re
 import shutil
-import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from common.errors import InputError
+from dataloader import eval_rows
 from datasets.features.text import LexicalEncoder
 from datasets.text import NO_TEXT
-from serving import Recommender, recommender, states
+from serving import Recommender, index, recommender, states
+from serving.folder import FAISS
+from serving.index import FaissIndex, build_faiss
 from serving.states import State
 from tests.exported import (
     ATTRIBUTES,
     ENGINES,
     HALF,
     IDS,
-    KINDS,
     MAX_LEN,
     SAME,
     N,
     assert_same_answer,
     everything,
     write_export,
-    write_id_branch,
 )
-from tests.made_up import random_model
+from tests.made_up import as_sequences, random_model
 from tests.prepared import draw_picture, item_features, write_tiny_bert
-
-REPOSITORY = Path(__file__).parent.parent
+from trainer.widths import user_weighted_pca
 
 
 def test_updated_items_have_the_embeddings_and_titles_of_their_new_features(shop, engine, kind):
@@ -43,6 +45,7 @@ def test_updated_items_have_the_embeddings_and_titles_of_their_new_features(shop
     np.testing.assert_allclose(r.item_vectors([2, 5]), expected_rows, rtol=2**-10, atol=1e-6)
     assert everything(r, [3]) != before
     r.update_items([2], titles=["Another title"])
+    r.update_items([5], titles=["A third"])
     assert (r.items.title(2), old.title(2)) == ("Another title", shop.records[1]["title"])
     assert r.items.id(2) == IDS[1] and len(r) == N
 
@@ -71,6 +74,9 @@ def test_a_removed_item_comes_back_under_its_old_number(shop, engine, kind):
     assert 5 in everything(r, []).numbers
 
 
+NEW, MATRIX = ["NEW-1", "NEW-2"], np.ones((2, 1264), dtype=np.float32)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -81,18 +87,31 @@ def test_a_removed_item_comes_back_under_its_old_number(shop, engine, kind):
         (lambda r: r.update_items([1], titles=["a", "b"]), "2 titles for 1 items"),
         (lambda r: r.update_items([1], np.ones((1, 3))), r"features of shape \[1, 3\] for 1 items"),
         (lambda r: r.update_items([20], titles=["a"]), "is removed; bring it back by add_items"),
+        (lambda r: r.add_items(["NEW", IDS[4]], MATRIX), f"item '{IDS[4]}' exists already; leave it out"),
+        (lambda r: r.add_items(NEW, MATRIX[:, 1:]), r"shape \[2, 1263\] for 2 items: must be \[2, 1264\]"),
+        (lambda r: r.add_items(NEW, MATRIX * [[1], [np.nan]]), "features of item 'NEW-2' are not finite, or far too"),
+        (lambda r: r.add_items(NEW, MATRIX * 3e38), "features of item 'NEW-1' are not finite, or far too large"),
+        (lambda r: r.add_items(NEW, MATRIX, ["one", None]), "the title of item 'NEW-2' is None; give a string"),
+        (lambda r: r.add_items(NEW, MATRIX, "ab"), "titles must be a list such as"),
+        (lambda r: r.add_items(NEW, [[1.0], [1.0, 2.0]]), "features must be an array of numbers"),
+        (lambda r: r.add_items("XY", MATRIX), r"ids must be a list such as \['id', 'id'\], not 'XY'"),
     ],
 )
-def test_a_change_that_is_refused_changes_nothing(r, change, problem):
+def test_a_change_that_is_refused_changes_nothing(shop, r, change, problem):
     r.remove_items([20])
-    before, catalogue = everything(r, [3]), r.items
+    before, catalogue, state = everything(r, [3]), r.items, r.start([3])
     with pytest.raises(InputError, match=problem):
         change(r)
     assert r.items is catalogue and everything(r, [3]) == before
+    assert "NEW" not in r
+    r.add_items(["NEW"], shop.features[:1])
+    assert r.step(state, "NEW").items == (3, N + 1)
 
 
 def test_a_learned_table_can_be_thinned_but_not_grow(engine, tmp_path):
-    r = Recommender.from_pretrained(write_id_branch(tmp_path / "learned"), engine)
+    export = write_export(tmp_path / "learned", random_model((4, 12), num_items=N), max_len=MAX_LEN)
+    assert "features: none, the item table is learned" in (export / "README.md").read_text(encoding="utf-8")
+    r = Recommender.from_pretrained(export, engine)
     r.remove_items([1])
     for change in (lambda: r.update_items([2], np.ones((1, 12))), lambda: r.add_items(["NEW"], np.ones((1, 12)))):
         with pytest.raises(InputError, match="learned without features, so no items can be added"):
@@ -102,93 +121,64 @@ def test_a_learned_table_can_be_thinned_but_not_grow(engine, tmp_path):
     assert len(r) == N - 1 and len(r.recommend([[3]], top_k=3)[0].ids) == 3
 
 
-def test_adding_an_item_copies_neither_the_table_nor_the_ids(shop, engine, kind):
-    r = shop.first(engine, kind, 16)
-    for number in range(3):
-        before = r.items
-        r.add_items([f"NEW-{number}"], shop.features[[16]])
-        assert np.shares_memory(before.table.rows(), r.items.table.rows())
-        assert r.items.exported is before.exported
-        assert len(before) == 16 + number and f"NEW-{number}" in r and not before.number(f"NEW-{number}")
+class Watched(Recommender):
+    """Keeps every snapshot in `snapshots`."""
 
-
-def race(shop, seconds: float, readers: int = 8, engine: str = "onnx", kind: str = "none") -> int:
-    """Let readers answer while four writers change the catalogue; check every answer. Returns how many there were.
-
-    Each writer owns one item, so that every catalogue can be told apart by the items that it has.
-    """
-    r, stop = shop.first(engine, kind, 16), time.monotonic() + seconds
-    snapshots, lock = {id(r._now): r._now}, threading.Lock()
-    answers, errors = [], []
-
-    def changes(writer: int):
-        new, own = f"NEW-{writer}", 13 + writer
-        yield lambda: r.add_items([new], shop.features[[16 + writer]])
-        while True:
-            yield lambda: r.update_items([own], shop.features[[own % 7]])
-            yield lambda: r.remove_items([new, own])
-            yield lambda: r.add_items([new, IDS[own - 1]], shop.features[[16 + writer, own - 1]])
-            yield lambda: r.add_items([f"{new}-{time.monotonic_ns()}"], shop.features[[writer]])
-
-    def write(writer: int):
-        for change in changes(writer):
-            if time.monotonic() > stop:
-                return
-            with lock:  # to see each snapshot; the readers do not take it
-                change()
-                snapshots[id(r._now)] = r._now
-            time.sleep(0.02)
-
-    def read(reader: int):
-        histories = [[3, 5], ["NEW-1", 2], []]
-        while time.monotonic() < stop:
-            answers.append((reader % 3, r.recommend([histories[reader % 3]], top_k=8)[0]))
-
-    def guarded(call, number):
-        try:
-            call(number)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(write, i)) for i in range(4)]
-    threads += [threading.Thread(target=guarded, args=(read, i)) for i in range(readers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[0]
-    possible = [set(), set(), set()]
-    opened = shop.first(engine, kind, 16)
-    for snapshot in snapshots.values():
-        opened._now = snapshot
-        for which, history in enumerate([[3, 5], ["NEW-1", 2], []]):
-            possible[which].add(repr(opened.recommend([history], top_k=8)[0]))
-    assert all(repr(answer) in possible[which] for which, answer in answers)
-    assert len(snapshots) > 20
-    return len(answers)
+    def __setattr__(self, name, value):
+        if name == "_now":
+            self.snapshots.append(value)
+        super().__setattr__(name, value)
 
 
 @pytest.mark.parametrize("kind", ["none", "int8"])
-def test_while_threads_change_the_catalogue_every_answer_is_that_of_one_catalogue(shop, kind):
-    assert race(shop, seconds=2, kind=kind) > 100
+def test_while_threads_change_the_catalogue_every_answer_is_that_of_one_catalogue(shop, kind, monkeypatch):
+    """Four writers own one item each, so that every catalogue can be told apart by the items that it has."""
+    for name in ("project", "read_request"):  # let other threads run after each
+        true = getattr(recommender, name)
+        monkeypatch.setattr(recommender, name, lambda *given, true=true: (true(*given), time.sleep(1e-3))[0])
+    r, opened = shop.first("onnx", kind, 16), shop.first("onnx", kind, 16)
+    r.snapshots, r.__class__ = [r._now], Watched
+    histories, stop = [[3, 5], ["NEW-1", 2], []], time.monotonic() + 1
+
+    def write(writer):
+        new, own = f"NEW-{writer}", 13 + writer
+        r.add_items([new], shop.features[[16 + writer]])
+        while time.monotonic() < stop:
+            r.update_items([own], shop.features[[own % 7]])
+            r.remove_items([new, own])
+            r.add_items([new, IDS[own - 1]], shop.features[[16 + writer, own - 1]])
+            r.add_items([f"{new}-{time.monotonic_ns()}"], shop.features[[writer]])
+            time.sleep(0.05)
+
+    def read(which):
+        answers = []
+        while time.monotonic() < stop:
+            answers.append(repr(r.recommend([histories[which]], top_k=8)[0]))
+        return answers
+
+    with ThreadPoolExecutor(10) as pool:
+        writers = [pool.submit(write, writer) for writer in range(4)]
+        readers = [pool.submit(read, reader % 3) for reader in range(6)]
+    assert not any(writer.result() for writer in writers)
+    possible = [set(), set(), set()]
+    for snapshot in r.snapshots:
+        opened._now = snapshot
+        for which, history in enumerate(histories):
+            possible[which].add(repr(opened.recommend([history], top_k=8)[0]))
+    for reader, answers in enumerate(readers):
+        assert answers.result() and set(answers.result()) <= possible[reader % 3]
+    assert len(r.snapshots) > 20
 
 
-# --------------------------------------------------------------------------------------------------------- added items
-
-
-def test_added_items_can_be_recommended_and_be_in_histories(shop, engine):
+def test_added_items_may_be_untitled_and_be_in_histories_and_candidates(shop, engine):
     r = shop.first(engine, "none", 16)
     state = r.start([2])
-    r.add_items(["NEW-1", "new 2"], shop.features[16:18], ["First", "Second"])
-    assert len(r) == 18
-    answer = everything(r, ["NEW-1", 18])
-    assert sorted(answer.numbers) == list(range(1, 19))
-    titles = dict(zip(answer.ids, answer.titles, strict=True))
-    assert (titles["NEW-1"], titles["new 2"], titles[IDS[4]]) == ("First", "Second", shop.records[4]["title"])
-    assert r.step(state, "new 2").items == (2, 18)
+    r.add_items(["NEW-1", "new 2"], shop.features[16:18], ["First", ""])
     r.add_items([], r.embed_items([]))
     r.add_items(["untitled"], shop.features[18:19])
-    assert r.items.title(19) == "" and len(r) == 19
+    assert [r.items.title(i) for i in (5, 17, 18, 19)] == [shop.records[4]["title"], "First", "", ""]
+    assert sorted(everything(r, ["NEW-1", 18]).numbers) == list(range(1, 20))
+    assert r.step(state, "new 2").items == (2, 18)
     assert everything(r, [], candidates=["NEW-1"], top_k=1).ids == ["NEW-1"]
 
 
@@ -211,46 +201,6 @@ def test_adding_items_equals_exporting_the_larger_catalogue(shop, engine, kind, 
         for grown, expected in zip(*answers, strict=True):
             assert_same_answer(grown, expected, max(tolerance, 1e-5))
             assert (grown.ids, grown.titles) == (expected.ids, expected.titles)
-
-
-NEW = ["NEW-1", "NEW-2"]
-
-MATRIX = np.ones((2, 1264), dtype=np.float32)
-
-
-@pytest.mark.parametrize(
-    ("ids", "features", "titles", "message"),
-    [
-        (["NEW", IDS[4]], MATRIX, None, f"item '{IDS[4]}' exists already; leave it out"),
-        (NEW, MATRIX[:, 1:], None, r"features of shape \[2, 1263\] for 2 items: must be \[2, 1264\]"),
-        (NEW, MATRIX * [[1], [np.nan]], None, "the features of item 'NEW-2' are not finite, or far too large"),
-        (NEW, MATRIX, ["one", None], "the title of item 'NEW-2' is None; give a string"),
-        (NEW, MATRIX, "ab", "titles must be a list such as"),
-        (NEW, [[1.0], [1.0, 2.0]], None, "features must be an array of numbers"),
-        ("XY", MATRIX, None, r"ids must be a list such as \['id', 'id'\], not 'XY'"),
-    ],
-)
-def test_invalid_items_are_refused_and_nothing_changes(shop, r, ids, features, titles, message):
-    before, state = everything(r, [3, 17]), r.start([3])
-    with pytest.raises(InputError, match=message):
-        r.add_items(ids, features, titles)
-    assert len(r) == N
-    assert everything(r, [3, 17]) == before
-    assert r.recommend([["NEW"]], top_k=1)[0].notes[0].startswith("unknown: 'NEW' (of 20 items)")
-    r.add_items(["NEW"], shop.features[:1])
-    assert r.step(state, "NEW").items == (3, N + 1)
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(("kind", "large"), [("none", 3e38), ("float16", 1e6), ("int8", 3e38)])
-def test_features_whose_embedding_overflows_are_refused(shop, engine, kind, large):
-    r = shop.open(engine, kind)
-    with pytest.raises(InputError, match="the features of item 'NEW' are not finite, or far too large"):
-        r.add_items(["NEW"], np.full((1, 1264), large, dtype=np.float32))
-    assert len(r) == N
-
-
-# ----------------------------------------------------------------------------------------------- a folder that changes
 
 
 @pytest.fixture
@@ -310,100 +260,54 @@ def test_an_open_model_does_not_need_its_folder(replaced):
 
 def test_a_folder_that_is_replaced_while_it_is_being_opened_is_refused(replaced, engine, monkeypatch):
     _, folder, replace = replaced
-
-    def slowly(*arguments, open_engine=recommender.open_engine):
-        replace()
-        return open_engine(*arguments)
-
-    monkeypatch.setattr(recommender, "open_engine", slowly)
+    true = recommender.open_engine
+    monkeypatch.setattr(recommender, "open_engine", lambda *arguments: replace() or true(*arguments))
     with pytest.raises(InputError, match="export was replaced while it was being opened; open it again"):
         Recommender.from_pretrained(folder, engine)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_with_added_items_is_the_same_after_saving_and_opening(shop, engine, kind, tmp_path):
+def test_a_changed_catalogue_is_the_same_after_saving_and_opening(shop, engine, kind, tmp_path):
     r = shop.first(engine, kind, 16)
-    r.add_items(IDS[16:], shop.features[16:], [f"Title {i}" for i in range(4)])
+    r.add_items(IDS[16:18], shop.features[16:18], ["New", "Newer"])
+    r.remove_items([3, 17])
+    r.update_items([2, 18], shop.features[[9, 9]], ["Second", "Last"])
     if (engine, kind) == ("torch", "int8"):
         with pytest.raises(InputError, match="dequantized this int8 export; save it from engine='onnx'"):
             r.save_pretrained(tmp_path / "saved")
         assert not list(tmp_path.iterdir())
         return
     r.save_pretrained(tmp_path / "saved")
+    assert "ranks 16 items" in (tmp_path / "saved/README.md").read_text()
     for name in ENGINES:
         opened = Recommender.from_pretrained(tmp_path / "saved", name, threads=1)
-        assert (len(opened), opened.config["num_items"], opened.config["quantize"]) == (N, N, kind)
-        for history in ([], [3, 17, 20], opened.start([3, 17, 20])):
-            given = r.start(history.items) if isinstance(history, recommender.State) else history
+        assert (len(opened), opened.config["num_items"], opened.config["quantize"]) == (16, 18, kind)
+        assert [opened.items.title(i) for i in (2, 18, 17)] == ["Second", "Last", "New"]
+        for history, given in (([], []), ([3, 17, 2], [3, 17, 2]), (opened.start([3, 17]), r.start([3, 17]))):
             expected, answer = everything(r, given), everything(opened, history)
-            assert_same_answer(answer, expected, 1e-5 if name == engine else 0.05 if kind == "int8" else 1e-5)
-            assert dict(zip(answer.ids, answer.titles, strict=True)) == dict(
-                zip(expected.ids, expected.titles, strict=True)
-            )
-        stored = opened.items.table.rows() if (name, kind) != ("torch", "int8") else r.items.table.rows()
-        np.testing.assert_array_equal(stored, r.items.table.rows())
-
-
-@pytest.mark.parametrize("gone", [False, True])
-def test_a_model_whose_folder_was_replaced_or_removed_cannot_be_saved(replaced, tmp_path, gone):
-    r, folder, replace = replaced
-    shutil.rmtree(folder) if gone else replace()
-    with pytest.raises(InputError, match="cannot write" if gone else "changed since it was opened; open it again"):
-        r.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
-def test_a_model_may_be_saved_over_the_folder_it_came_from(shop, replaced):
-    r, folder, _ = replaced
-    r.add_items(["NEW"], shop.features[:1])
-    r.save_pretrained(folder, overwrite=True)
-    opened = Recommender.from_pretrained(folder)
-    assert len(opened) == N + 1
-    assert_same_answer(everything(opened, ["NEW"]), everything(r, ["NEW"]))
-    r.step(r.start(), "NEW")
-
-
-def test_a_changed_catalogue_is_saved_and_opened(shop, engine, tmp_path):
-    r = shop.first(engine, "float16", 16)
-    r.add_items(IDS[16:18], shop.features[16:18], ["New", "Newer"])
-    r.remove_items([3, 17])
-    r.update_items([2, 18], shop.features[[9, 9]], ["Second", "Last"])
-    r.save_pretrained(tmp_path / "saved")
-    opened = Recommender.from_pretrained(tmp_path / "saved", engine)
-    assert (len(opened), len(opened.items), opened.config["version"]) == (16, 18, 2)
-    assert "ranks 16 items" in (tmp_path / "saved/README.md").read_text()
-    assert [opened.items.title(i) for i in (2, 18, 17)] == ["Second", "Last", "New"]
-    assert_same_answer(everything(opened, [2, 3]), everything(r, [2, 3]))
-    assert opened.recommend([r.start([17])])[0].notes == []
-    opened.add_items([IDS[2], IDS[16]], shop.features[[2, 16]])
-    opened.save_pretrained(tmp_path / "whole")
-    assert Recommender.from_pretrained(tmp_path / "whole").config["version"] == 1
-
-
-def test_an_export_without_graphs_is_saved_without_and_replaces_only_with_overwrite(shop, tmp_path):
-    r = Recommender.from_pretrained(shop.export("none", format="torch"))
-    r.save_pretrained(tmp_path / "saved")
-    with pytest.raises(InputError, match="exists; pass --overwrite"):
-        r.save_pretrained(tmp_path / "saved")
+            assert_same_answer(answer, expected, 0.05 if kind == "int8" and name != engine else 1e-5)
+            assert sorted(answer.ids) == sorted(expected.ids) and answer.notes == []
+        if (name, kind) != ("torch", "int8"):
+            np.testing.assert_array_equal(opened.items.table.rows(), r.items.table.rows())
+    assert opened.config["version"] == 2
+    r.add_items([IDS[2], IDS[16]], shop.features[[2, 16]])
     r.save_pretrained(tmp_path / "saved", overwrite=True)
-    assert not list((tmp_path / "saved").glob("*.onnx"))
-    assert everything(Recommender.from_pretrained(tmp_path / "saved"), [3]) == everything(r, [3])
+    assert Recommender.from_pretrained(tmp_path / "saved").config["version"] == 1
 
 
-def test_serving_an_onnx_export_imports_nothing_of_the_training(shop):
-    """tests/test_export.py does the rest without torch."""
-    serve = (
-        "import sys, serving\n"
-        "serving.Recommender.from_pretrained(sys.argv[1]).recommend([[3]])\n"
-        "heavy = ('torch', 'transformers', 'pandas', 'onnx', 'PIL', 'config', 'model', 'datasets', 'trainer')\n"
-        "sys.exit(str([name for name in heavy if name in sys.modules] or ''))"
-    )
-    command = [sys.executable, "-c", serve, str(shop.export("float16"))]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stderr.strip() == ""
-
-
-# ----------------------------------------------------------------------------------------------- an index
+def test_a_model_may_be_saved_over_the_folder_it_came_from_unless_that_was_replaced(shop, replaced):
+    r, folder, replace = replaced
+    r.add_items(["NEW"], shop.features[:1])
+    with pytest.raises(InputError, match="exists; pass --overwrite"):
+        r.save_pretrained(folder)
+    r.save_pretrained(folder, overwrite=True)
+    assert_same_answer(everything(Recommender.from_pretrained(folder), ["NEW"]), everything(r, ["NEW"]))
+    replace()
+    with pytest.raises(InputError, match="changed since it was opened; open it again"):
+        r.save_pretrained(folder, overwrite=True)
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match="cannot write"):
+        r.save_pretrained(folder)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("kind", ["none", "float16"])
@@ -427,32 +331,123 @@ def test_the_int8_scan_answers_exactly_as_the_table_does_while_the_catalogue_cha
     assert 10 <= max(lengths) < 200
     same(plain, scanned, boost=boost)
     same(plain, scanned, candidates=list(range(1, 1500)), top_k=50)
+    best = plain.recommend([[]], top_k=40, candidates=list(range(200, 2001)))[0].numbers
     for r in (plain, scanned):
         r.remove_items(range(1, 200))
-        r.update_items([300, 301], np.full((2, 16), 2.0))
-        r.add_items(["NEW", "A5"], np.full((2, 16), -2.0))
+        r.update_items(best, np.full((40, 16), 20.0))
+        r.add_items(["NEW", "A5"], np.full((2, 16), -20.0))
     same(plain, scanned, top_k=50)
     scanned.save_pretrained(tmp_path / "saved")
     same(plain, Recommender.from_pretrained(tmp_path / "saved"), top_k=50)
 
 
-# -------------------------------------------------------------------------------------------------------------- states
+def test_faiss_finds_the_items_of_the_table_while_the_catalogue_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "SHORTLIST", 500)
+    rng = np.random.default_rng(0)
+    model = random_model((4, 12), num_items=2000, features=rng.normal(size=(2000, 16)).astype(np.float32))
+    folders = [write_export(tmp_path / str(kind), model, index=kind) for kind in (None, "faiss")]
+    plain, found = map(Recommender.from_pretrained, folders)
+    searches, true = [], found._now.index.shortlist
+    found._now.index.shortlist = lambda *given: searches.append(len(true(*given))) or true(*given)
+    histories = [rng.integers(1, 2001, n).tolist() for n in (0, 1, 4, 9)]
+    for change in ("none", "some", "most", "saved"):
+        if change == "saved":
+            found.save_pretrained(tmp_path / "saved")
+            found = Recommender.from_pretrained(tmp_path / "saved")
+        elif change != "none":
+            for r in (plain, found):
+                r.remove_items(range(1, 200) if change == "some" else range(302, 1900))
+                r.update_items([300, 301], np.full((2, 16), 2.0))
+                r.add_items([f"NEW {change}"], np.full((1, 16), -2.0))
+        for answer, expected in zip(found.recommend(histories), plain.recommend(histories), strict=True):
+            assert_same_answer(answer, expected)
+        for options in ({"boost": rng.normal(size=2000)}, {"candidates": list(range(250, 1900))}):
+            assert found.recommend(histories, **options) == plain.recommend(histories, **options)
+    assert len(searches) == 3 * len(histories) and max(searches) == 500
 
 
-@pytest.mark.parametrize("length", [0, 1, MAX_LEN])
-def test_stepping_through_a_history_gives_the_answer_for_the_history(shop, engine, kind, length):
-    r, history = shop.open(engine, kind), [3, 17, 3, 9, 1][:length]
-    state = r.start()
-    for item in history:
-        state = r.step(state, item)
-    [answer] = r.recommend([state], top_k=8)
-    assert_same_answer(answer, r.recommend([history], top_k=8)[0], SAME[kind])
-    assert answer.notes == []
-    assert not set(answer.numbers) & set(history)
+@pytest.mark.parametrize("content", [b"", b"\0" * 200, "other"], ids=["empty", "zeros", "another table"])
+def test_a_damaged_faiss_index_is_refused(tmp_path, content):
+    if content == "other":
+        content = build_faiss(np.ones((30, 4), np.float32))
+    (tmp_path / FAISS).write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"index.faiss is (damaged|not the index of a table \[31, 4\]).*export the model"
+    ):
+        FaissIndex(tmp_path, (31, 4))
 
 
-@pytest.mark.parametrize("length", [2, 30], ids=str)
-def test_starting_from_a_history_is_stepping_through_it(shop, engine, kind, length, monkeypatch):
+def test_without_faiss_the_package_to_install_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InputError, match=r"--index faiss needs the package faiss-cpu .*pip install faiss-cpu"):
+        write_export(tmp_path / "a", random_model((4,), num_items=20), index="faiss")
+
+
+# --------------------------------------------------------------------------------------------------------- two widths
+
+SEQUENCES = [[(7 * user + 5 * step * step) % 300 + 1 for step in range(3 + user % 6)] for user in range(200)]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """(a model of 300 items, its export of one width)."""
+    features = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    model = random_model((4, 12), num_items=300, features=features)
+    return model, write_export(tmp_path_factory.mktemp("wide") / "export", model)
+
+
+def write_narrow(folder: Path, model, width: int, **options) -> Path:
+    users = eval_rows(as_sequences(SEQUENCES), 7, "val")
+    return write_export(folder, model, cut={"table_width": width, "users": users}, **options)
+
+
+def change(r: Recommender) -> None:
+    r.remove_items([5])
+    r.update_items([2, 300], np.linspace(-2, 2, 32).reshape(2, 16))
+    r.add_items(["NEW"], np.full((1, 16), -2.0))
+
+
+def test_a_table_as_wide_as_the_encoder_answers_as_one_width(wide, engine, tmp_path):
+    plain, narrow = (
+        Recommender.from_pretrained(f, engine) for f in (wide[1], write_narrow(tmp_path / "a", wide[0], 12))
+    )
+    for r in (plain, narrow):
+        change(r)
+    rules = {"boost": np.linspace(0, 1, 300), "candidates": list(range(1, 290))}
+    for options in ({}, rules, {"candidates": [7, 8, 2, 10]}):
+        for history in ([], [3, 300, 7], ["NEW"]):
+            expected = everything(plain, history, **options)
+            assert_same_answer(everything(narrow, history, **options), expected)
+            assert_same_answer(everything(narrow, narrow.start(history), **options), expected)
+
+
+@pytest.mark.parametrize(("kind", "index", "tolerance"), [("none", None, 1e-5), ("float16", "int8", 2e-3)])
+def test_a_narrow_table_scores_as_the_cut_of_users_and_items(wide, engine, kind, index, tolerance, tmp_path):
+    plain = Recommender.from_pretrained(wide[1], engine)
+    r = Recommender.from_pretrained(write_narrow(tmp_path / "a", wide[0], 5, quantize=kind, index=index), engine)
+    users, items = user_weighted_pca(plain.user_vectors([each[:-2] for each in SEQUENCES]), plain.item_vectors())
+    for changed in (False, True):
+        if changed:
+            change(plain)
+            change(r)
+            r.save_pretrained(tmp_path / "saved")
+            r = Recommender.from_pretrained(tmp_path / "saved", engine)
+        history, vectors = [3, 300, 2, len(r.items)], plain.item_vectors() @ items[:, :5]
+        scores = plain.user_vectors([history])[0] @ users[:, :5] @ vectors.T
+        lengths = np.linalg.norm(vectors, axis=1)
+        for answer, expected, without in (
+            (everything(r, history), scores, []),
+            (everything(r, r.step(r.start(history[:-1]), history[-1])), scores, []),
+            (r.similar_items([1], top_k=300)[0], vectors @ vectors[0] / lengths / lengths[0], [1]),
+        ):
+            ranked = [i for i in (np.argsort(-expected) + 1).tolist() if i not in (without + [5] * changed)]
+            assert_same_answer(
+                answer, SimpleNamespace(numbers=ranked, scores=expected[np.array(ranked) - 1]), tolerance
+            )
+
+
+@pytest.mark.parametrize("length", [0, 1, MAX_LEN, 30])
+def test_a_state_is_the_same_from_its_history_and_from_steps(shop, engine, kind, length, monkeypatch):
     r, history = shop.open(engine, kind), (np.arange(length) * 7 % N + 1).tolist()
     monkeypatch.setattr(states, "ROWS", 8)  # several pieces
     started, stepped = r.start(history), r.start()
@@ -461,6 +456,10 @@ def test_starting_from_a_history_is_stepping_through_it(shop, engine, kind, leng
     assert started.items == stepped.items == tuple(history) and r.start().items == ()
     for found, expected in ((started.hidden, stepped.hidden), (started.z, stepped.z)):
         assert abs(found - expected).max() <= SAME[kind] * abs(expected).max()
+    if length <= MAX_LEN:
+        [answer] = r.recommend([stepped], top_k=8)
+        assert_same_answer(answer, r.recommend([history], top_k=8)[0], SAME[kind])
+        assert answer.notes == [] and not set(answer.numbers) & set(history)
 
 
 def test_a_state_is_the_same_after_its_bytes(shop, r):
@@ -475,14 +474,13 @@ def test_a_state_is_the_same_after_its_bytes(shop, r):
     assert len(content) == state.hidden.nbytes + state.z.nbytes + 4 * 40 + len(r.model) + 18
 
 
-@pytest.mark.parametrize("damage", [b"", b"x", b"\x80\x04K\x01.", "cut", "flipped", "longer", "text", None], ids=repr)
+@pytest.mark.parametrize("damage", [b"", b"\x80\x04K\x01.", "cut", "flipped", "longer", "text", None], ids=repr)
 def test_bytes_that_are_no_state_are_refused(r, damage):
     content = r.start([3]).to_bytes()
-    changed = {"cut": content[:-1], "longer": content + b"0", "text": "fMRL" * 20}.get(damage, damage)
-    if damage == "flipped":
-        changed = content[:60] + bytes([content[60] ^ 1]) + content[61:]
+    flipped = content[:60] + bytes([content[60] ^ 1]) + content[61:]
+    changed = {"cut": content[:-1], "longer": content + b"0", "text": "fMRL" * 20, "flipped": flipped}
     with pytest.raises(InputError, match=r"(not a state of version 1|damaged).*encode the history again"):
-        State.from_bytes(changed)
+        State.from_bytes(changed.get(damage, damage))
 
 
 def test_a_state_remembers_and_excludes_items_beyond_the_trained_length(shop, r):
@@ -496,20 +494,21 @@ def test_a_state_remembers_and_excludes_items_beyond_the_trained_length(shop, r)
     assert sorted([*answer.numbers, *history]) == list(range(1, N + 1))
 
 
-@pytest.mark.parametrize(("sizes", "num_blocks", "seed"), [((4, 8), 2, 0), ((4, 12), 3, 0), ((4, 12), 2, 1)])
-def test_a_state_of_another_model_is_refused(r, engine, tmp_path, sizes, num_blocks, seed):
-    other = write_export(tmp_path / "other", random_model(sizes, num_blocks=num_blocks, num_items=N, seed=seed))
+@pytest.mark.parametrize(("num_blocks", "seed"), [(3, 0), (2, 1)])
+def test_a_state_of_another_model_or_of_unknown_items_is_refused(r, engine, tmp_path, num_blocks, seed):
+    other = write_export(tmp_path / "other", random_model((4, 12), num_blocks=num_blocks, num_items=N, seed=seed))
     state = State.from_bytes(Recommender.from_pretrained(other, engine).start([1]).to_bytes())
-    for ask in (lambda: r.recommend([[1], state]), lambda: r.step(state, 1), lambda: r.user_vectors([state])):
-        with pytest.raises(InputError, match=rf"made by the model '.*', this is '{r.model}'; encode the history again"):
+    small = State(np.zeros((2, 2, 3), dtype=np.float32), np.zeros(3, dtype=np.float32), (1,), r.model)
+    for ask, problem in (
+        (lambda: r.recommend([[1], state]), rf"the model '.*', this is '{r.model}'; encode the history again"),
+        (lambda: r.step(state, 1), "made by the model"),
+        (lambda: r.user_vectors([state]), "made by the model"),
+        (lambda: r.step(small, 1), "the state is damaged: it has another size than its model"),
+        (lambda: r.step(r.start([3]), "no-such"), r"unknown: 'no-such' \(of 20 items\); the state is unchanged"),
+        (lambda: r.start([1, "no-such", 2]), "unknown: 'no-such'"),
+    ):
+        with pytest.raises(InputError, match=problem):
             ask()
-    small = np.zeros((r.config["num_blocks"], 2, 3), dtype=np.float32)
-    with pytest.raises(InputError, match="the state is damaged: it has another size than its model"):
-        r.step(State(small, np.zeros(3, dtype=np.float32), (1,), r.model), 1)
-    with pytest.raises(InputError, match=r"unknown: 'no-such' \(of 20 items\); the state is unchanged"):
-        r.step(r.start([3]), "no-such")
-    with pytest.raises(InputError, match="unknown: 'no-such'"):
-        r.start([1, "no-such", 2])
 
 
 def test_a_state_stays_valid_while_the_catalogue_changes(shop, engine):
@@ -523,38 +522,24 @@ def test_a_state_stays_valid_while_the_catalogue_changes(shop, engine):
         other.recommend([state])
 
 
-# -------------------------------------------------------------------------- new products, encoded as in training
-
-
-class Frame:
-    """Stands for a pandas DataFrame: one record per row, NaN in empty cells."""
-
-    def __init__(self, records: list[dict]) -> None:
-        self.rows = records
-
-    def to_dict(self, orient: str) -> list[dict]:
-        assert orient == "records"
-        columns = dict.fromkeys(name for record in self.rows for name in record)
-        return [{name: record.get(name, float("nan")) for name in columns} for record in self.rows]
-
-
 def test_dicts_and_data_frames_are_encoded_as_in_training(shop, r):
-    for products in (shop.records, Frame(shop.records)):
+    for products in (shop.records, pd.DataFrame(shop.records)):
         np.testing.assert_array_equal(r.embed_items(products).astype(np.float16), shop.features)
     assert r.embed_items([]).shape == (0, 1264)
 
 
 def test_a_product_is_described_by_what_it_has(shop, r):
+    expected, pictures = shop.features[:, :1024], shop.features[:, 1024:]
     title_alone = {"title": shop.records[1]["title"], "picture": Path(shop.records[1]["picture"]), "colour": "red"}
-    text, picture = np.split(r.embed_items([title_alone]), [1024], axis=1)
-    np.testing.assert_array_equal(picture[0].astype(np.float16), shop.features[1, 1024:])
-    assert 0.1 < text[0] @ shop.features[1, :1024] < 0.95
+    [text], [picture] = np.split(r.embed_items([title_alone]), [1024], axis=1)
+    np.testing.assert_array_equal(picture.astype(np.float16), pictures[1])
+    assert 0.1 < text @ expected[1] < 0.95
     for nothing in (None, float("nan"), ""):
         [without] = r.embed_items([shop.records[1] | {"picture": nothing}])
-        np.testing.assert_array_equal(without[:1024].astype(np.float16), shop.features[1, :1024])
+        np.testing.assert_array_equal(without[:1024].astype(np.float16), expected[1])
         assert not without[1024:].any()
     [untitled] = r.embed_items([{"picture": shop.records[4]["picture"]}])
-    np.testing.assert_array_equal(untitled[1024:].astype(np.float16), shop.features[4, 1024:])
+    np.testing.assert_array_equal(untitled[1024:].astype(np.float16), pictures[4])
     np.testing.assert_array_equal(untitled[:1024], LexicalEncoder().encode([NO_TEXT])[0])
 
 
@@ -579,9 +564,7 @@ def test_a_picture_that_cannot_be_read_is_refused_with_the_reason(shop, r, tmp_p
     draw_picture(tmp_path / "good.png", (9, 9, 9))
     for name in ("broken.png", "missing.png"):
         records = [{"title": "a", "picture": tmp_path / "good.png"}, {"title": "b", "picture": str(tmp_path / name)}]
-        with pytest.raises(
-            InputError, match=rf"the picture of record 2 cannot be read \({name}: .*give another, or none"
-        ):
+        with pytest.raises(InputError, match=rf"the picture of record 2 cannot be read \({name}: .*give another"):
             r.embed_items(records)
 
 
@@ -591,26 +574,31 @@ def test_a_missing_package_is_named_with_what_to_install(shop, r, monkeypatch):
         r.embed_items(shop.records)
 
 
-def test_a_model_of_pictures_or_texts_alone_reads_only_them(shop, engine, tmp_path):
-    def opened(name, features, **options):
-        model = random_model((4,), num_items=N, features=features)
-        return Recommender.from_pretrained(write_export(tmp_path / name, model, shop.catalog, **options), engine)
+@pytest.fixture
+def opened(shop, tmp_path):
+    """A function that exports a model of some features and opens it."""
 
-    r = opened("pictures", shop.features[:, 1024:], use_language_encoder=False, use_img_encoder=True)
+    def open_export(features, **options):
+        model = random_model((4,), num_items=N, features=features)
+        return Recommender.from_pretrained(write_export(tmp_path / "export", model, shop.catalog, **options))
+
+    return open_export
+
+
+def test_a_model_of_pictures_alone_reads_only_them(shop, opened):
+    r = opened(shop.features[:, 1024:], use_language_encoder=False, use_img_encoder=True)
     embedded = r.embed_items([{"picture": shop.records[0]["picture"]}])
     np.testing.assert_array_equal(embedded.astype(np.float16), shop.features[:1, 1024:])
-    r = opened("texts", shop.features[:, :1024])
+
+
+def test_a_model_of_texts_alone_reads_only_its_attributes(shop, opened):
+    r = opened(shop.features[:, :1024], item_attributes=("brand", "title"))
     with pytest.warns(UserWarning, match="trained on texts alone: the pictures are not used"):
-        embedded = r.embed_items([shop.records[0] | {"picture": "no such.png"}])
-    np.testing.assert_array_equal(embedded.astype(np.float16), shop.features[:1, :1024])
-    with pytest.raises(InputError, match="record 1 has no text"):
-        r.embed_items([{"picture": shop.records[0]["picture"]}])
-    r = opened("brands", shop.features[:, :1024], item_attributes=("brand", "title"))
-    plain = r.embed_items([{"brand": "Alder", "title": "Red lamp"}])
+        plain = r.embed_items([{"title": "Red lamp", "price": 1, "brand": "Alder", "picture": "no such.png"}])
     np.testing.assert_array_equal(plain, LexicalEncoder().encode(["Brand: Alder Title: Red lamp"]))
-    np.testing.assert_array_equal(r.embed_items([{"title": "Red lamp", "price": 1, "brand": "Alder"}]), plain)
-    with pytest.raises(InputError, match="has no text; give it one of brand, title"):
-        r.embed_items([{"price": 1}])
+    for product in ({"price": 1}, {"picture": shop.records[0]["picture"]}):
+        with pytest.raises(InputError, match="record 1 has no text; give it one of brand, title"):
+            r.embed_items([product])
 
 
 @pytest.fixture(scope="module")
@@ -628,8 +616,8 @@ def test_an_encoder_that_moved_is_read_where_it_is_now(shop, with_bert, tmp_path
     r = Recommender.from_pretrained(export)
     np.testing.assert_allclose(r.embed_items(shop.catalog.metadata), features, rtol=HALF, atol=1e-6)
     moved = (root / "bert").rename(tmp_path / "elsewhere")
-    np.testing.assert_allclose(r.embed_items(shop.catalog.metadata), features, rtol=HALF, atol=1e-6)  # it is loaded
     try:
+        np.testing.assert_allclose(r.embed_items(shop.catalog.metadata), features, rtol=HALF, atol=1e-6)  # it is loaded
         r = Recommender.from_pretrained(export)
         with pytest.raises(InputError, match="bert' is not there any more; give the folder it is in now as lang"):
             r.embed_items(shop.catalog.metadata)
@@ -645,9 +633,9 @@ def test_another_encoder_than_in_training_is_refused(shop, with_bert, tmp_path, 
     pooling = {"pooling_mode_cls_token" if other == "another pooling" else "pooling_mode_mean_tokens": True}
     seed = 1 if other == "another bert" else 0
     name = other if other == "lexical" else str(write_tiny_bert(tmp_path / "bert", pooling, seed))
-    with pytest.raises(InputError) as raised:
+    trained = re.escape(str(root / "bert"))
+    problem = rf"the encoder '{name}' is not '{trained}', which the model was trained on.* as language_encoder$"
+    with pytest.raises(InputError, match=problem):
         Recommender.from_pretrained(export).embed_items(shop.catalog.metadata, language_encoder=name)
-    assert f"the encoder {name!r} is not {str(root / 'bert')!r}, which the model was trained on" in str(raised.value)
-    assert str(raised.value).endswith("give the path of that one as language_encoder")
     with pytest.raises(InputError, match=r"the encoder 'ViT-B-32/openai' is not 'pixel'.* as img_encoder"):
         shop.open("onnx").embed_items(shop.records, img_encoder="ViT-B-32/openai")

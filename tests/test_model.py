@@ -17,13 +17,13 @@ from model.extensions import whitening as whitening_module
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
 from model.extensions.whitening import Whitening, fit_whitening, whiten
 from model.fast import recurrence
-from model.fast.nested_linear import bands, nested_linear
+from model.fast.nested_linear import nested_linear
 from model.fast.recurrence import linear_recurrence
 from model.fmrl import FMRLLayerNorm, FMRLLinear, nested_linear_plain
 from model.items import ItemEncoder
 from model.loss import LOSSES
 from model.lru import LRU, linear_recurrence_plain, ring_init
-from model.sizes import increments, nested_mask
+from model.sizes import nested_mask
 from tests.made_up import NoUpdate, as_sequences
 from trainer import sparse_rows as sparse_rows_module
 from trainer.averaging import WeightAverage
@@ -53,27 +53,23 @@ def recommender(features=None, **options):
     return FMRLRec(NUM_ITEMS, features, ModelSettings(**options))
 
 
-# -------------------------------------------------------------------------------------------------------- nested layers
-
-
 @pytest.mark.parametrize("sizes", [(20,), (3, 4, 11), (1, 7, 16, 39)])
 def test_an_output_reads_the_inputs_up_to_the_end_of_its_own_increment(sizes):
-    mask = nested_mask(sizes)
-    for output in range(sizes[-1]):
-        end = next(m for m in sizes if output < m)
-        assert mask[output].tolist() == [1] * end + [0] * (sizes[-1] - end)
+    ends = [next(m for m in sizes if output < m) for output in range(sizes[-1])]
+    assert nested_mask(sizes).tolist() == [[1] * end + [0] * (sizes[-1] - end) for end in ends]
     layer = FMRLLinear(sizes)
     torch.nn.init.uniform_(layer.weight)
-    assert torch.equal(torch.autograd.functional.jacobian(layer, torch.randn(sizes[-1])) != 0, mask != 0)
+    read = torch.autograd.functional.jacobian(layer, torch.randn(sizes[-1])) != 0
+    assert torch.equal(read, nested_mask(sizes) != 0)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "B_re", "C_re", "B_bias_re", "C_bias"])
 def test_every_block_of_rows_starts_uniform_within_the_bound_of_its_own_fan_in(name):
     torch.manual_seed(0)
     sizes = (8, 24, 64)
-    layers = FMRLLinear(sizes), LRU(sizes, bias=True, r_min=0.0, r_max=0.1)
-    (weight,) = (getattr(layer, name).detach() for layer in layers if hasattr(layer, name))
-    assert not any(part.any() for part in (layers[1].B_im, layers[1].C_im, layers[1].B_bias_im))
+    linear, lru = FMRLLinear(sizes), LRU(sizes, bias=True, r_min=0.0, r_max=0.1)
+    weight = getattr(linear, name, getattr(lru, name, None)).detach()
+    assert not any(part.any() for part in (lru.B_im, lru.C_im, lru.B_bias_im))
     if weight.ndim == 2:
         assert torch.equal(weight != 0, nested_mask(sizes) != 0)
     for low, high in pairwise((0, *sizes)):
@@ -81,15 +77,13 @@ def test_every_block_of_rows_starts_uniform_within_the_bound_of_its_own_fan_in(n
         block = weight[low:high, :high] if weight.ndim == 2 else weight[low:high]
         assert block.abs().max() <= bound
         assert block.max() > 0.5 * bound and block.min() < -0.5 * bound
-        if block.ndim == 2:
-            assert block.square().mean().sqrt().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
 
 
 @pytest.mark.parametrize("sizes", [(), (0, 8), (8, 8), (8.0, 16), ("8", "16")], ids=str)
-@pytest.mark.parametrize("build", [increments, FMRLLinear, FMRLLayerNorm])
-def test_sizes_must_be_increasing_whole_numbers(build, sizes):
-    with pytest.raises(ValueError, match=r"sizes .* must be increasing whole numbers"):
-        build(sizes)
+def test_sizes_must_be_increasing_whole_numbers(sizes):
+    for build in (FMRLLinear, FMRLLayerNorm):
+        with pytest.raises(ValueError, match=r"sizes .* must be increasing whole numbers"):
+            build(sizes)
 
 
 @pytest.mark.parametrize(("num_blocks", "expected"), [(1, 5_605_824), (2, 9_113_472)])
@@ -111,10 +105,7 @@ def linear_and_gradients(linear, x, weight, bias, sizes, narrow=False):
     return [y, *torch.autograd.grad((y * drawn(*y.shape, dtype=y.dtype, seed=1)).sum(), inputs)]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "biased", "tolerance"),
-    [(torch.float64, True, 1e-13), (torch.float64, False, 1e-13), (torch.float32, True, 1e-5)],
-)
+@pytest.mark.parametrize(("dtype", "biased", "tolerance"), [(torch.float64, True, 1e-13), (torch.float32, False, 1e-5)])
 @pytest.mark.parametrize("sizes", NESTINGS, ids=str)
 def test_bands_have_the_values_and_gradients_of_the_masked_weight(sizes, dtype, biased, tolerance):
     case = linear_case(sizes, dtype, biased)
@@ -133,22 +124,6 @@ def test_in_bfloat16_the_bands_err_no_more_than_twice_the_masked_weight(sizes):
     for f, p, e in zip(*found, exact, strict=True):
         assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()
 
-
-def test_under_autocast_gradients_use_narrow_products_and_wide_sums():
-    found = linear_and_gradients(nested_linear, *linear_case((10, 20, 40), torch.float32), (10, 20, 40), narrow=True)
-    is_narrow = [torch.equal(part, part.bfloat16().to(part.dtype)) for part in found]
-    assert is_narrow == [True, False, True, False]  # y; gradients of x, weight and bias
-
-
-@pytest.mark.parametrize("sizes", NESTINGS, ids=str)
-def test_bands_are_the_increments_with_those_below_a_quarter_joined(sizes):
-    found = bands(sizes)
-    assert found[-1][1] == sizes[-1]
-    assert [low for low, _ in found] == [0, *(high for _, high in found[:-1])]
-    assert {high for _, high in found} == {m for m in sizes if m >= sizes[-1] / 4}
-
-
-# ------------------------------------------------------------------------------------------- the Linear Recurrent Unit
 
 scans = pytest.mark.parametrize("scan", [recurrence._scan_by_steps, recurrence._scan_by_doubling])  # CPU, GPU
 
@@ -175,7 +150,7 @@ def recurrence_and_gradients(recurrence, inputs, *arguments):
 
 @scans
 @pytest.mark.parametrize(("dtype", "radius", "tolerance"), [(torch.float64, 0.999, 1e-11), (torch.float32, 0.9, 1e-5)])
-@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [65, 1, 63], [300, 3, 1, 129]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [65, 1, 63], [300, 3, 1, 129]], ids=str)
 def test_either_scan_has_the_values_and_gradients_of_the_loop(monkeypatch, lengths, dtype, radius, tolerance, scan):
     monkeypatch.setattr(recurrence, "_scan", scan)
     # The second time after a begin token, whose state is not carried on, and with a larger `longest`.
@@ -184,27 +159,6 @@ def test_either_scan_has_the_values_and_gradients_of_the_loop(monkeypatch, lengt
         fast = recurrence_and_gradients(linear_recurrence, inputs, position, longest)
         plain = recurrence_and_gradients(linear_recurrence_plain, inputs, position)
         assert_relatively_close(fast, plain, tolerance)
-
-
-@scans
-@pytest.mark.parametrize("lengths", [[50] * 8, [500, 3]], ids=str)
-def test_in_float32_near_1_either_scan_errs_no_more_than_four_times_the_loop(monkeypatch, lengths, scan):
-    monkeypatch.setattr(recurrence, "_scan", scan)
-    position, inputs = positions_of(lengths), recurrence_inputs(sum(lengths))
-    narrow = [part.detach().float().requires_grad_() for part in inputs]
-    exact, loop = (recurrence_and_gradients(linear_recurrence_plain, u, position) for u in (inputs, narrow))
-    fast = recurrence_and_gradients(linear_recurrence, narrow, position, max(lengths))
-    for f, p, e in zip(fast[:4], loop, exact, strict=False):  # the few gradients of λ have random errors
-        assert (f - e).abs().mean() <= 4 * (p - e).abs().mean()
-
-
-@pytest.mark.parametrize(("device", "expected"), [("cpu", "_scan_by_steps"), ("meta", "_scan_by_doubling")])
-def test_the_scan_by_steps_is_for_the_cpu_only(monkeypatch, device, expected):
-    called = []
-    for name in ("_scan_by_steps", "_scan_by_doubling"):
-        monkeypatch.setattr(recurrence, name, lambda *arguments, name=name: called.append(name))
-    recurrence._scan(torch.zeros(3, 2, dtype=torch.complex64, device=device), None, None, 3)
-    assert called == [expected]
 
 
 @pytest.mark.parametrize(("r_min", "r_max"), [(0.0, 0.1), (0.0, 1.0), (0.2, 0.8), (0.9, 0.999)])
@@ -219,14 +173,11 @@ def test_eigenvalues_start_spread_evenly_over_the_area_of_the_ring(r_min, r_max)
     torch.testing.assert_close(gamma_log.exp() ** 2, 1 - modulus**2, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("r_min", "r_max"), [(0.0, 0.1), (0.0, 1.0), (0.9, 1.0)])
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
-def test_the_initialisation_is_finite_at_the_ends_of_a_uniform_draw(monkeypatch, r_min, r_max, draw):
+def test_the_initialisation_is_finite_at_the_ends_of_a_uniform_draw(monkeypatch, draw):
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, draw, **options))
-    assert all(part.isfinite().all() for part in ring_init(3, r_min, r_max))
-
-
-# ------------------------------------------------------------------------------------------------------- the item table
+    for ring in ((0.0, 0.1), (0.9, 1.0)):
+        assert all(part.isfinite().all() for part in ring_init(3, *ring))
 
 
 def parts(*dtypes):
@@ -256,6 +207,9 @@ def test_an_item_is_its_widened_features_projected_plus_its_embedding(monkeypatc
     torch.testing.assert_close(encoder(items), expected[items])
     assert torch.equal(encoder.rows(items, torch.float64), whole[items].double())
     assert [part.data_ptr() for part in encoder.features] == [part.data_ptr() for part in features]
+    assert set(encoder.state_dict()) - {"V"} == {"projection.weight", "projection.bias"}  # not the frozen features
+    with pytest.raises(ValueError, match=r"features of shape \[22, 3\] do not describe 23 items"):
+        encoder_of([features[0], features[1][1:]])
 
 
 def test_factors_multiply_out_to_the_table_without_its_bias_and_join_features_once_per_type(monkeypatch):
@@ -266,28 +220,8 @@ def test_factors_multiply_out_to_the_table_without_its_bias_and_join_features_on
     torch.testing.assert_close(factors.table() + encoder.projection.bias, encoder.everything())
     assert encoder.factors(torch.float32).features is factors.features
     assert encoder.factors(torch.bfloat16).features.dtype == torch.bfloat16
-    assert torch.equal(encoder.factors(torch.float32).features, factors.features)
-
-
-def test_features_of_another_number_of_items_are_refused_and_frozen_ones_are_not_saved():
-    features = parts(torch.float16, torch.float16)
-    assert set(encoder_of(features).state_dict()) == {"projection.weight", "projection.bias"}
-    with pytest.raises(ValueError, match=r"features of shape \[22, 3\] do not describe 23 items"):
-        encoder_of([features[0], features[1][1:]])
-
-
-def test_a_learned_table_is_not_a_product_and_starts_small_and_different_for_every_token():
-    torch.manual_seed(0)
-    encoder = ItemEncoder(500, 64, None)
-    table = encoder.everything()
-    assert table is encoder.table and table.shape == (501, 64)
-    assert table.abs().max() <= 0.04 and table.std().item() == pytest.approx(0.0176, rel=0.05)
-    assert len(table.unique(dim=0)) == 501
-    assert encoder.factors(torch.bfloat16).dtype == torch.bfloat16
-    assert torch.equal(encoder(torch.tensor([0, 3])), table[[0, 3]])
-
-
-# ------------------------------------------------------------------------------------------------- the item embedding V
+    table = ItemEncoder(500, 64, None).factors(torch.float32)  # learned
+    assert table.shape == (501, 64) and table.std().item() == pytest.approx(0.0176, rel=0.05)
 
 
 def embedding_model(embedding=SIZES[-1]):
@@ -357,8 +291,7 @@ def train_embedding(updates, model):
     return [*model.parameters(), *average.model.parameters()]
 
 
-@pytest.mark.parametrize("window", [6, 4096])
-@pytest.mark.parametrize("features", [True, False])
+@pytest.mark.parametrize(("features", "window"), [(True, 6), (False, 4096)])
 def test_updates_by_rows_train_the_weights_and_averages_of_dense_adamw(monkeypatch, features, window):
     monkeypatch.setattr(sparse_rows_module, "WINDOW", window)
     by_rows, dense = (
@@ -368,18 +301,21 @@ def test_updates_by_rows_train_the_weights_and_averages_of_dense_adamw(monkeypat
     assert_relatively_close(by_rows, dense, 1e-10)
 
 
-def test_the_embedding_is_updated_by_rows_for_sampled_losses_of_large_catalogues_only():
-    large, small = (torch.nn.Parameter(torch.zeros(n + 1, 1)) for n in (100_000, 99_999))
-    cases = [(large, "auto", "cpu", True), (small, "auto", "cpu", True), (large, "auto", "cuda", True),
-             (small, "rows", "cuda", True), (large, "rows", "cpu", False), (large, "all", "cpu", True)]  # fmt: skip
-    found = [
-        sparse_rows(weight, TrainingSettings(item_embedding_updates=updates), torch.device(device), sampled) is not None
-        for weight, updates, device, sampled in cases
-    ]
-    assert found == [True, False, False, True, False, False]
-
-
-# ---------------------------------------------------------------------------------------------------- whitened features
+@pytest.mark.parametrize(
+    ("items", "updates", "device", "sampled", "expected"),
+    [
+        (100_000, "auto", "cpu", True, True),
+        (99_999, "auto", "cpu", True, False),
+        (100_000, "auto", "cuda", True, False),
+        (99_999, "rows", "cuda", True, True),
+        (100_000, "rows", "cpu", False, False),
+        (100_000, "all", "cpu", True, False),
+    ],
+)
+def test_an_embedding_is_updated_by_rows_if_the_softmax_is_sampled(items, updates, device, sampled, expected):
+    weight = torch.nn.Parameter(torch.zeros(items + 1, 1))
+    settings = TrainingSettings(item_embedding_updates=updates)
+    assert (sparse_rows(weight, settings, torch.device(device), sampled) is not None) == expected
 
 
 def features_of(items=200, width=12, rank=12, seed=0):
@@ -401,64 +337,41 @@ def whitened(features):
 
 
 @pytest.mark.parametrize(("items", "rank", "rows"), [(200, 12, 7), (200, 5, 2**14), (8, 12, 2**14)])
-def test_features_of_any_rank_are_whitened_as_defined(monkeypatch, items, rank, rows):
+def test_features_of_any_rank_are_whitened_as_defined_and_an_item_without_features_stays_zero(
+    monkeypatch, items, rank, rows
+):
     monkeypatch.setattr(whitening_module, "ROWS", rows)
     features = features_of(items, rank=rank)
-    torch.testing.assert_close(whitened(features), whitened_plain(features), rtol=1e-7, atol=1e-7)
-
-
-@pytest.mark.parametrize(("items", "value"), [(9, 0.3), (9, 0.0), (1, 1.0), (0, 1.0)])
-def test_features_that_do_not_vary_become_zero(items, value):
-    assert torch.equal(whitened(torch.full((items, 4), value).double()), torch.zeros(items, 4).double())
-
-
-def test_an_item_without_features_stays_zero_and_does_not_affect_others():
-    features = features_of()
     found = whitened(torch.cat([features[:5], torch.zeros(3, 12), features[5:]]))
     assert not found[5:8].any()
-    torch.testing.assert_close(found[[*range(5), *range(8, 203)]], whitened(features))
+    others = torch.cat([found[:5], found[8:]])
+    torch.testing.assert_close(others, whitened_plain(features), rtol=1e-7, atol=1e-7)
 
 
-def test_rounding_to_half_precision_adds_no_direction():
-    features = F.normalize(features_of(300, 100, rank=6), dim=1)
-    ranks = [torch.linalg.matrix_rank(fit_whitening(of_type)[1]).item() for of_type in (features.half(), features)]
-    assert ranks == [7, 7]  # the six, and one that the length of 1 adds
-    assert F.cosine_similarity(whitened(features.half().double()), whitened(features)).min() > 0.995
+@pytest.mark.parametrize(("items", "value"), [(9, 0.3), (0, 1.0)])
+def test_features_that_do_not_vary_become_zero(items, value):
+    assert torch.equal(whitened(torch.full((items, 4), value).double()), torch.zeros(items, 4).double())
 
 
 @pytest.mark.parametrize("fit", [True, False])
 def test_every_encoder_is_whitened_alone_and_its_transform_is_saved_with_the_weights(fit):
     raw = [features_of(60).half(), features_of(60, 6, rank=6, seed=1).float()]
-
-    def model(fit):
-        whitening = Whitening(raw, fit)
-        return FMRLRec(60, whitening.features(), ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1), whitening)
-
-    saved, other = model(True), model(fit)
+    settings = ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1)
+    whitenings = Whitening(raw, True), Whitening(raw, fit)
+    saved, other = (FMRLRec(60, whitening.features(), settings, whitening) for whitening in whitenings)
     for found, part in zip(saved.items.features, raw, strict=True):
         assert found.dtype == part.dtype
         torch.testing.assert_close(found.double(), whitened(part.double()), rtol=1e-3, atol=1e-3)
     state = {name: 2 * value if name.endswith("mean_0") else value for name, value in saved.state_dict().items()}
     factors = other.items.factors(torch.float32).features
     other.load_state_dict(state)
-    expected = whiten(raw[0].float(), 2 * saved.items.whitening.mean_0, saved.items.whitening.matrix_0)
+    expected = whiten(raw[0].float(), 2 * whitenings[0].mean_0, whitenings[0].matrix_0)
     assert torch.equal(other.items.features[0], expected.half())
     assert torch.equal(other.items.features[1], saved.items.features[1])
     assert not torch.equal(other.items.factors(torch.float32).features, factors)
     small = slice_model(other, 4)
     assert small.items.whitening is other.items.whitening
     torch.testing.assert_close(small.item_table(), other.item_table()[:, :4])
-
-
-def test_sparse_features_are_whitened():
-    """Ten items of a dozen words among 1,024: in most directions without variance eigh often fails."""
-    features = drawn(10, 1024).detach() * (drawn(10, 1024, seed=1) > 2.25)
-    mean, matrix = fit_whitening(features)
-    rows = (features - mean) @ matrix
-    torch.testing.assert_close(rows @ rows.T / 10, torch.eye(10).double() - 0.1)  # of rank 9, all as strong
-
-
-# ------------------------------------------------------------------------------------------ the recommender and dropout
 
 
 @pytest.mark.parametrize("post_norm", [True, False])
@@ -471,9 +384,8 @@ def test_a_step_reads_items_as_whole_histories_do(post_norm):
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2])
-@pytest.mark.parametrize("at", [[9], [0, 9, 3, 3]], ids=str)
-def test_answers_for_some_tokens_are_those_among_all_with_their_gradients(at, num_blocks):
-    model = recommender(lru_num_blocks=num_blocks).double().eval()
+def test_answers_for_some_tokens_are_those_among_all_with_their_gradients(num_blocks):
+    model, at = recommender(lru_num_blocks=num_blocks).double().eval(), [0, 9, 3, 3]
     position, x = positions_of([3, 1, 6]), drawn(10, DIM)
     weights = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
     some, all_ = model.encode(x, position, 6, at=torch.tensor(at)), model.encode(x, position, 6)[at]
@@ -482,7 +394,7 @@ def test_answers_for_some_tokens_are_those_among_all_with_their_gradients(at, nu
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("lengths", [(10,), (4, 6), (0, 10), (3, 0, 7)], ids=str)
+@pytest.mark.parametrize("lengths", [(10,), (3, 0, 7)], ids=str)
 def test_shares_of_a_batch_drop_out_what_the_batch_does_and_padding_may_reach_beyond_it(lengths):
     dropout, x, padding, first = Dropout(0.4), torch.ones(10, 3), 5, 0
     torch.manual_seed(0)

@@ -35,15 +35,15 @@ def exports(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module")
-def session(exports):
-    return open_session(exports["none", "onnx-file"] / "recommend.onnx")
-
-
 def open_session(path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def session(exports):
+    return open_session(exports["none", "onnx-file"] / "recommend.onnx")
 
 
 def run(session, histories, exclude=True, **inputs):
@@ -110,18 +110,15 @@ def blocks(folder, language):
 
 
 def test_the_card_begins_with_the_hubs_front_matter_and_its_python_runs(exports, monkeypatch, capsys):
-    folder = exports["float16", "onnx-file"]
-    front = (folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+    front = (exports["float16", "onnx-file"] / "README.md").read_text(encoding="utf-8").split("---\n")[1]
     for line in ("license: unknown", "library_name: fmrlrec", "- onnx", '- "made-up"', "- ndcg"):
         assert f"{line}\n" in front
-    monkeypatch.chdir(folder)
-    [program] = blocks(folder, "python")
-    exec(program, {})
     expected = Recommender.from_pretrained(exports["float16", "onnx"], "torch").recommend([[1, 2]])[0].ids
-    assert capsys.readouterr().out.strip() == str(expected)
-    monkeypatch.chdir(exports["float16", "onnx"])
-    exec(blocks(exports["float16", "onnx"], "python")[0], {})
-    assert capsys.readouterr().out.strip() == str(expected)
+    for format in ("onnx-file", "onnx"):
+        folder = exports["float16", format]
+        monkeypatch.chdir(folder)
+        exec(blocks(folder, "python")[0], {})
+        assert capsys.readouterr().out.strip() == str(expected)
 
 
 def test_the_cards_javascript_prints_what_python_does(exports, tmp_path):

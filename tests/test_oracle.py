@@ -21,11 +21,7 @@ from tests.made_up import as_sequences, with_random_weights
 MAX_LEN = 50
 SIZES = (3, 5, 12)
 NUM_ITEMS, TEXT_WIDTH, IMAGE_WIDTH = 30, 7, 4
-BRANCHES = ["both", "id"]
 CPU = torch.device("cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------- the oracle
 
 
 def oracle_item_table(w, features):
@@ -120,9 +116,6 @@ def oracle_training_tensors(sequences, length=MAX_LEN):
     return tokens, labels
 
 
-# ---------------------------------------------------------------------------------------- the model, and what it reads
-
-
 def random_sequences(seed=0):
     """Sequences of training lengths 1, 2, 9, and all around MAX_LEN."""
     random = np.random.default_rng(seed)
@@ -145,17 +138,9 @@ def weights_of(model):
     return {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
 
 
-# ----------------------------------------------------------------------------------------------------------- the tests
-
-
 @pytest.mark.parametrize(
     ("branch", "use_bias", "num_blocks", "dtype"),
-    [
-        ("both", True, 2, torch.float64),
-        ("both", False, 1, torch.float32),
-        ("id", True, 1, torch.float32),
-        ("id", False, 2, torch.float64),
-    ],
+    [("both", True, 2, torch.float64), ("both", False, 1, torch.float32), ("id", True, 1, torch.float64)],
 )
 def test_every_labelled_position_scores_as_in_the_paper(branch, use_bias, num_blocks, dtype):
     model, features = random_model(branch, num_blocks, use_bias, dtype=dtype)
@@ -195,8 +180,7 @@ def test_loss_and_gradients_of_a_training_batch_are_the_papers(branch, use_bias,
         torch.testing.assert_close(parameter.grad, w[name].grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize(("part", "left_out"), [("val", 2), ("test", 1)])
-@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize(("branch", "part", "left_out"), [("both", "val", 2), ("id", "test", 1)])
 def test_the_last_position_of_a_history_scores_as_in_the_paper(branch, part, left_out):
     model, features = random_model(branch)
     sequences = random_sequences()

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -39,7 +40,7 @@ from datasets.prepare import pictures
 from datasets.prepare.fetch import check_file, fetch_file
 from datasets.prepare.http import Client, FetchError, Policy, is_public, parse_url, retry_after
 from datasets.prepare.pictures import NO_URL, FetchOptions, fetch_pictures, find_pictures, prepare_pictures
-from tests.prepared import write_item2img, write_prepared
+from tests.prepared import in_child, write_item2img, write_prepared
 
 REPOSITORY = Path(__file__).parent.parent
 QUICK = FetchOptions(
@@ -339,28 +340,28 @@ def test_a_broken_download_resumes_and_progress_renews_the_tries(web, tmp_path):
     assert web.requests[:3] == ["/raw.bin from 0", "/raw.bin from 300000", "/raw.bin from 600000"]
 
 
+OTHER = DATA[::-1]
+
+
 @pytest.mark.parametrize(
-    "page",
+    ("page", "expected"),
     [
-        ranges(DATA, drops=(500_000,), honour=False),
-        ranges(DATA, None, (500_000,)),
-        ranges(DATA, 'W/"weak"', (500_000,)),
+        (ranges(DATA, drops=(500_000,), honour=False), DATA),
+        (ranges(DATA, None, (500_000,)), DATA),
+        (ranges(DATA, 'W/"weak"', (500_000,)), DATA),
+        (in_turn(ranges(DATA, '"1"', drops=(500_000,)), *[ranges(OTHER, '"2"')] * 2), OTHER),
+        (in_turn(ranges(DATA, '"1"', drops=(500_000,)), *[in_turn(status(416), good(OTHER))] * 2), OTHER),
     ],
-    ids=["no ranges", "no ETag", "weak ETag"],
+    ids=["no ranges", "no ETag", "weak ETag", "another ETag", "416"],
 )
-def test_a_download_that_cannot_resume_safely_starts_again(web, tmp_path, page):
-    assert fetch_data(web, tmp_path, page).read_bytes() == DATA
-    assert web.requests == ["/raw.bin from 0"] * 2
-    always = ranges(DATA, drops=(500_000,) * 50, honour=False)
-    assert "cut short" in file_error(web, tmp_path, always, "other.bin")  # given up, as no try gets further
+def test_a_download_that_cannot_resume_or_has_changed_starts_again(web, tmp_path, page, expected):
+    assert fetch_data(web, tmp_path, page).read_bytes() == expected
+    if expected == DATA:
+        assert web.requests == ["/raw.bin from 0"] * 2
 
 
-@pytest.mark.parametrize(
-    "second", [ranges(DATA[::-1], '"2"'), in_turn(status(416), good(DATA[::-1]))], ids=["ETag", "416"]
-)
-def test_a_file_that_changed_between_two_tries_is_fetched_from_the_start(web, tmp_path, second):
-    path = fetch_data(web, tmp_path, in_turn(ranges(DATA, '"1"', drops=(500_000,)), second, second))
-    assert path.read_bytes() == DATA[::-1]
+def test_a_download_that_gets_no_further_is_given_up(web, tmp_path):
+    assert "cut short" in file_error(web, tmp_path, ranges(DATA, drops=(500_000,) * 50, honour=False))
 
 
 @pytest.mark.parametrize("drops", [(), (300_000,)], ids=["complete but for its name", "in the middle"])
@@ -476,34 +477,34 @@ def test_ids_that_are_no_safe_file_names_become_digests_that_are_found_again(web
     assert find_pictures(odd[::-1], photos) == manifest
 
 
-def start(call: str, before: str = "") -> subprocess.Popen:
-    """Call fetch_pictures(**call) or fetch_file(*call) in a process of its own, after some code."""
+def start(urls: dict[str, list[str]], photos: Path, before: str = "") -> subprocess.Popen:
+    """Fetch pictures in a process of its own, after some code."""
     code = (
-        f"import resource, socket, time\n{before}\nfrom common.cli import run_cli\n"
-        "from datasets.prepare.fetch import fetch_file\nfrom datasets.prepare.pictures import *\n"
-        f"options = FetchOptions(8, 200, allow_private=True)\nrun_cli(lambda: {call})"
+        f"import socket, time\n{before}\nfrom common.cli import run_cli\nfrom datasets.prepare.pictures import *\n"
+        f"options = FetchOptions(8, 200, allow_private=True)\n"
+        f"run_cli(lambda: fetch_pictures({urls!r}, Path({str(photos)!r}), options))"
     )
     environment = os.environ | {"NO_PROXY": "*"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment)
 
 
-def pictures_call(urls: dict[str, list[str]], photos: Path) -> str:
-    return f"fetch_pictures({urls!r}, Path({str(photos)!r}), options)"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["pictures", "file"])
-def test_a_disk_that_fills_up_is_named_and_leaves_no_part_of_a_picture(web, photos, what):
+@pytest.mark.parametrize(
+    "fetch_all",
+    [
+        lambda url, photos: fetch_pictures({f"B{i}": [url] for i in range(99)}, photos, QUICK),
+        lambda url, photos: fetch_file(url, photos / "a.bin", policy=PATIENT),
+    ],
+    ids=["pictures", "file"],
+)
+def test_a_disk_that_fills_up_is_named_and_leaves_no_part_of_a_picture(web, photos, fetch_all):
     web.pages["/a"] = good(JPEG)
-    url = f"{web.url}/a"
-    call = f"fetch_file({url!r}, Path({str(photos / 'a.bin')!r}))"
-    if what == "pictures":
-        call = pictures_call({f"B{i}": [url] for i in range(99)}, photos)
-    with start(call, "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))") as process:
-        assert process.wait(timeout=60) == 2
-        assert "File too large; free space" in process.stderr.read()
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+        with pytest.raises(InputError, match="File too large; free space"):
+            fetch_all(f"{web.url}/a", photos)
+
+    assert in_child(fill) == 0
     assert [name for name in names(photos) if name.endswith((".jpg", ".bin"))] == []
 
 
@@ -513,7 +514,7 @@ def test_ctrl_c_does_not_wait_for_stalled_servers_or_name_servers(web, photos):
     slow_names = "real = socket.getaddrinfo\nsocket.getaddrinfo = lambda host, *a, flags=0, **k: "
     slow_names += "time.sleep(99) if host == 'slow' and not flags else real(host, *a, flags=flags, **k)"
     urls = {f"B{i}": [f"{web.url}/a" if i % 2 else "http://slow/"] for i in range(99)}
-    with start(pictures_call(urls, photos), slow_names) as process:
+    with start(urls, photos, slow_names) as process:
         while len(web.requests) < 4:
             time.sleep(0.01)
             assert process.poll() is None
@@ -529,7 +530,7 @@ def test_a_killed_run_goes_on_where_it_was(web, dataset):
     web.pages = {f"/{i}": good(JPEG) for i in range(6)}
     web.pages |= {f"/{i}": lambda handler: (held.wait(), good(PNG)(handler)) for i in range(6, 12)}
     urls = {asin: [f"{web.url}/{asin[1:]}"] for asin in asins}
-    with start(pictures_call(urls, dataset.photos)) as process:
+    with start(urls, dataset.photos) as process:
         while len(list(dataset.photos.glob("B*"))) < 6 or len(web.requests) < 12:
             time.sleep(0.01)
             assert process.poll() is None

@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ import pytest
 from PIL import Image
 
 from benchmarks.picture_server import good, serving
-from common import processes
 from common.cli import run_cli
 from common.errors import InputError
 from common.files import read_json
@@ -28,7 +26,7 @@ from datasets.prepare.__main__ import main
 from datasets.prepare.events import Events
 from datasets.prepare.sequences import k_core, make_sequences
 from experiments.store import keep
-from tests.prepared import contents, item_features
+from tests.prepared import contents, in_child, item_features
 from tests.raw import reviews_of, write_raw
 from train import main as train
 
@@ -216,6 +214,18 @@ def test_a_period_without_users_is_refused_with_the_range_of_the_events(split, w
         make(BY_TIME, split=split)
 
 
+def test_a_user_of_two_events_is_evaluated_under_a_split_by_time_alone(tmp_path):
+    rows = [("U", "a", 10), ("U", "b", 20), ("V", "b", 1), ("V", "a", 50), ("W", "a", 2)]
+    events = [dict(zip(("user", "item", "time"), row, strict=True)) for row in rows]
+    raw = write_raw(tmp_path / "raw" / "events.json", events).parent
+    flags = ["--events=events.json", "--min_uc=1", "--min_sc=1"]
+    assert "no user has 3 events or more" in refusal(raw, *flags, dataset="shop")
+    folder = prepare(raw, *flags, "--split=time", "--val_from=15", "--test_from=30", dataset="shop")
+    sequences = load_catalog(folder.parent, "shop").sequences
+    assert len(train_items(sequences)[1]) == 3
+    assert [len(eval_rows(sequences, 9, part)) for part in ("val", "test")] == [1, 1]
+
+
 @pytest.mark.parametrize("unit", [1, 1000], ids=["seconds", "milliseconds"])
 def test_dates_and_numbers_split_alike(unit):
     rows = [(user, item, (1_600_000_000 + 86_400 * time) * unit) for user, item, time in BY_TIME]
@@ -245,6 +255,32 @@ def refusal(raw: Path, *flags: str, dataset: str = "beauty") -> str:
     with pytest.raises(InputError) as raised:
         prepare(raw, *flags, dataset=dataset)
     return str(raised.value)
+
+
+@pytest.mark.parametrize("flags", [[], ["--min_rating=2", "--repeats=drop", "--ties=drop_user"], ["--min_uc=20"]])
+def test_counts_on_disk_make_the_same_files(tmp_path, flags):
+    pytest.importorskip("duckdb", reason="the optional package duckdb is not installed")
+    rng = random.Random(0)
+    rows = [
+        {"user_id": f"U{int(rng.random() ** 2 * 60)}", "item_id": f"I{int(rng.random() ** 2 * 50)}\ud800",
+         "timestamp": rng.randrange(99), "rating": rng.choice([1, 2, 3, 5, None])}
+        for _ in range(1500)
+    ]  # fmt: skip
+    write_raw(tmp_path / "raw" / "events.json", rows + rng.sample(rows, 50))
+    flags = ["--events=events.json", "--overwrite", *flags]
+    folders = (prepare(tmp_path / "raw", *flags, f"--counts={where}", dataset="shop") for where in ("memory", "duckdb"))
+    in_memory, on_disk = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert on_disk == in_memory
+    assert not list((tmp_path / "data").glob("*.counts"))
+
+
+def test_counts_on_disk_that_cannot_be_made_are_refused_with_the_mend(raw, monkeypatch):
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    assert "pip install 'duckdb>=1.1,<2'; or leave --counts out" in refusal(raw, "--counts=duckdb")
+    monkeypatch.undo()
+    pytest.importorskip("duckdb", reason="the optional package duckdb is not installed")
+    assert "give --ties file or drop_user" in refusal(raw, "--counts=duckdb", "--ties=shuffle")
+    assert "lower --min_uc" in refusal(raw, "--counts=duckdb", "--min_uc=50")
 
 
 @pytest.mark.skipif(not AMAZON.exists(), reason="the paper's data are not at hand")
@@ -478,20 +514,6 @@ def test_a_dataset_in_a_folder_that_is_only_read_has_its_features_cached_elsewhe
     assert len(list(Path("data/features/beauty").glob("*.npy"))) == 1  # the text's: there are no pictures
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Run `work` in a forked process and return its exit status, negative for a signal."""
-    pid = os.fork()
-    if not pid:
-        try:
-            work()
-        except SystemExit as ended:
-            os._exit(int(ended.code or 0))
-        except BaseException:
-            os._exit(99)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def kill_at_write(number: int) -> None:
     """Kill this process before its write of this number, from 0 on, below a folder `data`."""
     left = [number]
@@ -544,16 +566,6 @@ def test_the_second_of_two_at_once_says_who_holds_the_lock(raw):
     with command.only_one(folder):
         assert f"is being prepared by process {os.getpid()} on {os.uname().nodename}" in refusal(raw)
     assert prepare(raw) == folder
-
-
-def test_processes_of_torchrun_but_the_first_share_in_the_features_alone(raw, monkeypatch):
-    folder = prepare(raw)
-    monkeypatch.setattr(processes, "rank", lambda: 1)
-    encoded: list[str] = []
-    monkeypatch.setattr(command, "encode", lambda config: encoded.append(config.dataset_code))
-    first = contents(folder)
-    main(["--dataset_code=beauty", f"--raw_root={raw}", f"--data_root={folder.parent}", "--min_uc=4", "--overwrite"])
-    assert (encoded, contents(folder)) == (["beauty"], first)
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

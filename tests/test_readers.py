@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -242,14 +243,21 @@ def test_a_file_of_another_kind_is_named_with_its_mend(tmp_path, head, words):
         (b"user,item,time\nU,A,1,2\n", ("has more cells in its rows than in its header",)),
         (b"user,item,time\n", ("is empty",)),
         (b"user,item,time\nU,A,\nV,B,\n", ("2 of 2 lines are not events", "lines 2, 3; the first: no time")),
-        (FORMATS["JSON array"][:-40], ("is no whole JSON array: object 12 cannot be read",)),
+        (FORMATS["JSON array"][:-40], ("is cut short or not JSON: value 12 cannot be read",)),
         (FORMATS["parquet"][:-9], ("cannot be read as parquet",)),
         (gzip.compress(FORMATS["CSV"] * 90)[:-20], ("cannot be read", "give the whole file")),
         (pa.compress(FORMATS["CSV"] * 90, codec="zstd", asbytes=True)[:-9], ("cannot be read", "give the whole file")),
-        (b'{"7": [1, 2', ("is not JSON",)),
+        (b'{"7": [1, 2', ("is cut short or not JSON: value 1",)),
+        (b'{"7": [1, 2], "7": [3]}', ("1 of 2 lines are not events", "'7' occurs twice")),
+        (b'[{"a": [' + b"[]," * 1_100_000 + b"[]]}]", ("value 1 has more than", "write an object a line")),
+        (b'{"7": [' + b"1," * 1_100_000 + b"1]}", ("value 1 has more than", "write an object a line")),
+        (b"1\t7\t5\n1\t8\t4\n", ("holds no events: it has the columns 'user', 'item', 'rating'",)),
+        (b"1::7::5::\n1::8::4::\n", ("holds no events: it has the columns 'user', 'item', 'rating'",)),
+        (b"1\t7\t5\t3\t1\n1\t8\t4\t9\t2\n", (":2: a second line of user '1'", "a header and a time")),
+        (parquet(TABLE.assign(timestamp=True)), ("12 of 12 lines", "time 'True'")),
         (b"user,item,time\n" + b"U,A,1\n" * 50 + b"U,A,soon\n", ("1 of 51 lines", "lines 52; the first: time 'soon'")),
         (None, ("is a folder without parquet files",)),
-        (b'{"7": [1], "8": {}}', ("1 of 2 lines are not events", "'8' has no list of items")),
+        (b'{"7": [1], "8": []}', ("1 of 2 lines are not events", "'8' has no list of items")),
     ],
 )  # fmt: skip
 def test_bad_events_are_refused_in_one_sentence(tmp_path, content, words):
@@ -289,6 +297,12 @@ def test_every_format_gives_the_same_items(tmp_path, content):
     items, notes = found_in(file_of(tmp_path, content), {"7", "8", "9"})
     assert items == {"7": {"asin": "7", "title": "Tent", "colour": "red"}, "8": {"asin": "8", "title": "Lamp"}}
     assert notes == []
+
+
+def test_decimals_and_dates_of_parquet_are_text(tmp_path):
+    shop = pd.DataFrame({"item_id": ["7"], "price": [Decimal("9.50")], "since": [pd.Timestamp("2024-05-31")]})
+    items, _ = found_in(file_of(tmp_path, parquet(shop)), {"7"})
+    assert items["7"]["price"] == "9.50" and items["7"]["since"].startswith("2024-05-31")
 
 
 @pytest.mark.parametrize("start", ["1::Toy Story: I (1995)::", "movieId,title,genres\n1,Toy Story: I (1995),"])

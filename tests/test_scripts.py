@@ -1,7 +1,6 @@
 """Train and evaluate runs with train.py and eval.py on a tiny prepared dataset."""
 
 import copy
-import errno
 import gzip
 import hashlib
 import json
@@ -22,11 +21,8 @@ import eval as eval_script
 import train
 from common.errors import InputError
 from common.settings import format_value
-from config import DataSettings
 from dataloader import split
-from datasets import demo
 from datasets.catalog import load_catalog
-from datasets.load import load_dataset
 from experiments import nightly, report, tables
 from tests.prepared import contents, cut_off_after, write_maps, write_prepared
 from trainer import evaluation, runs, testing
@@ -73,10 +69,6 @@ def run(template, tmp_path, monkeypatch):
     return run
 
 
-def uses(run):
-    return (lambda: run_eval(f"--run {run}"), lambda: train.main(["--resume", str(run)]))
-
-
 def metrics_in(run):
     """Return the test metrics of a run by size."""
     return {int(size): metrics for size, metrics in read_json(run / "test_mrl_metrics.json").items()}
@@ -90,50 +82,42 @@ def test_a_run_folder_holds_settings_environment_log_weights_and_metrics(workpla
     run = run_train("--num_heads 2 --img_encoder pixel --lru_dropout 0.1")
     assert run.parent == Path("experiments/runs/tiny")
     files = "config.json env.json log.jsonl best.safetensors last.pt test_metrics.json test_mrl_metrics.json"
-    files += " items.json.gz table.safetensors"
-    assert {p.name for p in run.iterdir()} == {*files.split(), "test_mrl_metrics.png", "test_ranks.npz"}
-    saved = read_json(run / "config.json")
+    files += " items.json.gz table.safetensors histories.npy test_mrl_metrics.png training.png test_ranks.npz"
+    assert {p.name for p in run.iterdir()} == set(files.split())
+    saved, environment = read_json(run / "config.json"), read_json(run / "env.json")
     assert saved["settings"]["mrl_hidden_sizes"] == [2, 4, 8]
     assert saved["sources"]["lr"] == "flag" and saved["sources"]["seed"] == "default"
-    environment = read_json(run / "env.json")
-    assert environment["features"]
+    assert environment["features"] and environment["versions"]["torch"]
     assert all(Path("data/features/tiny", name).is_file() for name in environment["features"])
-    assert environment["versions"]["torch"]
-    metrics = read_json(run / "test_mrl_metrics.json")
-    assert list(metrics) == ["2", "4", "8"]
-    assert set(metrics["2"]) == {f"{name}@{k}" for name in ("Recall", "NDCG", "MRR") for k in (5, 10, 20, 50)}
-    assert read_json(run / "test_metrics.json") == metrics["8"]
+    metrics = metrics_in(run)
+    assert list(metrics) == [2, 4, 8]
+    assert set(metrics[2]) == {f"{name}@{k}" for name in ("Recall", "NDCG", "MRR") for k in (5, 10, 20, 50)}
+    assert read_json(run / "test_metrics.json") == metrics[8]
     printed = capsys.readouterr().out
     assert "trainable parameters" in printed and "epoch   2/2" in printed
     flags = [line.split(None, 2) for line in printed.splitlines() if "(flag" in line]
     assert {name for name, _, source in flags if "without effect" in source} == {"num_heads", "img_encoder"}
 
 
-def test_eval_repeats_the_test_of_train_and_masks_the_history_on_demand(run):
-    trained = metrics_in(run)
-    (run / "test_mrl_metrics.json").unlink()
-    results = run_eval(f"--run {run}")
-    assert results == trained == metrics_in(run)
-    masked = run_eval(f"--run {run} --mask_history --device cpu")
-    assert read_json(run / "test_mrl_metrics_history_masked.json")["8"] == masked[8]
-    assert masked[8]["Recall@10"] > results[8]["Recall@10"]  # 12 items, several of them in the history
-    assert metrics_in(run) == trained
-
-
-@pytest.mark.parametrize("protocol", ["", " --mask_history"])
-def test_every_slice_tested_alone_has_the_metrics_of_the_one_pass(run, monkeypatch, protocol):
-    tested, true = [], evaluation.rank_targets
+def test_eval_repeats_the_test_of_train_in_one_pass_or_by_every_slice_alone_and_masks_the_history(run, monkeypatch):
+    tested, true, trained = [], evaluation.rank_targets, metrics_in(run)
 
     def watched(model, rows, *, sizes, **how):
-        tested.append((model.sizes[-1], sizes))
+        if sizes != (1,):  # popularity, for the figure
+            tested.append((model.sizes[-1], sizes))
         return true(model, rows, sizes=sizes, **how)
 
     for module in (evaluation, testing):
         monkeypatch.setattr(module, "rank_targets", watched)
-    together, alone = run_eval(f"--run {run}{protocol}"), run_eval(f"--run {run} --alone{protocol}")
-    assert tested == [(8, (2, 4, 8)), (2, (2,)), (4, (4,)), (8, (8,))]
-    assert list(alone) == list(together) == [2, 4, 8]
-    assert alone == {size: pytest.approx(metrics) for size, metrics in together.items()}
+    for protocol in ("", " --mask_history"):
+        together, alone = run_eval(f"--run {run}{protocol}"), run_eval(f"--run {run} --alone{protocol}")
+        assert list(alone) == list(together) == [2, 4, 8]
+        assert alone == {size: pytest.approx(metrics) for size, metrics in together.items()}
+        assert (together == trained) == (not protocol)
+    assert tested == 2 * [(8, (2, 4, 8)), (2, (2,)), (4, (4,)), (8, (8,))]
+    assert read_json(run / "test_mrl_metrics_history_masked.json")["8"] == alone[8]
+    assert alone[8]["Recall@10"] > trained[8]["Recall@10"]  # 12 items, several of them in the history
+    assert metrics_in(run) == {size: pytest.approx(metrics) for size, metrics in trained.items()}
 
 
 def test_eval_finds_the_newest_run_that_fits_the_flags(workplace, capsys):
@@ -167,15 +151,6 @@ def test_eval_takes_the_settings_from_the_run_and_adds_the_cutoffs_asked_for(run
     assert "Recall@7" in printed and "Recall@100" in printed and "Recall@5" not in printed
 
 
-def test_the_demo_is_found_below_its_own_data_root_alone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"the demo is not at elsewhere/demo .*leave out --data_root to generate it"):
-        train.main(["--data_root", "elsewhere"])
-    monkeypatch.setattr(demo, "NUM_ITEMS", 40)
-    monkeypatch.setattr(demo, "NUM_USERS", 30)
-    assert load_dataset(DataSettings(data_root="./data")).name == "demo"
-
-
 def test_a_run_kept_as_a_result_is_neither_trained_over_nor_tested(run, monkeypatch):
     monkeypatch.setattr(loading, "load_dataset", lambda *_, **__: pytest.fail("read"))
     for name in ("last.pt", "best.safetensors"):
@@ -186,23 +161,6 @@ def test_a_run_kept_as_a_result_is_neither_trained_over_nor_tested(run, monkeypa
     with pytest.raises(InputError, match=r"best.safetensors does not exist: .* only its results were kept"):
         run_eval(f"--run {run}")
     assert contents(run) == before
-
-
-@pytest.mark.parametrize(
-    ("flags", "branch"),
-    [
-        ("--no-use_language_encoder --use_img_encoder --img_encoder pixel", "image"),
-        ("--use_img_encoder=true --img_encoder pixel", "both"),
-        ("--use_language_encoder=false --use_img_encoder=false", "id"),
-    ],
-)
-def test_every_branch_trains(workplace, flags, branch):
-    run = run_train(f"{flags} --num_epochs 1")
-    assert run.name.endswith(f"{branch}-8")
-    width = {"image": 240, "both": 1264, "id": None}[branch]
-    shapes = {k: tuple(v.shape) for k, v in torch.load(run / "last.pt", weights_only=True)["model"].items()}
-    assert shapes.get("items.projection.weight") == ((8, width) if width else None)
-    assert shapes.get("items.table") == (None if width else (13, 8))
 
 
 @pytest.mark.parametrize(
@@ -221,36 +179,26 @@ def test_bad_input_is_refused_before_a_run_is_made(workplace, monkeypatch, flags
     assert not Path("experiments").exists()
 
 
-def test_the_test_set_is_read_once_after_training_or_by_eval(workplace, monkeypatch):
+def test_the_test_set_is_read_once_after_training_or_by_eval_which_tests_the_best_epoch(workplace, monkeypatch):
     parts, true_rows = [], split.eval_rows
     for module in (trainer_module, testing):
         monkeypatch.setattr(module, "eval_rows", lambda s, n, part: parts.append(part) or true_rows(s, n, part))
-    fit = Trainer.fit
+    fit, validate, values = Trainer.fit, Trainer.validate, iter([0.9, 0.1, 0.1, 0.1])
     monkeypatch.setattr(Trainer, "fit", lambda self: (parts.append("fit"), fit(self))[1])
-    run_train()
+    monkeypatch.setattr(Trainer, "validate", lambda self: validate(self) | {8: {"NDCG@10": next(values)}})
+    tested = run_train("--num_epochs 4")
     assert parts == ["val", "fit", "test"]
+    assert states(tested)[0]["progress"]["best_epoch"] == 1
+    expected = metrics_in(tested)
+    assert run_eval(f"--run {tested}") == expected
+
+    values, parts = iter([0.1, 0.2]), []
     run = run_train("--no-test")
-    assert parts[3:] == ["val", "fit"] and not list(run.glob("test_*"))
+    assert parts == ["val", "fit"] and not list(run.glob("test_*"))
     with pytest.raises(InputError, match="is finished"):
         train.main(["--resume", "latest"])
     run_eval(f"--run {run}")
-    assert parts[5:] == ["test"] and (run / "test_mrl_metrics.json").exists()
-
-
-def test_the_best_epoch_is_tested_not_the_last(workplace, monkeypatch):
-    values = iter([0.9, 0.1, 0.1, 0.1])
-    true_validate = Trainer.validate
-
-    def validate(self):
-        metrics = true_validate(self)
-        metrics[8]["NDCG@10"] = next(values)
-        return metrics
-
-    monkeypatch.setattr(Trainer, "validate", validate)
-    run = run_train("--num_epochs 4")
-    assert states(run)[0]["progress"]["best_epoch"] == 1
-    tested = metrics_in(run)
-    assert run_eval(f"--run {run}") == tested
+    assert parts == ["val", "fit", "test"] and (run / "test_mrl_metrics.json").exists()
 
 
 def write_newer_data():
@@ -291,11 +239,22 @@ def test_a_warm_start_on_newer_data_keeps_what_was_learned_of_items(workplace, m
     assert read_json(run / "env.json")["init_from"] == {"run": origin.name, "weights": weights}
 
 
-def test_a_warm_start_on_the_same_data_trains_a_finished_run_further(run):
-    further = train.main(["--init_from", str(run), "--num_epochs", "1", "--validate_untrained"])
-    before, after = ([json.loads(line) for line in (r / "log.jsonl").open()] for r in (run, further))
-    assert after[0]["val"] == before[before[-1]["best_epoch"] - 1]["val"]
-    assert after[-1]["epoch"] == 1
+def test_a_warm_start_trains_on_changed_users_alone_whatever_the_items_numbers(run, monkeypatch):
+    path = Path("data/tiny/sequential_data.txt")
+    ids = list(read_json(path.parent / "datamaps.json")["item2id"])
+    lines = [[int(x) for x in line.split()] for line in path.read_text().splitlines()]
+    changed = [[user, *(len(ids) + 1 - i for i in items), *[1] * (user in (4, 7))] for user, *items in lines]
+    path.write_text("".join(f"{' '.join(map(str, line))}\n" for line in changed))
+    write_maps(path.parent, {item: str(number) for number, item in enumerate(ids[::-1], start=1)}, users=len(lines))
+    users, fit = [], Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: (users.extend(self.loader.users), fit(self)))
+    update = train.main(["--init_from", str(run), "--train_users", "changed", "--num_epochs", "1"])
+    assert [lines[user][0] for user in users] == [4, 7]
+    with pytest.raises(InputError, match=f"all {len(lines)} users have the training items .* give newer data, or"):
+        train.main(["--init_from", str(update)])
+    (update / "histories.npy").unlink()
+    with pytest.raises(InputError, match=r"cannot read .*histories.npy .* give --train_users all"):
+        train.main(["--init_from", str(update)])
 
 
 @pytest.mark.parametrize(
@@ -328,7 +287,7 @@ def test_eval_tests_a_run_on_newer_data_when_asked_to_and_apart_from_its_results
 def test_a_night_has_each_users_first_events_and_the_items_until_then(workplace):
     catalog = load_catalog("data", "tiny")
     for night in (0, 10):
-        nightly.write_night(catalog, nightly.event_times(catalog), night, Path())
+        nightly.write_night(catalog, nightly.event_times(catalog), 0.9 + 0.01 * night, night, Path())
     first, last = (load_catalog(f"data-{night}", "tiny") for night in (0, 10))
     assert last.digest() == catalog.digest()
     assert 0.8 < len(first.sequences.items) / len(last.sequences.items) < 0.95
@@ -346,22 +305,12 @@ def test_nightly_updates_are_compared_with_no_update_and_with_training_anew(work
     assert last["no_update"] == runs.read_log(update)[0]["val"]["8"]["NDCG@10"]
 
 
-def test_leftovers_of_a_killed_training_are_removed_by_the_next(run):
-    leftover, foreign = run / ".last.pt.abc.tmp", run / ".test_metrics.json.abc.tmp"  # eval.py may be writing that
-    for path in (leftover, foreign):
-        path.touch()
-    train.main(["--resume", str(run)])
-    assert not leftover.exists() and foreign.exists()
-
-
 def test_a_run_on_other_texts_is_refused(run):
     before = contents(run)
     path = Path("data/tiny/meta.json.gz")
-    with gzip.open(path, "rt") as file:
-        records = file.read()
-    with gzip.open(path, "wt") as file:
-        file.write(records.replace("'title': '", "'title': 'other "))
-    for command in uses(run):
+    records = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(records.replace(b"'title': '", b"'title': 'other ")))
+    for command in (lambda: run_eval(f"--run {run}"), lambda: train.main(["--resume", str(run)])):
         with pytest.raises(InputError, match=r"the items' texts, or .*, are not those that the run was trained on"):
             command()
     assert contents(run) == before
@@ -376,35 +325,6 @@ def test_pictures_that_changed_since_the_training_are_reported(workplace, capsys
     os.utime(picture, (0, 0))
     run_eval(f"--run {run}")
     assert "the pictures or their encoder's weights are not those that the run was trained" in capsys.readouterr().out
-
-
-def test_a_resumed_run_notes_the_device_and_commit(workplace, monkeypatch):
-    monkeypatch.setattr(runs, "commit", lambda: "fedcba9876543210")
-    with cut_off_after(1):
-        run_train()
-    (run,) = (workplace / "experiments/runs/tiny").iterdir()
-    began = read_json(run / "env.json")
-    assert "resumed" not in began
-    monkeypatch.setattr(runs, "commit", lambda: "0123456789abcdef")
-    train.main(["--resume", str(run)])
-    saved = read_json(run / "env.json")
-    (resumed,) = saved.pop("resumed")
-    assert saved == began
-    assert resumed["commit"] == "0123456789abcdef" and resumed["device"] == began["device"]
-    assert "`fedcba9876`, `0123456789`" in tables.where_made([saved, resumed])
-
-
-def test_a_run_that_cannot_be_written_is_named(run, monkeypatch):
-    true_open = Path.open
-
-    def denied(path, mode="r", *arguments, **named):
-        if path == run / "config.json" and "+" in mode:
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return true_open(path, mode, *arguments, **named)
-
-    monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(InputError, match=r"cannot write \S+config.json: Permission denied; run where you may write"):
-        train.main(["--resume", str(run)])
 
 
 def test_a_run_is_resumed_by_its_own_settings_even_from_the_start(run, capsys):
@@ -422,26 +342,41 @@ def test_a_run_is_resumed_by_its_own_settings_even_from_the_start(run, capsys):
 
 
 def test_a_warm_up_longer_than_the_training_is_reported(workplace, capsys):
-    run_train("--num_epochs 1 --train_batch_size 10 --warmup_steps 2")
-    assert "--warmup_steps 2: the 2 steps of this training all warm up" in capsys.readouterr().out
-    run_train("--num_epochs 1 --train_batch_size 10 --warmup_steps 2 --no-enable_lr_schedule")
-    run_train("--num_epochs 1 --train_batch_size 10 --warmup_steps 1")
-    assert "--warmup_steps" not in capsys.readouterr().out
+    for flags, reported in (("2", True), ("2 --no-enable_lr_schedule", False), ("1", False)):
+        run_train(f"--num_epochs 1 --train_batch_size 10 --warmup_steps {flags}")
+        printed = capsys.readouterr().out
+        assert ("--warmup_steps 2: the 2 steps of this training all warm up" in printed) == reported
 
 
-def test_an_unfinished_run_is_reported_not_kept_as_a_result_and_resumed_to_the_same_weights(run, tmp_path, capsys):
+def test_an_unfinished_run_is_reported_not_kept_as_a_result_and_resumed_to_the_same_weights(
+    run, tmp_path, monkeypatch, capsys
+):
     elsewhere = ["--results", str(tmp_path / "kept"), "--out", str(tmp_path / "R.md"), "--media", str(tmp_path)]
+    monkeypatch.setattr(runs, "commit", lambda: "fedcba9876543210")
     with cut_off_after(1):
         run_train("--run_name cut")
     (cut,) = Path("experiments/runs/tiny").glob("*-cut")
+    began = read_json(cut / "env.json")
     assert f"continue with: python train.py --resume {cut}" in capsys.readouterr().err
     run_eval(f"--run {cut}")
     assert f"run {cut}, unfinished: epoch 1 of 2" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"is not finished \(epoch 1 of 2\); train.py --resume"):
         report.main(["--keep", str(cut), *elsewhere])
+    leftover, foreign = cut / ".last.pt.abc.tmp", cut / ".test_metrics.json.abc.tmp"  # eval.py may be writing that
+    for path in (leftover, foreign):
+        path.touch()
+        os.utime(path, (0, 0))  # long ago
+
+    monkeypatch.setattr(runs, "commit", lambda: "0123456789abcdef")
     assert train.main(["--resume", "latest"]) == cut
+    assert not leftover.exists() and foreign.exists()
     for name in ("best.safetensors", "test_mrl_metrics.json"):
         assert (cut / name).read_bytes() == (run / name).read_bytes()
+    saved = read_json(cut / "env.json")
+    (resumed,) = saved.pop("resumed")
+    assert saved == began
+    assert resumed["commit"] == "0123456789abcdef" and resumed["device"] == began["device"]
+    assert "`fedcba9876`, `0123456789`" in tables.where_made([saved, resumed])
     with pytest.raises(InputError, match="is finished"):
         train.main(["--resume", "latest"])
     report.main(["--keep", str(run), *elsewhere])
@@ -472,7 +407,7 @@ def test_a_log_line_of_an_epoch_without_checkpoint_is_dropped_on_resuming(run):
     assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2]
     for text in ('{"epoch": 1', "[]", '{"epoch": 2, "seconds": 1, "train_seconds": 1}'):
         (run / "log.jsonl").write_text(f"{lines.splitlines()[0]}\n{text}\n")
-        with pytest.raises(InputError, match=r"log\.jsonl:2 is damaged: not a JSON object with .*best_epoch.*; remove"):
+        with pytest.raises(InputError, match=r"log\.jsonl:2.*; remove"):
             train.main(["--resume", str(run)])
 
 
@@ -494,3 +429,21 @@ def test_wandb_logs_every_epoch_and_the_test_online_if_it_can(workplace, monkeyp
     (summary,) = started.summary.update.call_args.args
     assert summary["test/8/NDCG@10"] == read_json(run / "test_metrics.json")["NDCG@10"]
     assert started.mock_calls[-1] == call.finish()
+
+
+def test_tensorboard_has_the_numbers_of_the_log_and_of_the_test(workplace, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with cut_off_after(1):
+        run_train("--use_tensorboard")
+    (run,) = Path("experiments/runs/tiny").iterdir()
+    train.main(["--resume", str(run)])
+    events = accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(record["epoch"], pytest.approx(record["loss"])) for record in log]
+    assert events.Scalars("val/8/NDCG@10")[-1].value == pytest.approx(log[-1]["val"]["8"]["NDCG@10"])
+    (tested,) = events.Scalars("test/8/NDCG@10")
+    assert tested.value == pytest.approx(read_json(run / "test_metrics.json")["NDCG@10"])
+    monkeypatch.setattr("trainer.runlog.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--use_tensorboard needs the package tensorboard: pip install"):
+        run_train("--use_tensorboard")

@@ -13,7 +13,7 @@ import torch
 
 import eval as eval_script
 import train
-from common import cli
+from common import cli, processes
 from common.devices import cpu_name, resolve_device
 from common.errors import InputError
 from tests.prepared import cut_off_after, write_prepared
@@ -25,6 +25,8 @@ TINY = (
     "--dataset_code tiny --language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 2,4,8 --num_epochs 2 "
     "--lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu --train_batch_size 6"
 )
+EVERYWHERE = InputError("on every rank")
+EVERYWHERE.on_every_rank = True
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 # A LayerNorm of 2 dimensions has no gradient, and many draws of few items gradients that rounding decides.
 PLUS = f"{TINY} --preset plus --dropout_from 4 --mrl_hidden_sizes 4,12"
@@ -44,16 +46,18 @@ from pathlib import Path
 import torch
 import eval as eval_script
 import train
+from common import cli
 from common.errors import InputError
 from common import processes
 from model.loss import LOSSES
 from trainer import testing, trainer as trainer_module
+from trainer.cuda_graphs import GraphedStep
 from trainer.runs import run_lock
 from trainer.trainer import Trainer
 
 cases = json.loads(sys.argv[1])
 tiny = cases["faithful"]
-testing.plot_metric_by_size = lambda *given: given[-1].touch()  # a curve takes longer than the training
+testing.plot_metric_by_size = lambda *given: given[3].touch()  # a curve takes longer than the training
 seen, fit, keep = {}, Trainer.fit, Trainer._keep
 true_loss, true_save = LOSSES["fast"], trainer_module.save_state
 
@@ -85,7 +89,7 @@ def run(name, arguments, main=train.main):
             said = f"{type(error).__name__} {error}"
     results[name] = {"said": said, "printed": printed.getvalue(), **seen}
 
-results, calls = {}, []
+results, calls, recorded = {}, [], []
 trainer_module.CHECK_EVERY = 1
 Trainer.fit = watched
 for name, flags in cases.items():
@@ -96,6 +100,11 @@ run("resumed by two", "--resume latest --run_name cut-by-one")
 Trainer._keep = interrupted
 run("cut by two", f"{tiny} --run_name cut-by-two")
 Trainer._keep = keep
+plain = trainer_module.build_step
+trainer_module.build_step = lambda *given: GraphedStep(plain(*given), lambda work: recorded.append(work) or work)
+run("recorded", f"{cases['faithful']} --run_name recorded")
+assert 0 < len(recorded) < 6  # of 8 steps
+trainer_module.build_step = plain
 LOSSES["fast"] = broken
 run("not finite", f"{tiny} --run_name not-finite")
 LOSSES["fast"] = true_loss
@@ -108,18 +117,6 @@ processes.end()
 results["threads"] = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 Path(f"rank{processes.rank()}.json").write_text(json.dumps(results))
 """
-
-
-def torchrun(script: Path, arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
-    """Run a script in two processes on the CPU."""
-    return subprocess.run(
-        [sys.executable, *TORCHRUN, script, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +132,13 @@ def folder(tmp_path_factory):
             train.main(shlex.split(f"{TINY} --run_name cut-by-one"))
         assert not torch.distributed.is_initialized()
         (folder / "two.py").write_text(TWO)
-        done = torchrun(folder / "two.py", [json.dumps(CASES)], folder)
+        done = subprocess.run(
+            [sys.executable, *TORCHRUN, folder / "two.py", json.dumps(CASES)],
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-5000:]
         train.main(["--resume", str(named("cut-by-two", folder))])
     return folder
@@ -169,9 +172,9 @@ def test_two_processes_train_as_one_does(folder, name):
     assert_same_training(named(f"{name}-two", folder), named(f"{name}-one", folder))
 
 
-@pytest.mark.parametrize("began", ["one", "two"])
-def test_one_process_and_two_resume_runs_of_each_other(folder, began):
-    assert_same_training(named(f"cut-by-{began}", folder), named("faithful-one", folder))
+@pytest.mark.parametrize("began", ["cut-by-one", "cut-by-two", "recorded"])
+def test_runs_resumed_by_other_processes_or_of_recorded_steps_are_the_same(folder, began):
+    assert_same_training(named(began, folder), named("faithful-one", folder))
 
 
 def test_two_processes_count_and_share_the_ranking(folder):
@@ -194,7 +197,6 @@ def test_two_processes_test_a_run_as_one_does(folder, monkeypatch, case):
     ("case", "printed", "said"),
     [
         ("faithful two", f"2 processes, each on {cpu_name()}, ", "experiments/runs/tiny/"),
-        ("sampled two", "epoch   2/2", "experiments/runs/tiny/"),
         ("lonely two", "written:", "experiments/runs/tiny/"),
         ("resumed by two", "continuing after epoch 1", "experiments/runs/tiny/"),
         ("cut by two", "mrl_hidden_sizes         2,4,8   (flag)", "KeyboardInterrupt"),
@@ -210,19 +212,17 @@ def test_both_ranks_end_alike_and_the_first_alone_prints(folder, case, printed, 
     assert first == second
 
 
-def test_no_thread_outlives_the_process_group(folder):
+def test_a_run_that_another_process_trains_is_refused_on_both_and_no_thread_outlives_the_process_group(folder):
     """A thread that drops a tensor as the interpreter ends would abort the process."""
+    for rank in outcome(folder, "held"):
+        assert re.match(r"InputError another process is training \S+-faithful-two; wait for it", rank["said"])
     for threads in outcome(folder, "threads"):
         assert threads and not [name for name in threads if "gloo" in name]
 
 
-def test_a_run_that_another_process_trains_is_refused_on_both(folder):
-    for rank in outcome(folder, "held"):
-        assert re.match(r"InputError another process is training \S+-faithful-two; wait for it", rank["said"])
-
-
 @pytest.mark.parametrize(
-    ("error", "waited", "said"), [(InputError("bad"), [10], "error: bad\n"), (KeyboardInterrupt, [], "")]
+    ("error", "waited", "said"),
+    [(InputError("bad"), [10], "error: bad\n"), (EVERYWHERE, [3], ""), (KeyboardInterrupt, [], "")],
 )
 def test_other_ranks_leave_the_message_to_the_first(monkeypatch, capsys, error, waited, said):
     def main():
@@ -238,17 +238,18 @@ def test_other_ranks_leave_the_message_to_the_first(monkeypatch, capsys, error, 
     assert capsys.readouterr().err == said
 
 
-@pytest.mark.parametrize(("gpus", "expected"), [(2, "cuda:1"), (1, "give it --nproc_per_node=1, or --device cpu")])
-def test_every_process_of_a_machine_has_its_own_gpu(monkeypatch, gpus, expected):
+def test_every_process_of_a_machine_has_its_own_gpu(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    current = []
+    current, bound = [], []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **given: bound.append(given.get("device_id")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    processes.start()
+    assert bound == [torch.device("cuda:1")]
     assert resolve_device("cpu") == torch.device("cpu")
-    if gpus == 2:
-        assert str(resolve_device("auto")) == expected == current[0]
-    else:
-        with pytest.raises(InputError, match=expected):
-            resolve_device("auto")
+    assert str(resolve_device("auto")) == "cuda:1" == current[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="give it --nproc_per_node=1, or --device cpu"):
+        resolve_device("auto")

@@ -23,7 +23,6 @@ from trainer.load_run import load_run
 
 NUM_ITEMS, MAX_LEN, KS = 40, 10, (1, 5, 10)
 SIZE_LISTS = [(25, 27), (3, 9, 20, 21, 47)]
-BRANCHES = ["both", "id"]
 
 
 def random_model(sizes, branch="both", use_bias=True, seed=0, **options):
@@ -58,7 +57,7 @@ def test_a_slice_has_the_scores_and_metrics_of_the_full_models_prefix(sizes, bra
 
 
 @pytest.mark.parametrize(("size", "by_way_of", "embedding"), [(8, 20, 0), (8, 33, 3), (20, 33, 20), (20, 20, 33)])
-@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("branch", ["both", "id"])
 def test_a_slice_or_slice_of_a_slice_owns_the_top_left_of_every_weight(branch, size, by_way_of, embedding):
     options = {"dropout_from": 2, "item_embedding": embedding if branch == "both" else 0}
     model = random_model((3, 8, 20, 33), branch, **options)
@@ -68,6 +67,8 @@ def test_a_slice_or_slice_of_a_slice_owns_the_top_left_of_every_weight(branch, s
     assert small.settings == replace(model.settings, mrl_hidden_sizes=sizes)
     if not embedding:
         assert count_parameters(small) == count_parameters(random_model(sizes, branch))
+    owners = zip(small.items.features, model.items.features, strict=True)
+    assert all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in owners)  # frozen: without a copy
     small = small.state_dict()
     for name, weight in model.state_dict().items():
         kept = [min(n, size) if n in model.sizes else n for n in weight.shape]
@@ -82,19 +83,6 @@ def test_an_untrained_size_is_refused_with_the_trained_ones(size):
     with pytest.raises(ValueError, match=f"size {size} was not trained; the model has 3, 8$"):
         slice_model(slice_model(random_model((3, 8, 20)), 8), size)
 
-
-def test_slices_share_the_frozen_features_without_a_copy():
-    features = [torch.randn(NUM_ITEMS, 9).half(), torch.randn(NUM_ITEMS, 4).bfloat16()]
-    model = FMRLRec(NUM_ITEMS, features, ModelSettings(mrl_hidden_sizes=(3, 8, 20)))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.double()
-    small = slice_model(model, 8)
-    assert [part.data_ptr() for part in small.items.features] == [part.data_ptr() for part in features]
-    assert [part.dtype for part in small.items.features] == [torch.float16, torch.bfloat16]
-    assert {parameter.dtype for parameter in small.parameters()} == {torch.float64}
-
-
-# ----------------------------------------------------------------------------------------------- all extensions at once
 
 PLUS_SIZES, SIZE, ITEMS = (2, 4, 8), 4, 40
 EVERYTHING = (
@@ -126,10 +114,6 @@ def loaded(run):
     return load_run(run)
 
 
-def features_of(config, catalog):
-    return [torch.from_numpy(part) for part in load_features(config, catalog, "cpu")]
-
-
 @torch.no_grad()
 def scores_of(model, catalog, size=None):
     """Return the scores [U, N+1] of every user's history by the first `size` dimensions."""
@@ -142,11 +126,11 @@ def scores_of(model, catalog, size=None):
 def test_a_run_trains_the_weights_of_every_extension(loaded):
     config, catalog, model = loaded
     assert config.preset == "plus" and config.embedded == PLUS_SIZES[-1]
-    state, fresh = model.state_dict(), build_model(catalog.num_items, features_of(config, catalog), config)
-    for name in ("items.V", "log_scale"):
-        assert not torch.equal(state[name], fresh.state_dict()[name]), name
+    raw = [torch.from_numpy(part) for part in load_features(config, catalog, "cpu")]
+    state, fresh = model.state_dict(), build_model(catalog.num_items, raw, config).state_dict()
+    assert not any(torch.equal(state[name], fresh[name]) for name in ("items.V", "log_scale"))
     for name in ("items.whitening.mean_0", "items.whitening.matrix_1"):
-        torch.testing.assert_close(state[name], fresh.state_dict()[name])
+        torch.testing.assert_close(state[name], fresh[name])
 
 
 @pytest.mark.parametrize("size", PLUS_SIZES)
@@ -167,57 +151,30 @@ def test_a_run_that_was_cut_off_is_resumed_to_the_same_weights(run):
     assert (run / "test_mrl_metrics.json").read_bytes() == (cut / "test_mrl_metrics.json").read_bytes()
 
 
-# -------------------------------------------------------------------------------------------------------------- serving
-
-
-@pytest.fixture(scope="module")
-def exported(run):
-    """Return the folder of an export of size 4."""
-    folder = run.parent / "export"
-    export.main(shlex.split(f"--run {run} --size {SIZE} --format onnx --quantize none --out {folder}"))
-    return folder
-
-
 @pytest.mark.parametrize("engine", ["torch", "onnx"])
-def test_an_export_recommends_the_items_of_the_highest_scores(loaded, exported, engine):
+def test_an_export_ranks_as_the_slice_and_new_products_are_whitened_projected_and_rescaled(
+    run, loaded, engine, tmp_path
+):
     _, catalog, model = loaded
+    export.main(shlex.split(f"--run {run} --size {SIZE} --format onnx --quantize none --out {tmp_path}/export"))
+    recommender = Recommender.from_pretrained(tmp_path / "export", engine)
+    assert recommender.config["features"]["whitened"] == [1024, 240]
     expected = scores_of(slice_model(model, SIZE), catalog)[:, 1:]
     histories = [catalog.sequences.of(user)[:-1].tolist() for user in range(len(catalog.sequences))]
-    recommender = Recommender.from_pretrained(exported, engine)
     for scores, answer in zip(expected, recommender.recommend(histories, 5, exclude_history=False), strict=True):
         best = scores.topk(5)
         np.testing.assert_allclose(answer.scores, best.values, rtol=1e-4, atol=1e-4)
         assert answer.numbers == (best.indices + 1).tolist()
 
-
-def lengthened(model, rows):
-    """Return rows without an embedding, cut to the size and rescaled to the mean norm of the catalogue's."""
+    # A new product has no V; its row is rescaled to the mean norm of the catalogue's rows.
     table = model.item_table()[1:, :SIZE].detach()
-    lengths = [np.linalg.norm(part, axis=1).mean() for part in (table, table - model.items.V[1:, :SIZE].detach())]
-    return rows[:, :SIZE].detach().numpy() * lengths[0] / lengths[1]
-
-
-@pytest.mark.parametrize("engine", ["torch", "onnx"])
-def test_a_new_product_is_whitened_projected_and_rescaled(loaded, exported, engine):
-    config, catalog, model = loaded
-    recommender = Recommender.from_pretrained(exported, engine)
-    assert recommender.config["features"]["whitened"] == [1024, 240]
+    lengths = [part.norm(dim=1).mean() for part in (table, table - model.items.V[1:, :SIZE].detach())]
     product = {"title": "Warm Red Lamp", "brand": "Alder", "picture": "data/photos/tiny/B000000001.png"}
     features = recommender.embed_items([product, catalog.metadata[2] | {"picture": None}])
-    recommender.add_items(["NEW", "WITHOUT PICTURE"], features)
     parts = torch.from_numpy(features).split([part.shape[1] for part in model.items.features], dim=1)
     transforms = model.items.whitening.transforms()
     whitened = torch.cat([whiten(part, *how) for part, how in zip(parts, transforms, strict=True)], dim=1)
     assert not whitened[1, parts[0].shape[1] :].any()
-    projected = lengthened(model, model.items.projection(whitened))
+    recommender.add_items(["NEW", "WITHOUT PICTURE"], features)
+    projected = (model.items.projection(whitened)[:, :SIZE] * lengths[0] / lengths[1]).detach()
     np.testing.assert_allclose(recommender.items.table.rows()[-2:], projected, rtol=1e-4, atol=1e-5)
-
-    raw = torch.cat(features_of(config, catalog), dim=1)[:5].float().numpy()
-    recommender.add_items([f"AGAIN{i}" for i in range(5)], raw)  # known products: their rows without the embedding
-    expected = lengthened(model, (model.item_table() - model.items.V)[1:6])
-    np.testing.assert_allclose(recommender.items.table.rows()[-5:], expected, rtol=5e-3, atol=5e-3)
-
-    recommender.save_pretrained(exported.parent / f"more-{engine}")
-    again = Recommender.from_pretrained(exported.parent / f"more-{engine}", engine)
-    (answer,) = again.recommend([["B000000003"]], top_k=ITEMS + 7, exclude_history=False)
-    assert sorted(answer.numbers) == list(range(1, ITEMS + 8))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common import processes
 from common.errors import InputError
 from common.files import replacing
 from trainer.runs import no_weights
@@ -24,7 +25,7 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None
 def load_weights(
     model: nn.Module, path: Path, change: Callable[[dict[str, Tensor]], None] = lambda weights: None
 ) -> None:
-    """Load weights into a model.
+    """Load weights into a model; under torchrun rank 0 reads them and sends them to the others.
 
     change: changes the file's weights in place so that they fit the model. Raises InputError for a missing or damaged
     file, or another shape.
@@ -32,19 +33,25 @@ def load_weights(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        weights = load_file(path)
-        change(weights)
+    def read() -> dict[str, Tensor]:
+        try:
+            weights = load_file(path)
+            change(weights)
+            model.load_state_dict(weights)
+            return weights
+        except FileNotFoundError:
+            raise no_weights(path) from None
+        except (SafetensorError, OSError) as error:
+            hint = "remove it, last.pt and log.jsonl, then train the run again with train.py --resume"
+            raise InputError(f"{path} is damaged ({error}); {hint}") from None
+        except RuntimeError as error:
+            raise InputError(
+                f"{path} does not fit the model in the run's config.json: {error}; train another run"
+            ) from None
+
+    weights = processes.on_main_process(read)
+    if processes.rank():
         model.load_state_dict(weights)
-    except FileNotFoundError:
-        raise no_weights(path) from None
-    except (SafetensorError, OSError) as error:
-        hint = "remove it, last.pt and log.jsonl, then train the run again with train.py --resume"
-        raise InputError(f"{path} is damaged ({error}); {hint}") from None
-    except RuntimeError as error:
-        raise InputError(
-            f"{path} does not fit the model in the run's config.json: {error}; train another run"
-        ) from None
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from common import processes
 from dataloader import Batch
 from trainer.step import Step
 
@@ -18,10 +19,13 @@ Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
 class GraphedStep:
-    """A `Step` on one GPU, recorded and replayed. Its plain twin is the step itself.
+    """A `Step` on a GPU, recorded and replayed. Its plain twin is the step itself.
 
     The first batch of a shape is an ordinary step, which also allocates what a recording needs; the second is recorded.
     Learning rates must be tensors, so that a recording reads the current ones.
+
+    Under torchrun a recording includes the sum of the gradients over all ranks. Every step has this one sum, so a rank
+    may replay while another one, whose share has another shape, takes an ordinary step or records.
     """
 
     def __init__(self, step: Step, record: Recorder | None = None) -> None:
@@ -29,21 +33,26 @@ class GraphedStep:
         self.step, self.record = step, record or cuda_graphs()
         self.model, self.optimizer, self.clipped = step.model, step.optimizer, step.clipped
         self.rows = step.rows
-        self._seen: set[tuple[int, int]] = set()
-        self._recorded: dict[tuple[int, int], tuple[Batch, Callable[[], Tensor]]] = {}
+        self._seen: set[tuple[int, int, int]] = set()
+        self._recorded: dict[tuple[int, int, int], tuple[Batch, Callable[[], Tensor]]] = {}
 
     def __call__(self, batch: Batch) -> Tensor:
         longest = 2 ** (batch.longest - 1).bit_length()  # the recurrence doubles its reach: few shapes, the same result
-        key = len(batch.tokens), longest
+        key = len(batch.tokens), longest, batch.share[1]
         if key not in self._seen:
             self._seen.add(key)
             return self.step(batch)
         if key not in self._recorded:
             static = replace(batch, longest=longest, **{name: getattr(batch, name).clone() for name in TENSORS})
+            if processes.world_size() > 1:  # the share begins elsewhere in every batch
+                first = torch.tensor(batch.share[0], device=batch.tokens.device)
+                static = replace(static, share=(first, batch.share[1]))
             self._recorded[key] = static, self.record(lambda: self.step(static))
         static, replay = self._recorded[key]
         for name in TENSORS:
             getattr(static, name).copy_(getattr(batch, name))
+        if isinstance(static.share[0], Tensor):
+            static.share[0].fill_(batch.share[0])
         return replay().clone()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from common import processes
 from common.errors import InputError
 from common.settings import format_value, is_runtime
-from config import COUNTING, EXTENSIONS, NAMED_PRESETS, Config
+from config import COUNTING, EXTENSIONS, Config, named_preset
 from trainer.runs import (
     CONFIG,
     STATE,
@@ -46,8 +46,9 @@ def find_resumed(resume: str, flags: dict[str, Any]) -> TrainingRun:
         return folder, with_runtime_flags(saved, flags, folder), sources
 
     folder, config, sources = processes.on_main_process(find)
-    processes.print_main(describe_run(folder))
-    return TrainingRun(config, sources, folder)
+    if processes.rank() == 0:
+        print(describe_run(folder), flush=True)
+    return TrainingRun(with_runtime_flags(config, flags, folder), sources, folder)  # each machine's own folders
 
 
 def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:
@@ -72,7 +73,6 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
 
     problem: returns why a run cannot be used, or "". Raises InputError that lists the newest runs and why none matches.
     """
-    required = {name: value for name, value in expand_preset(flags).items() if not is_runtime(Config, name)}
     rejected = []
     paths = list(runs_root.glob(f"*/*/{CONFIG}"))
     for path in sorted(paths, key=_started, reverse=True):
@@ -82,6 +82,7 @@ def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], s
         except InputError as error:
             rejected.append(f"  {run}: {error}")
             continue
+        required = {k: v for k, v in expand_preset(flags, config.dataset_code).items() if not is_runtime(Config, k)}
         differs = [f"{k} {format_value(getattr(config, k))}" for k, v in required.items() if getattr(config, k) != v]
         reason = ", ".join(differs) or problem(run)
         if not reason:
@@ -113,7 +114,7 @@ def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Conf
 
     Raises InputError if another flag differs from the run.
     """
-    for name, value in expand_preset(flags).items():
+    for name, value in expand_preset(flags, config.dataset_code).items():
         if not is_runtime(Config, name) and getattr(config, name) != value:
             given = name if name in flags else "preset"
             raise InputError(
@@ -124,12 +125,12 @@ def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Conf
     return read_settings(vars(config) | {k: v for k, v in flags.items() if is_runtime(Config, k)})
 
 
-def expand_preset(flags: dict[str, Any]) -> dict[str, Any]:
-    """Replace --preset in flags by its settings.
+def expand_preset(flags: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """Replace --preset in flags by its settings on a dataset.
 
     "paper" stands for all extensions at their defaults.
     """
     if "preset" not in flags:
         return flags
-    named = NAMED_PRESETS[flags["preset"]] or {name: getattr(Config, name) for name in EXTENSIONS}
+    named = named_preset(flags["preset"], dataset) or {name: getattr(Config, name) for name in EXTENSIONS}
     return named | {name: value for name, value in flags.items() if name != "preset"}

@@ -32,7 +32,7 @@ def load_run(
     folder is no run, if a flag contradicts it, and if the dataset is another one without `newer_data`.
     """
     run = Path(run)
-    saved, _ = read_config(run)
+    saved, _ = processes.on_main_process(lambda: read_config(run))
     config = with_runtime_flags(saved, flags or {}, run)
     device = resolve_device(config.device)
     catalog = load_dataset(config)

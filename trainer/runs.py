@@ -4,6 +4,7 @@ config.json              settings and the source of each
 env.json                 versions, device, commit, command line, data and features; also of every --resume
 log.jsonl                one line per epoch
 items.json.gz            ids and titles of the items (trainer/run_items.py)
+histories.npy            a digest of every user's training items (trainer/warm_start.py)
 best.safetensors         weights of the best epoch by validation
 table.safetensors        the item table of these weights, if it is made of features: an export needs no dataset
 last.pt                  state for --resume, written after epochs and every save_every_minutes within one (popularity
@@ -14,7 +15,7 @@ test_list_metrics.json   metrics of the recommended lists: eval.py --list_metric
 test_ranks.npz           every user's rank up to the last cut-off, at every size (trainer/user_ranks.py)
 newer_data/<digest>/     tests on other data: eval.py --on_newer_data
 …_history_masked.*       the same without the history among the candidates: eval.py --mask_history
-*.png                    metrics against size
+*.png                    metrics against size; training.png: loss and validation against epochs
 deploy.json, deploy.png  serving cost of every size: benchmarks/deploy.py
 cold_items.json          metrics on items unseen in training: experiments/cold_items.py
 """
@@ -41,10 +42,11 @@ from trainer.run_files import Environment, Epoch, MetricsBySize, SavedSettings
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
 WEIGHTS, STATE = "best.safetensors", "last.pt"
-ITEMS, TABLE = "items.json.gz", "table.safetensors"
+ITEMS, TABLE, HISTORIES = "items.json.gz", "table.safetensors", "histories.npy"
 LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz"
 LIST_METRICS = "test_list_metrics.json"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
+TRAINING_PICTURE = "training.png"
 COLD_ITEMS = "cold_items.json"
 RUN_HINT = "give a run's folder, as train.py prints it"
 TIME = "%Y%m%d-%H%M%S"  # format of the time in a run's name
@@ -188,7 +190,7 @@ def run_lock(run: Path) -> Iterator[None]:
         except (ImportError, OSError):  # this system or file system has no locks
             pass
         else:  # no other process trains the run, so these are of one that was killed
-            for name in (CONFIG, ENVIRONMENT, LOG, WEIGHTS, STATE, ITEMS, TABLE):
+            for name in (CONFIG, ENVIRONMENT, LOG, WEIGHTS, STATE, ITEMS, TABLE, HISTORIES):
                 remove_leftovers(run, name)
         yield
 

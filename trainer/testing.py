@@ -10,7 +10,8 @@ from config import METRICS, Config
 from dataloader import EvalBatch, eval_batches, eval_rows, times_trained
 from datasets.catalog import Sequences
 from model import FMRLRec, slice_model
-from trainer.evaluation import ITEMS, Model, encode_last, rank_targets, rank_targets_alone
+from model.baselines.counting import Popularity
+from trainer.evaluation import ITEMS, Model, encode_last, evaluate, rank_targets, rank_targets_alone
 from trainer.list_metrics import list_metrics_of_sizes
 from trainer.metrics import ranking_metrics
 from trainer.plots import plot_metric_by_size
@@ -39,9 +40,9 @@ def test_every_size(
     written, if a slice does not score as the model's prefix does.
     """
     rows = eval_rows(sequences, config.lru_max_len, "test")
-    trained, _ = read_config(folder)
-    folder = out or folder
-    ks = tuple(sorted({*config.metric_ks, *trained.metric_ks}))  # the run's files never lose a cut-off
+    trained_ks = processes.on_main_process(lambda: read_config(folder)[0].metric_ks)
+    out = out or folder
+    ks = tuple(sorted({*config.metric_ks, *trained_ks}))  # the run's files never lose a cut-off
     batch_size, sizes = config.test_batch_size, model.sizes
     if alone and isinstance(model, FMRLRec):  # eval.py refuses a baseline
         ranks = rank_targets_alone(model, rows, sizes=sizes, batch_size=batch_size, mask_history=mask_history)
@@ -49,22 +50,25 @@ def test_every_size(
         ranks = rank_targets(model, rows, sizes=sizes, batch_size=batch_size, mask_history=mask_history)
     results = {m: ranking_metrics(of_size, ks) for m, of_size in ranks.items()}
     counts = times_trained(sequences, model.num_items)
+    popularity = Popularity(model.num_items)
+    popularity.counts = torch.from_numpy(counts).float()
+    of_popularity = evaluate(popularity, rows, sizes=(1,), batch_size=batch_size, ks=ks, mask_history=mask_history)[1]
     if processes.rank() == 0:
         by_time = "" if sequences.cuts is None else f", split by {sequences.split}"
-        masked = ", history masked" if mask_history else ""
-        title = f"{config.dataset_code}{by_time}, {describe_model(config)}: test{masked}"
+        protocol = "masked" if mask_history else "kept"
+        title = f"{config.dataset_code}{by_time}, {describe_model(config)}: test, history {protocol}"
         of_users = {m: of_size.numpy() for m, of_size in ranks.items()}
-        save_ranks(folder / result_file(USER_RANKS, mask_history), of_users, max(ks), counts[rows.targets])
+        save_ranks(out / result_file(USER_RANKS, mask_history), of_users, max(ks), counts[rows.targets])
         print_table(results, [f"{metric}@{k}" for k in config.metric_ks[:2] for metric in METRICS])
-        write_json(folder / result_file(LARGEST, mask_history), results[max(results)])
-        path = folder / result_file(EVERY_SIZE, mask_history)
+        write_json(out / result_file(LARGEST, mask_history), results[max(results)])
+        path = out / result_file(EVERY_SIZE, mask_history)
         write_json(path, {str(m): metrics for m, metrics in results.items()})
-        plot_metric_by_size(results, ks, title, path.with_suffix(".png"))
+        plot_metric_by_size(results, ks, title, path.with_suffix(".png"), of_popularity)
         print(f"written: {path} and {path.with_suffix('.png').name}", flush=True)
         if list_metrics:
             found = list_metrics_of_sizes(model, rows, torch.from_numpy(counts), config.metric_ks[:2], mask_history)
             print_table(found, list(found[model.sizes[-1]]))
-            write_json(folder / result_file(LIST_METRICS, mask_history), {str(m): found[m] for m in found})
+            write_json(out / result_file(LIST_METRICS, mask_history), {str(m): found[m] for m in found})
     if isinstance(model, FMRLRec):  # a baseline has nothing to slice
         batch = next(eval_batches(rows, config.test_batch_size, next(model.parameters()).device))
         for m in model.sizes:

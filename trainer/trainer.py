@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -60,13 +61,20 @@ class Progress:
 class Trainer:
     """Trains a model on the training items of all users, and writes the run's folder."""
 
-    def __init__(self, model: SequenceModel, sequences: Sequences, config: Config, run: TrainingRun) -> None:
-        """Resumes if the run has a state of finished epochs."""
+    def __init__(
+        self,
+        model: SequenceModel,
+        sequences: Sequences,
+        config: Config,
+        run: TrainingRun,
+        users: np.ndarray | None = None,
+    ) -> None:
+        """users: the training rows to train on; None: all. Resumes if the run has a state of finished epochs."""
         device = next(model.parameters()).device
         rows = train_rows(sequences, config.lru_max_len, config.first_item_label)
         ranks = processes.rank(), processes.world_size()
         self.model, self.config, self.run = model, config, run
-        self.loader = TrainLoader(rows, config.train_batch_size, config.seed, device, *ranks)
+        self.loader = TrainLoader(rows, config.train_batch_size, config.seed, device, *ranks, users)
         self.val_rows = eval_rows(sequences, config.lru_max_len, "val")
         self.step = build_step(model, self.loader, config)
         self.average = WeightAverage(model, config.ema_decay, self.step.rows) if config.ema_decay else None
@@ -207,9 +215,9 @@ class Trainer:
         progress, count = self.progress, self.epoch_steps
         rate = progress.batch / (now - self._started)
         counted = progress.batch - unchecked
-        loss = f"{progress.loss / counted:.4f}" if counted else "?"
+        loss = f"  loss {progress.loss / counted:.4f}" if counted else ""  # counted every CHECK_EVERY steps
         processes.print_main(
-            f"epoch {progress.epoch + 1:3d}  step {progress.batch}/{count}  loss {loss}  {rate:.1f} steps/s  "
+            f"epoch {progress.epoch + 1:3d}  step {progress.batch}/{count}{loss}  {rate:.1f} steps/s  "
             f"{(count - progress.batch) / rate / 60:.1f} min left in the epoch"
         )
 
@@ -307,7 +315,7 @@ class Trainer:
 
 
 def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Step | GraphedStep:
-    """Return the training step: as CUDA graphs on a single GPU, with sampled negatives if the settings ask for them."""
+    """Return the training step: as CUDA graphs on GPUs, with sampled negatives if the settings ask for them."""
     sampled = 0 < config.num_negatives < model.num_items
     if config.num_negatives and not sampled:
         processes.print_main(
@@ -316,7 +324,7 @@ def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Ste
     sampler = NegativeSampler(loader.label_counts(model.num_items), config.num_negatives) if sampled else None
     rows = sparse_rows(model.items.learned, config, loader.device, sampled)
     step = Step(model, build_optimizer(model, config, rows), config, sampler, rows)
-    graphed = loader.device.type == "cuda" and processes.world_size() == 1 and model.static_shapes and not rows
+    graphed = loader.device.type == "cuda" and model.static_shapes and not rows
     return GraphedStep(step) if graphed else step
 
 

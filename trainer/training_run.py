@@ -1,7 +1,9 @@
 """A run that is being trained: its settings, its folder, its lock and its log. Rank 0 alone touches files."""
 
+import hashlib
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,13 +15,13 @@ from torch import nn
 
 from common import processes
 from common.devices import device_name
-from common.settings import format_value
+from common.settings import format_value, is_runtime
 from config import Config
 from datasets.catalog import Catalog
 from model.base import CountingModel, SequenceModel
 from trainer.checkpoint import load_state, load_weights
 from trainer.run_items import RunItems, keep_table, write_items
-from trainer.runlog import RunLog, start_wandb
+from trainer.runlog import RunLog, check_tensorboard, start_tensorboard, start_wandb
 from trainer.runs import (
     ITEMS,
     STATE,
@@ -39,10 +41,13 @@ class TrainingRun:
 
     folder: Path
     log: RunLog
+    on_epoch: Callable[[dict[str, Any]], None] | None = None  # called with each record of the log
 
     def __init__(self, config: Config, sources: dict[str, str], resumed: Path | None = None) -> None:
         """sources: where each setting came from. resumed: the folder of the run to continue; None: a new run."""
         self.config, self.sources, self.resumed = config, sources, resumed
+        if config.use_tensorboard:
+            check_tensorboard()
         self.state: dict[str, Any] | None = None  # of the finished epochs
 
     def check_data(self, catalog: Catalog) -> None:
@@ -60,7 +65,13 @@ class TrainingRun:
     def training(
         self, device: torch.device, catalog: Catalog, features: Sequence[np.memmap], num_parameters: int
     ) -> Iterator[None]:
-        """Make or resume the folder, hold its lock, and print the settings. Ctrl-C prints how to continue."""
+        """Make or resume the folder, hold its lock, and print the settings. Ctrl-C prints how to continue.
+
+        Raises InputError that names a machine whose flags are others.
+        """
+        trained = [f"{name}={value}" for name, value in vars(self.config).items() if not is_runtime(Config, name)]
+        digest = hashlib.sha256(" ".join(trained).encode()).hexdigest()
+        processes.check_same("the settings", digest, "start the same command on every machine")
         files = [Path(str(part.filename)).name for part in features]
         make = partial(
             create_run, self.config, self.sources, device_name(device), catalog.digest(), catalog.sequences.split, files
@@ -71,14 +82,20 @@ class TrainingRun:
         try:
             with ExitStack() as lock:
                 processes.on_main_process(lambda: lock.enter_context(run_lock(self.folder)))
-                if not (self.folder / ITEMS).exists():
-                    processes.on_main_process(lambda: write_items(self.folder, RunItems.of(catalog)))
+                processes.on_main_process(lambda: self._keep_items(catalog))
                 self._open_log(device)
                 yield
         except KeyboardInterrupt:
             if processes.rank() == 0:
-                print(f"\ncontinue with: {processes.command()} train.py --resume {self.folder}", file=sys.stderr)
+                print(
+                    f"\ncontinue with: {processes.command()} train.py --resume {shlex.quote(str(self.folder))}",
+                    file=sys.stderr,
+                )
             raise
+
+    def _keep_items(self, catalog: Catalog) -> None:
+        if not (self.folder / ITEMS).exists():  # also in a resumed run of an earlier version
+            write_items(self.folder, RunItems.of(catalog))
 
     def _open_log(self, device: torch.device) -> None:
         if self.resumed:
@@ -86,10 +103,13 @@ class TrainingRun:
             self.state = processes.on_main_process(partial(load_state, self.folder / STATE))
         done = self.state["progress"]["epoch"] if self.state else 0
         records = processes.on_main_process(partial(read_log, self.folder))
-        wandb_run = None
+        wandb_run = tensorboard = None
         if self.config.use_wandb and processes.rank() == 0:
             wandb_run = start_wandb(self.folder, vars(self.config))
-        self.log = RunLog(self.folder, [record for record in records if record["epoch"] <= done], wandb_run)
+        if self.config.use_tensorboard and processes.rank() == 0:
+            tensorboard = start_tensorboard(self.folder, done)
+        done_records = [record for record in records if record["epoch"] <= done]
+        self.log = RunLog(self.folder, done_records, wandb_run, tensorboard, self.on_epoch)
         if self.resumed:
             step = self.state["progress"].get("batch", 0) if self.state else 0
             started = f"continuing after epoch {done}{f', step {step}' if step else ''}"
@@ -103,6 +123,10 @@ class TrainingRun:
             if source == "flag" and name in ineffective:
                 source = "flag; without effect, given the other settings"
             processes.print_main(f"  {name:24} {format_value(value)}{'' if source == 'default' else f'   ({source})'}")
+
+    def plot_training(self) -> None:
+        """Draw the curves of loss and validation into the run's folder."""
+        processes.on_main_process(lambda: self.log.plot(self.config))
 
     def keep_table(self, model: SequenceModel | CountingModel) -> None:
         """Keep the item table of the best weights, so that an export needs no dataset."""

@@ -18,16 +18,27 @@ again.
 import os
 import time
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 from msgspec import Struct
 
 from common.errors import InputError
-from common.files import ARRAY_ERRORS, cannot_write, check_regular, read_json, remove_leftovers, sha256, write_json
+from common.files import (
+    ARRAY_ERRORS,
+    cannot_write,
+    check_regular,
+    read_json,
+    remove_leftovers,
+    replacing,
+    sha256,
+    write_json,
+)
 from common.processes import print_main
 from common.schema import Number, check_schema
 
@@ -194,8 +205,8 @@ def finish(path: Path, header: dict[str, Any], batches: list[np.ndarray]) -> dic
     lost = unfinished(path, batches)
     if lost:
         raise InputError(
-            f"{partial}: {len(lost)} of {len(batches)} batches did not arrive; ranks on several machines need a folder "
-            f"that maps the same memory, so run those of one machine; what arrived is kept"
+            f"{partial}: {len(lost)} of {len(batches)} batches did not arrive; the processes of a machine need a "
+            f"folder that maps the same memory, so give a local --features_root; what arrived is kept"
         )
     try:
         with partial.open("rb+") as file:
@@ -207,6 +218,20 @@ def finish(path: Path, header: dict[str, Any], batches: list[np.ndarray]) -> dic
         raise cannot_write(path, error) from error
     drop(path)
     return header
+
+
+def look_again(path: Path) -> None:
+    """Make a network file system look again for files that another machine made meanwhile."""
+    with suppress(OSError), TemporaryFile(dir=path.parent):
+        pass
+
+
+def receive(file: File, pieces: Iterable[bytes]) -> None:
+    """Write a finished array that comes in pieces, and its sidecar. Raises InputError if the disk is full."""
+    with replacing(file.path) as temporary:
+        with temporary.open("wb") as opened:
+            opened.writelines(pieces)
+        write_json(sidecar(file.path), file.header)
 
 
 def drop(path: Path) -> None:

@@ -188,10 +188,13 @@ class EncodedModality(Modality):
         workers = encode.num_workers(job.settings.encoder_workers, len(share)) if encoder.slow_to_prepare else 0
         encoded = encode.encode_batches(encoder, self.read, encode.progress(batches, len(share)), workers=workers)
         try:
-            writer = cache.Writer(path)
-            for number, features in zip(share, encoded, strict=True):
-                writer.write(number, rows[number], features)
-            processes.barrier()
+
+            def write() -> None:
+                writer = cache.Writer(path)
+                for number, features in zip(share, encoded, strict=True):
+                    writer.write(number, rows[number], features)
+
+            processes.together(write)
 
             def finish() -> dict[str, Any]:
                 features = cache.partial(path)

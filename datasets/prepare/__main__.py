@@ -32,6 +32,7 @@ from common.files import cannot_write, remove_leftovers, write_json, write_text
 from config import SECTIONS, Config, resolve
 from datasets.catalog import FILES, REPORT, SPLIT, load_catalog, prepare_command, read_report
 from datasets.item2img import ITEM2IMG, MANIFEST
+from datasets.load import load_alike
 from datasets.prepare.amazon import BASE_URL, PAPER_SETS
 from datasets.prepare.raw import FILTERS, not_known, prepare_data
 from datasets.prepare.summary import in_words, summarise
@@ -97,6 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="order of a user's events at the same time: as in the file, or shuffled; or leave out users whose last "
         f"two events tie {default}",
     )
+    group.add_argument(
+        "--counts",
+        choices=("memory", "duckdb"),
+        default="memory",
+        help="where the filters are computed: in memory, or on disk for events that do not fit there, with the "
+        f"package duckdb; the data are the same {default}",
+    )
     parser.set_defaults(**FILTERS)
     group = parser.add_argument_group("the split")
     group.add_argument(
@@ -130,19 +138,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
     folder = Path(config.data_root) / config.dataset_code
     _check_dataset(config.dataset_code)
     if "data" not in steps:
-        load_catalog(config.data_root, config.dataset_code)  # says what is missing before anything is made
+        load_alike(lambda: load_catalog(config.data_root, config.dataset_code))  # raises before anything is made
     elif not (config.dataset_code in PAPER_SETS or arguments.events or folder.exists()):
         raise InputError(not_known(config.dataset_code))
     first = processes.rank() == 0  # the others of torchrun share in the encoding
     changes = first and steps != ("features",)
     with only_one(folder) if changes else nullcontext():
-        if "data" in steps and first:
-            prepare_data(config, arguments, folder, command)
-        if "pictures" in steps and first:
-            fetch_all_pictures(config, arguments, folder)
-        if first:
+
+        def prepare() -> None:
+            if "data" in steps:
+                prepare_data(config, arguments, folder, command)
+            if "pictures" in steps:
+                fetch_all_pictures(config, arguments, folder)
             report(config, folder, needed=changes)
-        processes.barrier()
+
+        processes.on_main_process(prepare)
         if "features" in steps:
             encode(config)
     return folder
@@ -162,6 +172,7 @@ def _steps(arguments: argparse.Namespace, config: Config) -> tuple[str, ...]:
     if "pictures" in steps and not config.use_img_encoder:
         raise InputError("--only pictures and --no-use_img_encoder: leave out one of the two")
     given = [name for name in ("overwrite", "events", "items", "columns") if getattr(arguments, name)]
+    given += ["counts"] if arguments.counts != "memory" else []
     given += ["split"] if arguments.split == "time" else []
     given += [name for name, usual in FILTERS.items() if getattr(arguments, name) != usual]
     given += ["raw_root"] if arguments.raw_root and "pictures" not in steps else []
@@ -274,17 +285,18 @@ def encode(config: Config) -> None:
     from common.devices import resolve_device
     from datasets.features.load import load_features
 
-    catalog = load_catalog(config.data_root, config.dataset_code)
-    if config.use_img_encoder and config.branch != "image" and not any(catalog.pictures or []):
+    say = processes.print_main
+    catalog = load_alike(lambda: load_catalog(config.data_root, config.dataset_code))
+    has_pictures, has_text = processes.on_main_process(lambda: (any(catalog.pictures or []), any(catalog.metadata)))
+    if config.use_img_encoder and config.branch != "image" and not has_pictures:
         config = replace(config, use_img_encoder=False)
         command = prepare_command(Path(config.data_root), config.dataset_code, only="pictures")
-        print(f"there are no pictures, so {config.branch} alone is encoded; to fetch pictures: {command}", flush=True)
-    if config.use_language_encoder and not any(catalog.metadata):
-        print(f"{config.dataset_code} has no metadata, so there is no text to encode; {NO_ITEMS}", flush=True)
+        say(f"there are no pictures, so {config.branch} alone is encoded; to fetch pictures: {command}")
+    if config.use_language_encoder and not has_text:
+        say(f"{config.dataset_code} has no metadata, so there is no text to encode; {NO_ITEMS}")
         return
-    parts = load_features(config, catalog, resolve_device(config.device))
-    for part in parts if processes.rank() == 0 else ():
-        print(f"features of {part.shape[0]:,} items, {part.shape[1]} wide: {part.filename}", flush=True)
+    for part in load_features(config, catalog, resolve_device(config.device)):
+        say(f"features of {part.shape[0]:,} items, {part.shape[1]} wide: {part.filename}")
 
 
 def report(config: Config, folder: Path, needed: bool) -> None:

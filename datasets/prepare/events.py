@@ -5,9 +5,10 @@ n events, U users, N items.
 
 from array import array
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -32,6 +33,7 @@ class Events:
     rating: np.ndarray  # [n] float32, NaN if there is none
     line: np.ndarray | None  # [n] int64: equal for copies of one line; None: the four columns tell
     notes: list[str]  # what was left out, with counts
+    filters: tuple[dict[str, Any], ...] = ()  # that were applied already: users, items and interactions after each
 
 
 def read_events(path: Path, columns: "Columns | None" = None) -> Events:
@@ -40,37 +42,67 @@ def read_events(path: Path, columns: "Columns | None" = None) -> Events:
     columns: names of the file's columns, from --columns. Raises InputError if the file is damaged or holds something
     else.
     """
-    from datasets.prepare.readers import find_reader
-    from datasets.prepare.readers.base import HINT
-
-    file = RecordFile(path, f"{HINT}, with times as numbers or ISO 8601 text such as 2024-05-31T10:00:00")
-    coded = {"user": Codes(), "item": Codes()}
-    times, time, rating, line = Times(), array("d"), array("f"), array("q")
-    with tqdm(desc=f"reading {path.name}", unit="event", unit_scale=True, disable=None) as bar:
-        for chunk in find_reader(path).events(file, columns or {}):
-            bar.update(len(chunk))
-            raw = {name: chunk[name] for name in coded}
-            found = {name: ids(raw[name]) for name in coded} | {"time": times.read(chunk["time"])}
-            known = [column.notna().to_numpy() for name, column in found.items() if column is not raw.get(name)]
-            good = np.logical_and.reduce(known)
-            _count_bad(file, chunk, found, np.flatnonzero(~good))
-            for name, codes in coded.items():
-                codes.add(found[name] if good.all() else found[name][good])
-            time.frombytes(found["time"].to_numpy()[good].tobytes())
-            rating.frombytes(ratings(chunk)[good].tobytes())
-            if "line" in chunk:
-                line.frombytes(chunk["line"].to_numpy(np.int64)[good].tobytes())
-    notes = file.check("events with a user, an item and a time")
+    file = event_file(path)
+    coded = Codes(), Codes()
+    time, rating, line = array("d"), array("f"), array("q")
+    for chunk in event_chunks(file, columns):
+        for codes, names in zip(coded, (chunk.user, chunk.item), strict=True):
+            codes.add(names)
+        time.frombytes(chunk.time.tobytes())
+        rating.frombytes(chunk.rating.tobytes())
+        if chunk.line is not None:
+            line.frombytes(chunk.line.tobytes())
+    notes = check_events(file)
+    users, items = coded
     return Events(
-        users=list(coded["user"].number),
-        items=list(coded["item"].number),
-        user=np.asarray(coded["user"].codes),
-        item=np.asarray(coded["item"].codes),
+        users=list(users.number),
+        items=list(items.number),
+        user=np.asarray(users.codes),
+        item=np.asarray(items.codes),
         time=np.asarray(time),
         rating=np.asarray(rating),
         line=np.asarray(line) if line else None,
         notes=notes,
     )
+
+
+class Chunk(NamedTuple):
+    """Some events in the order of their file, as in Events."""
+
+    user: "pd.Series"  # ids
+    item: "pd.Series"  # ids
+    time: np.ndarray
+    rating: np.ndarray
+    line: np.ndarray | None
+
+
+def event_file(path: Path) -> RecordFile:
+    from datasets.prepare.readers.base import HINT
+
+    return RecordFile(path, f"{HINT}, with times as numbers or ISO 8601 text such as 2024-05-31T10:00:00")
+
+
+def event_chunks(file: RecordFile, columns: "Columns | None" = None) -> Iterator[Chunk]:
+    """Yield the events with a user, an item and a time, and count the others in `file`."""
+    from datasets.prepare.readers import find_reader
+
+    times = Times()
+    with tqdm(desc=f"reading {file.path.name}", unit="event", unit_scale=True, disable=None) as bar:
+        for chunk in find_reader(file.path).events(file, columns or {}):
+            bar.update(len(chunk))
+            raw = {name: chunk[name] for name in ("user", "item")}
+            found = {name: ids(raw[name]) for name in raw} | {"time": times.read(chunk["time"])}
+            known = [column.notna().to_numpy() for name, column in found.items() if column is not raw.get(name)]
+            good = np.logical_and.reduce(known)
+            _count_bad(file, chunk, found, np.flatnonzero(~good))
+            user, item = (found[name] if good.all() else found[name][good] for name in raw)
+            line = chunk["line"].to_numpy(np.int64)[good] if "line" in chunk else None
+            yield Chunk(user, item, found["time"].to_numpy()[good], ratings(chunk)[good], line)
+
+
+def check_events(file: RecordFile) -> list[str]:
+    """Return notes on the lines that were left out. Raises InputError if they are too many."""
+    return file.check("events with a user, an item and a time")
 
 
 def _count_bad(file: RecordFile, chunk: "pd.DataFrame", found: dict[str, "pd.Series"], rows: np.ndarray) -> None:
@@ -135,6 +167,8 @@ class Times:
 
         if pd.api.types.is_datetime64_any_dtype(column.dtype):
             return _milliseconds(pd.to_datetime(column, utc=True))
+        if pd.api.types.is_bool_dtype(column.dtype):
+            return pd.Series(np.nan, index=column.index)
         if column.dtype == object and pd.api.types.infer_dtype(column) != "integer":
             column = column.where(~column.map(lambda value: isinstance(value, bool)))
         numbers = pd.to_numeric(column, errors="coerce").astype("float64")

@@ -43,7 +43,13 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, co
     from datasets.prepare.items import Items, read_items
     from datasets.prepare.sequences import make_sequences
 
-    events = read_events(events_file, columns)
+    if arguments.counts == "duckdb":
+        from datasets.prepare.disk import read_core
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        events = read_core(events_file, columns, folder.with_name(f".{folder.name}.counts"), **filters)
+    else:
+        events = read_events(events_file, columns)
     made, notes = make_sequences(events, **filters, split=split), events.notes
     del events  # a third of the memory
     items = Items({}, {}, [])

@@ -52,9 +52,11 @@ def make_sequences(
 
     Raises InputError if nothing is left, naming a k that would leave something.
     """
-    filters: list[dict[str, Any]] = []
+    filters = list(events.filters)
 
     def count(name: str, rows: np.ndarray) -> None:
+        if any(step["after"] == name for step in events.filters):
+            return
         users, items = (len(np.unique(column[rows])) for column in (events.user, events.item))
         filters.append({"after": name, "users": users, "items": items, "interactions": len(rows)})
 
@@ -92,7 +94,7 @@ def make_sequences(
 
     user, item = events.user[rows], events.item[rows]
     users, lengths = np.unique(user, return_counts=True)
-    if lengths.max() < MIN_ITEMS:
+    if lengths.max() < MIN_ITEMS and not split:
         raise InputError(
             f"no user has {MIN_ITEMS} events or more (one each to train, validate and test on); lower --min_sc"
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import tempfile
 import zlib
@@ -73,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     except OSError as error:
         raise cannot_write(out, error) from error
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{arguments.out}: {total / 1e6:.1f} MB. To see it: python -m http.server -d {arguments.out}")
+    print(
+        f"{arguments.out}: {total / 1e6:.1f} MB. To see it: python -m http.server -d {shlex.quote(str(arguments.out))}"
+    )
     return arguments.out
 
 

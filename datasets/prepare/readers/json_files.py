@@ -11,11 +11,11 @@ import numpy as np
 import orjson
 
 from common.errors import InputError
-from common.files import is_deep, parse_json
+from common.files import is_deep
 from datasets.prepare.readers.base import HINT, Head
 from datasets.prepare.readers.columns import Columns, find_columns, find_id, no_events, plain
 from datasets.prepare.readers.text import Histories
-from datasets.records import MAX_LINE, RecordFile, open_data, parse_record
+from datasets.records import MAX_LINE, MAX_MARKS, RecordFile, open_data, parse_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 KEYED = re.compile(r'\{\s*"\d+"\s*:\s*[\[{]')
 LINES = 20_000  # records in a chunk
+BEFORE = re.compile(r'[\s,]*(?:"((?:[^"\\]|\\.)*)"\s*:\s*)?')  # a value: in an object its key
 PIECE = 1 << 20  # characters read at a time
 FIELDS = ("user", "item", "time", "rating")
 
@@ -97,6 +98,51 @@ class JsonLines:
                 yield record
 
 
+def values(file: RecordFile, start: re.Pattern[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the values of the array or object that begins where `start` matches, each with its key ("" in an array).
+
+    They are read in pieces. Raises InputError if the file was cut short, or a value is as large as no line may be.
+    """
+    decoder, closing = json.JSONDecoder(), "}" if start is KEYED else "]"
+    with open_data(file.path, HINT, file) as raw:
+        source = io.TextIOWrapper(raw, encoding="utf-8", errors="replace")
+        text = source.read(PIECE)
+        begin = start.search(text)
+        assert begin is not None  # it was recognised by this
+        place = begin.start() + 1
+        while True:
+            key = BEFORE.match(text, place)
+            assert key is not None  # matches anything
+            if text.startswith(closing, key.end()):
+                return
+            try:
+                name = json.loads(f'"{key[1] or ""}"')
+                if start is KEYED and key[1] is None:
+                    raise ValueError("it has no key")
+                value, end = decoder.raw_decode(text, key.end())
+                if end == len(text):
+                    raise ValueError("the file ends here")  # or a number goes on
+            except (ValueError, RecursionError) as error:
+                text, place = text[place:], 0
+                number = file.number + 1
+                if len(text) > MAX_LINE or sum(map(text.count, ",[{")) > MAX_MARKS:
+                    raise InputError(
+                        f"{file.path}: value {number} has more than {MAX_LINE:,} characters or {MAX_MARKS:,} values; "
+                        f"write an object a line, or leave out what is not needed"
+                    ) from None
+                more = source.read(PIECE)
+                if not more:
+                    raise InputError(
+                        f"{file.path} is cut short or not JSON: value {number} cannot be read ({error}); {HINT}"
+                    ) from None
+                text += more
+                continue
+            place = end
+            file.number += 1
+            file.lines += 1
+            yield name, value
+
+
 class JsonArray:
     """`[{...}, {...}]`, or an object around it: `{"reviews": [{...}, ...]}`. It is read in pieces."""
 
@@ -116,32 +162,8 @@ class JsonArray:
 
     def records(self, file: RecordFile) -> Iterator[dict[str, Any] | None]:
         """Yield the objects of the array. Raises InputError if it was cut short."""
-        decoder, blanks = json.JSONDecoder(), re.compile(r"[\s,]*")
-        with open_data(file.path, HINT, file) as raw:
-            source = io.TextIOWrapper(raw, encoding="utf-8", errors="replace")
-            text = source.read(PIECE)
-            start = LIST_OF_OBJECTS.search(text)
-            assert start is not None  # it was recognised by this
-            place = start.start() + 1
-            while True:
-                place = blanks.match(text, place).end()  # type: ignore[union-attr]  # matches anything
-                if text.startswith("]", place):
-                    return
-                try:
-                    record, place = decoder.raw_decode(text, place)
-                except (ValueError, RecursionError) as error:
-                    text, place = text[place:], 0
-                    more = source.read(max(PIECE, len(text))) if len(text) < MAX_LINE else ""
-                    if not more:
-                        raise InputError(
-                            f"{file.path} is no whole JSON array: object {file.number + 1} cannot be read ({error}); "
-                            f"{HINT}"
-                        ) from None
-                    text += more
-                    continue
-                file.number += 1
-                file.lines += 1
-                yield record if isinstance(record, dict) and not is_deep(record) else None
+        for _, record in values(file, LIST_OF_OBJECTS):
+            yield record if isinstance(record, dict) and not is_deep(record) else None
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
         return chunks(file, self.batches(file), columns)
@@ -155,7 +177,7 @@ class JsonArray:
     def items(self, file: RecordFile, columns: Columns) -> Iterator[dict[str, Any]]:
         for record in self.records(file):
             if record is None:
-                file.count_bad()
+                file.count_bad(problem="no object")
             else:
                 yield record
 
@@ -169,20 +191,21 @@ class KeyedJson:
         return bool(KEYED.match(head.text))
 
     def pairs(self, file: RecordFile) -> Iterator[tuple[str, Any]]:
-        with open_data(file.path, HINT) as raw:
-            try:
-                found = parse_json(raw.read().decode("utf-8-sig"))
-            except ValueError as error:
-                raise InputError(f"{file.path} is not JSON ({error}); {HINT}") from None
-        for key, value in found.items():
-            file.lines += 1
-            file.number += 1
-            yield key, value
+        """Yield the keys with their values. Keys that occur again are counted as bad."""
+        seen: set[str] = set()
+        for key, value in values(file, KEYED):
+            if key in seen:
+                file.count_bad(problem=f"{key!r} occurs twice")
+            elif is_deep(value):
+                file.count_bad(problem=f"{key!r} is nested too deep")
+            else:
+                yield key, value
+            seen.add(key)
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
         histories = Histories()
         for user, items in self.pairs(file):
-            if not isinstance(items, list) or not all(isinstance(item, int | str) for item in items):
+            if not (isinstance(items, list) and items and {*map(type, items)} <= {int, str}):
                 file.count_bad(problem=f"{user!r} has no list of items")
                 continue
             histories.add(file.number, user, list(map(str, items)))

@@ -64,10 +64,10 @@ def read_csv(file: RecordFile, chunk: int, **how: Any) -> Iterator["pd.DataFrame
             ) from None
 
 
-def records(frames: Iterator["pd.DataFrame"]) -> Iterator[dict[str, Any]]:
+def records(file: RecordFile, frames: Iterator["pd.DataFrame"]) -> Iterator[dict[str, Any]]:
     """Yield rows as dicts, without empty cells."""
     for frame in frames:
-        for row in frame.to_dict("records"):
+        for file.number, row in zip(frame.index, frame.to_dict("records"), strict=True):
             yield {str(name): value for name, value in row.items() if value is not None and value == value}
 
 
@@ -106,7 +106,7 @@ class Table:
         separator, names = self.header(file.path)
         if find_id(names, columns) is None:
             raise no_items(file.path, names)
-        return records(read_csv(file, ITEMS_CHUNK, sep=separator, header=0, names=names, dtype="str"))
+        return records(file, read_csv(file, ITEMS_CHUNK, sep=separator, header=0, names=names, dtype="str"))
 
 
 def no_items(path: Path, names: list[str]) -> InputError:
@@ -128,7 +128,7 @@ class Headerless:
         return rows_match(head.lines, self.row)
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
-        if "user" not in self.fields:
+        if not {"user", "time"} <= set(self.fields):
             raise no_events(file.path, self.fields)
         # pandas reads one character fast: "::" is ":" with empty cells between.
         step = len(self.separator)
@@ -151,6 +151,7 @@ class Headerless:
 HEADERLESS = (
     Headerless("MovieLens ratings.dat", r"\d+::\d+::[\d.]+::\d+", "::", ("user", "item", "rating", "time")),
     Headerless("MovieLens u.data", r"\d+\t\d+\t[\d.]+\t\d+", "\t", ("user", "item", "rating", "time")),
+    Headerless("ratings without times", r"\d+(::|\t)\d+\1[\d.]+(?:\1)?", "::", ("user", "item", "rating")),
     Headerless("MovieLens movies.dat", r"\d+::.+::[^:]*", "::", ("item", "title", "categories")),
     Headerless("MovieLens u.item", r"\d+\|[^|]*\|[^|]*\|.*(?:\|[01]){10,}", "|", ("item", "title", "date")),
 )
@@ -230,6 +231,17 @@ class Parquet:
                 if find_id(table.schema_arrow.names, columns) is None:
                     raise no_items(part, table.schema_arrow.names)
                 for batch in table.iter_batches(ITEMS_CHUNK):
-                    for record in batch.to_pylist():
+                    for record in batch.cast(self.as_text(batch.schema)).to_pylist():
                         file.lines += 1
+                        file.number = file.lines
                         yield record
+
+    @staticmethod
+    def as_text(schema: Any) -> Any:
+        """Return the schema with text in place of what JSON has not: dates, times and decimals."""
+        import pyarrow as pa
+
+        for place, field in enumerate(schema):
+            if pa.types.is_temporal(field.type) or pa.types.is_decimal(field.type):
+                schema = schema.set(place, field.with_type(pa.string()))
+        return schema

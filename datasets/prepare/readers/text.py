@@ -42,12 +42,18 @@ class SequenceText:
         return all(SEQUENCE.fullmatch(line.strip()) for line in head.lines)
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
-        histories = Histories()
+        histories, seen = Histories(), set[str]()
         for line in file.texts():
             if not SEQUENCE.fullmatch(line):
                 file.count_bad(problem=repr(line[:60]))
                 continue
             user, *items = line.split()
+            if user in seen:
+                raise InputError(
+                    f"{file.path}:{file.number}: a second line of user {user!r}; sequences have one line per user, and "
+                    f"a table of events needs a header and a time: user,item,time"
+                )
+            seen.add(user)
             histories.add(file.number, user, items)
             yield from histories.chunk()
         yield from histories.chunk(at_least=1)

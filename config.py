@@ -160,13 +160,6 @@ class TrainingSettings(Settings):
     train_batch_size: int = setting(32, "users per training step, over all processes", at_least=1)
     num_epochs: int = setting(500, "maximum number of epochs, and end of the cosine schedule", at_least=1)
     epoch_steps: int = setting(0, "steps per epoch, of random users; 0: every user once", at_least=0, extension=True)
-    train_users: str = setting(
-        "all",
-        "all, or changed: only users with other training items than in the run of --init_from",
-        choices=("all", "changed"),
-        used_if=lambda c: bool(c.init_from),
-        extension=True,
-    )
     precision: str = setting("fp32", "precision of matrix products in training", choices=("fp32", "tf32", "bf16"))
     optimizer: str = setting("adamw", "adamw, or adam: weight decay added to the gradient", choices=("adamw", "adam"))
     lr: float = setting(1e-4, "peak learning rate", above=0)

@@ -39,7 +39,6 @@ def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]],
     # Heavy imports wait until flags and dataset are known to be good, so that --help and errors come at once.
     import torch
 
-    from common import processes
     from common.devices import resolve_device
     from datasets.features.load import load_features
     from datasets.load import load_dataset
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]],
     from trainer.testing import test_every_size
     from trainer.trainer import Trainer
     from trainer.training_run import TrainingRun
-    from trainer.warm_start import load_initial, users_to_train, warm_settings
+    from trainer.warm_start import load_initial, warm_settings
 
     if settings or not arguments.resume:
         run = TrainingRun(*(settings or warm_settings(flags)))
@@ -75,8 +74,7 @@ def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]],
         if isinstance(model, CountingModel):
             CountingTrainer(model, catalog.sequences, config, run).fit()
         else:
-            users = processes.on_main_process(lambda: users_to_train(catalog, config, run.folder))
-            Trainer(model, catalog.sequences, config, run, users).fit()
+            Trainer(model, catalog.sequences, config, run).fit()
         run.load_best(model)
         run.keep_table(model)
         run.plot_training()

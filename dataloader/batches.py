@@ -50,18 +50,10 @@ class TrainLoader:
     """
 
     def __init__(
-        self,
-        rows: TrainRows,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        users: np.ndarray | None = None,
+        self, rows: TrainRows, batch_size: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
     ) -> None:
-        """batch_size: rows per batch over all ranks, of which `rank` gets a share. users: the rows to train on; None:
-        all."""
-        self.offsets, self.users = rows.offsets, np.arange(len(rows)) if users is None else users
+        """batch_size: rows per batch over all ranks, of which `rank` gets a share."""
+        self.offsets, self.num_users = rows.offsets, len(rows)
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.rank, self.world_size = rank, world_size
         self.tokens, self.labels, self.position = (
@@ -70,15 +62,15 @@ class TrainLoader:
 
     def __len__(self) -> int:
         """Return the number of steps per epoch."""
-        return -(-len(self.users) // self.batch_size)
+        return -(-self.num_users // self.batch_size)
 
     def label_counts(self, num_items: int) -> Tensor:
-        """Count how often each token is a label of any user: [N+1]."""
+        """Count how often each token is a label: [N+1]."""
         return self.labels[:-1].bincount(minlength=num_items + 1)
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """Yield the batches of one epoch; every user to train on occurs once."""
-        order = self.users[np.random.default_rng([self.seed, number]).permutation(len(self.users))]
+        """Yield the batches of one epoch; every user occurs once."""
+        order = np.random.default_rng([self.seed, number]).permutation(self.num_users)
         begins, ends = self.offsets[order], self.offsets[order + 1]
         _, index, offsets = ranges(begins, ends)
         padded, longest, shares, counts = [], [], [], []

@@ -82,7 +82,7 @@ def test_a_run_folder_holds_settings_environment_log_weights_and_metrics(workpla
     run = run_train("--num_heads 2 --img_encoder pixel --lru_dropout 0.1")
     assert run.parent == Path("experiments/runs/tiny")
     files = "config.json env.json log.jsonl best.safetensors last.pt test_metrics.json test_mrl_metrics.json"
-    files += " items.json.gz table.safetensors histories.npy test_mrl_metrics.png training.png test_ranks.npz"
+    files += " items.json.gz table.safetensors test_mrl_metrics.png training.png test_ranks.npz"
     assert {p.name for p in run.iterdir()} == set(files.split())
     saved, environment = read_json(run / "config.json"), read_json(run / "env.json")
     assert saved["settings"]["mrl_hidden_sizes"] == [2, 4, 8]
@@ -237,24 +237,6 @@ def test_a_warm_start_on_newer_data_keeps_what_was_learned_of_items(workplace, m
     assert saved["settings"]["init_from"] == str(origin) and saved["sources"]["lr"] == "init_from"
     weights = hashlib.sha256((origin / "best.safetensors").read_bytes()).hexdigest()
     assert read_json(run / "env.json")["init_from"] == {"run": origin.name, "weights": weights}
-
-
-def test_a_warm_start_trains_on_changed_users_alone_whatever_the_items_numbers(run, monkeypatch):
-    path = Path("data/tiny/sequential_data.txt")
-    ids = list(read_json(path.parent / "datamaps.json")["item2id"])
-    lines = [[int(x) for x in line.split()] for line in path.read_text().splitlines()]
-    changed = [[user, *(len(ids) + 1 - i for i in items), *[1] * (user in (4, 7))] for user, *items in lines]
-    path.write_text("".join(f"{' '.join(map(str, line))}\n" for line in changed))
-    write_maps(path.parent, {item: str(number) for number, item in enumerate(ids[::-1], start=1)}, users=len(lines))
-    users, fit = [], Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", lambda self: (users.extend(self.loader.users), fit(self)))
-    update = train.main(["--init_from", str(run), "--train_users", "changed", "--num_epochs", "1"])
-    assert [lines[user][0] for user in users] == [4, 7]
-    with pytest.raises(InputError, match=f"all {len(lines)} users have the training items .* give newer data, or"):
-        train.main(["--init_from", str(update)])
-    (update / "histories.npy").unlink()
-    with pytest.raises(InputError, match=r"cannot read .*histories.npy .* give --train_users all"):
-        train.main(["--init_from", str(update)])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ config.json              settings and the source of each
 env.json                 versions, device, commit, command line, data and features; also of every --resume
 log.jsonl                one line per epoch
 items.json.gz            ids and titles of the items (trainer/run_items.py)
-histories.npy            a digest of every user's training items (trainer/warm_start.py)
 best.safetensors         weights of the best epoch by validation
 table.safetensors        the item table of these weights, if it is made of features: an export needs no dataset
 last.pt                  state for --resume, written after epochs and every save_every_minutes within one (popularity
@@ -42,7 +41,7 @@ from trainer.run_files import Environment, Epoch, MetricsBySize, SavedSettings
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
 WEIGHTS, STATE = "best.safetensors", "last.pt"
-ITEMS, TABLE, HISTORIES = "items.json.gz", "table.safetensors", "histories.npy"
+ITEMS, TABLE = "items.json.gz", "table.safetensors"
 LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz"
 LIST_METRICS = "test_list_metrics.json"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
@@ -190,7 +189,7 @@ def run_lock(run: Path) -> Iterator[None]:
         except (ImportError, OSError):  # this system or file system has no locks
             pass
         else:  # no other process trains the run, so these are of one that was killed
-            for name in (CONFIG, ENVIRONMENT, LOG, WEIGHTS, STATE, ITEMS, TABLE, HISTORIES):
+            for name in (CONFIG, ENVIRONMENT, LOG, WEIGHTS, STATE, ITEMS, TABLE):
                 remove_leftovers(run, name)
         yield
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -61,20 +60,13 @@ class Progress:
 class Trainer:
     """Trains a model on the training items of all users, and writes the run's folder."""
 
-    def __init__(
-        self,
-        model: SequenceModel,
-        sequences: Sequences,
-        config: Config,
-        run: TrainingRun,
-        users: np.ndarray | None = None,
-    ) -> None:
-        """users: the training rows to train on; None: all. Resumes if the run has a state of finished epochs."""
+    def __init__(self, model: SequenceModel, sequences: Sequences, config: Config, run: TrainingRun) -> None:
+        """Resumes if the run has a state of finished epochs."""
         device = next(model.parameters()).device
         rows = train_rows(sequences, config.lru_max_len, config.first_item_label)
         ranks = processes.rank(), processes.world_size()
         self.model, self.config, self.run = model, config, run
-        self.loader = TrainLoader(rows, config.train_batch_size, config.seed, device, *ranks, users)
+        self.loader = TrainLoader(rows, config.train_batch_size, config.seed, device, *ranks)
         self.val_rows = eval_rows(sequences, config.lru_max_len, "val")
         self.step = build_step(model, self.loader, config)
         self.average = WeightAverage(model, config.ema_decay, self.step.rows) if config.ema_decay else None

@@ -1,25 +1,21 @@
 """Start a training from the weights of another run: on newer data, or for more epochs (train.py --init_from)."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common import processes
 from common.errors import InputError
-from common.files import ARRAY_ERRORS, replacing, sha256
+from common.files import sha256
 from common.settings import format_value, is_runtime
 from config import COUNTING, Config, FeatureSettings, ModelSettings
-from dataloader import TrainRows, train_rows
 from datasets.catalog import Catalog
 from model.base import CountingModel, SequenceModel
 from trainer.checkpoint import load_weights
 from trainer.find_run import expand_preset
 from trainer.run_items import known_ids, move_rows
-from trainer.runs import HISTORIES, WEIGHTS, ineffective_settings, no_weights, read_config, read_environment
+from trainer.runs import WEIGHTS, ineffective_settings, no_weights, read_config, read_environment
 
 # Settings of the model and its features that fit any weights.
 FREE = {"lru_dropout", "lru_attn_dropout", "embedding_dropout", "dropout_from", "lru_r_min", "lru_r_max"}
@@ -83,37 +79,3 @@ def load_initial(model: SequenceModel | CountingModel, catalog: Catalog, origin:
 def load_moved(model: SequenceModel | CountingModel, run: Path, ids: Sequence[str], known: Sequence[str]) -> None:
     """Load a run's best weights, trained on the items `known`, into a model of the items `ids`."""
     load_weights(model, run / WEIGHTS, lambda weights: move_rows(weights, model, list(known), list(ids)))
-
-
-def users_to_train(catalog: Catalog, config: Config, run: Path) -> np.ndarray | None:
-    """Return the training rows of --train_users [n], or None for all; write a run's histories.npy.
-
-    Raises InputError if --train_users changed finds no change, or no histories.npy in the run of --init_from.
-    """
-    digests = history_digests(train_rows(catalog.sequences, config.lru_max_len, config.first_item_label), catalog.asins)
-    with replacing(run / HISTORIES) as temporary, temporary.open("wb") as file:
-        np.save(file, digests)
-    if not config.init_from or config.train_users == "all":
-        return None
-    path = Path(config.init_from) / HISTORIES
-    try:
-        before = np.load(path)
-    except ARRAY_ERRORS as error:
-        raise InputError(f"--train_users changed cannot read {path} ({error}); give --train_users all") from None
-    changed = np.flatnonzero(~np.isin(digests, before))
-    if not len(changed):
-        raise InputError(
-            f"--train_users changed: all {len(digests)} users have the training items that they had in "
-            f"{config.init_from}; give newer data, or --train_users all"
-        )
-    return changed
-
-
-def history_digests(rows: TrainRows, ids: Sequence[str]) -> np.ndarray:
-    """Return a digest of the labels of each row by the ids of the items: [U] uint64."""
-    hashes = [hashlib.sha256(item.encode("utf-8", "surrogatepass")).digest()[:8] for item in ids]
-    of_token = np.append(np.uint64(0), np.frombuffer(b"".join(hashes), dtype="<u8"))
-    lengths = np.diff(rows.offsets)
-    position = np.arange(len(rows.labels)) - np.repeat(rows.offsets[:-1], lengths)
-    powers = np.cumprod(np.full(lengths.max(), 0x9E3779B97F4A7C15, dtype=np.uint64))  # of an odd number, modulo 2**64
-    return np.add.reduceat(of_token[rows.labels] * powers[position], rows.offsets[:-1])

@@ -139,7 +139,9 @@ def test_the_notes_tell_repeats_and_ties():
         "1 of 2 users (50.0%) have the item before their target as the target again",
         "1 of 2 users (50.0%) have their last two events at the same time: --ties file decides which is the target",
     ]
-    assert make([*rows[3:5], ("V", "c", 3)]).notes == []
+    assert make([*rows[3:5], ("V", "c", 3), ("W", "a", 1)]).notes == []
+    for one, rows in (("user", [("V", i, 1) for i in "abc"]), ("item", [("V", "a", t) for t in (1, 2, 3)])):
+        assert any(note.startswith(f"there is only one {one}: ranks say nothing") for note in make(rows).notes)
 
 
 def test_ties_are_shuffled_alike_each_time():

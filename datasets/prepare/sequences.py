@@ -113,6 +113,11 @@ def make_sequences(
         if len(found)
     ]
     items, first, code = np.unique(item, return_index=True, return_inverse=True)
+    notes += [
+        f"there is only one {what}: ranks say nothing; give the events of more, or lower --min_uc and --min_sc"
+        for what, found in (("user", users), ("item", items))
+        if len(found) == 1
+    ]
     order = np.argsort(first)  # items by first appearance
     number = np.empty(len(items), dtype=np.int64)
     number[order] = np.arange(1, len(items) + 1)

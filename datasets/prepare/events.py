@@ -79,7 +79,10 @@ class Chunk(NamedTuple):
 def event_file(path: Path) -> RecordFile:
     from datasets.prepare.readers.base import HINT
 
-    return RecordFile(path, f"{HINT}, with times as numbers or ISO 8601 text such as 2024-05-31T10:00:00")
+    return RecordFile(
+        path,
+        f"{HINT}, with ids as text or whole numbers, and times as numbers or ISO 8601 text such as 2024-05-31T10:00:00",
+    )
 
 
 def event_chunks(file: RecordFile, columns: "Columns | None" = None) -> Iterator[Chunk]:

@@ -96,7 +96,8 @@ def make_sequences(
     users, lengths = np.unique(user, return_counts=True)
     if lengths.max() < MIN_ITEMS and not split:
         raise InputError(
-            f"no user has {MIN_ITEMS} events or more (one each to train, validate and test on); lower --min_sc"
+            f"no user has {MIN_ITEMS} events or more (one each to train, validate and test on); give more events, or "
+            f"lower --min_sc"
         )
     repeated = len(rows) - len(first_of_pairs(events, rows))
     if repeated:

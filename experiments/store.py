@@ -20,7 +20,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from common.errors import InputError
-from common.files import ARRAY_ERRORS, read_json, replacing, write_text
+from common.files import read_json, replacing, write_text
 from common.schema import Count, Number, Positive, check_schema, read_json_lines
 from common.settings import check_types
 from config import Config
@@ -41,7 +41,7 @@ from trainer.runs import (
     unfinished,
     untrained,
 )
-from trainer.user_ranks import TRAINED
+from trainer.user_ranks import TRAINED, decoded, read_arrays
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,8 +173,8 @@ class KeptRun:
         """Return size -> the rank of every user [U], infinite beyond the last cut-off; None if not kept."""
         prefix = f"{self.name}/{PROTOCOLS[masked]}/"
         arrays = _arrays(_ranks_path(self.results, self.config))
-        found = {int(name.removeprefix(prefix)): doubled for name, doubled in arrays.items() if name.startswith(prefix)}
-        return {size: np.where(doubled > 0, doubled / 2, np.inf) for size, doubled in found.items()} or None
+        found = {name: saved for name, saved in arrays.items() if name.startswith(prefix)}
+        return {int(name.removeprefix(prefix)): decoded(saved) for name, saved in found.items()} or None
 
     def times_trained(self) -> np.ndarray:
         """Return how often every user's target occurs in training [U]."""
@@ -319,11 +319,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 @lru_cache(maxsize=4)
 def _load_arrays(path: Path, modified: int) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except ARRAY_ERRORS as error:
-        raise InputError(f"{path} cannot be read ({error}); {HINT}") from None
+    return read_arrays(path, HINT)
 
 
 def _by_size(rows: pd.DataFrame, split: str, protocol: str) -> pd.DataFrame:

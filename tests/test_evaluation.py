@@ -24,7 +24,7 @@ from trainer.exact import count_ahead, exact_scores, longest_row, on_grid
 from trainer.list_metrics import list_metrics_of_sizes, top_items
 from trainer.metrics import ranking_metrics, target_ranks
 from trainer.testing import check_slice
-from trainer.user_ranks import load_ranks, save_ranks
+from trainer.user_ranks import TRAINED, decoded, read_arrays, save_ranks
 
 NUM_ITEMS, MAX_LEN, SIZES, KS = 40, 6, (4, 8, 16), (1, 5, 10, 20)
 INF, NAN = math.inf, math.nan
@@ -196,7 +196,7 @@ def test_evaluation_drops_nothing_out_and_leaves_the_model_in_its_mode():
 def test_ranks_are_kept_to_any_cut_off_and_named_if_they_cannot_be_read(tmp_path, damage):
     path = tmp_path / "test_ranks.npz"
     save_ranks(path, {4: np.array([1.0, 49_999.5, 50_000.0, 50_001.0])}, 50_000, np.zeros(4))
-    assert load_ranks(path, "")[0][4].tolist() == [1.0, 49_999.5, 50_000.0, np.inf]
+    assert decoded(read_arrays(path, "")["4"]).tolist() == [1.0, 49_999.5, 50_000.0, np.inf]
     if damage == "absent":
         path.unlink()
     elif damage == "cut short":
@@ -204,7 +204,7 @@ def test_ranks_are_kept_to_any_cut_off_and_named_if_they_cannot_be_read(tmp_path
     else:
         np.savez(path, **{"4": np.array([{}], dtype=object), "times_trained": np.array([1])})
     with pytest.raises(InputError, match=r"test_ranks\.npz cannot be read .*; test again$"):
-        load_ranks(path, "test again")
+        read_arrays(path, "test again")
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 30])
@@ -268,14 +268,16 @@ def test_list_metrics_and_every_users_rank_up_to_the_largest_cut_off_are_saved(s
     testing.test_every_size(model, sequences, CONFIG, run, mask_history=mask_history, list_metrics=True)
     lists = json.loads((run / f"test_list_metrics{'_history_masked' * mask_history}.json").read_text())
     assert {"Coverage@5", "ARP@5", "Novelty@5", "ILD@5"} <= lists["16"].keys()
-    saved, times = load_ranks(run / f"test_ranks{'_history_masked' * mask_history}.npz", "")
+    saved = read_arrays(run / f"test_ranks{'_history_masked' * mask_history}.npz", "")
+    times = saved.pop(TRAINED)
+    found = {int(m): decoded(ranks) for m, ranks in saved.items()}
     expected = rank_targets(model, rows, sizes=SIZES, batch_size=7, mask_history=mask_history)
     assert times.tolist() == times_trained(sequences, NUM_ITEMS)[rows.targets].tolist()
     for m in SIZES:
         near = expected[m].numpy() <= max(KS)
         assert 0 < near.sum() < len(rows)
-        assert saved[m][near].tolist() == expected[m].numpy()[near].tolist()
-        assert np.isinf(saved[m][~near]).all()
+        assert found[m][near].tolist() == expected[m].numpy()[near].tolist()
+        assert np.isinf(found[m][~near]).all()
 
 
 @pytest.mark.parametrize("mask_history", [False, True])

@@ -26,16 +26,18 @@ def save_ranks(path: Path, ranks: dict[int, np.ndarray], cutoff: int, times_trai
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
 
 
-def load_ranks(path: Path, hint: str) -> tuple[dict[int, np.ndarray], np.ndarray]:
-    """Return what `save_ranks` saved: size -> ranks [U], and training counts [U].
+def read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a .npz file of ranks by their names.
 
-    Ranks beyond the cutoff are infinite. hint: how to fix the problem, the end of the error message. Raises InputError
-    if the file is missing or damaged.
+    hint: how to fix the problem, the end of the error message. Raises InputError if the file is missing or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        times_trained = arrays.pop(TRAINED).astype(np.int64)
-        return {int(m): np.where(r > 0, r / 2, np.inf) for m, r in arrays.items()}, times_trained
+            return {name: file[name] for name in file.files}
     except ARRAY_ERRORS as error:
         raise InputError(f"{path} cannot be read ({error}); {hint}") from None
+
+
+def decoded(saved: np.ndarray) -> np.ndarray:
+    """Return ranks as `save_ranks` got them [U]; those beyond the cutoff are infinite."""
+    return np.where(saved > 0, saved / 2, np.inf)

@@ -80,14 +80,6 @@ def start() -> None:
         atexit.register(end)
 
 
-def barrier() -> None:
-    """Wait until every rank has reached this call."""
-    if world_size() > 1:
-        import torch
-
-        add_up(torch.zeros(1))  # on the CPU; dist.barrier would need a GPU
-
-
 def share(count: int) -> tuple[int, int]:
     """Return (start, stop) of this rank's contiguous share of `count` things."""
     return rank() * count // world_size(), (rank() + 1) * count // world_size()

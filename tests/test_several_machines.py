@@ -45,7 +45,7 @@ def run(name, arguments, main=train.main):
 def fail():
     if second:
         raise InputError("only here")
-    processes.barrier()
+    processes.on_main_process(int)  # waits for the other rank
 
 run("train", "{DEMO} --run_name two")
 run("eval", "--run_name two", eval_script.main)

@@ -128,6 +128,7 @@ class ModelSettings(Settings):
     post_norm: bool = setting(False, "LayerNorm after each LRU and FFN, and on the input", extension=True)
     dropout_from: int = setting(0, "number of leading dimensions without dropout", at_least=0, extension=True)
     logit_scale: bool = setting(False, "learn one logit scale per size", extension=True)
+    history_bias: bool = setting(False, "learn one logit bias per size for items of the history", extension=True)
 
     @property
     def embedded(self) -> int:

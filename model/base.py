@@ -20,6 +20,10 @@ class SequenceModel(nn.Module):
         """Return E [N+1, D]; row 0 is the begin-of-sequence token, which is not an item."""
         return self.items.everything()
 
+    def ranking_bias(self) -> list[float] | None:
+        """Return what each size adds to the scores of history items (model/extensions/history.py), or None."""
+        return None
+
     def encode(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
         """Encode each token's history up to it: z [T, D], or [B, D] of the tokens `at` only.
 

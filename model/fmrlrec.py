@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from config import ModelSettings
 from model.base import CountingModel, SequenceModel
 from model.dropout import Dropout
+from model.extensions.history import ranking_bias
 from model.extensions.whitening import Whitening
 from model.fmrl import FMRLLayerNorm, FMRLLinear
 from model.items import ItemEncoder
@@ -94,6 +95,13 @@ class FMRLRec(SequenceModel):
         self.blocks = nn.ModuleList(Block(sizes, settings) for _ in range(settings.lru_num_blocks))
         # log s of model/extensions/objective.py
         self.log_scale = nn.Parameter(torch.zeros(len(sizes))) if settings.logit_scale else None
+        # b / TIMES of model/extensions/history.py
+        self.history_bias = nn.Parameter(torch.zeros(len(sizes))) if settings.history_bias else None
+
+    def ranking_bias(self) -> list[float] | None:
+        if self.history_bias is None:
+            return None
+        return ranking_bias(self.history_bias, self.log_scale)
 
     def each_block(self) -> Iterator[Block]:
         """Yield the blocks, first to last, typed as blocks."""

@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from model.extensions.history import contains
 from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
 from model.fast.cross_entropy import cross_entropy_sum
 from model.items import Factors
@@ -42,7 +43,11 @@ def matryoshka_cross_entropy_plain(
     E = item_table.table() if isinstance(item_table, Factors) else item_table
     z, wide = z.to(E.dtype), torch.promote_types(E.dtype, torch.float32)
     logits = [(z[:, :m] @ E[:, :m].T).to(wide) for m in sizes]
-    losses = losses_plain(logits, labels, labels > 0, objective)
+    offsets = None
+    if objective.history_bias is not None and objective.history is not None:
+        seen = contains(objective.history, len(E))  # [T, N+1]
+        offsets = [b * seen for b in objective.history_bias]
+    losses = losses_plain(logits, labels, labels > 0, objective, offsets)
     return average(losses.sum(), labels, sizes, reduction, count)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.extensions.history import contains, history_items, history_logits, history_logits_plain
 from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample, sampled_matryoshka_cross_entropy
 from model.fast import logits
@@ -16,11 +17,18 @@ from model.loss import LOSSES
 KINDS = ["table", "factors", "V of the first size", "V of all sizes", "sample"]
 SHAPE = (30, 40, (2, 5, 12), 9)  # positions T, items N, sizes, feature width F
 LOG_SCALE = torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64, requires_grad=True)
+HISTORY_BIAS = torch.tensor([0.8, -3.0, -1.2], dtype=torch.float64, requires_grad=True)
+# Tokens of three rows, with repeats and padding, and their steps since the row's begin.
+TOKENS = torch.tensor([0, 5, 9, 5, 5, 2, 14, 2, 0, 7, 7, 8, *range(1, 15), 3, 1, 0, 0])
+POSITION = torch.tensor([0, *range(7), 0, *range(3), *range(16), 0, 0])
+HISTORY = history_items(TOKENS, POSITION, 16)
 OBJECTIVES = {
     "the paper's": CROSS_ENTROPY,
     "scale": Objective(LOG_SCALE),
     "distillation alone": Objective(distill=1.0),
     "both": Objective(LOG_SCALE, 0.3),
+    "history": Objective(history_bias=HISTORY_BIAS, history=HISTORY),
+    "all": Objective(LOG_SCALE, 0.3, HISTORY_BIAS, HISTORY),
 }
 
 
@@ -38,6 +46,7 @@ def random_case(kind, shape=SHAPE, dtype=torch.float64, products=None, seed=0):
 
     z, labels = draw(positions, sizes[-1]), torch.randint(1, num_items + 1, (positions,), generator=generator)
     labels[3::7] = 0
+    labels[4:6], labels[15:18:2] = 5, 3  # some labels are in HISTORY
     if kind in ("table", "sample"):
         E = draw(num_items + 1, sizes[-1])
         if kind == "table":
@@ -45,7 +54,8 @@ def random_case(kind, shape=SHAPE, dtype=torch.float64, products=None, seed=0):
         torch.manual_seed(seed)
         items, log_kq = NegativeSampler(labels.bincount(minlength=num_items + 1), 17).draw()
         assert (labels[:, None] == items).any()
-        return (z, Sample(E[labels], E[items].to(products), items, log_kq.to(dtype)), labels, sizes), [z, E]
+        read = E[TOKENS] if shape == SHAPE else None
+        return (z, Sample(E[labels], E[items].to(products), items, log_kq.to(dtype), read), labels, sizes), [z, E]
     features, weight = draw(num_items + 1, width).detach().to(products), draw(sizes[-1], width)
     if kind == "factors":
         return (z, Factors(features, weight), labels, sizes), [z, weight]
@@ -55,7 +65,7 @@ def random_case(kind, shape=SHAPE, dtype=torch.float64, products=None, seed=0):
 
 def value_and_gradients(loss, case, leaves, objective=CROSS_ENTROPY, **options):
     value = loss(*case, objective=objective, **options)
-    wanted = [*leaves, *([] if objective.log_scale is None else [objective.log_scale])]
+    wanted = [*leaves, *(learned for learned in (objective.log_scale, objective.history_bias) if learned is not None)]
     return [value, *torch.autograd.grad(-3 * value, wanted, retain_graph=True)]
 
 
@@ -211,13 +221,30 @@ def test_the_ends_of_a_uniform_draw_are_items(monkeypatch):
     assert sampler.draw()[0].tolist() == [1, 2, 2]  # rounding may turn a number just below 1 into 1
 
 
-def test_many_draws_give_the_loss_and_gradients_of_the_whole_catalogue():
+@pytest.mark.parametrize("objective", [CROSS_ENTROPY, OBJECTIVES["history"]], ids=["the paper's", "history"])
+def test_many_draws_give_the_loss_and_gradients_of_the_whole_catalogue(objective):
     (z, table, labels, sizes), _ = random_case("table")
     z, table, labels = 0.3 * z, 0.3 * table, labels.clamp_min(1)
     torch.manual_seed(0)
     items, log_kq = NegativeSampler(labels.bincount(minlength=41), 100_000).draw()
-    sampled = sampled_matryoshka_cross_entropy(z, Sample(table[labels], table[items], items, log_kq), labels, sizes)
+    sample = Sample(table[labels], table[items], items, log_kq, table[TOKENS])
+    sampled = sampled_matryoshka_cross_entropy(z, sample, labels, sizes, objective=objective)
     # Without token 0, which takes part in the exact loss but is never drawn.
-    exact = sum(F.cross_entropy(z[:, :m] @ table[1:, :m].T, labels - 1) for m in sizes)
-    for s, e in zip(*([loss, *torch.autograd.grad(loss, (z, table))] for loss in (sampled, exact)), strict=True):
+    bias = [0.0] * 3 if objective.history is None else [b * contains(HISTORY, 41)[:, 1:] for b in HISTORY_BIAS]
+    exact = sum(F.cross_entropy(z[:, :m] @ table[1:, :m].T + b, labels - 1) for m, b in zip(sizes, bias, strict=True))
+    leaves = [z, table, *([] if objective.history is None else [HISTORY_BIAS])]
+    for s, e in zip(*([loss, *torch.autograd.grad(loss, leaves)] for loss in (sampled, exact)), strict=True):
         assert (s - e).abs().max() <= 0.04 * e.abs().max()
+
+
+def test_a_positions_history_is_the_distinct_items_of_its_row_up_to_its_token():
+    tokens, position = torch.tensor([0, 4, 4, 3, 9, 9, 0]), torch.tensor([0, 0, 1, 2, 0, 1, 0])
+    read = [sorted(set(row.tolist()) - {0}) for row in history_items(tokens, position, 3)]
+    assert read == [[], [4], [4], [3, 4], [9], [9], []]
+    assert (history_items(tokens, position, 3) > 0).sum(dim=1).tolist() == [0, 1, 1, 2, 1, 1, 0]  # each item once
+
+
+@pytest.mark.parametrize("longest", [1, 70])
+def test_history_logits_of_blocks_are_the_plain_ones(longest):
+    z, x = (torch.randn(130, 5, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(*(logits(z, x, longest, (2, 5)) for logits in (history_logits, history_logits_plain)))

@@ -338,7 +338,7 @@ def make_step(precision="fp32", negatives=0, features=True, plus=False):
     torch.manual_seed(0)
     given = torch.randn(NUM_ITEMS, 9) if features else None
     usual = {"mrl_hidden_sizes": STEP_SIZES, "lru_dropout": 0.4, "lru_attn_dropout": 0.4, "lru_r_max": 0.9}
-    options = {"item_embedding": STEP_SIZES[-1], "logit_scale": True} if plus else {}
+    options = {"item_embedding": STEP_SIZES[-1], "logit_scale": True, "history_bias": True} if plus else {}
     model = FMRLRec(NUM_ITEMS, given, ModelSettings(**usual, **options)).train()
     settings = TrainingSettings(precision=precision, lr=1e-2, distill=0.5 * plus)
     sampler = NegativeSampler(loader().label_counts(NUM_ITEMS), negatives) if negatives else None

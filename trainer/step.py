@@ -13,6 +13,7 @@ from config import TrainingSettings
 from dataloader import Batch
 from model.base import SequenceModel
 from model.dropout import set_share
+from model.extensions.history import history_items, learned_bias
 from model.extensions.objective import Objective
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
 from model.items import Factors
@@ -64,9 +65,9 @@ class Step:
                 negatives, log_kq = self.sampler.draw()  # [K], [K]
                 with self._autocast(batch):  # own [T, D], drawn [K, D]
                     own, drawn = (model.items(items, lookup=self.lookup) for items in (batch.labels, negatives))
-                    table = Sample(own, drawn.to(dtype), negatives, log_kq)
+                    table = Sample(own, drawn.to(dtype), negatives, log_kq, x)
 
-            objective = Objective(getattr(model, "log_scale", None), settings.distill)
+            objective = Objective(getattr(model, "log_scale", None), settings.distill, *_history(model, batch))
             how = {"reduction": settings.mrl_loss, "count": batch.num_labels, "objective": objective}
             loss = self.loss(z, table, batch.labels, model.sizes, **how)
             loss.backward()
@@ -86,6 +87,15 @@ class Step:
         # Without autocast's cache, which would keep the weights of a CUDA graph's recording.
         enabled = self.settings.precision == "bf16"
         return torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def _history(model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return the learned bias b [M] and the history items [T, L] that it is added to; None, None without it."""
+    parameter = getattr(model, "history_bias", None)
+    if parameter is None:
+        return None, None
+    longest = 2 ** (batch.longest - 1).bit_length()  # as of a GraphedStep: another width would round otherwise
+    return learned_bias(parameter), history_items(batch.tokens, batch.position, longest)
 
 
 def build_optimizer(

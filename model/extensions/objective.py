@@ -1,9 +1,9 @@
-"""The cross-entropy of every size, and two options beyond the paper: a learned scale and distillation between sizes.
+"""The cross-entropy of every size, and options beyond the paper: learned scale, history bias, distillation.
 
-    loss = 1/|M| Σ_m CE(target_m, p_m),    p_m = softmax(s_m logits_m)
+    loss = 1/|M| Σ_m CE(target_m, p_m),    p_m = softmax(s_m logits_m + b_m [item in history])
     target_m = (1 - x) one-hot + x p_D;    the largest size's target is one-hot              (no gradient through p_D)
 
-With s_m = 1 and x = 0 this is the paper's loss. T positions, K logits of each.
+With s_m = 1, b_m = 0 and x = 0 this is the paper's loss. T positions, K logits of each.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,8 @@ class Objective(NamedTuple):
 
     log_scale: Tensor | None = None  # [M] log s, learned; None: s = 1
     distill: float = 0.0  # x
+    history_bias: Tensor | None = None  # [M] b, learned; None: b = 0
+    history: Tensor | None = None  # [T, L] the items read at each position (model/extensions/history.py), with a bias
 
     def scale(self, like: Tensor) -> Tensor | None:
         """Return s [M] in the dtype of `like`, detached; None if s = 1."""
@@ -29,15 +31,22 @@ CROSS_ENTROPY = Objective()
 
 
 def losses_plain(
-    logits: Sequence[Tensor], label: Tensor, valid: Tensor, objective: Objective, offset: Tensor | float = 0.0
+    logits: Sequence[Tensor],
+    label: Tensor,
+    valid: Tensor,
+    objective: Objective,
+    offsets: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Return Σ_t CE(target_m, p_m) of every size, [M], from each size's logits [T, K].
 
-    label: [T], the column of the label; valid: [T], false at a position without one; offset: added to the scaled
-    logits.
+    label: [T], the column of the label; valid: [T], false at a position without one; offsets: added to each
+    size's scaled logits.
     """
     scale = torch.ones(len(logits)) if objective.log_scale is None else objective.log_scale.exp()
-    scaled = [(s * of_size + offset)[valid] for s, of_size in zip(scale, logits, strict=True)]
+    scaled = [s * of_size for s, of_size in zip(scale, logits, strict=True)]
+    if offsets is not None:
+        scaled = [of_size + offset for of_size, offset in zip(scaled, offsets, strict=True)]
+    scaled = [of_size[valid] for of_size in scaled]
     losses = [F.cross_entropy(of_size, label[valid], reduction="sum") for of_size in scaled]
     x, p_largest = objective.distill, scaled[-1].detach().softmax(dim=1)
     if x:

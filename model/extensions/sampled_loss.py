@@ -6,7 +6,9 @@ stand for all items but the label. A drawn item i is weighted by 1 / (K q_i) (th
 
     loss = Σ_m [ log( exp(s_label) + Σ_k exp(s_k - log(K q_k)) ) - s_label ],    s_i = z[:m] · E[i, :m]
 
-At each position, draws of its own label are left out. T positions, K draws, N items, D largest size.
+At each position, draws of its own label are left out. With a learned history bias, the items of a position's history
+are candidates of their own, without a correction, and draws of them are left out too. T positions, K draws, N items,
+L the longest history, D largest size.
 
 A sampled loss has the signature of a loss (model/loss.py), with a Sample in place of the item table. SAMPLED_LOSSES
 names the choices of `--loss`.
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.extensions.history import contains, history_logits, history_logits_plain
 from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
 from model.fast.logits import ABSENT
 from model.fast.sampled_cross_entropy import sampled_cross_entropy_sum
@@ -52,6 +55,7 @@ class Sample(NamedTuple):
     drawn: Tensor  # [K, D] embeddings of the drawn items; their dtype is the dtype of the products
     items: Tensor  # [K] the drawn items
     log_kq: Tensor  # [K] log(K q) of each
+    read: Tensor | None = None  # [T, D] embeddings of the positions' own tokens, with a history bias
 
 
 def sampled_matryoshka_cross_entropy_plain(
@@ -66,15 +70,25 @@ def sampled_matryoshka_cross_entropy_plain(
 ) -> Tensor:
     """Compute the loss as the equation says. The plain twin: edit it to try an idea."""
     check(z, sizes, reduction)
-    own, drawn, items, log_kq = sample
+    own, drawn, items, log_kq, read = sample
     wide = torch.promote_types(drawn.dtype, torch.float32)
     of_label, z_narrow = z.to(wide) * own.to(wide), z.to(drawn.dtype)
     logits = [
         torch.cat([of_label[:, :m].sum(dim=1, keepdim=True), (z_narrow[:, :m] @ drawn[:, :m].T).to(wide)], dim=1)
         for m in sizes
     ]  # each [T, 1 + K]; column 0 is the label
-    offset = F.pad(torch.where(labels[:, None] == items, ABSENT, -log_kq), (1, 0))
-    losses = losses_plain(logits, torch.zeros_like(labels), labels > 0, objective, offset)
+    excluded = labels[:, None] == items
+    offsets = [F.pad(torch.where(excluded, ABSENT, -log_kq), (1, 0))] * len(sizes)
+    if objective.history_bias is not None and objective.history is not None and read is not None:
+        history = objective.history  # [T, L]
+        seen = contains(history, int(max(labels.max(), items.max(), history.max())) + 1)
+        label_seen, excluded = seen.gather(1, labels[:, None]), excluded | seen[:, items]
+        absent = torch.where((history == 0) | (history == labels[:, None]), ABSENT, 0.0).to(wide)
+        of_history = history_logits_plain(z.to(wide), read.to(wide), history.shape[1], sizes).cumsum(dim=0)
+        logits = [torch.cat(parts, dim=1) for parts in zip(logits, of_history, strict=True)]  # [T, 1 + K + L]
+        of_drawn = torch.where(excluded, ABSENT, -log_kq)
+        offsets = [torch.cat([b * label_seen, of_drawn, b + absent], dim=1) for b in objective.history_bias]
+    losses = losses_plain(logits, torch.zeros_like(labels), labels > 0, objective, offsets)
     return average(losses.sum(), labels, sizes, reduction, count)
 
 
@@ -90,7 +104,13 @@ def sampled_matryoshka_cross_entropy(
 ) -> Tensor:
     """Compute the loss chunk by chunk, gradients included. The fast twin; dtypes and errors as `model.loss`."""
     check(z, sizes, reduction)
-    return average(sampled_cross_entropy_sum(z, *sample, labels, sizes, objective), labels, sizes, reduction, count)
+    own, drawn, items, log_kq, read = sample
+    of_history = None
+    if objective.history is not None and read is not None:
+        wide = torch.promote_types(drawn.dtype, torch.float32)
+        of_history = history_logits(z.to(wide), read.to(wide), objective.history.shape[1], sizes)
+    total = sampled_cross_entropy_sum(z, own, drawn, of_history, items, log_kq, labels, sizes, objective)
+    return average(total, labels, sizes, reduction, count)
 
 
 SAMPLED_LOSSES: dict[str, Callable[..., Tensor]] = {

@@ -27,7 +27,8 @@ def cross_entropy_sum(
     that the logits of a batch are never in memory at once.
     """
     features, weight, V = item_table if isinstance(item_table, Factors) else (None, item_table, None)
-    return _CrossEntropySum.apply(z, weight, V, objective.log_scale, features, labels, sizes, objective)
+    learned = objective.log_scale, objective.history_bias
+    return _CrossEntropySum.apply(z, weight, V, *learned, features, labels, sizes, objective)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -40,6 +41,7 @@ class _CrossEntropySum(torch.autograd.Function):
         weight: Tensor,
         V: Tensor | None,
         log_scale: Tensor | None,  # objective.log_scale, an argument of its own to receive a gradient
+        history_bias: Tensor | None,  # objective.history_bias, likewise
         features: Tensor | None,
         labels: Tensor,
         sizes: tuple[int, ...],
@@ -65,6 +67,11 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_rest = torch.zeros_like(rest, dtype=wide)
         grad_V = None if V is None else torch.empty_like(V, dtype=wide)
         scale, grad_log_scale = objective.scale(loss), loss.new_zeros(len(sizes))
+        bias = grad_bias = None
+        if history_bias is not None and objective.history is not None:
+            history = objective.history * valid  # [T, L]
+            bias, seen = history_bias.detach().to(wide), (history > 0).to(wide)
+            grad_bias = torch.zeros_like(bias)
 
         chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize, z.device)
         buffer = reused_buffer((len(sizes) + 2, chunks[0].stop, len(table)), wide, z.device)
@@ -80,9 +87,18 @@ class _CrossEntropySum(torch.autograd.Function):
                     if high <= embedded:
                         add_product(logits, z_chunk[:, low:high], narrow_V[:, low:high].T)
                 scaled = logits if scale is None else torch.mul(logits, scale[j], out=spare)
+                if bias is not None:
+                    scaled = spare.copy_(scaled) if scale is None else scaled
+                    scaled.scatter_add_(1, history[rows], bias[j] * seen[rows])
                 torch.log_softmax(scaled, dim=1, out=residual)
             spares = logits, spare
             residuals_(residuals, label, valid[rows], objective.distill, scale, spares, loss, grad_log_scale)
+            if bias is not None and grad_bias is not None:
+                for j, residual in enumerate(residuals):
+                    by_bias = (residual.gather(1, history[rows]) * seen[rows]).sum()
+                    by_bias /= 1 if scale is None else scale[j]
+                    grad_bias[j] += by_bias
+                    grad_log_scale[j] -= bias[j] * by_bias  # the bias is not scaled
             # An increment's logits are part of its own and every larger size's logits: its gradient sums theirs.
             above = None
             for low, high in reversed(increments(sizes)):
@@ -111,17 +127,17 @@ class _CrossEntropySum(torch.autograd.Function):
             grad_V[:, :out] = grad_table[:embedded].T
             grad_V = grad_V.to(V.dtype)
         grad_z, grad_weight = grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype)
-        ctx.save_for_backward(grad_z, grad_weight, grad_V, grad_log_scale)
+        ctx.save_for_backward(grad_z, grad_weight, grad_V, grad_log_scale, grad_bias)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_V: Tensor | None
-        grad_z, grad_weight, grad_V, grad_log_scale = ctx.saved_tensors
+        grad_z, grad_weight, grad_V, *learned = ctx.saved_tensors
         by_V = None if grad_V is None else grad_V.mul_(grad)  # in place: it is large; torch refuses a second backward
-        by_log_scale = grad_log_scale * grad if ctx.needs_input_grad[3] else None
-        return grad_z * grad, grad_weight * grad, by_V, by_log_scale, None, None, None, None
+        by_learned = (g * grad if n else None for g, n in zip(learned, ctx.needs_input_grad[3:5], strict=True))
+        return grad_z * grad, grad_weight * grad, by_V, *by_learned, None, None, None, None
 
 
 def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[int, ...], embedded: int = 0) -> int:

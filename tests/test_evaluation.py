@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -32,10 +33,14 @@ RING = {"lru_r_min": 0.3, "lru_r_max": 0.9}
 CONFIG = Config(mrl_hidden_sizes=SIZES, lru_max_len=MAX_LEN, metric_ks=KS, test_batch_size=7, **RING)
 
 
-def random_model(branch="both"):
+def random_model(branch="both", history_bias=False):
     torch.manual_seed(0)
     features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
-    return with_random_weights(FMRLRec(NUM_ITEMS, features, CONFIG), 0.5)
+    settings = replace(CONFIG, history_bias=history_bias, logit_scale=history_bias)
+    model = with_random_weights(FMRLRec(NUM_ITEMS, features, settings), 0.5)
+    if history_bias:
+        model.history_bias.data = torch.tensor([0.005, -0.3, 0.01])  # b = 0.5, -30, 1
+    return model
 
 
 def random_sequences():
@@ -52,11 +57,14 @@ def metrics_of(model, rows, batch_size=4, mask_history=False):
     return evaluate(model, rows, sizes=SIZES, batch_size=batch_size, ks=KS, mask_history=mask_history)
 
 
-def plain_scores(model, table, known):
+def plain_scores(model, table, known, mask_history=False):
     """Return the scores [M, N+1] of what follows a history, at every size."""
     read = torch.as_tensor(known[-MAX_LEN:])
     z = model.encode(table[read], torch.arange(len(read)), len(read))[-1].detach()
-    return torch.stack([table[:, :m] @ z[:m] for m in SIZES])
+    scores = torch.stack([table[:, :m] @ z[:m] for m in SIZES])
+    if model.history_bias is not None and not mask_history:
+        scores[:, sorted(set(known))] += (100 * model.history_bias / model.log_scale.exp()).detach()[:, None]
+    return scores
 
 
 def plain_metrics(model, sequences, part, mask_history):
@@ -68,7 +76,7 @@ def plain_metrics(model, sequences, part, mask_history):
         known = v[:-2] if part == "val" else v[:-1]
         target = v[len(known)]
         shown = [i for i in range(1, NUM_ITEMS + 1) if i == target or not (mask_history and i in known)]
-        for m, scores in zip(SIZES, plain_scores(model, table, known).tolist(), strict=True):
+        for m, scores in zip(SIZES, plain_scores(model, table, known, mask_history).tolist(), strict=True):
             rank = sorted(shown, key=lambda item, scores=scores: -scores[item]).index(target) + 1
             for k in KS:
                 if rank <= k:
@@ -79,10 +87,17 @@ def plain_metrics(model, sequences, part, mask_history):
 
 
 @pytest.mark.parametrize(
-    ("part", "mask_history", "branch"), [("val", True, "both"), ("test", False, "id"), ("test", True, "both")]
+    ("part", "mask_history", "branch", "history_bias"),
+    [
+        ("val", True, "both", False),
+        ("test", False, "id", False),
+        ("test", True, "both", False),
+        ("test", True, "id", True),
+        ("test", False, "both", True),
+    ],
 )
-def test_every_size_is_ranked_as_one_user_at_a_time_by_sorting(part, mask_history, branch):
-    model, sequences = random_model(branch), random_sequences()
+def test_every_size_is_ranked_as_one_user_at_a_time_by_sorting(part, mask_history, branch, history_bias):
+    model, sequences = random_model(branch, history_bias), random_sequences()
     metrics = metrics_of(model, rows_of(sequences, part), mask_history=mask_history)
     expected = plain_metrics(model, sequences, part, mask_history)
     assert metrics.keys() == expected.keys()
@@ -101,7 +116,7 @@ def watch_z(monkeypatch):
     ("items", "table_bytes", "mask_history"), [(1, 2**30, True), (7, 0, True), (7, 2**30, False), (NUM_ITEMS, 0, True)]
 )
 def test_chunks_and_batches_give_what_the_whole_gives(monkeypatch, items, table_bytes, mask_history):
-    model, rows, seen = random_model(), rows_of(random_sequences()), watch_z(monkeypatch)
+    model, rows, seen = random_model(history_bias=True), rows_of(random_sequences()), watch_z(monkeypatch)
     expected = metrics_of(model, rows, mask_history=mask_history)
     monkeypatch.setattr(evaluation, "ITEMS", items)
     monkeypatch.setattr(evaluation, "USERS", 5)
@@ -282,7 +297,7 @@ def test_list_metrics_and_every_users_rank_up_to_the_largest_cut_off_are_saved(s
 
 @pytest.mark.parametrize("mask_history", [False, True])
 def test_recommended_lists_are_the_items_of_highest_score(sequences, mask_history):
-    model, rows = random_model().eval(), eval_rows(sequences, MAX_LEN, "test")
+    model, rows = random_model(history_bias=True).eval(), eval_rows(sequences, MAX_LEN, "test")
     found = top_items(model, rows, 5, mask_history)
     for user in range(len(sequences)):
         history = sequences.of(user)[:-1]

@@ -34,11 +34,16 @@ def random_model(sizes, branch="both", use_bias=True, seed=0, **options):
 
 
 @pytest.mark.parametrize(
-    ("branch", "use_bias", "post_norm"), [("both", True, False), ("id", True, True), ("both", False, True)]
+    ("branch", "use_bias", "options"),
+    [
+        ("both", True, {}),
+        ("id", True, {"post_norm": True}),
+        ("both", False, {"post_norm": True, "logit_scale": True, "history_bias": True}),
+    ],
 )
 @pytest.mark.parametrize("sizes", SIZE_LISTS, ids=str)
-def test_a_slice_has_the_scores_and_metrics_of_the_full_models_prefix(sizes, branch, use_bias, post_norm):
-    model, random = random_model(sizes, branch, use_bias, post_norm=post_norm), np.random.default_rng(0)
+def test_a_slice_has_the_scores_and_metrics_of_the_full_models_prefix(sizes, branch, use_bias, options):
+    model, random = random_model(sizes, branch, use_bias, **options), np.random.default_rng(0)
     histories = [random.integers(1, NUM_ITEMS + 1, size=length) for length in random.integers(3, 25, size=15)]
     rows = eval_rows(as_sequences(histories), MAX_LEN, "test")
     (batch,) = eval_batches(rows, 100, torch.device("cpu"))
@@ -49,6 +54,8 @@ def test_a_slice_has_the_scores_and_metrics_of_the_full_models_prefix(sizes, bra
         z = model.encode(table[batch.tokens], batch.position, batch.longest)[batch.last]
         return z[:, :size] @ table[:, :size].T
 
+    if options.get("history_bias"):
+        model.history_bias.data /= 50  # b within 1
     expected = evaluate(model, rows, sizes=sizes, batch_size=4, ks=KS)
     for size in sizes:
         small, prefix = slice_model(model, size), scores(model, size)

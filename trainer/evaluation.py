@@ -3,6 +3,9 @@
 Ranks do not depend on batches, chunks of the catalogue or processes. Users are encoded in the same groups of GROUP, and
 items projected in the same chunks of ITEMS, whoever asks; scores are compared as trainer/exact.py says. U users,
 B users of a batch, C items of a chunk, N items, M sizes, D the largest.
+
+A learned history bias (model/extensions/history.py) is added to the exact scores of history items, which are therefore
+counted apart. With masked histories it is left out: no candidate is in the history but the target.
 """
 
 import itertools
@@ -19,7 +22,7 @@ from model import FMRLRec, slice_model
 from model.base import CountingModel, SequenceModel
 from model.registry import Model
 from model.sizes import increments
-from trainer.exact import count_ahead, exact_scores, longest_row, on_grid
+from trainer.exact import count_ahead, count_pairs_ahead, exact_scores, longest_row, on_grid
 from trainer.metrics import ranking_metrics, target_ranks
 
 T = TypeVar("T")
@@ -114,6 +117,9 @@ def _ranks(
     share their average rank, so a rank may end in .5."""
     parts = on_grid(z).split([len(batch.targets) for batch in batches])
     target = [part.new_zeros(len(sizes), len(part), dtype=torch.float64) for part in parts]  # its exact score
+    of_size = {} if mask_history else dict(zip(model.sizes, model.ranking_bias() or (), strict=False))
+    bias = [of_size[m] for m in sizes if m in of_size]  # of history items; empty: none
+    history = [_history(batch) for batch in batches] if bias else []
     counts = [part.new_zeros(len(sizes), 2, len(part)) for part in parts]  # ahead of the target, tied with it
     starts = range(0, model.num_items + 1, ITEMS)
 
@@ -126,12 +132,19 @@ def _ranks(
             row, place = _targets_within(batch, start, start + len(columns))
             for j, m in enumerate(sizes):
                 of_target[j, row] = exact_scores(z_batch[row, :m], columns[place, :m])
+    for batch, of_target, (row, item) in zip(batches, target, history, strict=False):
+        of_target[:, row[item == batch.targets[row]]] += of_target.new_tensor(bias)[:, None]
     for start in _progress(starts, "ranking", "chunk of items"):
         columns = chunk(start)
         longest = [longest_row(columns[:, :m]) for m in sizes]
         buffers = columns.new_empty(2, len(parts[0]), len(columns))
-        for batch, z_batch, of_target, count in zip(batches, parts, target, counts, strict=True):
+        for i, (batch, z_batch, of_target, count) in enumerate(zip(batches, parts, target, counts, strict=True)):
             scores = candidates(batch, start, start + len(columns), mask_history)
+            if bias:
+                row, place = _within(*history[i], start, start + len(columns))
+                scores[row, place] = -torch.inf  # counted apart
+                other = place + start != batch.targets[row]
+                count += count_pairs_ahead(z_batch, columns, row[other], place[other], of_target, sizes, bias)
             scores[_targets_within(batch, start, start + len(columns))] = -torch.inf  # it is not counted
             for low, high in increments(model.sizes):
                 scores.addmm_(z_batch[:, low:high], columns[:, low:high].T)
@@ -140,6 +153,12 @@ def _ranks(
                     prefixes = z_batch[:, :high], columns[:, :high]
                     count[j] += torch.stack(count_ahead(scores, of_target[j], *prefixes, longest[j], buffer))
     return torch.cat([1 + ahead.double() + tied.double() / 2 for ahead, tied in (c.unbind(1) for c in counts)], 1).cpu()
+
+
+def _history(batch: EvalBatch) -> tuple[Tensor, Tensor]:
+    """Return (row, item) of the distinct items of every complete history."""
+    pairs = torch.stack([batch.seen_rows, batch.seen_items]).unique(dim=1)
+    return pairs[0], pairs[1]
 
 
 def _ranks_of_counts(model: CountingModel, batches: list[EvalBatch], mask_history: bool) -> Tensor:

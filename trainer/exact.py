@@ -9,6 +9,8 @@ That is as fine as float32 products round. Float32 products then decide all comp
 within the error bound of float32; exact scores decide those. B users, C items, m dimensions.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,8 +47,10 @@ def count_ahead(
     for the target; NaN counts as ahead. target: [B] float64, its exact score; z: [B, m] and rows: [C, m] on the grid;
     longest: of these rows; buffers: [2, B, C] float32, of any content; C below 2^24, so that a float counts exactly.
     """
-    # Adding up m products rounds by at most m eps/2 |z| |E_i|; the rest is for the norms and for low and high.
+    # Adding up m products rounds by at most m eps/2 |z| |E_i|; the rest is for the norms and for low and high, also of
+    # a target that is longer than |z| |E_i| by its history bias.
     slack = 1.01 * (z.shape[1] + 4) * EPSILON / 2 * z.norm(dim=1).nan_to_num(0, 0, 0) * longest
+    slack = slack + EPSILON * target.abs()
     low, high = ((target + side).float()[:, None] for side in (-slack, slack))
     # Comparing into floats and adding up takes a quarter of the time of doing it with booleans.
     not_ahead = torch.le(scores, high, out=buffers[0]).sum(dim=1)
@@ -62,3 +66,27 @@ def count_ahead(
         ahead[user] += (near & ~(exact <= of_target)).sum(dim=1)
         tied[user] += (near & (exact == of_target)).sum(dim=1)
     return ahead, tied
+
+
+def count_pairs_ahead(
+    z: Tensor,
+    rows: Tensor,
+    user: Tensor,
+    item: Tensor,
+    target: Tensor,
+    sizes: tuple[int, ...],
+    bias: Sequence[float],
+) -> Tensor:
+    """Count, of given pairs (user, item) [P], those whose exact score plus the size's bias is ahead of the user's
+    target, and those that tie with it: [M, 2, B] float32.
+
+    z: [B, D] and rows: [C, D] on the grid; target: [M, B] float64. The bias is added in float64 to an exact score, so
+    the sum has the same bits in every batch and chunk.
+    """
+    products = z[user].double() * rows[item].double()
+    counts = z.new_zeros(len(sizes), 2, len(z))
+    for count, of_target, m, b in zip(counts, target, sizes, bias, strict=True):
+        exact, of_target = products[:, :m].sum(dim=1) + b, of_target[user]
+        count[0].index_add_(0, user, (~(exact <= of_target)).float())
+        count[1].index_add_(0, user, (exact == of_target).float())
+    return counts

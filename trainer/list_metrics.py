@@ -107,13 +107,18 @@ def top_items(model: Model, rows: EvalRows, k: int, mask_history: bool) -> dict[
     device = next(itertools.chain(model.parameters(), model.buffers())).device
     table = torch.empty(0) if isinstance(model, CountingModel) else model.item_table()
     found: dict[int, list[Tensor]] = {m: [] for m in model.sizes}
+    bias = None if mask_history or isinstance(model, CountingModel) else model.ranking_bias()
     for batch in eval_batches(rows, max(1, min(256, SCORES // (model.num_items + 1))), device):
         scores = candidates(batch, 0, model.num_items + 1, mask_history, keep_targets=False)
         if isinstance(model, CountingModel):
             found[model.sizes[0]].append((scores + model.scores(batch.tokens[batch.last])).topk(k).indices.cpu())
             continue
         z = encode_last(model, batch, table)
-        for low, high in increments(model.sizes):
+        for j, (low, high) in enumerate(increments(model.sizes)):
             scores.addmm_(z[:, low:high], table[:, low:high].T)
-            found[high].append(scores.topk(k).indices.cpu())
+            shown = scores
+            if bias:
+                shown = scores.clone()
+                shown[batch.seen_rows, batch.seen_items] += bias[j]  # once, also for an item that occurs twice
+            found[high].append(shown.topk(k).indices.cpu())
     return {m: torch.cat(parts) for m, parts in found.items()}

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from common.errors import InputError
 from config import Config, ModelSettings, TrainingSettings
-from dataloader import Batch, TrainLoader, train_rows
+from dataloader import Batch, TrainLoader, eval_rows, train_rows
 from datasets.catalog import Sequences, load_catalog
 from model import FMRLRec
 from model.dropout import Dropout
@@ -25,7 +25,7 @@ from model.extensions.whitening import Whitening
 from model.fast import logits, recurrence
 from model.loss import LOSSES
 from model.sizes import nested_mask
-from tests.made_up import NoUpdate, made_up_run
+from tests.made_up import NoUpdate, as_sequences, made_up_run
 from tests.prepared import write_prepared
 from trainer import trainer as trainer_module
 from trainer.averaging import WeightAverage
@@ -469,3 +469,43 @@ def test_nothing_in_a_step_asks_for_a_number_that_a_gpu_would_have_to_finish(mon
         loss = torch.func.functional_call(module, weights, (dataclasses.replace(batch, **held),))
         with pytest.raises(DataDependentOutputException):
             loss.item()
+
+
+def repeating(share, users=200, length=12):
+    """Return sequences in which this share of the items was in the history already."""
+    random, histories = np.random.default_rng(0), []
+    for _ in range(users):
+        fresh, history = iter(random.permutation(NUM_ITEMS) + 1), []
+        for _ in range(length):
+            history.append(random.choice(history) if history and random.random() < share else next(fresh))
+        histories.append(history)
+    return as_sequences(histories)
+
+
+def trained_on(sequences, history_bias, negatives):
+    torch.manual_seed(0)
+    options = {"mrl_hidden_sizes": (4, 8), "lru_num_blocks": 1, "logit_scale": True, "history_bias": history_bias}
+    model, settings = FMRLRec(NUM_ITEMS, None, ModelSettings(**options)).train(), TrainingSettings(lr=3e-3)
+    batches = TrainLoader(train_rows(sequences, 20), 40, 0, torch.device("cpu"))
+    sampler = NegativeSampler(batches.label_counts(NUM_ITEMS), negatives) if negatives else None
+    step = Step(model, build_optimizer(model, settings), settings, sampler)
+    for number in range(20):
+        for batch in batches.epoch(number):
+            assert step(batch).isfinite()
+    return model
+
+
+@pytest.mark.parametrize("negatives", [0, 20])
+def test_the_history_bias_learns_whether_people_buy_again(negatives):
+    def kept_and_masked(model, sequences):
+        rows = eval_rows(sequences, 20, "test")
+        how = {"sizes": (8,), "batch_size": 100, "ks": (10,)}
+        return [evaluate(model, rows, mask_history=masked, **how)[8]["NDCG@10"] for masked in (False, True)]
+
+    often, never = repeating(0.3), repeating(0.0)
+    with_bias, without = (trained_on(often, history_bias, negatives) for history_bias in (True, False))
+    assert min(with_bias.ranking_bias()) > 0
+    assert kept_and_masked(with_bias, often)[0] > 1.2 * kept_and_masked(without, often)[0]
+    model = trained_on(never, True, negatives)
+    assert max(model.ranking_bias()) < -3
+    assert kept_and_masked(model, never)[0] == pytest.approx(kept_and_masked(model, never)[1], rel=0.02)

@@ -66,12 +66,11 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_table = torch.zeros(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
         grad_rest = torch.zeros_like(rest, dtype=wide)
         grad_V = None if V is None else torch.empty_like(V, dtype=wide)
-        scale, grad_log_scale = objective.scale(loss), loss.new_zeros(len(sizes))
-        bias = grad_bias = None
+        scale, grad_log_scale, grad_bias = objective.scale(loss), *loss.new_zeros(2, len(sizes))
+        bias = None
         if history_bias is not None and objective.history is not None:
             history = objective.history * valid  # [T, L]
             bias, seen = history_bias.detach().to(wide), (history > 0).to(wide)
-            grad_bias = torch.zeros_like(bias)
 
         chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize, z.device)
         buffer = reused_buffer((len(sizes) + 2, chunks[0].stop, len(table)), wide, z.device)
@@ -93,7 +92,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 torch.log_softmax(scaled, dim=1, out=residual)
             spares = logits, spare
             residuals_(residuals, label, valid[rows], objective.distill, scale, spares, loss, grad_log_scale)
-            if bias is not None and grad_bias is not None:
+            if bias is not None:
                 for j, residual in enumerate(residuals):
                     by_bias = (residual.gather(1, history[rows]) * seen[rows]).sum()
                     by_bias /= 1 if scale is None else scale[j]

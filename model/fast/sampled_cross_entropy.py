@@ -69,11 +69,11 @@ class _SampledCrossEntropySum(torch.autograd.Function):
         grad_z, grad_own = torch.empty_like(z, dtype=wide), torch.empty_like(own, dtype=wide)
         grad_drawn = torch.zeros_like(drawn, dtype=wide)
 
-        scale, grad_log_scale = objective.scale(loss), loss.new_zeros(len(sizes))
-        columns, bias, grad_bias, grad_of_history = draws, None, None, None
+        scale, grad_log_scale, grad_bias = objective.scale(loss), *loss.new_zeros(2, len(sizes))
+        columns, bias, grad_of_history = draws, None, None
         if of_history is not None and history_bias is not None and objective.history is not None:
             columns, bias = draws + of_history.shape[2], history_bias.detach().to(wide)
-            grad_bias, grad_of_history = torch.zeros_like(bias), torch.empty_like(of_history)
+            grad_of_history = torch.empty_like(of_history)
             history, own_history = objective.history * valid, objective.history == labels[:, None]  # [T, L]
             label_seen = (own_history & valid).any(dim=1).to(wide)  # [T]
         chunks = row_chunks(len(z), len(sizes) * columns * wide.itemsize, z.device)
@@ -92,7 +92,7 @@ class _SampledCrossEntropySum(torch.autograd.Function):
             for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
                 logits[:, 0] += (z_wide[rows, low:high] * own_wide[rows, low:high]).sum(dim=1)
                 add_product(logits[:, 1:draws], z_narrow[rows, low:high], drawn[:, low:high].T)
-                if bias is not None:
+                if of_history is not None:
                     logits[:, draws:] += of_history[j, rows]
                 torch.mul(logits, 1 if scale is None else scale[j], out=spare).add_(offset)
                 if bias is not None:

@@ -104,6 +104,10 @@ def cut_model(model: SequenceModel, users: Any, items: Any, widths: tuple[int, .
         def encode(self, x: Tensor, position: Tensor, longest: int, at: Tensor | None = None) -> Tensor:
             return self.full.encode(x[:, len(for_users) :], position, longest, at) @ for_users
 
+        def ranking_bias(self) -> list[float] | None:
+            bias = model.ranking_bias()
+            return bias and [bias[-1]] * len(widths)
+
     return CutModel().eval()
 
 

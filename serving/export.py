@@ -431,11 +431,13 @@ def description(model: FMRLRec, config: Config, items: RunItems, run: Path) -> d
 
     size, whitening = model.sizes[-1], model.items.whitening
     widths = {"whitened": [len(mean) for mean, _ in whitening.transforms()]} if whitening else {}
+    bias = model.ranking_bias()
     return {
         "size": size,
         "sizes": list(model.sizes),
         "num_blocks": config.lru_num_blocks,
         "post_norm": model.settings.post_norm,
+        **({"history_bias": bias[-1]} if bias else {}),
         "features": describe_features(config, [part.shape[1] for part in model.items.features]) | widths,
         **common_description(config, items, run, size),
     }

@@ -96,7 +96,7 @@ class _OneFile(Graph):
         )
         z = self.op("Identity", self.encode(newest, config["num_blocks"], config["max_len"]), output="user")
         excluded = self.op("Mul", history, self.op("Cast", "exclude_history", to=TensorProto.INT64))
-        self.best_items(z, excluded, config["num_items"])
+        self.best_items(z, excluded, config["num_items"], history, config.get("history_bias", 0.0))
         return self.described(config)
 
     def cleaned(self, num_items: int) -> str:
@@ -115,12 +115,16 @@ class _OneFile(Graph):
         _, order = self.op("TopK", self.op("Mul", filled, positions), length, axis=1, largest=0, sorted=1, outputs=2)
         return self.op("GatherElements", items, order, axis=1)
 
-    def best_items(self, z: str, excluded: str, num_items: int) -> None:
-        """Rank items 1 to N for z [B, m]. excluded: item numbers [B, any], 0 for none."""
+    def best_items(self, z: str, excluded: str, num_items: int, history: str, history_bias: float) -> None:
+        """Rank items 1 to N for z [B, m]. excluded, history: item numbers [B, any], 0 for none."""
         minus_inf = self.constant(np.float32(-np.inf))
         scores = self.op("Gemm", z, self.in_float32("table"), transB=1)  # [B, N+1]
         if "table.scale" in self.weights:
             scores = self.op("Mul", scores, self.in_float32("table.scale"))
+        if history_bias:  # an item that occurs twice is written twice, with the same score
+            own = self.op("GatherElements", scores, history, axis=1)
+            own = self.op("Add", own, self.constant(np.float32(history_bias)))
+            scores = self.op("ScatterElements", scores, history, own, axis=1)
         blocked = self.op("Expand", minus_inf, self.op("Shape", excluded))
         scores = self.op("ScatterElements", scores, excluded, blocked, axis=1)
         scores = self.op("Slice", scores, self.constant([1]), self.constant([END]), self.constant([1]))  # [B, N]

@@ -136,6 +136,27 @@ def ranked(now: Snapshot, batch: list[Request], choices: list[Choice], k: int) -
     return scores, items if read is None else read[items]
 
 
+def ranked_histories(now: Snapshot, batch: list[Request], choices: list[Choice]) -> list[list[tuple[int, float]]]:
+    """Return the (item, score) pairs of each request's own history items, those that its choice allows.
+
+    choices: one for all users, or one for each. The history bias of config.json is added to the scores.
+    """
+    own = []
+    for row, request in enumerate(batch):
+        choice = choices[row if len(choices) > 1 else 0]
+        numbers = np.unique(np.array(request.items, dtype=np.int64))
+        numbers = numbers[~now.catalogue.is_removed(numbers)]
+        if choice.numbers is not None:
+            numbers = np.intersect1d(numbers, choice.numbers)
+        own.append(Choice(len(numbers), numbers, choice.boost, None))
+    bias = np.float32(now.config["history_bias"])
+    scores, items = ranked(now, batch, own, max(choice.count for choice in own))
+    return [
+        [(item, score) for item, score in zip(*pair, strict=True) if score > -np.inf]
+        for pair in zip(items.tolist(), (scores + bias).tolist(), strict=True)
+    ]
+
+
 def make_answer(
     catalogue: Catalogue, best: list[tuple[int, float]], top_k: int, notes: list[str], unknown: int = 0
 ) -> Recommendation:

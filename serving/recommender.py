@@ -49,7 +49,15 @@ from serving.folder import (
 )
 from serving.index import Index, build_faiss, build_index, open_index
 from serving.items import ItemId, make_items
-from serving.ranking import Recommendation, batches, make_answer, ranked, read_request, vectors_of
+from serving.ranking import (
+    Recommendation,
+    batches,
+    make_answer,
+    ranked,
+    ranked_histories,
+    read_request,
+    vectors_of,
+)
 from serving.snapshot import Snapshot, check_state, project
 from serving.states import State, encode
 from serving.weights import COUNTING
@@ -138,7 +146,8 @@ class Recommender:
     ) -> list[Recommendation]:
         """Return the `top_k` best items for each history (items, oldest first) or State.
 
-        exclude_history: do not recommend items of the history.
+        exclude_history: do not recommend items of the history. If they may be recommended, the model's history bias
+        is added to their scores.
         candidates: rank only these items: one list for all histories, a list for each, or a `filter`; None: all.
         boost: numbers added to the scores of items 1, 2, ...; give it to `filter` if it is used again.
         Unknown ids are skipped, only the last `max_len` items of a history are read, and an answer is shorter if fewer
@@ -153,14 +162,18 @@ class Recommender:
         for rows in batches(requests, choices, len(now.catalogue) + 1):
             batch = [requests[row] for row in rows]
             own = choices if len(choices) == 1 else [choices[row] for row in rows]
-            had = [frozenset(request.items) if exclude_history else frozenset() for request in batch]
+            biased = not exclude_history and bool(now.config.get("history_bias"))  # then ranked apart
+            had = [frozenset(request.items) if exclude_history or biased else frozenset() for request in batch]
             counts = [choice.count for choice in own] * (len(batch) if len(own) == 1 else 1)
             # Rank enough items that the history can be left out afterwards.
             k = max(min(count, top_k + len(items)) for count, items in zip(counts, had, strict=True))
             scores, items = ranked(now, batch, own, k)
+            histories = ranked_histories(now, batch, own) if biased else []
             for at, row in enumerate(rows):
                 pairs = zip(items[at].tolist(), scores[at].tolist(), strict=True)
                 best = [(i, score) for i, score in pairs if score > -np.inf and i not in had[at]][:top_k]
+                if biased:
+                    best = sorted([*best, *histories[at]], key=lambda pair: (-pair[1], pair[0]))[:top_k]
                 notes = [*batch[at].notes, *filters[row if len(filters) > 1 else 0].notes]
                 answers[row] = make_answer(now.catalogue, best, top_k, notes, batch[at].unknown)
         return [answers[row] for row in range(len(requests))]

@@ -73,6 +73,7 @@ class ExportConfig(Struct):
     quantize: Literal["none", "float16", "int8"]
     files: dict[str, StoredFile]
     post_norm: bool = False
+    history_bias: Number = 0.0  # added to the scores of history items; 0: none
     table_width: Annotated[int, Meta(ge=1, le=MAX_SIZE)] | None = None  # of the table that is ranked; None: size
     num_removed: Count = 0
     run: str = ""

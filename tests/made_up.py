@@ -9,6 +9,7 @@ import torch
 from config import Config, ModelSettings
 from datasets.catalog import Catalog, Sequences
 from model import FMRLRec
+from model.extensions.history import TIMES
 from trainer.runlog import RunLog
 from trainer.runs import read_log
 from trainer.training_run import TrainingRun
@@ -35,8 +36,9 @@ def random_model(
     ring: tuple[float, float] = (0.3, 0.9),
     seed: int = 0,
     post_norm: bool = False,
+    history_bias: Sequence[float] = (),
 ) -> FMRLRec:
-    """Return a model of random weights with eigenvalues on the ring."""
+    """Return a model of random weights with eigenvalues on the ring. history_bias: of each size; empty: none."""
     torch.manual_seed(seed)
     parts = [features] if isinstance(features, np.ndarray | torch.Tensor) else features
     model = FMRLRec(
@@ -49,9 +51,13 @@ def random_model(
             lru_r_min=ring[0],
             lru_r_max=ring[1],
             post_norm=post_norm,
+            history_bias=bool(history_bias),
         ),
     )
-    return with_random_weights(model).eval()
+    model = with_random_weights(model).eval()
+    if model.history_bias is not None:
+        model.history_bias.data = torch.tensor(history_bias) / TIMES
+    return model
 
 
 def as_sequences(histories: Sequence[Sequence[int]]) -> Sequences:

@@ -27,7 +27,8 @@ KINDS = ("none", "float16", "int8")
 def exports(tmp_path_factory):
     """(storage, format) -> an export of one model."""
     root = tmp_path_factory.mktemp("exports")
-    model = random_model((8, 16, 32), num_blocks=2, num_items=ITEMS, ring=NEAR_1, post_norm=True)
+    options = {"ring": NEAR_1, "post_norm": True, "history_bias": (0.0, 0.0, 0.4)}
+    model = random_model((8, 16, 32), num_blocks=2, num_items=ITEMS, **options)
     return {
         (kind, format): write_export(root / f"{kind}-{format}", model, max_len=MAX_LEN, quantize=kind, format=format)
         for kind in KINDS

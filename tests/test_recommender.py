@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import weakref
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from common.errors import InputError
 from serving import Recommender, filters, ranking, torch_engine
+from serving.states import State
 from tests.exported import IDS, MAX_LEN, SAME, N, assert_same_answer, everything, write_export
 from tests.made_up import made_up_catalog, random_model
 
@@ -125,6 +127,30 @@ def test_only_candidates_are_ranked_with_the_scores_of_the_whole_ranking(shop, e
         [answer] = r.recommend([history], top_k=len(numbers), candidates=candidates)
         assert answer.numbers == [i for i, _ in best] and answer.notes == []
         np.testing.assert_allclose(answer.scores, [s for _, s in best], rtol=SAME[kind])
+
+
+@pytest.mark.parametrize("index", [None, "int8"])
+def test_the_history_bias_is_added_to_items_of_the_history_that_may_be_recommended(engine, kind, index, tmp_path):
+    if index and kind == "int8":
+        pytest.skip("an int8 export has no index")
+    model = random_model((4, 12), num_items=N, history_bias=(3.0, 0.7))
+    folder = write_export(tmp_path / "e", model, quantize=kind, index=index)
+    r, plain = (Recommender.from_pretrained(folder, engine) for _ in range(2))
+    assert plain.config.pop("history_bias") == pytest.approx(0.7)
+    boost = np.linspace(-1, 1, N)
+    ways = {"boost": boost}, {"candidates": [3, 9]}, {"candidates": [*range(2, 16)]}
+    for bias, options in itertools.product((0.7, -4.0), ({}, *ways)):
+        r.config["history_bias"] = bias
+        for history in ([3, 9, 17, 3], [], r.start([9, 4])):
+            read = {9, 4} if isinstance(history, State) else set(history)
+            whole = everything(plain, history, **options)
+            scores = {i: s + bias * (i in read) for i, s in zip(whole.numbers, whole.scores, strict=True)}
+            best = sorted(scores, key=lambda i: -scores[i])
+            answer = everything(r, history, top_k=5, **options)
+            assert answer.numbers == best[:5]
+            np.testing.assert_allclose(answer.scores, [scores[i] for i in best[:5]], rtol=SAME[kind], atol=SAME[kind])
+            excluded = (everything(each, history, exclude_history=True, **options) for each in (r, plain))
+            assert len({tuple(answer.scores) for answer in excluded}) == 1
 
 
 def test_each_history_may_have_candidates_of_its_own(r):

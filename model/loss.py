@@ -43,11 +43,8 @@ def matryoshka_cross_entropy_plain(
     E = item_table.table() if isinstance(item_table, Factors) else item_table
     z, wide = z.to(E.dtype), torch.promote_types(E.dtype, torch.float32)
     logits = [(z[:, :m] @ E[:, :m].T).to(wide) for m in sizes]
-    offsets = None
-    if objective.history_bias is not None and objective.history is not None:
-        seen = contains(objective.history, len(E))  # [T, N+1]
-        offsets = [b * seen for b in objective.history_bias]
-    losses = losses_plain(logits, labels, labels > 0, objective, offsets)
+    seen = None if objective.history is None else contains(objective.history, len(E))  # [T, N+1]
+    losses = losses_plain(logits, labels, labels > 0, objective, seen=seen)
     return average(losses.sum(), labels, sizes, reduction, count)
 
 

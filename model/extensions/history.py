@@ -2,9 +2,10 @@
 
     score of item i at size m:  s_m (z[:m] · E[i, :m]) + b_m [i in history]
 
-s_m is the learned scale (model/extensions/objective.py). b_m is trained by the same cross-entropy, so that it falls far
-below 0 if nobody buys an item twice. A ranking leaves s_m out, so it adds b_m / s_m. In training a position's history
-is all items of its row up to its own token; in evaluation it is the complete history, also beyond lru_max_len.
+s_m is the learned scale (model/extensions/objective.py). b_m is trained by the same cross-entropy with the logits held
+fixed, so it falls far below 0 if nobody buys an item twice, and no other weight depends on it. A ranking leaves s_m
+out, so it adds b_m / s_m. In training a position's history is all items of its row up to its own token; in evaluation
+it is the complete history, also beyond lru_max_len.
 
 T positions, L the longest history of a batch, M sizes, D the largest.
 """

@@ -1,9 +1,11 @@
 """The cross-entropy of every size, and options beyond the paper: learned scale, history bias, distillation.
 
-    loss = 1/|M| Σ_m CE(target_m, p_m),    p_m = softmax(s_m logits_m + b_m [item in history])
+    loss = 1/|M| Σ_m CE(target_m, p_m),    p_m = softmax(s_m logits_m)
     target_m = (1 - x) one-hot + x p_D;    the largest size's target is one-hot              (no gradient through p_D)
 
-With s_m = 1, b_m = 0 and x = 0 this is the paper's loss. T positions, K logits of each.
+With s_m = 1 and x = 0 this is the paper's loss. The history bias b_m is trained by CE(one-hot, softmax(s_m logits_m +
+b_m [item in history])) with the logits held fixed. That adds a gradient by b alone: it changes neither the loss's value
+nor any other weight. T positions, K logits of each.
 """
 
 from collections.abc import Sequence
@@ -35,21 +37,23 @@ def losses_plain(
     label: Tensor,
     valid: Tensor,
     objective: Objective,
-    offsets: Sequence[Tensor] | None = None,
+    offset: Tensor | float = 0.0,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Return Σ_t CE(target_m, p_m) of every size, [M], from each size's logits [T, K].
 
-    label: [T], the column of the label; valid: [T], false at a position without one; offsets: added to each
-    size's scaled logits.
+    label: [T], the column of the label; valid: [T], false at a position without one; offset: added to the scaled
+    logits; seen: [T, K], the columns of history items, for a history bias.
     """
     scale = torch.ones(len(logits)) if objective.log_scale is None else objective.log_scale.exp()
-    scaled = [s * of_size for s, of_size in zip(scale, logits, strict=True)]
-    if offsets is not None:
-        scaled = [of_size + offset for of_size, offset in zip(scaled, offsets, strict=True)]
-    scaled = [of_size[valid] for of_size in scaled]
+    scaled = [(s * of_size + offset)[valid] for s, of_size in zip(scale, logits, strict=True)]
     losses = [F.cross_entropy(of_size, label[valid], reduction="sum") for of_size in scaled]
     x, p_largest = objective.distill, scaled[-1].detach().softmax(dim=1)
     if x:
         for j, of_size in enumerate(scaled[:-1]):
             losses[j] = (1 - x) * losses[j] + x * F.cross_entropy(of_size, p_largest, reduction="sum")
+    if objective.history_bias is not None and seen is not None:
+        for j, (b, of_size) in enumerate(zip(objective.history_bias, scaled, strict=True)):
+            by_bias = F.cross_entropy(of_size.detach() + b * seen[valid], label[valid], reduction="sum")
+            losses[j] = losses[j] + by_bias - by_bias.detach()
     return torch.stack(losses)

@@ -77,18 +77,17 @@ def sampled_matryoshka_cross_entropy_plain(
         torch.cat([of_label[:, :m].sum(dim=1, keepdim=True), (z_narrow[:, :m] @ drawn[:, :m].T).to(wide)], dim=1)
         for m in sizes
     ]  # each [T, 1 + K]; column 0 is the label
-    excluded = labels[:, None] == items
-    offsets = [F.pad(torch.where(excluded, ABSENT, -log_kq), (1, 0))] * len(sizes)
+    offset, seen = F.pad(torch.where(labels[:, None] == items, ABSENT, -log_kq), (1, 0)), None
     if objective.history_bias is not None and objective.history is not None and read is not None:
         history = objective.history  # [T, L]
-        seen = contains(history, int(max(labels.max(), items.max(), history.max())) + 1)
-        label_seen, excluded = seen.gather(1, labels[:, None]), excluded | seen[:, items]
-        absent = torch.where((history == 0) | (history == labels[:, None]), ABSENT, 0.0).to(wide)
+        read_before = contains(history, int(max(labels.max(), items.max(), history.max())) + 1)
+        label_seen, no_candidate = read_before.gather(1, labels[:, None]), (history == 0) | (history == labels[:, None])
         of_history = history_logits_plain(z.to(wide), read.to(wide), history.shape[1], sizes).cumsum(dim=0)
         logits = [torch.cat(parts, dim=1) for parts in zip(logits, of_history, strict=True)]  # [T, 1 + K + L]
-        of_drawn = torch.where(excluded, ABSENT, -log_kq)
-        offsets = [torch.cat([b * label_seen, of_drawn, b + absent], dim=1) for b in objective.history_bias]
-    losses = losses_plain(logits, torch.zeros_like(labels), labels > 0, objective, offsets)
+        of_drawn = offset[:, 1:].masked_fill(read_before[:, items], ABSENT)
+        offset = torch.cat([offset[:, :1], of_drawn, ABSENT * no_candidate], dim=1)
+        seen = torch.cat([label_seen, torch.zeros_like(of_drawn, dtype=torch.bool), ~no_candidate], dim=1)
+    losses = losses_plain(logits, torch.zeros_like(labels), labels > 0, objective, offset, seen)
     return average(losses.sum(), labels, sizes, reduction, count)
 
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from model.extensions.objective import Objective
 from model.fast.context import Context
-from model.fast.logits import add_product, residuals_, reused_buffer, row_chunks
+from model.fast.logits import add_product, bias_gradient, residuals_, reused_buffer, row_chunks
 from model.items import Factors
 from model.sizes import increments
 
@@ -71,6 +71,7 @@ class _CrossEntropySum(torch.autograd.Function):
         if history_bias is not None and objective.history is not None:
             history = objective.history * valid  # [T, L]
             bias, seen = history_bias.detach().to(wide), (history > 0).to(wide)
+            label_seen = ((history == labels[:, None]) & valid).any(dim=1).to(wide)  # [T]
 
         chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize, z.device)
         buffer = reused_buffer((len(sizes) + 2, chunks[0].stop, len(table)), wide, z.device)
@@ -86,18 +87,12 @@ class _CrossEntropySum(torch.autograd.Function):
                     if high <= embedded:
                         add_product(logits, z_chunk[:, low:high], narrow_V[:, low:high].T)
                 scaled = logits if scale is None else torch.mul(logits, scale[j], out=spare)
-                if bias is not None:
-                    scaled = spare.copy_(scaled) if scale is None else scaled
-                    scaled.scatter_add_(1, history[rows], bias[j] * seen[rows])
                 torch.log_softmax(scaled, dim=1, out=residual)
+                if bias is not None:
+                    of_seen = (residual.gather(1, history[rows]).exp() * seen[rows]).sum(dim=1)
+                    grad_bias[j] += bias_gradient(of_seen, label_seen[rows], bias[j])
             spares = logits, spare
             residuals_(residuals, label, valid[rows], objective.distill, scale, spares, loss, grad_log_scale)
-            if bias is not None:
-                for j, residual in enumerate(residuals):
-                    by_bias = (residual.gather(1, history[rows]) * seen[rows]).sum()
-                    by_bias /= 1 if scale is None else scale[j]
-                    grad_bias[j] += by_bias
-                    grad_log_scale[j] -= bias[j] * by_bias  # the bias is not scaled
             # An increment's logits are part of its own and every larger size's logits: its gradient sums theirs.
             above = None
             for low, high in reversed(increments(sizes)):

@@ -24,6 +24,15 @@ def row_chunks(num_positions: int, bytes_a_position: int, device: torch.device) 
     return [slice(start, start + size) for start in range(0, num_positions, size)]
 
 
+def bias_gradient(of_seen: Tensor, label_seen: Tensor, bias: Tensor) -> Tensor:
+    """Return the gradient of a size's cross-entropy by its history bias b, a scalar, with the logits held fixed.
+
+    of_seen: [C], the probability of a position's history items without b, 0 where there is no label; label_seen: [C],
+    1 where the label is one of them. Plain twin: `losses_plain` of model/extensions/objective.py.
+    """
+    return (torch.sigmoid(torch.logit(of_seen.clamp(0, 1)) + bias) - label_seen).sum()
+
+
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 

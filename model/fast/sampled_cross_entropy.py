@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from model.extensions.objective import Objective
 from model.fast.context import Context
-from model.fast.logits import ABSENT, add_product, residuals_, reused_buffer, row_chunks
+from model.fast.logits import ABSENT, add_product, bias_gradient, residuals_, reused_buffer, row_chunks
 from model.sizes import increments
 
 
@@ -95,18 +95,12 @@ class _SampledCrossEntropySum(torch.autograd.Function):
                 if of_history is not None:
                     logits[:, draws:] += of_history[j, rows]
                 torch.mul(logits, 1 if scale is None else scale[j], out=spare).add_(offset)
-                if bias is not None:
-                    spare[:, 0] += bias[j] * label_seen[rows]
-                    spare[:, draws:] += bias[j]
                 torch.log_softmax(spare, dim=1, out=residual)
+                if bias is not None and grad_bias is not None:
+                    of_seen = residual[:, draws:].exp().sum(dim=1) + residual[:, 0].exp() * label_seen[rows]
+                    grad_bias[j] += bias_gradient(of_seen, label_seen[rows], bias[j])
             column, spares = torch.zeros_like(labels[rows, None]), (logits, spare)
             residuals_(residuals, column, valid[rows], objective.distill, scale, spares, loss, grad_log_scale, offset)
-            if bias is not None:
-                for j, residual in enumerate(residuals):
-                    by_bias = residual[:, 0].dot(label_seen[rows]) + residual[:, draws:].sum()
-                    by_bias /= 1 if scale is None else scale[j]
-                    grad_bias[j] += by_bias
-                    grad_log_scale[j] -= bias[j] * by_bias  # the bias is not scaled
             # An increment's logits are part of its own and every larger size's logits: its gradient sums theirs.
             above = None
             for low, high in reversed(increments(sizes)):

@@ -125,6 +125,13 @@ class ModelSettings(Settings):
         at_least=0,
         extension=True,
     )
+    item_embedding_gate: str = setting(
+        "none",
+        "scale of an item's embedding; trained: 0 for items without a training event; learned: by number of events too",
+        choices=("none", "trained", "learned"),
+        extension=True,
+        used_if=lambda c: c.item_embedding > 0,
+    )
     post_norm: bool = setting(False, "LayerNorm after each LRU and FFN, and on the input", extension=True)
     dropout_from: int = setting(0, "number of leading dimensions without dropout", at_least=0, extension=True)
     logit_scale: bool = setting(False, "learn one logit scale per size", extension=True)

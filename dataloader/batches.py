@@ -68,6 +68,11 @@ class TrainLoader:
         """Count how often each token is a label: [N+1]."""
         return self.labels[:-1].bincount(minlength=num_items + 1)
 
+    def token_counts(self, num_items: int) -> Tensor:
+        """Count how often each token occurs in the rows, as an input or as a label: [N+1]."""
+        first = self.tokens[torch.as_tensor(self.offsets[:-1], device=self.device)]  # every other input is a label too
+        return self.label_counts(num_items) + first.bincount(minlength=num_items + 1)
+
     def epoch(self, number: int) -> Iterator[Batch]:
         """Yield the batches of one epoch; every user occurs once."""
         order = np.random.default_rng([self.seed, number]).permutation(self.num_users)

@@ -89,7 +89,9 @@ class FMRLRec(SequenceModel):
         super().__init__()
         sizes = settings.mrl_hidden_sizes
         self.num_items, self.sizes, self.settings = num_items, sizes, settings
-        self.items = ItemEncoder(num_items, sizes[-1], features, settings.embedded, whitening)
+        self.items = ItemEncoder(
+            num_items, sizes[-1], features, settings.embedded, whitening, settings.item_embedding_gate
+        )
         self.dropout = Dropout(settings.lru_dropout, settings.dropout_from)
         self.norm = FMRLLayerNorm(sizes) if settings.post_norm else None
         self.blocks = nn.ModuleList(Block(sizes, settings) for _ in range(settings.lru_num_blocks))

@@ -2,6 +2,7 @@
 
     E_i = W f_i + b                   f_i: the features of item i, concatenated, [F]; token 0: f_0 = 0, so E_0 = b
     E_i = W f_i + b + V_i             beyond the paper, in the first K dimensions
+    E_i = W f_i + b + g(n_i) V_i      and with a gate (model/extensions/embedding_gate.py)
 
 N items, F feature width, D largest size.
 """
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.extensions.embedding_gate import EmbeddingGate
 from model.extensions.whitening import ROWS, Whitening
 
 
@@ -24,7 +26,7 @@ class Factors(NamedTuple):
 
     features: Tensor  # [N+1, F], frozen, in the dtype of the products
     weight: Tensor  # [D, F]
-    embedding: Tensor | None = None  # V [N+1, K]; K is a size
+    embedding: Tensor | None = None  # V [N+1, K], gated if there is a gate; K is a size
 
     def table(self) -> Tensor:
         """Multiply E out: [N+1, D]."""
@@ -49,9 +51,11 @@ class ItemEncoder(nn.Module):
         features: Tensor | Sequence[Tensor] | None,
         embedding: int = 0,
         whitening: Whitening | None = None,
+        gate: str = "none",
     ) -> None:
         """features: [N, F], or several to concatenate, row i - 1 for item i; None: a learned table. embedding: K, the
         width of V, initially zero; 0: no V. whitening: the transform that made these features; saved with the weights.
+        gate: of V: none, trained or learned.
 
         Raises ValueError for features of another number of items, and for an embedding without features.
         """
@@ -60,6 +64,7 @@ class ItemEncoder(nn.Module):
         if embedding and features is None:
             raise ValueError("a learned item table takes no item embedding; give features, or leave embedding at 0")
         self.V = nn.Parameter(torch.zeros(num_items + 1, embedding)) if embedding else None
+        self.gate = EmbeddingGate(num_items, gate == "learned") if embedding and gate != "none" else None
         self.parts: list[str] = []
         self._whole: Tensor | None = None
         self.kept: Tensor | None = None  # E, for an export without the features
@@ -111,6 +116,7 @@ class ItemEncoder(nn.Module):
             return projected
         sparse = sparse_gradient and self.V.device.type == "cpu"  # saves a dense gradient of zeros
         V = F.embedding(items, self.V, sparse=True) if sparse else lookup(items, self.V)
+        V = self.gate(V, items) if self.gate else V
         return projected + F.pad(V, (0, projected.shape[1] - V.shape[1]))
 
     def everything(self) -> Tensor:
@@ -130,9 +136,14 @@ class ItemEncoder(nn.Module):
         """
         if self.V is None:
             return 1.0
-        table = self.everything()[1:]
+        table, V = self.everything(), self.gate(self.V) if self.gate else self.V
         content = table.clone()
-        content[:, : self.V.shape[1]] -= self.V[1:]
+        content[:, : V.shape[1]] -= V
+        trained = torch.ones(len(table), dtype=torch.bool) if self.gate is None else self.gate.counts > 0
+        trained[0] = False
+        if not trained.any():
+            return 1.0
+        table, content = table[trained], content[trained]
         return (table.norm(dim=1).mean() / content.norm(dim=1).mean().clamp_min(1e-12)).item()
 
     def factors(self, dtype: torch.dtype) -> Tensor | Factors:
@@ -143,7 +154,7 @@ class ItemEncoder(nn.Module):
         if self._whole is None or self._whole.dtype != dtype or self._whole.device != device:
             tokens = torch.arange(self.num_items + 1, device=device)
             self._whole = torch.cat([self.rows(some, dtype) for some in tokens.split(ROWS)])  # once: they are frozen
-        return Factors(self._whole, self.projection.weight, self.V)
+        return Factors(self._whole, self.projection.weight, self.gate(self.V) if self.gate else self.V)
 
 
 def _whiten_again(items: ItemEncoder, *_: object) -> None:

@@ -30,6 +30,8 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
     with torch.no_grad():
         for name, parameter in small.named_parameters():
             parameter.copy_(large[name][tuple(slice(0, n) for n in parameter.shape)])
+    if model.items.gate and small.items.gate:
+        small.items.gate.counts.copy_(model.items.gate.counts)
     if model.items.kept is not None:
         small.items.kept = model.items.kept[:, :size]
     return small.train(model.training)

@@ -315,6 +315,7 @@ CHANGED = {
 ELSEWHERE = {
     "img_encoder", "encoder_precision", "num_heads", "early_stopping", "early_stopping_patience", "val_mask_history",
     "best_metric", "run_name", "validate_untrained", "features", "init_from", "item_embedding_updates",
+    "item_embedding_gate",
 }  # fmt: skip
 RUNTIME = {
     "data_root", "features_root", "runs_root", "device", "use_wandb", "use_tensorboard", "encoder_batch_size",

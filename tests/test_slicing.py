@@ -9,7 +9,7 @@ import torch
 
 import train
 from config import ModelSettings
-from dataloader import eval_batches, eval_rows
+from dataloader import eval_batches, eval_rows, train_rows
 from datasets.features.load import load_features
 from model import FMRLRec, count_parameters, slice_model
 from model.extensions.whitening import whiten
@@ -95,7 +95,7 @@ PLUS_SIZES, SIZE, ITEMS = (2, 4, 8), 4, 40
 EVERYTHING = (
     "--dataset_code tiny --language_encoder lexical --img_encoder pixel --preset plus --dropout_from 2 --device cpu "
     "--mrl_hidden_sizes 2,4,8 --num_epochs 3 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --lru_max_len 6 "
-    "--num_negatives 7 --item_embedding_updates rows"
+    "--num_negatives 7 --item_embedding_updates rows --item_embedding_gate learned"
 )
 
 
@@ -135,7 +135,10 @@ def test_a_run_trains_the_weights_of_every_extension(loaded):
     assert config.preset == "plus" and config.embedded == PLUS_SIZES[-1]
     raw = [torch.from_numpy(part) for part in load_features(config, catalog, "cpu")]
     state, fresh = model.state_dict(), build_model(catalog.num_items, raw, config).state_dict()
-    assert not any(torch.equal(state[name], fresh[name]) for name in ("items.V", "log_scale"))
+    assert not any(torch.equal(state[name], fresh[name]) for name in ("items.V", "items.gate.bias", "log_scale"))
+    rows = train_rows(catalog.sequences, config.lru_max_len)
+    read = np.concatenate([rows.labels, rows.tokens[rows.offsets[:-1]]])
+    assert state["items.gate.counts"].tolist() == np.bincount(read, minlength=ITEMS + 1).tolist()
     for name in ("items.whitening.mean_0", "items.whitening.matrix_1"):
         torch.testing.assert_close(state[name], fresh[name])
 
@@ -175,7 +178,8 @@ def test_an_export_ranks_as_the_slice_and_new_products_are_whitened_projected_an
 
     # A new product has no V; its row is rescaled to the mean norm of the catalogue's rows.
     table = model.item_table()[1:, :SIZE].detach()
-    lengths = [part.norm(dim=1).mean() for part in (table, table - model.items.V[1:, :SIZE].detach())]
+    V = model.items.gate(model.items.V)[1:, :SIZE].detach()
+    lengths = [part[V.any(dim=1)].norm(dim=1).mean() for part in (table, table - V)]
     product = {"title": "Warm Red Lamp", "brand": "Alder", "picture": "data/photos/tiny/B000000001.png"}
     features = recommender.embed_items([product, catalog.metadata[2] | {"picture": None}])
     parts = torch.from_numpy(features).split([part.shape[1] for part in model.items.features], dim=1)

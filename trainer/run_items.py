@@ -71,8 +71,8 @@ def known_ids(run: Path, catalog: Catalog) -> list[str]:
 def move_rows(weights: dict[str, Tensor], model: SequenceModel | CountingModel, old: list[str], new: list[str]) -> None:
     """Arrange the item rows of saved weights for another catalogue, in place: every id keeps its row.
 
-    old, new: item ids of the weights and of the model. A new item has the model's initial row, zero in V: it begins
-    from its content.
+    old, new: item ids of the weights and of the model. A new item has the model's initial row, zero in V and in the
+    gate's counts: it begins from its content.
     """
     if old == new:
         return
@@ -80,7 +80,7 @@ def move_rows(weights: dict[str, Tensor], model: SequenceModel | CountingModel, 
     known = [(row, row_of[item]) for row, item in enumerate(new, start=1) if item in row_of]
     to, source = torch.tensor([(0, 0), *known]).T
     initial = model.state_dict()
-    for name in ("items.V", "items.table"):
+    for name in ("items.V", "items.table", "items.gate.counts"):
         if name in weights and name in initial and len(weights[name]) == len(old) + 1:
             rows = initial[name].cpu().clone()
             rows[to] = weights[name][source]

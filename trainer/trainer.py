@@ -68,6 +68,8 @@ class Trainer:
         self.model, self.config, self.run = model, config, run
         self.loader = TrainLoader(rows, config.train_batch_size, config.seed, device, *ranks)
         self.val_rows = eval_rows(sequences, config.lru_max_len, "val")
+        if model.items.gate:
+            model.items.gate.counts.copy_(self.loader.token_counts(model.num_items))
         self.step = build_step(model, self.loader, config)
         self.average = WeightAverage(model, config.ema_decay, self.step.rows) if config.ema_decay else None
         self.patience = config.early_stopping_patience if config.early_stopping else None

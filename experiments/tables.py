@@ -16,10 +16,10 @@ from experiments.rows import ResultRow, comparable, frame, result_rows
 from experiments.significance import paired_bootstrap, welch_test
 from experiments.store import KeptRun
 from trainer.runs import describe_model
+from trainer.user_ranks import BINS
 
 WITHOUT_HISTORY = ("NDCG@10" + MASKED, "Recall@10" + MASKED)
 OF_SIZES = ("Recall@10", "NDCG@10", "Recall@20", "Recall@50", "NDCG@10" + MASKED)
-TRAINED = {"never": 0, "1-5 times": 1, "6-20 times": 6, "21 times and more": 21}  # bin -> its first count
 PICTURED = ("sizes", "plus", "encoder_width")  # experiments with a figure (experiments/figures.py)
 
 
@@ -229,11 +229,11 @@ def by_popularity(group: list[ResultRow]) -> list[str]:
     if not names:
         return []
     times = next(row for row in group if row.name == names[0]).runs[0].times_trained()
-    bins = pd.cut(times, [*TRAINED.values(), np.inf], right=False, labels=list(TRAINED))
+    bins = pd.cut(times, [*BINS.values(), np.inf], right=False, labels=list(BINS))
     binned = users.groupby(bins, observed=False)
     means, counts = binned.mean(), binned.size()
     table = pd.DataFrame({"by how often the target was in training": ["users", *names]})
-    for name in TRAINED:
+    for name in BINS:
         for metric in ("NDCG@10", "Recall@10"):
             values = [means.at[name, (row, metric)] for row in names]
             cells = ["" if np.isnan(value) else f"{value:.4f}" for value in values]

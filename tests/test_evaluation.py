@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from fractions import Fraction
 
@@ -293,6 +294,19 @@ def test_list_metrics_and_every_users_rank_up_to_the_largest_cut_off_are_saved(s
         assert 0 < near.sum() < len(rows)
         assert found[m][near].tolist() == expected[m].numpy()[near].tolist()
         assert np.isinf(found[m][~near]).all()
+
+
+def test_validation_prints_the_metrics_of_targets_by_how_often_they_were_trained(sequences, capsys):
+    model, rows = random_model(), eval_rows(sequences, MAX_LEN, "val")
+    found = testing.validate_every_size(model, sequences, CONFIG, mask_history=True)
+    ranks = rank_targets(model, rows, sizes=SIZES, batch_size=7, mask_history=True)
+    assert found == {m: ranking_metrics(ranks[m], CONFIG.metric_ks) for m in SIZES}
+    often = times_trained(sequences, NUM_ITEMS)[rows.targets]
+    printed = capsys.readouterr().out
+    for name, low, high in (("1-5 times", 1, 6), ("6-20 times", 6, 21)):
+        recall = ranking_metrics(ranks[SIZES[-1]][(often >= low) & (often < high)], (5,))["Recall@5"]
+        count = ((often >= low) & (often < high)).sum()
+        assert re.search(rf"{name} +{count} users  Recall@5 {recall:.4f}", printed)
 
 
 @pytest.mark.parametrize("mask_history", [False, True])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common import processes
@@ -16,7 +17,7 @@ from trainer.list_metrics import list_metrics_of_sizes
 from trainer.metrics import ranking_metrics
 from trainer.plots import plot_metric_by_size
 from trainer.runs import EVERY_SIZE, LARGEST, LIST_METRICS, USER_RANKS, describe_model, read_config, result_file
-from trainer.user_ranks import save_ranks
+from trainer.user_ranks import BINS, save_ranks
 
 PARITY = 1e-5  # how far a slice's scores may lie from the full model's prefix, relative to the largest score
 
@@ -73,6 +74,31 @@ def test_every_size(
         batch = next(eval_batches(rows, config.test_batch_size, next(model.parameters()).device))
         for m in model.sizes:
             check_slice(model, slice_model(model, m), batch)
+    return results
+
+
+def validate_every_size(
+    model: Model, sequences: Sequences, config: Config, mask_history: bool = False
+) -> dict[int, dict[str, float]]:
+    """Rank the validation targets, and return size -> metrics.
+
+    Prints the metrics, and the largest size's by how often a target occurs in training. Writes nothing and never reads
+    the test set.
+    """
+    rows = eval_rows(sequences, config.lru_max_len, "val")
+    batch_size = config.val_batch_size
+    ranks = rank_targets(model, rows, sizes=model.sizes, batch_size=batch_size, mask_history=mask_history)
+    results = {m: ranking_metrics(of_size, config.metric_ks) for m, of_size in ranks.items()}
+    bins = np.digitize(times_trained(sequences, model.num_items)[rows.targets], list(BINS.values())[1:])
+    if processes.rank() == 0:
+        shown = [f"{metric}@{k}" for k in config.metric_ks for metric in ("Recall", "NDCG")]
+        print_table(results, shown)
+        print(f"validation targets of size {model.sizes[-1]} by how often they occur in training:")
+        for number, name in enumerate(BINS):
+            if len(found := ranks[model.sizes[-1]][torch.from_numpy(bins == number)]):
+                metrics = ranking_metrics(found, config.metric_ks)
+                values = "  ".join(f"{metric} {metrics[metric]:.4f}" for metric in shown)
+                print(f"{name:17} {len(found):6,} users  {values}", flush=True)
     return results
 
 

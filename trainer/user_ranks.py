@@ -12,6 +12,7 @@ from common.errors import InputError
 from common.files import ARRAY_ERRORS, replacing
 
 TRAINED = "times_trained"  # name of the array of training counts
+BINS = {"never": 0, "1-5 times": 1, "6-20 times": 6, "21 times and more": 21}  # of training counts; their first ones
 
 
 def save_ranks(path: Path, ranks: dict[int, np.ndarray], cutoff: int, times_trained: np.ndarray) -> None:

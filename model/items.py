@@ -117,7 +117,8 @@ class ItemEncoder(nn.Module):
         sparse = sparse_gradient and self.V.device.type == "cpu"  # saves a dense gradient of zeros
         V = F.embedding(items, self.V, sparse=True) if sparse else lookup(items, self.V)
         V = self.gate(V, items) if self.gate else V
-        return projected + F.pad(V, (0, projected.shape[1] - V.shape[1]))
+        E = projected + F.pad(V, (0, projected.shape[1] - V.shape[1]))
+        return self.gate.rescaled(E, items) if self.gate and not self.training else E
 
     def everything(self) -> Tensor:
         """Return E of all tokens, [N+1, D]: the kept one, or computed in chunks of items."""

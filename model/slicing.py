@@ -31,7 +31,7 @@ def slice_model(model: FMRLRec, size: int) -> FMRLRec:
         for name, parameter in small.named_parameters():
             parameter.copy_(large[name][tuple(slice(0, n) for n in parameter.shape)])
     if model.items.gate and small.items.gate:
-        small.items.gate.counts.copy_(model.items.gate.counts)
+        small.items.gate.load_state_dict(model.items.gate.state_dict())
     if model.items.kept is not None:
         small.items.kept = model.items.kept[:, :size]
     return small.train(model.training)

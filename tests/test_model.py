@@ -259,7 +259,10 @@ def test_a_gate_scales_an_items_embedding_by_how_often_it_was_trained():
         if gate == "learned":
             items.gate.bias.data[:] = torch.arange(1, 14) / SPEED  # gates 2, 3, 4, ... of the counts 1, 2, 3-4, ...
         expected = content[:7] + torch.tensor(scales)[:, None] * items.V[:7]  # of the counts 0 .. 6
+        items.gate.scale.fill_(3)
         torch.testing.assert_close(items.everything()[:7], expected)
+        items.eval()
+        torch.testing.assert_close(items.everything()[[1, 6, 11]], torch.cat([expected[[1, 6]], 3 * content[[11]]]))
         rows = items.gate.counts > 0
         rows[0] = False
         norms = [table[rows].norm(dim=1).mean() for table in (items.everything(), content)]

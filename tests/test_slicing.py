@@ -150,6 +150,7 @@ def test_a_slice_scores_as_the_models_prefix_and_has_its_own_scales(loaded, size
     torch.testing.assert_close(scores_of(small, catalog), scores_of(model, catalog, size), rtol=1e-5, atol=1e-5)
     assert torch.equal(small.log_scale, model.log_scale[: len(small.sizes)])
     assert torch.equal(small.items.V, model.items.V[:, :size])
+    assert small.items.gate.scale == model.items.gate.scale == pytest.approx(model.items.new_item_scale()) != 1
 
 
 def test_a_run_that_was_cut_off_is_resumed_to_the_same_weights(run):

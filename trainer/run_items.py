@@ -93,7 +93,7 @@ def keep_table(run: Path, model: SequenceModel | CountingModel) -> None:
 
     if isinstance(model, FMRLRec) and model.items.parts:
         with torch.inference_mode():
-            table = model.item_table().float().cpu().contiguous()
+            table = model.eval().item_table().float().cpu().contiguous()
         widths = ",".join(str(part.shape[1]) for part in model.items.features)
         with replacing(run / TABLE) as temporary:
             temporary.write_bytes(save({"table": table}, {"weights": sha256(run / WEIGHTS), "widths": widths}))

@@ -134,7 +134,9 @@ class Trainer:
 
     def validate(self) -> dict[int, dict[str, float]]:
         """Return the validation metrics of every size."""
-        config = self.config
+        config, items = self.config, self.eval_model.items
+        if items.gate:
+            items.gate.scale.fill_(items.new_item_scale())
         return evaluate(
             self.eval_model,
             self.val_rows,

@@ -125,13 +125,7 @@ class ModelSettings(Settings):
         at_least=0,
         extension=True,
     )
-    item_embedding_gate: str = setting(
-        "none",
-        "scale of an item's embedding; trained: 0 for items without a training event; learned: by number of events too",
-        choices=("none", "trained", "learned"),
-        extension=True,
-        used_if=lambda c: c.item_embedding > 0,
-    )
+    item_embedding_gate: bool = setting(False, "no embedding for items without a training event", extension=True)
     post_norm: bool = setting(False, "LayerNorm after each LRU and FFN, and on the input", extension=True)
     dropout_from: int = setting(0, "number of leading dimensions without dropout", at_least=0, extension=True)
     logit_scale: bool = setting(False, "learn one logit scale per size", extension=True)
@@ -274,6 +268,7 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
         "distill": 0.9, "ema_decay": 0.998, "num_negatives": 4096, "lru_r_min": 0.8, "lru_r_max": 0.99,
         "lru_dropout": 0.5, "lru_attn_dropout": 0.5, "val_mask_history": True, "train_batch_size": 128,
         "num_epochs": 7, "lr": 1e-3, "mrl_loss": "mean", "warmup_from_zero": False,
+        "history_bias": True, "item_embedding_gate": True,
     },
 }  # fmt: skip
 

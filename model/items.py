@@ -2,7 +2,7 @@
 
     E_i = W f_i + b                   f_i: the features of item i, concatenated, [F]; token 0: f_0 = 0, so E_0 = b
     E_i = W f_i + b + V_i             beyond the paper, in the first K dimensions
-    E_i = W f_i + b + g(n_i) V_i      and with a gate (model/extensions/embedding_gate.py)
+    E_i = W f_i + b + g_i V_i         and with a gate (model/extensions/embedding_gate.py)
 
 N items, F feature width, D largest size.
 """
@@ -51,11 +51,11 @@ class ItemEncoder(nn.Module):
         features: Tensor | Sequence[Tensor] | None,
         embedding: int = 0,
         whitening: Whitening | None = None,
-        gate: str = "none",
+        gate: bool = False,
     ) -> None:
         """features: [N, F], or several to concatenate, row i - 1 for item i; None: a learned table. embedding: K, the
         width of V, initially zero; 0: no V. whitening: the transform that made these features; saved with the weights.
-        gate: of V: none, trained or learned.
+        gate: whether V is left out for items without a training event.
 
         Raises ValueError for features of another number of items, and for an embedding without features.
         """
@@ -64,7 +64,7 @@ class ItemEncoder(nn.Module):
         if embedding and features is None:
             raise ValueError("a learned item table takes no item embedding; give features, or leave embedding at 0")
         self.V = nn.Parameter(torch.zeros(num_items + 1, embedding)) if embedding else None
-        self.gate = EmbeddingGate(num_items, gate == "learned") if embedding and gate != "none" else None
+        self.gate = EmbeddingGate(num_items) if embedding and gate else None
         self.parts: list[str] = []
         self._whole: Tensor | None = None
         self.kept: Tensor | None = None  # E, for an export without the features
@@ -140,7 +140,7 @@ class ItemEncoder(nn.Module):
         table, V = self.everything(), self.gate(self.V) if self.gate else self.V
         content = table.clone()
         content[:, : V.shape[1]] -= V
-        trained = torch.ones(len(table), dtype=torch.bool) if self.gate is None else self.gate.counts > 0
+        trained = torch.ones(len(table), dtype=torch.bool) if self.gate is None else self.gate.trained.clone()
         trained[0] = False
         if not trained.any():
             return 1.0

@@ -14,7 +14,6 @@ from model import FMRLRec, count_parameters, slice_model
 from model import items as items_module
 from model.dropout import Dropout, set_share
 from model.extensions import whitening as whitening_module
-from model.extensions.embedding_gate import SPEED
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
 from model.extensions.whitening import Whitening, fit_whitening, whiten
 from model.fast import recurrence
@@ -225,12 +224,12 @@ def test_factors_multiply_out_to_the_table_without_its_bias_and_join_features_on
     assert table.shape == (501, 64) and table.std().item() == pytest.approx(0.0176, rel=0.05)
 
 
-def embedding_model(embedding=SIZES[-1], gate="none"):
-    """Return a model without dropout; V is zero, as before training. A gate has items of all counts from 0."""
+def embedding_model(embedding=SIZES[-1], gate=False):
+    """Return a model without dropout; V is zero, as before training. A gate leaves every 11th item out."""
     options = {"item_embedding": embedding, "item_embedding_gate": gate, "lru_dropout": 0.0, "lru_attn_dropout": 0.0}
     model = recommender(parts(torch.float32, torch.float32), **options)
     if model.items.gate:
-        model.items.gate.counts.copy_(torch.arange(NUM_ITEMS + 1) % 11)
+        model.items.gate.trained.copy_(torch.arange(NUM_ITEMS + 1) % 11 > 0)
     return model
 
 
@@ -251,26 +250,21 @@ def test_an_embedding_starts_at_zero_and_ends_at_a_size():
     assert torch.equal(model.item_table(), content.item_table())
 
 
-def test_a_gate_scales_an_items_embedding_by_how_often_it_was_trained():
-    for gate, scales in (("trained", [0, 1, 1, 1, 1, 1, 1]), ("learned", [0, 2, 3, 4, 4, 5, 5])):
-        items = embedding_model(gate=gate).items
-        torch.nn.init.uniform_(items.V, -1, 1)
-        content = items.everything() - items.gate(items.V)
-        if gate == "learned":
-            items.gate.bias.data[:] = torch.arange(1, 14) / SPEED  # gates 2, 3, 4, ... of the counts 1, 2, 3-4, ...
-        expected = content[:7] + torch.tensor(scales)[:, None] * items.V[:7]  # of the counts 0 .. 6
-        items.gate.scale.fill_(3)
-        torch.testing.assert_close(items.everything()[:7], expected)
-        items.eval()
-        torch.testing.assert_close(items.everything()[[1, 6, 11]], torch.cat([expected[[1, 6]], 3 * content[[11]]]))
-        rows = items.gate.counts > 0
-        rows[0] = False
-        norms = [table[rows].norm(dim=1).mean() for table in (items.everything(), content)]
-        assert items.new_item_scale() == pytest.approx((norms[0] / norms[1]).item())
+def test_a_gate_leaves_the_embedding_of_untrained_items_out_and_rescales_their_rows_in_evaluation():
+    items = embedding_model(gate=True).items
+    torch.nn.init.uniform_(items.V, -1, 1)
+    content = items.everything() - items.gate(items.V)
+    expected = content[:12] + items.V[:12] * (torch.arange(12) % 11 > 0)[:, None]
+    items.gate.scale.fill_(3)
+    torch.testing.assert_close(items.everything()[:12], expected)
+    items.eval()
+    torch.testing.assert_close(items.everything()[[1, 6, 11]], torch.cat([expected[[1, 6]], 3 * content[[11]]]))
+    norms = [table[items.gate.trained].norm(dim=1).mean() for table in (items.everything(), content)]
+    assert items.new_item_scale() == pytest.approx((norms[0] / norms[1]).item())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("embedding", "gate"), [(4, "none"), (8, "none"), (4, "learned")])
+@pytest.mark.parametrize(("embedding", "gate"), [(4, False), (8, False), (4, True)])
 @pytest.mark.parametrize("negatives", [0, 9])
 def test_a_step_has_the_loss_and_the_gradients_of_the_item_embedding_of_the_plain_loss(
     negatives, embedding, gate, loss
@@ -280,8 +274,7 @@ def test_a_step_has_the_loss_and_the_gradients_of_the_item_embedding_of_the_plai
     sampler = NegativeSampler(counts, negatives) if negatives else None
     torch.manual_seed(3)
     found = Step(trained, NoUpdate(), TrainingSettings(loss=loss, max_grad_norm=0), sampler)(batch)
-    learned = [trained.items.V, *trained.items.gate.parameters()] if trained.items.gate else [trained.items.V]
-    gradients = [parameter.grad for parameter in learned]
+    gradient = trained.items.V.grad
 
     torch.manual_seed(3)
     table = trained.item_table()
@@ -291,10 +284,8 @@ def test_a_step_has_the_loss_and_the_gradients_of_the_item_embedding_of_the_plai
         table = Sample(table[batch.labels], table[items], items, log_kq)
     expected = (SAMPLED_LOSSES if negatives else LOSSES)["plain"](z, table, batch.labels, SIZES)
     torch.testing.assert_close(found, expected.detach())
-    torch.testing.assert_close(gradients, list(torch.autograd.grad(expected, learned)))
-    assert torch.equal(
-        gradients[0].any(dim=1), torch.ones(NUM_ITEMS + 1) > 0 if gate == "none" else trained.items.gate.counts > 0
-    )
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, trained.items.V)[0])
+    assert torch.equal(gradient.any(dim=1), trained.items.gate.trained if gate else torch.ones(NUM_ITEMS + 1) > 0)
 
 
 def train_embedding(updates, model):

@@ -80,7 +80,7 @@ def move_rows(weights: dict[str, Tensor], model: SequenceModel | CountingModel, 
     known = [(row, row_of[item]) for row, item in enumerate(new, start=1) if item in row_of]
     to, source = torch.tensor([(0, 0), *known]).T
     initial = model.state_dict()
-    for name in ("items.V", "items.table", "items.gate.counts"):
+    for name in ("items.V", "items.table", "items.gate.trained"):
         if name in weights and name in initial and len(weights[name]) == len(old) + 1:
             rows = initial[name].cpu().clone()
             rows[to] = weights[name][source]

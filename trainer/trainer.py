@@ -69,7 +69,7 @@ class Trainer:
         self.loader = TrainLoader(rows, config.train_batch_size, config.seed, device, *ranks)
         self.val_rows = eval_rows(sequences, config.lru_max_len, "val")
         if model.items.gate:
-            model.items.gate.counts.copy_(self.loader.token_counts(model.num_items))
+            model.items.gate.trained.copy_(self.loader.token_counts(model.num_items) > 0)
         self.step = build_step(model, self.loader, config)
         self.average = WeightAverage(model, config.ema_decay, self.step.rows) if config.ema_decay else None
         self.patience = config.early_stopping_patience if config.early_stopping else None

@@ -168,12 +168,12 @@ class Recommender:
             # Rank enough items that the history can be left out afterwards.
             k = max(min(count, top_k + len(items)) for count, items in zip(counts, had, strict=True))
             scores, items = ranked(now, batch, own, k)
-            histories = ranked_histories(now, batch, own) if biased else []
+            apart = ranked_histories(now, batch, own) if biased else []
             for at, row in enumerate(rows):
                 pairs = zip(items[at].tolist(), scores[at].tolist(), strict=True)
                 best = [(i, score) for i, score in pairs if score > -np.inf and i not in had[at]][:top_k]
                 if biased:
-                    best = sorted([*best, *histories[at]], key=lambda pair: (-pair[1], pair[0]))[:top_k]
+                    best = sorted([*best, *apart[at]], key=lambda pair: (-pair[1], pair[0]))[:top_k]
                 notes = [*batch[at].notes, *filters[row if len(filters) > 1 else 0].notes]
                 answers[row] = make_answer(now.catalogue, best, top_k, notes, batch[at].unknown)
         return [answers[row] for row in range(len(requests))]

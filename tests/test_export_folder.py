@@ -147,6 +147,7 @@ ENTRY = {"bytes": 1, "sha256": hashlib.sha256(b"a").hexdigest()}
     [
         ({"version": 3}, "has format version 3, this code reads versions 1 and 2"),
         ({"num_blocks": ...}, "config.json has no 'num_blocks'"),
+        ({"history_bias": "much"}, "config.json has history_bias 'much'"),
         ({"files": {}}, "config.json lists 'model.safetensors' wrongly or not at all"),
         *(({"files": {name: ENTRY}}, f"lists '{name}' wrongly") for name in ("../outside", "deep/inside")),
     ],

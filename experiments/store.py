@@ -24,12 +24,12 @@ from common.files import read_json, replacing, write_text
 from common.schema import Count, Number, Positive, check_schema, read_json_lines
 from common.settings import check_types
 from config import Config
-from experiments.cut import CUT
 from experiments.definition import compares_users
 from experiments.paper import MASKED
-from trainer.run_files import DeployedSize, Environment, MetricsBySize
+from trainer.run_files import Cut, DeployedSize, Environment
 from trainer.runs import (
     COLD_ITEMS,
+    CUT,
     DEPLOYMENT,
     EVERY_SIZE,
     USER_RANKS,
@@ -131,7 +131,7 @@ class Record(Struct):
     train_seconds: Number
     deployment: Card | None = None
     cold_items: ColdItems | None = None
-    cut: dict[str, dict[str, MetricsBySize]] | None = None  # protocol -> cut, nested
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -105,7 +105,7 @@ A sequential recommender ({kind}) with {config["size"]} dimensions, {"from" if n
 - Item features: {encoders or "none, the item table is learned"}. Stored {STORED[config["quantize"]]}.{cut}
 - Test metrics at this size in float32, full ranking, history kept: {", ".join(named) or "not tested"}.
 - `config.json` records how it was made{commit} and the checksums of the files.
-{_usage_of_file() if IDS in config["files"] else _usage_of_folder(config)}"""
+{_plane(config)}{_usage_of_file() if IDS in config["files"] else _usage_of_folder(config)}"""
 
 
 def _front_matter(config: dict[str, Any]) -> str:
@@ -117,6 +117,28 @@ def _front_matter(config: dict[str, Any]) -> str:
     for name, values in lists.items():
         lines += [f"{name}:", *(f"- {value}" for value in values)]
     return "\n".join(["---", *lines, "---", ""])
+
+
+def _plane(config: dict[str, Any]) -> str:
+    """Return a table of the run's encoder sizes and table widths, this export's in bold; "" if not measured."""
+    plane: dict[str, Any] = config.get("plane") or {}
+    widths = sorted({int(width) for row in plane.values() for width in row["NDCG@10"]})
+    if len(widths) < 2:
+        return ""
+    own = str(config["size"]), str(config.get("table_width") or config["size"])
+    megabytes = (f"{width} ({4 * (config['num_items'] + 1) * width / 1e6:.3g} MB)" for width in widths)
+    lines = [["encoder", "ms", *megabytes], ["---:"] * (len(widths) + 2)]
+    for size, row in plane.items():
+        cells = {width: f"{value:.4f}" for width, value in row["NDCG@10"].items()}
+        if size == own[0] and own[1] in cells:
+            cells[own[1]] = f"**{cells[own[1]]}**"
+        lines.append([size, f"{row['encoder_ms']:.2f}", *(cells.get(str(width), "") for width in widths)])
+    return f"""
+Test NDCG@10 of the run by encoder size (rows) and width of the item table (columns, with its bytes in memory), history
+kept. *ms*: CPU time to encode one history, where it was measured. `--size` and `--table_width` of `serving.export`
+choose; this export is in bold.
+
+{"".join(f"| {' | '.join(line)} |{chr(10)}" for line in lines)}"""
 
 
 def _usage_of_folder(config: dict[str, Any]) -> str:

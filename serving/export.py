@@ -428,10 +428,15 @@ def export_baseline(
 def description(model: FMRLRec, config: Config, items: RunItems, run: Path) -> dict[str, Any]:
     """Return the content of config.json for a sliced model, except its files."""
     from datasets.features.description import describe_features
+    from trainer.widths import read_plane
 
     size, whitening = model.sizes[-1], model.items.whitening
     widths = {"whitened": [len(mean) for mean, _ in whitening.transforms()]} if whitening else {}
     bias = model.ranking_bias()
+    plane: dict[str, Any] = {}
+    for cell in read_plane(run):
+        row = plane.setdefault(str(cell["size"]), {"encoder_ms": cell["encoder_ms"], "NDCG@10": {}})
+        row["NDCG@10"][str(cell["width"])] = cell["kept"]["NDCG@10"]
     return {
         "size": size,
         "sizes": list(model.sizes),
@@ -440,6 +445,7 @@ def description(model: FMRLRec, config: Config, items: RunItems, run: Path) -> d
         **({"history_bias": bias[-1]} if bias else {}),
         "features": describe_features(config, [part.shape[1] for part in model.items.features]) | widths,
         **common_description(config, items, run, size),
+        **({"plane": plane} if plane else {}),
     }
 
 

@@ -11,6 +11,7 @@ from common.schema import Count, Number, Positive
 MAX_SIZE = 1 << 16
 
 Width = Annotated[int, Meta(ge=1, le=1 << 20)]  # of features
+Size = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,8}$")]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -60,6 +61,13 @@ class Features(Struct):
     whitened: list[Width] = []
 
 
+class PlaneRow(Struct, rename={"ndcg": "NDCG@10"}):
+    """An encoder size of the run, with the metric of every table width; experiments/cut.py measures them."""
+
+    encoder_ms: Number
+    ndcg: dict[Size, Number]
+
+
 class ExportConfig(Struct):
     """config.json, whose format and version are right."""
 
@@ -79,3 +87,4 @@ class ExportConfig(Struct):
     run: str = ""
     commit: str | None = None
     metrics: dict[str, Number] | None = None
+    plane: dict[Size, PlaneRow] = {}

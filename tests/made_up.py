@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.files import sha256, write_json
 from config import Config, ModelSettings
 from datasets.catalog import Catalog, Sequences
 from model import FMRLRec
 from model.extensions.history import TIMES
 from trainer.runlog import RunLog
-from trainer.runs import read_log
+from trainer.runs import WEIGHTS, read_log
 from trainer.training_run import TrainingRun
 
 NEAR_1 = (0.9, 0.999)  # a ring of eigenvalues that forget slowly: every step of a history counts
@@ -77,6 +78,18 @@ def made_up_run(folder: Path, config: Config) -> TrainingRun:
     run = TrainingRun(config, {})
     run.folder, run.log = folder, RunLog(folder, read_log(folder))
     return run
+
+
+def write_plane(run: Path, sizes: Sequence[int], num_items: int) -> None:
+    """Write a cut.json of made-up metrics of all encoder sizes and table widths, as experiments.cut does."""
+    plane = [
+        {"size": m, "width": w, "table_bytes": 4 * (num_items + 1) * w, "encoder_ms": m / 100}
+        | {protocol: {"NDCG@10": m * w / 10_000, "Recall@10": m * w / 5_000} for protocol in ("kept", "masked")}
+        for m in sizes
+        for w in sizes
+        if w <= m
+    ]
+    write_json(run / "cut.json", {"kept": {}, "masked": {}, "weights": sha256(run / WEIGHTS), "plane": plane})
 
 
 class NoUpdate:

@@ -24,7 +24,7 @@ from experiments.definition import Definition, Row, definitions, identity, read_
 from experiments.store import keep, kept_runs
 from serving import export
 from tests.prepared import write_prepared
-from trainer.widths import user_weighted_pca
+from trainer.widths import read_plane, user_weighted_pca
 
 
 def test_every_definition_of_this_repository_can_be_read():
@@ -367,18 +367,28 @@ def test_a_cut_gives_the_best_scores_of_its_width():
         assert np.abs(cut - best).max() < 1e-6 * np.abs(scores).max()
 
 
-def test_a_run_is_cut_and_tested_at_every_width(workplace):
-    flags = "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 4,16 --num_epochs 1"
+def test_a_run_is_cut_and_tested_with_every_encoder_size_and_table_width(workplace):
+    flags = (
+        "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 16,32 --num_epochs 1"
+    )
     run = train.main([*flags.split(), "--lr=0.01", "--device=cpu"])
     evaluate.main(["--run", str(run), "--mask_history"])
     found = cut.main([str(run)])
-    assert found == json.loads((run / "cut.json").read_text())
+    assert found == json.loads((run / "cut.json").read_text()) and (run / "cut.png").exists()
     for protocol, suffix in (("kept", ""), ("masked", "_history_masked")):
         tested = json.loads((run / f"test_mrl_metrics{suffix}.json").read_text())
-        assert list(found[protocol]["cut"]) == ["8", "16"] and list(found[protocol]["nested"]) == ["4", "16"]
+        assert list(found[protocol]["cut"]) == ["8", "16", "32"] and list(found[protocol]["nested"]) == ["16", "32"]
+        cells = {(cell["size"], cell["width"]): cell[protocol] for cell in found["plane"]}
+        assert list(cells) == [(16, 8), (16, 16), (32, 8), (32, 16), (32, 32)]
         for metric in ("NDCG@10", "Recall@10"):
-            assert found[protocol]["nested"]["4"][metric] == tested["4"][metric]
-            assert found[protocol]["cut"]["16"][metric] == pytest.approx(tested["16"][metric], abs=0.02)
+            assert [cells[m, m][metric] for m in (16, 32)] == [tested[str(m)][metric] for m in (16, 32)]
+            assert [cells[32, w][metric] for w in (8, 16)] == [found[protocol]["cut"][str(w)][metric] for w in (8, 16)]
+            assert cells[16, 8][metric] == pytest.approx(cells[16, 16][metric], rel=0.2)
+    rows = load_catalog("data", "tiny").num_items + 1
+    assert all(cell["table_bytes"] == 4 * rows * cell["width"] and cell["encoder_ms"] > 0 for cell in found["plane"])
+    assert read_plane(run) == found["plane"]
+    (run / "best.safetensors").write_bytes(b"other weights")
+    assert read_plane(run) == []
     shop = train.main(["--dataset_code=tiny", "--model_code=popularity", "--device=cpu"])
     with pytest.raises(InputError, match="a run of popularity, which has no item table"):
         cut.main([str(shop)])

@@ -30,7 +30,7 @@ from serving.folder import GRAPHS, WEIGHTS, read_folder
 from serving.packaging import runtime_modules
 from serving.quantize import dequantize, quantize
 from tests.exported import write_export
-from tests.made_up import random_model
+from tests.made_up import random_model, write_plane
 from tests.prepared import contents, write_metadata, write_prepared
 from trainer.load_run import load_run
 from trainer.runs import commit
@@ -170,12 +170,18 @@ def test_the_model_card_gives_size_items_encoders_storage_metrics_and_commands(r
     assert "python -m serving.recommend" in text and "fmrlrec-recommend" not in text  # without graphs in a clone only
 
 
-def test_the_card_and_config_of_a_narrow_table_say_both_widths(run, tmp_path, home):
-    flags = f"--size 8 --table_width 3 --format onnx --data_root {home}/data"
-    (folder,) = run_export(run, f"{flags} --out {tmp_path / 'shop'}")
-    assert (config_of(folder)["size"], config_of(folder)["table_width"]) == (8, 3)
+def test_the_card_and_config_of_a_narrow_table_say_both_widths_among_those_that_were_measured(copy, tmp_path, home):
+    flags = f"--size 8 --table_width 4 --format onnx --data_root {home}/data"
+    (folder,) = run_export(copy, f"{flags} --out {tmp_path / 'bare'}")
+    assert "plane" not in config_of(folder) and "table (columns" not in (folder / "README.md").read_text("utf-8")
+    write_plane(copy, SIZES, ITEMS)
+    (folder,) = run_export(copy, f"{flags} --out {tmp_path / 'shop'}")
+    assert (config_of(folder)["size"], config_of(folder)["table_width"]) == (8, 4)
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "Ranks vectors of 3 numbers, cut from the 8" in text and "`rank.onnx`, B users, N items, m = 3:" in text
+    assert "Ranks vectors of 4 numbers, cut from the 8" in text and "`rank.onnx`, B users, N items, m = 4:" in text
+    assert "| encoder | ms | 4 (0.000496 MB) | 8 (0.000992 MB) | 16 (0.00198 MB) |\n" in text
+    assert "| 8 | 0.08 | **0.0032** | 0.0064 |  |\n| 16 | 0.16 | 0.0064 | 0.0128 | 0.0256 |\n" in text
+    read_folder(folder)
     rows = folder / "rows.safetensors"
     rows.write_bytes(b"0" * rows.stat().st_size)
     with pytest.raises(InputError, match=r"rows.safetensors was altered"):

@@ -59,3 +59,23 @@ class Deployment(Struct):
 
     weights: str
     rows: list[DeployedSize]
+
+
+class Cell(Struct):
+    """An encoder size with an item table of some width, in cut.json."""
+
+    size: Positive
+    width: Positive
+    table_bytes: Count
+    encoder_ms: Number
+    kept: Metrics
+    masked: Metrics
+
+
+class Cut(Struct):
+    """cut.json. Files of earlier code have no weights and no plane."""
+
+    kept: dict[str, MetricsBySize]  # cut, nested -> width
+    masked: dict[str, MetricsBySize]
+    weights: str = ""
+    plane: list[Cell] = []

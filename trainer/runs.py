@@ -17,6 +17,7 @@ newer_data/<digest>/     tests on other data: eval.py --on_newer_data
 *.png                    metrics against size; training.png: loss and validation against epochs
 deploy.json, deploy.png  serving cost of every size: benchmarks/deploy.py
 cold_items.json          metrics on items unseen in training: experiments/cold_items.py
+cut.json, cut.png        metrics of item tables that were cut afterwards: experiments/cut.py
 """
 
 import platform
@@ -47,6 +48,7 @@ LIST_METRICS = "test_list_metrics.json"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
 TRAINING_PICTURE = "training.png"
 COLD_ITEMS = "cold_items.json"
+CUT, CUT_PICTURE = "cut.json", "cut.png"
 RUN_HINT = "give a run's folder, as train.py prints it"
 TIME = "%Y%m%d-%H%M%S"  # format of the time in a run's name
 

@@ -1,11 +1,21 @@
-"""Cut a trained model's item table to fewer dimensions by a PCA weighted by the users' vectors, without training.
+"""Choose two widths: a size of the encoder, and a width to which the item table is cut without training.
 
-The scores Z T^T of users Z [U, D] and items T [N, D] are Z C^(-1/2) · C^(1/2) T^T with C = Z^T Z. By the SVD
-C^(1/2) T^T = Q S V^T, the rank-w matrix nearest to all scores of these users is Z C^(-1/2) Q[:, :w] · (T C^(1/2)
-Q[:, :w])^T (Eckart and Young). The full encoder stays; w numbers per user and item are left.
+The cut is a PCA weighted by the users' vectors. The scores Z T^T of users Z [U, D] and items T [N, D] are
+Z C^(-1/2) · C^(1/2) T^T with C = Z^T Z. By the SVD C^(1/2) T^T = Q S V^T, the rank-w matrix nearest to all scores of
+these users is Z C^(-1/2) Q[:, :w] · (T C^(1/2) Q[:, :w])^T (Eckart and Young). The encoder stays whole; w numbers per
+user and item are left.
 """
 
+import shlex
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+
+from common.files import read_json, sha256
+from common.schema import check_schema
+from trainer.run_files import Cut
+from trainer.runs import CUT, WEIGHTS
 
 RIDGE = 1e-9  # added to C, relative to its mean eigenvalue, so that it can be inverted
 
@@ -22,3 +32,15 @@ def user_weighted_pca(users: np.ndarray, items: np.ndarray) -> tuple[np.ndarray,
     _, basis = np.linalg.eigh(root @ (table.T @ table) @ root)  # Q of the SVD, ascending
     basis = basis[:, ::-1]
     return inverse @ basis, root @ basis
+
+
+def read_plane(run: Path) -> list[dict[str, Any]]:
+    """Return the cells (encoder size, table width) that experiments.cut measured of a run's weights.
+
+    Empty if the run was not cut, or before its weights changed. Raises InputError for a damaged cut.json.
+    """
+    path, hint = run / CUT, f"measure it again: python -m experiments.cut {shlex.quote(str(run))}"
+    if not path.exists():
+        return []
+    cut = check_schema(read_json(path, hint), Cut, path, hint)
+    return cut.get("plane", []) if cut.get("weights") == sha256(run / WEIGHTS) else []

@@ -38,6 +38,7 @@ from serving.states import State
 from tests.exported import write_export
 from tests.made_up import random_model
 from trainer.runs import check_data, describe_run, features_of, read_config, read_log, read_metrics
+from trainer.widths import read_plane
 
 MANY = int(os.environ.get("FUZZ_EXAMPLES", 0))
 SECONDS, MEGABYTES = 2, 500  # the most that an input may take
@@ -262,6 +263,7 @@ ENVIRONMENT = {"started": "a", "command": ["train.py"], "commit": "c", "uncommit
 ENVIRONMENT |= {"versions": {"torch": "2"}, "data": "d", "features": ["f.npy"], "resumed": []}
 TIMES = {"best_epoch": 1, "seconds": 1.0, "train_seconds": 1.0}
 COSTS = {"engine": "torch", "quantize": "float16", "size": 8, "bytes": 9, "p50_ms": 1, "NDCG@10": 0.5}
+CELL = {"size": 8, "width": 8, "table_bytes": 9, "encoder_ms": 1, "kept": METRICS["8"], "masked": METRICS["8"]}
 SETTINGS = {"settings": vars(Config()), "sources": {"lr": "flag"}}
 RUN = {
     "config.json": SETTINGS,
@@ -269,6 +271,7 @@ RUN = {
     "log.jsonl": TIMES | {"epoch": 1, "val": METRICS},
     "test_mrl_metrics.json": METRICS,
     "deploy.json": {"weights": hashlib.sha256(b"").hexdigest(), "rows": [COSTS]},
+    "cut.json": {"kept": {}, "masked": {}, "weights": hashlib.sha256(b"").hexdigest(), "plane": [CELL]},
     "runs.jsonl": SETTINGS | TIMES | {"run": "demo-a", "environment": ENVIRONMENT, "epochs": 1},
 }
 RUN = json.loads(json.dumps(RUN))  # tuples as lists
@@ -281,7 +284,7 @@ def test_runs(folder, changed):
     csv = b"run,dataset,split,protocol,size,NDCG@10\ndemo-a,demo,test,kept,8,0.5\n"
     whole = {name: to_json(value) for name, value in RUN.items()} | {"best.safetensors": b"", "metrics.csv": csv}
     fill(run, whole | dict([changed]))
-    for read in (read_config, read_log, describe_run, features_of, lambda run: check_data(run, "d")):
+    for read in (read_config, read_log, describe_run, features_of, read_plane, lambda run: check_data(run, "d")):
         bounded(read, run)
     bounded(read_metrics, run / "test_mrl_metrics.json", "test again")
     if changed[0] == "runs.jsonl":  # pandas makes it slow

@@ -15,6 +15,7 @@ import train
 from common.errors import InputError
 from serving import Recommender, export
 from serving.page import __main__ as page
+from tests.made_up import write_plane
 from tests.prepared import write_metadata, write_prepared
 
 SIZES, ITEMS, MAX_LEN = (4, 8, 16), 90, 6
@@ -40,7 +41,7 @@ def home(tmp_path_factory):
     write_metadata(write_prepared(folder / "data", "tiny", users=60, items=ITEMS, pictures=True), records)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train.main(shlex.split(TRAIN))
+        write_plane(train.main(shlex.split(TRAIN)), SIZES, ITEMS)
         yield folder
 
 
@@ -144,6 +145,35 @@ def test_a_history_and_a_size_are_chosen_by_keyboard_and_the_page_fits_its_width
     tab.keyboard.press("Enter")
     tab.wait_for_function("() => location.hash.endsWith('B000000011')")
     assert tab.eval_on_selector_all("#history .item", "items => items.map(i => i.dataset.item)") == ["3", "7", "11"]
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_table_width_is_chosen_by_keyboard_among_those_of_the_encoder_and_charts_show_all(tab, address, width):
+    tab.set_viewport_size({"width": width, "height": 844})
+    load(tab, address, "#size=16&history=B000000003")
+    tab.focus("#plane > summary")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#by-time circle.cell")
+    assert tab.eval_on_selector_all("#plane polyline", "lines => lines.length") == 2 * len(SIZES)
+    assert tab.eval_on_selector_all("#cells tr", "rows => rows.length") == 6 == tab.locator("#by-bytes circle").count()
+    for pressed, of_cell in (("", ["16 of 16", "0.0256"]), ("ArrowLeft", ["8 of 16", "0.0128 50% of the whole's"])):
+        tab.focus("#width")
+        tab.keyboard.press(pressed) if pressed else None
+        assert [tab.inner_text("#width-text"), tab.inner_text("#cell-quality")] == of_cell
+    assert tab.inner_text("#cell-command") == "python -m serving.export --size 16 --table_width 8"
+    assert tab.text_content("#by-bytes text.own") == "16" and tab.text_content("#by-time text.own") == "8"
+    tab.focus("#slider")
+    tab.keyboard.press("ArrowLeft")  # an encoder of 8 has no wider table
+    assert tab.inner_text("#width-text") == "8 of 8" and tab.inner_text("#cell-time") == "0.08 ms"
+    assert tab.text_content("#cells tr.chosen").startswith("88")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_page_of_a_run_that_was_not_cut_has_no_choice_of_a_table_width(tab, address, built):
+    catalogue = json.loads((built / "catalogue.json").read_text(encoding="utf-8")) | {"plane": []}
+    tab.route("**/catalogue.json", lambda route: route.fulfill(json=catalogue))
+    load(tab, address)
+    assert tab.is_hidden("#plane") and len(shown(tab)) == 10
 
 
 @pytest.mark.parametrize("fault", ["is missing (status 404)", "is damaged: its checksum differs"])

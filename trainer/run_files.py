@@ -61,6 +61,13 @@ class Deployment(Struct):
     rows: list[DeployedSize]
 
 
+class TopTen(Struct, rename={"ndcg": "NDCG@10", "recall": "Recall@10"}):
+    """Test metrics of a cell."""
+
+    ndcg: Number
+    recall: Number
+
+
 class Cell(Struct):
     """An encoder size with an item table of some width, in cut.json."""
 
@@ -68,8 +75,8 @@ class Cell(Struct):
     width: Positive
     table_bytes: Count
     encoder_ms: Number
-    kept: Metrics
-    masked: Metrics
+    kept: TopTen
+    masked: TopTen
 
 
 class Cut(Struct):

@@ -94,6 +94,7 @@ def write_page(page: Path, run: Path, data_root: str | None, quantize: str) -> N
 
     from model import FMRLRec
     from trainer.load_run import load_run
+    from trainer.widths import read_plane
 
     config, catalog, model = load_run(run, {"device": "cpu"} | ({"data_root": data_root} if data_root else {}))
     assert isinstance(model, FMRLRec)  # asked_run refused others
@@ -134,6 +135,7 @@ def write_page(page: Path, run: Path, data_root: str | None, quantize: str) -> N
         "models": models,
         **items,
         "pictures": write_pictures(catalog, page),
+        "plane": read_plane(run),
     }
     (page / CATALOGUE).write_text(json.dumps(content_of_page, ensure_ascii=False, separators=(",", ":")), "utf-8")
 

@@ -151,6 +151,7 @@ function showSize() {
     mark.classList.toggle("chosen", Number(mark.dataset.size) === size);
     mark.classList.toggle("inside", Number(mark.dataset.size) < size);
   }
+  showPlane();
 }
 
 async function answer() {
@@ -236,6 +237,106 @@ function showScale() {
   }
 }
 
+// --------------------------------------------------------------------------------------------------------- two widths
+
+let wantedWidth = Infinity; // the table width that was chosen last; larger ones than the encoder mean the whole table
+
+const cells = () => catalogue.plane.filter((cell) => cell.size === chosen().size);
+const megabytes = (cell) => cell.table_bytes / 1e6;
+const short = (number) => String(Number(number.toPrecision(2)));
+
+function showPlane() {
+  const row = cells();
+  if (!row.length) return;
+  const at = row.findLastIndex((cell) => cell.width <= wantedWidth), cell = row[at], whole = row.at(-1);
+  $("width").max = row.length - 1;
+  $("width").value = at;
+  $("width").setAttribute("aria-valuetext", `${cell.width} dimensions`);
+  $("width").style.setProperty("--filled", `${row.length > 1 ? (100 * at) / (row.length - 1) : 100}%`);
+  $("width-text").textContent = `${cell.width} of ${cell.size}`;
+  $("cell-bytes").textContent = `${short(megabytes(cell))} MB`;
+  $("cell-time").textContent = `${short(cell.encoder_ms)} ms`;
+  const share = whole.kept["NDCG@10"] ? ` ${Math.round((100 * cell.kept["NDCG@10"]) / whole.kept["NDCG@10"])}% of the whole's` : "";
+  $("cell-quality").replaceChildren(cell.kept["NDCG@10"].toFixed(4), element("small", {}, cell === whole ? "" : share));
+  $("cell-command").textContent = `python -m serving.export --size ${cell.size}${cell === whole ? "" : ` --table_width ${cell.width}`}`;
+  for (const tr of $("cells").children) tr.classList.toggle("chosen", tr.dataset.cell === `${cell.size},${cell.width}`);
+  chart($("by-bytes"), "size", megabytes, cell);
+  chart($("by-time"), "width", (each) => each.encoder_ms, cell);
+}
+
+function showCells() {
+  $("plane").hidden = !catalogue.plane.some((cell) => cell.width < cell.size);
+  $("cells").replaceChildren(...catalogue.plane.map((cell) => {
+    const metrics = [cell.kept, cell.masked].flatMap((of) => [of["NDCG@10"].toFixed(4), of["Recall@10"].toFixed(4)]);
+    const numbers = [cell.width, short(megabytes(cell)), cell.encoder_ms.toFixed(2), ...metrics];
+    const tr = element("tr", {}, element("th", { scope: "row" }, cell.size), ...numbers.map((n) => element("td", {}, n)));
+    tr.dataset.cell = `${cell.size},${cell.width}`;
+    return tr;
+  }));
+  $("width").oninput = () => {
+    wantedWidth = cells()[$("width").value].width;
+    showPlane();
+  };
+  new ResizeObserver(showPlane).observe($("by-bytes")); // also when it is opened
+}
+
+// Draw NDCG@10 against x(cell), a line for each value of cells[line]. The line and the point of `own` are in colour.
+function chart(svg, line, x, own) {
+  const width = svg.clientWidth, height = svg.clientHeight, [left, right, top, bottom] = [38, 38, 12, 26];
+  if (!width) return; // it is closed
+  const xs = catalogue.plane.map(x), ndcg = (cell) => cell.kept["NDCG@10"], highest = Math.max(...catalogue.plane.map(ndcg)) || 1;
+  const [low, high] = [Math.min(...xs), Math.max(...xs)], range = Math.log(high / low) || 1;
+  const px = (value) => left + ((width - left - right) * Math.log(value / low)) / range;
+  const py = (value) => height - bottom - ((height - top - bottom) * value) / highest;
+  const made = [];
+  const draw = (name, attributes, text = "") => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const each of Object.entries(attributes)) node.setAttribute(...each);
+    node.textContent = text;
+    made.push(node);
+    return node;
+  };
+
+  const step = [1, 2, 5].map((n) => n * 10 ** Math.floor(Math.log10(highest))).concat([1, 2, 5].map((n) => n * 10 ** Math.floor(Math.log10(highest) - 1)))
+    .filter((n) => highest / n <= 5).sort((a, b) => a - b)[0];
+  for (let value = 0; value <= highest; value += step) {
+    draw("line", { class: "grid", x1: left, x2: width - right, y1: py(value), y2: py(value) });
+    draw("text", { x: left - 6, y: py(value) + 4, "text-anchor": "end" }, short(value).replace(/^0\./, "."));
+  }
+  const powers = Array.from({ length: 20 }, (_, i) => 10 ** (i - 9));
+  const ticks = powers.flatMap((power) => [1, 2, 5].map((n) => n * power)).filter((tick) => tick >= low && tick <= high);
+  for (const tick of ticks.length > 1 ? ticks : [low, high]) {
+    draw("text", { x: px(tick), y: height - 6, "text-anchor": "middle" }, short(tick));
+  }
+
+  const values = [...new Set(catalogue.plane.map((cell) => cell[line]))].sort((a, b) => a - b);
+  const labels = [];
+  for (const value of [...values.filter((each) => each !== own[line]), own[line]]) { // the chosen one on top
+    const points = catalogue.plane.filter((cell) => cell[line] === value);
+    const name = value === own[line] ? "line own" : "line";
+    draw("polyline", { class: name, points: points.map((cell) => `${px(x(cell))},${py(ndcg(cell))}`).join(" ") });
+    for (const cell of points) {
+      const dot = draw("circle", { class: cell === own ? `${name} cell` : name, cx: px(x(cell)), cy: py(ndcg(cell)), r: cell === own ? 6 : 3 });
+      const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
+      title.textContent = `encoder ${cell.size}, table ${cell.width}: NDCG@10 ${ndcg(cell).toFixed(4)}, ${short(megabytes(cell))} MB, ${short(cell.encoder_ms)} ms`;
+      dot.append(title);
+    }
+    const end = points.at(-1);
+    labels.push(line === "size"
+      ? draw("text", { class: name, x: px(x(end)), y: py(ndcg(end)) + 18, "text-anchor": "middle" }, value)
+      : draw("text", { class: name, x: width - right + 8, y: py(ndcg(end)) + 4 }, value));
+  }
+  if (line === "width") { // all lines end at the largest encoder: move their labels apart
+    labels.sort((a, b) => a.getAttribute("y") - b.getAttribute("y"));
+    for (let i = labels.length - 2, y = labels.at(-1).getAttribute("y"); i >= 0; i--) {
+      y = Math.min(labels[i].getAttribute("y"), y - 13);
+      labels[i].setAttribute("y", y);
+    }
+  }
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.replaceChildren(...made);
+}
+
 // Make up a history: begin with an item, then take one of the best three, three times.
 async function example(item, choose) {
   const items = [item];
@@ -282,6 +383,7 @@ async function start() {
   numbers = new Map(catalogue.ids.map((id, at) => [id, at + 1]));
   $("dataset").textContent = `${catalogue.dataset}: ${catalogue.ids.length.toLocaleString("en")} items, ${catalogue.models.length} sizes`;
   showScale();
+  showCells();
   const { ids, known, at, given } = readAddress();
   $("slider").value = at >= 0 ? at : Math.floor(catalogue.models.length / 2);
   $("slider").oninput = () => setHistory(history);

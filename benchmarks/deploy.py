@@ -267,6 +267,9 @@ def measure_scan(size: int, num_items: int, users: int, folder: Path) -> dict[st
 
     The singular values of items and users decay as i^(-2/3), as those of trained tables do: .16 of the first at 16, .06
     at 64, .015 at 256 on Beauty. Rows of independent numbers have no structure that a quantizer could use.
+
+    The table is a memory-mapped file in `folder`, so that only the indices must fit into memory. The float32 scan is
+    fair if the file fits into the page cache.
     """
     import numpy as np
 
@@ -280,12 +283,14 @@ def measure_scan(size: int, num_items: int, users: int, folder: Path) -> dict[st
     rng = np.random.default_rng(0)
     spectrum = (np.linalg.qr(rng.standard_normal((size, size)))[0] * np.arange(1, size + 1) ** (-2 / 3)).T
     spectrum = spectrum.astype(np.float32)
-    rows = rng.standard_normal((num_items + 1, size), dtype=np.float32)
-    for start in range(0, len(rows), 1 << 16):
-        rows[start : start + (1 << 16)] @= spectrum
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "table").open("wb") as file:
+        for start in range(0, num_items + 1, 1 << 16):
+            count = min(1 << 16, num_items + 1 - start)
+            (rng.standard_normal((count, size), dtype=np.float32) @ spectrum).tofile(file)
+    rows = np.memmap(folder / "table", np.float32, "r", shape=(num_items + 1, size)).view(np.ndarray)
     import_faiss().omp_set_num_threads(1)
     packed = build_index(rows)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).write_bytes(packed)
     (folder / SCAN).write_bytes(build_scan(packed))
     del packed

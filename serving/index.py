@@ -35,6 +35,7 @@ ROUNDING = 4e-6  # of the float32 operations, relative to |z| |t|
 COMPONENTS = 64  # principal components that faiss scans
 SHORTLIST, TIMES = 4000, 20  # faiss's shortlist has at least 4000 items, and 20 times as many as are asked for
 TRAINED_ON = 1 << 16  # rows that faiss's quantizer is trained on
+ADDED = 1 << 20  # rows that faiss transforms at once
 
 
 class Index(Protocol):
@@ -57,13 +58,14 @@ def open_index(export: Export, engine: Engine, threads: int) -> Index | None:
 
 def build_index(table: np.ndarray) -> bytes:
     """Return the bytes of index.safetensors for a table [N+1, m] float32: codes [m, N+1], scale and bound [N+1]."""
-    codes, scale = quantize(table, axis=1)
-    bound = np.empty(len(table), dtype=np.float32)
+    codes = np.empty(table.shape[::-1], dtype=np.int8)
+    scale, bound = (np.empty(len(table), dtype=np.float32) for _ in range(2))
     for start in range(0, len(table), 1 << 16):
         part = slice(start, start + (1 << 16))
-        error = table[part].astype(np.float64) - dequantize(codes[part], scale[part], axis=1)
-        bound[part] = np.linalg.norm(error, axis=1) * (1 + 1e-6)  # rounded up
-    return save({"codes": np.ascontiguousarray(codes.T), "scale": scale, "bound": bound})
+        rows, scale[part] = quantize(table[part], axis=1)
+        error = table[part].astype(np.float64) - dequantize(rows, scale[part], axis=1)
+        codes[:, part], bound[part] = rows.T, np.linalg.norm(error, axis=1) * (1 + 1e-6)  # rounded up
+    return save({"codes": codes, "scale": scale, "bound": bound})
 
 
 class Int8Index:
@@ -159,7 +161,8 @@ def build_faiss(table: np.ndarray) -> bytes:
     scan = faiss.IndexPQFastScan(kept, kept, bits, faiss.METRIC_INNER_PRODUCT)
     index = faiss.IndexPreTransform(transform, scan)
     index.train(sample)
-    index.add(np.ascontiguousarray(table))
+    for start in range(0, rows, ADDED):
+        index.add(np.ascontiguousarray(table[start : start + ADDED]))
     return faiss.serialize_index(index).tobytes()
 
 

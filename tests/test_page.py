@@ -190,6 +190,30 @@ def test_a_missing_or_damaged_model_is_named_and_other_sizes_still_answer(tab, a
     assert message(tab) == "" and len(shown(tab)) == 10
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("catalogue.json", None, "is missing (status 404). Build the page again with python -m serving.page."),
+        ("catalogue.json", "[", "is damaged: it is not JSON. Copy or build the page again."),
+        ("ort/ort.wasm.min.mjs", None, "is damaged: it is missing or no module. Copy or build the page again."),
+    ],
+)
+def test_a_missing_or_damaged_file_of_the_page_is_named(tab, address, file, content, problem):
+    tab.route(f"**/{file}", lambda route: route.fulfill(status=200 if content else 404, body=content or ""))
+    load(tab, address)
+    assert message(tab) == f"{file} {problem}" and tab.is_hidden("#app")
+
+
+def test_damaged_similar_items_are_named(tab, address):
+    load(tab, address, "#size=8&history=B000000003")
+    tab.route("**/models/8.similar", lambda route: route.fulfill(body="1234567"))
+    tab.click("#best > li:first-child .item")
+    tab.wait_for_selector("#message:not([hidden])")
+    assert message(tab).startswith(
+        f"models/8.similar is damaged: it has 7 bytes instead of {4 * ITEMS * page.SIMILAR}. "
+    )
+
+
 def test_unknown_ids_are_named_and_without_webassembly_the_page_says_so(tab, address, recommenders):
     load(tab, address, "#size=16&history=OLD,OLDER")
     assert message(tab).startswith("Unknown and skipped: OLD, OLDER. No item of the history is known")

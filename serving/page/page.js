@@ -26,6 +26,8 @@ async function read(path) {
   return answer;
 }
 
+const damaged = (path, problem) => new PageError(`${path} is damaged: ${problem}. Copy or build the page again.`);
+
 function crc32(bytes) {
   let crc = ~0;
   for (const byte of bytes) crc = (crc >>> 8) ^ CRC_TABLE[(crc ^ byte) & 255];
@@ -48,7 +50,7 @@ function session(size) {
 async function open({ file, bytes, crc }) {
   const content = new Uint8Array(await (await read(file)).arrayBuffer());
   if (content.length !== bytes || crc32(content) !== crc) {
-    throw new PageError(`${file} is damaged: its checksum differs. Copy or build the page again.`);
+    throw damaged(file, "its checksum differs");
   }
   return ort.InferenceSession.create(content, { executionProviders: ["wasm"], logSeverityLevel: 3 });
 }
@@ -85,8 +87,10 @@ export function recommend(size, items, timed = false) {
 // Return the items with the most similar vectors.
 export async function similar(size, item) {
   const { file, similar: count } = catalogue.models.find((model) => model.size === size);
-  const all = new Uint32Array(await (await read(file.replace(".onnx", ".similar"))).arrayBuffer());
-  return Array.from(all.subarray((item - 1) * count, item * count));
+  const path = file.replace(".onnx", ".similar"), content = await (await read(path)).arrayBuffer();
+  const bytes = 4 * count * catalogue.ids.length;
+  if (content.byteLength !== bytes) throw damaged(path, `it has ${content.byteLength} bytes instead of ${bytes}`);
+  return Array.from(new Uint32Array(content).subarray((item - 1) * count, item * count));
 }
 
 // ----------------------------------------------------------------------------------------------------------- the view
@@ -376,8 +380,14 @@ async function start() {
   if (typeof WebAssembly !== "object") {
     throw new PageError("This browser has no WebAssembly, or it is turned off. The model needs it; please use another browser.");
   }
-  catalogue = await (await read("catalogue.json")).json();
-  ort = await import("./ort/ort.wasm.min.mjs");
+  const text = await (await read("catalogue.json")).text();
+  try {
+    catalogue = JSON.parse(text);
+  } catch {
+    throw damaged("catalogue.json", "it is not JSON");
+  }
+  const runtime = "./ort/ort.wasm.min.mjs";
+  ort = await import(runtime).catch(() => { throw damaged(runtime.slice(2), "it is missing or no module"); });
   ort.env.wasm.wasmPaths = new URL("ort/", import.meta.url).href;
   ort.env.wasm.numThreads = 1; // more would need headers that plain file servers do not send
   numbers = new Map(catalogue.ids.map((id, at) => [id, at + 1]));

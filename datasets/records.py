@@ -14,7 +14,7 @@ import orjson
 from isal import igzip, isal_zlib  # three times as fast as gzip here
 
 from common.errors import InputError
-from common.files import check_regular
+from common.files import MAX_DEPTH, check_regular, is_deep
 
 MAX_BAD_SHARE = 0.01  # of lines that cannot be used
 MAX_LINE = 1 << 24  # bytes; a longer line cannot be used
@@ -48,6 +48,7 @@ STRING = "|".join(
     [rf"{q * 3}(?:[^{q}\\]+|\\.|{q}(?!{q * 2}))*+(?:{q * 3}|{END})" for q in "'\""]
     + [rf"{q}(?:[^{q}\\]+|\\.)*+(?:{q}|{END})" for q in "'\""]
 )
+HUGE = re.compile(r"\b0[box]\w{2000}", re.IGNORECASE)  # a number with more digits than str() writes
 TOKEN = re.compile(rf"(\w*+)(?:{STRING})|\w+|\S", re.DOTALL)
 
 
@@ -163,18 +164,19 @@ class RecordFile:
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """Return a line, JSON or a Python literal, as a dict; None if it is neither or has too many values.
+    """Return a line, JSON or a Python literal, as a dict.
 
-    Nothing in it is executed.
+    None if it is neither, has too many values or is nested over MAX_DEPTH deep. Nothing in it is executed.
     """
     if len(line) > SHORT and sum(map(line.count, ",[{")) > MAX_MARKS:
         return None
+    may_be_deep = sum(map(line.count, "[{(")) > MAX_DEPTH
     for parse in (orjson.loads, json.loads, parse_literal):  # orjson refuses NaN and lone surrogates
         try:
             record = parse(line)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-        return record if isinstance(record, dict) else None
+        return record if isinstance(record, dict) and not (may_be_deep and is_deep(record)) else None
     return None
 
 
@@ -185,4 +187,6 @@ def parse_literal(text: str) -> Any:
             prefix = token[1] or ""
             if count >= MAX_TOKENS or "f" in prefix.lower() or "t" in prefix.lower() or token[0] == "#":
                 raise ValueError(f"more than {MAX_TOKENS:,} tokens, a comment or a formatted string")
+    if len(text) > 2000 and HUGE.search(text):
+        raise ValueError("a number of thousands of digits")
     return ast.literal_eval(text)

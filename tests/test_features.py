@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
@@ -435,7 +437,10 @@ def write(name: str, folder: Path, rows=ROWS, ids=IDS) -> Path:
         pd.DataFrame({"product_id": ids, "vector": [list(map(float, row)) for row in rows]}).to_parquet(path)
     else:
         table = pd.DataFrame({"asin": ids} | {f"f{k}": rows[:, k] for k in range(rows.shape[1])})
-        table.to_csv(path, index=False) if path.suffix == ".csv" else table.to_parquet(path)
+        if path.suffix == ".csv":
+            table.to_csv(path, index=False)
+        else:  # whatever pandas' own notes say
+            pq.write_table(pa.Table.from_pandas(table).replace_schema_metadata({"pandas": "{"}), path)
     return path
 
 

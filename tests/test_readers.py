@@ -1,13 +1,16 @@
 """Readers: files of every format give the same events and items, and a damaged one is named with its mend."""
 
 import gzip
+import io
 import json
 import math
+from datetime import date
 from decimal import Decimal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from common.errors import InputError
@@ -66,6 +69,8 @@ MOVIELENS = (
     lines(",", NUMBERS, "userId,movieId,rating,timestamp\n"),
     parquet(pd.DataFrame(NUMBERS, columns=NAMES)),
 )
+TWICE = io.BytesIO()
+pq.write_table(pa.Table.from_pandas(TABLE).append_column("rating", pa.array(range(12))), TWICE)
 FORMATS = {
     "JSON lines of 2014 and 2018": "".join(json.dumps(review(u, i, t, r)) + "\n" for u, i, r, t in ROWS).encode(),
     "Python literals": "".join(f"{review(u, i, t, r)}\n" for u, i, r, t in ROWS).encode(),
@@ -78,6 +83,7 @@ FORMATS = {
     "semicolons and quotes": TABLE.to_csv(index=False, sep=";", quoting=1).encode(),
     "RecBole": lines("\t", header="user_id:token\titem_id:token\trating:float\ttimestamp:float\n"),
     "parquet": parquet(TABLE),
+    "parquet with an index": TABLE.set_index("user_id").to_parquet(),
     "parquet with more columns": parquet(TABLE.assign(text="fine")[["text", *reversed(NAMES)]]),
     "Amazon 2014 without header": lines(",", ROWS),
     **dict(zip(("u.data", "ratings.dat", "ratings.csv", "parquet of numbers"), MOVIELENS, strict=True)),
@@ -164,6 +170,7 @@ def test_columns_of_any_name_are_named_by_a_flag(tmp_path):
     for content in (renamed.to_csv(index=False).encode(), parquet(renamed), renamed.to_json(orient="records").encode()):
         assert rows_of(read_events(file_of(tmp_path, content), given)) == ROWS
     assert "has no column 'what' (--columns item=what)" in refusal(file_of(tmp_path, csv()), item="what")
+    assert "column 'item_id' cannot be user and item; give each" in refusal(file_of(tmp_path, csv()), user="item_id")
     path = file_of(tmp_path, b"x1,y1,5.0,1400000000\n")
     assert "could each be the items; say which: --columns user=1,item=2" in refusal(path)
     assert read_events(path, {"user": "2", "item": "1"}).users == ["y1"]
@@ -181,6 +188,9 @@ def test_columns_of_any_name_are_named_by_a_flag(tmp_path):
         '{"reviewerID": "U", "asin": "A", "unixReviewTime": null}',
         '{"reviewerID": "U", "asin": "A", "unixReviewTime": true}',
         '{"reviewerID": "U", "asin": "A", "unixReviewTime": "yesterday"}',
+        '{"reviewerID": "U", "asin": "A", "unixReviewTime": 1' + "0" * 400 + "}",
+        '{"reviewerID": "U", "asin": "A", "unixReviewTime": ' + "[" * 990 + "]" * 990 + "}",
+        "{'reviewerID': 0x" + "f" * 5000 + ", 'asin': 'A', 'unixReviewTime': 1}",
         "[" * 100_000,
     ],
 )
@@ -239,6 +249,11 @@ def test_a_file_of_another_kind_is_named_with_its_mend(tmp_path, head, words):
         (lines("\t", NUMBERS)[:-14], ("1 of 12 lines are not events", "lines 12; the first: no time")),
         (lines(",", [*ROWS, ("U", "B000000001", 5.0, "soon")]), ("1 of 13 lines", "lines 13; the first: time 'soon'")),
         (b"[]", ("is empty",)),
+        (b"user,item,time\nU,A,1" + b"0" * 400 + b"\n", ("1 of 1 lines", "the first: time '1000")),
+        (b'[{"a": ' + b"[" * 2000 + b"]" * 2000 + b"}]", (": value 1 is nested too deep; at most 64 levels",)),
+        (parquet(TABLE.assign(timestamp=[[1, 2]] * 12)), ("12 of 12 lines", "the first: time 'array([1, 2])'")),
+        (TWICE.getvalue(), ("has two columns 'rating'; rename one",)),
+        (b"1:7::5::3\n" + lines("::", NUMBERS), (":1: '1:7::5::3' is not user::item::rating::time, as the lines",)),
         (b"user,item,time\nU,A,1\nU,A,1,2,3\n", ("Expected 3 fields in line 3, saw 5", "as many cells as the first")),
         (b"user,item,time\nU,A,1,2\n", ("has more cells in its rows than in its header",)),
         (b"user,item,time\n", ("is empty",)),
@@ -299,10 +314,24 @@ def test_every_format_gives_the_same_items(tmp_path, content):
     assert notes == []
 
 
-def test_decimals_and_dates_of_parquet_are_text(tmp_path):
-    shop = pd.DataFrame({"item_id": ["7"], "price": [Decimal("9.50")], "since": [pd.Timestamp("2024-05-31")]})
-    items, _ = found_in(file_of(tmp_path, parquet(shop)), {"7"})
-    assert items["7"]["price"] == "9.50" and items["7"]["since"].startswith("2024-05-31")
+def test_decimals_and_dates_of_parquet_are_text_in_lists_and_structs_too(tmp_path):
+    day, price = date(2024, 5, 31), Decimal("9.50")
+    shop = {"item_id": ["7"], "since": [pd.Timestamp(day)], "price": [price], "days": [[day]]}
+    shop |= {"offer": [{"on": [day], "price": price}], "of": pa.array([[(day, 1)]], pa.map_(pa.date32(), pa.int8()))}
+    pq.write_table(pa.table(shop), path := tmp_path / "items")
+    found = found_in(path, {"7"})[0]["7"]
+    assert found.pop("since").startswith("2024-05-31")
+    assert found == {"asin": "7", "price": "9.50", "days": ["2024-05-31"], "of": [["2024-05-31", 1]],
+                     "offer": {"on": ["2024-05-31"], "price": "9.50"}}  # fmt: skip
+
+
+def test_parquet_keeps_every_digit_of_an_id_and_dates_that_no_timestamp_reaches(tmp_path):
+    ids, day = [2**60 + 1, None, *range(200)], 2**31 - 1
+    times = pa.array([day] * 202, pa.int32()).cast(pa.date32())
+    pq.write_table(pa.table({"user_id": ids, "item_id": ids[:1] * 202, "date": times}), path := tmp_path / "events")
+    events = read_events(path)
+    assert events.users[:2] == [str(2**60 + 1), "0"] and events.items == [str(2**60 + 1)]
+    assert set(events.time.tolist()) == {day * 86_400_000}
 
 
 @pytest.mark.parametrize("start", ["1::Toy Story: I (1995)::", "movieId,title,genres\n1,Toy Story: I (1995),"])
@@ -365,6 +394,8 @@ def test_an_item_is_found_by_its_parent_id_or_by_a_column_that_a_flag_names(tmp_
     [
         ([GOOD[1]], "lines are not items with an id .lines 1; the first: an event"),
         ([{"title": "Tent"}], "the first: no id"),
+        (b"1::Tent::Out\n2:Lamp::In\n" + b"3::Mug::In\n" * 8, "lines 2; the first: '2:Lamp::In', not item::title::cat"),
+        (b'[{"asin": "A", "title": ' + b"[" * 70 + b"]" * 70 + b"}]", "the first: no object, or nested over 64 deep"),
         (b"name,price\nTent,1\n", "no column with the items' ids: it has 'name', 'price'; name it: --columns id="),
         (b"1 2 3\n2 3 4\n", "holds sequences, not items"),
         (FORMATS["Amazon 2014 without header"], "no column with the items' ids"),

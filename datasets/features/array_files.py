@@ -201,7 +201,7 @@ def _open_parquet(path: Path) -> ArrayFile:
     def tables() -> Iterator[Any]:
         try:
             for batch in file.iter_batches(PIECE):
-                yield batch.to_pandas()
+                yield batch.replace_schema_metadata(None).to_pandas()  # pandas' notes may be damaged or hide a column
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error, hint) from None
 

@@ -3,6 +3,7 @@
 n events, U users, N items.
 """
 
+import reprlib
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator
@@ -109,11 +110,15 @@ def check_events(file: RecordFile) -> list[str]:
 
 
 def _count_bad(file: RecordFile, chunk: "pd.DataFrame", found: dict[str, "pd.Series"], rows: np.ndarray) -> None:
+    import pandas as pd
+
     for row in rows[:5]:
         column = next(name for name, values in found.items() if values.isna().iloc[row])
         value = chunk[column].iloc[row]
-        nothing = value is None or value != value
-        file.count_bad(chunk.index[row], f"no {column}" if nothing else f"{column} {str(value)[:60]!r}")
+        is_scalar = pd.api.types.is_scalar(value)
+        nothing = is_scalar and pd.isna(value)
+        text = str(value) if is_scalar else reprlib.repr(value)  # bounded in depth and length
+        file.count_bad(chunk.index[row], f"no {column}" if nothing else f"{column} {text[:60]!r}")
     file.bad += len(rows[5:])
 
 
@@ -174,7 +179,7 @@ class Times:
             return pd.Series(np.nan, index=column.index)
         if column.dtype == object and pd.api.types.infer_dtype(column) != "integer":
             column = column.where(~column.map(lambda value: isinstance(value, bool)))
-        numbers = pd.to_numeric(column, errors="coerce").astype("float64")
+        numbers = _to_numbers(column).astype("float64")
         if self.are_numbers is None and column.notna().any():
             self.are_numbers = bool(numbers.notna().sum() * 2 >= column.notna().sum())
         if self.are_numbers is False:
@@ -183,14 +188,30 @@ class Times:
 
 
 def _milliseconds(times: "pd.Series") -> "pd.Series":
-    since = times.dt.as_unit("us").astype("int64") / 1000
+    if times.dt.unit in ("s", "ms"):  # microseconds would overflow 292,000 years from now
+        since = times.astype("int64").astype("float64") * (1000 if times.dt.unit == "s" else 1)
+    else:
+        since = times.dt.as_unit("us").astype("int64") / 1000
     return since.where(times.notna() & (since >= 0))
 
 
 def ratings(chunk: "pd.DataFrame") -> np.ndarray:
     """Return ratings as float32, NaN for none."""
-    import pandas as pd
-
     if "rating" not in chunk:
         return np.full(len(chunk), np.nan, dtype=np.float32)
-    return pd.to_numeric(chunk["rating"], errors="coerce").to_numpy(np.float32, na_value=np.nan)
+    return _to_numbers(chunk["rating"]).to_numpy(np.float32, na_value=np.nan)
+
+
+def _to_numbers(column: "pd.Series") -> "pd.Series":
+    """Return a column as numbers; what is no number, or is too large for a float, is missing."""
+    import pandas as pd
+
+    try:
+        return pd.to_numeric(column, errors="coerce")
+    except OverflowError:
+        return pd.to_numeric(column.map(lambda value: None if _is_huge(value) else value), errors="coerce")
+
+
+def _is_huge(value: Any) -> bool:
+    """Return whether a whole number, or a text of one, is too large for a float."""
+    return len(value) > 300 if isinstance(value, str) else isinstance(value, int) and abs(value) > 1 << 1000

@@ -70,7 +70,7 @@ def read_items(path: Path, wanted: Set[str], columns: Columns | None = None) -> 
                 found.records[item] = json.dumps(kept)
                 junk[item] = [name for name in known.keys() - kept.keys() if is_junk(known, name)]
             except (TypeError, ValueError, RecursionError):  # a literal may hold bytes, sets and anything nested
-                file.count_bad(problem=f"item {item!r} holds more than JSON can")
+                file.count_bad(problem=f"item {item!r} has bytes, a set or other values that JSON lacks")
                 continue
             if picture := _picture_path(record, columns):
                 found.pictures[item] = picture

@@ -46,5 +46,12 @@ def find_reader(path: Path) -> Reader:
     for reader in READERS:
         if reader.recognises(head):
             return reader
+    rest = Head(path, "\n".join(head.lines[1:]).encode())
+    for reader in HEADERLESS:
+        if rest.lines and reader.recognises(rest):
+            raise InputError(
+                f"{path}:1: {head.lines[0][:60]!r} is not {reader.separator.join(reader.fields)}, as the lines below "
+                f"it are; correct or remove it"
+            )
     names = ", ".join(reader.name for reader in READERS)
     raise InputError(f"{path} is of no known format (it begins with {head.lines[0][:60]!r}); accepted are {names}")

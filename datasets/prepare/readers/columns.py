@@ -50,7 +50,15 @@ def find_columns(path: Path, header: Iterable[object], given: Columns) -> dict[s
             )
         if candidates:
             found[column] = candidates[0]
-    return found if all(column in found for column in NEEDED) else None
+    if not all(column in found for column in NEEDED):
+        return None
+    used = [found[column] for column in USUAL if column in found]
+    if twice := next((name for name in used if names.count(name) > 1), None):
+        raise InputError(f"{path} has two columns {twice!r}; rename one")
+    if both := next((name for name in used if used.count(name) > 1), None):
+        two = " and ".join(column for column in USUAL if found.get(column) == both)
+        raise InputError(f"{path}: column {both!r} cannot be {two}; give each its own: --columns user=...,item=...")
+    return found
 
 
 def check_given(path: Path, names: list[str], given: Columns) -> None:

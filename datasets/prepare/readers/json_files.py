@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from common.errors import InputError
-from common.files import is_deep
+from common.files import MAX_DEPTH, is_deep
 from datasets.prepare.readers.base import HINT, Head
 from datasets.prepare.readers.columns import Columns, find_columns, find_id, no_events, plain
 from datasets.prepare.readers.text import Histories
@@ -122,7 +122,12 @@ def values(file: RecordFile, start: re.Pattern[str]) -> Iterator[tuple[str, Any]
                 value, end = decoder.raw_decode(text, key.end())
                 if end == len(text):
                     raise ValueError("the file ends here")  # or a number goes on
-            except (ValueError, RecursionError) as error:
+            except RecursionError:
+                raise InputError(
+                    f"{file.path}: value {file.number + 1} is nested too deep; at most {MAX_DEPTH} levels are read: "
+                    "leave out what is not needed"
+                ) from None
+            except ValueError as error:
                 text, place = text[place:], 0
                 number = file.number + 1
                 if len(text) > MAX_LINE or sum(map(text.count, ",[{")) > MAX_MARKS:
@@ -177,7 +182,7 @@ class JsonArray:
     def items(self, file: RecordFile, columns: Columns) -> Iterator[dict[str, Any]]:
         for record in self.records(file):
             if record is None:
-                file.count_bad(problem="no object")
+                file.count_bad(problem=f"no object, or nested over {MAX_DEPTH} deep")
             else:
                 yield record
 
@@ -197,7 +202,7 @@ class KeyedJson:
             if key in seen:
                 file.count_bad(problem=f"{key!r} occurs twice")
             elif is_deep(value):
-                file.count_bad(problem=f"{key!r} is nested too deep")
+                file.count_bad(problem=f"{key!r} is nested over {MAX_DEPTH} deep")
             else:
                 yield key, value
             seen.add(key)

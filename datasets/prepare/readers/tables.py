@@ -143,7 +143,7 @@ class Headerless:
         for line in file.texts():
             cells = line.split(self.separator)
             if len(cells) < len(self.fields):
-                file.count_bad(problem=repr(line[:60]))
+                file.count_bad(problem=f"{line[:60]!r}, not {self.separator.join(self.fields)}")
             else:
                 yield dict(zip(self.fields, cells, strict=False))
 
@@ -209,7 +209,7 @@ class Parquet:
         try:
             with pq.ParquetFile(part) as table:
                 yield table
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
             raise InputError(f"{part} cannot be read as parquet ({error}); {HINT}") from None
 
     def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
@@ -220,28 +220,41 @@ class Parquet:
                     raise no_events(part, table.schema_arrow.names)
                 named = {found[column]: column for column in USUAL if column in found}
                 for batch in table.iter_batches(CHUNK, columns=list(named)):
-                    frame = batch.to_pandas(date_as_object=False).rename(columns=named)
+                    batch = batch.replace_schema_metadata(None)  # pandas' notes may turn a column into the index
+                    frame = batch.to_pandas(date_as_object=False, integer_object_nulls=True).rename(columns=named)
                     frame.index += file.lines + 1
                     file.lines += len(frame)
                     yield frame
 
     def items(self, file: RecordFile, columns: Columns) -> Iterator[dict[str, Any]]:
+        import pyarrow as pa
+
         for part in self.parts(file.path):
             with self.open(part) as table:
                 if find_id(table.schema_arrow.names, columns) is None:
                     raise no_items(part, table.schema_arrow.names)
                 for batch in table.iter_batches(ITEMS_CHUNK):
-                    for record in batch.cast(self.as_text(batch.schema)).to_pylist():
+                    for record in batch.cast(pa.schema(map(_as_text, batch.schema))).to_pylist():
                         file.lines += 1
                         file.number = file.lines
                         yield record
 
-    @staticmethod
-    def as_text(schema: Any) -> Any:
-        """Return the schema with text in place of what JSON has not: dates, times and decimals."""
-        import pyarrow as pa
 
-        for place, field in enumerate(schema):
-            if pa.types.is_temporal(field.type) or pa.types.is_decimal(field.type):
-                schema = schema.set(place, field.with_type(pa.string()))
-        return schema
+def _as_text(field: Any) -> Any:
+    """Return an Arrow field with text in place of what JSON cannot hold: dates, times and decimals, nested ones too."""
+    import pyarrow as pa
+
+    kind, types = field.type, pa.types
+    if types.is_temporal(kind) or types.is_decimal(kind):
+        kind = pa.string()
+    elif types.is_struct(kind):
+        kind = pa.struct(list(map(_as_text, kind)))
+    elif types.is_map(kind):
+        kind = pa.map_(_as_text(kind.key_field), _as_text(kind.item_field))
+    elif types.is_list(kind):
+        kind = pa.list_(_as_text(kind.value_field))
+    elif types.is_large_list(kind):
+        kind = pa.large_list(_as_text(kind.value_field))
+    elif types.is_fixed_size_list(kind):
+        kind = pa.list_(_as_text(kind.value_field), kind.list_size)
+    return field.with_type(kind)

@@ -25,7 +25,7 @@ from msgspec import Struct
 from common.errors import InputError
 from common.files import read_json, read_text
 from common.schema import MAX_ID, check_schema
-from config import Config
+from config import Config, DataSettings
 from datasets.item2img import read_item2img
 from datasets.prepare.amazon import PAPER_SETS
 from datasets.records import RecordFile, parse_record
@@ -123,8 +123,15 @@ def load_catalog(data_root: str | Path, dataset_code: str) -> Catalog:
 
 
 def require_dataset(root: Path, dataset_code: str) -> None:
-    """Raise InputError if no dataset of this name is prepared below `root`."""
-    if not any((root / dataset_code / name).exists() for name in FILES):
+    """Raise InputError if the name is invalid or no dataset of this name is prepared below `root`."""
+    DataSettings(dataset_code, str(root))  # raises for an invalid name
+    try:
+        found = any((root / dataset_code / name).exists() for name in FILES)
+    except OSError as error:
+        raise InputError(
+            f"--data_root {str(root)!r:.80} cannot be read ({error.strerror}); give another folder"
+        ) from None
+    if not found:
         raise InputError(_missing_dataset(root, dataset_code))
 
 

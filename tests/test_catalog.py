@@ -90,6 +90,12 @@ def test_an_unknown_dataset_is_refused_with_what_is_there_and_the_ways_to_anothe
     assert "--events FILE --items FILE" in message and "--dataset_code demo" in message
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a/b", "a\0b", "..", "", "\ud800"])
+def test_a_name_that_no_folder_has_is_refused_by_the_loader(tmp_path, name):
+    with pytest.raises(InputError, match=r"--dataset_code .* must be"):
+        load_catalog(tmp_path, name)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -138,7 +144,7 @@ def test_an_item_id_that_is_empty_or_long_is_refused_as_in_an_export(folder, ite
         (["--seed", "1,2,3"], "'1,2,3' is not a whole number; for several: python -m experiments.run --seeds 1,2,3"),
         (["--dataset_code", "x" * 201], "must be a folder name of at most 200 bytes"),
         (["--run_name", "\udcff"], "must be valid UTF-8"),
-        (["--data_root", "x" * 256], "is too long for a file name; give a shorter one"),
+        (["--data_root", "x" * 256], "cannot be read (File name too long); give another folder"),
     ],
 )
 def test_bad_names_and_a_missing_dataset_are_refused_before_torch_is_imported(tmp_path, flags, message):
@@ -186,7 +192,8 @@ def test_python_code_in_metadata_is_never_executed_and_bad_lines_are_counted(fol
 @pytest.mark.parametrize(
     "line",
     ["['asin', 'B1']", "{'asin': 'B1'", "{'price': 1 / 2}", "{['asin']: 'B1'}", "[" * 100_000, "-" * 100_000 + "1",
-     "{'asin': 'B1\0'}", "9" * 5000,
+     "{'asin': 'B1\0'}", "9" * 5000, "{'asin': 'B1', 'price': 0x" + "f" * 5000 + "}",
+     *("{" + f"{q}asin{q}: {q}B1{q}, {q}a{q}: " + "[" * 70 + "]" * 70 + "}" for q in "'\""),
      # cheap in bytes, but not in what parsing costs: each is refused without a tree
      "{'a': [" + "1," * 60_000 + "]}", '{"a": [' + "[]," * 999_999 + "[]]}", "{'a': '''x' ''', 'b': [" + "1," * 60_000,
      "{'a': #'\r[" + "1," * 60_000 + "]}",

@@ -130,6 +130,16 @@ def check_regular(path: Path, hint: str) -> None:
         raise InputError(f"{path} cannot be read (not a regular file); {hint}")
 
 
+def file_exists(name: str) -> bool:
+    """Return whether a file has this name; False also for a text that no file can have as its name."""
+    return os.path.isfile(name)  # noqa: PTH113  # Path.is_file raises OSError for a long one
+
+
+def folder_exists(name: str) -> bool:
+    """Return whether a folder has this name; False also for a text that no folder can have as its name."""
+    return os.path.isdir(name)  # noqa: PTH112
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading bytes.
 

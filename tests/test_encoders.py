@@ -246,7 +246,9 @@ def test_the_fingerprint_follows_the_files_that_are_loaded_not_the_folders_name(
         (copied / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["nobody/no-such-encoder", "nobody/no-such-encoder@v1", "./no/such/folder"])
+@pytest.mark.parametrize(
+    "name", ["nobody/no-such-encoder", "nobody/no-such-encoder@v1", "./no/such/folder", "x/" + "x" * 300]
+)
 def test_an_unavailable_encoder_is_refused_with_the_offline_choices(name):
     message = refusal(language_encoder, name)
     assert message.startswith(f"--language_encoder {name!r} cannot be loaded")

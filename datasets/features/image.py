@@ -16,7 +16,7 @@ import numpy as np
 
 from common import processes
 from common.errors import InputError
-from common.files import check_regular
+from common.files import check_regular, file_exists
 from datasets.features import cache, encode
 from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import CHUNK, EncodedModality, Job, Record
@@ -245,7 +245,7 @@ class OpenClipEncoder(Encoder):
 
     def __init__(self, name: str, device: Any, precision: str = "fp32") -> None:
         architecture, _, weights = name.partition("/")
-        if not Path(weights).is_file():
+        if not file_exists(weights):
             offline_without_network()
         import torch
 
@@ -253,7 +253,7 @@ class OpenClipEncoder(Encoder):
         import open_clip
 
         try:
-            preprocessing = _preprocessing(architecture) if Path(weights).is_file() else {}
+            preprocessing = _preprocessing(architecture) if file_exists(weights) else {}
             model, _, self.preprocess = open_clip.create_model_and_transforms(
                 architecture, pretrained=weights, precision=precision, **preprocessing
             )
@@ -320,5 +320,6 @@ def _preprocessing(architecture: str) -> dict[str, Any]:
 def open_clip_fingerprint(name: str) -> dict[str, Any]:
     """Return the fingerprint of an open_clip encoder. Raise `version` when the preprocessing here changes."""
     architecture, _, weights = name.partition("/")
-    weights = digest([Path(weights)]) if Path(weights).is_file() else weights
+    if file_exists(weights):
+        weights = digest([Path(weights)])
     return {"encoder": "open_clip", "version": 1, "model": architecture, "weights": weights}

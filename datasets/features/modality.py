@@ -16,6 +16,7 @@ import numpy as np
 
 from common import processes
 from common.errors import InputError
+from common.files import folder_exists
 from datasets.features import cache, encode
 from datasets.features.encoder import Encoder
 
@@ -232,7 +233,7 @@ class EncodedModality(Modality):
         name, fingerprints = self.encoder, (self.fingerprint(), self.former_fingerprint())
         if trained["fingerprint"] in fingerprints or name == f"{trained['encoder']}@{trained.get('commit')}":
             return
-        if name == trained["encoder"] and self.flag == "language_encoder" and not Path(name).exists():
+        if name == trained["encoder"] and self.flag == "language_encoder" and not folder_exists(name):
             raise InputError(f"the encoder {name!r} is not there any more; give the folder it is in now as {self.flag}")
         raise InputError(
             f"the encoder {name!r} is not {trained['encoder']!r}, which the model was trained on (its weights or "

@@ -19,7 +19,7 @@ import numpy as np
 
 from common import processes
 from common.errors import InputError
-from common.files import check_regular, parse_json, read_text
+from common.files import check_regular, folder_exists, parse_json, read_text
 from datasets.features import encode
 from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import EncodedModality, Job, Record
@@ -286,7 +286,7 @@ def _padded(pad: int, batch: Iterable[np.ndarray]) -> dict[str, Any]:
 
 def _split_revision(name: str) -> tuple[str, str, bool]:
     """Return (folder or hub name, revision, whether it is a folder)."""
-    if Path(name).is_dir():
+    if folder_exists(name):
         return name, "", True
     model_id, _, revision = name.partition("@")
     return model_id, revision or "main", False
@@ -360,11 +360,14 @@ def transformers_fingerprint(name: str, every_file: bool = False) -> dict[str, A
 
 
 def hub_commit(name: str) -> str | None:
-    """Return the commit of a Hugging Face encoder in the local hub cache; None if it is not there."""
-    if name == "lexical" or Path(name).is_dir():
+    """Return the commit of a Hugging Face encoder in the local hub cache; None if it is not there or no valid name."""
+    if name == "lexical" or folder_exists(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 
     model_id, revision, _ = _split_revision(name)
-    path = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    try:
+        path = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    except ValueError:
+        return None
     return Path(path).parent.name if isinstance(path, str) else None

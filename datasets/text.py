@@ -6,6 +6,7 @@ missing attributes.
 """
 
 import html
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -62,6 +63,11 @@ def flat_text(value: Any) -> str:
         return clean_text(value)
     # Amazon's category paths share their heads: name each category once, in order.
     return ", ".join(dict.fromkeys(_leaves(value)))
+
+
+def as_json(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with text in place of what JSON lacks, such as a set or bytes in a Python literal."""
+    return json.loads(json.dumps(record, default=flat_text, skipkeys=True))
 
 
 def _leaves(value: Any, clean: bool = True, depth: int = 0) -> Iterator[str]:

@@ -15,21 +15,45 @@ import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from common.cli import Parser, run_cli
 from common.errors import InputError
 from common.files import read_json, replacing, write_json, write_text
+from common.schema import MAX_ID, check_schema
 from config import Config
 from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
+from datasets.text import as_json
 
 if TYPE_CHECKING:
     from experiments.store import KeptRun
 
 HELD_OUT = "held_out.json"
 KS = (10, 50, 100)
+HINT = "python -m experiments.cold_items make writes it"
+
+
+class HeldItem(Struct):
+    """Metadata of a held-out item; other attributes are texts."""
+
+    asin: Annotated[str, Meta(min_length=1, max_length=MAX_ID)]
+
+
+class ColdUser(Struct):
+    """A user whose last item is held out."""
+
+    history: list[str]
+    target: str
+
+
+class HeldOut(Struct):
+    """held_out.json; its other fields are written and never read."""
+
+    items: Annotated[list[HeldItem], Meta(min_length=1)]
+    users: Annotated[list[ColdUser], Meta(min_length=1)]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -93,10 +117,10 @@ def hold_out(catalog: Catalog, share: float, seed: int, data_root: Path) -> dict
     item2id = {catalog.asins[i - 1]: str(number[i]) for i in stay}
     write_text(folder / "sequential_data.txt", "".join(lines))
     write_json(folder / "datamaps.json", {"item2id": item2id})
-    records = [{**catalog.metadata[i - 1], "asin": catalog.asins[i - 1]} for i in stay]
+    records = [as_json(catalog.metadata[i - 1] | {"asin": catalog.asins[i - 1]}) for i in stay]
     with replacing(folder / "meta.json.gz") as temporary:
         temporary.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records).encode(), mtime=0))
-    out = [{**catalog.metadata[i - 1], "asin": catalog.asins[i - 1]} for i in np.flatnonzero(held).tolist()]
+    out = [as_json(catalog.metadata[i - 1] | {"asin": catalog.asins[i - 1]}) for i in np.flatnonzero(held).tolist()]
     found = {"of": catalog.name, "share": share, "seed": seed, "items": out, "users": users}
     write_json(folder / HELD_OUT, found)
     held_out = f"{len(out):,} items held out, the last of {len(users):,} users"
@@ -111,8 +135,9 @@ def reach(export: str, data_root: Path) -> dict[str, Any]:
 
     recommender = Recommender.from_pretrained(export)
     dataset = recommender.config["dataset"]["code"]
-    held = read_json(data_root / dataset / HELD_OUT, "python -m experiments.cold_items make writes it")
     catalog = load_catalog(data_root, dataset)
+    path = data_root / dataset / HELD_OUT
+    held = check_schema(read_json(path, HINT), HeldOut, path, HINT)
     ids = [record["asin"] for record in held["items"]]
     recommender.add_items(ids, recommender.embed_items(held["items"]))
     rows = eval_rows(catalog.sequences, recommender.config["max_len"], "test")

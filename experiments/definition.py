@@ -91,7 +91,7 @@ def read_definitions(path: Path) -> dict[str, Definition]:
     """Return the experiments of a file. Raises InputError that names the file, the invalid experiment and why."""
     try:
         tables = tomllib.loads(read_text(path, "restore it from version control", MAX_BYTES))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also of integers over 4,300 digits
         raise InputError(f"{path} is not valid TOML: {error}") from None
     return {name: _definition(name, table, f"{path}: experiment {name!r}") for name, table in tables.items()}
 

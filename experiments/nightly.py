@@ -28,6 +28,7 @@ from common.files import write_json, write_text
 from config import Config
 from dataloader import eval_rows
 from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
+from datasets.text import as_json
 from trainer.evaluation import evaluate
 from trainer.load_run import load_run
 from trainer.runs import read_log
@@ -94,7 +95,7 @@ def write_night(catalog: Catalog, when: np.ndarray, share: float, night: int, ou
     folder = out / f"data-{night}" / catalog.name
     write_text(folder / "sequential_data.txt", "\n".join(lines) + "\n")
     write_json(folder / "datamaps.json", {"item2id": {catalog.asins[i - 1]: str(number[i]) for i in kept}})
-    records = (catalog.metadata[i - 1] | {"asin": catalog.asins[i - 1]} for i in kept)
+    records = (as_json(catalog.metadata[i - 1] | {"asin": catalog.asins[i - 1]}) for i in kept)
     text = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "meta.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 

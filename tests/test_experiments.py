@@ -19,7 +19,7 @@ import train
 from common.errors import InputError
 from config import NAMED_PRESETS, Config, resolve
 from datasets.catalog import load_catalog
-from experiments import cold_items, cut, look, plan, report, run, tune
+from experiments import cold_items, cut, look, nightly, plan, report, run, tune
 from experiments.definition import Definition, Row, definitions, identity, read_definitions
 from experiments.store import keep, kept_runs
 from serving import export
@@ -53,6 +53,7 @@ def defined(tmp_path, text):
         ('rows.a = { published = "sasrek" }', "published 'sasrek'; known are .*sasrec"),
         ("", "experiment 'mine' lacks 'rows'"),
         ("title = ", "is not valid TOML"),
+        ("rows = " + "9" * 5000, "is not valid TOML"),
     ],
 )
 def test_an_invalid_definition_is_named_with_its_file(tmp_path, text, problem):
@@ -430,6 +431,33 @@ def test_held_out_items_leave_the_others_and_the_users_who_end_in_them_are_the_t
         if history[-1] in out and rest
     ]
     assert held["users"] == expected and len(expected) >= 3
+
+
+def test_metadata_that_json_lacks_is_written_as_text(made, tmp_path):
+    _, whole, _, _ = made
+    odd = dataclasses.replace(whole, metadata=[{"title": {"b", "a"}, "brand": b"x", (1, 2): 3}] * whole.num_items)
+    cold_items.hold_out(odd, 0.2, 0, tmp_path)
+    nightly.write_night(odd, nightly.event_times(odd), 0.9, 0, tmp_path)
+    for written in (load_catalog(tmp_path, "whole-cold"), load_catalog(tmp_path / "data-0", "whole")):
+        assert {record["title"] for record in written.metadata} == {"a, b"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ({"users": []}, r"has users \[\]: Expected `?array"),
+        ({"users": [{"history": "B1", "target": "B2"}]}, r"has users\[0\].history 'B1'"),
+        ({"items": [{"title": "Tent"}]}, r"has no 'asin' in items\[0\]"),
+    ],
+)
+def test_a_damaged_held_out_json_is_refused_by_name(made, tmp_path, monkeypatch, damage, problem):
+    root, _, _, held = made
+    export = SimpleNamespace(config={"dataset": {"code": "whole-cold"}})
+    monkeypatch.setattr("serving.Recommender.from_pretrained", lambda folder: export)
+    shutil.copytree(root / "whole-cold", tmp_path / "whole-cold")
+    (tmp_path / "whole-cold/held_out.json").write_text(json.dumps(held | damage))
+    with pytest.raises(InputError, match=rf"held_out\.json {problem}.*cold_items make writes it"):
+        cold_items.main(["test", "export", "--data_root", str(tmp_path)])
 
 
 def test_held_out_items_are_added_to_an_export_and_ranked_among_all(made, tmp_path, monkeypatch):

@@ -17,14 +17,14 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from common.errors import InputError
 from common.files import read_json, read_text
-from common.schema import MAX_ID, check_schema
+from common.schema import MAX_ID, Count, check_schema
 from config import Config, DataSettings
 from datasets.item2img import read_item2img
 from datasets.prepare.amazon import PAPER_SETS
@@ -53,6 +53,13 @@ class Report(Struct):
 
     unfinished: str = ""
     prepared: Prepared | None = None
+
+
+class Split(Struct):
+    """split.json: the name of a split by time, and a pair for every user, as in Sequences."""
+
+    name: Annotated[str, Meta(pattern="^[ -~]+$", max_length=100)]
+    cuts: list[tuple[Count, Count]]
 
 
 @dataclass(frozen=True)
@@ -200,11 +207,9 @@ def _load_split(path: Path) -> tuple[str, list[list[int]]] | None:
     """Return the name and the cuts of a split by time; None without one."""
     if not path.exists():
         return None
-    split = read_json(path, LAYOUT)
-    name, cuts = split.get("name"), split.get("cuts")
-    if not (isinstance(name, str) and isinstance(cuts, list)):
-        raise InputError(f"{path} has no name or no cuts of a split; prepare the dataset again, or remove it")
-    return name, cuts
+    hint = "prepare the dataset again, or remove it"
+    split = check_schema(read_json(path, LAYOUT), Split, path, hint)
+    return split["name"], split["cuts"]
 
 
 def _load_sequences(
@@ -235,7 +240,7 @@ def _load_sequences(
         rows.append(items)
         if split:
             cut = split[1][len(lines) - 1] if len(lines) <= len(split[1]) else None
-            if not (isinstance(cut, list) and len(cut) == 2 and 0 <= cut[0] <= cut[1] <= len(items)):
+            if not (cut and cut[0] <= cut[1] <= len(items)):
                 raise InputError(f"{path.with_name(SPLIT)} does not fit line {number} of {path.name}; prepare it again")
             cuts.append(cut)
     if len(lines) < num_users:

@@ -115,10 +115,13 @@ def test_a_name_that_no_folder_has_is_refused_by_the_loader(tmp_path, name):
         ("datamaps.json", b"[]", " is not a JSON object"),
         ("datamaps.json", b'{"user2id": {"A": 1}}', " has no 'item2id' map"),
         ("datamaps.json", b'{"item2id": ["A"]}', " has no 'item2id' map"),
+        ("split.json", b'{"name": "time", "cuts": [["1", 2]]}', " has cuts[0][0] '1': Expected int"),
+        ("split.json", b'{"name": "time", "cuts": [[0.5, 2]]}', " has cuts[0][0] 0.5: Expected int"),
+        ("split.json", b'{"name": "\\ud800", "cuts": []}', " has name"),
     ],
 )
 def test_a_missing_or_damaged_file_is_named_with_its_line(folder, name, content, words):
-    (folder / name).unlink()
+    (folder / name).unlink(missing_ok=True)
     if content is not None:
         (folder / name).write_bytes(content)
     assert refusal(folder).startswith(f"{folder / name}{words}")

@@ -166,11 +166,13 @@ RECORDS = [
     {"asin": "B2", "title": "Stove", "description": ["a", "b"], "related": {"also_bought": ["B1"]}},
 ]
 LITERALS = "".join(f"{record}\n" for record in RECORDS).encode()
+SPLIT = {"name": "time 2020-01-01 2021-01-01", "cuts": [[2, 3], [1, 2]]}
 WHOLE = {"datamaps.json": to_json(MAPS), "sequential_data.txt": b"1 1 2 3 4\n2 5 4 3\n", "meta.json.gz": LITERALS}
 DATASET = {
     "datamaps.json": json_file(MAPS),
     "sequential_data.txt": damaged(WHOLE["sequential_data.txt"]),
     "meta.json.gz": altered(RECORDS).map(json_lines) | altered(RECORDS).map(python_text) | damaged(LITERALS),
+    "split.json": json_file(SPLIT),
     "item2img.json": json_file({"1": "a.png", "B2": "b.png"}),
     "prepare_report.json": json_file({"prepared": {"recipe": {}, "files": {}, "filters": [], "notes": []}}),
     "item2img_dict.pkl": damaged(pickle.dumps({"B1": "x/B1.png", "B2": "B2.jpg"})),

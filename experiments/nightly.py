@@ -31,7 +31,7 @@ from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
 from datasets.text import as_json
 from trainer.evaluation import evaluate
 from trainer.load_run import load_run
-from trainer.runs import read_log
+from trainer.runs import read_best_epoch
 
 NIGHTS = 10
 METRIC = "NDCG@10"
@@ -109,8 +109,7 @@ def trained(flags: str, night: int, out: Path) -> tuple[Path, float]:
 
 def best(run: Path) -> float:
     """Return the validation metric of a run's best epoch at its largest size."""
-    log = read_log(run)
-    of_sizes = next(record["val"] for record in log if record["epoch"] == log[-1]["best_epoch"])
+    of_sizes = read_best_epoch(run)["val"]
     return of_sizes[max(of_sizes, key=int)][METRIC]
 
 

@@ -33,6 +33,7 @@ from trainer.runs import (
     DEPLOYMENT,
     EVERY_SIZE,
     USER_RANKS,
+    read_best_epoch,
     read_config,
     read_environment,
     read_log,
@@ -258,8 +259,7 @@ def _record(name: str, run: Path, config: Config, sources: dict[str, str]) -> di
 
 def _metric_rows(name: str, run: Path, config: Config) -> list[dict[str, Any]]:
     """Return a run's lines of metrics.csv: the best epoch's validation, and the tests that were made."""
-    log = read_log(run)
-    (best,) = (record for record in log if record["epoch"] == log[-1]["best_epoch"])
+    best = read_best_epoch(run)
     found = {("val", PROTOCOLS[config.val_mask_history]): best.get("val", {})}
     for masked, protocol in enumerate(PROTOCOLS):
         path = run / result_file(EVERY_SIZE, bool(masked))

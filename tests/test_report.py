@@ -114,6 +114,7 @@ def test_a_run_is_kept_again_only_if_it_has_something_new(results):
         ("env.json", '"started": "a"', '"started": "later"', "another run is kept as beauty-a"),
         ("env.json", '"commit"', '"commiu"', "the record of .* has no 'commit' in environment; train it again"),
         ("log.jsonl", '"epoch": 40', '"epoch": 1', r"is not finished \(epoch 1 of 40\); train.py --resume"),
+        ("log.jsonl", '"best_epoch": 1', '"best_epoch": 77', "log.jsonl has no line of the run's best epoch"),
     ],
 )
 def test_a_run_that_cannot_be_kept_is_refused(results, name, old, new, problem):

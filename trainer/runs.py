@@ -272,6 +272,15 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return read_json_lines(path, Epoch, "remove the line") if path.exists() and path.stat().st_size else []
 
 
+def read_best_epoch(run: Path) -> dict[str, Any]:
+    """Return the record of a run's best epoch. Raises InputError if its log lacks it."""
+    log = read_log(run)
+    for record in reversed(log):
+        if record["epoch"] == log[-1]["best_epoch"]:
+            return record
+    raise InputError(f"{run / LOG} has no line of the run's best epoch; restore it, or train another run")
+
+
 def no_weights(path: Path) -> InputError:
     """Return the InputError for missing weights."""
     return InputError(

@@ -17,6 +17,7 @@ from common.files import read_json
 ITEM2IMG = "item2img.json"
 PICKLED = "item2img_dict.pkl"
 MANIFEST = "pictures.json"
+MAX_PATH = 3000  # characters of a path below the folder of pictures
 
 
 def read_item2img(
@@ -50,6 +51,9 @@ def read_item2img(
             continue
         if item not in asin_of:
             raise InputError(f"{path}: item {item!r} is not in datamaps.json; {hint}")
+        parts = name.encode("utf-8", "surrogatepass").split(b"/")
+        if len(name) > MAX_PATH or max(map(len, parts)) > 255:
+            raise InputError(f"{path}: picture {name[:80]!r} of item {item!r} is too long for a file name; {hint}")
         place = Path(os.path.normpath(inside / name))
         try:
             target = (inside / name).resolve()

@@ -257,6 +257,8 @@ def test_photos_may_be_a_link_and_links_out_of_them_are_left_out_with_a_note(fol
         ({"1": "/etc/hostname"}, "item2img.json: picture '/etc/hostname' of item '1' lies outside"),
         ({"1": "a\0b.png"}, "item2img.json: picture 'a\\x00b.png' of item '1' lies outside"),
         ({"1": None}, "item2img.json must map strings to strings"),
+        ({"1": "x" * 256}, f"item2img.json: picture '{'x' * 80}' of item '1' is too long"),
+        ({"1": "a/" * 2000}, "of item '1' is too long for a file name"),
     ],
 )
 def test_a_list_of_pictures_that_cannot_be_is_refused(folder, listed, words):

@@ -236,6 +236,9 @@ def test_a_redirect_is_followed_but_not_to_another_scheme_from_https_to_http_or_
     with pytest.raises(FetchError, match="a redirect to http://b/c: from https to http"):
         parse_url("http://b/c", origin=httpx.URL("https://a/b"))
     assert parse_url("//b/c", origin=httpx.URL("https://a/b")) == "https://b/c"
+    for address, why in (("http://xn--a/", "Codepoint"), ("http://a:99999/", "port 99999"), ("http://a:0/", "port 0")):
+        with pytest.raises(FetchError, match=rf"a redirect to .*: not a valid URL \({why}"):
+            parse_url(address, origin=httpx.URL("http://a/b"))
     assert str(error_of(web, redirect("/a"))) == "more than 5 redirects"
 
 

@@ -226,13 +226,16 @@ def parse_url(text: str, origin: httpx.URL | None = None) -> httpx.URL:
     redirect = f"a redirect to {printable(text)}: " if origin else ""
     try:
         url = origin.join(text) if origin else httpx.URL(text)
+        host = url.host  # decodes it, which may fail
     except (httpx.InvalidURL, UnicodeError) as error:
         raise FetchError(f"{redirect}not a valid URL ({printable(error)})") from None
     if url.scheme not in ("http", "https"):
         kind = f"{printable(url.scheme)}:" if url.scheme else "a URL without a scheme"
         raise FetchError(f"{redirect}{kind} is not fetched, only http and https are")
-    if not url.host:
+    if not host:
         raise FetchError(f"{redirect}not a valid URL (it names no host)")
+    if url.port is not None and not 0 < url.port < 1 << 16:
+        raise FetchError(f"{redirect}not a valid URL (port {url.port}; ports are 1 to 65535)")
     if origin and origin.scheme == "https" and url.scheme == "http":
         raise FetchError(f"{redirect}from https to http is not followed")
     return url

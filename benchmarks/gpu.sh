@@ -14,13 +14,14 @@ else
     data="$data --language_encoder lexical"
 fi
 mkdir -p "$out"
+export PYTHONUNBUFFERED=1 # a part that runs out of time keeps what it printed
 
 # part NAME SECONDS COMMAND...: run a command with a time limit and keep its output.
 part() {
     name=$1 limit=$2
     shift 2
     echo "== $name (at most $limit s)"
-    timeout "$limit" "$@" >"$out/$name.txt" 2>&1
+    timeout -k 10 "$limit" "$@" >"$out/$name.txt" 2>&1
     status=$?
     tail -n 15 "$out/$name.txt"
     echo "$name: exit status $status" | tee -a "$out/status.txt"

@@ -16,10 +16,19 @@ from trainer.runs import no_weights
 
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Save a model's weights without the frozen features."""
-    from safetensors.torch import save
+    save_tensors(model.state_dict(), path, metadata)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Save tensors as safetensors, without a copy in memory. Raises InputError if the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     with replacing(path) as temporary:
-        temporary.write_bytes(save({name: t.contiguous() for name, t in model.state_dict().items()}, metadata))
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
 
 
 def load_weights(

@@ -21,6 +21,7 @@ from datasets.catalog import Catalog
 from datasets.text import flat_text
 from model import FMRLRec
 from model.base import CountingModel, SequenceModel
+from trainer.checkpoint import save_tensors
 from trainer.runs import ITEMS, TABLE, WEIGHTS, read_environment
 
 
@@ -89,14 +90,11 @@ def move_rows(weights: dict[str, Tensor], model: SequenceModel | CountingModel, 
 
 def keep_table(run: Path, model: SequenceModel | CountingModel) -> None:
     """Write table.safetensors if the item table is made of features; otherwise it is among the weights."""
-    from safetensors.torch import save
-
     if isinstance(model, FMRLRec) and model.items.parts:
         with torch.inference_mode():
             table = model.eval().item_table().float().cpu().contiguous()
         widths = ",".join(str(part.shape[1]) for part in model.items.features)
-        with replacing(run / TABLE) as temporary:
-            temporary.write_bytes(save({"table": table}, {"weights": sha256(run / WEIGHTS), "widths": widths}))
+        save_tensors({"table": table}, run / TABLE, {"weights": sha256(run / WEIGHTS), "widths": widths})
 
 
 def read_table(run: Path, items: RunItems) -> tuple[Tensor, list[int]] | None:

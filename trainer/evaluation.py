@@ -29,7 +29,7 @@ T = TypeVar("T")
 GROUP = 2**8  # users encoded together
 USERS = 2**8 * GROUP  # users whose z is held at once: every dataset of the paper in one go
 ITEMS = 2**12  # items projected and scored at once: their scores for 256 users fit into a CPU's cache
-TABLE_BYTES = 2**30  # hold a projected item table up to this size; project larger ones chunk by chunk
+TABLE_BYTES = 2**28  # hold a projected item table up to this size; project larger ones chunk by chunk
 
 
 def evaluate(

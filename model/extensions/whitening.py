@@ -7,12 +7,17 @@ the same variance. Each encoder's features are whitened separately. A row of zer
 zero and does not count in μ and Σ. N items, F feature width.
 """
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 ROWS = 2**14  # items converted to a wider dtype at once
+LARGE = 2**28  # bytes of whitened features from which on they lie in a file, whose pages the system can drop
 LEAST_VARIANCE = 1e-6  # of the largest: directions below it are dropped; rounding to float16 makes some of 1e-7
 
 
@@ -66,8 +71,24 @@ class Whitening(nn.Module):
         return [(self.get_buffer(f"mean_{i}"), self.get_buffer(f"matrix_{i}")) for i in range(len(self._parts))]
 
     def features(self) -> list[Tensor]:
-        """Return each part whitened, in its own dtype, in memory."""
-        return [
-            torch.cat([whiten(rows.to(mean), mean, matrix).to(part.dtype) for rows in part.split(ROWS)])
-            for part, (mean, matrix) in zip(self._parts, self.transforms(), strict=True)
-        ]
+        """Return each part whitened, in its own dtype: in memory, or mapped from a temporary file if it is large."""
+        return [_whitened(part, *transform) for part, transform in zip(self._parts, self.transforms(), strict=True)]
+
+
+def _whitened(part: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
+    whole = _like(part)
+    for rows, target in zip(part.split(ROWS), whole.split(ROWS), strict=True):
+        target.copy_(whiten(rows.to(mean), mean, matrix))
+    return whole
+
+
+def _like(part: Tensor) -> Tensor:
+    """Return a tensor of the same shape and dtype, mapped from an unnamed file in the temporary folder if it is large.
+
+    Its disk space is reserved first. Without enough of it the tensor is in memory.
+    """
+    if part.nbytes >= LARGE:
+        with suppress(OSError, AttributeError), tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, part.nbytes)
+            return torch.from_numpy(np.memmap(file, part.numpy().dtype, "r+", shape=tuple(part.shape)))
+    return torch.empty_like(part)

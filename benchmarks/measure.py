@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -17,12 +18,18 @@ def describe_environment(device: str) -> str:
 
 
 def memory_mb(field: str) -> float:
-    """Return this process's resident memory in MB: "VmRSS" (now), "VmHWM" (peak).
+    """Return this process's resident memory in MB: "VmRSS" (now), "VmHWM" (peak), "RssAnon" (now, without files).
 
     getrusage is no substitute: it reports the parent's peak if that was larger.
     """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024 / 1e6  # kB there means 1,024 bytes
+
+
+def reset_peak_memory() -> None:
+    """Let the peak of `memory_mb` begin anew, where the system allows it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def time_paired(cases: Mapping[str, Callable], runs: int, device: str, calls: int = 1) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.measure import describe_environment, memory_mb, time_paired
+from benchmarks.measure import describe_environment, memory_mb, reset_peak_memory, time_paired
 from common.cli import Parser, run_cli
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 STEP_SECONDS = 0.27  # of the preset plus: 256 dimensions, 32 users, 4,096 negatives, fp32, one core of an EPYC
 STEP_TOKENS = 300  # in such a step
 PARAMETERS = 1_449_222  # of the same model with 2,048 features, without its embedding
+WARM_UP = 2  # steps before the memory is read
 TABLES = ("items", "length", "batch", "ranking", "plus")
 
 
@@ -77,20 +78,20 @@ def print_plan(arguments: argparse.Namespace) -> None:
 
 
 def plan(items: int, machines: int, features: int, negatives: int, network: float) -> tuple[float, ...]:
-    """Return what a machine holds, sends and takes if the rows of items are spread over the machines.
+    """Return what a machine holds, sends and takes if the item embedding's rows are spread over the machines.
 
-    In GB: V with its moments and average (4 numbers of 4 bytes in 256 dimensions), features (2 bytes each), the
-    sampler's and the rows' state (24 bytes an item; the sampler's 16 are on every machine), and what a machine sends a
-    step. Then seconds a step, if nothing overlaps, and users a second of all machines, each with 32 a step.
+    In GB: V, its average and compact moments in 256 dimensions (10 bytes each, and 4 bytes for each of 6 increments),
+    the mapped features (2 bytes each, on every machine's disk), the sampler's and the rows' state (24 bytes
+    an item; the sampler's 16 are on every machine), and what a machine sends a step. Then seconds a step, if nothing
+    overlaps and the features are read from memory, and users a second of all machines, each with 32 a step.
 
-    A step reads r = negatives + 2 tokens rows. A share 1 - 1/machines of them lies elsewhere: V, its gradient and the
-    features travel. All other gradients are summed by a ring, which sends each twice.
+    A step reads negatives + 2 tokens rows. A share 1 - 1/machines of them lies elsewhere: V and its gradient travel.
+    All other gradients are summed by a ring, which sends each twice.
     """
     elsewhere = 1 - 1 / machines
-    rows = negatives + 2 * STEP_TOKENS
-    sent = elsewhere * (rows * (2 * 4 * 256 + 2 * features) + 2 * 4 * PARAMETERS) / 1e9
+    sent = elsewhere * ((negatives + 2 * STEP_TOKENS) * 2 * 4 * 256 + 2 * 4 * PARAMETERS) / 1e9
     seconds = STEP_SECONDS + sent / network
-    held = 4 * 4 * 256 * items / machines, 2 * features * items / machines, (16 + 8 / machines) * items
+    held = (10 * 256 + 4 * 6) * items / machines, 2 * features * items, (16 + 8 / machines) * items
     return *(part / 1e9 for part in held), sent, seconds, 32 * machines / seconds
 
 
@@ -109,7 +110,7 @@ def tables(text: str) -> list[str]:
 
 def by_items(arguments: argparse.Namespace) -> None:
     """Print the time of a step with 32 users against the number of items."""
-    print("\n| items | softmax over | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |")
+    print_header("items", "softmax over")
     for negatives in (arguments.negatives, 0):
         steps = {f"{n}": make_step(arguments, n, negatives=negatives) for n in arguments.items}
         report(steps, arguments, f"{negatives:,} drawn" if negatives else "all")
@@ -117,44 +118,49 @@ def by_items(arguments: argparse.Namespace) -> None:
 
 def plus(arguments: argparse.Namespace) -> None:
     """Print the time of a step of the preset plus at 256 dimensions, by each way to update the item embedding."""
-    header = "| items | embedding updated by | s a step | ratio to the first | peak GB |"
-    print(f"\n{header}\n| ---: | --- | ---: | ---: | ---: |")
-    for how in ("rows", "all"):
+    print_header("items", "embedding updated by")
+    for how in ("compact", "rows", "all"):
         steps = {f"{n}": make_plus_step(arguments, n, how) for n in arguments.items}
         report(steps, arguments, how)
 
 
 def by_length(arguments: argparse.Namespace) -> None:
     """Print the time of a step with 32 users against the history length."""
-    print(
-        "\n| tokens a history | users | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |"
-    )
+    print_header("tokens a history", "users")
     steps = {f"{n}": make_step(arguments, 10_000, length=n, negatives=arguments.negatives) for n in arguments.lengths}
     report(steps, arguments, "32")
 
 
 def by_batch(arguments: argparse.Namespace) -> None:
     """Print the time of a step with 12,101 items against the number of users."""
-    print("\n| users | softmax over | s a step | ratio to the first | peak GB |\n| ---: | --- | ---: | ---: | ---: |")
+    print_header("users", "softmax over")
     report({f"{n}": make_step(arguments, 12_101, batch=n) for n in arguments.batches}, arguments, "all")
 
 
-def report(steps: Mapping[str, Callable[[], object]], arguments: argparse.Namespace, second: str) -> None:
-    """Print each step's median and its median paired ratio to the first step.
+def print_header(first: str, second: str) -> None:
+    """Print the header of a table by `report`."""
+    print(f"\n| {first} | {second} | s a step | ratio to the first | peak GB | anonymous GB |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: |")
 
-    second: the content of the second column.
+
+def report(steps: Mapping[str, Callable[[], object]], arguments: argparse.Namespace, second: str) -> None:
+    """Print each step's median, its median paired ratio to the first step, and the memory.
+
+    second: the content of the second column. The peak counts pages of mapped features that a step read, which the
+    system can drop; anonymous memory does not.
     """
-    peaks = {}
+    memory = {}
+    reset_peak_memory()
     for name, step in steps.items():
-        for _ in range(2):  # warm up
+        for _ in range(WARM_UP):
             step()
-        peaks[name] = memory_mb("VmHWM") / 1e3
+        memory[name] = f"{memory_mb('VmHWM') / 1e3:.1f} | {memory_mb('RssAnon') / 1e3:.1f}"
     seconds = time_paired(steps, arguments.runs, arguments.device)
     first = next(iter(seconds.values()))
     for name, values in seconds.items():
         ratio = statistics.median(b / a for a, b in zip(first, values, strict=True))
         print(
-            f"| {int(name):,} | {second} | {statistics.median(values):.3f} | {ratio:.2f} | {peaks[name]:.1f} |",
+            f"| {int(name):,} | {second} | {statistics.median(values):.3f} | {ratio:.2f} | {memory[name]} |",
             flush=True,
         )
 

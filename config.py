@@ -177,8 +177,9 @@ class TrainingSettings(Settings):
     num_negatives: int = setting(0, "sampled items per step for a sampled softmax; 0: exact softmax", at_least=0)
     item_embedding_updates: str = setting(
         "auto",
-        "rows: AdamW for a learned item embedding by the rows that a step reads; auto: from 100,000 items on, on a CPU",
-        choices=("auto", "rows", "all"),
+        "rows: AdamW for a learned item embedding by the rows that a step reads; compact: rows with smaller moments; "
+        "auto: compact from 100,000 items on, on a CPU, else all",
+        choices=("auto", "rows", "compact", "all"),
         used_if=lambda c: c.num_negatives > 0 and c.optimizer == "adamw",
     )
     early_stopping: bool = setting(True, "stop after early_stopping_patience epochs without a better best_metric")

@@ -7,7 +7,7 @@ import atexit
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -203,6 +203,36 @@ def add_up(tensor: "Tensor") -> "Tensor":
         with _connected():
             dist.all_reduce(tensor, group=_first_machine)
     return tensor
+
+
+def all_gather(tensor: "Tensor") -> "list[Tensor]":
+    """Return the tensors of all ranks, which have one shape, in the order of the ranks."""
+    import torch
+    import torch.distributed as dist
+
+    start()
+    found = [torch.empty_like(tensor) for _ in range(world_size())]
+    with _connected():
+        dist.all_gather(found, tensor.contiguous(), group=_first_machine)
+    return found
+
+
+def exchange(tensors: "Sequence[Tensor]") -> "list[Tensor]":
+    """Send the r-th tensor to rank r; return the tensors received, in the order of the ranks.
+
+    They may have any numbers of rows, of one shape and type.
+    """
+    import torch
+    import torch.distributed as dist
+
+    start()
+    sent = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
+    received, send = torch.empty_like(sent), torch.cat(list(tensors))
+    with _connected():
+        dist.all_to_all_single(received, sent, group=_first_machine)
+        found = send.new_empty(int(received.sum()), *send.shape[1:])
+        dist.all_to_all_single(found, send, received.tolist(), sent.tolist(), group=_first_machine)
+    return list(found.split(received.tolist()))
 
 
 def print_main(line: str) -> None:

@@ -89,7 +89,7 @@ def test_the_scaling_benchmark_prints_a_row_for_every_case(monkeypatch, capsys):
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in printed.splitlines() if line.startswith("|")]
     rows = [row for row in cells if row[0].isdigit()]
     by_items = [["30", "7 drawn"], ["60", "7 drawn"], ["30", "all"], ["60", "all"]]
-    plus = [["30", "rows"], ["60", "rows"], ["30", "all"], ["60", "all"]]
+    plus = [[items, how] for how in ("compact", "rows", "all") for items in ("30", "60")]
     assert rows == [*by_items, ["3", "32"], ["5", "32"], ["1", "all"], ["2", "all"], *plus]
     assert "ranks of 1,000 users at all sizes among 60 items" in printed
     scaling.main(["--plan", "100000000"])

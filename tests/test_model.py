@@ -2,6 +2,8 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,7 +294,7 @@ def train_embedding(updates, model):
     """Return all weights and their averages after 12 steps on batches of two users."""
     batches = [batch_of(users=2, seed=seed)[0] for seed in range(12)]
     settings = TrainingSettings(weight_decay=0.1, adam_epsilon=1e-30, item_embedding_updates=updates)
-    rows = sparse_rows(model.items.learned, settings, torch.device("cpu"), sampled=True)
+    rows = sparse_rows(model, settings, sampled=True)
     average = WeightAverage(model, 0.9, rows)
     sampler = NegativeSampler(batch_of()[1], 3)
     step = Step(model, build_optimizer(model, settings, rows), settings, sampler, rows)
@@ -318,21 +320,41 @@ def test_updates_by_rows_train_the_weights_and_averages_of_dense_adamw(monkeypat
     assert_relatively_close(by_rows, dense, 1e-10)
 
 
+def test_compact_moments_are_a_rounded_m_and_the_mean_of_v_over_each_increment():
+    weight, plain = (torch.nn.Parameter(drawn(5, 4).detach()) for _ in range(2))
+    settings = TrainingSettings(item_embedding_updates="compact")
+    rows = sparse_rows(SimpleNamespace(items=SimpleNamespace(learned=weight), sizes=(1, 4, 8)), settings, sampled=True)
+    m, v = torch.zeros(5, 4, dtype=torch.bfloat16), torch.zeros(5, 4, dtype=torch.float64)
+    for t in range(1, 4):
+        gradient = drawn(5, 4, seed=t).detach()
+        (rows.read(torch.arange(5), weight) * gradient).sum().backward()
+        rows.collect()
+        rows.update(lr=0.1)
+        mean = torch.cat([part.square().mean(1, keepdim=True).expand_as(part) for part in gradient.split([1, 3], 1)], 1)
+        now, v = 0.9 * m.double() + 0.1 * gradient, 0.999 * v + 0.001 * mean
+        step = now / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + settings.adam_epsilon)
+        plain.data = plain.data * (1 - 0.1 * settings.weight_decay) - 0.1 * step
+        m = now.bfloat16()
+    torch.testing.assert_close(weight, plain)
+    assert rows.m.dtype == torch.bfloat16 and rows.v.shape == (5, 2)
+
+
 @pytest.mark.parametrize(
     ("items", "updates", "device", "sampled", "expected"),
     [
         (100_000, "auto", "cpu", True, True),
         (99_999, "auto", "cpu", True, False),
-        (100_000, "auto", "cuda", True, False),
-        (99_999, "rows", "cuda", True, True),
-        (100_000, "rows", "cpu", False, False),
+        (100_000, "auto", "meta", True, False),
+        (99_999, "rows", "meta", True, True),
+        (100_000, "compact", "cpu", False, False),
         (100_000, "all", "cpu", True, False),
     ],
 )
 def test_an_embedding_is_updated_by_rows_if_the_softmax_is_sampled(items, updates, device, sampled, expected):
-    weight = torch.nn.Parameter(torch.zeros(items + 1, 1))
+    weight = torch.nn.Parameter(torch.zeros(items + 1, 1, device=device))
+    model = SimpleNamespace(items=SimpleNamespace(learned=weight), sizes=(1,))
     settings = TrainingSettings(item_embedding_updates=updates)
-    assert (sparse_rows(weight, settings, torch.device(device), sampled) is not None) == expected
+    assert (sparse_rows(model, settings, sampled) is not None) == expected
 
 
 def features_of(items=200, width=12, rank=12, seed=0):
@@ -370,8 +392,10 @@ def test_features_that_do_not_vary_become_zero(items, value):
     assert torch.equal(whitened(torch.full((items, 4), value).double()), torch.zeros(items, 4).double())
 
 
-@pytest.mark.parametrize("fit", [True, False])
-def test_every_encoder_is_whitened_alone_and_its_transform_is_saved_with_the_weights(fit):
+@pytest.mark.parametrize(("fit", "large"), [(True, 0), (False, 2**28)])
+def test_every_encoder_is_whitened_alone_and_its_transform_is_saved_with_the_weights(monkeypatch, tmp_path, fit, large):
+    monkeypatch.setattr(whitening_module, "LARGE", large)
+    monkeypatch.setattr(whitening_module.tempfile, "tempdir", str(tmp_path))
     raw = [features_of(60).half(), features_of(60, 6, rank=6, seed=1).float()]
     settings = ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1)
     whitenings = Whitening(raw, True), Whitening(raw, fit)
@@ -379,6 +403,7 @@ def test_every_encoder_is_whitened_alone_and_its_transform_is_saved_with_the_wei
     for found, part in zip(saved.items.features, raw, strict=True):
         assert found.dtype == part.dtype
         torch.testing.assert_close(found.double(), whitened(part.double()), rtol=1e-3, atol=1e-3)
+    assert (str(tmp_path) in Path("/proc/self/maps").read_text()) == (large == 0)
     state = {name: 2 * value if name.endswith("mean_0") else value for name, value in saved.state_dict().items()}
     factors = other.items.factors(torch.float32).features
     other.load_state_dict(state)

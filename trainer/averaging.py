@@ -17,11 +17,11 @@ class WeightAverage:
 
     def __init__(self, model: SequenceModel, decay: float, rows: SparseRows | None = None) -> None:
         """decay: d, between 0 and 1 (exclusive). rows: averages the learned item embedding itself; None: this does."""
-        frozen = (*model.buffers(), model.items.whitening)  # share the features and other constants
-        self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen}).requires_grad_(False)
-        self.decay, self.rows = decay, rows
+        copies = {id(constant): constant for constant in (*model.buffers(), model.items.whitening)}  # shared
         if rows:
-            rows.average, rows.average_decay = self.model.items.learned, decay
+            copies[id(rows.weight)] = rows.start_average(decay)
+        self.model = copy.deepcopy(model, copies).requires_grad_(False)
+        self.decay, self.rows = decay, rows
 
     @torch.no_grad()
     def update(self, model: SequenceModel, step: int) -> None:

@@ -75,7 +75,9 @@ class Step:
         all_reduce_gradients(model)
         parameters = [*model.parameters(), *([self.rows.collect()] if self.rows else [])]
         if settings.max_grad_norm:
-            norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm([*gradients, *([self.rows.gradient_or_norm()] if self.rows else [])])
+            nn.utils.clip_grads_with_norm_(parameters, settings.max_grad_norm, norm)
             self.clipped += norm > settings.max_grad_norm
         self.optimizer.step()
         if self.rows:

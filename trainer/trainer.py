@@ -4,6 +4,7 @@ Under torchrun every rank holds the whole model and computes its share of each b
 the same bits on all ranks, so weights, schedule and stopping agree on all; rank 0 alone writes.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -82,6 +83,7 @@ class Trainer:
             )
         if run.state:
             self.load_state(run.state)
+            run.state = None  # it may be large
 
     @property
     def epoch_steps(self) -> int:
@@ -102,7 +104,8 @@ class Trainer:
         """Train to the end. Raises InputError if loss or weights are not finite; the last good checkpoint stays."""
         if self.config.validate_untrained and self.progress.step == 0:
             self.run.log.records.clear()  # of a run that was cut off in its first epoch
-            self._keep(None, self.validate(), 0.0)
+            with self._whole(self.eval_model):
+                self._keep(None, self.validate(), 0.0)
         while not self.finished():
             self._started = time.perf_counter() - self.progress.train_seconds
             self.model.train()
@@ -118,12 +121,15 @@ class Trainer:
                 self.step.rows.catch_up()
             self._check_weights()
             loss, seconds = self.progress.loss / self.epoch_steps, time.perf_counter() - self._started
-            metrics = self.validate()
-            self.progress.epoch += 1
-            self.progress.seconds += time.perf_counter() - self._started
-            self.progress.start_epoch()
-            self._keep(loss, metrics, seconds)
+            with self._whole(self.eval_model):
+                metrics = self.validate()
+                self.progress.epoch += 1
+                self.progress.seconds += time.perf_counter() - self._started
+                self.progress.start_epoch()
+                self._keep(loss, metrics, seconds)
             self._saved = f"epoch {self.progress.epoch}"
+        if self.step.rows:
+            self.step.rows.end()
         processes.print_main(f"best epoch {self.progress.best_epoch}: val {self.criterion} {self.progress.best:.4f}")
         return self.progress
 
@@ -200,11 +206,12 @@ class Trainer:
         self._check_weights()
         self.progress.clipped = float(self.step.clipped)
         self.progress.train_seconds = time.perf_counter() - self._started
-        processes.on_main_process(self._save_state)
+        self._save_state()
         self._saved = f"epoch {self.progress.epoch}, step {self.progress.batch}"
 
     def _save_state(self) -> None:
-        save_state(self.run.folder / STATE, self.state())
+        state = self.state()
+        processes.on_main_process(lambda: save_state(self.run.folder / STATE, state))
 
     def _print_progress(self, now: float, unchecked: int) -> None:
         """Print a line in place of a progress bar. unchecked: steps whose losses are not counted yet."""
@@ -219,7 +226,9 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Raise InputError if the epoch's last update, after which no loss was computed, broke the weights."""
-        if not torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).all():
+        rows = self.step.rows
+        weights = (rows.rows if rows and p is rows.weight else p for p in self.model.parameters())
+        if processes.any_rank(not torch.stack([torch.isfinite(p).all() for p in weights]).all()):
             self._give_up("weights are not finite", self.progress.step)
 
     def _give_up(self, what: str, step: int) -> NoReturn:
@@ -236,6 +245,8 @@ class Trainer:
         if value > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
         processes.on_main_process(lambda: self._write(loss, metrics, train_seconds))
+        if progress.epoch:
+            self._save_state()
 
     def _write(self, loss: float | None, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
         progress, folder = self.progress, self.run.folder
@@ -253,8 +264,6 @@ class Trainer:
             "val": {str(m): metrics[m] for m in metrics},
         }
         self.run.log.epoch(record, self._line(record))
-        if progress.epoch:
-            self._save_state()
 
     def _line(self, record: dict[str, Any]) -> str:
         progress, value = self.progress, record["val"][str(self.model.sizes[-1])][self.config.best_metric]
@@ -270,14 +279,25 @@ class Trainer:
             f"at most {eta / 60:.1f} min left"
         )
 
+    def _whole(self, *models: SequenceModel) -> contextlib.AbstractContextManager[None]:
+        """Hold all rows of the models' item embedding on every rank within the block."""
+        rows = self.step.rows
+        return rows.whole(*(model.items.learned for model in models)) if rows else contextlib.nullcontext()
+
     def state(self) -> dict[str, Any]:
-        """Return all that resuming needs."""
-        device = self.loader.device
+        """Return all that resuming needs. Every rank takes part in it."""
+        device, rows = self.loader.device, self.step.rows
+        model, average = self.model.state_dict(), self.average.model.state_dict() if self.average else None
+        if rows:
+            (name,) = (name for name, weight in self.model.named_parameters() if weight is rows.weight)
+            model[name] = rows.gather(rows.rows)
+            if average and rows.average is not None:
+                average[name] = rows.gather(rows.average)
         return {
-            "model": self.model.state_dict(),
-            "average": self.average.model.state_dict() if self.average else None,
+            "model": model,
+            "average": average,
             "optimizer": self.step.optimizer.state_dict(),
-            "rows": self.step.rows.state() if self.step.rows else None,
+            "rows": rows.state() if rows else None,
             "progress": vars(self.progress).copy(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -285,10 +305,11 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a `state`. Raises InputError if it is another model's."""
+        models = {"model": self.model} | ({"average": self.average.model} if self.average else {})
         try:
-            self.model.load_state_dict(state["model"])
-            if self.average:
-                self.average.model.load_state_dict(state["average"])
+            with self._whole(*models.values()):
+                for name, model in models.items():
+                    model.load_state_dict(state[name])
         except RuntimeError as error:
             raise InputError(f"{self.run.folder / STATE} does not fit the model of config.json: {error}") from None
         if (state.get("rows") is None) != (self.step.rows is None):
@@ -318,7 +339,7 @@ def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Ste
             f"--num_negatives {config.num_negatives}: there are only {model.num_items} items, so all are scored"
         )
     sampler = NegativeSampler(loader.label_counts(model.num_items), config.num_negatives) if sampled else None
-    rows = sparse_rows(model.items.learned, config, loader.device, sampled)
+    rows = sparse_rows(model, config, sampled)
     step = Step(model, build_optimizer(model, config, rows), config, sampler, rows)
     graphed = loader.device.type == "cuda" and model.static_shapes and not rows
     return GraphedStep(step) if graphed else step

@@ -205,16 +205,21 @@ def bare_products(case: Callable, calls: int = 1) -> Callable[[], None]:
 
 
 def print_cases(title: str, seconds: dict[str, list[float]]) -> None:
-    """Print each case's median, its median paired speedup over the first case, and its ratio to its bare products."""
-    print(title)
+    """Print each case's median, its speedup over the first case, its bare products and its ratio to them.
+
+    Speedup and ratio are medians over the paired runs.
+    """
+    print(f"{title}\n  {'':24}  seconds  speedup  bare products  ratio")
     first = next(iter(seconds.values()))
     for name, values in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(first, values, strict=True))
-        print(f"  {name:24} {statistics.median(values):8.3f} s   {ratio:6.1f} x")
-    for name, values in seconds.items():
+        if name.endswith(PRODUCTS):
+            continue
+        speedup = statistics.median(a / b for a, b in zip(first, values, strict=True))
+        line = f"  {name:24} {statistics.median(values):8.3f} {speedup:7.1f}x"
         if bare := seconds.get(name + PRODUCTS):
             ratio = statistics.median(a / b for a, b in zip(values, bare, strict=True))
-            print(f"  {name:24} {ratio:8.2f} times its bare products")
+            line += f" {statistics.median(bare):14.3f} {ratio:6.2f}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -74,10 +74,11 @@ def test_the_speed_benchmark_prints_every_case_with_its_ratio(monkeypatch, capsy
     small = "--users 300 --items 50 --features 8 --sizes 2,4 --blocks 1 --batch 8 --runs 1"
     speed.main(small.split())
     printed = capsys.readouterr().out
-    for case in ("baseline", "fp32", "bf16 ", "bf16-plus", "one pass", "every slice alone"):
-        assert sum(line.strip().startswith(case) and line.endswith(" x") for line in printed.splitlines()) >= 1
+    for case in ("baseline", "every slice alone"):
+        assert re.search(rf"^  {case} +[\d.]+ +[\d.]+x$", printed, re.MULTILINE)
+    for case in ("fp32", "bf16", "bf16-plus", "plus-256", "one pass"):
+        assert re.search(rf"^  {case} +[\d.]+ +[\d.]+x +[\d.]+ +[\d.]+$", printed, re.MULTILINE)
     assert printed.count("GB peak resident memory") == 5
-    assert printed.count("times its bare products") == 5
 
 
 def test_the_scaling_benchmark_prints_a_row_for_every_case(monkeypatch, capsys):
@@ -93,7 +94,7 @@ def test_the_scaling_benchmark_prints_a_row_for_every_case(monkeypatch, capsys):
     assert rows == [*by_items, ["3", "32"], ["5", "32"], ["1", "all"], ["2", "all"], *plus]
     assert "ranks of 1,000 users at all sizes among 60 items" in printed
     scaling.main(["--plan", "100000000"])
-    assert capsys.readouterr().out.splitlines()[3].startswith("| 8 | 51.2 | 51.2 | 1.7 | 0.0354 |")
+    assert capsys.readouterr().out.splitlines()[3].startswith("| 8 | 32.3 | 410 | 1.7 | 0.0186 |")
 
 
 def test_the_pictures_benchmark_downloads_despite_failures(capsys):

@@ -281,8 +281,8 @@ class Trainer:
 
     def _whole(self, *models: SequenceModel) -> contextlib.AbstractContextManager[None]:
         """Hold all rows of the models' item embedding on every rank within the block."""
-        rows = self.step.rows
-        return rows.whole(*(model.items.learned for model in models)) if rows else contextlib.nullcontext()
+        weights = [weight for model in models if (weight := model.items.learned) is not None]
+        return self.step.rows.whole(*weights) if self.step.rows else contextlib.nullcontext()
 
     def state(self) -> dict[str, Any]:
         """Return all that resuming needs. Every rank takes part in it."""

@@ -13,6 +13,12 @@ from tests.prepared import write_prepared, write_tiny_clip
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which tests do
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each worker of pytest-xdist, and what it starts, one thread for torch."""
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_curves() -> Iterator[None]:
     """Write an empty picture instead of a test's curves, which take longer than the training of a tiny run."""

@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     flags, arguments = parse_args(argv, DESCRIPTION, SECTIONS, add_arguments, settings)
 
     # Heavy imports wait until the flags are known to be good, so that --help answers at once.
-    from trainer.find_run import find_trained
-    from trainer.load_run import load_run
+    from trainer.load_run import find_trained, load_run
     from trainer.runs import describe_run, newer_data_folder, read_config
     from trainer.testing import test_every_size, validate_every_size
 

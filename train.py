@@ -45,12 +45,10 @@ def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]],
     from model import count_parameters
     from model.base import CountingModel
     from model.registry import build_model
-    from trainer.counting import CountingTrainer
-    from trainer.find_run import find_resumed
+    from trainer.load_run import find_resumed, load_initial, warm_settings
     from trainer.testing import test_every_size
-    from trainer.trainer import Trainer
+    from trainer.trainer import CountingTrainer, Trainer
     from trainer.training_run import TrainingRun
-    from trainer.warm_start import load_initial, warm_settings
 
     if settings or not arguments.resume:
         run = TrainingRun(*(settings or warm_settings(flags)))

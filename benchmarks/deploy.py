@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             found = measure_scan(size, arguments.synthetic, arguments.requests, Path(folder))
         print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
         return found
-    from experiments.deployment import card_table, plot_card
+    from experiments.figures import card_table, plot_card
     from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE, describe_run
 
     arguments.run = asked_run(arguments)
@@ -220,7 +220,7 @@ def accuracy(answers: list, targets: list[int]) -> dict[str, float]:
     """Return Recall@10 and NDCG@10. Of items with the same score the lower number comes first; eval.py averages."""
     import torch
 
-    from trainer.metrics import ranking_metrics
+    from trainer.evaluation import ranking_metrics
 
     ranks = [ranked.index(target) + 1 if target in ranked else TOP_K + 1
              for ranked, target in zip((answer.numbers for answer in answers), targets, strict=True)]  # fmt: skip

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from datasets.catalog import Catalog
-    from datasets.features.encoder import Encoder
+    from datasets.features.encode import Encoder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,7 +78,7 @@ def compare(kind: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
 
     from config import FeatureSettings
     from datasets.features import image, text
-    from datasets.features.encoder import normalised
+    from datasets.features.encode import normalised
     from datasets.features.load import load_features
     from datasets.features.modality import EncodedModality
     from datasets.features.registry import modalities

@@ -24,8 +24,8 @@ from common.cli import Parser, run_cli
 from common.errors import InputError
 from datasets.catalog import load_catalog
 from serving import Recommender, export
-from serving.card import MODEL
-from serving.quantize import TABLES
+from serving.hub import MODEL
+from serving.weights import TABLES
 from trainer.runs import read_config
 
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"

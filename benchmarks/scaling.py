@@ -174,7 +174,7 @@ def make_plus_step(arguments: argparse.Namespace, items: int, how: str) -> Calla
 
     from config import resolve
     from model import FMRLRec
-    from trainer.averaging import WeightAverage
+    from trainer.step import WeightAverage
     from trainer.trainer import build_step
 
     flags = {"precision": arguments.precision, "mrl_hidden_sizes": tuple(m for m in SIZES if m <= 256)}

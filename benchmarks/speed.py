@@ -83,9 +83,8 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     from datasets.catalog import Sequences
     from model import FMRLRec
     from model.registry import build_model
-    from trainer.averaging import WeightAverage
     from trainer.evaluation import rank_targets, rank_targets_alone
-    from trainer.step import Step, build_optimizer
+    from trainer.step import Step, WeightAverage, build_optimizer
     from trainer.trainer import build_step
 
     rng, device = np.random.default_rng(0), resolve_device(arguments.device)

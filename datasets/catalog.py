@@ -23,11 +23,9 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from common.errors import InputError
-from common.files import read_json, read_text
-from common.schema import MAX_ID, Count, check_schema
+from common.files import MAX_ID, Count, check_schema, read_json, read_text
 from config import Config, DataSettings
 from datasets.item2img import read_item2img
-from datasets.prepare.amazon import PAPER_SETS
 from datasets.records import RecordFile, parse_record
 from datasets.text import attribute_text
 
@@ -293,3 +291,37 @@ def describe(catalog: Catalog) -> str:
         f"{lengths.sum():,} interactions (median history {np.median(lengths):.0f}); {shares or 'no metadata'}"
         f"{'' if catalog.sequences.cuts is None else f'; split by {catalog.sequences.split}'}"
     )
+
+
+# --------------------------------------------------------------------------------------------------------------- amazon
+# The paper's four datasets: where Amazon's raw files of 2014 are, and what the paper counts in them.
+
+BASE_URL = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+
+
+@dataclass(frozen=True)
+class PaperSet:
+    """One of the paper's datasets: its name in the release of 2014, and its row of the paper's Table 1."""
+
+    category: str
+    users: int
+    items: int
+    pictures: int
+    interactions: int
+
+
+PAPER_SETS = {
+    "beauty": PaperSet("Beauty", 22_363, 12_101, 12_023, 198_502),
+    "clothing": PaperSet("Clothing_Shoes_and_Jewelry", 39_387, 23_033, 22_299, 278_677),
+    "sports": PaperSet("Sports_and_Outdoors", 35_598, 18_357, 17_943, 296_337),
+    "toys": PaperSet("Toys_and_Games", 19_412, 11_924, 11_895, 167_597),
+}
+
+
+def raw_names(category: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the published names of a category's reviews and metadata; the first is the one to fetch."""
+
+    def files(*names: str) -> tuple[str, ...]:
+        return tuple(f"{name}.json{gz}" for name in names for gz in (".gz", ""))
+
+    return files(f"reviews_{category}_5", f"reviews_{category}"), files(f"meta_{category}")

@@ -22,8 +22,7 @@ from msgspec import Meta, Struct
 
 from common.cli import Parser, run_cli
 from common.errors import InputError
-from common.files import read_json, replacing, write_json, write_text
-from common.schema import MAX_ID, check_schema
+from common.files import MAX_ID, check_schema, read_json, replacing, write_json, write_text
 from config import Config
 from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
 from datasets.text import as_json

@@ -33,17 +33,17 @@ of every size, settings, command lines and versions, are in [metrics.csv](result
 
 def report(runs: list[KeptRun]) -> str:
     """Return the text of RESULTS.md."""
-    from experiments import best, cold_items, deployment, parameters, tables
+    from experiments import cold_items, figures, reproduction, tables
     from experiments.definition import definitions
 
     experiments = [line for definition in definitions().values() for line in tables.section(definition, runs)]
     return "\n".join(
         [
             INTRODUCTION,
-            *best.section(runs),
+            *reproduction.best_section(runs),
             *experiments,
-            *parameters.section(),
-            *deployment.section(runs),
+            *reproduction.parameters_section(),
+            *figures.deployment_section(runs),
             *cold_items.section(runs),
         ]
     )

@@ -26,10 +26,10 @@ from common.files import cannot_write
 from common.settings import format_value, is_runtime
 from config import SECTIONS, Config
 from experiments import RESULTS
-from experiments.definition import definitions
-from experiments.plan import (
+from experiments.definition import (
     Job,
     chosen,
+    definitions,
     look_up,
     missing_tests,
     parse_seeds,

@@ -20,19 +20,23 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from common.errors import InputError
-from common.files import read_json, replacing, write_text
-from common.schema import Count, Number, Positive, check_schema, read_json_lines
+from common.files import Count, Number, Positive, check_schema, read_json, read_json_lines, replacing, write_text
 from common.settings import check_types
 from config import Config
 from experiments.definition import compares_users
 from experiments.paper import MASKED
-from trainer.run_files import Cut, DeployedSize, Environment
 from trainer.runs import (
     COLD_ITEMS,
     CUT,
     DEPLOYMENT,
     EVERY_SIZE,
+    TRAINED,
     USER_RANKS,
+    Cut,
+    DeployedSize,
+    Environment,
+    decoded,
+    read_arrays,
     read_best_epoch,
     read_config,
     read_environment,
@@ -42,7 +46,6 @@ from trainer.runs import (
     unfinished,
     untrained,
 )
-from trainer.user_ranks import TRAINED, decoded, read_arrays
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from common.settings import format_value
 from config import Config
-from experiments.definition import Definition, unusual
-from experiments.paper import BY_SIZE, COLUMNS, ENCODERS, MASKED
-from experiments.rows import ResultRow, comparable, frame, result_rows
-from experiments.significance import paired_bootstrap, welch_test
+from experiments.definition import Definition, Row, identity, unusual
+from experiments.paper import BY_SIZE, COLUMNS, ENCODERS, MASKED, PUBLISHED
 from experiments.store import KeptRun
-from trainer.runs import describe_model
-from trainer.user_ranks import BINS
+from trainer.runs import BINS, describe_model
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WITHOUT_HISTORY = ("NDCG@10" + MASKED, "Recall@10" + MASKED)
 OF_SIZES = ("Recall@10", "NDCG@10", "Recall@20", "Recall@50", "NDCG@10" + MASKED)
@@ -282,3 +284,199 @@ def unlike_paper(config: Config, published: str) -> str:
     if config.model_code == "fmrlrec" and config.mrl_hidden_sizes[-1] != Config.mrl_hidden_sizes[-1]:
         parts.append(f"largest size {config.mrl_hidden_sizes[-1]} instead of {Config.mrl_hidden_sizes[-1]}")
     return ", ".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+# Rows of an experiment's tables: which kept runs belong to which row, and which rows are comparable.
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """Runs of one row with the same settings, one per seed."""
+
+    row: Row
+    runs: tuple[KeptRun, ...]
+    number: int = 0  # counts the row's entries if it has several in a table
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.name} ({self.number})" if self.number else self.row.name
+
+    @property
+    def config(self) -> Config:
+        return self.runs[0].config
+
+    @property
+    def size(self) -> int:
+        return self.row.size or self.config.mrl_hidden_sizes[-1]
+
+    def values(self, metric: str, size: int | None = None) -> list[float]:
+        """Return a test metric of every seed that has it."""
+        return [
+            run.test.at[size or self.size, metric]
+            for run in self.runs
+            if metric in run.test.columns and (size or self.size) in run.test.index
+        ]
+
+    def mean(self, metric: str, size: int | None = None) -> float:
+        """Return the mean of a test metric over seeds; NaN if no seed has it."""
+        return float(np.mean(self.values(metric, size) or [np.nan]))
+
+    def published(self, metric: str) -> float | None:
+        return PUBLISHED.get(self.row.published, {}).get(self.config.dataset_code, {}).get(metric)
+
+    def of_users(self, metric: str) -> np.ndarray | None:
+        """Return a test metric of every user [U], averaged over seeds.
+
+        None if a seed lacks the metric or its users' ranks, or if the dataset's digest is unknown.
+        """
+        if len(self.values(metric)) < len(self.runs) or self.runs[0].data is None:
+            return None
+        ranks = [run.ranks(metric.endswith(MASKED)) for run in self.runs]
+        if not all(ranks):
+            return None
+        of_seeds = [user_metrics(found[self.size], metric.removesuffix(MASKED)) for found in ranks if found]
+        return np.mean(of_seeds, axis=0)
+
+
+def frame(group: list[ResultRow], split: str = "test") -> pd.DataFrame:
+    """Return the metrics of a group, indexed by row name, seed and size."""
+    import pandas as pd
+
+    runs = {(row.name, run.config.seed): run for row in group for run in row.runs}
+    of_runs = {key: run.test if split == "test" else run.validation for key, run in runs.items()}
+    return pd.concat(of_runs, names=["row", "seed", "size"])
+
+
+def result_rows(definition: Definition, dataset: str, runs: Iterable[KeptRun]) -> list[ResultRow]:
+    """Return the rows of an experiment on a dataset that have runs, in the definition's order.
+
+    If two runs have the same settings and seed, the one with the later name counts.
+    """
+    found: dict[tuple, dict[int, KeptRun]] = {}
+    for run in runs:
+        if run.config.dataset_code != dataset or not (definition.validation or run.tested):
+            continue
+        for index, row in enumerate(definition.rows):
+            if definition.fits(row, run.config):
+                settings = {name: value for name, value in identity(run.config).items() if name != "seed"}
+                found.setdefault((index, run.data, *sorted(settings.items())), {})[run.config.seed] = run
+    ordered = sorted(found.items(), key=lambda pair: pair[0][0])
+    return [ResultRow(definition.rows[key[0]], tuple(dict(sorted(seeds.items())).values())) for key, seeds in ordered]
+
+
+def comparable(definition: Definition, rows: list[ResultRow]) -> list[list[ResultRow]]:
+    """Return the rows in groups that share the dataset and every setting that the experiment does not vary.
+
+    Leaves out rows whose partners in `compare` have no run and groups without any pair, unless they have published
+    values, and one-size models if the experiment shows every size.
+    """
+    groups: dict[tuple, list[ResultRow]] = {}
+    for row in rows:
+        if definition.every_size and len(row.config.mrl_hidden_sizes) == 1:
+            continue
+        same = {name: v for name, v in identity(row.config).items() if name not in definition.varied() | {"seed"}}
+        groups.setdefault((row.runs[0].data, *sorted(same.items())), []).append(row)
+    shown = []
+    for group in groups.values():
+        names = {row.row.name for row in group}
+        if definition.every_size:
+            pairs = any(names >= set(pair) for pair in definition.compare)
+            shown += [numbered(group)] if pairs or not definition.compare else []
+            continue
+        if definition.validation:
+            shown += [numbered(group)] if len(names) > 1 else []
+            continue
+        complete = {name for pair in definition.compare if names >= set(pair) for name in pair}
+        waiting = {name for pair in definition.compare for name in pair} - complete
+        kept = [row for row in group if row.row.name not in waiting or row.row.published]
+        if complete or any(row.row.published for row in kept):
+            shown.append(numbered(kept))
+    return shown
+
+
+def numbered(group: list[ResultRow]) -> list[ResultRow]:
+    """Number the entries of every row that has several, so that their names differ."""
+    of_row = Counter(row.row.name for row in group)
+    seen: Counter[str] = Counter()
+    found = []
+    for row in group:
+        seen[row.row.name] += 1
+        found.append(replace(row, number=seen[row.row.name]) if of_row[row.row.name] > 1 else row)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- significance
+# Tell whether one model is better than another: a paired bootstrap over users, and Welch's t test over seeds.
+#
+# The bootstrap (Efron and Tibshirani 1993; in information retrieval Sakai 2006) asks whether the difference of these
+# trained models would hold for other users; Welch's test (1947), whether it would hold for other seeds. U users.
+
+DRAWS = 10_000
+AT_ONCE = 500  # draws held in memory at once
+
+
+class Difference(NamedTuple):
+    """Mean of a paired difference, its 95 % interval, and its two-sided p value."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def user_metrics(ranks: np.ndarray, name: str) -> np.ndarray:
+    """Return Recall@K, NDCG@K or MRR@K of every user: ranks [U] from 1 -> [U].
+
+    Their means equal the metrics of trainer/evaluation.py.
+    """
+    metric, _, k = name.partition("@")
+    value = {"Recall": lambda: np.ones_like(ranks), "NDCG": lambda: 1 / np.log2(ranks + 1), "MRR": lambda: 1 / ranks}
+    return np.where(ranks <= int(k), value[metric](), 0.0)
+
+
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = DRAWS) -> Difference:
+    """Return the mean of a - b over users [U], with users resampled `draws` times.
+
+    Users with equal differences are interchangeable, so a draw is multinomial over the distinct differences. p is
+    twice the smaller share of draws on either side of 0 (a share of 0 counts as one draw).
+    """
+    values, counts = np.unique(a - b, return_counts=True)
+    random = np.random.default_rng(0)
+    parts = [min(AT_ONCE, draws - start) for start in range(0, draws, AT_ONCE)]
+    drawn = np.concatenate([random.multinomial(len(a), counts / len(a), size=n) @ values for n in parts]) / len(a)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    below, above = (drawn <= 0).mean(), (drawn >= 0).mean()
+    return Difference(
+        float((a - b).mean()), float(low), float(high), float(min(1, 2 * max(min(below, above), 1 / draws)))
+    )
+
+
+class Welch(NamedTuple):
+    """Welch's t statistic, its degrees of freedom, and its two-sided p value."""
+
+    t: float
+    freedom: float
+    p: float
+
+
+def welch_test(a: Sequence[float], b: Sequence[float]) -> Welch | None:
+    """Compare the means of a metric over seeds; None with fewer than two seeds of either, or without any variance.
+
+    Seeds are not paired: the same seed draws other weights for models of other shapes.
+    """
+    if min(len(a), len(b)) < 2 or not (variance := np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)):
+        return None
+    parts = [(np.var(x, ddof=1) / len(x)) ** 2 / (len(x) - 1) for x in (a, b)]
+    t, freedom = (np.mean(a) - np.mean(b)) / np.sqrt(variance), variance**2 / sum(parts)
+    return Welch(float(t), float(freedom), student_p(float(t), float(freedom)))
+
+
+def student_p(t: float, freedom: float) -> float:
+    """Return the two-sided p value of Student's t: the density's integral over |x| > |t|, with x = √ν tan φ."""
+
+    def integral(start: float) -> float:
+        steps = np.linspace(start, np.pi / 2, 20_001)
+        return (np.cos((steps[1:] + steps[:-1]) / 2) ** (freedom - 1)).mean() * (np.pi / 2 - start)
+
+    return float(integral(np.arctan(abs(t) / np.sqrt(freedom))) / integral(0.0))

@@ -20,7 +20,7 @@ from common.cli import parse_args, run_cli
 from common.errors import InputError
 from common.settings import format_value
 from config import SECTIONS, Config, resolve
-from experiments.plan import chosen
+from experiments.definition import chosen
 
 if TYPE_CHECKING:
     import optuna

@@ -1,5 +1,10 @@
-"""The two kinds of models, as the trainer sees them: sequence models are trained, counting models only count."""
+"""What the models share: the interfaces that the trainer sees, and dropout over packed tokens.
 
+Sequence models are trained; counting models only count.
+"""
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.items import ItemEncoder
@@ -46,3 +51,56 @@ class CountingModel(nn.Module):
     def scores(self, last: Tensor) -> Tensor:
         """Return the scores [B, N+1] of all tokens for histories whose last items are `last` [B]."""
         raise NotImplementedError
+
+
+# -------------------------------------------------------------------------------------------------------------- dropout
+# Dropout over packed tokens, of which several processes may each hold a share. T tokens, D dimensions.
+#
+# Beyond the paper, the first dimensions, which the small sizes use, may be left without dropout.
+
+Share = tuple[int | Tensor, int]  # first token, which a recorded step reads from a tensor; tokens of the whole batch
+
+
+class Dropout(nn.Module):
+    """Dropout of x [T, D].
+
+    Processes that share a batch each draw the mask of the whole batch and use the rows of their own tokens, so that a
+    seed gives the same training on any number of processes.
+    """
+
+    def __init__(self, p: float, start: int = 0) -> None:
+        """p: probability of a zero. start: the number of first dimensions without dropout."""
+        super().__init__()
+        self.p, self.start = p, start
+        self.share: Share | None = None  # None: x is the whole batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or self.start >= x.shape[-1]:
+            return x
+        if self.start:
+            spared, rest = x.tensor_split([self.start], dim=-1)
+            return torch.cat([spared, self.drop(rest)], dim=-1)
+        return self.drop(x)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Apply dropout to every dimension."""
+        first, total = self.share or (0, len(x))
+        # Not F.dropout: drawing its masks takes three times as long on a CPU.
+        kept = torch.rand(total, *x.shape[1:], device=x.device) >= self.p
+        # The padding of a share may reach beyond the end of the batch.
+        if isinstance(first, Tensor):
+            kept = kept[(first + torch.arange(len(x), device=x.device)).clamp(max=total - 1)]
+        else:
+            kept = kept[first : first + len(x)]
+            kept = F.pad(kept, (0,) * (2 * x.ndim - 1) + (len(x) - len(kept),))
+        return x * kept / (1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, start={self.start}"
+
+
+def set_share(model: nn.Module, share: Share | None) -> None:
+    """Set which tokens of the batch the next forward pass reads; None: all."""
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.share = share

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.fast.nested_linear import nested_linear
+from model.fast.layers import nested_linear
 from model.sizes import increments, nested_mask
 
 

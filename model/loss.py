@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model.extensions.history import contains
 from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
-from model.fast.cross_entropy import cross_entropy_sum
+from model.fast.losses import cross_entropy_sum
 from model.items import Factors
 
 

@@ -14,8 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from model.fast.nested_linear import nested_linear
-from model.fast.recurrence import linear_recurrence
+from model.fast.layers import linear_recurrence, nested_linear
 from model.fmrl import nested_uniform_, nested_weight
 
 

@@ -22,8 +22,7 @@ import numpy as np
 
 from common.errors import InputError
 from serving.folder import GRAPHS, HINT, Export, spare_rows
-from serving.quantize import STEPS, dequantize, quantize, rounded
-from serving.weights import MATRICES
+from serving.weights import MATRICES, STEPS, dequantize, quantize, rounded
 
 ENGINES = ("torch", "onnx")
 ONNX_ROWS = 2  # the fewest rows of a product: one alone takes other routines, which round differently
@@ -72,7 +71,7 @@ class WideRows:
     """
 
     def __init__(self, exported: np.ndarray, users: np.ndarray, items: np.ndarray, stored_as: str) -> None:
-        """users, items [m, w]: map z and rows to vectors of width w. stored_as: as serving/quantize.py."""
+        """users, items [m, w]: map z and rows to vectors of width w. stored_as: as serving/weights.py."""
         self.exported, self.users, self.items, self.stored_as = exported, users, items, stored_as
         self._more = Growing(np.zeros((64, exported.shape[1]), np.float32), 0)
         self._replaced: dict[int, np.ndarray] = {}

@@ -23,14 +23,13 @@ from common.files import read_json, sha256
 from common.settings import format_value
 from config import Config
 from serving.folder import STORED
-from serving.quantize import TABLES
-from serving.weights import BASELINES, COUNTING
+from serving.weights import BASELINES, COUNTING, TABLES
 
 if TYPE_CHECKING:
     from dataloader import EvalRows
     from datasets.catalog import Catalog
     from model import FMRLRec
-    from trainer.run_items import RunItems
+    from trainer.checkpoint import RunItems
 
 FORMATS = ("torch", "onnx", "onnx-file")
 
@@ -102,7 +101,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, positional: bool = False)
 
 def asked_run(arguments: argparse.Namespace, models: Sequence[str] = ("fmrlrec",)) -> Path:
     """Return the run that the flags choose. Raises InputError if there is none or it is of another model."""
-    from trainer.find_run import find_trained, with_runtime_flags
+    from trainer.load_run import find_trained, with_runtime_flags
     from trainer.runs import read_config
 
     flags = {"dataset_code": arguments.dataset_code} if arguments.dataset_code else {}
@@ -235,9 +234,8 @@ def named_sizes(text: str, trained: tuple[int, ...]) -> list[int]:
 
 def best_size(arguments: argparse.Namespace) -> int:
     """Return the size with the best NDCG@10 within the limits, as benchmarks/deploy.py measured."""
-    from common.schema import check_schema
-    from trainer.run_files import Deployment
-    from trainer.runs import DEPLOYMENT
+    from common.files import check_schema
+    from trainer.runs import DEPLOYMENT, Deployment
     from trainer.runs import WEIGHTS as RUN_WEIGHTS
 
     path, measure = (
@@ -302,7 +300,6 @@ def export_size(
     import torch
 
     from model import slice_model
-    from serving.convert import serving_weights
     from serving.folder import (
         FAISS,
         INDEX,
@@ -316,8 +313,9 @@ def export_size(
         write_folder,
     )
     from serving.items import make_items
-    from serving.quantize import quantize as to_int8
-    from trainer.run_items import RunItems
+    from serving.torch_engine import serving_weights
+    from serving.weights import quantize as to_int8
+    from trainer.checkpoint import RunItems
 
     if index and (format != "onnx" or quantize == "int8"):
         raise InputError(f"--index {index} needs --format onnx, and --quantize float16 or none")
@@ -365,7 +363,7 @@ def export_size(
                 files[INDEX] = build_index(table.astype(np.float32))
                 files[SCAN] = build_scan(files[INDEX])
         elif format == "onnx-file":
-            from serving.onnx_file import build_files
+            from serving.graphs import build_files
 
             files = build_files(weights, table, scale, items, described)
     except ImportError as error:
@@ -380,8 +378,8 @@ def cut_of(model: FMRLRec, table: np.ndarray, users: EvalRows, width: int) -> tu
     import torch
 
     from dataloader import eval_batches
+    from serving.torch_engine import user_weighted_pca
     from trainer.evaluation import GROUP, encode_last
-    from trainer.widths import user_weighted_pca
 
     with torch.inference_mode():
         batches = eval_batches(users, GROUP, torch.device("cpu"))
@@ -401,9 +399,9 @@ def export_baseline(
     overwrite: bool = False,
 ) -> None:
     """Write a run of one of BASELINES as an export. Raises InputError if weights are not finite."""
-    from serving.convert import baseline_weights
     from serving.folder import ITEMS, WEIGHTS, pack_items, pack_weights, write_folder
     from serving.items import make_items
+    from serving.torch_engine import baseline_weights
 
     table, weights = baseline_weights(model)
     for name, value in {"the item table": table, **weights}.items():
@@ -427,8 +425,8 @@ def export_baseline(
 
 def description(model: FMRLRec, config: Config, items: RunItems, run: Path) -> dict[str, Any]:
     """Return the content of config.json for a sliced model, except its files."""
-    from datasets.features.description import describe_features
-    from trainer.widths import read_plane
+    from datasets.features.registry import describe_features
+    from serving.torch_engine import read_plane
 
     size, whitening = model.sizes[-1], model.items.whitening
     widths = {"whitened": [len(mean) for mean, _ in whitening.transforms()]} if whitening else {}

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save
 from common.errors import InputError
 from serving.engines import Engine, OnnxEngine, Table, best_columns
 from serving.folder import FAISS, HINT, INDEX, SCAN, Export
-from serving.quantize import STEPS, dequantize, quantize
+from serving.weights import STEPS, dequantize, quantize
 
 ROUNDING = 4e-6  # of the float32 operations, relative to |z| |t|
 COMPONENTS = 64  # principal components that faiss scans

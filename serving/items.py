@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from common.errors import InputError
-from common.schema import MAX_ID
+from common.files import MAX_ID
 
 ItemId = str | int  # the dataset's id, or the item's number (serving/catalogue.py)
 

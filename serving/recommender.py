@@ -28,9 +28,8 @@ import numpy as np
 from common.errors import InputError
 from common.files import open_regular, read_json
 from serving import hub
-from serving.catalogue import Catalogue
+from serving.catalogue import Catalogue, Snapshot, check_state, project
 from serving.engines import Engine, WideRows, open_engine
-from serving.filters import Filter, filters_of, listed, make_filter
 from serving.folder import (
     CONFIG,
     FAISS,
@@ -50,15 +49,18 @@ from serving.folder import (
 from serving.index import Index, build_faiss, build_index, open_index
 from serving.items import ItemId, make_items
 from serving.ranking import (
+    Filter,
     Recommendation,
     batches,
+    filters_of,
+    listed,
     make_answer,
+    make_filter,
     ranked,
     ranked_histories,
     read_request,
     vectors_of,
 )
-from serving.snapshot import Snapshot, check_state, project
 from serving.states import State, encode
 from serving.weights import COUNTING
 
@@ -333,12 +335,12 @@ class Recommender:
         records = list(listed(products, "products", "[{'title': 'Rose soap'}]"))
         now, key = self._now, (language_encoder, img_encoder)
         try:
-            from datasets.features import description  # the only place where serving uses encoders
+            from datasets.features import registry  # the only place where serving uses encoders
 
             if key not in now.encoders:
                 encoders = {"language_encoder": language_encoder, "img_encoder": img_encoder}
-                now.encoders[key] = description.described_modalities(now.config["features"], encoders)
-            features = description.embed_records(records, now.config["features"], now.encoders[key])
+                now.encoders[key] = registry.described_modalities(now.config["features"], encoders)
+            features = registry.embed_records(records, now.config["features"], now.encoders[key])
         except ImportError as error:
             raise InputError(
                 f"an encoder of this model needs a package that is not installed ({error}); in a clone run pip install "

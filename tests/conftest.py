@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.picture_server import Server, serving
+from benchmarks.pictures import Server, serving
 from tests.prepared import write_prepared, write_tiny_clip
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which tests do
@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def quick_curves() -> Iterator[None]:
     """Write an empty picture instead of a test's curves, which take longer than the training of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("trainer.testing.plot_metric_by_size", "trainer.runlog.plot_training"):
+        for name in ("trainer.testing.plot_metric_by_size", "trainer.training_run.plot_training"):
             patch.setattr(name, lambda *given: Image.new("L", (1, 1)).save(given[3]))
         yield
 
@@ -63,7 +63,7 @@ def hub(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory):
     """Return the shop of the tests of serving."""
-    from tests.exported import Shop
+    from tests.made_up import Shop
 
     return Shop(tmp_path_factory.mktemp("shop"))
 

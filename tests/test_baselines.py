@@ -18,16 +18,16 @@ from common.errors import InputError
 from config import MODEL_PRESETS, FeatureSettings, ModelSettings, TrainingSettings
 from dataloader import Batch
 from datasets.catalog import load_catalog
-from datasets.features import description, registry
+from datasets.features import registry
 from experiments import cold_items
+from model.base import set_share
 from model.baselines import sasrec
 from model.baselines.counting import SHRINKAGE, ItemKNN, Popularity
-from model.dropout import set_share
 from model.loss import LOSSES
 from model.registry import MODELS, CountingModel, build_model
 from serving import export
 from tests.prepared import feature_parts, write_prepared
-from trainer import metrics, testing
+from trainer import evaluation, testing
 from trainer.load_run import load_run
 from trainer.runs import read_config, read_log, unfinished
 from trainer.step import Step
@@ -289,7 +289,7 @@ def test_the_loss_trains_a_nested_model(monkeypatch):
 
 
 def test_the_metric_is_one_number_per_user(monkeypatch):
-    hit = run_example("A metric", metrics.METRICS, "Hit", monkeypatch)
+    hit = run_example("A metric", evaluation.METRICS, "Hit", monkeypatch)
     assert hit(torch.tensor([1.0, 10.0, 10.5]), 10).tolist() == [1, 1, 0]
 
 
@@ -299,14 +299,13 @@ def test_the_modality_is_cached_and_made_alike_for_new_products(tmp_path, monkey
     definitions = {}
     exec(BLOCKS["A modality"], definitions)
     listed = (*registry.REGISTRY, definitions["Brand"])
-    for module in (registry, description):
-        monkeypatch.setattr(module, "REGISTRY", listed)
+    monkeypatch.setattr(registry, "REGISTRY", listed)
 
     text, brands = feature_parts(catalog, language="lexical", cache_root=tmp_path / "features")
     assert len(list(tmp_path.glob("features/tiny/brand-lexical-*.npy"))) == 1
     assert len(np.unique(brands, axis=0)) == len({record.get("brand") for record in catalog.metadata})
 
     settings = FeatureSettings(language_encoder="lexical", use_img_encoder=False)
-    described = description.describe_features(settings, [text.shape[1], brands.shape[1]])
-    made = description.embed_records(catalog.metadata, described, description.described_modalities(described, {}))
+    described = registry.describe_features(settings, [text.shape[1], brands.shape[1]])
+    made = registry.embed_records(catalog.metadata, described, registry.described_modalities(described, {}))
     np.testing.assert_allclose(made, np.concatenate([text, brands], axis=1), atol=1e-3)

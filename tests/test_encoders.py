@@ -22,9 +22,8 @@ from PIL import Image, ImageDraw
 
 from common.errors import InputError
 from datasets.catalog import Catalog, load_catalog
-from datasets.features import cache, encoder, text
-from datasets.features.encode import encode_batches, in_order, longest_first
-from datasets.features.encoder import normalised, offline_without_network
+from datasets.features import cache, encode, text
+from datasets.features.encode import encode_batches, in_order, longest_first, normalised, offline_without_network
 from datasets.features.image import ImageModality, PixelEncoder
 from datasets.features.image import fingerprint as image_fingerprint
 from datasets.features.image import load_encoder as image_encoder
@@ -599,7 +598,7 @@ def features(catalog, mean_bert, tmp_path):
 @pytest.mark.parametrize(("there", "best"), [("fp32", "bf16"), ("bf16", "fp16")])
 def test_auto_takes_the_cached_precision_even_if_damaged(features, tmp_path, monkeypatch, there, best):
     made = features(precision=there)
-    monkeypatch.setattr(encoder, "best_precision", lambda device: best)
+    monkeypatch.setattr(encode, "best_precision", lambda device: best)
     np.testing.assert_array_equal(features(precision="auto"), made)
     next(tmp_path.glob("cache/tiny/*.npy")).write_bytes(b"")
     np.testing.assert_array_equal(features(precision="auto"), made)
@@ -608,7 +607,7 @@ def test_auto_takes_the_cached_precision_even_if_damaged(features, tmp_path, mon
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_auto_is_nearly_as_exact_and_prefers_what_a_run_was_trained_on(features, tmp_path, monkeypatch, precision):
-    monkeypatch.setattr(encoder, "best_precision", lambda device: precision)
+    monkeypatch.setattr(encode, "best_precision", lambda device: precision)
     fast = features(precision="auto")
     [first] = tmp_path.glob("cache/tiny/*.npy")
     exact = features(precision="fp32")

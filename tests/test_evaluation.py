@@ -21,12 +21,19 @@ from model import FMRLRec, slice_model
 from model.baselines.counting import Popularity
 from tests.made_up import as_sequences, with_random_weights
 from trainer import evaluation, testing
-from trainer.evaluation import candidates, evaluate, rank_targets
-from trainer.exact import count_ahead, exact_scores, longest_row, on_grid
-from trainer.list_metrics import list_metrics_of_sizes, top_items
-from trainer.metrics import ranking_metrics, target_ranks
-from trainer.testing import check_slice
-from trainer.user_ranks import TRAINED, decoded, read_arrays, save_ranks
+from trainer.evaluation import (
+    candidates,
+    count_ahead,
+    evaluate,
+    exact_scores,
+    longest_row,
+    on_grid,
+    rank_targets,
+    ranking_metrics,
+    target_ranks,
+)
+from trainer.runs import TRAINED, decoded, read_arrays, save_ranks
+from trainer.testing import check_slice, list_metrics_of_sizes, top_items
 
 NUM_ITEMS, MAX_LEN, SIZES, KS = 40, 6, (4, 8, 16), (1, 5, 10, 20)
 INF, NAN = math.inf, math.nan

@@ -22,15 +22,14 @@ import train
 from benchmarks import deploy
 from common.errors import InputError
 from datasets.catalog import load_catalog
-from experiments.deployment import card_table
+from experiments.figures import card_table
 from model import slice_model
 from serving import export, recommend
-from serving.convert import serving_weights
 from serving.folder import GRAPHS, WEIGHTS, read_folder
 from serving.packaging import runtime_modules
-from serving.quantize import dequantize, quantize
-from tests.exported import write_export
-from tests.made_up import random_model, write_plane
+from serving.torch_engine import serving_weights
+from serving.weights import dequantize, quantize
+from tests.made_up import random_model, write_export, write_plane
 from tests.prepared import contents, write_metadata, write_prepared
 from trainer.load_run import load_run
 from trainer.runs import commit

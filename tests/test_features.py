@@ -22,7 +22,7 @@ import eval as eval_script
 import train
 from common.errors import InputError
 from datasets.catalog import Catalog, load_catalog
-from datasets.features import array_files, arrays, cache, image, text
+from datasets.features import arrays, cache, image, text
 from datasets.features.image import PixelEncoder
 from datasets.features.text import LexicalEncoder
 from datasets.text import NO_TEXT, item_text
@@ -462,7 +462,7 @@ def refusal(shop: Shop, catalog: Catalog, path: Path) -> str:
 
 @pytest.mark.parametrize("name", [*NAMES, "j.npy"])
 def test_every_format_gives_the_items_rows_in_order_and_of_length_1(catalog, shop, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(array_files, "PIECE", 5)
+    monkeypatch.setattr(arrays, "PIECE", 5)
     rows = shop.from_file(catalog, write(name, tmp_path))
     np.testing.assert_array_equal(rows[:, :WIDTH], EXPECTED.astype(np.float16))
 

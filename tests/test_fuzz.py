@@ -23,10 +23,9 @@ from safetensors.numpy import load, save
 from common.errors import InputError
 from config import Config
 from datasets.catalog import describe, load_catalog
-from datasets.features.array_files import open_array_file
-from datasets.prepare.events import read_events
-from datasets.prepare.items import read_items
+from datasets.features.arrays import open_array_file
 from datasets.prepare.raw import FILTERS
+from datasets.prepare.read import read_events, read_items
 from datasets.prepare.sequences import make_sequences
 from datasets.text import item_text
 from experiments.definition import FILE as DEFINITIONS
@@ -36,10 +35,9 @@ from serving import Recommender
 from serving.export import arguments_parser, best_size
 from serving.folder import CONFIG, ITEMS, WEIGHTS
 from serving.states import State
-from tests.exported import write_export
-from tests.made_up import random_model
+from serving.torch_engine import read_plane
+from tests.made_up import random_model, write_export
 from trainer.runs import check_data, describe_run, features_of, read_config, read_log, read_metrics
-from trainer.widths import read_plane
 
 MANY = int(os.environ.get("FUZZ_EXAMPLES", 0))
 SECONDS, MEGABYTES = 2, 500  # the most that an input may take

@@ -12,8 +12,7 @@ from huggingface_hub import constants
 
 from common.errors import InputError
 from serving import Recommender, hub
-from tests.exported import write_export
-from tests.made_up import random_model
+from tests.made_up import random_model, write_export
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

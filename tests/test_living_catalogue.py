@@ -20,7 +20,8 @@ from serving import Recommender, index, recommender, states
 from serving.folder import FAISS
 from serving.index import FaissIndex, build_faiss
 from serving.states import State
-from tests.exported import (
+from serving.torch_engine import user_weighted_pca
+from tests.made_up import (
     ATTRIBUTES,
     ENGINES,
     HALF,
@@ -28,13 +29,13 @@ from tests.exported import (
     MAX_LEN,
     SAME,
     N,
+    as_sequences,
     assert_same_answer,
     everything,
+    random_model,
     write_export,
 )
-from tests.made_up import as_sequences, random_model
 from tests.prepared import draw_picture, item_features, write_tiny_bert
-from trainer.widths import user_weighted_pca
 
 
 def test_updated_items_have_the_embeddings_and_titles_of_their_new_features(shop, engine, kind):

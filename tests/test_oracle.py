@@ -1,20 +1,22 @@
-"""The whole model against the paper, written down plainly.
+"""The whole model and its losses against the paper, written down plainly."""
 
-The oracle pads every sequence on the left to a fixed length with token 0 and computes every position: one matrix per
-block of rows, complex numbers, one step of the recurrence after another, one cross-entropy per size. It reads the
-sequences and the model's weights, and nothing else of the project.
-"""
-
+import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import ModelSettings
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
 from model import FMRLRec
+from model.extensions.history import contains, history_items, history_logits, history_logits_plain
+from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
+from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample, sampled_matryoshka_cross_entropy
+from model.fast import losses
+from model.items import Factors
 from model.loss import LOSSES
 from tests.made_up import as_sequences, with_random_weights
 
@@ -200,3 +202,242 @@ def test_dropout_follows_the_embeddings_the_lru_and_w1_and_w2_and_nothing_else(p
     torch.manual_seed(5)
     expected = oracle_encode(weights_of(model), features, history[None], SIZES, 2, 0.4, post_norm)[0]
     torch.testing.assert_close(z, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+# The losses: each fast twin against its plain twin, their definitions, and the sampled softmax.
+
+KINDS = ["table", "factors", "V of the first size", "V of all sizes", "sample"]
+SHAPE = (30, 40, (2, 5, 12), 9)  # positions T, items N, sizes, feature width F
+LOG_SCALE = torch.tensor([0.4, -0.7, 0.2], dtype=torch.float64, requires_grad=True)
+HISTORY_BIAS = torch.tensor([0.8, -3.0, -1.2], dtype=torch.float64, requires_grad=True)
+# Tokens of three rows, with repeats and padding, and their steps since the row's begin.
+TOKENS = torch.tensor([0, 5, 9, 5, 5, 2, 14, 2, 0, 7, 7, 8, *range(1, 15), 3, 1, 0, 0])
+POSITION = torch.tensor([0, *range(7), 0, *range(3), *range(16), 0, 0])
+HISTORY = history_items(TOKENS, POSITION, 16)
+OBJECTIVES = {
+    "the paper's": CROSS_ENTROPY,
+    "scale": Objective(LOG_SCALE),
+    "distillation alone": Objective(distill=1.0),
+    "both": Objective(LOG_SCALE, 0.3),
+    "history": Objective(history_bias=HISTORY_BIAS, history=HISTORY),
+    "all": Objective(LOG_SCALE, 0.3, HISTORY_BIAS, HISTORY),
+}
+
+
+def losses_of(kind):
+    return SAMPLED_LOSSES if kind == "sample" else LOSSES
+
+
+def random_case(kind, shape=SHAPE, dtype=torch.float64, products=None, seed=0):
+    """Return (z, item table, labels, sizes) and its leaves; some positions lack a label. products: their dtype."""
+    positions, num_items, sizes, width = shape
+    generator, products = torch.Generator().manual_seed(seed), products or dtype
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    z, labels = draw(positions, sizes[-1]), torch.randint(1, num_items + 1, (positions,), generator=generator)
+    labels[3::7] = 0
+    labels[4:6], labels[15:18:2] = 5, 3  # some labels are in HISTORY
+    if kind in ("table", "sample"):
+        E = draw(num_items + 1, sizes[-1])
+        if kind == "table":
+            return (z, E.to(products), labels, sizes), [z, E]
+        torch.manual_seed(seed)
+        items, log_kq = NegativeSampler(labels.bincount(minlength=num_items + 1), 17).draw()
+        assert (labels[:, None] == items).any()
+        read = E[TOKENS] if shape == SHAPE else None
+        return (z, Sample(E[labels], E[items].to(products), items, log_kq.to(dtype), read), labels, sizes), [z, E]
+    features, weight = draw(num_items + 1, width).detach().to(products), draw(sizes[-1], width)
+    if kind == "factors":
+        return (z, Factors(features, weight), labels, sizes), [z, weight]
+    V = draw(num_items + 1, sizes[0] if kind == "V of the first size" else sizes[-1])
+    return (z, Factors(features, weight, V), labels, sizes), [z, weight, V]
+
+
+def value_and_gradients(loss, case, leaves, objective=CROSS_ENTROPY, **options):
+    value = loss(*case, objective=objective, **options)
+    wanted = [*leaves, *(learned for learned in (objective.log_scale, objective.history_bias) if learned is not None)]
+    return [value, *torch.autograd.grad(-3 * value, wanted, retain_graph=True)]
+
+
+def hold(monkeypatch, case, positions):
+    """Limit the logits in memory to those of `positions` positions."""
+    z, table, _, sizes = case
+    columns = len(table.items) + 1 if isinstance(table, Sample) else len(getattr(table, "features", table))
+    monkeypatch.setattr(losses, "LEAST", 1)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", positions * columns * len(sizes) * z.itemsize)
+
+
+@pytest.mark.parametrize(
+    ("shape", "objective", "held", "dtype", "tolerance"),
+    [
+        *((SHAPE, objective, 7, torch.float64, 1e-12) for objective in OBJECTIVES),
+        ((5, 40, (2, 4, 16), 9), "both", 50, torch.float64, 1e-12),  # wide increments stay a product
+        ((60, 12, (2, 5), 30), "the paper's", 50, torch.float64, 1e-12),  # all columns are multiplied out
+        ((131, 20, (1, 3, 40), 7), "the paper's", 50, torch.float32, 1e-4),
+        ((3, 8, (5,), 4), "the paper's", 50, torch.float64, 1e-12),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fast_loss_has_the_value_and_gradients_of_the_plain_one(
+    monkeypatch, kind, shape, objective, held, dtype, tolerance
+):
+    case, leaves = random_case(kind, shape, dtype)
+    hold(monkeypatch, case, held)
+    losses = losses_of(kind)
+    fast, plain = (value_and_gradients(losses[name], case, leaves, OBJECTIVES[objective]) for name in ("fast", "plain"))
+    for f, p in zip(fast, plain, strict=True):
+        assert (f.dtype, f.shape) == (p.dtype, p.shape)
+        assert (f - p).abs().max() <= tolerance * p.abs().max()
+    assert not fast[1][case[2] == 0].any()  # of z, at positions without a label
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_the_fast_gradients_err_no_more_than_twice_the_plain_ones(kind):
+    seed, shape = 0, (131, 60, (1, 3, 40), 7)
+    exact = value_and_gradients(losses_of(kind)["plain"], *random_case(kind, shape, seed=seed))
+    narrow = random_case(kind, shape, torch.float32, torch.bfloat16, seed)
+    fast, plain = (value_and_gradients(losses_of(kind)[name], *narrow) for name in ("fast", "plain"))
+    assert all(part.dtype == torch.float32 for part in fast)
+    for f, p, e in zip(fast[1:], plain[1:], exact[1:], strict=True):
+        assert (f - e).abs().mean() <= 2 * (p - e).abs().mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_logits_give_a_finite_loss_and_finite_gradients(kind):
+    (z, *rest), (_, *leaves) = random_case(kind, dtype=torch.float32)
+    z = (1000 * z).detach().requires_grad_()
+    found = value_and_gradients(losses_of(kind)["fast"], (z, *rest), [z, *leaves], OBJECTIVES["both"])
+    assert all(part.isfinite().all() for part in found)
+
+
+def test_the_loss_is_the_sum_or_mean_of_the_cross_entropies_of_the_sizes():
+    (z, table, labels, sizes), _ = random_case("table")
+    of = [F.cross_entropy((z[:, :m] @ table[:, :m].T)[labels > 0], labels[labels > 0]) for m in sizes]
+    for loss in LOSSES.values():
+        torch.testing.assert_close(loss(z, table, labels, sizes), sum(of))
+        torch.testing.assert_close(loss(z, table, labels, sizes, reduction="mean"), sum(of) / 3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shares_of_a_batch_add_up_to_the_batch(kind, name):
+    (z, table, labels, sizes), _ = random_case(kind)
+    loss, count = losses_of(kind)[name], labels.count_nonzero()
+
+    def share(part):
+        own = table._replace(own=table.own[part]) if kind == "sample" else table
+        return loss(z[part], own, labels[part], sizes, count=count)
+
+    whole = loss(z, table, labels, sizes)
+    torch.testing.assert_close(share(slice(0, 13)) + share(slice(13, None)), whole)
+    assert share(slice(3, 4)) == 0  # no label
+
+
+@pytest.mark.parametrize("kind", ["table", "sample"])
+def test_wrong_sizes_and_an_unknown_reduction_are_refused(kind):
+    (z, table, labels, sizes), _ = random_case(kind)
+    for loss in losses_of(kind).values():
+        with pytest.raises(ValueError, match=r"the largest of the sizes \(2, 5\) is not the width 12 of z"):
+            loss(z, table, labels, sizes[:-1])
+        with pytest.raises(ValueError, match="reduction 'max' is neither 'mean' nor 'sum'"):
+            loss(z, table, labels, sizes, reduction="max")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Record the number of elements of the largest tensor."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+def test_memory_holds_the_logits_of_one_chunk_of_positions(monkeypatch):
+    positions, num_items, chunk = 40, 99, 4
+    case, leaves = random_case("table", (positions, num_items, (2, 5), 0))
+    hold(monkeypatch, case, chunk)
+    found = {}
+    for name in ("fast", "plain"):
+        with LargestTensor() as largest:
+            value_and_gradients(LOSSES[name], case, leaves)
+        found[name] = largest.numbers
+    buffers = chunk * (len(case[3]) + 2)  # logits of every size, and two more
+    assert found == {"fast": buffers * (num_items + 1), "plain": positions * (num_items + 1)}
+
+
+def test_buffers_are_reused_on_the_cpu_only_and_serve_inference_and_later_training(monkeypatch):
+    monkeypatch.setattr(losses, "_buffers", {})
+    losses.reused_buffer((2, 3), torch.float32, torch.device("meta"))
+    assert not losses._buffers
+    found = [losses.reused_buffer(shape, torch.float32, torch.device("cpu")) for shape in ((2, 3), (6,), (2, 1))]
+    assert len({buffer.untyped_storage().data_ptr() for buffer in found}) == 1
+    case, leaves = random_case("table")
+    with torch.inference_mode():
+        loss = LOSSES["fast"](*case)
+    assert value_and_gradients(LOSSES["fast"], case, leaves)[0] == loss
+
+
+def test_distillation_targets_the_largest_sizes_scaled_softmax_without_a_gradient_to_it():
+    log_scale = torch.tensor([0.4, -0.7])
+    small, large = (torch.randn(4, 6, dtype=torch.float64).requires_grad_() for _ in range(2))
+    label = torch.tensor([1, 0, 5, 5])
+    losses = losses_plain([small, large], label, label >= 0, Objective(log_scale, distill=0.25))
+    of_small, of_large = (s * logits for s, logits in zip(log_scale.exp(), (small, large), strict=True))
+    own, largest = (F.cross_entropy(scaled, label, reduction="sum") for scaled in (of_small, of_large))
+    taught = -(of_large.softmax(1) * of_small.log_softmax(1)).sum()
+    torch.testing.assert_close(losses, torch.stack([0.75 * own + 0.25 * taught, largest]))
+    by_large, expected = (torch.autograd.grad(loss, large)[0] for loss in (losses.sum(), largest))
+    torch.testing.assert_close(by_large, expected)
+
+
+def test_draws_follow_the_distribution_and_never_include_token_0():
+    sampler = NegativeSampler(torch.tensor([99, 6, 0, 3, 1]), 200_000)
+    expected = [(6 / 10 + 1 / 4) / 2, 1 / 8, (3 / 10 + 1 / 4) / 2, (1 / 10 + 1 / 4) / 2]
+    assert sampler.q.tolist() == pytest.approx(expected)
+    torch.manual_seed(0)
+    items, log_kq = sampler.draw()
+    share = items.bincount(minlength=5).double() / len(items)
+    assert share.tolist() == pytest.approx([0, *expected], abs=0.005)
+    assert log_kq.tolist()[:50] == pytest.approx([math.log(200_000 * expected[i - 1]) for i in items[:50]], rel=1e-5)
+
+
+def test_the_ends_of_a_uniform_draw_are_items(monkeypatch):
+    sampler = NegativeSampler(torch.tensor([5, 1, 1]), 3)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.tensor([0.0, 0.5, 1.0], **options))
+    assert sampler.draw()[0].tolist() == [1, 2, 2]  # rounding may turn a number just below 1 into 1
+
+
+@pytest.mark.parametrize("objective", [CROSS_ENTROPY, OBJECTIVES["history"]], ids=["the paper's", "history"])
+def test_many_draws_give_the_loss_and_gradients_of_the_whole_catalogue(objective):
+    (z, table, labels, sizes), _ = random_case("table")
+    z, table, labels = 0.3 * z, 0.3 * table, labels.clamp_min(1)
+    torch.manual_seed(0)
+    items, log_kq = NegativeSampler(labels.bincount(minlength=41), 100_000).draw()
+    sample = Sample(table[labels], table[items], items, log_kq, table[TOKENS])
+    sampled = sampled_matryoshka_cross_entropy(z, sample, labels, sizes, objective=objective)
+    # Without token 0, which takes part in the exact loss but is never drawn.
+    logits, seen = [z[:, :m] @ table[1:, :m].T for m in sizes], contains(HISTORY, 41)[:, 1:]
+    exact = losses_plain(logits, labels - 1, labels > 0, objective, seen=seen).sum() / len(labels)
+    leaves = [z, table, *([] if objective.history is None else [HISTORY_BIAS])]
+    for s, e in zip(*([loss, *torch.autograd.grad(loss, leaves)] for loss in (sampled, exact)), strict=True):
+        assert (s - e).abs().max() <= 0.04 * e.abs().max()
+
+
+def test_a_positions_history_is_the_distinct_items_of_its_row_up_to_its_token():
+    tokens, position = torch.tensor([0, 4, 4, 3, 9, 9, 0]), torch.tensor([0, 0, 1, 2, 0, 1, 0])
+    read = [sorted(set(row.tolist()) - {0}) for row in history_items(tokens, position, 3)]
+    assert read == [[], [4], [4], [3, 4], [9], [9], []]
+    assert (history_items(tokens, position, 3) > 0).sum(dim=1).tolist() == [0, 1, 1, 2, 1, 1, 0]  # each item once
+
+
+@pytest.mark.parametrize("longest", [1, 70])
+def test_history_logits_of_blocks_are_the_plain_ones(longest):
+    z, x = (torch.randn(130, 5, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(*(logits(z, x, longest, (2, 5)) for logits in (history_logits, history_logits_plain)))

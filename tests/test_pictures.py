@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.picture_server import (
+from benchmarks.pictures import (
     cut_short,
     drip,
     endless,
@@ -37,8 +37,7 @@ from benchmarks.picture_server import (
 from common.errors import InputError
 from datasets.catalog import load_catalog
 from datasets.prepare import pictures
-from datasets.prepare.fetch import check_file, fetch_file
-from datasets.prepare.http import Client, FetchError, Policy, is_public, parse_url, retry_after
+from datasets.prepare.http import Client, FetchError, Policy, check_file, fetch_file, is_public, parse_url, retry_after
 from datasets.prepare.pictures import NO_URL, FetchOptions, fetch_pictures, find_pictures, prepare_pictures
 from tests.prepared import in_child, write_item2img, write_prepared
 
@@ -373,7 +372,7 @@ def test_a_killed_download_resumes(web, tmp_path, monkeypatch, drops):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("datasets.prepare.fetch._record", killed)
+        patched.setattr("datasets.prepare.http._record", killed)
         patched.setattr("random.uniform", killed)  # before a second try
         with pytest.raises(KeyboardInterrupt):
             fetch_data(web, tmp_path, ranges(DATA, drops=drops))

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmarks.picture_server import good, serving
+from benchmarks.pictures import good, serving
 from common.cli import run_cli
 from common.errors import InputError
 from common.files import read_json
@@ -23,11 +23,10 @@ from dataloader import eval_rows, times_trained, train_items, train_rows
 from datasets.catalog import load_catalog
 from datasets.prepare import __main__ as command
 from datasets.prepare.__main__ import main
-from datasets.prepare.events import Events
+from datasets.prepare.read import Events
 from datasets.prepare.sequences import k_core, make_sequences
 from experiments.store import keep
-from tests.prepared import contents, in_child, item_features
-from tests.raw import reviews_of, write_raw
+from tests.prepared import contents, in_child, item_features, reviews_of, write_raw
 from train import main as train
 
 REPO = Path(__file__).parent.parent

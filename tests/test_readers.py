@@ -15,11 +15,11 @@ import pytest
 
 from common.errors import InputError
 from datasets import records
-from datasets.prepare.events import read_events
-from datasets.prepare.items import attributes, item_record, picture_urls, read_items
-from datasets.prepare.readers import json_files, tables
+from datasets.prepare.read import attributes, item_record, picture_urls, read_events, read_items
+from datasets.prepare.readers import lines as lines_module
+from datasets.prepare.readers import tables
 from datasets.text import NO_TEXT, is_junk, item_text
-from tests.raw import review, review_2023, write_raw
+from tests.prepared import review, review_2023, write_raw
 
 START = 1_400_000_000
 PAIRS = [(u, i) for u in range(4) for i in range(3)]
@@ -138,8 +138,8 @@ def test_a_folder_of_parquet_parts_is_read_part_by_part(tmp_path):
 @pytest.mark.parametrize("name", ["CSV", "parquet", "JSON array", "JSON lines with usual names"])
 def test_chunks_make_no_difference(tmp_path, monkeypatch, name):
     monkeypatch.setattr(tables, "CHUNK", 5)
-    monkeypatch.setattr(json_files, "LINES", 5)
-    monkeypatch.setattr(json_files, "PIECE", 90)
+    monkeypatch.setattr(lines_module, "LINES", 5)
+    monkeypatch.setattr(lines_module, "PIECE", 90)
     assert rows_of(read_events(file_of(tmp_path, FORMATS[name]))) == ROWS
 
 

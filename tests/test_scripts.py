@@ -21,7 +21,7 @@ import eval as eval_script
 import train
 from common.errors import InputError
 from common.settings import format_value
-from dataloader import split
+from dataloader import batches
 from datasets.catalog import load_catalog
 from experiments import nightly, report, tables
 from tests.prepared import contents, cut_off_after, write_maps, write_prepared
@@ -180,7 +180,7 @@ def test_bad_input_is_refused_before_a_run_is_made(workplace, monkeypatch, flags
 
 
 def test_the_test_set_is_read_once_after_training_or_by_eval_which_tests_the_best_epoch(workplace, monkeypatch):
-    parts, true_rows = [], split.eval_rows
+    parts, true_rows = [], batches.eval_rows
     for module in (trainer_module, testing):
         monkeypatch.setattr(module, "eval_rows", lambda s, n, part: parts.append(part) or true_rows(s, n, part))
     fit, validate, values = Trainer.fit, Trainer.validate, iter([0.9, 0.1, 0.1, 0.1])
@@ -426,6 +426,6 @@ def test_tensorboard_has_the_numbers_of_the_log_and_of_the_test(workplace, monke
     assert events.Scalars("val/8/NDCG@10")[-1].value == pytest.approx(log[-1]["val"]["8"]["NDCG@10"])
     (tested,) = events.Scalars("test/8/NDCG@10")
     assert tested.value == pytest.approx(read_json(run / "test_metrics.json")["NDCG@10"])
-    monkeypatch.setattr("trainer.runlog.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.training_run.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--use_tensorboard needs the package tensorboard: pip install"):
         run_train("--use_tensorboard")

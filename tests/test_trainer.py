@@ -19,21 +19,19 @@ from config import Config, ModelSettings, TrainingSettings
 from dataloader import Batch, TrainLoader, eval_rows, train_rows
 from datasets.catalog import Sequences, load_catalog
 from model import FMRLRec
-from model.dropout import Dropout
+from model.base import Dropout
 from model.extensions.sampled_loss import NegativeSampler
 from model.extensions.whitening import Whitening
-from model.fast import logits, recurrence
+from model.fast import layers, losses
 from model.loss import LOSSES
 from model.sizes import nested_mask
 from tests.made_up import NoUpdate, as_sequences, made_up_run
 from tests.prepared import write_prepared
 from trainer import trainer as trainer_module
-from trainer.averaging import WeightAverage
 from trainer.checkpoint import load_state, load_weights, save_state, save_weights
-from trainer.cuda_graphs import GraphedStep
 from trainer.evaluation import evaluate
 from trainer.runs import read_log
-from trainer.step import Step, build_optimizer
+from trainer.step import GraphedStep, Step, WeightAverage, build_optimizer
 from trainer.trainer import Trainer
 
 SIZES = (2, 4, 8)
@@ -414,7 +412,7 @@ def test_a_step_asks_for_tf32_within_it_alone_and_leaves_nothing_of_its_batch(mo
 @pytest.mark.parametrize("negatives", [0, 20])
 @pytest.mark.parametrize(("scan", "plus"), [("steps", False), ("doubling", False), ("doubling", True)])
 def test_a_recording_played_back_trains_as_the_step_does(monkeypatch, scan, plus, negatives):
-    monkeypatch.setattr(recurrence, "_scan", getattr(recurrence, f"_scan_by_{scan}"))
+    monkeypatch.setattr(layers, "_scan", getattr(layers, f"_scan_by_{scan}"))
     batches = [batch for number in range(2) for batch in loader().epoch(number)]
     plain = run(make_step(negatives=negatives, plus=plus), batches)
     record, recorded = recorder()
@@ -435,7 +433,7 @@ def batch_of(lengths, seed):
 
 @pytest.mark.parametrize(("longest", "later"), [(17, 32), (9, 16), (31, 18)])
 def test_batches_of_one_size_but_longer_histories_are_recorded_anew_and_none_is_written_to(monkeypatch, longest, later):
-    monkeypatch.setattr(recurrence, "_scan", recurrence._scan_by_doubling)  # the one that asks for the longest history
+    monkeypatch.setattr(layers, "_scan", layers._scan_by_doubling)  # the one that asks for the longest history
     short, long, other = [4] * 8, [longest, *[1] * (32 - longest)], [later, *[1] * (32 - later)]
     rows = [short, short, long, short, long, other, short]
     batches = [batch_of(lengths, seed) for seed, lengths in enumerate(rows)]
@@ -450,8 +448,8 @@ def test_batches_of_one_size_but_longer_histories_are_recorded_anew_and_none_is_
 @pytest.mark.parametrize("negatives", [0, 20])
 @pytest.mark.parametrize(("precision", "plus"), [("fp32", False), ("bf16", False), ("bf16", True)])
 def test_nothing_in_a_step_asks_for_a_number_that_a_gpu_would_have_to_finish(monkeypatch, precision, plus, negatives):
-    monkeypatch.setattr(recurrence, "_scan", recurrence._scan_by_doubling)  # the one of a GPU
-    monkeypatch.setattr(logits, "_buffers", {})  # keeps tensors, which here are fake
+    monkeypatch.setattr(layers, "_scan", layers._scan_by_doubling)  # the one of a GPU
+    monkeypatch.setattr(losses, "_buffers", {})  # keeps tensors, which here are fake
     step, (batch, *_) = make_step(precision, negatives, plus=plus), loader().epoch(1)
     step.optimizer = NoUpdate()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # tensors without numbers

@@ -1,7 +1,7 @@
 """Full ranking: the rank of every user's target among all items, for one model or for every size of a nested one.
 
 Ranks do not depend on batches, chunks of the catalogue or processes. Users are encoded in the same groups of GROUP, and
-items projected in the same chunks of ITEMS, whoever asks; scores are compared as trainer/exact.py says. U users,
+items projected in the same chunks of ITEMS, whoever asks; scores are compared exactly, as below. U users,
 B users of a batch, C items of a chunk, N items, M sizes, D the largest.
 
 A learned history bias (model/extensions/history.py) is added to the exact scores of history items, which are therefore
@@ -9,7 +9,7 @@ counted apart. With masked histories it is left out: no candidate is in the hist
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -22,8 +22,6 @@ from model import FMRLRec, slice_model
 from model.base import CountingModel, SequenceModel
 from model.registry import Model
 from model.sizes import increments
-from trainer.exact import count_ahead, count_pairs_ahead, exact_scores, longest_row, on_grid
-from trainer.metrics import ranking_metrics, target_ranks
 
 T = TypeVar("T")
 GROUP = 2**8  # users encoded together
@@ -201,3 +199,148 @@ def rank_targets_alone(
         m: rank_targets(slice_model(model, m), rows, sizes=(m,), batch_size=batch_size, mask_history=mask_history)[m]
         for m in sizes
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------- exact
+# Exact scores: the same bits in every batch, chunk and process.
+#
+# A float32 product of matrices rounds differently in other shapes, so two computations of one score can differ. Here
+# all vectors are rounded to a grid first, so coarse that float64 adds up their products without any rounding, in any
+# order:
+#
+#     score(u, i) = z_u · E_i         z_u, E_i: rounded to 22 bits of their largest value (21 beyond 512 dimensions)
+#
+# That is as fine as float32 products round. Float32 products then decide all comparisons but the few whose scores lie
+# within the error bound of float32; exact scores decide those. B users, C items, m dimensions.
+
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def on_grid(x: Tensor) -> Tensor:
+    """Round each row of x [n, D] to multiples of 2^-b of its largest value: float32 [n, D].
+
+    b is the most bits at which a sum of D products stays below 2^53. Values that are not finite stay as they are.
+    """
+    x, bits = x.float(), min(22, (53 - (x.shape[1] - 1).bit_length()) // 2)
+    largest = x.abs().nan_to_num_(0, 0, 0).amax(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    shift = largest / largest.frexp().mantissa * (1.5 * 2 ** (23 - bits))  # the last bit of x + shift is the grid's
+    return (x + shift) - shift
+
+
+def exact_scores(z: Tensor, rows: Tensor) -> Tensor:
+    """z_n · rows_n [n] float64 of vectors [n, m] on the grid."""
+    return (z.double() * rows.double()).sum(dim=1)
+
+
+def longest_row(rows: Tensor) -> Tensor:
+    """The largest norm of the finite rows [C, m]: a scalar."""
+    return rows.norm(dim=1).nan_to_num(0, 0, 0).amax()
+
+
+def count_ahead(
+    scores: Tensor, target: Tensor, z: Tensor, rows: Tensor, longest: Tensor, buffers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Count the items whose exact score is ahead of the target's, and those that tie with it: each [B] float32.
+
+    scores: [B, C] float32 products of z and rows, in any order of summation, -inf for items that are no candidates and
+    for the target; NaN counts as ahead. target: [B] float64, its exact score; z: [B, m] and rows: [C, m] on the grid;
+    longest: of these rows; buffers: [2, B, C] float32, of any content; C below 2^24, so that a float counts exactly.
+    """
+    # Adding up m products rounds by at most m eps/2 |z| |E_i|; the rest is for the norms and for low and high, also of
+    # a target that is longer than |z| |E_i| by its history bias.
+    slack = 1.01 * (z.shape[1] + 4) * EPSILON / 2 * z.norm(dim=1).nan_to_num(0, 0, 0) * longest
+    slack = slack + EPSILON * target.abs()
+    low, high = ((target + side).float()[:, None] for side in (-slack, slack))
+    # Comparing into floats and adding up takes a quarter of the time of doing it with booleans.
+    not_ahead = torch.le(scores, high, out=buffers[0]).sum(dim=1)
+    behind = torch.lt(scores, low, out=buffers[1]).sum(dim=1)
+    ahead, tied = scores.shape[1] - not_ahead, torch.zeros_like(behind)
+    user = (not_ahead > behind).nonzero()[:, 0]
+    if len(user):
+        near = buffers[0].sub_(buffers[1])
+        item = near.sum(dim=0).nonzero()[:, 0]
+        pairs = user[:, None], item  # [users, items]; `near` marks the undecided ones
+        near = (near[pairs] > 0) & (scores[pairs] > -torch.inf)
+        exact, of_target = z[user].double() @ rows[item].double().T, target[user, None]
+        ahead[user] += (near & ~(exact <= of_target)).sum(dim=1)
+        tied[user] += (near & (exact == of_target)).sum(dim=1)
+    return ahead, tied
+
+
+def count_pairs_ahead(
+    z: Tensor,
+    rows: Tensor,
+    user: Tensor,
+    item: Tensor,
+    target: Tensor,
+    sizes: tuple[int, ...],
+    bias: Sequence[float],
+) -> Tensor:
+    """Count, of given pairs (user, item) [P], those whose exact score plus the size's bias is ahead of the user's
+    target, and those that tie with it: [M, 2, B] float32.
+
+    z: [B, D] and rows: [C, D] on the grid; target: [M, B] float64. The bias is added in float64 to an exact score, so
+    the sum has the same bits in every batch and chunk.
+    """
+    products = z[user].double() * rows[item].double()
+    counts = z.new_zeros(len(sizes), 2, len(z))
+    for count, of_target, m, b in zip(counts, target, sizes, bias, strict=True):
+        exact, of_target = products[:, :m].sum(dim=1) + b, of_target[user]
+        count[0].index_add_(0, user, (~(exact <= of_target)).float())
+        count[1].index_add_(0, user, (exact == of_target).float())
+    return counts
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+# Recall, NDCG and MRR of full rankings, as exact means over users. B users, N items.
+
+
+def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """Return the rank, from 1, of each user's target among all scores: [B, N+1], [B] -> [B] float.
+
+    The plain twin of `rank_targets`, for scores that are all there at once. Items with the
+    target's score share their average rank, so a rank may end in .5. A score of NaN counts as ahead of the target, and
+    a target whose score is NaN ranks last.
+    """
+    target = scores.gather(1, targets[:, None])
+    ahead = (~(scores <= target)).sum(dim=1)
+    tied = (scores == target).sum(dim=1) - 1
+    return 1 + ahead + tied.clamp_min(0) / 2
+
+
+def recall(ranks: Tensor, k: int) -> Tensor:
+    """[rank <= K]: 1 for a hit, otherwise 0."""
+    return (ranks <= k).double()
+
+
+def ndcg(ranks: Tensor, k: int) -> Tensor:
+    """[rank <= K] / log2(rank + 1): NDCG@K of one relevant item."""
+    return recall(ranks, k) / torch.log2(ranks + 1)
+
+
+def mrr(ranks: Tensor, k: int) -> Tensor:
+    """[rank <= K] / rank: the reciprocal rank, 0 beyond K."""
+    return recall(ranks, k) / ranks
+
+
+# name -> function of the ranks [U] float64 and the cut-off K that returns the metric of each user [U]
+METRICS: dict[str, Callable[[Tensor, int], Tensor]] = {"Recall": recall, "NDCG": ndcg, "MRR": mrr}
+
+
+def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
+    """Return {"Recall@5": ..., "NDCG@5": ..., "MRR@5": ..., ...} of METRICS: means over users.
+
+    ranks: [U], from 1, of the one relevant item of each user.
+    """
+    ranks = ranks.double()
+    return {f"{name}@{k}": metric(ranks, k).mean().item() for k in ks for name, metric in METRICS.items()}
+
+
+def cut_offs(ks: tuple[int, ...], metric: str) -> tuple[int, ...]:
+    """Return the cut-offs with the cut-off of a metric such as NDCG@10 added, increasing."""
+    return tuple(sorted({*ks, int(metric.partition("@")[2])}))
+
+
+def criterion(metric: str, mask_history: bool) -> str:
+    """Return the name of the criterion that picks the best epoch."""
+    return f"{metric} (history masked)" if mask_history else metric

@@ -1,5 +1,9 @@
-"""A trained run, back in memory."""
+"""Find the run that a command line means, load it, or start a training from its weights."""
 
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +11,37 @@ import torch
 
 from common import processes
 from common.devices import resolve_device
-from config import Config
+from common.errors import InputError
+from common.files import sha256
+from common.settings import format_value, is_runtime
+from config import COUNTING, EXTENSIONS, Config, FeatureSettings, ModelSettings, named_preset
 from datasets.catalog import Catalog
 from datasets.features.load import load_features
 from datasets.load import load_dataset
 from model import FMRLRec
+from model.base import CountingModel, SequenceModel
 from model.extensions.whitening import Whitening
 from model.registry import build_model
-from trainer.checkpoint import load_weights
+from trainer.checkpoint import RunItems, known_ids, load_weights, move_rows, read_items, read_table
 from trainer.evaluation import Model
-from trainer.find_run import with_runtime_flags
-from trainer.run_items import RunItems, known_ids, read_items, read_table
-from trainer.runs import ITEMS, WEIGHTS, check_data, features_of, read_config
-from trainer.warm_start import load_moved
+from trainer.runs import (
+    CONFIG,
+    ITEMS,
+    STATE,
+    TIME,
+    WEIGHTS,
+    check_data,
+    describe_run,
+    features_of,
+    ineffective_settings,
+    no_weights,
+    read_config,
+    read_environment,
+    read_log,
+    read_settings,
+    unfinished,
+)
+from trainer.training_run import TrainingRun
 
 
 def load_run(
@@ -69,3 +91,185 @@ def load_for_export(run: str | Path, flags: dict[str, Any] | None = None) -> tup
     load_weights(model, run / WEIGHTS)
     model.items.kept = table
     return config, items, model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------- find run
+# Find the run that a command line means: a folder, or the newest match.
+
+
+def find_resumed(resume: str, flags: dict[str, Any]) -> TrainingRun:
+    """Return the run that --resume names, with the given runtime flags.
+
+    resume: a folder, or "latest" for the newest unfinished run that matches the flags. Raises InputError if no run
+    matches or it cannot be continued.
+    """
+
+    def find() -> tuple[Path, Config, dict[str, str]]:
+        folder = Path(resume)
+        if resume == "latest":
+            runs_root = Path(flags.get("runs_root", Config.runs_root))
+            folder = find_run(runs_root, flags, lambda run: "" if unfinished(run) else "is finished")
+        saved, sources = read_config(folder)
+        log = read_log(folder)
+        trained = saved.model_code not in COUNTING and log and log[-1]["epoch"] > 1  # the first may be half written
+        if trained and not (folder / STATE).exists():
+            raise InputError(f"{folder} has no {STATE} to continue from, only results; train another run")
+        sources |= {name: "flag" for name in flags if is_runtime(Config, name)}
+        return folder, with_runtime_flags(saved, flags, folder), sources
+
+    folder, config, sources = processes.on_main_process(find)
+    if processes.rank() == 0:
+        print(describe_run(folder), flush=True)
+    return TrainingRun(with_runtime_flags(config, flags, folder), sources, folder)  # each machine's own folders
+
+
+def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:
+    """Return `run`, or else the newest run with weights that matches the flags.
+
+    Raises InputError if no run matches, or if `run` is not a run or has no weights.
+    """
+
+    def problem(run: Path) -> str:
+        return "" if (run / WEIGHTS).exists() else f"has no {WEIGHTS} yet"
+
+    if not run:
+        return find_run(runs_root, flags, problem)
+    read_config(Path(run))  # raises if it is not a run
+    if not (Path(run) / WEIGHTS).exists():
+        raise no_weights(Path(run) / WEIGHTS)
+    return Path(run)
+
+
+def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], str]) -> Path:
+    """Return the newest run without a `problem` that matches the flags.
+
+    problem: returns why a run cannot be used, or "". Raises InputError that lists the newest runs and why none matches.
+    """
+    rejected = []
+    paths = list(runs_root.glob(f"*/*/{CONFIG}"))
+    for path in sorted(paths, key=_started, reverse=True):
+        run = path.parent
+        try:
+            config, _ = read_config(run)
+        except InputError as error:
+            rejected.append(f"  {run}: {error}")
+            continue
+        required = {k: v for k, v in expand_preset(flags, config.dataset_code).items() if not is_runtime(Config, k)}
+        differs = [f"{k} {format_value(getattr(config, k))}" for k, v in required.items() if getattr(config, k) != v]
+        reason = ", ".join(differs) or problem(run)
+        if not reason:
+            return run
+        rejected.append(f"  {run}: {reason}")
+    given = " ".join(f"--{k} {format_value(v)}" for k, v in flags.items() if not is_runtime(Config, k))
+    if not rejected:
+        raise InputError(f"there is no run below {runs_root.resolve()}; train one: python train.py")
+    listed = "\n".join(rejected[:5])
+    raise InputError(
+        f"no run below {runs_root} {f'matches {given}' if given else 'can be used'}. The newest runs and the reasons:\n"
+        f"{listed}"
+    )
+
+
+def _started(path: Path) -> tuple[str, int]:
+    """Return the start time of a config.json's run as a sort key.
+
+    The time in the folder's name comes first, or the file's time if the folder was renamed; the file's time orders runs
+    of the same second.
+    """
+    stat, name = path.stat(), path.parent.name
+    in_name = re.match(r"\d{8}-\d{6}", name)
+    return in_name[0] if in_name else time.strftime(TIME, time.localtime(stat.st_mtime)), stat.st_mtime_ns
+
+
+def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
+    """Return a run's settings with the given runtime flags.
+
+    Raises InputError if another flag differs from the run.
+    """
+    for name, value in expand_preset(flags, config.dataset_code).items():
+        if not is_runtime(Config, name) and getattr(config, name) != value:
+            given = name if name in flags else "preset"
+            raise InputError(
+                f"--{given} {format_value(flags[given])} differs from {run}, which has {name} "
+                f"{format_value(getattr(config, name))}; "
+                f"leave the flag out to use the run as it is"
+            )
+    return read_settings(vars(config) | {k: v for k, v in flags.items() if is_runtime(Config, k)})
+
+
+def expand_preset(flags: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """Replace --preset in flags by its settings on a dataset.
+
+    "paper" stands for all extensions at their defaults.
+    """
+    if "preset" not in flags:
+        return flags
+    named = named_preset(flags["preset"], dataset) or {name: getattr(Config, name) for name in EXTENSIONS}
+    return named | {name: value for name, value in flags.items() if name != "preset"}
+
+
+# ----------------------------------------------------------------------------------------------------------- warm start
+# Start a training from the weights of another run: on newer data, or for more epochs (train.py --init_from).
+
+# Settings of the model and its features that fit any weights.
+FREE = {"lru_dropout", "lru_attn_dropout", "embedding_dropout", "dropout_from", "lru_r_min", "lru_r_max"}
+FREE |= {"lru_max_len", "item_attributes", "encoder_precision", "features", "item_embedding"}
+ARCHITECTURE = [
+    f.name
+    for f in (*fields(ModelSettings), *fields(FeatureSettings))
+    if f.name not in FREE and not is_runtime(Config, f.name)
+]
+
+
+def warm_settings(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """Return the settings of the run in --init_from with the given flags, and the source of each.
+
+    Raises InputError that names a flag with which the run's weights do not fit the model.
+    """
+    return processes.on_main_process(lambda: _warm_settings(flags))
+
+
+def _warm_settings(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    run = Path(flags["init_from"])
+    saved, _ = read_config(run)
+    if saved.model_code in COUNTING:
+        raise InputError(f"--init_from {run} is a run of {saved.model_code}, which only counts; leave --init_from out")
+    if not (run / WEIGHTS).exists():
+        raise no_weights(run / WEIGHTS)
+    given = expand_preset(flags, flags.get("dataset_code", saved.dataset_code))
+    config = Config(**{**vars(saved), **flags, **given})
+    names = [*ARCHITECTURE, "embedded", "branch", *(["lru_max_len"] if config.model_code == "sasrec" else [])]
+    for name in names:
+        if getattr(config, name) != getattr(saved, name) and name not in ineffective_settings(config):
+            flag = {"embedded": "item_embedding", "branch": "features"}.get(name, name)
+            value = format_value(getattr(config, flag)) or "''"
+            raise InputError(
+                f"--{flag} {value} does not fit the weights of {run}, which has {flag} "
+                f"{format_value(getattr(saved, flag)) or 'none'}; leave the flag out, or leave --init_from out"
+            )
+    sources = {name: "flag" if name in flags else "preset" if name in given else "default" for name in vars(config)}
+    for name, value in vars(config).items():
+        if sources[name] == "default" and value != getattr(Config, name):
+            sources[name] = "init_from"
+    return config, sources
+
+
+def load_initial(model: SequenceModel | CountingModel, catalog: Catalog, origin: Path, run: Path) -> None:
+    """Load the best weights of the run `origin` into a model of `catalog`, every known item's row by its id.
+
+    run: the run that starts. Raises InputError if the origin has other weights now than when the run was made.
+    """
+
+    def read() -> list[str]:
+        if read_environment(run).get("init_from", {}).get("weights") != sha256(origin / WEIGHTS):
+            raise InputError(
+                f"{origin / WEIGHTS} changed since {run} was made of it; start another run with --init_from"
+            )
+        return known_ids(origin, catalog)
+
+    load_moved(model, origin, catalog.asins, processes.on_main_process(read))
+
+
+def load_moved(model: SequenceModel | CountingModel, run: Path, ids: Sequence[str], known: Sequence[str]) -> None:
+    """Load a run's best weights, trained on the items `known`, into a model of the items `ids`."""
+    load_weights(model, run / WEIGHTS, lambda weights: move_rows(weights, model, list(known), list(ids)))

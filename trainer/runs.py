@@ -3,7 +3,7 @@
 config.json              settings and the source of each
 env.json                 versions, device, commit, command line, data and features; also of every --resume
 log.jsonl                one line per epoch
-items.json.gz            ids and titles of the items (trainer/run_items.py)
+items.json.gz            ids and titles of the items (trainer/checkpoint.py)
 best.safetensors         weights of the best epoch by validation
 table.safetensors        the item table of these weights, if it is made of features: an export needs no dataset
 last.pt                  state for --resume, written after epochs and every save_every_minutes within one (popularity
@@ -11,7 +11,7 @@ last.pt                  state for --resume, written after epochs and every save
 test_metrics.json        test metrics of the largest size
 test_mrl_metrics.json    test metrics of every size
 test_list_metrics.json   metrics of the recommended lists: eval.py --list_metrics
-test_ranks.npz           every user's rank up to the last cut-off, at every size (trainer/user_ranks.py)
+test_ranks.npz           every user's rank up to the last cut-off, at every size
 newer_data/<digest>/     tests on other data: eval.py --on_newer_data
 …_history_masked.*       the same without the history among the candidates: eval.py --mask_history
 *.png                    metrics against size; training.png: loss and validation against epochs
@@ -29,22 +29,36 @@ from contextlib import contextmanager
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import numpy as np
+from msgspec import Meta, Struct
 
 from common.errors import InputError
-from common.files import cannot_write, read_json, remove_leftovers, sha256, write_json
-from common.schema import check_schema, read_json_lines
+from common.files import (
+    ARRAY_ERRORS,
+    Count,
+    Number,
+    Positive,
+    cannot_write,
+    check_schema,
+    read_json,
+    read_json_lines,
+    remove_leftovers,
+    replacing,
+    sha256,
+    write_json,
+)
 from common.settings import check_types
 from config import COUNTING, Config
 from datasets.catalog import LEAVE_ONE_OUT
-from trainer.run_files import Environment, Epoch, MetricsBySize, SavedSettings
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG, ENVIRONMENT, LOG = "config.json", "env.json", "log.jsonl"
 WEIGHTS, STATE = "best.safetensors", "last.pt"
 ITEMS, TABLE = "items.json.gz", "table.safetensors"
 LARGEST, EVERY_SIZE, USER_RANKS = "test_metrics.json", "test_mrl_metrics.json", "test_ranks.npz"
-LIST_METRICS = "test_list_metrics.json"
+LIST_METRICS_FILE = "test_list_metrics.json"
 DEPLOYMENT, DEPLOYMENT_PICTURE = "deploy.json", "deploy.png"
 TRAINING_PICTURE = "training.png"
 COLD_ITEMS = "cold_items.json"
@@ -287,3 +301,127 @@ def no_weights(path: Path) -> InputError:
         f"{path} does not exist: the run has no finished epoch (continue with train.py --resume), or only its results "
         f"were kept (train another run)"
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ run files
+# Schemas of the JSON files in a run's folder.
+
+Size = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,8}$")]
+Metrics = dict[str, Number]
+MetricsBySize = dict[Size, Metrics]  # test_mrl_metrics.json
+
+
+class SavedSettings(Struct):
+    """config.json; common/settings.py checks the settings themselves."""
+
+    settings: dict[str, Any]
+    sources: dict[str, str] = {}
+
+
+class Environment(Struct):
+    """env.json, and each resume in it."""
+
+    started: str = ""
+    command: list[str] = []
+    commit: str | None = None
+    uncommitted_changes: bool = False
+    device: str = ""
+    versions: dict[str, str | None] = {}
+    data: str | None = None
+    split: str | None = None
+    features: list[str] = []
+    resumed: list["Environment"] = []
+
+
+class Epoch(Struct):
+    """A line of log.jsonl."""
+
+    epoch: Count
+    best_epoch: Count
+    seconds: Number
+    train_seconds: Number
+    val: MetricsBySize = {}
+
+
+class DeployedSize(Struct, rename={"ndcg": "NDCG@10"}):
+    """A row of deploy.json."""
+
+    engine: str
+    quantize: str
+    size: Positive
+    bytes: Count
+    p50_ms: Number
+    ndcg: Number
+
+
+class Deployment(Struct):
+    """deploy.json, as far as serving.export reads it."""
+
+    weights: str
+    rows: list[DeployedSize]
+
+
+class TopTen(Struct, rename={"ndcg": "NDCG@10", "recall": "Recall@10"}):
+    """Test metrics of a cell."""
+
+    ndcg: Number
+    recall: Number
+
+
+class Cell(Struct):
+    """An encoder size with an item table of some width, in cut.json."""
+
+    size: Positive
+    width: Positive
+    table_bytes: Count
+    encoder_ms: Number
+    kept: TopTen
+    masked: TopTen
+
+
+class Cut(Struct):
+    """cut.json. Files of earlier code have no weights and no plane."""
+
+    kept: dict[str, MetricsBySize]  # cut, nested -> width
+    masked: dict[str, MetricsBySize]
+    weights: str = ""
+    plane: list[Cell] = []
+
+
+# ----------------------------------------------------------------------------------------------------------- user ranks
+# Save and load test_ranks.npz: every user's test rank at every size. U users.
+#
+# Ranks per user allow paired comparisons of runs. The file also has the number of
+# training interactions of each user's target, to group users by it.
+
+TRAINED = "times_trained"  # name of the array of training counts
+BINS = {"never": 0, "1-5 times": 1, "6-20 times": 6, "21 times and more": 21}  # of training counts; their first ones
+
+
+def save_ranks(path: Path, ranks: dict[int, np.ndarray], cutoff: int, times_trained: np.ndarray) -> None:
+    """Save size -> ranks [U] and how often each user's target occurs in training [U].
+
+    Ranks start at 1 and may end in .5 (ties). They are stored doubled, as integers; 0 is a rank beyond `cutoff`.
+    """
+    dtype = np.min_scalar_type(2 * cutoff)
+    doubled = {str(m): np.where(r <= cutoff, 2 * r, 0).astype(dtype) for m, r in ranks.items()}
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        arrays = {**doubled, TRAINED: times_trained.astype(np.uint32)}
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
+
+
+def read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a .npz file of ranks by their names.
+
+    hint: how to fix the problem, the end of the error message. Raises InputError if the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except ARRAY_ERRORS as error:
+        raise InputError(f"{path} cannot be read ({error}); {hint}") from None
+
+
+def decoded(saved: np.ndarray) -> np.ndarray:
+    """Return ranks as `save_ranks` got them [U]; those beyond the cutoff are infinite."""
+    return np.where(saved > 0, saved / 2, np.inf)

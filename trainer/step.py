@@ -1,7 +1,9 @@
 """One update of the weights: items -> encode -> loss -> backward -> step. T tokens, D dimensions, K negatives."""
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,7 @@ from common import processes
 from common.errors import InputError
 from config import TrainingSettings
 from dataloader import Batch
-from model.base import SequenceModel
-from model.dropout import set_share
+from model.base import SequenceModel, set_share
 from model.extensions.history import history_items, learned_bias
 from model.extensions.objective import Objective
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
@@ -144,3 +145,101 @@ def all_reduce_gradients(model: nn.Module) -> None:
     if processes.world_size() > 1:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         nn.utils.vector_to_parameters(processes.add_up(nn.utils.parameters_to_vector(gradients)), gradients)
+
+
+# ------------------------------------------------------------------------------------------------------------ averaging
+# Exponential moving average of the weights, for evaluation and saving.
+
+
+class WeightAverage:
+    """Weight average Σ_s d^(t-s) w_s / Σ_s d^(t-s) over steps s = 1..t.
+
+    w_s are the weights after step s. The average covers about the last 1/(1-d) steps. An average of
+    nested weights is nested, so slicing stays exact.
+    """
+
+    def __init__(self, model: SequenceModel, decay: float, rows: SparseRows | None = None) -> None:
+        """decay: d, between 0 and 1 (exclusive). rows: averages the learned item embedding itself; None: this does."""
+        copies = {id(constant): constant for constant in (*model.buffers(), model.items.whitening)}  # shared
+        if rows:
+            copies[id(rows.weight)] = rows.start_average(decay)
+        self.model = copy.deepcopy(model, copies).requires_grad_(False)
+        self.decay, self.rows = decay, rows
+
+    @torch.no_grad()
+    def update(self, model: SequenceModel, step: int) -> None:
+        """Update the average with the weights after step `step` (1-based)."""
+        share = (1 - self.decay) / (1 - self.decay**step)  # 1 at step 1, which discards the initial weights
+        for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
+            if not self.rows or weight is not self.rows.weight:
+                average.lerp_(weight, share)
+
+
+# ---------------------------------------------------------------------------------------------------------- cuda graphs
+# The training step as CUDA graphs.
+#
+# A step of this model is hundreds of small kernels, which a GPU finishes faster than Python can start them. On a GPU a
+# step is therefore recorded once for each shape of batch, and replayed for all later batches of that shape.
+
+TENSORS = ("tokens", "labels", "position", "num_labels")  # of a batch
+Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+
+
+class GraphedStep:
+    """A `Step` on a GPU, recorded and replayed. Its plain twin is the step itself.
+
+    The first batch of a shape is an ordinary step, which also allocates what a recording needs; the second is recorded.
+    Learning rates must be tensors, so that a recording reads the current ones.
+
+    Under torchrun a recording includes the sum of the gradients over all ranks. Every step has this one sum, so a rank
+    may replay while another one, whose share has another shape, takes an ordinary step or records.
+    """
+
+    def __init__(self, step: Step, record: Recorder | None = None) -> None:
+        """record: turns a function into one that repeats it; by default a CUDA graph."""
+        self.step, self.record = step, record or cuda_graphs()
+        self.model, self.optimizer, self.clipped = step.model, step.optimizer, step.clipped
+        self.rows = step.rows
+        self._seen: set[tuple[int, int, int]] = set()
+        self._recorded: dict[tuple[int, int, int], tuple[Batch, Callable[[], Tensor]]] = {}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        longest = 2 ** (batch.longest - 1).bit_length()  # the recurrence doubles its reach: few shapes, the same result
+        key = len(batch.tokens), longest, batch.share[1]
+        if key not in self._seen:
+            self._seen.add(key)
+            return self.step(batch)
+        if key not in self._recorded:
+            static = replace(batch, longest=longest, **{name: getattr(batch, name).clone() for name in TENSORS})
+            if processes.world_size() > 1:  # the share begins elsewhere in every batch
+                first = torch.tensor(batch.share[0], device=batch.tokens.device)
+                static = replace(static, share=(first, batch.share[1]))
+            self._recorded[key] = static, self.record(lambda: self.step(static))
+        static, replay = self._recorded[key]
+        for name in TENSORS:
+            getattr(static, name).copy_(getattr(batch, name))
+        if isinstance(static.share[0], Tensor):
+            static.share[0].fill_(batch.share[0])
+        return replay().clone()
+
+
+def cuda_graphs() -> Recorder:
+    """Return a recorder of CUDA graphs.
+
+    All graphs share one memory pool, as large as the largest of them needs. No graph reads what another left there:
+    gradients are cleared, and the loss is copied at once.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    return record

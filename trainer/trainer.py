@@ -20,18 +20,15 @@ from tqdm import tqdm
 from common import processes
 from common.errors import InputError
 from config import Config
-from dataloader import Batch, TrainLoader, eval_rows, train_rows
+from dataloader import Batch, TrainLoader, eval_rows, train_items, train_rows
 from datasets.catalog import Sequences
-from model.base import SequenceModel
+from model.base import CountingModel, SequenceModel
 from model.extensions.sampled_loss import NegativeSampler
-from trainer.averaging import WeightAverage
 from trainer.checkpoint import save_state, save_weights
-from trainer.cuda_graphs import GraphedStep
-from trainer.evaluation import evaluate
-from trainer.metrics import criterion, cut_offs
+from trainer.evaluation import criterion, cut_offs, evaluate
 from trainer.runs import STATE, WEIGHTS, is_finished
 from trainer.sparse_rows import sparse_rows
-from trainer.step import Step, build_optimizer
+from trainer.step import GraphedStep, Step, WeightAverage, build_optimizer
 from trainer.training_run import TrainingRun
 
 CHECK_EVERY = 50  # steps between checks that the losses are finite: a check makes a GPU wait
@@ -348,3 +345,46 @@ def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Ste
 def _progress_bar(title: str, done: int, count: int) -> tqdm:
     hidden = True if processes.rank() else None  # None: tqdm is silent if stderr is no terminal
     return tqdm(total=count, initial=done, desc=title, leave=False, unit="step", disable=hidden)
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+# Models that only count: one epoch, nothing to train, nothing to resume.
+
+
+class CountingTrainer:
+    """Counts the training items of all users, and writes the run's folder, as `Trainer` does."""
+
+    def __init__(self, model: CountingModel, sequences: Sequences, config: Config, run: TrainingRun) -> None:
+        self.model, self.sequences, self.config, self.run = model, sequences, config, run
+
+    def fit(self) -> None:
+        """Count, validate, and write the weights and the log's only line."""
+        model, config, started = self.model, self.config, time.perf_counter()
+        device = next(model.buffers()).device
+        users, items = (torch.as_tensor(part, device=device) for part in train_items(self.sequences))
+        model.count(users, items)
+        counted = time.perf_counter()
+        metrics = evaluate(
+            model,
+            eval_rows(self.sequences, config.lru_max_len, "val"),
+            sizes=model.sizes,
+            batch_size=config.val_batch_size,
+            ks=cut_offs(config.metric_ks, config.best_metric),
+            mask_history=config.val_mask_history,
+        )
+        record = {
+            "epoch": 1,
+            "step": 0,
+            "train_seconds": round(counted - started, 3),
+            "seconds": round(time.perf_counter() - started, 3),
+            "best_epoch": 1,
+            "val": {str(m): metrics[m] for m in metrics},
+        }
+        name, value = criterion(config.best_metric, config.val_mask_history), metrics[model.sizes[-1]]
+
+        def write() -> None:
+            save_weights(model, self.run.folder / WEIGHTS, {"epoch": "1"})
+            line = f"counted in {record['train_seconds']:.1f} s: val {name} {value[config.best_metric]:.4f}"
+            self.run.log.epoch(record, line)
+
+        processes.on_main_process(write)

@@ -31,8 +31,10 @@ from msgspec import Struct
 from common.errors import InputError
 from common.files import (
     ARRAY_ERRORS,
+    Number,
     cannot_write,
     check_regular,
+    check_schema,
     read_json,
     remove_leftovers,
     replacing,
@@ -40,7 +42,6 @@ from common.files import (
     write_json,
 )
 from common.processes import print_main
-from common.schema import Number, check_schema
 
 PARTS = ("partial.npy", "done.npy", "partial.json")
 DTYPE = np.float16

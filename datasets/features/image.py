@@ -18,7 +18,7 @@ from common import processes
 from common.errors import InputError
 from common.files import check_regular, file_exists
 from datasets.features import cache, encode
-from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
+from datasets.features.encode import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import CHUNK, EncodedModality, Job, Record
 from datasets.features.modality import digest as digest_of_texts
 from datasets.item2img import ITEM2IMG

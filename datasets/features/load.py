@@ -19,7 +19,7 @@ import numpy as np
 from common import processes
 from config import FeatureSettings
 from datasets.catalog import Catalog
-from datasets.features import cache, encoder
+from datasets.features import cache, encode
 from datasets.features.modality import Job, Modality, digest
 from datasets.features.registry import modalities
 
@@ -129,8 +129,8 @@ def _candidates(modality: Modality, key: dict[str, Any], job: Job) -> list[cache
     if modality.has_precision():
         precisions = [job.settings.encoder_precision]
         if precisions == ["auto"]:
-            best = encoder.best_precision(job.device)
-            precisions = [best, *(p for p in encoder.DTYPES if p != best)]
+            best = encode.best_precision(job.device)
+            precisions = [best, *(p for p in encode.DTYPES if p != best)]
         keys = [k | {"precision": p} for k in keys for p in precisions]
     return [cache.File(_path(modality, k, job), k) for k in keys]
 

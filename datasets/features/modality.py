@@ -18,7 +18,7 @@ from common import processes
 from common.errors import InputError
 from common.files import folder_exists
 from datasets.features import cache, encode
-from datasets.features.encoder import Encoder
+from datasets.features.encode import Encoder
 
 if TYPE_CHECKING:
     from config import FeatureSettings

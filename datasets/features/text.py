@@ -21,7 +21,7 @@ from common import processes
 from common.errors import InputError
 from common.files import check_regular, folder_exists, parse_json, read_text
 from datasets.features import encode
-from datasets.features.encoder import DTYPES, Encoder, digest, normalised, offline_without_network
+from datasets.features.encode import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import EncodedModality, Job, Record
 from datasets.features.modality import digest as digest_of_texts
 from datasets.text import NO_TEXT, item_text

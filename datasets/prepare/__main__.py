@@ -30,12 +30,10 @@ from common.cli import add_switch, parse_args, run_cli
 from common.errors import InputError
 from common.files import cannot_write, remove_leftovers, write_json, write_text
 from config import SECTIONS, Config, resolve
-from datasets.catalog import FILES, REPORT, SPLIT, load_catalog, prepare_command, read_report
+from datasets.catalog import BASE_URL, FILES, PAPER_SETS, REPORT, SPLIT, load_catalog, prepare_command, read_report
 from datasets.item2img import ITEM2IMG, MANIFEST
 from datasets.load import load_alike
-from datasets.prepare.amazon import BASE_URL, PAPER_SETS
-from datasets.prepare.raw import FILTERS, not_known, prepare_data
-from datasets.prepare.summary import in_words, summarise
+from datasets.prepare.raw import FILTERS, in_words, not_known, prepare_data, summarise
 
 STEPS = ("data", "pictures", "features")
 SETTINGS = (
@@ -191,7 +189,7 @@ def _check_dataset(dataset_code: str) -> None:
 
 
 def _columns(text: str) -> dict[str, str]:
-    from datasets.prepare.readers.columns import NAMES, parse_columns
+    from datasets.prepare.readers.base import NAMES, parse_columns
 
     try:
         return parse_columns(text)
@@ -263,8 +261,8 @@ def only_one(folder: Path) -> Iterator[None]:
 
 def fetch_all_pictures(config: Config, arguments: argparse.Namespace, folder: Path) -> None:
     """Fetch missing pictures from the addresses in the metadata."""
-    from datasets.prepare.items import picture_urls
     from datasets.prepare.pictures import FetchOptions, prepare_pictures
+    from datasets.prepare.read import picture_urls
 
     catalog = load_catalog(config.data_root, config.dataset_code)
     urls = {asin: picture_urls(record) for asin, record in zip(catalog.asins, catalog.metadata, strict=True)}

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 from config import ModelSettings
-from model.base import SequenceModel
-from model.dropout import Dropout
+from model.base import Dropout, SequenceModel
 from model.items import ItemEncoder
 
 

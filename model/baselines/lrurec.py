@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelSettings
-from model.base import SequenceModel
-from model.dropout import Dropout
-from model.fast.recurrence import linear_recurrence
+from model.base import Dropout, SequenceModel
+from model.fast.layers import linear_recurrence
 from model.items import ItemEncoder
 from model.lru import on_ring, ring_init
 

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelSettings
-from model.base import SequenceModel
-from model.dropout import Dropout
+from model.base import Dropout, SequenceModel
 from model.items import ItemEncoder
 
 ROWS = 256  # queries per call of the attention

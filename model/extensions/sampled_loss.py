@@ -23,8 +23,7 @@ from torch import Tensor
 
 from model.extensions.history import contains, history_logits, history_logits_plain
 from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
-from model.fast.logits import ABSENT
-from model.fast.sampled_cross_entropy import sampled_cross_entropy_sum
+from model.fast.losses import ABSENT, sampled_cross_entropy_sum
 from model.loss import average, check
 
 

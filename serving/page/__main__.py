@@ -3,7 +3,7 @@
 python -m serving.page experiments/runs/demo/... --out page      # or no run: the newest, or the newest on a dataset
 python -m http.server -d page                                    # any file server will do
 
-The page loads nothing from elsewhere: the models (serving/onnx_file.py), the catalogue, pictures and onnxruntime-web
+The page loads nothing from elsewhere: the models (serving/graphs.py), the catalogue, pictures and onnxruntime-web
 lie beside it. onnxruntime-web comes from npm; install it once with `npm ci --prefix serving/page`.
 """
 
@@ -25,10 +25,10 @@ from tqdm import tqdm
 from common.cli import Parser, add_switch, run_cli
 from common.errors import InputError
 from common.files import cannot_write, read_json
-from serving.card import IDS, MODEL
 from serving.export import add_run_arguments, asked_run, export_size
 from serving.folder import CONFIG
-from serving.quantize import TABLES
+from serving.hub import IDS, MODEL
+from serving.weights import TABLES
 
 if TYPE_CHECKING:
     from datasets.catalog import Catalog
@@ -93,8 +93,8 @@ def write_page(page: Path, run: Path, data_root: str | None, quantize: str) -> N
     import torch
 
     from model import FMRLRec
+    from serving.torch_engine import read_plane
     from trainer.load_run import load_run
-    from trainer.widths import read_plane
 
     config, catalog, model = load_run(run, {"device": "cpu"} | ({"data_root": data_root} if data_root else {}))
     assert isinstance(model, FMRLRec)  # asked_run refused others

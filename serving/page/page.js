@@ -1,5 +1,5 @@
 // The page that python -m serving.page writes: choose a history and a size, and see the recommendations.
-// N items are numbered from 1. A model answers as serving/onnx_file.py describes.
+// N items are numbered from 1. A model answers as serving/graphs.py describes.
 
 const TOP = 10;
 const PAGE = 60; // items of the catalogue shown at once

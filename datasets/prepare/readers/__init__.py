@@ -10,7 +10,7 @@
     MovieLens                       u.data, ratings.dat, ratings.csv          u.item, movies.dat, movies.csv
     S3Rec and P5 text               a line per user: user item item ...
 
-gzip and zstd are unpacked. Names of columns: datasets/prepare/readers/columns.py.
+gzip and zstd are unpacked. Names of columns: datasets/prepare/readers/base.py.
 A new format is a new object in READERS.
 """
 
@@ -18,9 +18,8 @@ from pathlib import Path
 
 from common.errors import InputError
 from datasets.prepare.readers.base import HINT, Head, Reader
-from datasets.prepare.readers.json_files import JsonArray, JsonLines, KeyedJson
+from datasets.prepare.readers.lines import JsonArray, JsonLines, KeyedJson, SequenceText
 from datasets.prepare.readers.tables import HEADERLESS, AmazonRatings, Parquet, Table
-from datasets.prepare.readers.text import SequenceText
 
 READERS: tuple[Reader, ...] = (
     Parquet(),  # the only one that reads folders

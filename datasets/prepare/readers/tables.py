@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError
-from datasets.prepare.readers.base import CHUNK, HINT, Head
-from datasets.prepare.readers.columns import (
-    USUAL,
-    Columns,
-    find_columns,
-    find_id,
-    no_events,
-    shown,
-)
+from datasets.prepare.readers.base import CHUNK, HINT, USUAL, Columns, Head, find_columns, find_id, no_events, shown
 from datasets.records import RecordFile, open_data
 
 if TYPE_CHECKING:

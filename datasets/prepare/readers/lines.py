@@ -1,4 +1,4 @@
-"""JSON: an object a line, an array of objects, or an object of all users or items."""
+"""Read text line by line: JSON of all kinds, and sequences with a line per user."""
 
 import io
 import json
@@ -12,13 +12,64 @@ import orjson
 
 from common.errors import InputError
 from common.files import MAX_DEPTH, is_deep
-from datasets.prepare.readers.base import HINT, Head
-from datasets.prepare.readers.columns import Columns, find_columns, find_id, no_events, plain
-from datasets.prepare.readers.text import Histories
+from datasets.prepare.readers.base import CHUNK, HINT, Columns, Head, find_columns, find_id, no_events, plain
 from datasets.records import MAX_LINE, MAX_MARKS, RecordFile, open_data, parse_record
 
 if TYPE_CHECKING:
     import pandas as pd
+
+SEQUENCE = re.compile(r"\d+(?:[ \t]+\d+)+")
+
+
+class Histories:
+    """Collects histories into chunks of events. An event's place in the file is its time."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, int, int]] = []
+        self.count = 0
+
+    def add(self, line: int, user: str, items: list[str]) -> None:
+        self.rows += [(user, item, self.count + place, line) for place, item in enumerate(items)]
+        self.count += len(items)
+
+    def chunk(self, at_least: int = CHUNK) -> Iterator["pd.DataFrame"]:
+        """Yield what was collected, if it is enough."""
+        import pandas as pd
+
+        if len(self.rows) >= at_least:
+            yield pd.DataFrame(self.rows, columns=["user", "item", "time", "number"]).set_index("number")
+            self.rows = []
+
+
+class SequenceText:
+    name = "text with a line `user item item ...` per user"
+
+    def recognises(self, head: Head) -> bool:
+        return all(SEQUENCE.fullmatch(line.strip()) for line in head.lines)
+
+    def events(self, file: RecordFile, columns: Columns) -> Iterator["pd.DataFrame"]:
+        histories, seen = Histories(), set[str]()
+        for line in file.texts():
+            if not SEQUENCE.fullmatch(line):
+                file.count_bad(problem=repr(line[:60]))
+                continue
+            user, *items = line.split()
+            if user in seen:
+                raise InputError(
+                    f"{file.path}:{file.number}: a second line of user {user!r}; sequences have one line per user, and "
+                    f"a table of events needs a header and a time: user,item,time"
+                )
+            seen.add(user)
+            histories.add(file.number, user, items)
+            yield from histories.chunk()
+        yield from histories.chunk(at_least=1)
+
+    def items(self, file: RecordFile, columns: Columns) -> Iterator[dict[str, Any]]:
+        raise InputError(f"{file.path} holds sequences, not items; leave --items out or give the items' metadata")
+
+
+# ----------------------------------------------------------------------------------------------------------- json files
+# JSON: an object a line, an array of objects, or an object of all users or items.
 
 LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 KEYED = re.compile(r'\{\s*"\d+"\s*:\s*[\[{]')

@@ -1,1 +1,0 @@
-"""Raw files of every kind to the layout of datasets/catalog.py: `python -m datasets.prepare`."""

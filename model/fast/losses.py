@@ -1,0 +1,368 @@
+"""The fast twins of the losses: logits in chunks that the sizes share, with hand-written gradients.
+
+    cross_entropy_sum             model.loss.matryoshka_cross_entropy_plain
+    sampled_cross_entropy_sum     model.extensions.sampled_loss.sampled_matryoshka_cross_entropy_plain
+
+T positions (C in a chunk), N items, K logits of a position, M sizes, F feature width, D largest size.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.extensions.objective import Objective
+from model.fast.layers import Context
+from model.items import Factors
+from model.sizes import increments
+
+CHUNK_BYTES = 2**26  # of the logits in memory at once, for all sizes: 128 positions of 12,101 items and 8 sizes
+GPU_SHARE = 32  # on a GPU the logits may take this part of its memory: fewer chunks, larger products
+ABSENT = -1e30  # the logit of an excluded candidate: its probability is 0, and 0 times this is still 0
+LEAST = 16  # fewest positions in memory at once, whatever they take: every chunk reads the whole item table
+
+
+def row_chunks(num_positions: int, bytes_a_position: int, device: torch.device) -> list[slice]:
+    """Return the positions of each chunk: a power of two of them, so that chunks have few shapes."""
+    limit = CHUNK_BYTES
+    if device.type == "cuda":
+        limit = max(limit, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
+    size = min(num_positions, 2 ** (max(LEAST, limit // bytes_a_position).bit_length() - 1))
+    return [slice(start, start + size) for start in range(0, num_positions, size)]
+
+
+def bias_gradient(of_seen: Tensor, label_seen: Tensor, bias: Tensor) -> Tensor:
+    """Return the gradient of a size's cross-entropy by its history bias b, a scalar, with the logits held fixed.
+
+    of_seen: [C], the probability of a position's history items without b, 0 where there is no label; label_seen: [C],
+    1 where the label is one of them. Plain twin: `losses_plain` of model/extensions/objective.py.
+    """
+    return (torch.sigmoid(torch.logit(of_seen.clamp(0, 1)) + bias) - label_seen).sum()
+
+
+_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def reused_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return uninitialised memory, the same in every call on a CPU.
+
+    A new allocation on a CPU is mapped page by page each time. On a GPU torch caches memory itself, and a CUDA graph
+    must own what it writes to, which a larger call would free.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size, buffer = math.prod(shape), _buffers.get((device, dtype))
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):  # training cannot write to a tensor made in inference mode
+            buffer = _buffers[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+    return buffer[:size].view(shape)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Compute total += a b, in place; total may have a wider dtype than a and b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def residuals_(
+    log_ps: Sequence[Tensor],
+    label: Tensor,
+    valid: Tensor,
+    distill: float,
+    scale: Tensor | None,
+    spare: tuple[Tensor, Tensor],
+    loss: Tensor,
+    grad_log_scale: Tensor,
+    offset: Tensor | None = None,
+) -> None:
+    """Turn log p_m [C, K] of every size, in place, into the gradient s_m (p_m - target_m) by its unscaled logits.
+
+    The loss, summed over sizes and positions, is added to `loss`, and its gradient by log s to `grad_log_scale` [M].
+    Symbols and plain twin (`losses_plain`): model/extensions/objective.py.
+
+    label: [C, 1], a column; valid: [C, 1], false at a position without a label, whose logits must be 0. distill: x;
+    scale: s [M], None for 1. spare: two [C, K] of any content. offset: [C, K], was added to the scaled logits, or None.
+    """
+    p_largest, residual = spare
+    if distill:
+        torch.exp(log_ps[-1], out=p_largest).mul_(valid)
+    for j, log_p in enumerate(log_ps):
+        x = distill if j < len(log_ps) - 1 else 0.0
+        loss -= (1 - x) * (log_p.gather(1, label) * valid).sum()
+        if x:
+            loss -= x * p_largest.flatten().dot(log_p.flatten())
+        # A position's residuals sum to 0, so below log p may replace the scaled logits, which differ by a constant.
+        of_size = torch.exp(log_p, out=log_p if scale is None else residual)
+        of_size.scatter_add_(1, label, x * valid.to(log_p.dtype) - 1)
+        if x:
+            of_size.sub_(p_largest, alpha=x)
+        if scale is not None:
+            grad_log_scale[j] += of_size.flatten().dot(log_p.flatten())
+            if offset is not None:
+                grad_log_scale[j] -= of_size.flatten().dot(offset.flatten())
+            torch.mul(of_size, scale[j], out=log_p)
+
+
+# ------------------------------------------------------------------------------------------------------------ all items
+# The fast twin of `model.loss.matryoshka_cross_entropy_plain`: shared logits, in chunks, with their gradients.
+#
+# Sizes share their logits: logits(M[j]) = logits(M[j-1]) + z[:, M[j-1]:M[j]] E[:, M[j-1]:M[j]]ᵀ, so all sizes together
+# cost one multiplication of width D.
+#
+# An item table that is a product E = F Wᵀ need not be multiplied out: for a wide increment and few positions, (z W) Fᵀ
+# costs less than z (F Wᵀ)ᵀ. T positions (C in a chunk), N items, F feature width, D largest size.
+
+
+def cross_entropy_sum(
+    z: Tensor, item_table: Tensor | Factors, labels: Tensor, sizes: tuple[int, ...], objective: Objective
+) -> Tensor:
+    """Return the cross-entropy summed over sizes and positions; arguments as in model/loss.py.
+
+    Plain twin: `model.loss.matryoshka_cross_entropy_plain`. The forward pass computes the gradients chunk by chunk, so
+    that the logits of a batch are never in memory at once.
+    """
+    features, weight, V = item_table if isinstance(item_table, Factors) else (None, item_table, None)
+    learned = objective.log_scale, objective.history_bias
+    return _CrossEntropySum.apply(z, weight, V, *learned, features, labels, sizes, objective)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """The first `out` columns of the item table are multiplied out, the others stay a product."""
+
+    @staticmethod
+    def forward(
+        ctx: Context,
+        z: Tensor,
+        weight: Tensor,
+        V: Tensor | None,
+        log_scale: Tensor | None,  # objective.log_scale, an argument of its own to receive a gradient
+        history_bias: Tensor | None,  # objective.history_bias, likewise
+        features: Tensor | None,
+        labels: Tensor,
+        sizes: tuple[int, ...],
+        objective: Objective,
+    ) -> Tensor:
+        narrow = (weight if features is None else features).dtype
+        wide = torch.promote_types(narrow, torch.float32)
+        out, embedded = sizes[-1], 0 if V is None else V.shape[1]
+        if features is not None:
+            out = columns_multiplied_out(len(z), features.shape[1], sizes, embedded)
+        table = weight if features is None else features @ weight[:out].to(narrow).T  # [N+1, out]
+        rest = weight[:0] if features is None else weight[out:].to(narrow)  # [D - out, F]
+        if V is not None:
+            narrow_V = V.to(narrow)
+            table[:, :embedded] += narrow_V[:, :out]
+        valid = (labels != 0)[:, None]  # [T, 1]
+        z_narrow = (z * valid).to(narrow)  # a position without a label has logits of 0, and no gradient
+
+        loss = torch.zeros((), dtype=wide, device=z.device)
+        grad_z = torch.empty_like(z, dtype=wide)
+        # Transposed, as the products come: transposing a residual costs as much as multiplying it.
+        grad_table = torch.zeros(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
+        grad_rest = torch.zeros_like(rest, dtype=wide)
+        grad_V = None if V is None else torch.empty_like(V, dtype=wide)
+        scale, grad_log_scale, grad_bias = objective.scale(loss), *loss.new_zeros(2, len(sizes))
+        bias = None
+        if history_bias is not None and objective.history is not None:
+            history = objective.history * valid  # [T, L]
+            bias, seen = history_bias.detach().to(wide), (history > 0).to(wide)
+            label_seen = ((history == labels[:, None]) & valid).any(dim=1).to(wide)  # [T]
+
+        chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize, z.device)
+        buffer = reused_buffer((len(sizes) + 2, chunks[0].stop, len(table)), wide, z.device)
+        for rows in chunks:
+            z_chunk, label = z_narrow[rows], labels[rows][:, None]  # [C, D], [C, 1]
+            logits, *residuals, spare = buffer[:, : len(label)]  # each [C, N+1]; a size's residual: softmax - target
+            logits.zero_()
+            for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
+                if features is None or high <= out:
+                    add_product(logits, z_chunk[:, low:high], table[:, low:high].T)
+                else:
+                    add_product(logits, z_chunk[:, low:high] @ rest[low - out : high - out], features.T)
+                    if high <= embedded:
+                        add_product(logits, z_chunk[:, low:high], narrow_V[:, low:high].T)
+                scaled = logits if scale is None else torch.mul(logits, scale[j], out=spare)
+                torch.log_softmax(scaled, dim=1, out=residual)
+                if bias is not None:
+                    of_seen = (residual.gather(1, history[rows]).exp() * seen[rows]).sum(dim=1)
+                    grad_bias[j] += bias_gradient(of_seen, label_seen[rows], bias[j])
+            spares = logits, spare
+            residuals_(residuals, label, valid[rows], objective.distill, scale, spares, loss, grad_log_scale)
+            # An increment's logits are part of its own and every larger size's logits: its gradient sums theirs.
+            above = None
+            for low, high in reversed(increments(sizes)):
+                residual = residuals.pop()
+                above = residual if above is None else residual.add_(above)
+                residual, z_part = residual.to(narrow), z_chunk[:, low:high]
+                if features is None or high <= out:
+                    grad_z[rows, low:high] = residual @ table[:, low:high]
+                    add_product(grad_table[low:high], z_part.T, residual)
+                else:
+                    grad_left = residual @ features  # [C, F]
+                    grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
+                    add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
+                    if grad_V is not None and high <= embedded:
+                        grad_z[rows, low:high] += residual @ narrow_V[:, low:high]
+                        if rows.start:
+                            add_product(grad_V[:, low:high], residual.T, z_part)
+                        else:  # the first chunk writes: filling so large a tensor with zeros first would cost time
+                            grad_V[:, low:high] = residual.T @ z_part
+
+        if features is None:
+            grad_weight = grad_table.T.contiguous()  # [N+1, D]
+        else:
+            grad_weight = torch.cat([(grad_table.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
+        if V is not None and grad_V is not None:
+            grad_V[:, :out] = grad_table[:embedded].T
+            grad_V = grad_V.to(V.dtype)
+        grad_z, grad_weight = grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_z, grad_weight, grad_V, grad_log_scale, grad_bias)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_V: Tensor | None
+        grad_z, grad_weight, grad_V, *learned = ctx.saved_tensors
+        by_V = None if grad_V is None else grad_V.mul_(grad)  # in place: it is large; torch refuses a second backward
+        by_learned = (g * grad if n else None for g, n in zip(learned, ctx.needs_input_grad[3:5], strict=True))
+        return grad_z * grad, grad_weight * grad, by_V, *by_learned, None, None, None, None
+
+
+def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[int, ...], embedded: int = 0) -> int:
+    """Return the number of the item table's columns that are cheaper multiplied out: 0 or a size.
+
+    Counted in multiplications per item. A column multiplied out costs 2 F (itself and its weight's gradient) and 3 T
+    (its logits and their gradients). An increment left as a product costs 2 F T whatever its width. A column with a V
+    (the first `embedded`) costs 3 T either way.
+    """
+
+    def cost(out: int) -> int:
+        products = sum(high > out for _, high in increments(sizes))
+        columns = max(out, embedded)
+        return out * 2 * num_features + columns * 3 * num_positions + products * 2 * num_features * num_positions
+
+    return min((0, *sizes), key=cost)
+
+
+# ------------------------------------------------------------------------------------------------ a sample of the items
+# The fast twin of `model.extensions.sampled_loss.sampled_matryoshka_cross_entropy_plain`: shared logits, in chunks.
+#
+# T positions (C in a chunk), K draws, L history items of each, M sizes, D largest size.
+
+
+def sampled_cross_entropy_sum(
+    z: Tensor,
+    own: Tensor,
+    drawn: Tensor,
+    of_history: Tensor | None,
+    items: Tensor,
+    log_kq: Tensor,
+    labels: Tensor,
+    sizes: tuple[int, ...],
+    objective: Objective,
+) -> Tensor:
+    """Return the sampled cross-entropy summed over sizes and positions.
+
+    Plain twin: `model.extensions.sampled_loss.sampled_matryoshka_cross_entropy_plain`, where Sample describes own,
+    drawn, items and log_kq. of_history: [M, T, L], each increment's logits of `objective.history`; None without it.
+    """
+    learned = of_history, objective.log_scale, objective.history_bias
+    return _SampledCrossEntropySum.apply(z, own, drawn, *learned, labels, items, log_kq, sizes, objective)
+
+
+def _excluded(items: Tensor, candidates: Tensor) -> Tensor:
+    """Return [C, K], 1 where a draw of `items` [K] is among the position's candidates [C, n], else 0; 0: none."""
+    ordered = items.sort().values
+    first = torch.searchsorted(ordered, items)  # equal draws share a column
+    place = torch.searchsorted(ordered, candidates).clamp_max(len(items) - 1)
+    place = torch.where(ordered[place] == candidates, place, len(items))
+    found = torch.zeros(len(candidates), len(items) + 1, device=items.device)
+    return found.scatter_(1, place, 1.0).index_select(1, first)
+
+
+class _SampledCrossEntropySum(torch.autograd.Function):
+    """Column 0 of the logits is a position's label, column k its k-th draw; then come its history items."""
+
+    @staticmethod
+    def forward(
+        ctx: Context,
+        z: Tensor,
+        own: Tensor,
+        drawn: Tensor,
+        of_history: Tensor | None,
+        log_scale: Tensor | None,  # objective.log_scale, an argument of its own to receive a gradient
+        history_bias: Tensor | None,  # objective.history_bias, likewise
+        labels: Tensor,
+        items: Tensor,
+        log_kq: Tensor,
+        sizes: tuple[int, ...],
+        objective: Objective,
+    ) -> Tensor:
+        narrow, wide, draws = drawn.dtype, torch.promote_types(drawn.dtype, torch.float32), 1 + len(drawn)
+        valid = (labels != 0)[:, None]
+        z = z * valid  # a position without a label has logits of 0, and no gradient
+        z_wide, own_wide, z_narrow = z.to(wide), own.to(wide), z.to(narrow)
+        loss = torch.zeros((), dtype=wide, device=z.device)
+        grad_z, grad_own = torch.empty_like(z, dtype=wide), torch.empty_like(own, dtype=wide)
+        grad_drawn = torch.zeros_like(drawn, dtype=wide)
+
+        scale, grad_log_scale, grad_bias = objective.scale(loss), *loss.new_zeros(2, len(sizes))
+        columns, bias, grad_of_history = draws, None, None
+        if of_history is not None and history_bias is not None and objective.history is not None:
+            columns, bias = draws + of_history.shape[2], history_bias.detach().to(wide)
+            grad_of_history = torch.empty_like(of_history)
+            history, own_history = objective.history * valid, objective.history == labels[:, None]  # [T, L]
+            label_seen = (own_history & valid).any(dim=1).to(wide)  # [T]
+        chunks = row_chunks(len(z), len(sizes) * columns * wide.itemsize, z.device)
+        buffer = reused_buffer((len(sizes) + 3, chunks[0].stop, columns), wide, z.device)
+        for rows in chunks:
+            # Each [C, 1+K+L]; a size's residual: softmax - target; the offset is added to the scaled logits.
+            logits, *residuals, offset, spare = buffer[:, : len(z[rows])]
+            logits.zero_()
+            offset[:, 0] = 0
+            if bias is None:
+                offset[:, 1:] = torch.where(labels[rows, None] == items, ABSENT, -log_kq)
+            else:
+                candidates = torch.cat([labels[rows, None], history[rows]], dim=1)
+                torch.mul(_excluded(items, candidates), ABSENT, out=offset[:, 1:draws]).sub_(log_kq)
+                offset[:, draws:] = ABSENT * ((history[rows] == 0) | own_history[rows])
+            for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
+                logits[:, 0] += (z_wide[rows, low:high] * own_wide[rows, low:high]).sum(dim=1)
+                add_product(logits[:, 1:draws], z_narrow[rows, low:high], drawn[:, low:high].T)
+                if of_history is not None:
+                    logits[:, draws:] += of_history[j, rows]
+                torch.mul(logits, 1 if scale is None else scale[j], out=spare).add_(offset)
+                torch.log_softmax(spare, dim=1, out=residual)
+                if bias is not None and grad_bias is not None:
+                    of_seen = residual[:, draws:].exp().sum(dim=1) + residual[:, 0].exp() * label_seen[rows]
+                    grad_bias[j] += bias_gradient(of_seen, label_seen[rows], bias[j])
+            column, spares = torch.zeros_like(labels[rows, None]), (logits, spare)
+            residuals_(residuals, column, valid[rows], objective.distill, scale, spares, loss, grad_log_scale, offset)
+            # An increment's logits are part of its own and every larger size's logits: its gradient sums theirs.
+            above = None
+            for low, high in reversed(increments(sizes)):
+                residual = residuals.pop()
+                above = residual if above is None else residual.add_(above)
+                of_label, of_drawn = above[:, :1], above[:, 1:draws].to(narrow)
+                grad_z[rows, low:high] = of_drawn @ drawn[:, low:high]
+                grad_z[rows, low:high] += of_label * own_wide[rows, low:high]
+                grad_own[rows, low:high] = of_label * z_wide[rows, low:high]
+                add_product(grad_drawn[:, low:high], of_drawn.T, z_narrow[rows, low:high])
+                if grad_of_history is not None:
+                    grad_of_history[len(residuals), rows] = above[:, draws:]
+
+        gradients = (grad_z.mul_(valid), z), (grad_own.mul_(valid), own), (grad_drawn, drawn)
+        learned = grad_of_history, grad_log_scale, grad_bias
+        ctx.save_for_backward(*(gradient.to(of.dtype) for gradient, of in gradients), *learned)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(part * grad if needed else None for part, needed in gradients), None, None, None, None, None

@@ -356,10 +356,11 @@ def test_plus_is_drawn_beside_the_faithful_model_and_one_size_models(results, tm
     short = {"train_batch_size": 128, "lr": 2e-3, "num_epochs": 12, "early_stopping_patience": 3}
     sampled = {"num_negatives": 1024, "lru_dropout": 0.6, "lru_attn_dropout": 0.6}
     keep_run(results, "faithful", small | short | sampled)
-    keep_run(results, "plus", small | {"preset": "plus"})
-    keep_run(results, "plus2", small | {"preset": "plus"}, seed=5)
-    keep_run(results, "exact", LANGUAGE | {"preset": "plus", "num_negatives": 0, "precision": "bf16"})
-    keep_run(results, "alone", small | {"preset": "plus", "mrl_hidden_sizes": (64,)})
+    older = {"preset": "plus", "history_bias": False, "item_embedding_gate": False}
+    keep_run(results, "plus", small | older)
+    keep_run(results, "plus2", small | older, seed=5)
+    keep_run(results, "exact", LANGUAGE | older | {"num_negatives": 0, "precision": "bf16"})
+    keep_run(results, "alone", small | older | {"mrl_hidden_sizes": (64,)})
     keep_run(results, "sasrec", {"model_code": "sasrec"}, seed=5)
     keep_run(results, "lonely", small | {"preset": "plus", "dataset_code": "sports"})
     drawn = []
@@ -371,17 +372,17 @@ def test_plus_is_drawn_beside_the_faithful_model_and_one_size_models(results, tm
     (panel, dataset, name, curves, separate, levels), masked, sports, _ = drawn
     assert (dataset, name) == ("beauty", "Recall@10") and sports[1] == "sports"
     exact = "to 1024"  # differs in a setting that only the sampled softmax reads
-    assert [text for _, text in curves] == ["faithful", "plus", exact]
+    assert [text for _, text in curves] == ["faithful", "plus of 0.9", exact]
     assert [row.size for row in separate] == [64]
     sasrec = {run.name: run for run in runs}["beauty-sasrec"].test
     assert levels == {"SASRec, 64": sasrec.at[64, "Recall@10"], "best published": 0.1249}
     assert masked[5]["best published"] == paper.PUBLISHED["bsarec"]["beauty"]["NDCG@10 masked"]
     labels = [text.get_text() for text in panel.texts]
-    assert sorted(labels) == ["SASRec, 64", "best published", "faithful", "paper", "plus", f"{exact} (dashed)"]
+    assert sorted(labels) == ["SASRec, 64", "best published", "faithful", "paper", "plus of 0.9", f"{exact} (dashed)"]
     bars = [container.has_yerr for container in panel.containers]
     assert bars == [False, True, False, False]  # two seeds of plus
     text = "\n".join(section("plus", results))
-    assert "](../media/plus.png)" in text and "| plus - faithful, sampled softmax | NDCG@10 |" in text
+    assert "](../media/plus.png)" in text and "| plus of 0.9 - faithful, sampled softmax | NDCG@10 |" in text
 
 
 def test_a_deployment_card_is_drawn_and_shown(results, tmp_path):

@@ -315,12 +315,13 @@ CHANGED = {
     "warmup_from_zero": False,
     "loss": "plain", "first_item_label": False, "num_negatives": 7, "whiten_features": True, "item_embedding": 2,
     "post_norm": True, "dropout_from": 2, "logit_scale": True, "distill": 0.5, "ema_decay": 0.5, "preset": "plus",
-    "history_bias": True, "item_embedding_gate": True,
+    "history_bias": True,
 }  # fmt: skip
 # Do not change the weights of a short run: chosen, named, or tested elsewhere.
 ELSEWHERE = {
     "img_encoder", "encoder_precision", "num_heads", "early_stopping", "early_stopping_patience", "val_mask_history",
     "best_metric", "run_name", "validate_untrained", "features", "init_from", "item_embedding_updates",
+    "item_embedding_gate",
 }  # fmt: skip
 RUNTIME = {
     "data_root", "features_root", "runs_root", "device", "use_wandb", "use_tensorboard", "encoder_batch_size",

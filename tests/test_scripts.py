@@ -227,7 +227,7 @@ def test_a_warm_start_on_newer_data_keeps_what_was_learned_of_items(workplace, m
     run = train.main(["--init_from", str(origin), "--num_epochs", "1"])
 
     before = load_file(origin / "best.safetensors")
-    assert all(torch.equal(before[key], started[key]) for key in before if key != name)
+    assert all(torch.equal(before[key], started[key]) for key in before if key not in (name, "items.gate.trained"))
     for number, item in enumerate(ids, start=1):
         if item in known:
             assert torch.equal(started[name][number], before[name][known.index(item) + 1])

@@ -91,7 +91,7 @@ METRICS = ("Recall@10", "NDCG@10")
 # Our rows: experiment, row, what the model reads besides ids.
 OURS = (
     ("plus", "plus"),
-    ("plus", "plus of 0.9"),
+    ("plus", "plus without bias"),
     ("plus", "plus to 1024, exact softmax"),
     ("plus", "faithful to 1024"),
     ("id_baselines", "plus without text, 256"),

@@ -372,17 +372,24 @@ def test_plus_is_drawn_beside_the_faithful_model_and_one_size_models(results, tm
     (panel, dataset, name, curves, separate, levels), masked, sports, _ = drawn
     assert (dataset, name) == ("beauty", "Recall@10") and sports[1] == "sports"
     exact = "to 1024"  # differs in a setting that only the sampled softmax reads
-    assert [text for _, text in curves] == ["faithful", "plus of 0.9", exact]
+    assert [text for _, text in curves] == ["faithful", "plus without bias", exact]
     assert [row.size for row in separate] == [64]
     sasrec = {run.name: run for run in runs}["beauty-sasrec"].test
     assert levels == {"SASRec, 64": sasrec.at[64, "Recall@10"], "best published": 0.1249}
     assert masked[5]["best published"] == paper.PUBLISHED["bsarec"]["beauty"]["NDCG@10 masked"]
     labels = [text.get_text() for text in panel.texts]
-    assert sorted(labels) == ["SASRec, 64", "best published", "faithful", "paper", "plus of 0.9", f"{exact} (dashed)"]
+    assert sorted(labels) == [
+        "SASRec, 64",
+        "best published",
+        "faithful",
+        "paper",
+        "plus without bias",
+        f"{exact} (dashed)",
+    ]
     bars = [container.has_yerr for container in panel.containers]
     assert bars == [False, True, False, False]  # two seeds of plus
     text = "\n".join(section("plus", results))
-    assert "](../media/plus.png)" in text and "| plus of 0.9 - faithful, sampled softmax | NDCG@10 |" in text
+    assert "](../media/plus.png)" in text and "| plus without bias - faithful, sampled softmax | NDCG@10 |" in text
 
 
 def test_a_deployment_card_is_drawn_and_shown(results, tmp_path):

@@ -382,9 +382,10 @@ def test_a_cut_gives_the_best_scores_of_its_width():
 
 def test_a_run_is_cut_and_tested_with_every_encoder_size_and_table_width(workplace):
     flags = (
-        "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 16,32 --num_epochs 1"
+        "--dataset_code tiny --no-use_img_encoder --language_encoder lexical --mrl_hidden_sizes 16,32 --num_epochs 1 "
+        "--history_bias --lr 0.01 --device cpu"
     )
-    run = train.main([*flags.split(), "--lr=0.01", "--device=cpu"])
+    run = train.main(flags.split())
     evaluate.main(["--run", str(run), "--mask_history"])
     found = cut.main([str(run)])
     assert found == json.loads((run / "cut.json").read_text()) and (run / "cut.png").exists()

@@ -48,9 +48,11 @@ def rows_of(runs: list[KeptRun], dataset: str, name: str) -> list[ResultRow]:
 
 
 def rows_of_plus(runs: list[KeptRun], dataset: str) -> list[ResultRow]:
-    """Return the rows of the figure of plus: those that the report shows, or plus alone if it has no partner."""
+    """Return the rows of the figure of plus: those that the report shows, or all of plus if it has no partner."""
     found = rows_of(runs, dataset, "plus")
-    return found or [row for row in result_rows(definitions()["plus"], dataset, runs) if row.row.name == "plus"]
+    return found or [
+        row for row in result_rows(definitions()["plus"], dataset, runs) if row.row.name.startswith("plus")
+    ]
 
 
 def alone(runs: list[KeptRun], dataset: str, name: str) -> list[ResultRow]:
@@ -97,7 +99,8 @@ def draw_plus(of_plus: dict[str, list[ResultRow]], runs: list[KeptRun], path: Pa
                 panel = next(places)
                 shown = [(row, row.row.name.partition(",")[0].replace("plus to", "to")) for row in curves]
                 draw_curves(panel, dataset, name, shown, separate, levels(runs, dataset, name))
-                panel.set_title(f"{dataset}: {name.removesuffix(MASKED)}, {protocol}", loc="left")
+                short = protocol.removeprefix("history ")
+                panel.set_title(f"{dataset}: {name.removesuffix(MASKED)}, {short}", loc="left")
 
 
 def draw_curves(

@@ -279,8 +279,8 @@ def count_pairs_ahead(
     """Count, of given pairs (user, item) [P], those whose exact score plus the size's bias is ahead of the user's
     target, and those that tie with it: [M, 2, B] float32.
 
-    z: [B, D] and rows: [C, D or wider] on the grid; target: [M, B] float64. The bias is added in float64 to an exact score, so
-    the sum has the same bits in every batch and chunk.
+    z: [B, D] and rows: [C, D or wider] on the grid; target: [M, B] float64. The bias is added in float64 to an exact
+    score, so the sum has the same bits in every batch and chunk.
     """
     products = z[user].double() * rows[item, : z.shape[1]].double()
     counts = z.new_zeros(len(sizes), 2, len(z))

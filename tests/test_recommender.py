@@ -15,7 +15,8 @@ import pytest
 from benchmarks import server
 from common.errors import InputError
 from serving import Recommender, http, ranking, torch_engine
-from serving.http import Batcher, Metrics
+from serving.batching import Batcher
+from serving.metrics import Metrics
 from serving.states import State
 from tests.made_up import (
     IDS,

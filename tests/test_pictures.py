@@ -458,7 +458,7 @@ def test_the_first_url_that_serves_a_picture_is_used_and_an_item_without_one_has
     urls = {"B1": [f"{web.url}/{page}" for page in ("gone", "html", "moved", "png")], "B2": [f"{web.url}/gone"] * 2}
     manifest = fetch_pictures(urls | {"B3": [], "B4": ["ftp://host/a.jpg"], "B5": ["\ud800\n"]}, photos, QUICK)
     assert manifest["B1"] == {"file": "B1.jpg"}
-    assert manifest["B2"]["missing"].count("404") == 2
+    assert manifest["B2"]["missing"].count("404 Not Found") == 2
     assert manifest["B3"] == {"missing": NO_URL}
     assert manifest["B4"] == {"broken": "ftp://host/a.jpg: ftp: is not fetched, only http and https are"}
     assert "/png" not in web.requests

@@ -226,7 +226,7 @@ def project(now: Snapshot, ids: list[str], features: Any) -> np.ndarray:
         raise InputError("this model's item table was learned without features, so no items can be added")
     try:
         features = np.asarray(features, dtype=np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"features must be an array of numbers, not {features!r:.80}") from None
     if features.shape != (len(ids), len(weight)):
         raise InputError(

@@ -95,6 +95,7 @@ NEW, MATRIX = ["NEW-1", "NEW-2"], np.ones((2, 1264), dtype=np.float32)
         (lambda r: r.add_items(NEW, MATRIX, ["one", None]), "the title of item 'NEW-2' is None; give a string"),
         (lambda r: r.add_items(NEW, MATRIX, "ab"), "titles must be a list such as"),
         (lambda r: r.add_items(NEW, [[1.0], [1.0, 2.0]]), "features must be an array of numbers"),
+        (lambda r: r.add_items(NEW, [10**400]), "features must be an array of numbers"),
         (lambda r: r.add_items("XY", MATRIX), r"ids must be a list such as \['id', 'id'\], not 'XY'"),
     ],
 )

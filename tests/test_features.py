@@ -630,6 +630,6 @@ def test_an_export_describes_the_file_and_takes_vectors_of_new_products(at_work,
     assert rows[3:, :1024].any(axis=1).all() and not rows[3:, 1024:].any()
     recommender.add_items([f"NEW{i}" for i in range(6)], rows)
     assert recommender.recommend([["NEW1"]], top_k=3)[0].ids
-    for vector in ([1.0, 2.0], [1, 2, 3, float("inf")], "red", [[1.0] * WIDTH]):
+    for vector in ([1.0, 2.0], [1, 2, 3, float("inf")], "red", [[1.0] * WIDTH], [10**400] * 4):
         with pytest.raises(InputError, match=r"'visual' of record 1 is .*give a list of 4 finite numbers, or nothing"):
             recommender.embed_items([{"title": "Red lamp", "visual": vector}])

@@ -149,7 +149,7 @@ class FileModality(Modality):
                 continue  # zeros, as in training
             try:
                 vector = np.asarray(record[self.name], dtype=np.float64)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 vector = np.empty(())
             if vector.shape != (width,) or not np.isfinite(vector).all():
                 raise InputError(

@@ -21,6 +21,7 @@ renamed, so it is never half written. While an export is replaced, the old one i
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -231,6 +232,9 @@ def read_folder(folder: str | Path) -> Export:
     if config.get("sha256") != _config_sha256(config):
         raise InputError(f"{folder / CONFIG} was altered (its checksum differs); {HINT}")
     check_schema(config, ExportConfig, folder / CONFIG, HINT)
+    sizes = config["sizes"]
+    if sizes[-1] != config["size"] or any(low >= high for low, high in itertools.pairwise(sizes)):
+        raise InputError(f"{folder / CONFIG}: sizes {sizes} must rise and end at size {config['size']}; {HINT}")
     if IDS in config["files"]:
         raise InputError(
             f"{folder} is one ONNX file for other runtimes; its README.md shows how to use it. For the Recommender "

@@ -266,7 +266,10 @@ def make_filter(catalogue: Catalogue, items: Any, boost: Any) -> Filter:
     if items is not None:
         items = items if isinstance(items, np.ndarray) else list(listed(items, "items", "['id', 'id']"))
         if len(items) and isinstance(items[0], bool | np.bool_):
-            mask = np.asarray(items)
+            try:
+                mask = np.asarray(items)
+            except ValueError:  # of lists of several lengths
+                mask = np.empty(0)
             if mask.dtype != bool or mask.ndim != 1 or len(mask) > len(catalogue):
                 raise InputError(f"a mask must have a truth value for each of at most {len(catalogue)} items")
             numbers = np.flatnonzero(mask) + 1

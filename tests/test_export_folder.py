@@ -147,6 +147,7 @@ ENTRY = {"bytes": 1, "sha256": hashlib.sha256(b"a").hexdigest()}
     [
         ({"version": 3}, "has format version 3, this code reads versions 1 and 2"),
         ({"num_blocks": ...}, "config.json has no 'num_blocks'"),
+        ({"sizes": [4]}, r"sizes \[4\] must rise and end at size 5"),
         ({"history_bias": "much"}, "config.json has history_bias 'much'"),
         ({"files": {}}, "config.json lists 'model.safetensors' wrongly or not at all"),
         *(({"files": {name: ENTRY}}, f"lists '{name}' wrongly") for name in ("../outside", "deep/inside")),
@@ -233,7 +234,9 @@ def test_a_table_of_several_chunks_is_read_in_order(tmp_path, dtype):
     scale, weights = np.arange(rows, dtype=np.float32), weights_of((2,), quantized=int8)
     ids = [f"i{n}" for n in range(1, rows)]
     how = {"scale": scale, "quantize": "int8"} if int8 else {"quantize": "float16"}
-    found = read_folder(write(tmp_path / "out", ids, table=table.astype(dtype), weights=weights, size=2, **how))
+    found = read_folder(
+        write(tmp_path / "out", ids, table=table.astype(dtype), weights=weights, size=2, sizes=(2,), **how)
+    )
     assert np.array_equal(found.table, table) and found.items.id(rows - 1) == f"i{rows - 1}"
     assert np.array_equal(found.scale, scale) if int8 else found.scale is None
 

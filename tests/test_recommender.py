@@ -246,6 +246,7 @@ def test_boosts_are_added_to_the_scores(shop, engine, kind, candidates):
     ("ask", "problem"),
     [
         (lambda r: r.filter([True] * (N + 1)), "a mask must have a truth value for each of at most 20 items"),
+        (lambda r: r.filter([False, []]), "a mask must have a truth value for each of at most 20 items"),
         (lambda r: r.filter(boost=np.ones(N + 1)), "boost must be an array of at most 20 numbers"),
         (lambda r: r.filter(boost=["a"]), "boost must be an array of at most 20 numbers"),
         (lambda r: r.filter(boost=[np.inf]), "boost must be finite; leave items out by a mask"),

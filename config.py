@@ -257,7 +257,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# The paper's choices per dataset (section 4.3 and appendix; Beauty's dropout of the released README), and the demo's.
+# What --preset stands for: the paper's model, the released code's, and the one with options beyond the paper.
 NAMED_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {

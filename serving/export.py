@@ -378,7 +378,7 @@ def cut_of(model: FMRLRec, table: np.ndarray, users: EvalRows, width: int) -> tu
     import torch
 
     from dataloader import eval_batches
-    from serving.torch_engine import user_weighted_pca
+    from serving.widths import user_weighted_pca
     from trainer.evaluation import GROUP, encode_last
 
     with torch.inference_mode():
@@ -426,7 +426,7 @@ def export_baseline(
 def description(model: FMRLRec, config: Config, items: RunItems, run: Path) -> dict[str, Any]:
     """Return the content of config.json for a sliced model, except its files."""
     from datasets.features.registry import describe_features
-    from serving.torch_engine import read_plane
+    from serving.widths import read_plane
 
     size, whitening = model.sizes[-1], model.items.whitening
     widths = {"whitened": [len(mean) for mean, _ in whitening.transforms()]} if whitening else {}

@@ -32,7 +32,7 @@ from experiments.definition import Definition, Row, definitions, identity, read_
 from experiments.store import keep, kept_runs
 from model import FMRLRec, matryoshka_cross_entropy
 from serving import export
-from serving.torch_engine import read_plane, user_weighted_pca
+from serving.widths import read_plane, user_weighted_pca
 from tests.prepared import write_prepared, write_tiny_bert
 from trainer.evaluation import target_ranks
 

@@ -466,7 +466,7 @@ def test_the_package_holds_serving_alone_and_answers_without_torch_as_in_the_clo
     assert {path.name for path in target.iterdir()} == {"fmrlrec", "fmrlrec-0.9.0.dist-info", "bin"}
     files = {str(path.relative_to(target / "fmrlrec")) for path in (target / "fmrlrec").rglob("*.py")}
     assert files >= {"__init__.py", "recommender.py", "recommend.py", "http.py", "engines.py", "common/errors.py"}
-    assert not files & {"export.py", "graphs.py", "convert.py", "torch_engine.py", "packaging.py", "stale.py"}
+    assert not files & {"export.py", "graphs.py", "widths.py", "torch_engine.py", "packaging.py", "stale.py"}
     assert len(files) == len(runtime_modules())
 
     folder, products = shop.export("float16"), shop.records[:2]

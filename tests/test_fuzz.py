@@ -35,7 +35,7 @@ from serving import Recommender
 from serving.export import arguments_parser, best_size
 from serving.folder import CONFIG, ITEMS, WEIGHTS
 from serving.states import State
-from serving.torch_engine import read_plane
+from serving.widths import read_plane
 from tests.made_up import random_model, write_export
 from trainer.runs import check_data, describe_run, features_of, read_config, read_log, read_metrics
 

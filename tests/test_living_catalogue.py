@@ -20,7 +20,7 @@ from serving import Recommender, index, recommender, states
 from serving.folder import FAISS
 from serving.index import FaissIndex, build_faiss
 from serving.states import State
-from serving.torch_engine import user_weighted_pca
+from serving.widths import user_weighted_pca
 from tests.made_up import (
     ATTRIBUTES,
     ENGINES,

@@ -93,7 +93,7 @@ def write_page(page: Path, run: Path, data_root: str | None, quantize: str) -> N
     import torch
 
     from model import FMRLRec
-    from serving.torch_engine import read_plane
+    from serving.widths import read_plane
     from trainer.load_run import load_run
 
     config, catalog, model = load_run(run, {"device": "cpu"} | ({"data_root": data_root} if data_root else {}))

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from serving.engines import Engine, Table
 from serving.folder import WEIGHTS, Export
 from serving.index import Index
@@ -68,7 +68,7 @@ class Catalogue:
         ids: dict[int, str] = {}  # place -> id that is not one of an added item
         for place, item in enumerate(items):
             if isinstance(item, bool) or not isinstance(item, str | int | np.integer):
-                raise InputError(f"item {item!r:.80} must be an id (a string) or a number from 1 to {len(self)}")
+                raise InputError(f"item {shown(item)} must be an id (a string) or a number from 1 to {len(self)}")
             if not isinstance(item, str) and not self.exported.numeric:
                 found.append(int(item) if 1 <= item <= len(self) else 0)
                 continue
@@ -88,7 +88,7 @@ class Catalogue:
 
     def unknown(self, items: Sequence[ItemId]) -> str:
         """Describe unknown items for a note or an error."""
-        named = ", ".join(f"{item!r:.80}" for item in items[:5]) + (", ..." if len(items) > 5 else "")
+        named = ", ".join(shown(item) for item in items[:5]) + (", ..." if len(items) > 5 else "")
         return f"unknown: {named} (of {len(self):,} items)"
 
     @property
@@ -204,7 +204,7 @@ def model_name(config: Mapping[str, Any]) -> str:
 def check_state(now: Snapshot, state: State) -> None:
     """Raise InputError for a state of another model, or with items that this catalogue does not have."""
     if not isinstance(state, State):
-        raise InputError(f"state {state!r:.80} must be a State, as start() and step() return it")
+        raise InputError(f"state {shown(state)} must be a State, as start() and step() return it")
     if state.model != now.model:
         raise InputError(
             f"the state was made by the model {state.model!r}, this is {now.model!r}; encode the history again: start()"
@@ -227,7 +227,7 @@ def project(now: Snapshot, ids: list[str], features: Any) -> np.ndarray:
     try:
         features = np.asarray(features, dtype=np.float32)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"features must be an array of numbers, not {features!r:.80}") from None
+        raise InputError(f"features must be an array of numbers, not {shown(features)}") from None
     if features.shape != (len(ids), len(weight)):
         raise InputError(
             f"features of shape {list(features.shape)} for {len(ids)} items: must be {[len(ids), len(weight)]}"

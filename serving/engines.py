@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from serving.folder import GRAPHS, HINT, Export, spare_rows
 from serving.weights import MATRICES, STEPS, dequantize, quantize, rounded
 
@@ -282,15 +282,15 @@ def open_engine(export: Export, name: str | None, threads: int) -> Engine:
     """
     if baseline := export.config.get("model"):
         if name is not None:
-            raise InputError(f"{export.folder} is a {baseline}, which NumPy serves; leave out engine {name!r}")
+            raise InputError(f"{export.folder} is a {baseline}, which NumPy serves; leave out engine {shown(name)}")
         from serving.baselines import BaselineEngine
 
         return BaselineEngine(export)
     name = name or ("onnx" if export.has_graphs else "torch")
     if name not in ENGINES:
-        raise InputError(f"engine {name!r} is unknown; use one of {', '.join(ENGINES)}")
+        raise InputError(f"engine {shown(name)} is unknown; use one of {', '.join(ENGINES)}")
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
-        raise InputError(f"threads {threads!r} must be a whole number, 0 for one per core")
+        raise InputError(f"threads {shown(threads)} must be a whole number, 0 for one per core")
     if name == "onnx":
         return OnnxEngine(export, threads)
     try:

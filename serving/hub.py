@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Parser, add_switch, run_cli
-from common.errors import InputError
+from common.errors import InputError, shown
 
 FILES = ["config.json", "README.md", "items.json", "*.safetensors", "*.onnx", "*.ort", "*.faiss"]
 REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -50,7 +50,7 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{folder} is not an export; python -m serving.export makes one") from None
     if not REPOSITORY.fullmatch(repository):
-        raise InputError(f"{repository!r} must be the name of a repository on the Hub, such as user/name")
+        raise InputError(f"{shown(repository)} must be the name of a repository on the Hub, such as user/name")
     hub = _library()
     api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     message = f"Add {config['dataset']['code']}, size {config['size']}"

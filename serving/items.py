@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import MAX_ID
 
 ItemId = str | int  # the dataset's id, or the item's number (serving/catalogue.py)
@@ -69,11 +69,11 @@ def make_items(ids: Iterable[str], titles: Iterable[str]) -> Items:
     seen: set[str] = set()
     for item, title in zip(ids, titles, strict=True):
         if not isinstance(item, str) or not 1 <= len(_utf8(item)) <= MAX_ID or "\0" in item:
-            raise InputError(f"item id {item!r:.80} must be a string of 1 to {MAX_ID} bytes in UTF-8 without NUL")
+            raise InputError(f"item id {shown(item)} must be a string of 1 to {MAX_ID} bytes in UTF-8 without NUL")
         if item in seen:
-            raise InputError(f"item id {item!r} occurs twice; ids must be unique")
+            raise InputError(f"item id {shown(item)} occurs twice; ids must be unique")
         if not isinstance(title, str):
-            raise InputError(f"the title of item {item!r} is {title!r:.80}; give a string, '' if it has none")
+            raise InputError(f"the title of item {shown(item)} is {shown(title)}; give a string, '' if it has none")
         seen.add(item)
     encoded = [title.encode("utf-8", "replace") for title in titles]
     return Items(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from serving.catalogue import Catalogue, Snapshot, check_state
 from serving.engines import Encoder, VectorEngine, bias_before_scaling
 from serving.items import ItemId
@@ -294,5 +294,5 @@ def make_filter(catalogue: Catalogue, items: Any, boost: Any) -> Filter:
 def listed(values: Any, what: str, example: str) -> Iterable:
     """Return `values` if it is list-like. Raises InputError for a string, a dict or a single value."""
     if isinstance(values, str | bytes | State | Mapping) or not isinstance(values, Iterable):
-        raise InputError(f"{what} must be a list such as {example}, not {values!r:.80}")
+        raise InputError(f"{what} must be a list such as {example}, not {shown(values)}")
     return values

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import open_regular, read_json
 from serving import hub
 from serving.catalogue import Catalogue, Snapshot, check_state, project
@@ -397,8 +397,8 @@ def _check_vectors(now: Snapshot) -> None:
 
 
 def _check_top_k(top_k: Any) -> None:
-    if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or top_k < 1:
-        raise InputError(f"top_k {top_k!r} must be a whole number from 1")
+    if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or not 1 <= top_k < 2**31:
+        raise InputError(f"top_k {shown(top_k)} must be a whole number from 1 to 2147483647")
 
 
 def _known(catalogue: Catalogue, items: Any, what: str) -> list[int]:

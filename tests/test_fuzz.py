@@ -375,7 +375,9 @@ def recommender(folder, exported):
 
 
 ITEM = (
-    st.sampled_from(["A1", "A12", 1, 12, 13, -1, True, 1.0, "zzz", "\ud800", "a\0", 10**30, np.int64(3), b"A1"])
+    st.sampled_from(
+        ["A1", "A12", 1, 12, 13, -1, True, 1.0, "zzz", "\ud800", "a\0", 10**30, 10**5000, np.int64(3), b"A1"]
+    )
     | VALUES
 )
 GIVEN = st.lists(ITEM, max_size=4) | VALUES | st.just(("A1",)) | st.just(np.array([1, 2])) | st.just(range(3))
@@ -394,9 +396,9 @@ TYPED = [
     [[1, 2, 3, 4, 5, 6]],
     [[1], [2, 3]],
 ]
-VECTORS = st.sampled_from([*SHAPED, *TYPED]) | VALUES
+VECTORS = st.sampled_from([*SHAPED, *TYPED, [[10**5000]]]) | VALUES
 MASKS = st.sampled_from([np.ones(12, bool), np.ones((2, 2), bool)])
-TOP_K = st.sampled_from([1, 3, 2.5, "3"]) | VALUES
+TOP_K = st.sampled_from([1, 3, 2.5, "3", 10**5000]) | VALUES
 
 
 def call(name, required, **optional):

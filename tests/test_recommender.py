@@ -113,7 +113,7 @@ def test_a_value_that_is_no_list_of_histories_is_refused_with_an_example(r, valu
 
 
 def test_an_impossible_top_k_or_a_bare_state_is_refused(r):
-    for top_k in (0, 2.0, "3", True):
+    for top_k in (0, 2.0, "3", True, 10**5000):
         with pytest.raises(InputError, match=r"top_k .* must be a whole number from 1"):
             r.recommend([[]], top_k=top_k)
     with pytest.raises(InputError, match="histories must be a list such as"):

@@ -122,7 +122,8 @@ def _reason(metadata: Any, value: Any) -> str:
         return f" must be at most {MAX_WHOLE}"
     if isinstance(value, str) and not _is_path(value, 200 if metadata["folder_name"] else 4000):
         return " must be shorter, and valid text without control characters"
-    if limits and not (math.isfinite(value) and all(tests[name](value, limit) for name, limit in limits.items())):
+    finite = isinstance(value, int) or not limits or math.isfinite(value)
+    if not finite or not all(tests[name](value, limit) for name, limit in limits.items()):
         words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
         return f" must be {'a finite number, ' if isinstance(value, float) else ''}{words}"
     return ""

@@ -166,6 +166,11 @@ def test_a_bad_value_is_refused_by_its_flag_and_value(capsys, flag, values):
         assert value in message.replace("\\\\", "\\")
 
 
+def test_a_whole_number_beyond_floats_is_refused_where_a_share_is_expected():
+    with pytest.raises(InputError, match=r"--distill 1000.* must be at least 0 and at most 1"):
+        Config(distill=10**400)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -547,6 +547,7 @@ def cut(path: Path) -> None:
         ("visual.csv", "asin,f0,f1\nA,1,2\nB,3\n", "line 3: column 'f1' has"),
         ("visual.csv", "asin,f0,f1\nA,1,2\nB,3,4,5\n", "cannot be read"),
         ("visual.csv", "asin,f0\nA,high\n", "line 2: column 'f0' has 'high'; give a finite number"),
+        ("visual.csv", f"asin,f0\nA,{'9' * 400}\n", "line 2: column 'f0' has "),
         ("visual.csv", "f0,asin\n1,A\n", "has the columns f0, asin; write a header with asin or item_id or"),
         ("visual.csv", "", "cannot be read"),
         ("visual.pkl", "x", "none of the known suffixes .npy, .safetensors, .csv, .parquet, .b"),

@@ -319,6 +319,13 @@ def _open_safetensors(path: Path) -> ArrayFile:
     return ArrayFile(path, width, pieces, "row" if table else "tensor (sorted by name)")
 
 
+def _to_floats(column: Any) -> Any:
+    """Return a column of a CSV file as numbers; NaN for text, infinity for integers beyond floats."""
+    import pandas as pd
+
+    return pd.to_numeric(column.astype(str) if column.dtype == object else column, errors="coerce")
+
+
 def _open_csv(path: Path) -> ArrayFile:
     import pandas as pd
 
@@ -340,7 +347,7 @@ def _open_csv(path: Path) -> ArrayFile:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)  # for a row that is too long
                 for table in read(chunksize=PIECE, dtype={columns[0]: str}):
-                    numbers = table[columns[1:]].apply(pd.to_numeric, errors="coerce")
+                    numbers = table[columns[1:]].apply(_to_floats)
                     bad = ~np.isfinite(numbers.to_numpy(np.float64))
                     if bad.any():
                         row, column = np.argwhere(bad)[0]

@@ -185,8 +185,9 @@ class TrainingSettings(Settings):
     early_stopping: bool = setting(True, "stop after early_stopping_patience epochs without a better best_metric")
     early_stopping_patience: int = setting(10, "patience in epochs", at_least=1, used_if=lambda c: c.early_stopping)
     distill: float = setting(
-        0.0, "share of the largest size's softmax in targets", at_least=0, at_most=1, extension=True
+        0.0, "share of the teachers' or the largest size's softmax in targets", at_least=0, at_most=1, extension=True
     )
+    teachers: tuple[str, ...] = setting((), "RUN,...: trained runs that all sizes learn from", extension=True)
     ema_decay: float = setting(0.0, "EMA decay of the evaluated weights; 0: none", at_least=0, below=1, extension=True)
 
 
@@ -234,6 +235,8 @@ class Config(RunSettings, EvaluationSettings, TrainingSettings, ModelSettings, F
         if self.preset != "paper" and self.model_code != "fmrlrec":
             yield f"--preset {self.preset} needs --model_code fmrlrec, not {self.model_code}"
         yield from super().problems()
+        if self.teachers and not self.distill:
+            yield "--teachers needs --distill, their share in the targets, such as --distill 0.9"
         if self.model_code != "fmrlrec":
             for name in ("use_language_encoder", "use_img_encoder", "features"):
                 if getattr(self, name):

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]],
     from model import count_parameters
     from model.base import CountingModel
     from model.registry import build_model
-    from trainer.load_run import find_resumed, load_initial, warm_settings
+    from trainer.load_run import find_resumed, load_initial, load_teachers, warm_settings
     from trainer.testing import test_every_size
     from trainer.trainer import CountingTrainer, Trainer
     from trainer.training_run import TrainingRun
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]],
     catalog = load_dataset(config)
     run.check_data(catalog)
     features = load_features(config, catalog, device, run.features)  # each [N, F], from the cache
+    teachers = load_teachers(config, catalog, device, run.resumed)
 
     torch.manual_seed(config.seed)
     parts, fresh = [torch.from_numpy(part) for part in features], not config.init_from
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]],
         if isinstance(model, CountingModel):
             CountingTrainer(model, catalog.sequences, config, run).fit()
         else:
-            Trainer(model, catalog.sequences, config, run).fit()
+            Trainer(model, catalog.sequences, config, run, teachers).fit()
         run.load_best(model)
         run.keep_table(model)
         run.plot_training()

@@ -182,6 +182,7 @@ def test_a_whole_number_beyond_floats_is_refused_where_a_share_is_expected():
         ("--item_embedding=4 --no-use_language_encoder --no-use_img_encoder", "--item_embedding needs an encoder or"),
         ("--whiten_features --no-use_language_encoder --no-use_img_encoder", "--whiten_features needs an encoder or"),
         ("--lru_r_min=0.3 --lru_r_max=0.2", "--lru_r_min 0.3 --lru_r_max 0.2"),
+        ("--teachers=a,b", "--teachers needs --distill, their share in the targets"),
         ("--lru_droput=0.3", "unknown flag --lru_droput; did you mean --lru_dropout?"),
         ("--no-use_img_encodr", "unknown flag --no-use_img_encodr; did you mean --no-use_img_encoder?"),
         ("--lru_drop=0.3", "unknown flag --lru_drop; did you mean --lru_dropout?"),  # abbreviations may change sense
@@ -326,7 +327,7 @@ CHANGED = {
 ELSEWHERE = {
     "img_encoder", "encoder_precision", "num_heads", "early_stopping", "early_stopping_patience", "val_mask_history",
     "best_metric", "run_name", "validate_untrained", "features", "init_from", "item_embedding_updates",
-    "item_embedding_gate",
+    "item_embedding_gate", "teachers",
 }  # fmt: skip
 RUNTIME = {
     "data_root", "features_root", "runs_root", "device", "use_wandb", "use_tensorboard", "encoder_batch_size",

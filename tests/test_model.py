@@ -1,5 +1,6 @@
 """The model's parts, and its slices with and without the extensions beyond the paper."""
 
+import copy
 import math
 import shlex
 from dataclasses import replace
@@ -20,7 +21,9 @@ from model import FMRLRec, count_parameters, slice_model
 from model import items as items_module
 from model.base import Dropout, set_share
 from model.extensions import whitening as whitening_module
+from model.extensions.history import history_items
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
+from model.extensions.teachers import Teachers
 from model.extensions.whitening import Whitening, fit_whitening, whiten
 from model.fast import layers
 from model.fast.layers import linear_recurrence, nested_linear
@@ -296,6 +299,36 @@ def test_a_step_has_the_loss_and_the_gradients_of_the_item_embedding_of_the_plai
     torch.testing.assert_close(found, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, trained.items.V)[0])
     assert torch.equal(gradient.any(dim=1), trained.items.gate.trained if gate else torch.ones(NUM_ITEMS + 1) > 0)
+
+
+def test_teachers_average_the_scaled_scores_of_their_models():
+    (batch, _), scaled, plain = batch_of(), embedding_model(4, False), embedding_model(8, False)
+    scaled.log_scale = torch.nn.Parameter(torch.tensor([0.0] * (len(SIZES) - 1) + [0.7]))
+    teachers, expected = Teachers([scaled, plain]), 0
+    z = teachers.encode(batch.tokens, batch.position, batch.longest)
+    for model, scale in ((scaled, math.exp(0.7)), (plain, 1.0)):
+        table = model.item_table()
+        expected = expected + scale / 2 * model.encode(table[batch.tokens], batch.position, batch.longest) @ table.T
+    torch.testing.assert_close(teachers.logits(z, torch.float32), expected.detach())
+
+    items, history = torch.tensor([3, 1, 7]), history_items(batch.tokens, batch.position, batch.longest)
+    columns = torch.cat([batch.labels[:, None], items.expand(len(z), 3), history], dim=1)
+    of_sample = teachers.sampled_logits(z, batch.labels, items, batch.tokens, batch.longest, torch.float32)
+    of_history = torch.cat([torch.ones(len(z), 4, dtype=torch.bool), history > 0], dim=1)
+    torch.testing.assert_close(of_sample[of_history], expected.gather(1, columns).detach()[of_history])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("negatives", [0, 9])
+def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(negatives, loss):
+    options = {"mrl_hidden_sizes": (8,), "item_embedding": 8, "logit_scale": True, "history_bias": True}
+    settings = ModelSettings(**options, lru_dropout=0.0, lru_attn_dropout=0.0)
+    model, (batch, counts) = FMRLRec(NUM_ITEMS, torch.randn(NUM_ITEMS, 5), settings).double(), batch_of()
+    sampler = NegativeSampler(counts, negatives) if negatives else None
+    taught = TrainingSettings(distill=1.0, loss=loss, max_grad_norm=0)
+    Step(model.train(), NoUpdate(), taught, sampler, teachers=Teachers([copy.deepcopy(model)]))(batch)
+    model.history_bias.grad = None
+    assert max(p.grad.abs().max() for p in model.parameters() if p.grad is not None) < 1e-12
 
 
 def train_embedding(updates, model):

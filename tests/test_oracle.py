@@ -273,7 +273,7 @@ def hold(monkeypatch, case, positions):
 @pytest.mark.parametrize(
     ("shape", "objective", "held", "dtype", "tolerance"),
     [
-        *((SHAPE, objective, 7, torch.float64, 1e-12) for objective in OBJECTIVES),
+        *((SHAPE, objective, 7, torch.float64, 1e-12) for objective in (*OBJECTIVES, "teachers")),
         ((5, 40, (2, 4, 16), 9), "both", 50, torch.float64, 1e-12),  # wide increments stay a product
         ((60, 12, (2, 5), 30), "the paper's", 50, torch.float64, 1e-12),  # all columns are multiplied out
         ((131, 20, (1, 3, 40), 7), "the paper's", 50, torch.float32, 1e-4),
@@ -287,8 +287,11 @@ def test_the_fast_loss_has_the_value_and_gradients_of_the_plain_one(
 ):
     case, leaves = random_case(kind, shape, dtype)
     hold(monkeypatch, case, held)
-    losses = losses_of(kind)
-    fast, plain = (value_and_gradients(losses[name], case, leaves, OBJECTIVES[objective]) for name in ("fast", "plain"))
+    losses, given = losses_of(kind), OBJECTIVES.get(objective, OBJECTIVES["all"])
+    if objective == "teachers":
+        candidates = 1 + 17 + HISTORY.shape[1] if kind == "sample" else 1 + shape[1]
+        given = given._replace(teacher=torch.randn(shape[0], candidates, dtype=dtype))
+    fast, plain = (value_and_gradients(losses[name], case, leaves, given) for name in ("fast", "plain"))
     for f, p in zip(fast, plain, strict=True):
         assert (f.dtype, f.shape) == (p.dtype, p.shape)
         assert (f - p).abs().max() <= tolerance * p.abs().max()
@@ -395,6 +398,14 @@ def test_distillation_targets_the_largest_sizes_scaled_softmax_without_a_gradien
     torch.testing.assert_close(losses, torch.stack([0.75 * own + 0.25 * taught, largest]))
     by_large, expected = (torch.autograd.grad(loss, large)[0] for loss in (losses.sum(), largest))
     torch.testing.assert_close(by_large, expected)
+
+
+def test_teachers_replace_the_largest_size_in_the_targets_of_all_sizes():
+    logits, label = [torch.randn(4, 6, dtype=torch.float64) for _ in range(2)], torch.tensor([1, 0, 5, 5])
+    teacher = torch.randn(4, 6, dtype=torch.float64)
+    losses = losses_plain(logits, label, label >= 0, Objective(distill=0.25, teacher=teacher))
+    target = 0.75 * F.one_hot(label, 6) + 0.25 * teacher.softmax(dim=1)
+    torch.testing.assert_close(losses, torch.stack([-(target * own.log_softmax(1)).sum() for own in logits]))
 
 
 def test_draws_follow_the_distribution_and_never_include_token_0():

@@ -239,6 +239,28 @@ def test_a_warm_start_on_newer_data_keeps_what_was_learned_of_items(workplace, m
     assert read_json(run / "env.json")["init_from"] == {"run": origin.name, "weights": weights}
 
 
+def test_a_run_learns_from_teachers_and_refuses_those_that_changed_or_know_other_items(workplace):
+    teacher = train.main(shlex.split(f"{TINY} --num_epochs 1"))
+    taught = f"{TINY} --preset plus --teachers {teacher},{teacher} --num_epochs 1"
+    run, alone = train.main(shlex.split(taught)), train.main(shlex.split(f"{TINY} --preset plus --num_epochs 1"))
+    assert [entry["run"] for entry in read_json(run / "env.json")["teachers"]] == 2 * [teacher.name]
+    weights, without = (load_file(folder / "best.safetensors") for folder in (run, alone))
+    assert not torch.equal(weights["items.V"], without["items.V"])
+    train.main(["--resume", str(run)])
+
+    best = (teacher / "best.safetensors").read_bytes()
+    (teacher / "best.safetensors").write_bytes((alone / "best.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"changed since .* start another run with --teachers"):
+        train.main(["--resume", str(run)])
+    (teacher / "best.safetensors").write_bytes(best)
+    counting = train.main(shlex.split("--dataset_code tiny --model_code popularity"))
+    with pytest.raises(InputError, match="which only counts; leave it out"):
+        train.main(shlex.split(f"{TINY} --distill 0.5 --teachers {counting}"))
+    write_newer_data()
+    with pytest.raises(InputError, match=r"was trained on another dataset .* give runs of this one"):
+        train.main(shlex.split(taught))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -12,7 +12,6 @@ import torch
 from common import processes
 from common.devices import resolve_device
 from common.errors import InputError
-from common.files import sha256
 from common.settings import format_value, is_runtime
 from config import COUNTING, EXTENSIONS, Config, FeatureSettings, ModelSettings, named_preset
 from datasets.catalog import Catalog
@@ -20,6 +19,7 @@ from datasets.features.load import load_features
 from datasets.load import load_dataset
 from model import FMRLRec
 from model.base import CountingModel, SequenceModel
+from model.extensions.teachers import Teachers
 from model.extensions.whitening import Whitening
 from model.registry import build_model
 from trainer.checkpoint import RunItems, known_ids, load_weights, move_rows, read_items, read_table
@@ -33,6 +33,7 @@ from trainer.runs import (
     check_data,
     describe_run,
     features_of,
+    identity,
     ineffective_settings,
     no_weights,
     read_config,
@@ -237,7 +238,7 @@ def _warm_settings(flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     if not (run / WEIGHTS).exists():
         raise no_weights(run / WEIGHTS)
     given = expand_preset(flags, flags.get("dataset_code", saved.dataset_code))
-    config = Config(**{**vars(saved), **flags, **given})
+    config = Config(**{**vars(saved), "teachers": (), **flags, **given})  # teachers know the items of their own data
     names = [*ARCHITECTURE, "embedded", "branch", *(["lru_max_len"] if config.model_code == "sasrec" else [])]
     for name in names:
         if getattr(config, name) != getattr(saved, name) and name not in ineffective_settings(config):
@@ -261,10 +262,7 @@ def load_initial(model: SequenceModel | CountingModel, catalog: Catalog, origin:
     """
 
     def read() -> list[str]:
-        if read_environment(run).get("init_from", {}).get("weights") != sha256(origin / WEIGHTS):
-            raise InputError(
-                f"{origin / WEIGHTS} changed since {run} was made of it; start another run with --init_from"
-            )
+        check_origin(run, read_environment(run).get("init_from"), origin, "--init_from")
         return known_ids(origin, catalog)
 
     load_moved(model, origin, catalog.asins, processes.on_main_process(read))
@@ -273,3 +271,37 @@ def load_initial(model: SequenceModel | CountingModel, catalog: Catalog, origin:
 def load_moved(model: SequenceModel | CountingModel, run: Path, ids: Sequence[str], known: Sequence[str]) -> None:
     """Load a run's best weights, trained on the items `known`, into a model of the items `ids`."""
     load_weights(model, run / WEIGHTS, lambda weights: move_rows(weights, model, list(known), list(ids)))
+
+
+def check_origin(run: Path, recorded: dict[str, str] | None, origin: Path, flag: str) -> None:
+    """Raise InputError if the run `origin` has other weights now than when `run` was made of it."""
+    if (recorded or {}).get("weights") != identity(origin)["weights"]:
+        raise InputError(f"{origin / WEIGHTS} changed since {run} was made of it; start another run with {flag}")
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+# Trained runs that a training learns from (train.py --teachers).
+
+
+def load_teachers(config: Config, catalog: Catalog, device: torch.device, resumed: Path | None) -> Teachers | None:
+    """Return the models of --teachers with their best weights; None if there are none.
+
+    resumed: the run that continues. Raises InputError for a run of another dataset, one that only counts, and one whose
+    weights changed since the resumed run began.
+    """
+    runs = [Path(run) for run in config.teachers]
+    recorded = read_environment(resumed).get("teachers", []) if resumed else []
+    for run, known in zip(runs, recorded, strict=False):
+        check_origin(resumed or run, known, run, "--teachers")
+    models = []
+    for run in runs:
+        _, items, model = load_for_export(run, {"data_root": config.data_root, "device": config.device})
+        if isinstance(model, CountingModel):
+            raise InputError(f"--teachers {run} is a run of {type(model).__name__}, which only counts; leave it out")
+        if items.data != catalog.digest():
+            raise InputError(
+                f"--teachers {run} was trained on another dataset (digest {items.data}) than {config.dataset_code} in "
+                f"{config.data_root} ({catalog.digest()}); give runs of this one"
+            )
+        models.append(model.to(device))
+    return Teachers(models) if models else None

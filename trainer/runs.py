@@ -133,11 +133,18 @@ def create_run(
     facts: dict[str, Any] = {"data": data, "features": features}
     if split != LEAVE_ONE_OUT:
         facts["split"] = split
-    if origin := config.init_from:
-        facts["init_from"] = {"run": Path(origin).resolve().name, "weights": sha256(Path(origin) / WEIGHTS)}
+    if config.init_from:
+        facts["init_from"] = identity(Path(config.init_from))
+    if config.teachers:
+        facts["teachers"] = [identity(Path(teacher)) for teacher in config.teachers]
     write_json(run / ENVIRONMENT, environment(device) | facts)
     write_json(run / CONFIG, {"settings": vars(config), "sources": sources})
     return run
+
+
+def identity(run: Path) -> dict[str, str]:
+    """Return a run's name and the digest of its best weights, for the runs that learn from it."""
+    return {"run": run.resolve().name, "weights": sha256(run / WEIGHTS)}
 
 
 def read_config(run: Path) -> tuple[Config, dict[str, str]]:
@@ -330,6 +337,8 @@ class Environment(Struct):
     data: str | None = None
     split: str | None = None
     features: list[str] = []
+    init_from: dict[str, str] = {}
+    teachers: list[dict[str, str]] = []
     resumed: list["Environment"] = []
 
 

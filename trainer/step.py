@@ -17,6 +17,7 @@ from model.base import SequenceModel, set_share
 from model.extensions.history import history_items, learned_bias
 from model.extensions.objective import Objective
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
+from model.extensions.teachers import Teachers
 from model.items import Factors
 from model.loss import LOSSES
 from trainer.sparse_rows import SparseRows
@@ -32,13 +33,15 @@ class Step:
         settings: TrainingSettings,
         sampler: NegativeSampler | None = None,
         rows: SparseRows | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         """sampler: draws the items of a sampled softmax; None: the exact one. rows: updates the learned item embedding
-        by rows; None: the optimizer does.
+        by rows; None: the optimizer does. teachers: trained models to learn from; None: the largest size teaches.
 
         Raises InputError for an unknown loss.
         """
         self.model, self.optimizer, self.settings, self.sampler = model, optimizer, settings, sampler
+        self.teachers = teachers
         self.rows, self.lookup = rows, rows.read if rows else F.embedding
         self.clipped = torch.zeros((), device=next(model.parameters()).device)  # steps whose gradient was clipped
         losses = SAMPLED_LOSSES if sampler else LOSSES
@@ -60,6 +63,7 @@ class Step:
             set_share(model, None)
 
             dtype = torch.bfloat16 if settings.precision == "bf16" else z.dtype
+            negatives = None
             if not self.sampler:
                 table: Factors | Sample | Tensor = model.items.factors(dtype)  # [N+1, D]
             else:
@@ -68,7 +72,9 @@ class Step:
                     own, drawn = (model.items(items, lookup=self.lookup) for items in (batch.labels, negatives))
                     table = Sample(own, drawn.to(dtype), negatives, log_kq, x)
 
-            objective = Objective(getattr(model, "log_scale", None), settings.distill, *_history(model, batch))
+            bias, history = _history(model, batch)
+            teacher = self._teach(batch, negatives, history, dtype) if self.teachers else None  # [T, K]
+            objective = Objective(getattr(model, "log_scale", None), settings.distill, bias, history, teacher)
             how = {"reduction": settings.mrl_loss, "count": batch.num_labels, "objective": objective}
             loss = self.loss(z, table, batch.labels, model.sizes, **how)
             loss.backward()
@@ -85,6 +91,17 @@ class Step:
             self.rows.update(float(self.optimizer.param_groups[0]["lr"]))
         self.optimizer.zero_grad(set_to_none=True)  # now, since the next forward pass needs the memory
         return loss.detach()
+
+    def _teach(self, batch: Batch, negatives: Tensor | None, history: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return the teachers' logits of the loss's candidates, [T, K]."""
+        assert self.teachers
+        with self._autocast(batch):
+            z = self.teachers.encode(batch.tokens, batch.position, batch.longest)
+        z = z.to(self.teachers.table.dtype)
+        if negatives is None:
+            return self.teachers.logits(z, dtype)
+        longest = 0 if history is None else history.shape[1]
+        return self.teachers.sampled_logits(z, batch.labels, negatives, batch.tokens, longest, dtype)
 
     def _autocast(self, batch: Batch) -> torch.autocast:
         # Without autocast's cache, which would keep the weights of a CUDA graph's recording.

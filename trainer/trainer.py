@@ -24,6 +24,7 @@ from dataloader import Batch, TrainLoader, eval_rows, train_items, train_rows
 from datasets.catalog import Sequences
 from model.base import CountingModel, SequenceModel
 from model.extensions.sampled_loss import NegativeSampler
+from model.extensions.teachers import Teachers
 from trainer.checkpoint import save_state, save_weights
 from trainer.evaluation import criterion, cut_offs, evaluate
 from trainer.runs import STATE, WEIGHTS, is_finished
@@ -58,8 +59,15 @@ class Progress:
 class Trainer:
     """Trains a model on the training items of all users, and writes the run's folder."""
 
-    def __init__(self, model: SequenceModel, sequences: Sequences, config: Config, run: TrainingRun) -> None:
-        """Resumes if the run has a state of finished epochs."""
+    def __init__(
+        self,
+        model: SequenceModel,
+        sequences: Sequences,
+        config: Config,
+        run: TrainingRun,
+        teachers: Teachers | None = None,
+    ) -> None:
+        """Resumes if the run has a state of finished epochs. teachers: trained models to learn from."""
         device = next(model.parameters()).device
         rows = train_rows(sequences, config.lru_max_len, config.first_item_label)
         ranks = processes.rank(), processes.world_size()
@@ -68,7 +76,7 @@ class Trainer:
         self.val_rows = eval_rows(sequences, config.lru_max_len, "val")
         if model.items.gate:
             model.items.gate.trained.copy_(self.loader.token_counts(model.num_items) > 0)
-        self.step = build_step(model, self.loader, config)
+        self.step = build_step(model, self.loader, config, teachers)
         self.average = WeightAverage(model, config.ema_decay, self.step.rows) if config.ema_decay else None
         self.patience = config.early_stopping_patience if config.early_stopping else None
         self.criterion = criterion(config.best_metric, config.val_mask_history)
@@ -328,7 +336,9 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.loader.device)
 
 
-def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Step | GraphedStep:
+def build_step(
+    model: SequenceModel, loader: TrainLoader, config: Config, teachers: Teachers | None = None
+) -> Step | GraphedStep:
     """Return the training step: as CUDA graphs on GPUs, with sampled negatives if the settings ask for them."""
     sampled = 0 < config.num_negatives < model.num_items
     if config.num_negatives and not sampled:
@@ -337,7 +347,7 @@ def build_step(model: SequenceModel, loader: TrainLoader, config: Config) -> Ste
         )
     sampler = NegativeSampler(loader.label_counts(model.num_items), config.num_negatives) if sampled else None
     rows = sparse_rows(model, config, sampled)
-    step = Step(model, build_optimizer(model, config, rows), config, sampler, rows)
+    step = Step(model, build_optimizer(model, config, rows), config, sampler, rows, teachers)
     graphed = loader.device.type == "cuda" and model.static_shapes and not rows
     return GraphedStep(step) if graphed else step
 

@@ -3,6 +3,8 @@
     loss = 1/|M| Σ_m CE(target_m, p_m),    p_m = softmax(s_m logits_m)
     target_m = (1 - x) one-hot + x p_D;    the largest size's target is one-hot              (no gradient through p_D)
 
+With teachers (model/extensions/teachers.py) their p replaces p_D, for the largest size too.
+
 With s_m = 1 and x = 0 this is the paper's loss. The history bias b_m is trained by CE(one-hot, softmax(s_m logits_m +
 b_m [item in history])) with the logits held fixed. That adds a gradient by b alone: it changes neither the loss's value
 nor any other weight. T positions, K logits of each.
@@ -23,6 +25,7 @@ class Objective(NamedTuple):
     distill: float = 0.0  # x
     history_bias: Tensor | None = None  # [M] b, learned; None: b = 0
     history: Tensor | None = None  # [T, L] the items read at each position (model/extensions/history.py), with a bias
+    teacher: Tensor | None = None  # [T, K] the teachers' logits, scaled; None: the largest size is the teacher
 
     def scale(self, like: Tensor) -> Tensor | None:
         """Return s [M] in the dtype of `like`, detached; None if s = 1."""
@@ -48,10 +51,11 @@ def losses_plain(
     scale = torch.ones(len(logits)) if objective.log_scale is None else objective.log_scale.exp()
     scaled = [(s * of_size + offset)[valid] for s, of_size in zip(scale, logits, strict=True)]
     losses = [F.cross_entropy(of_size, label[valid], reduction="sum") for of_size in scaled]
-    x, p_largest = objective.distill, scaled[-1].detach().softmax(dim=1)
+    x, teacher = objective.distill, objective.teacher
+    p = (scaled[-1].detach() if teacher is None else (teacher + offset)[valid]).softmax(dim=1)
     if x:
-        for j, of_size in enumerate(scaled[:-1]):
-            losses[j] = (1 - x) * losses[j] + x * F.cross_entropy(of_size, p_largest, reduction="sum")
+        for j, of_size in enumerate(scaled[:-1] if teacher is None else scaled):
+            losses[j] = (1 - x) * losses[j] + x * F.cross_entropy(of_size, p, reduction="sum")
     if objective.history_bias is not None and seen is not None:
         for j, (b, of_size) in enumerate(zip(objective.history_bias, scaled, strict=True)):
             by_bias = F.cross_entropy(of_size.detach() + b * seen[valid], label[valid], reduction="sum")

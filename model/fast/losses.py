@@ -78,6 +78,7 @@ def residuals_(
     loss: Tensor,
     grad_log_scale: Tensor,
     offset: Tensor | None = None,
+    teacher: Tensor | None = None,
 ) -> None:
     """Turn log p_m [C, K] of every size, in place, into the gradient s_m (p_m - target_m) by its unscaled logits.
 
@@ -86,20 +87,23 @@ def residuals_(
 
     label: [C, 1], a column; valid: [C, 1], false at a position without a label, whose logits must be 0. distill: x;
     scale: s [M], None for 1. spare: two [C, K] of any content. offset: [C, K], was added to the scaled logits, or None.
+    teacher: [C, K], the teachers' logits without the offset, or None.
     """
-    p_largest, residual = spare
-    if distill:
-        torch.exp(log_ps[-1], out=p_largest).mul_(valid)
+    target, residual = spare
+    if teacher is not None:
+        torch.softmax(teacher if offset is None else teacher + offset, dim=1, out=target).mul_(valid)
+    elif distill:
+        torch.exp(log_ps[-1], out=target).mul_(valid)
     for j, log_p in enumerate(log_ps):
-        x = distill if j < len(log_ps) - 1 else 0.0
+        x = distill if j < len(log_ps) - 1 or teacher is not None else 0.0
         loss -= (1 - x) * (log_p.gather(1, label) * valid).sum()
         if x:
-            loss -= x * p_largest.flatten().dot(log_p.flatten())
+            loss -= x * target.flatten().dot(log_p.flatten())
         # A position's residuals sum to 0, so below log p may replace the scaled logits, which differ by a constant.
         of_size = torch.exp(log_p, out=log_p if scale is None else residual)
         of_size.scatter_add_(1, label, x * valid.to(log_p.dtype) - 1)
         if x:
-            of_size.sub_(p_largest, alpha=x)
+            of_size.sub_(target, alpha=x)
         if scale is not None:
             grad_log_scale[j] += of_size.flatten().dot(log_p.flatten())
             if offset is not None:
@@ -191,7 +195,10 @@ class _CrossEntropySum(torch.autograd.Function):
                     of_seen = (residual.gather(1, history[rows]).exp() * seen[rows]).sum(dim=1)
                     grad_bias[j] += bias_gradient(of_seen, label_seen[rows], bias[j])
             spares = logits, spare
-            residuals_(residuals, label, valid[rows], objective.distill, scale, spares, loss, grad_log_scale)
+            taught = None if objective.teacher is None else objective.teacher[rows].to(wide)
+            residuals_(
+                residuals, label, valid[rows], objective.distill, scale, spares, loss, grad_log_scale, teacher=taught
+            )
             # An increment's logits are part of its own and every larger size's logits: its gradient sums theirs.
             above = None
             for low, high in reversed(increments(sizes)):
@@ -342,7 +349,10 @@ class _SampledCrossEntropySum(torch.autograd.Function):
                     of_seen = residual[:, draws:].exp().sum(dim=1) + residual[:, 0].exp() * label_seen[rows]
                     grad_bias[j] += bias_gradient(of_seen, label_seen[rows], bias[j])
             column, spares = torch.zeros_like(labels[rows, None]), (logits, spare)
-            residuals_(residuals, column, valid[rows], objective.distill, scale, spares, loss, grad_log_scale, offset)
+            taught = None if objective.teacher is None else objective.teacher[rows].to(wide)
+            residuals_(
+                residuals, column, valid[rows], objective.distill, scale, spares, loss, grad_log_scale, offset, taught
+            )
             # An increment's logits are part of its own and every larger size's logits: its gradient sums theirs.
             above = None
             for low, high in reversed(increments(sizes)):

@@ -4,7 +4,8 @@ title, text             shown in the report
 datasets                the datasets it runs on by default
 settings                shared by all rows
 rows                    name -> the row's own settings (a preset stands for the settings it names), and optionally
-                        published, a key of paper.PUBLISHED, and size, the size to report (default: the largest)
+                        published, a key of paper.PUBLISHED, size, the size to report (default: the largest), and
+                        taught_by, the number of runs in --teachers
 compare                 pairs of rows to compare user by user
 every_size              report all sizes below each other, beside the paper's Figure 3
 by_size                 report all sizes side by side, with the history masked
@@ -16,6 +17,7 @@ validation              report validation only; its runs are never tested
 from __future__ import annotations
 
 import argparse
+import sys
 import tomllib
 from collections import Counter
 from dataclasses import dataclass
@@ -55,6 +57,7 @@ class Row:
     settings: dict[str, Any]
     published: str = ""
     size: int | None = None
+    taught_by: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Definition:
             varied.add("item_embedding")  # is rounded down to one of them
         if "enable_lr_schedule" in varied:
             varied.add("warmup_steps")  # has no effect without the schedule
+        if any(row.taught_by for row in self.rows):
+            varied.add("teachers")
         if "num_negatives" in varied:
             varied.add("item_embedding_updates")  # has no effect with the exact softmax
         return set(Config.__dataclass_fields__) if "model_code" in varied else varied
@@ -91,7 +96,9 @@ class Definition:
 
         An extension that the row does not name must have its default.
         """
-        settings = {name: getattr(Config, name) for name in EXTENSIONS} | row.settings
+        settings = {name: getattr(Config, name) for name in EXTENSIONS if name != "teachers"} | row.settings
+        if len(config.teachers) != row.taught_by:
+            return False
         embedded = size_within(config.mrl_hidden_sizes, settings.pop("item_embedding"))
         return embedded == config.embedded and all(getattr(config, name) == v for name, v in settings.items())
 
@@ -129,7 +136,7 @@ def _definition(name: str, table: Any, where: str) -> Definition:
 
 
 def _row(name: str, values: dict[str, Any]) -> Row:
-    own = {key: values.pop(key) for key in ("published", "size") if key in values}
+    own = {key: values.pop(key) for key in ("published", "size", "taught_by") if key in values}
     settings = check_types(Config, values, f"row {name!r}")
     config, _ = resolve(settings)  # raises for an invalid value
     if (size := own.get("size")) is not None and size not in config.mrl_hidden_sizes:
@@ -225,6 +232,8 @@ def planned(
     datasets: overrides those of the definitions. Raises InputError for a flag that contradicts a row.
     """
     jobs: list[Job] = []
+    if not flags.get("teachers"):
+        experiments = [(definition, without_teachers(definition, rows)) for definition, rows in experiments]
     for definition, rows in experiments:
         for seed in seeds:
             for dataset in datasets or definition.datasets:
@@ -249,6 +258,15 @@ def planned(
                     same[0].names.append(f"{definition.name}/{row.name}")
                     same[0].tests |= not definition.validation
     return jobs
+
+
+def without_teachers(definition: Definition, rows: list[Row]) -> list[Row]:
+    """Return the rows that need no --teachers, and name the others on stderr."""
+    for row in rows:
+        if row.taught_by:
+            needs = f"{definition.name}/{row.name} learns from {row.taught_by} trained runs; name them by --teachers"
+            print(f"left out: {needs}", file=sys.stderr)
+    return [row for row in rows if not row.taught_by]
 
 
 def set_data(jobs: list[Job]) -> list[str]:

@@ -182,6 +182,16 @@ def test_an_invalid_choice_of_runs_is_refused(workplace, arguments, problem):
         run_experiments(arguments)
 
 
+def test_a_row_with_teachers_is_run_with_those_that_are_named_or_left_out(workplace, calls, capsys):
+    taught = "plus, taught by three"
+    assert run.main(shlex.split(f'plus --rows "{taught};plus" --dry_run --dataset_code tiny'))[0].names == ["plus/plus"]
+    assert f"left out: plus/{taught} learns from 3 trained runs; name them by --teachers" in capsys.readouterr().err
+    [job] = run.main(shlex.split(f'plus --rows "{taught}" --teachers a,b,c --dry_run --dataset_code tiny'))
+    assert job.names == [f"plus/{taught}"] and job.config.teachers == ("a", "b", "c")
+    with pytest.raises(InputError, match=r"--teachers a,b contradicts plus, whose row 'plus, taught by three'"):
+        run.main(shlex.split(f'plus --rows "{taught}" --teachers a,b --dry_run --dataset_code tiny'))
+
+
 def test_a_dry_run_lists_the_runs_and_what_is_wrong_with_their_data(workplace, calls, capsys):
     jobs = run_experiments("depth --seeds 1,2,1 --dry_run")
     assert [job.state for job in jobs] == ["to start"] * 4

@@ -1,37 +1,37 @@
-"""An export's folder: never half written, checked when it is read, exact about ids and titles."""
+"""An export's folder: never half written, checked when read, exact about ids and titles, published on the Hub."""
 
+import base64
 import errno
+import functools
 import hashlib
+import http.server
+import itertools
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
+import threading
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
+import serving.hub
 from common.errors import InputError
+from serving import Recommender
 from serving import folder as export
 from serving.folder import pack_items, pack_weights, read_folder, write_folder
 from serving.items import Items, make_items
 from serving.weights import expected_shapes
-from tests.prepared import contents
+from tests.made_up import random_model, write_export
+from tests.prepared import contents, in_child, put_in_hub_cache
 
-REPOSITORY = Path(__file__).parent.parent
 SIZES, FEATURES, IDS = (2, 5), 3, ["A1", "B2", "C3"]
 FILES = ("model.safetensors", "items.safetensors", "recommend.onnx")
 DESCRIBED = {
-    "size": SIZES[-1],
-    "sizes": SIZES,
-    "num_blocks": 1,
-    "max_len": 9,
-    "num_items": len(IDS),
+    **{"size": SIZES[-1], "sizes": SIZES, "num_blocks": 1, "max_len": 9, "num_items": len(IDS), "quantize": "none"},
     "dataset": {"code": "shop", "digest": "0"},
     "features": {"dim": FEATURES, "language": None, "image": None},
-    "quantize": "none",
-    "run": "a-run",
-    "metrics": None,
+    **{"run": "a-run", "metrics": None},
 }
 AGAIN = "; export the model again: python -m serving.export"
 
@@ -85,17 +85,6 @@ def test_what_was_written_is_read(tmp_path):
     assert names(tmp_path) == ["out"] and (folder.stat().st_mode & 0o777) == 0o755
 
 
-def test_a_copied_file_is_checked_against_its_checksum(tmp_path):
-    first = write(tmp_path / "first")
-    more, files = {"recommend.onnx": first / "recommend.onnx"}, read_folder(first).config["files"]
-    copy = write(tmp_path / "copy", ids=["new"], more=more, files=files)
-    assert read_folder(copy).config["files"]["recommend.onnx"] == files["recommend.onnx"]
-    (first / "recommend.onnx").write_bytes(b"another")
-    with pytest.raises(InputError, match=r"recommend.onnx changed since it was opened; open it again"):
-        write(tmp_path / "third", more=more, files=files)
-    assert names(tmp_path) == ["copy", "first"]
-
-
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -120,26 +109,18 @@ def test_a_missing_cut_or_altered_file_is_named(tmp_path, name):
     for damaged, problem in (
         (content[:-1], rf"has \d+ bytes instead of {len(content)}"),
         (content[:-1] + bytes([content[-1] ^ 1]), r"was altered \(its checksum differs\)"),
+        (None, "is missing"),
     ):
-        path.write_bytes(damaged)
+        path.unlink() if damaged is None else path.write_bytes(damaged)
         with pytest.raises(InputError, match=f"{path} {problem}{AGAIN}"):
             read_folder(path.parent)
-    path.unlink()
-    with pytest.raises(InputError, match=f"{path} is missing{AGAIN}"):
-        read_folder(path.parent)
 
 
-@pytest.mark.parametrize(("old", "new"), [('"Größe"', '"Grosse"'), ('"sha256": ', '"no": ')])
-def test_an_altered_config_is_noticed(tmp_path, old, new):
+def test_an_altered_config_is_noticed(tmp_path):
     path = write(tmp_path / "out", note="Größe") / "config.json"
-    before, found, after = path.read_text(encoding="utf-8").rpartition(old)
-    assert found
-    path.write_text(before + new + after, encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace("Größe", "Grosse"), encoding="utf-8")
     with pytest.raises(InputError, match=rf"{path} was altered \(its checksum differs\){AGAIN}"):
         read_folder(path.parent)
-
-
-ENTRY = {"bytes": 1, "sha256": hashlib.sha256(b"a").hexdigest()}
 
 
 @pytest.mark.parametrize(
@@ -150,14 +131,12 @@ ENTRY = {"bytes": 1, "sha256": hashlib.sha256(b"a").hexdigest()}
         ({"sizes": [4]}, r"sizes \[4\] must rise and end at size 5"),
         ({"history_bias": "much"}, "config.json has history_bias 'much'"),
         ({"files": {}}, "config.json lists 'model.safetensors' wrongly or not at all"),
-        *(({"files": {name: ENTRY}}, f"lists '{name}' wrongly") for name in ("../outside", "deep/inside")),
+        ({"files": {"../outside": {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}}}, "lists '../outside' wrongly"),
     ],
 )
 def test_a_config_of_another_version_without_a_key_or_that_points_elsewhere_is_refused(tmp_path, changes, problem):
     folder = write(tmp_path / "out")
-    (folder / "deep").mkdir()
-    for path in (tmp_path / "outside", folder / "deep" / "inside"):
-        path.write_bytes(b"a")
+    (tmp_path / "outside").touch()
     if changes.get("files"):
         changes = {"files": read_folder(folder).config["files"] | changes["files"]}
     altered_config(folder, changes)
@@ -169,11 +148,7 @@ def with_weight(name, weight):
     return {"weights": {n: w for n, w in (weights_of() | {name: weight}).items() if w is not None}}
 
 
-def with_table(rows, width, dtype=np.float32, **more):
-    return {"table": np.zeros((rows, width), dtype=dtype), **more}
-
-
-INT8 = {"scale": np.ones(3, dtype=np.float32), "weights": weights_of(quantized=True), "quantize": "int8"}
+INT8 = {"scale": np.ones(3, "f4"), "weights": weights_of(quantized=True), "quantize": "int8"}
 FEWER = Items(make_items(IDS, IDS).ids, make_items(IDS, IDS).titles, np.array([2, 4]))  # two titles
 
 
@@ -184,13 +159,11 @@ FEWER = Items(make_items(IDS, IDS).ids, make_items(IDS, IDS).titles, np.array([2
         (with_weight("blocks.0.norm1.bias", np.zeros(5, "f8")), r"bias is float64 \[5\] instead of float32 \[5\]"),
         (with_weight("blocks.0.norm1.bias", None), r"norm1.bias is nothing instead of float32 \[5\]"),
         (with_weight("blocks.1.norm1.bias", np.zeros(5, "f4")), r"norm1.bias is float32 \[5\] instead of nothing"),
-        (with_table(3, 5), r"table of shape \[3, 5\] for 3 items of size 5"),
-        (with_table(4, 6), r"table of shape \[4, 6\] for 3 items of size 5"),
-        (with_table(4, 5, np.float16), "table is F16 instead of F32"),
-        (with_table(4, 5, np.int8, **INT8), "for 3 items of size 5"),
+        ({"table": np.zeros((3, 5), "f4")}, r"table of shape \[3, 5\] for 3 items of size 5"),
+        ({"table": np.zeros((4, 5), "f2")}, "table is F16 instead of F32"),
+        ({"table": np.zeros((4, 5), "i1"), **INT8}, "for 3 items of size 5"),
         ({"more": {"items.safetensors": pack_items(FEWER, np.zeros((4, 5), "f4"), None)}}, "for 3 items of size"),
         ({"more": {"items.safetensors": b"\xff" * 100}}, "is damaged"),
-        ({"more": {"model.safetensors": b""}}, "is damaged"),
     ],
 )
 def test_content_that_contradicts_config_or_was_never_valid_is_refused(tmp_path, content, problem):
@@ -226,19 +199,15 @@ def test_invalid_ids_and_titles_are_named(ids, titles, problem):
     assert problem in str(raised.value)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.int8])
-def test_a_table_of_several_chunks_is_read_in_order(tmp_path, dtype):
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+def test_a_table_of_several_chunks_is_read_in_order(tmp_path, kind):
     rows = 2 * export.CHUNK + 3
-    table = np.arange(rows * 2).reshape(rows, 2) % 251 - 125
-    int8 = dtype is np.int8
-    scale, weights = np.arange(rows, dtype=np.float32), weights_of((2,), quantized=int8)
-    ids = [f"i{n}" for n in range(1, rows)]
-    how = {"scale": scale, "quantize": "int8"} if int8 else {"quantize": "float16"}
-    found = read_folder(
-        write(tmp_path / "out", ids, table=table.astype(dtype), weights=weights, size=2, sizes=(2,), **how)
-    )
+    table = (np.arange(rows * 2).reshape(rows, 2) % 251 - 125).astype(kind)
+    scale = np.arange(rows, dtype=np.float32) if kind == "int8" else None
+    weights, ids = weights_of((2,), quantized=kind == "int8"), [f"i{n}" for n in range(1, rows)]
+    found = read_folder(write(tmp_path / "out", ids, None, table, scale, weights, quantize=kind, size=2, sizes=(2,)))
     assert np.array_equal(found.table, table) and found.items.id(rows - 1) == f"i{rows - 1}"
-    assert np.array_equal(found.scale, scale) if int8 else found.scale is None
+    assert found.scale is scale or np.array_equal(found.scale, scale)
 
 
 @pytest.mark.parametrize(("call", "at"), [("rename", 1), ("rename", 2), ("fsync", 3)])
@@ -259,58 +228,43 @@ def test_a_full_disk_leaves_the_old_export(tmp_path, monkeypatch, call, at):
     assert contents(folder) == before and names(tmp_path) == ["out"]
 
 
-KILLED = """
-import os, shutil, sys
-from pathlib import Path
-from tests.test_export_folder import write
-
 CHANGES = ("os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir")
 
-def die_at(n, log):
-    count = 0
-    def hook(event, arguments):
-        nonlocal count
-        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if event in CHANGES or writes:
-            count += 1
-            if count == n:
-                os.write(log, event.encode())
-                os._exit(9)
-    sys.addaudithook(hook)
 
-os.fsync = lambda _: None
-root = Path(sys.argv[1])
-for n in range(1, 200):
-    place = root / f"{n:03d}"
-    place.mkdir()
-    write(place / "out", ids=["old"])
-    log = os.open(root / f"{n:03d}.log", os.O_WRONLY | os.O_CREAT)
-    child = os.fork()
-    if not child:
-        die_at(n, log)
-        write(place / "out", ids=["new"], overwrite=True)
-        os._exit(0)
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
-        shutil.rmtree(place)
-        break
-"""
+def replace_until(change, folder, log):
+    """Replace an export until its n-th change of a file or folder, named in `log`, and die; status 9, or 0 if whole."""
+    changes = itertools.count(1)
+
+    def hook(event, arguments):
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in CHANGES or writes) and next(changes) == change:
+            os.write(log, event.encode())
+            os._exit(9)
+
+    os.fsync = lambda _: None
+    sys.addaudithook(hook)
+    write(folder, ids=["new"], overwrite=True)
 
 
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_export_and_the_next_one_succeeds(tmp_path):
-    root = tmp_path / "killed"
-    root.mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", KILLED, str(root)], cwd=REPOSITORY, env=environment, check=True, timeout=120)
-    places = sorted(root.glob("???"))
-    changes = [root.joinpath(f"{place.name}.log").read_text() for place in places]
-    assert changes.count("open") >= 10 and "os.remove" in changes
-    found = []
-    for place in places:
+    changes, found = [], []
+    for change in itertools.count(1):
+        place = tmp_path / str(change)
+        write(place / "out", ids=["old"])
+        came, log = os.pipe()
+        status = in_child(functools.partial(replace_until, change, place / "out", log))
+        os.close(log)
+        if status == 0:
+            break
+        assert status == 9
+        changes.append(os.read(came, 20).decode())
+        os.close(came)
         left = names(place)
         found.append(read_folder(place / "out").items.id(1))
         assert names(place) == left  # reading changes nothing: a writer may be at work
         assert read_folder(write(place / "out", ids=["next"], overwrite=True)).items.id(1) == "next"
         assert names(place) == ["out"]
+    assert changes.count("open") >= 10 and "os.remove" in changes
     # The old one is moved aside, then the new one into its place, then the old one away.
     _, placed, _ = (at + 1 for at, change in enumerate(changes) if change == "os.rename")
     assert found == ["old"] * placed + ["new"] * (len(changes) - placed)
@@ -322,3 +276,75 @@ def test_replacing_a_link_replaces_its_target(tmp_path):
     for name in ("first", "second"):
         assert read_folder(write(tmp_path / "out", ids=[name], overwrite=True)).items.id(1) == name
         assert (tmp_path / "out").is_symlink() and names(tmp_path) == ["out", "real"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- hub
+# push_to_hub against a local stand-in of the Hub's HTTP API, and from_pretrained("user/name") from the Hub's cache.
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """One repository, user/shop, that the token "mine" may write."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        answer = {"url": f"{self.server.address}/user/shop", "name": "user/shop", "errors": [], "warnings": []}
+        if self.path.startswith("/api/models/user/shop/preupload/"):
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [how | {"path": file["path"]} for file in json.loads(body)["files"]]}
+        elif self.path.startswith("/api/models/user/shop/commit/"):
+            files = [entry["value"] for entry in map(json.loads, body.splitlines()) if entry["key"] == "file"]
+            self.server.files = {file["path"]: base64.b64decode(file["content"]) for file in files}
+            answer = {"success": True, "commitOid": "1" * 40, "commitUrl": answer["url"]}
+        allowed = self.headers["Authorization"] == "Bearer mine"
+        content = json.dumps(answer if allowed else {"error": "Invalid token"}).encode()
+        self.send_response(200 if allowed else 401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def exported(tmp_path):
+    return write_export(tmp_path / "shop", random_model((4, 8)))
+
+
+def test_the_files_of_an_export_are_pushed_also_with_a_changed_catalogue(server, exported, monkeypatch):
+    (exported / "notes.txt").write_text("not of the export", encoding="utf-8")
+    assert serving.hub.main([str(exported), "user/shop"]) == f"{server.address}/user/shop"
+    assert server.files == {name: content for name, content in contents(exported).items() if name != "notes.txt"}
+    recommender = Recommender.from_pretrained(exported)
+    recommender.remove_items([3])
+    recommender.push_to_hub("user/shop")
+    assert json.loads(server.files["config.json"])["num_removed"] == 1
+    monkeypatch.setenv("HF_TOKEN", "another")
+    with pytest.raises(InputError, match=r"could not publish user/shop on the Hub \(.*; log in with `hf auth login`"):
+        serving.hub.push(exported, "user/shop")
+
+
+def test_an_export_on_the_hub_is_opened_by_its_name_but_a_folder_goes_first(hub, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put_in_hub_cache(hub, "user/shop", "1" * 40, exported)
+    expected = Recommender.from_pretrained(exported).recommend([[1, 2]])
+    assert Recommender.from_pretrained("user/shop").recommend([[1, 2]]) == expected
+    (tmp_path / "exports").mkdir()
+    for ask, problem in (
+        (lambda: Recommender.from_pretrained("exports/demo-64"), "exports/demo-64 is not an export"),
+        (lambda: Recommender.from_pretrained("user/none"), "no folder user/none, and no such .*; check the name"),
+        (lambda: serving.hub.push(exported, "a/b/c"), "such as user/name"),
+        (lambda: serving.hub.push(tmp_path, "user/shop"), "is not an export"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            ask()

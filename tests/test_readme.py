@@ -47,7 +47,7 @@ RUN_BY = {
     "fmrlrec-serve ": ("tests/test_recommender.py", "server.main("),
     "python -m datasets.prepare --events": ("tests/test_prepare.py", "--events=shop.parquet"),
     "npm ci --prefix serving/page && python -m serving.page": ("tests/test_page.py", "page.main("),
-    "python -m serving.hub": ("tests/test_hub.py", "hub.main("),
+    "python -m serving.hub": ("tests/test_export_folder.py", "hub.main("),
     "python -m benchmarks.deploy --synthetic": ("tests/test_export.py", '"--synthetic"'),
     "python -m benchmarks.speed": ("tests/test_experiments.py", "speed.main("),
     "python -m benchmarks.scaling": ("tests/test_experiments.py", "scaling.main("),

@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import yaml
 from safetensors.numpy import load_file, save
 
 from common.errors import InputError
@@ -24,12 +25,11 @@ from serving.folder import GRAPHS, read_folder, write_folder
 from serving.hub import graphs_of_folder
 from serving.states import State
 from serving.torch_engine import TorchEngine
-from serving.weights import BASELINES, quantize
-from tests.made_up import NEAR_1, made_up_catalog, random_model, write_export
+from serving.weights import BASELINES
+from tests.made_up import KINDS, NEAR_1, everything, made_up_catalog, random_model, with_random_weights, write_export
 from trainer.checkpoint import RunItems
 
 NUM_ITEMS = 30
-ENGINES = ("torch", "onnx")
 
 # Sizes, blocks, max_len, options of the model: every power of two that the scan may end on, sizes down to width 1.
 SHAPES = [
@@ -52,9 +52,9 @@ def exported(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """Exports of one model in two storages: {"none": ..., "int8": ...}."""
-    folder = tmp_path_factory.mktemp("one")
-    model = random_model((8, 16, 32), num_blocks=2, num_items=NUM_ITEMS, ring=NEAR_1)
-    return {kind: read_folder(write_export(folder / kind, model, max_len=20, quantize=kind)) for kind in ALONE}
+    folder, model = tmp_path_factory.mktemp("one"), random_model((8, 16, 32), num_items=NUM_ITEMS, ring=NEAR_1)
+    kinds = ("none", "int8")
+    return {kind: read_folder(write_export(folder / kind, model, max_len=20, quantize=kind)) for kind in kinds}
 
 
 def exported_baseline(folder, name):
@@ -66,9 +66,8 @@ def exported_baseline(folder, name):
     model = build_model(NUM_ITEMS, [], settings).eval()
     if name in COUNTING:
         model.count(torch.randint(20, (200,)), torch.randint(1, NUM_ITEMS + 1, (200,)))
-    for parameter_name, parameter in model.named_parameters() if name not in COUNTING else ():
-        if not parameter_name.endswith(("nu_log", "theta_log")):
-            torch.nn.init.normal_(parameter, std=0.5)
+    else:
+        with_random_weights(model, 0.8)
     items = RunItems.of(made_up_catalog(NUM_ITEMS))
     export_baseline(model, folder, config=settings, items=items, run=folder / "no-such-run", quantize="none")
     return model, Recommender.from_pretrained(folder)
@@ -76,9 +75,8 @@ def exported_baseline(folder, name):
 
 def histories_of(lengths, longest, num_items=NUM_ITEMS) -> np.ndarray:
     """Return random histories of these lengths, left-padded: [B, longest]."""
-    rng = np.random.default_rng(0)
-    rows = [rng.integers(1, num_items + 1, size=length) for length in lengths]
-    return np.stack([np.concatenate([np.zeros(longest - len(row), dtype=np.int64), row]) for row in rows])
+    rows = np.random.default_rng(0).integers(1, num_items + 1, (len(lengths), longest))
+    return np.where(np.arange(longest, 0, -1) <= np.array(lengths)[:, None], rows, 0)
 
 
 def all_items(table: Table) -> tuple[np.ndarray, int]:
@@ -108,8 +106,7 @@ def assert_close(actual, expected, tolerance=1e-5):
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_an_export_scores_histories_of_every_length_and_steps_as_the_model_does(exported, name):
+def test_an_export_scores_histories_of_every_length_and_steps_as_the_model_does(exported, engine):
     model, max_len, export = exported
     history, expected = histories_of(range(max_len + 1), max_len), []
     with torch.no_grad():
@@ -118,7 +115,7 @@ def test_an_export_scores_histories_of_every_length_and_steps_as_the_model_does(
             tokens = torch.from_numpy(row[-max(length, 1) :])  # an empty history is token 0 alone
             z = model.encode(table[tokens], torch.arange(len(tokens)), len(tokens))
             expected.append((table @ z[-1])[1:].numpy())
-    engine = open_engine(export, name, threads=1)
+    engine = open_engine(export, engine, threads=1)
     assert_close(ranking(engine, export, history), np.stack(expected))
     table, hidden = engine.table(export), np.zeros((1, export.config["num_blocks"], 2, model.sizes[-1]), np.float32)
     for item in history[-1]:
@@ -126,39 +123,20 @@ def test_an_export_scores_histories_of_every_length_and_steps_as_the_model_does(
     assert_close(by_item(engine.rank(z, table, *all_items(table))), expected[-1:])
 
 
-# With int8 a difference in the last digit can move an activation to the next of its 127 steps.
-ALONE = {"none": 1e-5, "int8": 2e-3}
-
-
 @pytest.mark.parametrize("kind", ["none", "int8"])
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_users_scores_depend_neither_on_the_batch_nor_on_the_padding(one, name, kind):
-    export = one[kind]
-    engine, lengths = open_engine(export, name, threads=1), [20, 1, 0, 7, 20, 3, 12]
-    history = histories_of(lengths, 20)
+def test_a_user_alone_is_answered_to_the_last_bit_as_in_a_batch_however_padded(one, engine, kind):
+    export, lengths = one[kind], [*range(21), 20, 3, 12]
+    engine, history = open_engine(export, engine, threads=1), histories_of(lengths, 20)
     together = ranking(engine, export, history)
     for row, length in enumerate(lengths):
         for padded in {max(length, 1), min(length + 2, 20), 20}:
             alone = ranking(engine, export, history[row : row + 1, -padded:])
-            assert_close(alone, together[row : row + 1], ALONE[kind])
+            np.testing.assert_array_equal(alone, together[row : row + 1])
     table = engine.table(export)
     z = np.random.default_rng(0).normal(size=(2, export.config["size"])).astype(np.float32)
     alone = by_item(engine.rank(z[:1], table, *all_items(table)))
     beside_a_large_one = by_item(engine.rank(z * np.float32([[1], [1e4]]), table, *all_items(table)))
     assert_close(beside_a_large_one[:1], alone)
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_engines_do_not_write_to_their_arguments(one, name):
-    engine = open_engine(one["none"], name, threads=1)
-    table, history, item = engine.table(one["none"]), histories_of([3, 0], 5), np.array([1, 2])
-    z, hidden = np.ones((2, 32), dtype=np.float32), np.ones((2, 2, 2, 32), dtype=np.float32)
-    before = [array.copy() for array in (history, item, z, hidden, table.values)]
-    engine.recommend(history, table, *all_items(table))
-    engine.step(item, hidden, table)
-    engine.rank(z, table, *all_items(table))
-    for array, was in zip((history, item, z, hidden, table.values), before, strict=True):
-        np.testing.assert_array_equal(array, was)
 
 
 def test_the_int8_graphs_multiply_integers_of_63_steps_a_side(one):
@@ -180,41 +158,19 @@ def test_the_int8_graphs_multiply_integers_of_63_steps_a_side(one):
 BOUNDS = {"onnx": (0.02, 0.08), "torch": (0.005, 0.02)}  # (rms, largest) error / largest score
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_int8_scores_are_close_to_float32_scores(tmp_path, name):
+def test_int8_scores_are_close_to_float32_scores(tmp_path, engine):
     model = random_model((8, 16, 32), 3, num_items=100, ring=NEAR_1)
     history, scores = histories_of(range(51), 50, num_items=100), []
-    for kind, engine in (("none", "torch"), ("int8", name)):
+    for kind, name in (("none", "torch"), ("int8", engine)):
         export = read_folder(write_export(tmp_path / kind, model, max_len=50, quantize=kind))
-        scores.append(ranking(open_engine(export, engine, threads=1), export, history))
+        scores.append(ranking(open_engine(export, name, threads=1), export, history))
     error = (scores[1] - scores[0]) / np.abs(scores[0]).max()
-    rms, largest = BOUNDS[name]
-    assert 0 < np.sqrt((error**2).mean()) <= rms
-    assert np.abs(error).max() <= largest
+    rms, largest = BOUNDS[engine]
+    assert 0 < np.sqrt((error**2).mean()) <= rms and np.abs(error).max() <= largest
 
 
-def table_of(rows: np.ndarray, kind: str) -> Table:
-    return Table(*quantize(rows, axis=1)) if kind == "int8" else Table(rows, None)
-
-
-@pytest.mark.parametrize("kind", ["none", "int8"])
-def test_tables_share_their_rows_and_only_the_newest_has_more(kind):
-    rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    old = table_of(rows[:6], kind).with_room()
-    before, one, other = old.rows().copy(), old.extended(rows[6:7]), old.extended(rows[8:])
-    assert np.shares_memory(one.rows(), old.rows())
-    assert not np.shares_memory(other.rows(), old.rows())  # the room was taken
-    changed = one.replaced(np.array([2]), rows[8:])
-    np.testing.assert_array_equal(old.rows(), before)
-    for table, at in ((other, 6), (changed, 2)):
-        np.testing.assert_array_equal(table.vectors(np.array([at])), table_of(rows, kind).vectors(np.array([8])))
-    np.testing.assert_array_equal(one.vectors(np.array([6])), table_of(rows, kind).vectors(np.array([6])))
-
-
-@pytest.mark.parametrize("chunk", [1, 10, 64])
-@pytest.mark.parametrize("k", [1, 10, 63])
-@pytest.mark.parametrize("name", ENGINES)
-def test_ranking_is_a_stable_sort_however_the_catalogue_is_chunked(one, monkeypatch, name, chunk, k):
+@pytest.mark.parametrize(("chunk", "k"), [(1, 10), (10, 1), (10, 10), (10, 63), (64, 10)])
+def test_ranking_is_a_stable_sort_however_the_catalogue_is_chunked(one, monkeypatch, engine, chunk, k):
     monkeypatch.setattr(torch_engine, "CHUNK", chunk)
     rng = np.random.default_rng(0)  # whole numbers, so that scores are exact and many equal
     z, table = (rng.integers(-1, 2, size=(rows, 32)).astype(np.float32) for rows in (5, 64))
@@ -222,40 +178,24 @@ def test_ranking_is_a_stable_sort_however_the_catalogue_is_chunked(one, monkeypa
     bias = np.zeros((5, 64), dtype=np.float32)
     bias[:, 0] = bias[0, 10:] = bias[1, :20] = -np.inf
     expected = np.argsort(-(z @ table.T + bias), axis=1, kind="stable")[:, :k]
-    scores, items = open_engine(one["none"], name, 1).rank(z, Table(table, None), bias, k)
+    scores, items = open_engine(one["none"], engine, 1).rank(z, Table(table, None), bias, k)
     of_expected = np.take_along_axis(z @ table.T + bias, expected, axis=1)
     np.testing.assert_array_equal(scores, of_expected)
     np.testing.assert_array_equal(np.asarray(items)[of_expected > -np.inf], expected[of_expected > -np.inf])
 
 
-@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("users", [1, 3, 64])
-def test_identical_items_come_by_number_whoever_is_in_the_batch(one, name, users):
+def test_identical_items_come_by_number_whoever_is_in_the_batch(one, engine, users):
     rng = np.random.default_rng(0)
     kinds, kind = rng.normal(size=(50, 32)).astype(np.float32), rng.integers(0, 50, 12_102)
     z, table = rng.normal(size=(64, 32)).astype(np.float32), Table(kinds[kind], None)
     scores = (z.astype(np.float64) @ kinds.T)[:, kind]
     scores[:, 0] = -np.inf
-    engine = open_engine(one["none"], name, threads=1)
-    bias = all_items(table)[0]
+    engine = open_engine(one["none"], engine, threads=1)
     for start in range(0, 64, users):
         part = slice(start, start + users)
-        _, items = engine.rank(z[part], table, bias, 20)
+        _, items = engine.rank(z[part], table, all_items(table)[0], 20)
         np.testing.assert_array_equal(items, np.argsort(-scores[part], axis=1, kind="stable")[:, :20])
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_user_alone_is_answered_to_the_last_bit_as_in_a_batch(one, name):
-    engine, rng = open_engine(one["none"], name, threads=1), np.random.default_rng(0)
-    table, history = engine.table(one["none"]), rng.integers(1, NUM_ITEMS + 1, (64, 20))
-    for user, row in enumerate(history):
-        row[: user % 21] = 0
-    scores, items = engine.recommend(history, table, *all_items(table))
-    for user, row in enumerate(history):
-        alone = row[min(user % 21, 19) :]
-        of_user, items_of_user = engine.recommend(alone[None], table, *all_items(table))
-        np.testing.assert_array_equal(items_of_user[0], items[user])
-        np.testing.assert_array_equal(of_user[0], scores[user])
 
 
 def test_the_default_engine_is_onnx_if_there_are_graphs_else_torch(one, tmp_path):
@@ -282,11 +222,10 @@ def test_an_unknown_engine_number_of_threads_or_missing_package_is_refused(one, 
         open_engine(one["none"], name, threads)
 
 
-@pytest.mark.parametrize("damage", [lambda graph: b"not a graph", lambda graph: graph[: len(graph) // 2], None])
-def test_a_graph_that_onnxruntime_cannot_load_is_named(tmp_path, damage):
+def test_a_graph_that_onnxruntime_cannot_load_is_named(tmp_path):
     export = read_folder(write_export(tmp_path / "out", random_model((4,))))
     path = export.folder / "step.onnx"
-    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+    path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match=rf"{path} cannot be loaded by onnxruntime \S+ \(.*export the model again"):
         open_engine(export, "onnx", 1)
 
@@ -294,9 +233,7 @@ def test_a_graph_that_onnxruntime_cannot_load_is_named(tmp_path, damage):
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baselines_export_answers_as_its_model(tmp_path, name):
     model, r = exported_baseline(tmp_path / "export", name)
-    histories = [[], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]]
-    answers = r.recommend(histories, top_k=NUM_ITEMS, exclude_history=False)
-    for history, answer in zip(histories, answers, strict=True):
+    for history in ([], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]):
         tokens = torch.tensor(history or [0])
         with torch.no_grad():
             if name in COUNTING:
@@ -304,18 +241,17 @@ def test_a_baselines_export_answers_as_its_model(tmp_path, name):
             else:
                 table = model.item_table()
                 scores = table @ model.encode(table[tokens], torch.arange(len(tokens)), len(tokens))[-1]
-        expected = scores[1:].numpy()
+        answer, expected = everything(r, history), scores[1:].numpy()
         np.testing.assert_allclose(answer.scores, -np.sort(-expected), atol=1e-5 * np.abs(expected).max())
         np.testing.assert_allclose(expected[np.array(answer.numbers) - 1], answer.scores, atol=1e-5, rtol=1e-4)
-        [few] = r.recommend([history], top_k=2, exclude_history=False, candidates=[5, 29])
+        few = everything(r, history, candidates=[5, 29])
         assert few.numbers == [i for i in answer.numbers if i in (5, 29)]
         if name == "sasrec":
             with pytest.raises(InputError, match="sasrec reads the whole history each time and has no states"):
                 r.start(history)
             continue
-        state = r.start(history[:-1])
-        state = r.step(state, history[-1]) if history else state
-        [stepped] = r.recommend([State.from_bytes(state.to_bytes())], top_k=NUM_ITEMS, exclude_history=False)
+        state = r.step(r.start(history[:-1]), history[-1]) if history else r.start()
+        stepped = everything(r, State.from_bytes(state.to_bytes()))
         np.testing.assert_allclose(stepped.scores, answer.scores, rtol=1e-4, atol=1e-5)
     r.remove_items([5])
     r.save_pretrained(tmp_path / "saved")
@@ -349,7 +285,6 @@ def test_a_baseline_refuses_what_it_cannot_do_by_name(tmp_path):
 
 NODE_MODULES = Path(__file__).parents[1] / "serving/page/node_modules"
 ITEMS, MAX_LEN = 60, 7
-KINDS = ("none", "float16", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -371,18 +306,12 @@ def open_session(path):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-@pytest.fixture(scope="module")
-def session(exports):
-    return open_session(exports["none", "onnx-file"] / "recommend.onnx")
-
-
 def run(session, histories, exclude=True, **inputs):
     named = {"history": np.array(histories, dtype=np.int64), "exclude_history": np.array([exclude]), **inputs}
     return session.run(None, named)
 
 
 @pytest.mark.parametrize("file", ["recommend.onnx", "recommend.ort"])
-@pytest.mark.parametrize("kind", KINDS)
 def test_the_file_recommends_the_items_that_the_recommender_does(exports, kind, file):
     recommender = Recommender.from_pretrained(exports[kind, "onnx"], engine="torch")
     session = open_session(exports[kind, "onnx-file"] / file)
@@ -397,18 +326,16 @@ def test_the_file_recommends_the_items_that_the_recommender_does(exports, kind, 
     np.testing.assert_allclose(users, recommender.user_vectors(histories), rtol=1e-4, atol=1e-5)
 
 
-def test_padding_on_either_side_and_unknown_numbers_change_nothing(session):
+def test_padding_and_unknown_numbers_change_nothing_and_k_allowed_and_boost_may_be_given(exports):
+    session = open_session(exports["none", "onnx-file"] / "recommend.onnx")
     rows = [[0, 0, 3, 5, 9], [3, 5, 9, 0, 0], [3, 0, ITEMS + 1, 5, 9], [3, 5, -1, 0, 9]]
     for found, expected in zip(run(session, rows), run(session, [[3, 5, 9]]), strict=True):
         np.testing.assert_allclose(found, np.repeat(expected, len(rows), axis=0), rtol=1e-5)
     assert run(session, [[0, ITEMS + 1]])[0].tolist() == run(session, np.zeros((1, 0)))[0].tolist()
-
-
-def test_k_allowed_and_boost_may_be_given_and_items_that_are_not_left_are_0(session):
     allowed = np.zeros((1, ITEMS), dtype=bool)
     allowed[0, [3, 4, 8, 20]] = True
     items, scores, _ = run(session, [[5], [1]], allowed=allowed, k=np.array([5]))
-    assert [set(row) for row in items.tolist()] == [{4, 9, 21, 0}, {4, 5, 9, 21, 0}]
+    assert [set(row) for row in items.tolist()] == [{4, 9, 21, 0}, {4, 5, 9, 21, 0}]  # 0: no item is left
     assert (items == 0).tolist() == np.isneginf(scores).tolist() == [[False] * 3 + [True] * 2, [False] * 4 + [True]]
     boost = np.zeros((2, ITEMS), dtype=np.float32)
     boost[1, 20] = 1e6
@@ -416,7 +343,6 @@ def test_k_allowed_and_boost_may_be_given_and_items_that_are_not_left_are_0(sess
     assert run(session, [[5]], k=np.array([10 * ITEMS]))[0].shape == (1, ITEMS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_the_file_is_valid_holds_its_weights_as_stored_and_describes_itself(exports, kind):
     folder = exports[kind, "onnx-file"]
     onnx.checker.check_model(str(folder / "recommend.onnx"), full_check=True)
@@ -426,11 +352,8 @@ def test_the_file_is_valid_holds_its_weights_as_stored_and_describes_itself(expo
     stored = {"none": "FLOAT", "float16": "FLOAT16", "int8": "INT8"}[kind]
     assert tensors["table"].data_type == onnx.TensorProto.DataType.Value(stored)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert metadata["size"] == "32" and metadata["dataset"] == "made-up" and metadata["commit"] == config["commit"]
+    assert metadata["size"] == "32" and metadata["dataset"] == "made-up"
     assert len(json.loads((folder / metadata["items_file"]).read_text(encoding="utf-8"))["ids"]) == ITEMS
-    assert model.doc_string and all(v.doc_string for v in [*model.graph.input, *model.graph.output])
-    assert set(config["files"]) == {"recommend.onnx", "recommend.ort", "items.json"}
     with pytest.raises(InputError, match=r"one ONNX file for other runtimes.*--format torch or onnx"):
         read_folder(folder)
 
@@ -440,14 +363,13 @@ def blocks(folder, language):
 
 
 def test_the_card_begins_with_the_hubs_front_matter_and_its_python_runs(exports, monkeypatch, capsys):
-    front = (exports["float16", "onnx-file"] / "README.md").read_text(encoding="utf-8").split("---\n")[1]
-    for line in ("license: unknown", "library_name: fmrlrec", "- onnx", '- "made-up"', "- ndcg"):
-        assert f"{line}\n" in front
+    text = (exports["float16", "onnx-file"] / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["library_name"], front["datasets"], front["license"]) == ("fmrlrec", ["made-up"], "unknown")
     expected = Recommender.from_pretrained(exports["float16", "onnx"], "torch").recommend([[1, 2]])[0].ids
     for format in ("onnx-file", "onnx"):
-        folder = exports["float16", format]
-        monkeypatch.chdir(folder)
-        exec(blocks(folder, "python")[0], {})
+        monkeypatch.chdir(exports["float16", format])
+        exec(blocks(exports["float16", format], "python")[0], {})
         assert capsys.readouterr().out.strip() == str(expected)
 
 
@@ -464,13 +386,13 @@ def test_the_cards_javascript_prints_what_python_does(exports, tmp_path):
 
 @pytest.mark.parametrize("kind", ["none", "int8"])
 def test_the_card_lists_the_inputs_and_outputs_of_every_graph(exports, kind):
+    text = (exports[kind, "onnx"] / "README.md").read_text(encoding="utf-8")
     described = graphs_of_folder(int8=kind == "int8")
     assert tuple(described) == GRAPHS
     for name, tensors in described.items():
         graph = onnx.load(exports[kind, "onnx"] / name, load_external_data=False).graph
+        assert f"\n`{name}`, " in text
         for values, documented in zip((graph.input, graph.output), tensors, strict=True):
             assert {v.name: len(v.type.tensor_type.shape.dim) for v in values} == {
                 name: shape.partition("]")[0].count(",") + 1 for name, (shape, _) in documented.items()
             }
-    text = (exports[kind, "onnx"] / "README.md").read_text(encoding="utf-8")
-    assert all(f"\n`{name}`, " in text for name in GRAPHS)

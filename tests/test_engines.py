@@ -25,7 +25,7 @@ from serving.folder import GRAPHS, read_folder, write_folder
 from serving.hub import graphs_of_folder
 from serving.states import State
 from serving.torch_engine import TorchEngine
-from serving.weights import BASELINES
+from serving.weights import BASELINES, dequantize
 from tests.made_up import KINDS, NEAR_1, everything, made_up_catalog, random_model, with_random_weights, write_export
 from trainer.checkpoint import RunItems
 
@@ -139,8 +139,11 @@ def test_a_user_alone_is_answered_to_the_last_bit_as_in_a_batch_however_padded(o
     assert_close(beside_a_large_one[:1], alone)
 
 
-def test_the_int8_graphs_multiply_integers_of_63_steps_a_side(one):
+def test_the_int8_graphs_multiply_integers_of_63_steps_a_side_with_rows_of_127(one):
     export = one["int8"]
+    np.testing.assert_allclose(export.scale, np.abs(one["none"].table).max(axis=1) / 127, rtol=1e-5)
+    error = np.abs(dequantize(export.table, export.scale, axis=1) - one["none"].table)
+    assert (error <= export.scale[:, None] * 0.501).all()
     engine = OnnxEngine(export, threads=1)
     table = engine.table(export)
     z = np.random.default_rng(0).normal(size=(5, export.config["size"])).astype(np.float32)
@@ -152,9 +155,21 @@ def test_the_int8_graphs_multiply_integers_of_63_steps_a_side(one):
     assert not scores[4].any()
 
 
-# A weight is off by at most half of 1/127 of its column's largest, an activation by half of 1/63 of its row's: about
-# 0.5 % and 1 % of a product. A score after 3 blocks sums 13 such products: 1.1 % * sqrt(13) = 4 % of their spread,
-# and the largest score is 2 to 4 times the spread.
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_the_graphs_are_valid_and_read_their_weights_from_the_weights_file(one, kind):
+    export, history = one[kind], histories_of(range(9), 20)
+    engine = OnnxEngine(export, threads=1)
+    expected = ranking(engine, export, history)
+    for name in GRAPHS:
+        onnx.checker.check_model(str(export.folder / name), full_check=True)
+        graph = onnx.load(export.folder / name, load_external_data=False).graph
+        assert all(t.data_location for t in graph.initializer if np.prod(t.dims) >= 32 * 32)  # 1: in another file
+    engine._recommend = open_session(export.folder / "recommend.onnx")  # without those that the engine gives
+    np.testing.assert_array_equal(ranking(engine, export, history), expected)
+
+
+# A weight is off by at most half of 1/127 of its column's largest, an activation by half of 1/63 of its row's: 0.5 %
+# and 1 % of a product. A score after 3 blocks sums 13: 4 % of their spread, and the largest is 2 to 4 times the spread.
 BOUNDS = {"onnx": (0.02, 0.08), "torch": (0.005, 0.02)}  # (rms, largest) error / largest score
 
 
@@ -198,36 +213,24 @@ def test_identical_items_come_by_number_whoever_is_in_the_batch(one, engine, use
         np.testing.assert_array_equal(items, np.argsort(-scores[part], axis=1, kind="stable")[:, :20])
 
 
-def test_the_default_engine_is_onnx_if_there_are_graphs_else_torch(one, tmp_path):
+def test_the_default_engine_is_onnx_if_there_are_graphs_else_torch_and_others_are_refused(one, tmp_path, monkeypatch):
     assert isinstance(open_engine(one["none"], None, 1), OnnxEngine)
     bare = read_folder(write_export(tmp_path / "bare", random_model((4,)), format="torch"))
     assert isinstance(open_engine(bare, None, 1), TorchEngine)
-    with pytest.raises(InputError, match=r"bare has no ONNX graphs; export it with --format onnx, or use engine torch"):
-        open_engine(bare, "onnx", 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "threads", "problem"),
-    [
-        ("tensorrt", 1, "engine 'tensorrt' is unknown; use one of torch, onnx"),
-        (None, -1, "threads -1 must be a whole number, 0 for one per core"),
-        ("onnx", 1, "the onnx engine needs .*pip install onnxruntime"),
-        ("torch", 1, "the torch engine needs .*export with --format onnx"),
-    ],
-)
-def test_an_unknown_engine_number_of_threads_or_missing_package_is_refused(one, monkeypatch, name, threads, problem):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setitem(sys.modules, "serving.torch_engine", None)
-    with pytest.raises(InputError, match=problem):
-        open_engine(one["none"], name, threads)
-
-
-def test_a_graph_that_onnxruntime_cannot_load_is_named(tmp_path):
-    export = read_folder(write_export(tmp_path / "out", random_model((4,))))
-    path = export.folder / "step.onnx"
+    damaged = read_folder(write_export(tmp_path / "damaged", random_model((4,))))
+    path = damaged.folder / "step.onnx"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(InputError, match=rf"{path} cannot be loaded by onnxruntime \S+ \(.*export the model again"):
-        open_engine(export, "onnx", 1)
+    for folder, name, threads, missing, problem in (
+        (one["none"], "tensorrt", 1, "", "engine 'tensorrt' is unknown; use one of torch, onnx"),
+        (one["none"], None, -1, "", "threads -1 must be a whole number, 0 for one per core"),
+        (bare, "onnx", 1, "", "bare has no ONNX graphs; export it with --format onnx, or use engine torch"),
+        (damaged, "onnx", 1, "", rf"{path} cannot be loaded by onnxruntime \S+ \(.*export the model again"),
+        (one["none"], "onnx", 1, "onnxruntime", "the onnx engine needs .*pip install onnxruntime"),
+        (one["none"], "torch", 1, "serving.torch_engine", "the torch engine needs .*export with --format onnx"),
+    ):
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(InputError, match=problem):
+            open_engine(folder, name, threads)
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -265,7 +268,6 @@ def test_a_baseline_refuses_what_it_cannot_do_by_name(tmp_path):
     for ask, problem in (
         (lambda: r.embed_items([{"title": "a"}]), "itemknn knows items by id alone and cannot embed products"),
         (lambda: r.user_vectors([[3]]), "itemknn counts and has no vectors of users and items"),
-        (lambda: r.similar_items([3]), "itemknn counts and has no vectors"),
         (lambda: r.add_items(["NEW"], np.ones((1, 2))), "learned without features, so no items can be added"),
         (lambda: Recommender.from_pretrained(tmp_path / "e", "onnx"), "e is a itemknn, which NumPy serves"),
         (lambda: check_baseline_flags(flags, "itemknn"), "--size is for runs of fmrlrec"),
@@ -362,25 +364,21 @@ def blocks(folder, language):
     return re.findall(rf"^```{language}\n(.*?)^```", (folder / "README.md").read_text("utf-8"), re.M | re.S)
 
 
-def test_the_card_begins_with_the_hubs_front_matter_and_its_python_runs(exports, monkeypatch, capsys):
-    text = (exports["float16", "onnx-file"] / "README.md").read_text(encoding="utf-8")
-    front = yaml.safe_load(text.split("---\n")[1])
+def test_the_card_begins_with_the_hubs_front_matter_and_its_programs_run(exports, tmp_path, monkeypatch, capsys):
+    folder = exports["float16", "onnx-file"]
+    front = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
     assert (front["library_name"], front["datasets"], front["license"]) == ("fmrlrec", ["made-up"], "unknown")
     expected = Recommender.from_pretrained(exports["float16", "onnx"], "torch").recommend([[1, 2]])[0].ids
     for format in ("onnx-file", "onnx"):
         monkeypatch.chdir(exports["float16", format])
         exec(blocks(exports["float16", format], "python")[0], {})
         assert capsys.readouterr().out.strip() == str(expected)
-
-
-def test_the_cards_javascript_prints_what_python_does(exports, tmp_path):
     if not shutil.which("node") or not (NODE_MODULES / "onnxruntime-node").exists():
         pytest.skip("needs node and, in serving/page, npm install --ignore-scripts --no-save onnxruntime-node")
-    folder = shutil.copytree(exports["none", "onnx-file"], tmp_path / "export")
+    folder = shutil.copytree(folder, tmp_path / "export")
     (folder / "node_modules").symlink_to(NODE_MODULES)
     (folder / "run.mjs").write_text(blocks(folder, "js")[0], encoding="utf-8")
     done = subprocess.run(["node", "run.mjs"], cwd=folder, capture_output=True, text=True, check=True)
-    expected = Recommender.from_pretrained(exports["none", "onnx"], "torch").recommend([[1, 2]])[0].ids
     assert json.loads(done.stdout) == expected
 
 
@@ -388,11 +386,9 @@ def test_the_cards_javascript_prints_what_python_does(exports, tmp_path):
 def test_the_card_lists_the_inputs_and_outputs_of_every_graph(exports, kind):
     text = (exports[kind, "onnx"] / "README.md").read_text(encoding="utf-8")
     described = graphs_of_folder(int8=kind == "int8")
-    assert tuple(described) == GRAPHS
+    assert tuple(described) == GRAPHS and all(f"\n`{name}`, " in text for name in GRAPHS)
     for name, tensors in described.items():
         graph = onnx.load(exports[kind, "onnx"] / name, load_external_data=False).graph
-        assert f"\n`{name}`, " in text
         for values, documented in zip((graph.input, graph.output), tensors, strict=True):
-            assert {v.name: len(v.type.tensor_type.shape.dim) for v in values} == {
-                name: shape.partition("]")[0].count(",") + 1 for name, (shape, _) in documented.items()
-            }
+            ranks = {name: shape.partition("]")[0].count(",") + 1 for name, (shape, _) in documented.items()}
+            assert {v.name: len(v.type.tensor_type.shape.dim) for v in values} == ranks

@@ -1,19 +1,17 @@
 """An export's folder: never half written, checked when read, exact about ids and titles, published on the Hub."""
 
-import base64
 import errno
 import functools
 import hashlib
-import http.server
 import itertools
 import json
 import os
 import sys
-import threading
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, RepoUrl
 
 import serving.hub
 from common.errors import InputError
@@ -85,26 +83,22 @@ def test_what_was_written_is_read(tmp_path):
     assert names(tmp_path) == ["out"] and (folder.stat().st_mode & 0o777) == 0o755
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
+def test_a_folder_that_is_not_an_export_is_refused_with_how_to_make_one(tmp_path):
+    for text, problem in (
         (None, "out is not an export .it has no config.json.; python -m serving.export makes one"),
         ("[]", f"config.json is not a JSON object{AGAIN}"),
         ('{"format": "another"}', f"config.json does not describe an export{AGAIN}"),
         ('{"settings": {}}', "out is a run, not an export; export it: python -m serving.export --run .*/out"),
-    ],
-)
-def test_a_folder_that_is_not_an_export_is_refused_with_how_to_make_one(tmp_path, text, problem):
-    if text is not None:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "config.json").write_text(text)
-    with pytest.raises(InputError, match=problem):
-        read_folder(tmp_path / "out")
+    ):
+        if text is not None:
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / "config.json").write_text(text)
+        with pytest.raises(InputError, match=problem):
+            read_folder(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_cut_or_altered_file_is_named(tmp_path, name):
-    path = write(tmp_path / "out") / name
+def test_a_missing_cut_or_altered_file_is_named(tmp_path):
+    path = write(tmp_path / "out") / "recommend.onnx"
     content = path.read_bytes()
     for damaged, problem in (
         (content[:-1], rf"has \d+ bytes instead of {len(content)}"),
@@ -123,25 +117,22 @@ def test_an_altered_config_is_noticed(tmp_path):
         read_folder(path.parent)
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
+def test_a_config_of_another_version_without_a_key_or_that_points_elsewhere_is_refused(tmp_path):
+    (tmp_path / "outside").touch()
+    for changes, problem in (
         ({"version": 3}, "has format version 3, this code reads versions 1 and 2"),
         ({"num_blocks": ...}, "config.json has no 'num_blocks'"),
         ({"sizes": [4]}, r"sizes \[4\] must rise and end at size 5"),
         ({"history_bias": "much"}, "config.json has history_bias 'much'"),
         ({"files": {}}, "config.json lists 'model.safetensors' wrongly or not at all"),
         ({"files": {"../outside": {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}}}, "lists '../outside' wrongly"),
-    ],
-)
-def test_a_config_of_another_version_without_a_key_or_that_points_elsewhere_is_refused(tmp_path, changes, problem):
-    folder = write(tmp_path / "out")
-    (tmp_path / "outside").touch()
-    if changes.get("files"):
-        changes = {"files": read_folder(folder).config["files"] | changes["files"]}
-    altered_config(folder, changes)
-    with pytest.raises(InputError, match=rf"{problem}.*{AGAIN[2:]}"):
-        read_folder(folder)
+    ):
+        folder = write(tmp_path / "out", overwrite=True)
+        if changes.get("files"):
+            changes = {"files": read_folder(folder).config["files"] | changes["files"]}
+        altered_config(folder, changes)
+        with pytest.raises(InputError, match=rf"{problem}.*{AGAIN[2:]}"):
+            read_folder(folder)
 
 
 def with_weight(name, weight):
@@ -152,9 +143,8 @@ INT8 = {"scale": np.ones(3, "f4"), "weights": weights_of(quantized=True), "quant
 FEWER = Items(make_items(IDS, IDS).ids, make_items(IDS, IDS).titles, np.array([2, 4]))  # two titles
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
+def test_content_that_contradicts_config_or_was_never_valid_is_refused(tmp_path):
+    for content, problem in (
         (with_weight("blocks.0.lru.C", np.zeros((5, 10), "f4")), r"\[5, 10\] instead of float32 \[10, 5\]"),
         (with_weight("blocks.0.norm1.bias", np.zeros(5, "f8")), r"bias is float64 \[5\] instead of float32 \[5\]"),
         (with_weight("blocks.0.norm1.bias", None), r"norm1.bias is nothing instead of float32 \[5\]"),
@@ -164,11 +154,10 @@ FEWER = Items(make_items(IDS, IDS).ids, make_items(IDS, IDS).titles, np.array([2
         ({"table": np.zeros((4, 5), "i1"), **INT8}, "for 3 items of size 5"),
         ({"more": {"items.safetensors": pack_items(FEWER, np.zeros((4, 5), "f4"), None)}}, "for 3 items of size"),
         ({"more": {"items.safetensors": b"\xff" * 100}}, "is damaged"),
-    ],
-)
-def test_content_that_contradicts_config_or_was_never_valid_is_refused(tmp_path, content, problem):
-    with pytest.raises(InputError, match=rf"(model|items).safetensors.* ?{problem}.*{AGAIN}"):
-        read_folder(write(tmp_path / "out", **content))
+    ):
+        write(tmp_path / "out", overwrite=True, **content)
+        with pytest.raises(InputError, match=rf"(model|items).safetensors.* ?{problem}.*{AGAIN}"):
+            read_folder(tmp_path / "out")
 
 
 ODD = {"x/y": "Thé 🎒", "漢" * 85: "漢字", "x" * 256: "a\n", "42": " b ", "..": "c" * 10_000, "e\u0301": ""}
@@ -184,19 +173,16 @@ def test_ids_and_titles_of_any_characters_are_read_as_they_were(tmp_path):
 STRING = "must be a string of 1 to 256 bytes in UTF-8 without NUL"
 
 
-@pytest.mark.parametrize(
-    ("ids", "titles", "problem"),
-    [
+def test_invalid_ids_and_titles_are_named():
+    for ids, titles, problem in (
         *((["fine", bad], ["", ""], f"{bad!r:.80} {STRING}") for bad in ("", "a\0", "漢" * 86, "a\ud800", 7)),
         (["a", "b", "a"], ["", "", ""], "item id 'a' occurs twice"),
         (IDS, ["", ""], "2 titles for 3 items; give one per item"),
         (IDS, ["", None, ""], "the title of item 'B2' is None; give a string"),
-    ],
-)
-def test_invalid_ids_and_titles_are_named(ids, titles, problem):
-    with pytest.raises(InputError) as raised:
-        make_items(ids, titles)
-    assert problem in str(raised.value)
+    ):
+        with pytest.raises(InputError) as raised:
+            make_items(ids, titles)
+        assert problem in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["float16", "int8"])
@@ -279,41 +265,21 @@ def test_replacing_a_link_replaces_its_target(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------- hub
-# push_to_hub against a local stand-in of the Hub's HTTP API, and from_pretrained("user/name") from the Hub's cache.
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """One repository, user/shop, that the token "mine" may write."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        answer = {"url": f"{self.server.address}/user/shop", "name": "user/shop", "errors": [], "warnings": []}
-        if self.path.startswith("/api/models/user/shop/preupload/"):
-            how = {"uploadMode": "regular", "shouldIgnore": False}
-            answer = {"files": [how | {"path": file["path"]} for file in json.loads(body)["files"]]}
-        elif self.path.startswith("/api/models/user/shop/commit/"):
-            files = [entry["value"] for entry in map(json.loads, body.splitlines()) if entry["key"] == "file"]
-            self.server.files = {file["path"]: base64.b64decode(file["content"]) for file in files}
-            answer = {"success": True, "commitOid": "1" * 40, "commitUrl": answer["url"]}
-        allowed = self.headers["Authorization"] == "Bearer mine"
-        content = json.dumps(answer if allowed else {"error": "Invalid token"}).encode()
-        self.send_response(200 if allowed else 401)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+# push_to_hub, and from_pretrained("user/name") from the Hub's cache.
 
 
 @pytest.fixture
-def server(monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", server.address)
-    monkeypatch.setenv("HF_TOKEN", "mine")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield server
-    server.shutdown()
+def pushed(monkeypatch):
+    """Stand in for the Hub: return {file: content} of the newest commit."""
+    files, url = {}, RepoUrl("https://huggingface.co/user/shop")
+
+    def upload(api, *, folder_path, allow_patterns, **_):
+        files.clear()
+        files.update((name, content) for name, content in contents(folder_path).items() if name in allow_patterns)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_autospec(HfApi.create_repo, return_value=url))
+    monkeypatch.setattr(HfApi, "upload_folder", create_autospec(HfApi.upload_folder, side_effect=upload))
+    return files
 
 
 @pytest.fixture
@@ -321,17 +287,14 @@ def exported(tmp_path):
     return write_export(tmp_path / "shop", random_model((4, 8)))
 
 
-def test_the_files_of_an_export_are_pushed_also_with_a_changed_catalogue(server, exported, monkeypatch):
+def test_the_files_of_an_export_are_pushed_also_with_a_changed_catalogue(pushed, exported):
     (exported / "notes.txt").write_text("not of the export", encoding="utf-8")
-    assert serving.hub.main([str(exported), "user/shop"]) == f"{server.address}/user/shop"
-    assert server.files == {name: content for name, content in contents(exported).items() if name != "notes.txt"}
+    assert serving.hub.main([str(exported), "user/shop"]) == "https://huggingface.co/user/shop"
+    assert pushed == {name: content for name, content in contents(exported).items() if name != "notes.txt"}
     recommender = Recommender.from_pretrained(exported)
     recommender.remove_items([3])
     recommender.push_to_hub("user/shop")
-    assert json.loads(server.files["config.json"])["num_removed"] == 1
-    monkeypatch.setenv("HF_TOKEN", "another")
-    with pytest.raises(InputError, match=r"could not publish user/shop on the Hub \(.*; log in with `hf auth login`"):
-        serving.hub.push(exported, "user/shop")
+    assert json.loads(pushed["config.json"])["num_removed"] == 1
 
 
 def test_an_export_on_the_hub_is_opened_by_its_name_but_a_folder_goes_first(hub, exported, tmp_path, monkeypatch):
@@ -345,6 +308,7 @@ def test_an_export_on_the_hub_is_opened_by_its_name_but_a_folder_goes_first(hub,
         (lambda: Recommender.from_pretrained("user/none"), "no folder user/none, and no such .*; check the name"),
         (lambda: serving.hub.push(exported, "a/b/c"), "such as user/name"),
         (lambda: serving.hub.push(tmp_path, "user/shop"), "is not an export"),
+        (lambda: serving.hub.push(exported, "user/shop"), "could not publish user/shop on the Hub .*; log in with `hf"),
     ):
         with pytest.raises(InputError, match=problem):
             ask()

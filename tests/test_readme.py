@@ -46,7 +46,7 @@ RUN_BY = {
     "fmrlrec-recommend ": ("tests/test_export.py", "bin/fmrlrec-recommend"),
     "fmrlrec-serve ": ("tests/test_recommender.py", "server.main("),
     "python -m datasets.prepare --events": ("tests/test_prepare.py", "--events=shop.parquet"),
-    "npm ci --prefix serving/page && python -m serving.page": ("tests/test_page.py", "page.main("),
+    "npm ci --prefix serving/page && python -m serving.page": ("tests/test_export.py", "page.main("),
     "python -m serving.hub": ("tests/test_export_folder.py", "hub.main("),
     "python -m benchmarks.deploy --synthetic": ("tests/test_export.py", '"--synthetic"'),
     "python -m benchmarks.speed": ("tests/test_experiments.py", "speed.main("),

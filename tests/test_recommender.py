@@ -101,6 +101,8 @@ def test_the_history_bias_is_added_to_items_of_the_history_that_may_be_recommend
         np.testing.assert_allclose(answer.scores, [scores[i] for i in best], rtol=SAME[kind], atol=SAME[kind])
         excluded = (everything(each, history, exclude_history=True, **options) for each in (r, plain))
         assert len({tuple(answer.scores) for answer in excluded}) == 1
+    r.remove_items([9])
+    assert 9 not in everything(r, [3, 9]).numbers
 
 
 def test_each_history_may_have_candidates_of_its_own(r):
@@ -220,7 +222,7 @@ def test_a_string_is_an_id_and_so_is_a_number_if_all_ids_are_whole_numbers(engin
 
 
 def test_unknown_items_are_skipped_five_are_named_and_alone_they_are_an_empty_history(r):
-    unknown = ["", "a\0b", IDS[0] + "\0", IDS[0][:-1], IDS[1] + "g", "a\udce9", "1", "x" * 70, 0, N + 1]
+    unknown = ["", "a\0b", IDS[0] + "\0", IDS[0][:-1], max(IDS, key=len) + "g", "a\udce9", "1", "x" * 70, 0, N + 1]
     *answers, expected = r.recommend([*([3, item, 17] for item in unknown), [3, 17]])
     for item, answer in zip(unknown, answers, strict=True):
         assert answer.notes == [f"unknown: {item!r} (of 20 items); skipped"] and answer.unknown == 1

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import http.server
 import json
-import math
 import os
 import re
 import shlex
@@ -279,7 +278,7 @@ def test_the_card_has_the_costs_metrics_and_bytes_of_every_export(copy, tmp_path
     assert variants == [(size, *variant) for size in (4, 16) for variant in deploy.VARIANTS]
     names = "load_s resident_mb peak_mb p50_ms p95_ms step_p50_ms add_10000_s batch256_p50_ms candidates100_p50_ms"
     for row in [*card["rows"], card["large_catalogue"]]:
-        assert all(0 < row[name] < math.inf for name in names.split()) and row["p50_ms"] <= row["p95_ms"]
+        assert all(0 < row[name] < 1e9 for name in names.split()) and row["p50_ms"] <= row["p95_ms"]
     for row in card["rows"]:
         exact = (row["engine"], row["quantize"]) == ("torch", "none")
         assert row["NDCG@10"] == pytest.approx(tested[str(row["size"])]["NDCG@10"], abs=1e-6 if exact else 0.2)

@@ -157,6 +157,7 @@ def test_an_invalid_argument_is_refused(r):
     for ask, problem in (
         (lambda: r.recommend([[]], top_k=0), "top_k 0 must be a whole number from 1"),
         (lambda: r.recommend([[]], top_k=True), "top_k True must be a whole number from 1"),
+        (lambda: r.recommend([[]], top_k=10**5000), "top_k .* must be a whole number from 1"),
         (lambda: r.recommend(r.start()), "histories must be a list such as"),
         (lambda: r.recommend("Q0"), r"histories must be a list such as \[.*'id', 'id'\].*, not 'Q0'"),
         (lambda: r.recommend([{"Q0": 1}]), r"each of the histories must be a list such as \['id', 'id'\], not {"),

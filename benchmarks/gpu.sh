@@ -28,7 +28,7 @@ part() {
 }
 
 nvidia-smi >"$out/gpu.txt" 2>&1
-part tests 120 python -m pytest -x -q tests/test_gpu.py
+part tests 120 python -m pytest -x -q tests/test_devices.py -k gpu
 for batch in 32 128 1024; do
     part "speed-$batch" 90 python -m benchmarks.speed --device cuda --batch "$batch" --runs 3
 done

@@ -1,4 +1,4 @@
-"""Train by several processes and on several machines: the same training as by one process."""
+"""Train by several processes, on several machines and on a GPU: the same training as by one process on the CPU."""
 
 import json
 import os
@@ -15,9 +15,12 @@ import torch
 
 import eval as eval_script
 import train
-from common import cli, processes
+from common import processes
 from common.devices import cpu_name, resolve_device
 from common.errors import InputError
+from model.extensions.objective import Objective
+from model.extensions.sampled_loss import NegativeSampler, Sample, sampled_matryoshka_cross_entropy
+from model.loss import Factors, matryoshka_cross_entropy
 from tests.prepared import contents, cut_off_after, write_prepared
 from trainer.checkpoint import load_state
 from trainer.runs import read_log
@@ -27,9 +30,8 @@ TINY = (
     "--dataset_code tiny --language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 2,4,8 --num_epochs 2 "
     "--lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu --train_batch_size 6"
 )
-EVERYWHERE = InputError("on every rank")
-EVERYWHERE.on_every_rank = True
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 # A LayerNorm of 2 dimensions has no gradient, and many draws of few items gradients that rounding decides.
 PLUS = f"{TINY} --preset plus --dropout_from 4 --mrl_hidden_sizes 4,12"
 CASES = {
@@ -37,8 +39,7 @@ CASES = {
     "plus": f"{PLUS} --num_negatives 0",
     "sampled": f"{PLUS} --num_negatives 5 --item_embedding_updates rows --save_every_minutes 1e-9",
     "lonely": f"{TINY} --train_batch_size 1 --num_epochs 1",  # a batch is one user, so one of two processes has none
-    "sasrec": "--model_code sasrec --dataset_code tiny --device cpu --mrl_hidden_sizes 8 --num_epochs 2 --lr 0.01 "
-    "--warmup_steps 1 --lru_num_blocks 1 --train_batch_size 6",
+    "sasrec": f"{TINY} --model_code sasrec --mrl_hidden_sizes 8".replace("--language_encoder lexical", ""),
     "itemknn": "--model_code itemknn --dataset_code tiny --device cpu",
 }
 # Run every case in the same two processes, and write the outcome of each to rank0.json and rank1.json.
@@ -48,11 +49,10 @@ from pathlib import Path
 import torch
 import eval as eval_script
 import train
-from common import cli
-from common.errors import InputError
 from common import processes
+from common.errors import InputError
 from model.loss import LOSSES
-from trainer import testing, trainer as trainer_module
+from trainer import evaluation, testing, trainer as trainer_module
 from trainer.step import GraphedStep
 from trainer.runs import run_lock
 from trainer.trainer import Trainer
@@ -61,7 +61,7 @@ cases = json.loads(sys.argv[1])
 tiny = cases["faithful"]
 testing.plot_metric_by_size = lambda *given: given[3].touch()  # a curve takes longer than the training
 seen, fit, keep = {}, Trainer.fit, Trainer._keep
-true_loss, true_save = LOSSES["fast"], trainer_module.save_state
+true_loss = LOSSES["fast"]
 
 def watched(self):
     try:
@@ -74,9 +74,6 @@ def watched(self):
 def interrupted(self, *arguments):
     keep(self, *arguments)
     raise KeyboardInterrupt
-
-def full(path, state):
-    raise InputError(f"rank {processes.rank()}: no space")
 
 def broken(*arguments, **how):
     calls.append(1)
@@ -93,6 +90,7 @@ def run(name, arguments, main=train.main):
 
 results, calls, recorded = {}, [], []
 trainer_module.CHECK_EVERY = 1
+evaluation.GROUP = 4
 Trainer.fit = watched
 for name, flags in cases.items():
     run(f"{name} two", f"{flags} --run_name {name}-two")
@@ -110,8 +108,6 @@ trainer_module.build_step = plain
 LOSSES["fast"] = broken
 run("not finite", f"{tiny} --run_name not-finite")
 LOSSES["fast"] = true_loss
-trainer_module.save_state = full
-run("full", f"{tiny} --run_name full")
 (two,) = Path().glob("experiments/runs/tiny/*-faithful-two")
 with run_lock(two) if processes.rank() == 0 else contextlib.nullcontext():
     run("held", f"--resume {two}")
@@ -128,84 +124,71 @@ def folder(tmp_path_factory):
     write_prepared(folder / "data", "tiny", users=20, items=12)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("trainer.evaluation.GROUP", 4)  # several groups of users for each process
         for name, flags in CASES.items():
             train.main(shlex.split(f"{flags} --run_name {name}-one"))
         with cut_off_after(1):
             train.main(shlex.split(f"{CASES['sampled']} --run_name cut-by-one"))
         assert not torch.distributed.is_initialized()
-        (folder / "two.py").write_text(TWO)
-        done = subprocess.run(
-            [sys.executable, *TORCHRUN, folder / "two.py", json.dumps(CASES)],
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        Path("two.py").write_text(TWO)
+        command = [sys.executable, *TORCHRUN.split(), "two.py", json.dumps(CASES)]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-5000:]
         train.main(["--resume", str(named("cut-by-two", folder))])
     return folder
 
 
 def named(name: str, folder: Path) -> Path:
-    """Return the one run of this name."""
     (run,) = folder.glob(f"experiments/runs/tiny/*-{name}")
     return run
 
 
 def outcome(folder: Path, case: str) -> list[dict]:
-    """Return the outcome of a case on rank 0 and on rank 1."""
     return [json.loads((folder / f"rank{rank}.json").read_text())[case] for rank in (0, 1)]
 
 
 def assert_same_training(run: Path, other: Path) -> None:
     """Compare weights, optimizer, random state, log and test metrics, to rounding."""
-    states = [load_state(path / "last.pt") for path in (run, other)]
-    for part in ("model", "average", "rows", "optimizer", "rng"):
-        torch.testing.assert_close(states[0][part], states[1][part], rtol=1e-5, atol=1e-5)
-    logs = [[{k: v for k, v in line.items() if "seconds" not in k} for line in read_log(path)] for path in (run, other)]
-    torch.testing.assert_close(logs[0], logs[1], rtol=1e-5, atol=1e-5)
-    tests = [json.loads((path / "test_mrl_metrics.json").read_text()) for path in (run, other)]
-    torch.testing.assert_close(tests[0], tests[1], rtol=1e-5, atol=1e-5)
+    found = []
+    for path in (run, other):
+        state = load_state(path / "last.pt")
+        log = [{k: v for k, v in line.items() if "seconds" not in k} for line in read_log(path)]
+        tested = json.loads((path / "test_mrl_metrics.json").read_text())
+        found.append([*(state[part] for part in ("model", "average", "rows", "optimizer", "rng")), log, tested])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
     assert {p.name for p in run.iterdir()} == {p.name for p in other.iterdir()}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "itemknn"])
-def test_two_processes_train_as_one_does(folder, name):
-    assert_same_training(named(f"{name}-two", folder), named(f"{name}-one", folder))
+RESUMED = [("cut-by-one", "sampled"), ("cut-by-two", "sampled"), ("recorded", "faithful")]
 
 
 @pytest.mark.parametrize(
-    ("began", "case"), [("cut-by-one", "sampled"), ("cut-by-two", "sampled"), ("recorded", "faithful")]
+    ("run", "case"), [*((f"{name}-two", name) for name in CASES if name != "itemknn"), *RESUMED], ids=str
 )
-def test_runs_resumed_by_other_processes_or_of_recorded_steps_are_the_same(folder, began, case):
-    assert_same_training(named(began, folder), named(f"{case}-one", folder))
+def test_two_processes_train_as_one_does_resume_its_runs_and_record_steps(folder, run, case):
+    assert_same_training(named(run, folder), named(f"{case}-one", folder))
 
 
-def test_two_processes_count_and_share_the_ranking(folder):
+def test_two_processes_count_and_test_a_run_as_one_does(folder, monkeypatch):
     one, two = named("itemknn-one", folder), named("itemknn-two", folder)
     for name in ("best.safetensors", "test_mrl_metrics.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
-    first, second = outcome(folder, "itemknn two")
-    assert first["printed"].count("counted in") == 1 and second["printed"] == ""
-
-
-@pytest.mark.parametrize("case", ["tested", "tested alone"])
-def test_two_processes_test_a_run_as_one_does(folder, monkeypatch, case):
     monkeypatch.chdir(folder)
-    first, second = outcome(folder, case)
-    assert first["said"] == second["said"] == str(eval_script.main(["--run_name", "faithful-two"]))
-    assert first["printed"].count("written:") == 1 and second["printed"] == ""
+    monkeypatch.setattr("trainer.evaluation.GROUP", 4)
+    tested = str(eval_script.main(["--run_name", "faithful-two"]))
+    for case, printed in (("itemknn two", "counted in"), ("tested", "written:"), ("tested alone", "written:")):
+        first, second = outcome(folder, case)
+        assert first["printed"].count(printed) == 1 and second["printed"] == ""
+        assert first["said"] == second["said"] and (tested == first["said"] or case == "itemknn two")
 
 
 @pytest.mark.parametrize(
     ("case", "printed", "said"),
     [
         ("faithful two", f"2 processes, each on {cpu_name()}, ", "experiments/runs/tiny/"),
-        ("lonely two", "written:", "experiments/runs/tiny/"),
         ("resumed by two", "continuing after epoch 1", "experiments/runs/tiny/"),
         ("cut by two", "mrl_hidden_sizes         4,12   (flag)", "KeyboardInterrupt"),
         ("not finite", "", "InputError the loss is nan at step 3 (epoch 1); no epoch was finished"),
-        ("full", "", "InputError rank 0: no space"),
     ],
 )
 def test_both_ranks_end_alike_and_the_first_alone_prints(folder, case, printed, said):
@@ -224,37 +207,18 @@ def test_a_run_that_another_process_trains_is_refused_on_both_and_no_thread_outl
         assert threads and not [name for name in threads if "gloo" in name]
 
 
-@pytest.mark.parametrize(
-    ("error", "waited", "said"),
-    [(InputError("bad"), [10], "error: bad\n"), (EVERYWHERE, [3], ""), (KeyboardInterrupt, [], "")],
-)
-def test_other_ranks_leave_the_message_to_the_first(monkeypatch, capsys, error, waited, said):
-    def main():
-        raise error
-
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    sleeps = []
-    monkeypatch.setattr(cli.time, "sleep", sleeps.append)
-    with pytest.raises(SystemExit):
-        cli.run_cli(main)
-    assert sleeps == waited
-    assert capsys.readouterr().err == said
-
-
 def test_every_process_of_a_machine_has_its_own_gpu(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    current, bound = [], []
+    current, bound, cuda = [], [], torch.cuda
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda **given: bound.append(given.get("device_id")))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "set_device", current.append)
     processes.start()
-    assert bound == [torch.device("cuda:1")]
     assert resolve_device("cpu") == torch.device("cpu")
-    assert str(resolve_device("auto")) == "cuda:1" == current[0]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert [resolve_device("auto")] == current == bound == [torch.device("cuda:1")]
+    monkeypatch.setattr(cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="give it --nproc_per_node=1, or --device cpu"):
         resolve_device("auto")
 
@@ -324,8 +288,9 @@ def namespaces():
     """Return a command prefix and the network interface of each machine."""
     names, links = ([f"{word}{os.getpid()}.{n}" for n in (0, 1)] for word in ("machine", "veth"))
     inside = [["ip", "netns", "exec", name] for name in names]
-    pair = ["ip", "link", "add", links[0], "netns", names[0], "type", "veth", "peer", links[1], "netns", names[1]]
-    commands = [*(["ip", "netns", "add", name] for name in names), pair]
+    commands = [["ip", "netns", "add", name] for name in names]
+    commands.append(["ip", "link", "add", links[0], "netns", names[0], "type", "veth"])
+    commands[-1] += ["peer", links[1], "netns", names[1]]
     for n, link in enumerate(links):
         commands += [[*inside[n], "ip", "address", "add", f"10.213.7.{n + 1}/24", "dev", link]]
         commands += [[*inside[n], "ip", "link", "set", name, "up"] for name in (link, "lo")]
@@ -354,7 +319,7 @@ def machines(namespaces, tmp_path_factory):
             (folder / "both.py").write_text(BOTH)
             command = f"timeout 300 {sys.executable} -m torch.distributed.run --nnodes=2 --node_rank={n} "
             command += "--nproc_per_node=1 --master_addr=10.213.7.1 --master_port=29513 both.py"
-            env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": link}
+            env = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": link}
             stderr = (folder / "stderr").open("w")
             started.append(subprocess.Popen([*inside, *command.split()], cwd=folder, env=env, stderr=stderr))
         assert all(process.wait() for process in started)  # as the second machine failed at last
@@ -381,21 +346,69 @@ def test_the_second_machine_gets_the_features_of_the_first(machines):
     assert len(sent) == 4 and all(own[name] == content for name, content in sent.items())
 
 
-DIFFERENCES = {
-    "flags": "settings",
-    "other features": "feature file language-",
-    "other data": "dataset",
-    "no data": "dataset",
-}
-
-
-@pytest.mark.parametrize("case", DIFFERENCES)
-def test_a_machine_that_differs_is_named_on_both(machines, case):
+@pytest.mark.parametrize(
+    ("case", "differs"),
+    [("flags", "settings"), ("other features", "feature file"), ("other data", "dataset"), ("no data", "dataset")],
+)
+def test_a_machine_that_differs_is_named_on_both(machines, case, differs):
     first, second = (outcomes[case]["said"] for outcomes in machines[1])
-    assert first == second and DIFFERENCES[case] in first and f"machine 1 ({socket.gethostname()})" in first
+    assert first == second and differs in first and f"machine 1 ({socket.gethostname()})" in first
 
 
 def test_a_process_that_fails_alone_ends_all_without_tracebacks_of_the_others(machines):
     first, second = machines[2]
     assert first.count("error: a process of this training ended early") == 1 and "RuntimeError" not in first
     assert second.count("error: only here") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ GPU
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def trained(case, device, flags=""):
+    return train.main(shlex.split(f"{CASES[case]} --device {device} --run_name {case}-{device} {flags}"))
+
+
+@on_gpu
+def test_a_gpu_computes_the_losses_and_gradients_of_the_cpu():
+    def drawn(*shape):
+        return torch.randn(shape, generator=draw).to(device).requires_grad_()
+
+    found = []
+    for device in ("cuda", "cpu"):
+        draw = torch.Generator().manual_seed(0)
+        z, weight, own, V, features = drawn(40, 16), drawn(16, 6), drawn(40, 16), drawn(31, 8), drawn(31, 6).detach()
+        labels, log_scale = torch.randint(31, (40,), generator=draw).to(device), drawn(3)
+        items, objective = torch.randint(1, 31, (9,), generator=draw).to(device), Objective(log_scale, 0.5)
+        log_kq = NegativeSampler(torch.ones(31, device=device), 9).draw()[1]
+        exact = matryoshka_cross_entropy(z, Factors(features, weight, V), labels, (4, 8, 16), objective=objective)
+        sample = Sample(own, (features @ weight.T)[items], items, log_kq)
+        sampled = sampled_matryoshka_cross_entropy(z, sample, labels, (4, 8, 16), objective=objective)
+        gradients = torch.autograd.grad(exact + sampled, (z, weight, own, V, log_scale))
+        found.append([part.cpu() for part in (exact, sampled, *gradients)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("case", ["faithful", "plus", "sasrec", "itemknn"])
+def test_a_gpu_trains_as_the_cpu_which_evaluates_its_run_alike(workplace, case):
+    """Batches of a repeated shape are replayed from a CUDA graph."""
+    dropout = "" if case == "itemknn" else "--lru_dropout 0 --lru_attn_dropout 0"  # which every device draws otherwise
+    runs = [trained(case, device, dropout) for device in ("cuda", "cpu")]
+    logs = [[(line.get("loss", 0), line["val"]) for line in read_log(run)] for run in runs]
+    torch.testing.assert_close(*logs, rtol=1e-3, atol=1e-3)
+    found = json.loads((runs[0] / "test_mrl_metrics.json").read_text())
+    on_cpu = eval_script.main(["--run", str(runs[0]), "--device", "cpu"])
+    torch.testing.assert_close({str(m): on_cpu[m] for m in on_cpu}, found, rtol=0, atol=1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("case", ["faithful", "plus"])
+def test_a_training_on_a_gpu_that_was_cut_off_is_resumed_to_the_same_weights(workplace, case):
+    whole = trained(case, "cuda")
+    with cut_off_after(1):
+        trained(case, "cuda", "--run_name cut")
+    cut = train.main(["--resume", "latest", "--run_name", "cut"])
+    states = [load_state(run / "last.pt")["model"] for run in (whole, cut)]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)  # a GPU adds gradients up in any order

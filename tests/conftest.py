@@ -44,6 +44,17 @@ def web(monkeypatch) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture
+def encoded(monkeypatch) -> list:
+    """Return a list that collects the batches given to the built-in encoders."""
+    from datasets.features import image, text
+
+    batches: list = []
+    for kind in (text.LexicalEncoder, image.PixelEncoder):
+        monkeypatch.setattr(kind, "forward", lambda self, x, f=kind.forward: batches.append(x) or f(self, x))
+    return batches
+
+
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory) -> str:
     """Return the name of a small random open_clip model whose weights are a file."""

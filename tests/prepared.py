@@ -148,7 +148,7 @@ def write_tiny_bert(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        BertModel(config).save_pretrained(folder)
+        BertModel(config, add_pooling_layer=False).save_pretrained(folder)  # a text encoder needs no pooler
     if pooling is not None:
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling/config.json").write_text(json.dumps(pooling), encoding="utf-8")

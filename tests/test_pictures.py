@@ -95,6 +95,7 @@ ZEROS = good(gzip.compress(bytes(1001)), Content_Encoding="gzip")
         (status(503), "the server answers 503 Service Unavailable", PATIENT.tries),
         (status(429), "the server answers 429 Too Many Requests", PATIENT.tries),
         (status(404), "the server answers 404 Not Found", 1),
+        (status(403), "the server answers 403 Forbidden", 1),
         (cut_short(b"whole", 2), "the answer was cut short or is invalid (peer closed connection", PATIENT.tries),
         (stalled(b"wh"), "no answer within 0.3 s", PATIENT.tries),
         (served.drip(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.05), "too slow: not finished within 0.6 s", PATIENT.tries),
@@ -103,7 +104,7 @@ ZEROS = good(gzip.compress(bytes(1001)), Content_Encoding="gzip")
         (ZEROS, "more than 1,000 bytes", 1),
         (endless(bytes(100)), "more than 1,000 bytes", 1),
     ],
-    ids=["503", "429", "404", "cut short", "stalled", "slow header", "slow body", "long", "packed", "endless"],
+    ids=["503", "429", "404", "403", "cut short", "stalled", "slow header", "slow body", "long", "packed", "endless"],
 )
 def test_a_failure_is_named_and_only_a_temporary_one_is_tried_again(web, page, reason, tries):
     started = time.monotonic()

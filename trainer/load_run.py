@@ -286,13 +286,17 @@ def check_origin(run: Path, recorded: dict[str, str] | None, origin: Path, flag:
 def load_teachers(config: Config, catalog: Catalog, device: torch.device, resumed: Path | None) -> Teachers | None:
     """Return the models of --teachers with their best weights; None if there are none.
 
-    resumed: the run that continues. Raises InputError for a run of another dataset, one that only counts, and one whose
-    weights changed since the resumed run began.
+    Every machine needs their folders. resumed: the run that continues. Raises InputError for a run of another dataset,
+    one that only counts, and one whose weights changed since the resumed run began.
     """
     runs = [Path(run) for run in config.teachers]
-    recorded = read_environment(resumed).get("teachers", []) if resumed else []
-    for run, known in zip(runs, recorded, strict=False):
-        check_origin(resumed or run, known, run, "--teachers")
+
+    def check() -> None:
+        recorded = read_environment(resumed).get("teachers", []) if resumed and runs else []
+        for run, known in zip(runs, recorded, strict=False):
+            check_origin(resumed or run, known, run, "--teachers")
+
+    processes.on_main_process(check)
     models = []
     for run in runs:
         _, items, model = load_for_export(run, {"data_root": config.data_root, "device": config.device})

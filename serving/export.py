@@ -4,6 +4,7 @@ python -m serving.export --dataset_code demo --size 64 --out exports/demo-64    
 python -m serving.export --run experiments/runs/beauty/... --size all --format onnx --quantize int8
 python -m serving.export --run experiments/runs/beauty/...-lrurec      # a baseline, to compare: lrurec, sasrec, itemknn
 python -m serving.export --max_bytes 4MB --max_latency_ms 1      # the best size that fits, from the run's deploy.json
+python -m serving.export --dataset_code demo --format onnx --release releases/demo      # archives of all sizes
 """
 
 from __future__ import annotations
@@ -82,6 +83,12 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FOLDER", help="output folder; with several sizes the parent of their folders "
         "(default: exports/<dataset>-<size>)",
     )  # fmt: skip
+    parser.add_argument(
+        "--release",
+        type=Path,
+        metavar="FOLDER",
+        help="instead of --out: write one archive per size (default: all), SHA256SUMS and a card into a new folder",
+    )
     add_switch(parser, "overwrite", "replace an existing export (default: refuse)")
     return parser
 
@@ -120,6 +127,10 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
     arguments.run = asked_run(arguments, ("fmrlrec", *BASELINES))
     saved, _ = read_config(arguments.run)
+    if arguments.release:
+        check_release_flags(arguments)
+        if arguments.size is arguments.max_bytes is arguments.max_latency_ms is None:
+            arguments.size = "all"
     if saved.model_code in BASELINES:
         check_baseline_flags(arguments, saved.model_code)
         sizes = [saved.mrl_hidden_sizes[-1]]
@@ -129,10 +140,11 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
     from model import FMRLRec
     from serving.folder import refuse_existing
+    from serving.release import write_release
     from trainer.load_run import load_for_export
 
     check_table_width(arguments.table_width, sizes, arguments.format, arguments.quantize)
-    for folder in folders:
+    for folder in folders if not arguments.release else ():
         refuse_existing(folder, arguments.overwrite)
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
     print(describe_run(arguments.run), flush=True)
@@ -143,12 +155,20 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         print(f"{folders[0]}  {config.model_code}: {folder_bytes(folders[0]) / 1e6:.2f} MB", flush=True)
         return folders
     users = validation_users(config, items) if arguments.table_width else None
-    for size, folder in zip(sizes, folders, strict=True):
+
+    def export(size: int, folder: Path) -> None:
         export_size(
             model, size, folder, config=config, catalog=items, run=arguments.run,
             format=arguments.format, quantize=arguments.quantize, index=arguments.index, overwrite=arguments.overwrite,
             table_width=arguments.table_width, users=users,
         )  # fmt: skip
+
+    if arguments.release:
+        write_release(arguments.release, saved.dataset_code, sizes, export)
+        print(f"{arguments.release}  {len(sizes)} sizes: {folder_bytes(arguments.release) / 1e6:.2f} MB", flush=True)
+        return [arguments.release]
+    for size, folder in zip(sizes, folders, strict=True):
+        export(size, folder)
         how = f"{arguments.format}, {arguments.quantize}"
         how += f", table width {arguments.table_width}" if arguments.table_width else ""
         print(f"{folder}  size {size}, {how}: {folder_bytes(folder) / 1e6:.2f} MB", flush=True)
@@ -158,6 +178,23 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 def folder_bytes(folder: Path) -> int:
     """Return the bytes of an export's files."""
     return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def check_release_flags(arguments: argparse.Namespace) -> None:
+    """Raise InputError for a flag that --release does not go with, and if the release exists."""
+    from serving.release import refuse_existing
+
+    for flag, given in (
+        ("--out", arguments.out is not None),
+        ("--overwrite", arguments.overwrite),
+        ("--format onnx-file", arguments.format == "onnx-file"),
+    ):
+        if given:
+            raise InputError(
+                f"{flag} does not go with --release, which writes archives of --format torch or onnx into a new "
+                f"folder; leave {flag} out"
+            )
+    refuse_existing(arguments.release)
 
 
 def check_baseline_flags(arguments: argparse.Namespace, model: str) -> None:
@@ -170,6 +207,7 @@ def check_baseline_flags(arguments: argparse.Namespace, model: str) -> None:
         ("--quantize int8", arguments.quantize == "int8"),
         ("--index", arguments.index is not None),
         ("--table_width", arguments.table_width is not None),
+        ("--release", arguments.release is not None),
     ):
         if given:
             raise InputError(f"{flag} is for runs of fmrlrec; leave it out: {model} has one size, which NumPy serves")

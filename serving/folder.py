@@ -215,6 +215,9 @@ def read_folder(folder: str | Path) -> Export:
         raise InputError(f"{str(folder)!r:.80} is not a folder's name ({error!s:.80}); give an export's") from None
     if not folder.exists() and _former(folder).exists():  # killed between the two renames
         folder = _former(folder)
+    if folder.is_file() and folder.name.endswith(".tar.gz"):
+        unpacked = folder.name.removesuffix(".tar.gz")
+        raise InputError(f"{folder} is an archive; unpack it by `tar xf` and give the folder {unpacked}")
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is not an export (it has no {CONFIG}); python -m serving.export makes one")
     config = read_json(folder / CONFIG, HINT, MAX_CONFIG)

@@ -187,7 +187,7 @@ def model_card(config: dict[str, Any]) -> str:
     title, kind = f"size {config['size']}", "fMRLRec, Findings of EMNLP 2024"
     if name := config.get("model"):
         title, kind = name, f"the baseline {name}"
-    return f"""{_front_matter(config)}
+    return f"""{front_matter(config)}
 # {config["dataset"]["code"]}, {title}
 
 A sequential recommender ({kind}) with {config["size"]} dimensions, {"from" if name else "sliced from"} the run
@@ -199,7 +199,7 @@ A sequential recommender ({kind}) with {config["size"]} dimensions, {"from" if n
 {_plane(config)}{_usage_of_file() if IDS in config["files"] else _usage_of_folder(config)}"""
 
 
-def _front_matter(config: dict[str, Any]) -> str:
+def front_matter(config: dict[str, Any]) -> str:
     """Return the metadata that the Hub reads. The license is yours to name: data and encoders have their own."""
     onnx = ["onnx"] if MODEL in config["files"] else []
     tags = ["recommendation", "sequential-recommendation", "multimodal", "matryoshka", *onnx]

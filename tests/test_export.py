@@ -546,3 +546,44 @@ def test_other_folders_are_not_replaced_and_a_missing_npm_package_is_named(monke
     ):
         with pytest.raises(InputError, match=problem):
             page.main(flags)
+
+
+def test_a_release_has_the_same_bytes_each_time_and_its_archives_hold_the_exports(run, tmp_path, monkeypatch):
+    first, second = (run_export(run, f"--release {tmp_path / name}")[0] for name in ("first", "second"))
+    files = contents(first)
+    assert files == contents(second)
+    assert files.keys() == {"README.md", "SHA256SUMS", *(f"fmrlrec-tiny-{size}.tar.gz" for size in SIZES)}
+    with pytest.raises(InputError, match=r"unpack it by `tar xf` and give the folder fmrlrec-tiny-8"):
+        serving.Recommender.from_pretrained(first / "fmrlrec-tiny-8.tar.gz")
+    monkeypatch.chdir(first)
+    subprocess.run("sha256sum -c --quiet SHA256SUMS && tar xf fmrlrec-tiny-8.tar.gz", shell=True, check=True)
+    unpacked = serving.Recommender.from_pretrained("fmrlrec-tiny-8").recommend([[1, 2]])
+    (folder,) = run_export(run, f"--size 8 --out {tmp_path / 'export'}")
+    assert unpacked == serving.Recommender.from_pretrained(folder).recommend([[1, 2]])
+    card = files["README.md"].decode()
+    assert f"| 8 | `fmrlrec-tiny-8.tar.gz` | {len(files['fmrlrec-tiny-8.tar.gz']) / 1e6:.2f} | " in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("", "exists; choose another folder for --release"),
+        ("--out here", "--out does not go with --release"),
+        ("--format onnx-file", "--format onnx-file does not go with --release"),
+        ("--size 5", "--size 5 was not trained"),
+    ],
+)
+def test_a_release_goes_into_a_new_folder_as_archives_of_trained_sizes(run, tmp_path, flags, problem):
+    with pytest.raises(InputError, match=problem):
+        run_export(run, f"--release {tmp_path / 'new' if flags else tmp_path} {flags}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_part_of_a_release(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("serving.release.pack", full)
+    with pytest.raises(InputError, match=r"cannot write .*new: No space left on device; free space"):
+        run_export(run, f"--release {tmp_path / 'new'}")
+    assert list(tmp_path.iterdir()) == []

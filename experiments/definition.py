@@ -285,6 +285,22 @@ def set_data(jobs: list[Job]) -> list[str]:
     return problems
 
 
+def missing_encoders(jobs: list[Job]) -> list[str]:
+    """Return a line for each encoder that runs to start read by and that is not on this disk."""
+    from datasets.features.modality import EncodedModality
+    from datasets.features.registry import modalities
+
+    configs = [job.config for job in jobs if job.state == "to start" and job.config.model_code == "fmrlrec"]
+    found = (modality for config in configs for modality in modalities(config))
+    encoders = {modality.encoder: modality for modality in found if isinstance(modality, EncodedModality)}
+    return [
+        f"--{modality.flag} {name} is not on this disk; train.py downloads it unless its features are cached. Without "
+        f"network, give local files or {modality.built_in!r}, which needs no download"
+        for name, modality in encoders.items()
+        if not modality.on_disk()
+    ]
+
+
 def look_up(job: Job, kept: list[KeptRun]) -> None:
     """Set the job's state and run folder to those of its most advanced run, kept or not."""
     found: list[tuple[str, Path | None]] = [

@@ -31,6 +31,7 @@ from experiments.definition import (
     chosen,
     definitions,
     look_up,
+    missing_encoders,
     missing_tests,
     parse_seeds,
     planned,
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> list[Job]:
         print(f"{job.state:12} {job.label}")
     print(summary(jobs, problems), flush=True)
     if arguments.dry_run:
+        for line in missing_encoders(jobs):
+            print(line)
         return jobs
     check_writable(arguments.results)
     work(jobs, arguments.results)

@@ -492,3 +492,11 @@ def test_a_benchmark_prints_a_line_for_every_case(workplace, monkeypatch, capsys
     flags, line, count = BENCHMARKS[benchmark]
     benchmark.main(flags.split())
     assert len(re.findall(line, capsys.readouterr().out, re.MULTILINE)) == count
+
+
+def test_a_dry_run_names_the_encoders_that_are_not_on_this_disk(workplace, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(workplace))
+    encoders = "--language_encoder nobody/reads --img_encoder ViT-B-32/openai"
+    run.main(shlex.split(f"depth --rows '1 block' --dry_run --dataset_code tiny {encoders}"))
+    missing = [line.split(" is not on this disk")[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert missing == ["--language_encoder nobody/reads", "--img_encoder ViT-B-32/openai"]

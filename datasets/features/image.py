@@ -77,6 +77,21 @@ class ImageModality(EncodedModality):
     def load_encoder(self, device: Any, precision: str) -> Encoder:
         return load_encoder(self.encoder, device, precision)
 
+    def on_disk(self) -> bool:
+        architecture, _, weights = self.encoder.partition("/")
+        if self.encoder == self.built_in or file_exists(weights):
+            return True
+        _check_open_clip_name(self.encoder)
+        import open_clip
+        from huggingface_hub import try_to_load_from_cache
+
+        published = open_clip.get_pretrained_cfg(architecture, weights)
+        repository, _, name = published.get("hf_hub", "").rpartition("/")
+        if not repository:
+            return Path("~/.cache/clip", Path(published.get("url", "")).name).expanduser().is_file()
+        names = (name,) if name else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+
     def fingerprint(self) -> dict[str, Any]:
         return fingerprint(self.encoder)
 

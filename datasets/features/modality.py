@@ -144,6 +144,10 @@ class EncodedModality(Modality):
         """Load the encoder. Raises InputError if it cannot be loaded."""
 
     @abstractmethod
+    def on_disk(self) -> bool:
+        """Return whether the encoder is built in, a local file or folder, or cached."""
+
+    @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """Return what features depend on besides the inputs, without loading the encoder."""
 

@@ -98,6 +98,9 @@ class TextModality(EncodedModality):
     def load_encoder(self, device: Any, precision: str) -> Encoder:
         return load_encoder(self.encoder, device, precision)
 
+    def on_disk(self) -> bool:
+        return self.encoder == self.built_in or folder_exists(self.encoder) or hub_commit(self.encoder) is not None
+
     def fingerprint(self) -> dict[str, Any]:
         return fingerprint(self.encoder)
 

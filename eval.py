@@ -37,10 +37,9 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     settings = [name for name in Config.__dataclass_fields__ if name != "test"]
     flags, arguments = parse_args(argv, DESCRIPTION, SECTIONS, add_arguments, settings)
 
-    # Heavy imports wait until the flags are known to be good, so that --help answers at once.
-    from trainer.load_run import find_trained, load_run
+    # Heavy imports wait until the flags are known to be good, so that --help and errors come at once.
+    from trainer.find_run import find_trained
     from trainer.runs import describe_run, newer_data_folder, read_config
-    from trainer.testing import test_every_size, validate_every_size
 
     runs_root = Path(flags.get("runs_root", Config.runs_root))
     run = processes.on_main_process(lambda: find_trained(arguments.run, runs_root, flags))
@@ -51,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
         raise InputError("--validation prints the ranking metrics alone; leave --alone and --list_metrics out")
     if processes.rank() == 0:
         print(describe_run(run), flush=True)
+    from trainer.load_run import load_run
+    from trainer.testing import test_every_size, validate_every_size
+
     config, catalog, model = load_run(run, flags, arguments.on_newer_data)
     if arguments.validation:
         return validate_every_size(model, catalog.sequences, config, arguments.mask_history)

@@ -125,7 +125,7 @@ def _add_flag(group: Any, f: Field) -> None:
         metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
         options = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"metavar": metavar}
         several = f.metadata["for_several"]
-        parse = _number_parser(several) if several else type(default)
+        parse = type(default) if isinstance(default, str) else _number_parser(type(default), several)
         group.add_argument(flag, type=parse, help=help, **options, **common)
 
 
@@ -143,13 +143,14 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def _number_parser(for_several: str) -> Callable[[str], int]:
-    def parse(text: str) -> int:
+def _number_parser(kind: Any, for_several: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
         try:
-            return int(text)
+            return kind(text)
         except ValueError:
-            hint = f"; for several: {for_several} {text}" if "," in text else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{hint}") from None
+            hint = f"; for several: {for_several} {text}" if for_several and "," in text else ""
+            number = "a whole number" if kind is int else "a number such as 0.6"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {number}{hint}") from None
 
     return parse
 
@@ -181,6 +182,11 @@ class Parser(argparse.ArgumentParser):
         expanded = [re.sub(r"(?:^|(?<=[=,]))~(?=/|$)", lambda _: str(Path.home()), word) for word in words]
         parsed, unknown = self.parse_known_args(expanded, namespace)
         if unknown:
+            if not unknown[0].startswith("-"):
+                self.error(
+                    f"unexpected argument {unknown[0]!r}; a flag begins with --, and its value is one word: a list "
+                    'such as 8,16,32 has no spaces, or is in quotes: "8, 16, 32"'
+                )
             word = unknown[0].split("=")[0]
             flags = list(self._option_string_actions)
             near = [flag for flag in flags if word.startswith(f"{flag}_")]  # --lr_rate

@@ -108,7 +108,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, positional: bool = False)
 
 def asked_run(arguments: argparse.Namespace, models: Sequence[str] = ("fmrlrec",)) -> Path:
     """Return the run that the flags choose. Raises InputError if there is none or it is of another model."""
-    from trainer.load_run import find_trained, with_runtime_flags
+    from trainer.find_run import find_trained, with_runtime_flags
     from trainer.runs import read_config
 
     flags = {"dataset_code": arguments.dataset_code} if arguments.dataset_code else {}
@@ -138,14 +138,17 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     else:
         sizes = chosen_sizes(arguments, saved.mrl_hidden_sizes)
         folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
-    from model import FMRLRec
+    check_table_width(arguments.table_width, sizes, arguments.format, arguments.quantize)
     from serving.folder import refuse_existing
+
+    for folder in folders if not arguments.release else ():
+        refuse_existing(folder, arguments.overwrite)
+
+    # Heavy imports wait until the flags are known to be good, so that errors come at once.
+    from model import FMRLRec
     from serving.release import write_release
     from trainer.load_run import load_for_export
 
-    check_table_width(arguments.table_width, sizes, arguments.format, arguments.quantize)
-    for folder in folders if not arguments.release else ():
-        refuse_existing(folder, arguments.overwrite)
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
     print(describe_run(arguments.run), flush=True)
     config, items, model = load_for_export(arguments.run, flags)

@@ -58,7 +58,7 @@ class Limited:
             status = message.get("status", status)
             await send(message)
 
-        length = headers.get(b"content-length", b"0" if scope["method"] == "GET" else b"")
+        length = headers.get(b"content-length", b"0")  # a request with neither header has no body
         try:
             if not length.isdigit() or int(length) > MAX_BYTES or b"transfer-encoding" in headers:
                 await observed({"type": "http.response.start", "status": 413, "headers": [JSON]})

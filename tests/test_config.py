@@ -130,7 +130,9 @@ def test_a_whole_number_beyond_floats_is_refused_where_a_share_is_expected():
         ("--teachers=a,b", "--teachers needs --distill, their share in the targets"),
         ("--lru_droput=0.3", "unknown flag --lru_droput; did you mean --lru_dropout?"),
         ("--no-use_img_encodr", "unknown flag --no-use_img_encodr; did you mean --no-use_img_encoder?"),
-        ("zzz", "unknown flag zzz; --help lists them all"),
+        ("--zzz", "unknown flag --zzz; --help lists them all"),
+        ("--mrl_hidden_sizes 8, 16", "unexpected argument '16'; a flag begins with --, and its value is one word"),
+        ("--lru_dropout 60%", "argument --lru_dropout: '60%' is not a number such as 0.6"),
     ],
 )
 def test_flags_that_contradict_or_are_unknown_are_refused(capsys, argv, message):

@@ -77,8 +77,8 @@ def fetch(repository: str, revision: str | None = None) -> Path:
     except Exception as error:  # huggingface_hub's errors and its client's share no base class
         raise InputError(
             f"there is no folder {repository}, and no such repository could be read from the Hub ({_reason(error)}); "
-            "check the name, or make the folder by python -m serving.export; for the Hub check the network and `hf auth "
-            "login`"
+            "check the name, or make the folder by python -m serving.export; for the Hub check the network and "
+            "`hf auth login`"
         ) from error
 
 

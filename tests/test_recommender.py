@@ -298,6 +298,9 @@ def test_a_bad_request_is_refused_with_the_reason(client):
         assert answer.status_code == status and problem in answer.text
     for body, headers in ((iter([b"{}"]), {}), (b"{}", {"Transfer-Encoding": "chunked", "Content-Length": "2"})):
         assert client.post("/recommend", content=body, headers=headers).status_code == 413  # without its length
+    without = client.build_request("POST", "/reload")
+    del without.headers["Content-Length"]  # as curl -X POST sends it: no body
+    assert client.send(without).json()["reloaded"] is False
 
 
 def test_metrics_count_requests_seconds_and_unknown_ids(client):

@@ -202,6 +202,8 @@ def raw_files(config: Config, arguments: argparse.Namespace) -> tuple[Path, Path
             path = paths[0]
             fetch_file(f"{arguments.base_url.rstrip('/')}/{path.name}", path)
         if path is None:
+            if mine and mine.is_absolute():
+                raise InputError(f"--{flag} {given} does not exist; give the path of a file or of a folder of parts")
             here = ", ".join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else ""
             wanted = given or " or ".join(usual)
             raise InputError(f"{wanted} is not in {root} ({here or 'which is empty'}); name it: --{flag} FILE")

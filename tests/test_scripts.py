@@ -383,5 +383,6 @@ def test_tensorboard_has_the_numbers_of_the_log_and_of_the_test(workplace, monke
     found = [events.Scalars(f"{part}/8/NDCG@10")[-1].value for part in ("val", "test")]
     assert found == pytest.approx([log[-1]["val"]["8"]["NDCG@10"], metrics_in(run)[8]["NDCG@10"]])
     monkeypatch.setattr("trainer.training_run.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--use_tensorboard needs the package tensorboard: pip install"):
-        run_train("--use_tensorboard")
+    for name in ("tensorboard", "wandb"):
+        with pytest.raises(InputError, match=f"--use_{name} needs the package {name}: pip install"):
+            run_train(f"--use_{name}")

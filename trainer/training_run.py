@@ -55,8 +55,7 @@ class TrainingRun:
     def __init__(self, config: Config, sources: dict[str, str], resumed: Path | None = None) -> None:
         """sources: where each setting came from. resumed: the folder of the run to continue; None: a new run."""
         self.config, self.sources, self.resumed = config, sources, resumed
-        if config.use_tensorboard:
-            check_tensorboard()
+        check_loggers(config)
         self.state: dict[str, Any] | None = None  # of the finished epochs
 
     def check_data(self, catalog: Catalog) -> None:
@@ -208,10 +207,12 @@ def scalars(values: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield f"{prefix}{name}", value
 
 
-def check_tensorboard() -> None:
-    """Raise InputError if tensorboard is not installed."""
-    if not find_spec("tensorboard"):
+def check_loggers(config: Config) -> None:
+    """Raise InputError if wandb or tensorboard is asked for and not installed."""
+    if config.use_tensorboard and not find_spec("tensorboard"):
         raise InputError('--use_tensorboard needs the package tensorboard: pip install "tensorboard>=2.18,<3"')
+    if config.use_wandb and not find_spec("wandb"):
+        raise InputError('--use_wandb needs the package wandb: pip install "wandb>=0.18,<1"')
 
 
 def start_tensorboard(run: Path, epoch: int) -> Any:

@@ -7,7 +7,7 @@
 N items, F feature width, D largest size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from model.extensions.embedding_gate import EmbeddingGate
 from model.extensions.whitening import ROWS, Whitening
+
+Lookup = Callable[[Tensor, Tensor], Tensor]  # items [n] and a weight [N+1, K] -> rows [n, K], as F.embedding
 
 
 class Factors(NamedTuple):
@@ -63,6 +65,7 @@ class ItemEncoder(nn.Module):
         self.num_items = num_items
         if embedding and features is None:
             raise ValueError("a learned item table takes no item embedding; give features, or leave embedding at 0")
+        self.lookup: Lookup = F.embedding  # reads rows of the learned embedding; another one where they are spread
         self.V = nn.Parameter(torch.zeros(num_items + 1, embedding)) if embedding else None
         self.gate = EmbeddingGate(num_items) if embedding and gate else None
         self.parts: list[str] = []
@@ -94,6 +97,11 @@ class ItemEncoder(nn.Module):
         return rows * (items > 0)[:, None]
 
     @property
+    def spread(self) -> bool:
+        """Whether the rows of the learned embedding are spread over processes, which read them together."""
+        return self.lookup is not F.embedding
+
+    @property
     def learned(self) -> nn.Parameter | None:
         """The learned embedding [N+1, K]: V, or the table if there are no features; None without one."""
         return self.V if self.parts else self.table
@@ -102,13 +110,14 @@ class ItemEncoder(nn.Module):
         self,
         items: Tensor,
         sparse_gradient: bool = False,
-        lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding,
+        lookup: Lookup | None = None,
     ) -> Tensor:
         """Return E of items [n] (0: begin of sequence): [n, D].
 
         sparse_gradient: use a sparse gradient for V on a CPU; it is added to the loss's dense one. lookup: reads rows
-        of the learned embedding.
+        of the learned embedding; None: `self.lookup`.
         """
+        lookup = lookup or self.lookup
         if not self.parts:
             return lookup(items, self.table)
         projected = self.projection(self.rows(items, self.projection.weight.dtype))
@@ -130,22 +139,25 @@ class ItemEncoder(nn.Module):
         return torch.cat([self(some) for some in tokens.split(ROWS)])
 
     @torch.no_grad()
-    def new_item_scale(self) -> float:
+    def new_item_scale(
+        self, chunks: Iterable[Tensor] | None = None, total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> float:
         """Return the factor that gives rows without V the mean norm of trained items' rows; 1 for a model without V.
 
-        New products have no V. Their rows are shorter, so all their scores would be smaller.
+        New products have no V. Their rows are shorter, so all their scores would be smaller. chunks: the items that
+        this process measures, in parts; None: all. total: sums over the processes.
         """
         if self.V is None:
             return 1.0
-        table, V = self.everything(), self.gate(self.V) if self.gate else self.V
-        content = table.clone()
-        content[:, : V.shape[1]] -= V
-        trained = torch.ones(len(table), dtype=torch.bool) if self.gate is None else self.gate.trained.clone()
-        trained[0] = False
-        if not trained.any():
-            return 1.0
-        table, content = table[trained], content[trained]
-        return (table.norm(dim=1).mean() / content.norm(dim=1).mean().clamp_min(1e-12)).item()
+        norms = torch.zeros(2, dtype=torch.float64, device=self.V.device)  # summed over E and over E - V
+        for items in chunks or torch.arange(self.num_items + 1, device=self.V.device).split(ROWS):
+            E, V = self(items) if self.kept is None else self.kept[items], self.lookup(items, self.V)
+            content = E.clone()
+            content[:, : V.shape[1]] -= self.gate(V, items) if self.gate else V
+            trained = items > 0 if self.gate is None else self.gate.trained[items] & (items > 0)
+            norms += torch.stack([rows[trained].norm(dim=1).sum(dtype=torch.float64) for rows in (E, content)])
+        of_rows, of_content = total(norms).tolist()
+        return of_rows / max(of_content, 1e-12) if of_rows or of_content else 1.0
 
     def factors(self, dtype: torch.dtype) -> Tensor | Factors:
         """Return the item table for a loss that multiplies in `dtype`: factors, or a learned table [N+1, D]."""

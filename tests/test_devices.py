@@ -18,12 +18,18 @@ import train
 from common import processes
 from common.devices import cpu_name, resolve_device
 from common.errors import InputError
+from config import ModelSettings, TrainingSettings
+from dataloader import eval_rows
+from model import FMRLRec
 from model.extensions.objective import Objective
 from model.extensions.sampled_loss import NegativeSampler, Sample, sampled_matryoshka_cross_entropy
 from model.loss import Factors, matryoshka_cross_entropy
+from tests.made_up import as_sequences
 from tests.prepared import contents, cut_off_after, write_prepared
 from trainer.checkpoint import load_state
+from trainer.evaluation import evaluate, set_new_item_scale
 from trainer.runs import read_log
+from trainer.sparse_rows import sparse_rows
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = (
@@ -52,6 +58,7 @@ import train
 from common import processes
 from common.errors import InputError
 from model.loss import LOSSES
+from tests.test_devices import validate_spread_embedding
 from trainer import evaluation, testing, trainer as trainer_module
 from trainer.step import GraphedStep
 from trainer.runs import run_lock
@@ -111,6 +118,7 @@ LOSSES["fast"] = true_loss
 (two,) = Path().glob("experiments/runs/tiny/*-faithful-two")
 with run_lock(two) if processes.rank() == 0 else contextlib.nullcontext():
     run("held", f"--resume {two}")
+results["spread"] = validate_spread_embedding()
 processes.end()
 results["threads"] = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 Path(f"rank{processes.rank()}.json").write_text(json.dumps(results))
@@ -167,6 +175,30 @@ RESUMED = [("cut-by-one", "sampled"), ("cut-by-two", "sampled"), ("recorded", "f
 )
 def test_two_processes_train_as_one_does_resume_its_runs_and_record_steps(folder, run, case):
     assert_same_training(named(run, folder), named(f"{case}-one", folder))
+
+
+def validate_spread_embedding():
+    """Validate a model whose embedding is spread over the processes: 3 chunks of items, 3 groups of users."""
+    torch.manual_seed(0)
+    settings = ModelSettings(mrl_hidden_sizes=(4, 8), item_embedding=8, item_embedding_gate=True, history_bias=True)
+    model = FMRLRec(9000, torch.randn(9000, 16), settings)
+    torch.nn.init.normal_(model.items.V)
+    torch.nn.init.normal_(model.history_bias)
+    model.items.gate.trained.copy_(torch.rand(9001) < 0.9)
+    users = eval_rows(as_sequences(torch.randint(1, 9001, (600, 6)).tolist()), 50, "val")
+    rows = sparse_rows(model, TrainingSettings(item_embedding_updates="rows"), sampled=True)
+    with rows.reading(model.items):
+        set_new_item_scale(model)
+        found = [evaluate(model, users, sizes=(4, 8), batch_size=99, ks=(9000,), mask_history=m) for m in (True, False)]
+        held = [len(rows.rows), model.items.V.untyped_storage().nbytes()]
+    return {"metrics": str(found), "scale": model.items.gate.scale.item(), "held": held}
+
+
+def test_two_processes_that_hold_half_of_the_embedding_each_validate_bit_for_bit_as_one_does(folder):
+    one, two = validate_spread_embedding(), outcome(folder, "spread")
+    assert one.pop("held") == [9001, 4 * 9001 * 8]
+    assert [rank.pop("held") for rank in two] == [[4501, 4], [4501, 4]]
+    assert two == [one, one]
 
 
 def test_two_processes_count_and_test_a_run_as_one_does(folder, monkeypatch):

@@ -4,15 +4,20 @@ Ranks do not depend on batches, chunks of the catalogue or processes. Users are 
 items projected in the same chunks of ITEMS, whoever asks; scores are compared exactly, as below. U users,
 B users of a batch, C items of a chunk, N items, M sizes, D the largest.
 
+Under torchrun each rank takes a share of the users. If the rows of the item embedding are spread over the ranks
+(trainer/sparse_rows.py), each rank takes a share of the chunks for all users instead: it projects and counts only
+those, and the counts are summed. Only z, target scores and the rows of a chunk travel, so no rank holds them all.
+
 A learned history bias (model/extensions/history.py) is added to the exact scores of history items, which are therefore
 counted apart. With masked histories it is left out: no candidate is in the history but the target.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -58,15 +63,17 @@ def rank_targets(
     Only the last position is scored. Token 0 is never a candidate; history items are excluded if `mask_history` is set,
     except the target. A target is ranked by counting the items ahead of it, so memory grows neither with the catalogue
     nor with the users. batch_size: users scored at once; it bounds memory and does not change the ranks. Under torchrun
-    each rank takes a share of the groups, and all return the ranks of all users.
+    all ranks return the ranks of all users.
     """
     training = model.training
     model.eval()
-    start, stop = (min(GROUP * group, len(rows)) for group in processes.share(-(-len(rows) // GROUP)))
+    spread = not isinstance(model, CountingModel) and model.items.spread
+    share = (0, -(-len(rows) // GROUP)) if spread else processes.share(-(-len(rows) // GROUP))
+    start, stop = (min(GROUP * group, len(rows)) for group in share)
     device = next(itertools.chain(model.parameters(), model.buffers())).device
     found, table = torch.zeros(len(sizes), len(rows), dtype=torch.float64), None
-    if not isinstance(model, CountingModel) and 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES:
-        table = torch.cat([_project(model, first) for first in range(0, model.num_items + 1, ITEMS)])
+    if not isinstance(model, CountingModel) and not spread and 4 * model.num_items * model.sizes[-1] <= TABLE_BYTES:
+        table = torch.cat([_project(model, tokens) for tokens in _chunks(model, 0, 1)])
     for first in range(start, stop, USERS):
         users = slice(first, min(first + USERS, stop))
         part = rows.part(users.start, users.stop)
@@ -74,33 +81,72 @@ def rank_targets(
         if isinstance(model, CountingModel):
             found[:, users] = _ranks_of_counts(model, batches, mask_history)
         else:
-            groups = _progress(list(eval_batches(part, GROUP, device)), "histories", "group")
-            z = torch.cat([encode_last(model, group, table) for group in groups])
+            z = _encode(model, list(eval_batches(part, GROUP, device)), table)
             found[:, users] = _ranks(model, batches, z, table, sizes, mask_history)
     model.train(training)
-    return dict(zip(sizes, processes.add_up(found), strict=True))
+    return dict(zip(sizes, found if spread else processes.add_up(found), strict=True))
 
 
-def _progress(parts: Sequence[T], title: str, unit: str) -> Iterable[T]:
-    """Show a progress bar over the parts, on rank 0, until they are done."""
-    return tqdm(parts, title, leave=False, unit=unit, disable=True if processes.rank() else None)
+def _progress(parts: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterable[T]:
+    """Show a progress bar over the parts, on rank 0, until they are done. total: their number, if they have no len."""
+    return tqdm(parts, title, total, leave=False, unit=unit, disable=True if processes.rank() else None)
+
+
+def _spread_over(model: SequenceModel) -> tuple[int, int, Callable[[Tensor], Tensor]]:
+    """Return (rank, ranks, sum over the ranks) if the rows of the item embedding are spread; else those of one rank."""
+    if model.items.spread:
+        return processes.rank(), processes.world_size(), processes.add_up
+    return 0, 1, lambda tensor: tensor
+
+
+def _encode(model: SequenceModel, groups: list[EvalBatch], table: Tensor | None) -> Tensor:
+    """Return z [U, D] of the users of all groups. If rows are spread, each rank encodes every R-th group."""
+    rank, ranks, total = _spread_over(model)
+    parts = []
+    for first in _progress(range(0, len(groups), ranks), "histories", "group"):
+        some = groups[first : first + ranks]
+        # A rank without a group encodes the last one too, since the ranks fetch rows together.
+        z = encode_last(model, some[min(rank, len(some) - 1)], table)
+        parts += [z if r == rank else z.new_zeros(len(some[r].targets), z.shape[1]) for r in range(len(some))]
+    return total(torch.cat(parts))
 
 
 def encode_last(model: SequenceModel, batch: EvalBatch, table: Tensor | None) -> Tensor:
     """Return z [B, D] of every row's last token."""
     if table is None:
         tokens, place = batch.tokens.unique(return_inverse=True)
-        x = model.items(tokens)[place]
+        x = _project(model, tokens)[place]
     else:
         x = table[batch.tokens]
     return model.encode(x, batch.position, batch.longest, at=batch.last)
 
 
-def _project(model: SequenceModel, start: int) -> Tensor:
-    """Return the rows of the item table from `start` on, [C, D]. All chunks are projected in the same shape, the last
-    one filled up with token 0, so that equal features have equal rows."""
-    tokens = torch.arange(start, start + ITEMS, device=next(model.parameters()).device)
-    return model.items(tokens * (tokens <= model.num_items))[: model.num_items + 1 - start]
+def _chunks(model: SequenceModel, rank: int, ranks: int) -> Iterator[Tensor]:
+    """Yield the tokens of every R-th chunk of the catalogue from chunk `rank` on, each [C].
+
+    All ranks get the same number of chunks, of which the last may be empty.
+    """
+    device = next(model.parameters()).device
+    for start in range(0, model.num_items + 1, ranks * ITEMS):
+        tokens = torch.arange(ITEMS, device=device) + (start + rank * ITEMS)
+        yield tokens[tokens <= model.num_items]
+
+
+def _project(model: SequenceModel, tokens: Tensor) -> Tensor:
+    """Return the rows of the item table of tokens [n], [n, D].
+
+    They are filled up with token 0 to a multiple of ITEMS, so that equal features have equal rows: products of few
+    rows round otherwise.
+    """
+    return model.items(F.pad(tokens, (0, -len(tokens) % ITEMS)))[: len(tokens)]
+
+
+@torch.inference_mode()
+def set_new_item_scale(model: SequenceModel) -> None:
+    """Set the scale of items without a training event (model/extensions/embedding_gate.py), if there is a gate."""
+    if gate := model.items.gate:
+        rank, ranks, total = _spread_over(model)
+        gate.scale.fill_(model.items.new_item_scale(_chunks(model, rank, ranks), total))
 
 
 def _ranks(
@@ -113,27 +159,31 @@ def _ranks(
 ) -> Tensor:
     """Return the rank, from 1, of every user's target at these sizes: z [U, D] -> [M, U]. Items with the target's score
     share their average rank, so a rank may end in .5."""
+    rank, ranks, total = _spread_over(model)
     parts = on_grid(z).split([len(batch.targets) for batch in batches])
     target = [part.new_zeros(len(sizes), len(part), dtype=torch.float64) for part in parts]  # its exact score
     of_size = {} if mask_history else dict(zip(model.sizes, model.ranking_bias() or (), strict=False))
     bias = [of_size[m] for m in sizes if m in of_size]  # of history items; empty: none
     history = [_history(batch) for batch in batches] if bias else []
-    counts = [part.new_zeros(len(sizes), 2, len(part)) for part in parts]  # ahead of the target, tied with it
-    starts = range(0, model.num_items + 1, ITEMS)
+    num_chunks = -(-(model.num_items + 1) // (ranks * ITEMS))
+    counts = [torch.zeros_like(of_target)[:, None].repeat(1, 2, 1) for of_target in target]  # ahead of it, tied with it
 
-    def chunk(start: int) -> Tensor:
-        return on_grid(_project(model, start) if table is None else table[start : start + ITEMS])  # [C, D]
+    def chunks() -> Iterator[tuple[int, Tensor]]:
+        """Yield (first token, rows [C, D]) of the chunks that this rank ranks."""
+        for tokens in _chunks(model, rank, ranks):
+            columns = _project(model, tokens) if table is None else table[tokens]
+            if len(tokens):
+                yield int(tokens[0]), on_grid(columns)
 
-    for start in starts:
-        columns = chunk(start)
+    for start, columns in chunks():
         for batch, z_batch, of_target in zip(batches, parts, target, strict=True):
             row, place = _targets_within(batch, start, start + len(columns))
             for j, m in enumerate(sizes):
                 of_target[j, row] = exact_scores(z_batch[row, :m], columns[place, :m])
+    target = [total(of_target) for of_target in target]
     for batch, of_target, (row, item) in zip(batches, target, history, strict=False):
         of_target[:, row[item == batch.targets[row]]] += of_target.new_tensor(bias)[:, None]
-    for start in _progress(starts, "ranking", "chunk of items"):
-        columns = chunk(start)
+    for start, columns in _progress(chunks(), "ranking", "chunk of items", num_chunks):
         longest = [longest_row(columns[:, :m]) for m in sizes]
         buffers = columns.new_empty(2, len(parts[0]), len(columns))
         for i, (batch, z_batch, of_target, count) in enumerate(zip(batches, parts, target, counts, strict=True)):
@@ -150,7 +200,7 @@ def _ranks(
                     j, buffer = sizes.index(high), buffers[:, : len(scores)]
                     prefixes = z_batch[:, :high], columns[:, :high]
                     count[j] += torch.stack(count_ahead(scores, of_target[j], *prefixes, longest[j], buffer))
-    return torch.cat([1 + ahead.double() + tied.double() / 2 for ahead, tied in (c.unbind(1) for c in counts)], 1).cpu()
+    return torch.cat([1 + ahead + tied / 2 for ahead, tied in (total(count).unbind(1) for count in counts)], 1).cpu()
 
 
 def _history(batch: EvalBatch) -> tuple[Tensor, Tensor]:

@@ -15,21 +15,24 @@ Compact moments take a quarter of the bytes: m in bfloat16, and one v for each r
 over its coordinates, as in Adam-mini (Zhang et al., 2024). Coordinates of smaller sizes have larger gradients.
 
 Under torchrun rank r of R holds the rows i with i % R = r, as row i // R, with their moments and average. Each step it
-asks their ranks for the rows that it reads, and sends their gradients back.
+asks their ranks for the rows that it reads, and sends their gradients back. Evaluation reads them in the same way.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import processes
 from config import TrainingSettings
 from model.base import SequenceModel
+from model.extensions.whitening import new_tensor
+from model.items import ItemEncoder
 
 BETA1, BETA2 = 0.9, 0.999  # the defaults of torch.optim.AdamW
 WINDOW = 4096  # steps after which all rows catch up, which bounds the table of coefficients
@@ -41,7 +44,7 @@ class SparseRows:
     """AdamW and moving average of one weight [N+1, K], by the rows that a step reads.
 
     n: the rows that this rank holds, all N+1 in a single process. Under torchrun the weight itself is a view of one
-    zero, except within `whole` and after `end`.
+    zero, except within `loading` and after `end`.
     """
 
     def __init__(self, weight: nn.Parameter, settings: TrainingSettings, blocks: Sequence[int] | None = None) -> None:
@@ -74,16 +77,17 @@ class SparseRows:
         Has the signature of F.embedding.
         """
         with torch.no_grad():
-            rows = self._current(items)[0] if self.ranks == 1 else self._fetch(items)
+            current = lambda some: self._current(some)[0]  # noqa: E731
+            rows = current(items) if self.ranks == 1 else self._fetch(items, current)
         self._reads.append((items, rows.requires_grad_()))
         return rows
 
-    def _fetch(self, items: Tensor) -> Tensor:
-        """Return the current rows of items [n], [n, K], from the ranks that hold them."""
+    def _fetch(self, items: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the rows of items [n], [n, K], from the ranks that hold them. read: returns some that a rank holds."""
         wanted, place = items.unique(return_inverse=True)
         holders = [wanted % self.ranks == rank for rank in range(self.ranks)]
         asked = processes.exchange([wanted[held] // self.ranks for held in holders])
-        answers = processes.exchange([self._current(some)[0] for some in asked])
+        answers = processes.exchange([read(some) for some in asked])
         rows = self.rows.new_empty(len(wanted), self.rows.shape[1])
         for held, answer in zip(holders, answers, strict=True):
             rows[held] = answer
@@ -140,43 +144,61 @@ class SparseRows:
         self._open_window()
 
     @contextmanager
-    def whole(self, *weights: nn.Parameter) -> Iterator[None]:
-        """Hold all rows of the weight, of its average, or both on every rank within the block.
+    def reading(self, items: ItemEncoder) -> Iterator[None]:
+        """Let `items` read the rows of the weight, or of its average, from their ranks within the block.
 
-        Values that are assigned within it remain.
+        All rows must have caught up. All ranks must read equally often.
         """
+        if self.ranks > 1 and items.learned is not None:
+            stored = self.stored(items.learned)
+            items.lookup = lambda tokens, _: self._fetch(tokens, stored.__getitem__)
+        try:
+            yield
+        finally:
+            items.lookup = F.embedding
+
+    @contextmanager
+    def loading(self, *weights: nn.Parameter) -> Iterator[None]:
+        """Take the rows of this rank from values that are assigned to the weight, its average, or both in the block."""
         for weight in weights if self.ranks > 1 else ():
-            weight.data = self.gather(self._stored(weight), everywhere=True)
+            weight.data = self.rows.new_empty(weight.shape)
         try:
             yield
         finally:
             for weight in weights if self.ranks > 1 else ():
-                self._stored(weight).copy_(self._own(weight.data))
+                self.stored(weight).copy_(self._own(weight.data))
                 weight.data = self._without_rows()
 
     def end(self) -> None:
         """Hold all rows of the weight on every rank again."""
         if self.ranks > 1:
-            self.weight.data = self.gather(self.rows, everywhere=True)
+            self.weight.data = self.rows.new_empty(self.weight.shape)
+            self._gather(self.rows, self.weight.data, everywhere=True)
 
-    def gather(self, own: Tensor, everywhere: bool = False) -> Tensor:
+    def gather(self, own: Tensor) -> Tensor:
         """Return what all ranks hold of `own` [n, ...], by item: [N+1, ...]; an empty tensor on other ranks than 0.
 
-        everywhere: return it on every rank.
+        It is mapped from a temporary file. Every rank takes part in it.
         """
         if self.ranks == 1:
             return own
-        held = everywhere or self.rank == 0
-        whole = own.new_empty(self.ranks * len(own) if held else 0, *own.shape[1:])
-        for start in range(0, len(own), ROWS):
-            parts = torch.stack(processes.all_gather(own[start : start + ROWS]), dim=1).flatten(0, 1)
-            if held:
-                whole[self.ranks * start :][: len(parts)] = parts
-        return whole[: len(self.weight)]
+        whole = new_tensor((len(self.weight) if self.rank == 0 else 0, *own.shape[1:]), own.dtype)
+        self._gather(own, whole, everywhere=False)
+        return whole
+
+    def _gather(self, own: Tensor, whole: Tensor, everywhere: bool) -> None:
+        """Fill `whole` [N+1, ...] with what all ranks hold, ROWS rows at a time, on rank 0 or everywhere."""
+        some = -(-ROWS // self.ranks)
+        for start in range(0, len(own), some):
+            part = own[start : start + some]
+            parts = processes.exchange([part if everywhere or rank == 0 else part[:0] for rank in range(self.ranks)])
+            if everywhere or self.rank == 0:
+                target = whole[self.ranks * start :][: self.ranks * len(part)]
+                target.copy_(torch.stack(parts, dim=1).flatten(0, 1)[: len(target)])
 
     def state(self) -> dict[str, Any]:
         """Return all that resuming needs beside the weight and its average. Every rank takes part in it."""
-        whole = {name: self.gather(getattr(self, name)) for name in ("m", "v", "last")}
+        whole: dict[str, Any] = {name: self.gather(getattr(self, name)) for name in ("m", "v", "last")}
         return whole | {name: getattr(self, name) for name in ("coefficients", "step", "begin")}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -189,7 +211,7 @@ class SparseRows:
         self.coefficients.copy_(state["coefficients"])
         self.step, self.begin = state["step"], state["begin"]
 
-    def _stored(self, weight: nn.Parameter) -> Tensor:
+    def stored(self, weight: nn.Parameter) -> Tensor:
         """Return the rows of the weight, or of its average, that this rank holds."""
         if weight is self.weight:
             return self.rows

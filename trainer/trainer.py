@@ -25,8 +25,8 @@ from datasets.catalog import Sequences
 from model.base import CountingModel, SequenceModel
 from model.extensions.sampled_loss import NegativeSampler
 from model.extensions.teachers import Teachers
-from trainer.checkpoint import save_state, save_weights
-from trainer.evaluation import criterion, cut_offs, evaluate
+from trainer.checkpoint import save_state, save_tensors, save_weights
+from trainer.evaluation import criterion, cut_offs, evaluate, set_new_item_scale
 from trainer.runs import STATE, WEIGHTS, is_finished
 from trainer.sparse_rows import sparse_rows
 from trainer.step import GraphedStep, Step, WeightAverage, build_optimizer
@@ -109,8 +109,7 @@ class Trainer:
         """Train to the end. Raises InputError if loss or weights are not finite; the last good checkpoint stays."""
         if self.config.validate_untrained and self.progress.step == 0:
             self.run.log.records.clear()  # of a run that was cut off in its first epoch
-            with self._whole(self.eval_model):
-                self._keep(None, self.validate(), 0.0)
+            self._keep(None, self.validate(), 0.0)
         while not self.finished():
             self._started = time.perf_counter() - self.progress.train_seconds
             self.model.train()
@@ -126,12 +125,11 @@ class Trainer:
                 self.step.rows.catch_up()
             self._check_weights()
             loss, seconds = self.progress.loss / self.epoch_steps, time.perf_counter() - self._started
-            with self._whole(self.eval_model):
-                metrics = self.validate()
-                self.progress.epoch += 1
-                self.progress.seconds += time.perf_counter() - self._started
-                self.progress.start_epoch()
-                self._keep(loss, metrics, seconds)
+            metrics = self.validate()
+            self.progress.epoch += 1
+            self.progress.seconds += time.perf_counter() - self._started
+            self.progress.start_epoch()
+            self._keep(loss, metrics, seconds)
             self._saved = f"epoch {self.progress.epoch}"
         if self.step.rows:
             self.step.rows.end()
@@ -145,17 +143,17 @@ class Trainer:
 
     def validate(self) -> dict[int, dict[str, float]]:
         """Return the validation metrics of every size."""
-        config, items = self.config, self.eval_model.items
-        if items.gate:
-            items.gate.scale.fill_(items.new_item_scale())
-        return evaluate(
-            self.eval_model,
-            self.val_rows,
-            sizes=self.model.sizes,
-            batch_size=config.val_batch_size,
-            ks=cut_offs(config.metric_ks, config.best_metric),
-            mask_history=config.val_mask_history,
-        )
+        config, rows = self.config, self.step.rows
+        with rows.reading(self.eval_model.items) if rows else contextlib.nullcontext():
+            set_new_item_scale(self.eval_model)
+            return evaluate(
+                self.eval_model,
+                self.val_rows,
+                sizes=self.model.sizes,
+                batch_size=config.val_batch_size,
+                ks=cut_offs(config.metric_ks, config.best_metric),
+                mask_history=config.val_mask_history,
+            )
 
     def _batches(self, losses: list[Tensor]) -> Iterator[Batch]:
         """Yield the rest of an epoch, and check the `losses` of the steps, show progress and save on the way."""
@@ -249,14 +247,18 @@ class Trainer:
         progress, value = self.progress, metrics[self.model.sizes[-1]][self.config.best_metric]
         if value > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
+        if progress.best_epoch == progress.epoch:
+            self._save_weights()
         processes.on_main_process(lambda: self._write(loss, metrics, train_seconds))
         if progress.epoch:
             self._save_state()
 
+    def _save_weights(self) -> None:
+        weights, path = self._weights(self.eval_model), self.run.folder / WEIGHTS
+        processes.on_main_process(lambda: save_tensors(weights, path, {"epoch": str(self.progress.epoch)}))
+
     def _write(self, loss: float | None, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
-        progress, folder = self.progress, self.run.folder
-        if progress.best_epoch == progress.epoch:
-            save_weights(self.eval_model, folder / WEIGHTS, {"epoch": str(progress.epoch)})
+        progress = self.progress
         record = {
             "epoch": progress.epoch,
             "step": progress.step,
@@ -284,23 +286,20 @@ class Trainer:
             f"at most {eta / 60:.1f} min left"
         )
 
-    def _whole(self, *models: SequenceModel) -> contextlib.AbstractContextManager[None]:
-        """Hold all rows of the models' item embedding on every rank within the block."""
-        weights = [weight for model in models if (weight := model.items.learned) is not None]
-        return self.step.rows.whole(*weights) if self.step.rows else contextlib.nullcontext()
+    def _weights(self, model: SequenceModel) -> dict[str, Tensor]:
+        """Return the weights of the model or of its average, complete on rank 0. Every rank takes part in it."""
+        rows, weights, learned = self.step.rows, model.state_dict(), model.items.learned
+        if rows and learned is not None:
+            (name,) = (name for name, weight in model.named_parameters() if weight is learned)
+            weights[name] = rows.gather(rows.stored(learned))
+        return weights
 
     def state(self) -> dict[str, Any]:
         """Return all that resuming needs. Every rank takes part in it."""
         device, rows = self.loader.device, self.step.rows
-        model, average = self.model.state_dict(), self.average.model.state_dict() if self.average else None
-        if rows:
-            (name,) = (name for name, weight in self.model.named_parameters() if weight is rows.weight)
-            model[name] = rows.gather(rows.rows)
-            if average and rows.average is not None:
-                average[name] = rows.gather(rows.average)
         return {
-            "model": model,
-            "average": average,
+            "model": self._weights(self.model),
+            "average": self._weights(self.average.model) if self.average else None,
             "optimizer": self.step.optimizer.state_dict(),
             "rows": rows.state() if rows else None,
             "progress": vars(self.progress).copy(),
@@ -311,20 +310,22 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a `state`. Raises InputError if it is another model's."""
         models = {"model": self.model} | ({"average": self.average.model} if self.average else {})
+        rows = self.step.rows
+        learned = [weight for model in models.values() if (weight := model.items.learned) is not None]
         try:
-            with self._whole(*models.values()):
+            with rows.loading(*learned) if rows else contextlib.nullcontext():
                 for name, model in models.items():
                     model.load_state_dict(state[name])
         except RuntimeError as error:
             raise InputError(f"{self.run.folder / STATE} does not fit the model of config.json: {error}") from None
-        if (state.get("rows") is None) != (self.step.rows is None):
-            device = "another device" if self.step.rows else "a CPU"
+        if (state.get("rows") is None) != (rows is None):
+            device = "another device" if rows else "a CPU"
             raise InputError(
                 f"{self.run.folder / STATE} is of a training on {device}, where --item_embedding_updates auto chose "
                 f"otherwise; resume it there (--device), or train another run"
             )
-        if self.step.rows:
-            self.step.rows.load_state(state["rows"])
+        if rows:
+            rows.load_state(state["rows"])
         own = [{name: group[name] for name in ("lr", "capturable")} for group in self.step.optimizer.param_groups]
         self.step.optimizer.load_state_dict(state["optimizer"])
         for group, of_device in zip(self.step.optimizer.param_groups, own, strict=True):

@@ -7,12 +7,12 @@ the same variance. Each encoder's features are whitened separately. A row of zer
 zero and does not count in μ and Σ. N items, F feature width.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,19 +76,19 @@ class Whitening(nn.Module):
 
 
 def _whitened(part: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
-    whole = _like(part)
+    whole = new_tensor(part.shape, part.dtype) if part.nbytes >= LARGE else torch.empty_like(part)
     for rows, target in zip(part.split(ROWS), whole.split(ROWS), strict=True):
         target.copy_(whiten(rows.to(mean), mean, matrix))
     return whole
 
 
-def _like(part: Tensor) -> Tensor:
-    """Return a tensor of the same shape and dtype, mapped from an unnamed file in the temporary folder if it is large.
+def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor that is mapped from an unnamed file in the temporary folder, so the system can drop its pages.
 
     Its disk space is reserved first. Without enough of it the tensor is in memory.
     """
-    if part.nbytes >= LARGE:
-        with suppress(OSError, AttributeError), tempfile.TemporaryFile() as file:
-            os.posix_fallocate(file.fileno(), 0, part.nbytes)
-            return torch.from_numpy(np.memmap(file, part.numpy().dtype, "r+", shape=tuple(part.shape)))
-    return torch.empty_like(part)
+    size = math.prod(shape)
+    with suppress(OSError, AttributeError), tempfile.NamedTemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)
+    return torch.empty(*shape, dtype=dtype)

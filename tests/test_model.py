@@ -3,6 +3,7 @@
 import copy
 import math
 import shlex
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import train
+from benchmarks.measure import memory_mb
 from config import ModelSettings, TrainingSettings
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
 from model import FMRLRec, count_parameters, slice_model
@@ -198,6 +200,19 @@ def batch_of(users=20, seed=0):
     sequences = [random.integers(1, NUM_ITEMS + 1, size=n) for n in random.integers(3, 12, size=users)]
     loader = TrainLoader(train_rows(as_sequences(sequences), 20), users, 0, torch.device("cpu"))
     return next(loader.epoch(1)), loader.label_counts(NUM_ITEMS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are unmapped on Linux alone")
+@pytest.mark.parametrize(("mapped", "megabytes"), [(1, 0), (2**30, 16)])
+def test_pages_of_large_mapped_features_leave_memory_after_they_are_read(monkeypatch, tmp_path, mapped, megabytes):
+    monkeypatch.setattr(items_module, "LARGE", 0)
+    monkeypatch.setattr(items_module, "MAPPED", mapped)
+    np.save(tmp_path / "features.npy", np.ones((4096, 2048), np.float16))
+    encoder = ItemEncoder(4096, 4, torch.from_numpy(np.load(tmp_path / "features.npy", mmap_mode="c")))
+    encoder.rows(torch.zeros(1, dtype=torch.int64), torch.float16)  # loads what torch loads on first use
+    before = memory_mb("RssFile")
+    assert all((encoder.rows(torch.arange(1, 4097), torch.float16) == 1).all() for _ in range(2))
+    assert memory_mb("RssFile") - before == pytest.approx(megabytes, abs=2)
 
 
 def test_an_embedding_starts_at_zero_and_ends_at_a_size():

@@ -7,10 +7,7 @@
 N items, F feature width, D largest size.
 """
 
-import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.extensions.embedding_gate import EmbeddingGate
-from model.extensions.whitening import LARGE, ROWS, Whitening
+from model.extensions.whitening import ROWS, Whitening
+from model.mapped import unmap_pages
 
 MAPPED = 2**12  # rows read of large features until their pages are unmapped; each maps up to 64 KB around it on Linux
-MADV_DONTNEED = 4  # of Linux
 Lookup = Callable[[Tensor, Tensor], Tensor]  # items [n] and a weight [N+1, K] -> rows [n, K], as F.embedding
 
 
@@ -104,8 +101,7 @@ class ItemEncoder(nn.Module):
         if self._mapped >= MAPPED:
             self._mapped = 0
             for part in self.features:
-                if part.nbytes >= LARGE and part.device.type == "cpu":
-                    unmap_pages(part)
+                unmap_pages(part)
         return rows * (items > 0)[:, None]
 
     @property
@@ -180,19 +176,6 @@ class ItemEncoder(nn.Module):
             tokens = torch.arange(self.num_items + 1, device=device)
             self._whole = torch.cat([self.rows(some, dtype) for some in tokens.split(ROWS)])  # once: they are frozen
         return Factors(self._whole, self.projection.weight, self.gate(self.V) if self.gate else self.V)
-
-
-def unmap_pages(part: Tensor) -> None:
-    """Take the pages of a tensor mapped from a file out of resident memory; a read maps them again.
-
-    A tensor in memory is left alone. Values written to a copy-on-write map would be lost.
-    """
-    with suppress(OSError), Path("/proc/self/maps").open(encoding="utf-8") as lines:
-        for line in lines:
-            span, _, _, _, inode = line.split(maxsplit=5)[:5]
-            low, high = (int(end, 16) for end in span.split("-"))
-            if low <= part.data_ptr() < high and inode != "0":
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), MADV_DONTNEED)
 
 
 def _whiten_again(items: ItemEncoder, *_: object) -> None:

@@ -4,6 +4,7 @@ import copy
 import math
 import shlex
 import sys
+import tempfile
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from config import ModelSettings, TrainingSettings
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
 from model import FMRLRec, count_parameters, slice_model
 from model import items as items_module
+from model import mapped as mapped_module
 from model.base import Dropout
 from model.extensions import whitening as whitening_module
 from model.extensions.history import history_items, learned_bias
@@ -205,7 +207,7 @@ def batch_of(users=20, seed=0):
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are unmapped on Linux alone")
 @pytest.mark.parametrize(("mapped", "megabytes"), [(1, 0), (2**30, 16)])
 def test_pages_of_large_mapped_features_leave_memory_after_they_are_read(monkeypatch, tmp_path, mapped, megabytes):
-    monkeypatch.setattr(items_module, "LARGE", 0)
+    monkeypatch.setattr(mapped_module, "LARGE", 0)
     monkeypatch.setattr(items_module, "MAPPED", mapped)
     np.save(tmp_path / "features.npy", np.ones((4096, 2048), np.float16))
     encoder = ItemEncoder(4096, 4, torch.from_numpy(np.load(tmp_path / "features.npy", mmap_mode="c")))
@@ -392,7 +394,7 @@ def test_features_of_any_rank_are_whitened_as_defined_and_an_item_without_featur
 @pytest.mark.parametrize(("fit", "large"), [(True, 0), (False, 2**28)])
 def test_every_encoder_is_whitened_alone_and_its_transform_is_saved_with_the_weights(monkeypatch, tmp_path, fit, large):
     monkeypatch.setattr(whitening_module, "LARGE", large)
-    monkeypatch.setattr(whitening_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     raw = [features_of(60).half(), features_of(60, 6, rank=6, seed=1).float()]
     settings = ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1)
     whitenings = Whitening(raw, True), Whitening(raw, fit)

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from common import processes
 from config import TrainingSettings
 from model.base import SequenceModel
-from model.extensions.whitening import new_tensor
 from model.items import ItemEncoder
+from model.mapped import new_tensor
 
 BETA1, BETA2 = 0.9, 0.999  # the defaults of torch.optim.AdamW
 WINDOW = 4096  # steps after which all rows catch up, which bounds the table of coefficients
@@ -170,10 +170,11 @@ class SparseRows:
                 weight.data = self._without_rows()
 
     def end(self) -> None:
-        """Hold all rows of the weight on every rank again."""
+        """Hold all rows of the weight on every rank again, on a CPU in a mapped temporary file."""
         if self.ranks > 1:
-            self.weight.data = self.rows.new_empty(self.weight.shape)
-            self._gather(self.rows, self.weight.data, everywhere=True)
+            whole = new_tensor(self.weight.shape, self.rows.dtype)
+            self._gather(self.rows, whole, everywhere=True)
+            self.weight.data = whole.to(self.rows.device)
 
     def gather(self, own: Tensor) -> Tensor:
         """Return what all ranks hold of `own` [n, ...], by item: [N+1, ...]; an empty tensor on other ranks than 0.

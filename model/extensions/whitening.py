@@ -7,17 +7,14 @@ the same variance. Each encoder's features are whitened separately. A row of zer
 zero and does not count in μ and Σ. N items, F feature width.
 """
 
-import math
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
+from model.mapped import LARGE, new_tensor, unmap_pages
+
 ROWS = 2**14  # items converted to a wider dtype at once
-LARGE = 2**28  # bytes of whitened features from which on they lie in a file, whose pages the system can drop
 LEAST_VARIANCE = 1e-6  # of the largest: directions below it are dropped; rounding to float16 makes some of 1e-7
 
 
@@ -41,6 +38,7 @@ def _nonzero_rows(features: Tensor) -> Iterator[Tensor]:
     """Yield the nonzero rows in float64, in chunks."""
     for rows in features.split(ROWS):
         rows = rows.double()
+        unmap_pages(features)
         yield rows[rows.any(dim=1)]
 
 
@@ -79,16 +77,6 @@ def _whitened(part: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
     whole = new_tensor(part.shape, part.dtype) if part.nbytes >= LARGE else torch.empty_like(part)
     for rows, target in zip(part.split(ROWS), whole.split(ROWS), strict=True):
         target.copy_(whiten(rows.to(mean), mean, matrix))
+        unmap_pages(part)
+        unmap_pages(whole)
     return whole
-
-
-def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a tensor that is mapped from an unnamed file in the temporary folder, so the system can drop its pages.
-
-    Its disk space is reserved first. Without enough of it the tensor is in memory.
-    """
-    size = math.prod(shape)
-    with suppress(OSError, AttributeError), tempfile.NamedTemporaryFile() as file:
-        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)
-    return torch.empty(*shape, dtype=dtype)

@@ -205,16 +205,14 @@ def add_up(tensor: "Tensor") -> "Tensor":
     return tensor
 
 
-def all_gather(tensor: "Tensor") -> "list[Tensor]":
-    """Return the tensors of all ranks, which have one shape, in the order of the ranks."""
-    import torch
-    import torch.distributed as dist
+def broadcast(tensor: "Tensor") -> None:
+    """Replace a tensor on all ranks by that of rank 0, in place."""
+    if world_size() > 1:
+        import torch.distributed as dist
 
-    start()
-    found = [torch.empty_like(tensor) for _ in range(world_size())]
-    with _connected():
-        dist.all_gather(found, tensor.contiguous(), group=_first_machine)
-    return found
+        start()
+        with _connected():
+            dist.broadcast(tensor, src=0, group=_first_machine)
 
 
 def exchange(tensors: "Sequence[Tensor]") -> "list[Tensor]":

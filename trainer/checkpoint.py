@@ -43,7 +43,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 def load_weights(
     model: nn.Module, path: Path, change: Callable[[dict[str, Tensor]], None] = lambda weights: None
 ) -> None:
-    """Load weights into a model; under torchrun rank 0 reads them and sends them to the others.
+    """Load weights into a model; under torchrun rank 0 reads them and sends them to the others, one after the other.
 
     change: changes the file's weights in place so that they fit the model. Raises InputError for a missing or damaged
     file, or another shape.
@@ -51,12 +51,12 @@ def load_weights(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    def read() -> dict[str, Tensor]:
+    def read() -> dict[str, torch.Size]:
         try:
             weights = load_file(path)
             change(weights)
             model.load_state_dict(weights)
-            return weights
+            return {name: weight.shape for name, weight in model.state_dict().items()}
         except FileNotFoundError:
             raise no_weights(path) from None
         except (SafetensorError, OSError) as error:
@@ -67,7 +67,11 @@ def load_weights(
                 f"{path} does not fit the model in the run's config.json: {error}; train another run"
             ) from None
 
-    weights = processes.on_main_process(read)
+    shapes, weights = processes.on_main_process(read), model.state_dict()
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:  # of a model that counts
+            weights[name] = weights[name].new_empty(shape)
+        processes.broadcast(weights[name])
     if processes.rank():
         model.load_state_dict(weights)
 

@@ -1,7 +1,8 @@
 """The training loop: epochs of steps, validation after each, the best epoch kept, early stopping.
 
-Under torchrun every rank holds the whole model and computes its share of each batch. Gradients and losses are summed to
-the same bits on all ranks, so weights, schedule and stopping agree on all; rank 0 alone writes.
+Under torchrun every rank holds the whole model, except a large item embedding, whose rows are spread, and computes its
+share of each batch. Gradients and losses are summed to the same bits on all ranks, so weights, schedule and stopping
+agree on all; rank 0 alone writes.
 """
 
 import contextlib

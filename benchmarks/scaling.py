@@ -1,6 +1,7 @@
 """Time training and ranking for growing catalogues, histories and batches.
 
 python -m benchmarks.scaling              # every table; needs 4 GB of disk and a long time for a million items
+torchrun --nproc_per_node=2 -m benchmarks.scaling --tables epoch --items 200000     # memory of every process
 python -m benchmarks.scaling --help
 """
 
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import describe_environment, memory_mb, reset_peak_memory, time_paired
 from common.cli import Parser, run_cli
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dataloader import TrainLoader
+    from datasets.catalog import Sequences
     from model import FMRLRec
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -32,12 +34,13 @@ STEP_TOKENS = 300  # in such a step
 PARAMETERS = 1_449_222  # of the same model with 2,048 features, without its embedding
 WARM_UP = 2  # steps before the memory is read
 TABLES = ("items", "length", "batch", "ranking", "plus")
+ALL_TABLES = (*TABLES, "epoch")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, each measured in a separate process."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", type=tables, default=",".join(TABLES), help="tables (default: %(default)s)")
+    parser.add_argument("--tables", type=tables, default=",".join(TABLES), help="also epoch (default: %(default)s)")
     parser.add_argument("--items", type=numbers, default="10000,100000,1000000", help="items (default: %(default)s)")
     parser.add_argument("--lengths", type=numbers, default="50,200,1000", help="history lengths (default: %(default)s)")
     parser.add_argument("--batches", type=numbers, default="8,32,128,512", help="users per step (default: %(default)s)")
@@ -48,16 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device (default: cpu)")
     parser.add_argument("--plan", type=int, metavar="N", help="print what N items would take on 1, 8 and 64 machines")
     parser.add_argument("--network", type=float, default=1.25, help="GB/s of a machine's network, for --plan (1.25)")
-    parser.add_argument("--table", choices=TABLES, help=argparse.SUPPRESS)  # measure this table only
+    parser.add_argument("--table", choices=ALL_TABLES, help=argparse.SUPPRESS)  # measure this table only
     parser.add_argument("--folder", type=Path, help="folder for the features (default: a temporary folder)")
     arguments = parser.parse_args(argv)
     if arguments.plan:
         print_plan(arguments)
         return
     if arguments.table:
-        {"items": by_items, "length": by_length, "batch": by_batch, "ranking": ranking, "plus": plus}[arguments.table](
-            arguments
-        )
+        functions = (by_items, by_length, by_batch, ranking, plus, epoch)
+        dict(zip(ALL_TABLES, functions, strict=True))[arguments.table](arguments)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         sizes = ",".join(map(str, SIZES))
@@ -103,8 +105,8 @@ def numbers(text: str) -> list[int]:
 def tables(text: str) -> list[str]:
     """Parse a list of tables such as "items,batch"."""
     names = text.split(",")
-    if unknown := [name for name in names if name not in TABLES]:
-        raise argparse.ArgumentTypeError(f"table {unknown[0]!r} is unknown; choose from {', '.join(TABLES)}")
+    if unknown := [name for name in names if name not in ALL_TABLES]:
+        raise argparse.ArgumentTypeError(f"table {unknown[0]!r} is unknown; choose from {', '.join(ALL_TABLES)}")
     return names
 
 
@@ -122,6 +124,47 @@ def plus(arguments: argparse.Namespace) -> None:
     for how in ("compact", "rows", "all"):
         steps = {f"{n}": make_plus_step(arguments, n, how) for n in arguments.items}
         report(steps, arguments, how)
+
+
+def epoch(arguments: argparse.Namespace) -> None:
+    """Print the peak memory of every process in an epoch of the preset plus at 64 dimensions, by phase."""
+    import torch
+
+    from common import processes
+    from config import resolve
+    from model import FMRLRec
+    from trainer.trainer import Trainer
+    from trainer.training_run import RunLog, TrainingRun
+
+    items, peaks = max(arguments.items), dict[str, float]()
+    flags = {"mrl_hidden_sizes": (8, 16, 32, 64), "num_negatives": arguments.negatives, "whiten_features": False}
+    config, sources = resolve({"preset": "plus", "num_epochs": 1, "train_batch_size": 32, **flags})
+    processes.start()
+    torch.manual_seed(0)
+    run = TrainingRun(config, sources)
+    run.folder, run.log = arguments.folder, RunLog(arguments.folder, [])
+    model = FMRLRec(items, make_features(arguments, items), config).to(arguments.device)
+    trainer = Trainer(model, made_up_users(items, 960), config, run)
+
+    def measured(phase: str, work: Callable[..., object]) -> Callable[..., Any]:
+        """Return `work` that also notes its peak memory."""
+
+        def call(*given: object) -> object:
+            if phase == "validating":
+                peaks["training"] = memory_mb("VmHWM")
+            reset_peak_memory()
+            result = work(*given)
+            peaks[phase] = memory_mb("VmHWM")
+            return result
+
+        return call
+
+    trainer.validate = measured("validating", trainer.validate)  # type: ignore[method-assign]
+    trainer._keep = measured("saving", trainer._keep)  # type: ignore[method-assign]
+    reset_peak_memory()
+    trainer.fit()
+    values = ", ".join(f"{phase} {peak / 1e3:.3f} GB" for phase, peak in peaks.items())
+    print(f"process {processes.rank()} of {processes.world_size()}, {items:,} items, peak {values}", flush=True)
 
 
 def by_length(arguments: argparse.Namespace) -> None:
@@ -216,17 +259,24 @@ def make_step(
 
 def make_loader(arguments: argparse.Namespace, items: int, batch: int, length: int = 0) -> TrainLoader:
     """Return batches of made-up users; arguments as of `make_step`."""
-    import numpy as np
     import torch
 
     from dataloader import TrainLoader, train_rows
+
+    rows = train_rows(made_up_users(items, 30 * batch, length), length or 50)
+    return TrainLoader(rows, batch, 0, torch.device(arguments.device))
+
+
+def made_up_users(items: int, users: int, length: int = 0) -> Sequences:
+    """Return random sequences; length as of `make_step`."""
+    import numpy as np
+
     from datasets.catalog import Sequences
 
-    rng, users = np.random.default_rng(0), 30 * batch
+    rng = np.random.default_rng(0)
     lengths = np.full(users, length + 2) if length else (4 + rng.geometric(0.2, size=users)).clip(max=200)
     offsets = np.concatenate([[0], lengths.cumsum()])
-    rows = train_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), length or 50)
-    return TrainLoader(rows, batch, 0, torch.device(arguments.device))
+    return Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets)
 
 
 def make_model(arguments: argparse.Namespace, items: int) -> FMRLRec:
@@ -259,16 +309,11 @@ def make_features(arguments: argparse.Namespace, items: int) -> Tensor:
 
 def ranking(arguments: argparse.Namespace) -> None:
     """Print the time to rank 1,000 users' targets in the largest catalogue."""
-    import numpy as np
-
     from dataloader import eval_rows
-    from datasets.catalog import Sequences
     from trainer.evaluation import evaluate
 
-    items, rng = max(arguments.items), np.random.default_rng(0)
-    lengths = (4 + rng.geometric(0.2, size=1000)).clip(max=200)
-    offsets = np.concatenate([[0], lengths.cumsum()])
-    rows = eval_rows(Sequences(rng.integers(1, items + 1, size=offsets[-1]), offsets), 50, "test")
+    items = max(arguments.items)
+    rows = eval_rows(made_up_users(items, 1000), 50, "test")
     model = make_model(arguments, items)
     started = time.perf_counter()
     evaluate(model, rows, sizes=SIZES, batch_size=256, ks=(10,))

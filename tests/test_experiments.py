@@ -492,6 +492,9 @@ def test_a_benchmark_prints_a_line_for_every_case(workplace, monkeypatch, capsys
     flags, line, count = BENCHMARKS[benchmark]
     benchmark.main(flags.split())
     assert len(re.findall(line, capsys.readouterr().out, re.MULTILINE)) == count
+    if benchmark is scaling:
+        scaling.main([*flags.split(), "--tables", "epoch"])
+        assert re.search("process 0 of 1, 60 items, peak training .* GB, validating", capsys.readouterr().out)
 
 
 def test_a_dry_run_names_the_encoders_that_are_not_on_this_disk(workplace, monkeypatch, capsys):

@@ -77,8 +77,7 @@ class SparseRows:
         Has the signature of F.embedding.
         """
         with torch.no_grad():
-            current = lambda some: self._current(some)[0]  # noqa: E731
-            rows = current(items) if self.ranks == 1 else self._fetch(items, current)
+            rows = self._caught_up(items) if self.ranks == 1 else self._fetch(items, self._caught_up)
         self._reads.append((items, rows.requires_grad_()))
         return rows
 
@@ -278,6 +277,10 @@ class SparseRows:
         m.mul_((BETA1**skipped).to(m.dtype)[:, None])
         v.mul_((BETA2**skipped).to(v.dtype)[:, None])
         return w.mul_(a).addcmul_(b, d, value=-1), m, v, average
+
+    def _caught_up(self, rows: Tensor) -> Tensor:
+        """Return some rows of the weight after the last step."""
+        return self._current(rows)[0]
 
     def _write(self, rows: Tensor, w: Tensor, m: Tensor, v: Tensor, average: Tensor | None) -> None:
         for whole, part in ((self.rows, w), (self.m, m), (self.v, v), (self.average, average)):

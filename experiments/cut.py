@@ -121,6 +121,8 @@ def cut_model(model: SequenceModel, validation: Any, widths: tuple[int, ...]) ->
     for_users, for_items = (torch.from_numpy(matrix).to(weight)[:, : widths[-1]] for matrix in cuts)
 
     class CutItems(nn.Module):
+        spread = False
+
         def forward(self, tokens: Tensor) -> Tensor:
             rows = model.items(tokens)
             return torch.cat([rows @ for_items, rows], dim=1)

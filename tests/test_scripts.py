@@ -361,6 +361,7 @@ def test_wandb_logs_every_epoch_and_the_test_online_if_it_can(workplace, monkeyp
     fake.api.api_key = key
     fake.init.side_effect = [*[OSError("no network")] * (not reached), started]
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr("trainer.training_run.find_spec", lambda name: name)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     run = run_train("--use_wandb")
     assert [(each.kwargs["mode"], each.kwargs["config"]["lr"]) for each in fake.init.call_args_list] == [

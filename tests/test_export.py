@@ -335,7 +335,7 @@ def test_the_package_holds_serving_alone_and_answers_without_torch_as_in_the_clo
     options = ["-q", "--no-deps", "--no-build-isolation", "--target", target]
     done = run_in(clone, sys.executable, "-m", "pip", "install", *options, ".")
     assert done.returncode == 0, f"setuptools {setuptools.__version__}\n{done.stderr}"
-    assert {path.name for path in target.iterdir()} == {"fmrlrec", "fmrlrec-0.9.0.dist-info", "bin"}
+    assert {path.name for path in target.iterdir()} == {"fmrlrec", "fmrlrec-1.0.0.dist-info", "bin"}
     files = {str(path.relative_to(target / "fmrlrec")) for path in (target / "fmrlrec").rglob("*.py")}
     assert files >= {"__init__.py", "recommender.py", "recommend.py", "http.py", "engines.py", "common/errors.py"}
     assert not files & {"export.py", "graphs.py", "widths.py", "torch_engine.py", "packaging.py", "stale.py"}

@@ -12,7 +12,7 @@ from typing import Any
 from common.settings import Settings, format_value, setting
 
 COUNTING = ("popularity", "itemknn")  # baselines that count instead of training
-METRICS = ("Recall", "NDCG", "MRR")
+METRICS = ("Recall", "NDCG", "MRR")  # printed, and accepted by --best_metric
 
 
 def _only(*models: str) -> Callable[[Any], bool]:

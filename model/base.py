@@ -45,7 +45,7 @@ class CountingModel(nn.Module):
     sizes: tuple[int, ...] = (1,)  # numbers per item
 
     def count(self, users: Tensor, items: Tensor) -> None:
-        """Count pairs (user, item), [n] each: users from 0, items from 1."""
+        """Count pairs (user, item), [n] each: users from 0, items from 1, sorted by user, then by time."""
         raise NotImplementedError
 
     def scores(self, last: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class Step:
         self.clipped = torch.zeros((), device=next(model.parameters()).device)  # steps whose gradient was clipped
         losses = SAMPLED_LOSSES if sampler else LOSSES
         if settings.loss not in losses:
-            raise InputError(f"--loss {settings.loss!r} must be one of {', '.join(losses)}")
+            condition = "with --num_negatives" if sampler else "without --num_negatives"
+            raise InputError(f"--loss {settings.loss!r}: {condition} it must be one of {', '.join(losses)}")
         self.loss = losses[settings.loss]
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -34,11 +34,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--reviews", type=int, default=10_000_000, metavar="N", help="events (default: 10,000,000)")
     parser.add_argument("--products", type=int, default=1_000_000, metavar="N", help="items (default: 1,000,000)")
-    parser.add_argument("--formats", default=",".join(FILES), metavar="NAME,...", help="(default: %(default)s)")
-    parser.add_argument("--counts", default="memory", metavar="WHERE,...", help="(default: %(default)s)")
+    parser.add_argument(
+        "--formats", default=",".join(FILES), metavar="NAME,...", help="raw formats to time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--counts",
+        default="memory",
+        metavar="WHERE,...",
+        help="values of --counts to time: memory, duckdb (default: %(default)s)",
+    )
     add_switch(parser, "events_only", "prepare without the items, whose metadata take memory too")
-    parser.add_argument("--folder", type=Path, default=Path("data/benchmark"), help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs, of which the median counts")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("data/benchmark"), help="folder of the raw files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="runs of each case; the median is printed (default: 1)"
+    )
     arguments = parser.parse_args(argv)
     formats = arguments.formats.split(",")
     if unknown := set(formats) - set(FILES):

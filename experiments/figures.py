@@ -49,10 +49,10 @@ def rows_of(runs: list[KeptRun], dataset: str, name: str) -> list[ResultRow]:
 
 def rows_of_plus(runs: list[KeptRun], dataset: str) -> list[ResultRow]:
     """Return the rows of the figure of plus: those that the report shows, or all of plus if it has no partner."""
-    found = rows_of(runs, dataset, "plus")
-    return found or [
+    found = rows_of(runs, dataset, "plus") or [
         row for row in result_rows(definitions()["plus"], dataset, runs) if row.row.name.startswith("plus")
     ]
+    return [row for row in found if row.config.mrl_hidden_sizes[-1] <= 256]
 
 
 def alone(runs: list[KeptRun], dataset: str, name: str) -> list[ResultRow]:
@@ -97,7 +97,9 @@ def draw_plus(of_plus: dict[str, list[ResultRow]], runs: list[KeptRun], path: Pa
             separate = alone(runs, dataset, "plus_alone")
             for name, protocol in PROTOCOLS.items():
                 panel = next(places)
-                shown = [(row, row.row.name.partition(",")[0].replace("plus to", "to")) for row in curves]
+                shown = [
+                    (row, row.row.name.removesuffix(", sampled softmax").replace(" by three", "")) for row in curves
+                ]
                 draw_curves(panel, dataset, name, shown, separate, levels(runs, dataset, name))
                 short = protocol.removeprefix("history ")
                 panel.set_title(f"{dataset}: {name.removesuffix(MASKED)}, {short}", loc="left")
@@ -156,7 +158,7 @@ def draw_encoder_width(dataset: str, points: list[ResultRow], path: Path) -> Non
 
 def draw_parameters(path: Path) -> None:
     """Draw Figure 4: the share of parameters that one training for all sizes saves."""
-    with figure(path, 1, "Parameters that separate models have more than one training for all sizes, %") as [panel]:
+    with figure(path, 1, "Extra parameters of separate models against one nested model, %") as [panel]:
         rows = figure4()
         names = ("the paper's formula", "numbers in files here", "without masked zeros")
         for i, (name, colour) in enumerate(zip(names, (COLOURS["paper"], COLOURS["fmrlrec"], INK), strict=True)):
@@ -266,5 +268,5 @@ def plot_card(card: dict[str, Any], path: Path) -> None:
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_ylim(0, 1.12 * max(row["NDCG@10"] for row in rows) or None)
             panel.set_xlabel(unit)
-        panels[0].set_title("NDCG@10 of every size (numbers: dimensions)", loc="left")
+        panels[0].set_title("NDCG@10 of every size, history kept (numbers: dimensions)", loc="left")
         panels[1].legend(frameon=False, fontsize=8, loc="lower right")

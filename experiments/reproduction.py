@@ -12,6 +12,7 @@ Rows that were not run read "not run".
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from pathlib import Path
@@ -70,12 +71,14 @@ def field_text(field: str, runs: list[KeptRun]) -> str:
 
 
 def _difference(runs: list[KeptRun], dataset: str, experiment: str, pair: list[str], metric: str) -> str:
-    """Return the difference of two rows with otherwise equal settings, of the most seeds."""
+    """Return the difference of two rows with otherwise equal settings, of the most seeds, the newest of them."""
     definition = definitions()[experiment]
     groups = comparable(definition, result_rows(definition, dataset, runs))
-    pairs = [[row for name in pair for row in group if row.row.name == name] for group in groups]
-    pairs = [rows for rows in pairs if len(rows) == 2]
-    a, b = max(pairs, key=lambda rows: min(len(row.runs) for row in rows), default=(None, None))
+    named = [[[row for row in group if row.row.name == name] for name in pair] for group in groups]
+    pairs = [rows for of_group in named for rows in itertools.product(*of_group)]
+    a, b = max(
+        pairs, key=lambda rows: (min(len(row.runs) for row in rows), rows[0].runs[-1].name), default=(None, None)
+    )
     cells = difference(a, b, metric) if a and b else {}
     if not cells:
         return NOT_RUN
@@ -90,6 +93,7 @@ DATASETS = ("beauty", "clothing", "sports", "toys")
 METRICS = ("Recall@10", "NDCG@10")
 # Our rows: experiment, row, what the model reads besides ids.
 OURS = (
+    ("plus", "plus, taught by three"),
     ("plus", "plus"),
     ("plus", "plus without bias"),
     ("plus", "plus to 1024, exact softmax"),

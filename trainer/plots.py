@@ -68,7 +68,8 @@ def label_lines(panel: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     gap = 1.25 * SMALL / 72 / (panel.figure.get_figheight() / panel.get_gridspec().nrows * 0.72)  # a line of text
     ordered = sorted(ends)
     places = [(y - low) / (high - low) for y, *_ in ordered]
-    for _ in range(100):  # push neighbours apart, half of the overlap each
+    for _ in range(100):  # push neighbours apart, half of the overlap each, below the title
+        places[-1] = min(places[-1], 0.98)
         for i in range(len(places) - 1):
             overlap = gap - (places[i + 1] - places[i])
             if overlap > 1e-6:

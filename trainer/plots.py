@@ -54,7 +54,7 @@ def figure(path: Path, panels: int, title: str = "", *, rows: int = 1, height: f
 def size_axes(panel: Any, sizes: Sequence[int]) -> None:
     """Show model sizes on a logarithmic x axis, and start the y axis at 0."""
     panel.set_xscale("log", base=2)
-    panel.set_xticks(sizes, [str(m) for m in sizes])
+    panel.set_xticks(sizes, [str(m) for m in sizes], fontsize=SMALL if len(sizes) < 8 else SMALL - 2)
     panel.minorticks_off()
     panel.set_ylim(bottom=0)
     panel.set_xlabel("model size (dimensions)")

@@ -35,7 +35,6 @@ def feature_parts(
     attributes: tuple[str, ...] = ("title", "price", "brand", "categories"),
     precision: str = "fp32",
     batch_size: int = 32,
-    workers: int = 0,
     files: tuple[str, ...] = (),
     cache_root: Path = Path("data/features"),
     **arguments: Any,
@@ -51,7 +50,7 @@ def feature_parts(
         features_root=str(cache_root),
         encoder_precision=precision,
         encoder_batch_size=batch_size,
-        encoder_workers=workers,
+        encoder_workers=0,
     )
     return load_features(settings, catalog, "cpu", **arguments)
 
@@ -121,9 +120,7 @@ def _record(asin: str, i: int, rng: np.random.Generator) -> dict:
     return record
 
 
-def write_tiny_bert(
-    folder: Path, pooling: dict | None = None, seed: int = 0, layers: int = 2, positions: int = 12
-) -> Path:
+def write_tiny_bert(folder: Path, pooling: dict | None = None, seed: int = 0, positions: int = 12) -> Path:
     """Write a random BERT of width 16 that reads `positions` tokens, and its tokenizer, in the format of transformers.
 
     pooling: content of its 1_Pooling/config.json; None writes no such file.
@@ -137,15 +134,9 @@ def write_tiny_bert(
     vocabulary = [*special, *WORDS, *letters, *(f"##{c}" for c in letters)]
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=positions,
-        initializer_range=0.5,  # far enough from 0 that attention depends on every token
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": len(vocabulary), "max_position_embeddings": positions}
+    config = BertConfig(**sizes, initializer_range=0.5)  # far enough from 0 that attention depends on every token
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         BertModel(config, add_pooling_layer=False).save_pretrained(folder)  # a text encoder needs no pooler
@@ -235,11 +226,6 @@ def write_raw(path: Path, records: Iterable[dict[str, Any] | str], literals: boo
 def review(user: str, item: str, time: int, rating: float = 5.0) -> dict[str, Any]:
     """A review of 2014 or 2018."""
     return {"reviewerID": user, "asin": item, "overall": rating, "reviewText": "fine", "unixReviewTime": time}
-
-
-def review_2023(user: str, item: str, time: int, rating: float = 5.0) -> dict[str, Any]:
-    """The same of 2023: time in milliseconds, and the id of a variant beside the product's."""
-    return {"user_id": user, "parent_asin": item, "asin": f"{item}-RED", "rating": rating, "timestamp": time * 1000}
 
 
 def reviews_of(sequences: list[tuple[str, list[str]]], seed: int = 0) -> list[dict[str, Any]]:

@@ -240,9 +240,8 @@ def test_an_attribute_that_no_item_has_is_left_out_and_items_without_text_share_
     np.testing.assert_array_equal(rows[[0, 6]], LexicalEncoder().encode([NO_TEXT] * 2))
 
 
-@pytest.mark.parametrize(
-    ("change", "arguments", "message"),
-    [
+def test_absent_inputs_and_unknown_encoders_are_refused_early(catalog, shop, encoded):
+    for change, arguments, message in (
         ({}, {"attributes": ("colour",)}, "--item_attributes colour: no item of tiny .* has asin, brand, categories"),
         ({"metadata": [{}] * 7}, {}, r"tiny has no metadata.*meta\.json\.gz.*--features NAME=FILE.*sasrec"),
         ({"pictures": None}, PICTURES, r"tiny has no picture .* \(no item2img\.json\).*--no-use_img_encoder"),
@@ -251,29 +250,23 @@ def test_an_attribute_that_no_item_has_is_left_out_and_items_without_text_share_
         ({}, {"files": ("image=a.npy",)}, "--features .*the name 'image' is taken"),
         ({}, {"files": ("brand=a.npy",)}, "--features .*'brand' is one of --item_attributes"),
         ({}, {"image": "clip"}, "--img_encoder 'clip' must be 'pixel', or MODEL/PRETRAINED"),
-    ],
-)
-def test_absent_inputs_and_unknown_encoders_are_refused_early(catalog, shop, encoded, change, arguments, message):
-    catalog = dataclasses.replace(catalog, **change)
-    with pytest.raises(InputError, match=message):
-        shop.features(catalog, **arguments)
-    assert (shop.files(), encoded) == ([], [])
+    ):
+        with pytest.raises(InputError, match=message):
+            shop.features(dataclasses.replace(catalog, **change), **arguments)
+        assert (shop.files(), encoded) == ([], [])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "value", "message"),
-    [
+def test_an_encoder_whose_features_say_nothing_is_refused(catalog, shop, monkeypatch):
+    for arguments, value, message in (
         ({}, 1, "--language_encoder 'lexical' gave different texts the same"),
         (PICTURES, 1, "--img_encoder 'pixel' gave different pictures the same"),
         ({}, np.nan, "gave features that are not finite"),
-    ],
-)
-def test_an_encoder_whose_features_say_nothing_is_refused(catalog, shop, monkeypatch, arguments, value, message):
-    for encoder in (LexicalEncoder, PixelEncoder):
-        monkeypatch.setattr(encoder, "forward", lambda self, prepared: np.full_like(prepared, value))
-    with pytest.raises(InputError, match=message):
-        shop.features(catalog, **arguments)
-    assert shop.files() == []
+    ):
+        for encoder in (LexicalEncoder, PixelEncoder):
+            monkeypatch.setattr(encoder, "forward", lambda self, x, value=value: np.full_like(x, value))
+        with pytest.raises(InputError, match=message):
+            shop.features(catalog, **arguments)
+        assert shop.files() == []
 
 
 N, WIDTH = 7, 4
@@ -372,9 +365,8 @@ def test_a_number_that_is_not_finite_or_an_id_with_two_rows_is_refused_with_its_
 RAGGED = pd.DataFrame({"asin": IDS[:3], "vector": [[1.0, 2.0], [1.0, 2.0], [3.0]]})
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+def test_a_bad_file_is_refused_with_its_name_and_fault(catalog, shop, tmp_path):
+    for name, content, message in (
         ("v.npy", lambda p: p.with_suffix(".ids.txt").unlink(), "v.ids.txt (an id per line) or v.ids.json"),
         ("v.npy", (ROWS, IDS[:-1]), f"has {N + 1} ids for the {N + 2} rows"),
         ("v.npy", (ROWS[0], IDS[:4]), "is float32 [4]; save a 2-d array of numbers"),
@@ -393,16 +385,14 @@ RAGGED = pd.DataFrame({"asin": IDS[:3], "vector": [[1.0, 2.0], [1.0, 2.0], [3.0]
         ("v.csv", "f0,asin\n1,A\n", "has the columns f0, asin; write a header with asin or item_id or"),
         ("v.pkl", "x", "none of the known suffixes .npy, .safetensors, .csv, .parquet, .b"),
         ("absent.npy", Path.unlink, "does not exist"),
-    ],
-)
-def test_a_bad_file_is_refused_with_its_name_and_fault(catalog, shop, tmp_path, name, content, message):
-    path = write(name, tmp_path, *content) if isinstance(content, tuple) else write(name, tmp_path)
-    if isinstance(content, str):
-        path.write_text(content)
-    elif not isinstance(content, tuple):
-        content(path)
-    refused = refusal(shop, catalog, path)
-    assert message in refused and path.stem in refused
+    ):
+        path = write(name, tmp_path, *content) if isinstance(content, tuple) else write(name, tmp_path)
+        if isinstance(content, str):
+            path.write_text(content)
+        elif not isinstance(content, tuple):
+            content(path)
+        refused = refusal(shop, catalog, path)
+        assert message in refused and path.stem in refused
 
 
 @pytest.fixture(scope="module")

@@ -138,19 +138,16 @@ def test_eval_finds_the_newest_run_that_fits_the_flags(workplace, capsys):
     assert_found(second)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_bad_input_is_refused_before_a_run_is_made(workplace, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, message in (
         ("--device cuda", "--device cuda: torch finds no GPU here; give --device cpu"),
         ("--dataset_code tny", r"dataset 'tny' is not at data/tny \(prepared there: tiny\); did you mean tiny\?"),
         ("--language_encoder lexcal", "'lexcal' is neither a folder nor of the form ORGANISATION/MODEL; 'lexical'"),
-    ],
-)
-def test_bad_input_is_refused_before_a_run_is_made(workplace, monkeypatch, flags, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match=message):
-        run_train(flags)
-    assert not Path("experiments").exists()
+    ):
+        with pytest.raises(InputError, match=message):
+            run_train(flags)
+        assert not Path("experiments").exists()
 
 
 def test_the_test_set_is_read_once_after_training_or_by_eval_which_tests_the_best_epoch(workplace, monkeypatch):
@@ -237,17 +234,14 @@ def test_a_run_learns_from_teachers_and_refuses_those_that_changed_or_know_other
         train.main(shlex.split(taught))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_a_warm_start_with_another_architecture_is_refused_by_name(run):
+    for flags, message in (
         ("--mrl_hidden_sizes 2,4", r"--mrl_hidden_sizes 2,4 does not fit .* which has mrl_hidden_sizes 2,4,8"),
         ("--language_encoder other/encoder", "--language_encoder other/encoder does not fit"),
         ("--item_embedding 4", "--item_embedding 4 does not fit"),
-    ],
-)
-def test_a_warm_start_with_another_architecture_is_refused_by_name(run, flags, message):
-    with pytest.raises(InputError, match=message):
-        train.main(["--init_from", str(run), *shlex.split(flags)])
+    ):
+        with pytest.raises(InputError, match=message):
+            train.main(["--init_from", str(run), *shlex.split(flags)])
 
 
 def test_eval_tests_a_run_on_newer_data_when_asked_to_and_apart_from_its_results(run):
@@ -364,9 +358,8 @@ def test_wandb_logs_every_epoch_and_the_test_online_if_it_can(workplace, monkeyp
     monkeypatch.setattr("trainer.training_run.find_spec", lambda name: name)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     run = run_train("--use_wandb")
-    assert [(each.kwargs["mode"], each.kwargs["config"]["lr"]) for each in fake.init.call_args_list] == [
-        (mode, 0.01) for mode in modes
-    ]
+    tried = [(each.kwargs["mode"], each.kwargs["config"]["lr"]) for each in fake.init.call_args_list]
+    assert tried == [(mode, 0.01) for mode in modes]
     assert [each.kwargs["step"] for each in started.log.call_args_list] == [1, 2]
     (summary,) = started.summary.update.call_args.args
     assert summary["test/8/NDCG@10"] == read_json(run / "test_metrics.json")["NDCG@10"]

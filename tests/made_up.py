@@ -37,11 +37,10 @@ def random_model(
     *,
     num_items: int = 30,
     features: np.ndarray | Sequence[np.ndarray] | None = None,
-    use_bias: bool = True,
     ring: tuple[float, float] = (0.3, 0.9),
     seed: int = 0,
-    post_norm: bool = False,
     history_bias: Sequence[float] = (),
+    **settings,
 ) -> FMRLRec:
     """Return a model of random weights with eigenvalues on the ring. history_bias: of each size; empty: none."""
     torch.manual_seed(seed)
@@ -52,11 +51,10 @@ def random_model(
         ModelSettings(
             mrl_hidden_sizes=sizes,
             lru_num_blocks=num_blocks,
-            lru_use_bias=use_bias,
             lru_r_min=ring[0],
             lru_r_max=ring[1],
-            post_norm=post_norm,
             history_bias=bool(history_bias),
+            **settings,
         ),
     )
     model = with_random_weights(model).eval()

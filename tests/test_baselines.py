@@ -24,6 +24,7 @@ from model.baselines.counting import SHRINKAGE, ItemKNN
 from model.loss import LOSSES
 from model.registry import MODELS, CountingModel, build_model
 from serving import export
+from tests.made_up import with_random_weights
 from tests.prepared import feature_parts, write_prepared
 from trainer import evaluation, testing
 from trainer.load_run import load_run
@@ -39,11 +40,7 @@ def a_model(name, **options):
     torch.manual_seed(0)
     settings = {"lru_max_len": MAX_LEN, "lru_r_min": 0.8, "lru_r_max": 0.99, "num_heads": 2} | options
     model = build_model(NUM_ITEMS, [], ModelSettings(model_code=name, mrl_hidden_sizes=(DIM,), **settings))
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if not parameter_name.endswith(("nu_log", "theta_log")):
-                parameter.normal_(std=0.5)
-    return model.double().eval()
+    return with_random_weights(model, 0.8).double().eval()
 
 
 def packed(lengths=LENGTHS):

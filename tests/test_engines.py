@@ -34,7 +34,7 @@ NUM_ITEMS = 30
 # Sizes, blocks, max_len, options of the model: every power of two that the scan may end on, sizes down to width 1.
 SHAPES = [
     ((5,), 1, 1, {}),
-    ((1, 2, 12), 2, 2, {"use_bias": False, "post_norm": True}),
+    ((1, 2, 12), 2, 2, {"lru_use_bias": False, "post_norm": True}),
     ((3, 30), 3, 7, {}),
     ((4, 9, 10, 33), 2, 50, {"post_norm": True}),
 ]

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -17,7 +16,7 @@ from config import Config, ModelSettings
 from dataloader import eval_batches, eval_rows, times_trained
 from model import FMRLRec, slice_model
 from model.baselines.counting import Popularity
-from tests.made_up import as_sequences, with_random_weights
+from tests.made_up import as_sequences, random_model, with_random_weights
 from trainer import evaluation, testing
 from trainer.evaluation import count_ahead, exact_scores, longest_row, on_grid, target_ranks
 from trainer.runs import TRAINED, decoded, read_arrays, save_ranks
@@ -29,14 +28,10 @@ RING = {"lru_r_min": 0.3, "lru_r_max": 0.9}
 CONFIG = Config(mrl_hidden_sizes=SIZES, lru_max_len=MAX_LEN, metric_ks=KS, test_batch_size=7, **RING)
 
 
-def random_model(branch="both", history_bias=False):
-    torch.manual_seed(0)
-    features = torch.randn(NUM_ITEMS, 9) if branch == "both" else None
-    settings = replace(CONFIG, history_bias=history_bias, logit_scale=history_bias)
-    model = with_random_weights(FMRLRec(NUM_ITEMS, features, settings), 0.5)
-    if history_bias:
-        model.history_bias.data = torch.tensor([0.005, -0.3, 0.01])  # b = 0.5, -30, 1
-    return model
+def model_of(branch="both", history_bias=False):
+    features = np.random.default_rng(0).normal(size=(NUM_ITEMS, 9)).astype(np.float32) if branch == "both" else None
+    options = {"logit_scale": True, "history_bias": (0.5, -30.0, 1.0)} if history_bias else {}
+    return random_model(SIZES, num_items=NUM_ITEMS, features=features, **options).train()
 
 
 def random_sequences():
@@ -88,7 +83,7 @@ def test_every_size_is_ranked_as_one_user_at_a_time_by_sorting(
 ):
     for name, value in {"ITEMS": items, "USERS": 5, "TABLE_BYTES": table_bytes}.items():
         monkeypatch.setattr(evaluation, name, value)
-    model, sequences = random_model(branch, history_bias), random_sequences()
+    model, sequences = model_of(branch, history_bias), random_sequences()
     sequences[0][-1] = sequences[0][0]  # a target of long ago is a candidate
     metrics = metrics_of(model.train(), rows_of(sequences, part), batch_size, mask_history)
     expected = plain_metrics(model, sequences, part, mask_history)
@@ -121,7 +116,7 @@ def test_identical_items_share_their_average_rank_in_catalogues_and_batches_of_a
 
 @pytest.mark.parametrize("items", [3, NUM_ITEMS + 1])
 def test_a_user_whose_scores_are_no_numbers_ranks_last_and_no_other_user_notices(monkeypatch, items):
-    model, batches = random_model("id"), [a_batch()]
+    model, batches = model_of("id"), [a_batch()]
     table, z = model.item_table().detach(), torch.randn(8, SIZES[-1])
     monkeypatch.setattr(evaluation, "ITEMS", items)
     before = evaluation._ranks(model, batches, z, table, SIZES, mask_history=False)
@@ -155,7 +150,7 @@ def sequences():
 
 @pytest.mark.parametrize("change", [1e-2, NAN])
 def test_a_slice_passes_the_check_unless_any_weight_is_changed(change):
-    model = random_model()
+    model = model_of()
     for size in SIZES:
         check_slice(model, slice_model(model, size), a_batch())
     for name, _ in model.named_parameters():
@@ -167,17 +162,17 @@ def test_a_slice_passes_the_check_unless_any_weight_is_changed(change):
 
 def test_a_wrong_slice_is_reported_after_all_results_are_written(sequences, tmp_path, monkeypatch):
     write_json(tmp_path / "config.json", {"settings": vars(CONFIG)})
-    wrong = slice_model(random_model(), 8).requires_grad_(False)
+    wrong = slice_model(model_of(), 8).requires_grad_(False)
     wrong.items.projection.bias += 0.1
     monkeypatch.setattr(testing, "slice_model", lambda model, size: wrong if size == 8 else slice_model(model, size))
     with pytest.raises(RuntimeError, match="the slice of size 8 differs"):
-        testing.test_every_size(random_model(), sequences, CONFIG, tmp_path)
+        testing.test_every_size(model_of(), sequences, CONFIG, tmp_path)
     assert set(json.loads((tmp_path / "test_mrl_metrics.json").read_text())) == {"4", "8", "16"}
 
 
 @pytest.mark.parametrize("mask_history", [False, True])
 def test_list_metrics_and_every_users_rank_up_to_the_largest_cut_off_are_saved(sequences, tmp_path, mask_history):
-    model, rows = random_model().eval(), eval_rows(sequences, MAX_LEN, "test")
+    model, rows = model_of().eval(), eval_rows(sequences, MAX_LEN, "test")
     write_json(tmp_path / "config.json", {"settings": vars(CONFIG)})
     testing.test_every_size(model, sequences, CONFIG, tmp_path, mask_history=mask_history, list_metrics=True)
     suffix = "_history_masked" * mask_history
@@ -193,7 +188,7 @@ def test_list_metrics_and_every_users_rank_up_to_the_largest_cut_off_are_saved(s
 
 @pytest.mark.parametrize("mask_history", [False, True])
 def test_recommended_lists_are_the_items_of_highest_score(sequences, mask_history):
-    model, rows = random_model(history_bias=True).eval(), eval_rows(sequences, MAX_LEN, "test")
+    model, rows = model_of(history_bias=True).eval(), eval_rows(sequences, MAX_LEN, "test")
     found = top_items(model, rows, 5, mask_history)
     for user in range(len(sequences)):
         history = sequences.of(user)[:-1]
@@ -204,7 +199,7 @@ def test_recommended_lists_are_the_items_of_highest_score(sequences, mask_histor
 
 
 def test_list_metrics_follow_their_definitions(sequences):
-    model, rows = random_model().eval(), eval_rows(sequences, MAX_LEN, "test")
+    model, rows = model_of().eval(), eval_rows(sequences, MAX_LEN, "test")
     counts = torch.from_numpy(times_trained(sequences, NUM_ITEMS))
     found = list_metrics_of_sizes(model, rows, counts, (1, 5), mask_history=False)
     features = F.normalize(model.items.rows(torch.arange(1, NUM_ITEMS + 1), torch.float64), dim=1)
@@ -221,7 +216,7 @@ def test_list_metrics_follow_their_definitions(sequences):
 def test_list_metrics_need_features_for_diversity_and_a_cut_off_within_the_catalogue(sequences):
     rows, counts = eval_rows(sequences, MAX_LEN, "test"), torch.from_numpy(times_trained(sequences, NUM_ITEMS))
     with pytest.raises(InputError, match=f"needs a cut-off of at most {NUM_ITEMS}"):
-        list_metrics_of_sizes(random_model(), rows, counts, (50, 100), mask_history=False)
+        list_metrics_of_sizes(model_of(), rows, counts, (50, 100), mask_history=False)
     popularity = Popularity(NUM_ITEMS)
     popularity.counts = counts.float()
     (metrics,) = list_metrics_of_sizes(popularity, rows, counts, (5,), mask_history=False).values()

@@ -37,7 +37,7 @@ from model.loss import LOSSES
 from model.lru import LRU, linear_recurrence_plain, ring_init
 from model.sizes import nested_mask
 from serving import Recommender, export
-from tests.made_up import NoUpdate, as_sequences, with_random_weights
+from tests.made_up import NoUpdate, as_sequences, random_model
 from tests.prepared import write_prepared
 from trainer import sparse_rows as sparse_rows_module
 from trainer.evaluation import evaluate
@@ -343,21 +343,18 @@ def test_compact_moments_are_a_rounded_m_and_the_mean_of_v_over_each_increment()
     assert rows.m.dtype == torch.bfloat16 and rows.v.shape == (5, 2)
 
 
-@pytest.mark.parametrize(
-    ("items", "updates", "device", "sampled", "expected"),
-    [
+def test_an_embedding_is_updated_by_rows_if_the_softmax_is_sampled():
+    for items, updates, device, sampled, expected in (
         (100_000, "auto", "cpu", True, True),
         (99_999, "auto", "cpu", True, False),
         (100_000, "auto", "meta", True, False),
         (99_999, "rows", "meta", True, True),
         (100_000, "compact", "cpu", False, False),
-    ],
-)
-def test_an_embedding_is_updated_by_rows_if_the_softmax_is_sampled(items, updates, device, sampled, expected):
-    weight = torch.nn.Parameter(torch.zeros(items + 1, 1, device=device))
-    model = SimpleNamespace(items=SimpleNamespace(learned=weight), sizes=(1,))
-    settings = TrainingSettings(item_embedding_updates=updates)
-    assert (sparse_rows(model, settings, sampled) is not None) == expected
+    ):
+        weight = torch.nn.Parameter(torch.zeros(items + 1, 1, device=device))
+        model = SimpleNamespace(items=SimpleNamespace(learned=weight), sizes=(1,))
+        settings = TrainingSettings(item_embedding_updates=updates)
+        assert (sparse_rows(model, settings, sampled) is not None) == expected
 
 
 def features_of(items=200, width=12, rank=12, seed=0):
@@ -414,15 +411,6 @@ def test_every_encoder_is_whitened_alone_and_its_transform_is_saved_with_the_wei
     torch.testing.assert_close(small.item_table(), other.item_table()[:, :4])
 
 
-@pytest.mark.parametrize("post_norm", [True, False])
-def test_a_step_reads_items_as_whole_histories_do(post_norm):
-    model = recommender(post_norm=post_norm).double().eval()
-    x, hidden = torch.randn(6, DIM, dtype=torch.float64), torch.zeros(1, 2, 2, DIM, dtype=torch.float64)
-    for expected, item in zip(model.encode(x, torch.arange(6), 6), x, strict=True):
-        z, hidden = model.step(item[None], hidden)
-        torch.testing.assert_close(z[0], expected)
-
-
 def test_dropout_may_spare_the_first_dimensions_or_all():
     dropout, x = Dropout(0.6, start=5), torch.rand(4000, 12) + 1
     torch.manual_seed(0)
@@ -440,11 +428,9 @@ SLICED_ITEMS, MAX_LEN, KS = 40, 10, (1, 5, 10)
 SIZE_LISTS = [(25, 27), (3, 9, 20, 21, 47)]
 
 
-def random_model(sizes, branch="both", use_bias=True, **options):
-    torch.manual_seed(0)
-    features = torch.randn(SLICED_ITEMS, 9) if branch == "both" else None
-    settings = ModelSettings(mrl_hidden_sizes=sizes, lru_use_bias=use_bias, lru_r_min=0.3, lru_r_max=0.9, **options)
-    return with_random_weights(FMRLRec(SLICED_ITEMS, features, settings)).eval()
+def model_of(sizes, branch="both", **options):
+    features = drawn(SLICED_ITEMS, 9, dtype=torch.float32).detach() if branch == "both" else None
+    return random_model(sizes, num_items=SLICED_ITEMS, features=features, **options)
 
 
 @torch.no_grad()
@@ -457,20 +443,18 @@ def scores_of(model, rows, size=None):
 
 
 @pytest.mark.parametrize(
-    ("branch", "use_bias", "options"),
+    ("branch", "bias", "options"),
     [
-        ("both", True, {}),
-        ("id", True, {"post_norm": True}),
-        ("both", False, {"post_norm": True, "logit_scale": True, "history_bias": True}),
+        ("both", (), {}),
+        ("id", (), {"post_norm": True}),
+        ("both", (0.9, -0.4, 0.2, 1.0, -0.7), {"post_norm": True, "logit_scale": True, "lru_use_bias": False}),
     ],
 )
 @pytest.mark.parametrize("sizes", SIZE_LISTS, ids=str)
-def test_a_slice_has_the_scores_and_metrics_of_the_full_models_prefix(sizes, branch, use_bias, options):
-    model, random = random_model(sizes, branch, use_bias, **options), np.random.default_rng(0)
+def test_a_slice_has_the_scores_and_metrics_of_the_full_models_prefix(sizes, branch, bias, options):
+    model, random = model_of(sizes, branch, history_bias=bias[: len(sizes)], **options), np.random.default_rng(0)
     histories = [random.integers(1, SLICED_ITEMS + 1, size=length) for length in random.integers(3, 25, size=15)]
     rows = eval_rows(as_sequences(histories), MAX_LEN, "test")
-    if options.get("history_bias"):
-        model.history_bias.data /= 50  # b within 1
     expected = evaluate(model, rows, sizes=sizes, batch_size=4, ks=KS)
     for size in sizes:
         small, prefix = slice_model(model, size), scores_of(model, rows, size)
@@ -483,7 +467,7 @@ def test_a_slice_has_the_scores_and_metrics_of_the_full_models_prefix(sizes, bra
 def test_a_slice_or_slice_of_a_slice_owns_the_top_left_of_every_weight(branch, size, by_way_of, embedding):
     embedding = embedding if branch == "both" else 0
     options = {"dropout_from": 2, "item_embedding": embedding, "item_embedding_gate": embedding > 0}
-    model = random_model((3, 8, 20, 33), branch, logit_scale=True, **options)
+    model = model_of((3, 8, 20, 33), branch, logit_scale=True, **options)
     small = slice_model(slice_model(model, by_way_of), size)
     assert slice_model(model.train(), size).training
     sizes = tuple(m for m in model.sizes if m <= size)
@@ -501,7 +485,7 @@ def test_a_slice_or_slice_of_a_slice_owns_the_top_left_of_every_weight(branch, s
 @pytest.mark.parametrize("size", [0, 4, 20])
 def test_an_untrained_size_is_refused_with_the_trained_ones(size):
     with pytest.raises(ValueError, match=f"size {size} was not trained; the model has 3, 8$"):
-        slice_model(random_model((3, 8)), size)
+        slice_model(model_of((3, 8)), size)
 
 
 SIZE, ITEMS = 4, 40

@@ -117,7 +117,7 @@ def random_sequences(seed=0):
 def model_of(branch, num_blocks=2, use_bias=True, dtype=torch.float64):
     """(model without zeros or ones among its weights, its features); the recurrence remembers for long."""
     features = torch.randn(NUM_ITEMS, TEXT_WIDTH + IMAGE_WIDTH, generator=torch.Generator().manual_seed(0))
-    how = {"num_items": NUM_ITEMS, "features": features if branch == "both" else None, "use_bias": use_bias}
+    how = {"num_items": NUM_ITEMS, "features": features if branch == "both" else None, "lru_use_bias": use_bias}
     model = random_model(SIZES, num_blocks, ring=(0.5, 0.98), **how).to(dtype)
     return model, features.double() if branch == "both" else None
 

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -38,9 +37,8 @@ def defined(tmp_path, text):
     return read_definitions(path)["mine"]
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
+def test_an_invalid_definition_is_named_with_its_file(tmp_path):
+    for text, problem in (
         ("rows.a = { lru_blocks = 2 }", r"unknown settings \['lru_blocks'\]"),
         ('rows.a = { lru_num_blocks = "2" }', "lru_num_blocks '2', which must be of type int"),
         ('compare = [["a", "c"]]\nrows.a = { }', r"compares unknown rows \['c'\]; its rows are \['a'\]"),
@@ -49,11 +47,9 @@ def defined(tmp_path, text):
         ('rows.a = { published = "sasrek" }', "published 'sasrek'; known are .*sasrec"),
         ("", "experiment 'mine' lacks 'rows'"),
         ("rows = " + "9" * 5000, "is not valid TOML"),
-    ],
-)
-def test_an_invalid_definition_is_named_with_its_file(tmp_path, text, problem):
-    with pytest.raises(InputError, match=rf"mine\.toml.*{problem}"):
-        defined(tmp_path, text)
+    ):
+        with pytest.raises(InputError, match=rf"mine\.toml.*{problem}"):
+            defined(tmp_path, text)
 
 
 def test_the_settings_in_which_rows_differ_are_varied(tmp_path):
@@ -77,18 +73,15 @@ def test_a_preset_in_a_definition_sets_its_settings_and_extensions_must_be_named
         assert [row for row in definition.rows if definition.fits(row, config)] == expected
 
 
-@pytest.mark.parametrize(
-    ("flags", "change", "same"),
-    [
+def test_runs_are_the_same_if_they_differ_in_ineffective_settings_alone():
+    for flags, change, same in (
         ({"use_img_encoder": False}, {"img_encoder": "other"}, True),
         ({}, {"img_encoder": "other"}, False),
         ({}, {"device": "cpu", "val_batch_size": 3, "run_name": "x"}, True),
         ({"model_code": "sasrec"}, {"num_heads": 2}, False),
-    ],
-)
-def test_runs_are_the_same_if_they_differ_in_ineffective_settings_alone(flags, change, same):
-    config = resolve(flags)[0]
-    assert (identity(dataclasses.replace(config, **change)) == identity(config)) == same
+    ):
+        config = resolve(flags)[0]
+        assert (identity(dataclasses.replace(config, **change)) == identity(config)) == same
 
 
 FLAGS = (
@@ -133,19 +126,16 @@ def test_every_seed_dataset_and_row_has_a_job_and_rows_of_the_same_training_shar
     assert [job.names for job in planned("depth", "loss", "table2", datasets=["beauty"])] == shared
 
 
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
+def test_an_invalid_choice_of_runs_is_refused(workplace):
+    for arguments, problem in (
         ("depht", "unknown experiment 'depht'; known are .*depth.*, and all"),
         ("depth --rows=3", "unknown row '3' of depth; known are 1 block; 2 blocks"),
         ("depth --seeds 4,x", "--seeds '4,x' must be integers"),
         ("depth --lru_num_blocks 4", "--lru_num_blocks 4 contradicts depth, whose row '1 block' has 1"),
         ("depth --distill .9", "--distill 0.9 contradicts depth, whose row '1 block' has no other extensions"),
-    ],
-)
-def test_an_invalid_choice_of_runs_is_refused(workplace, arguments, problem):
-    with pytest.raises(InputError, match=problem):
-        run_experiments(arguments)
+    ):
+        with pytest.raises(InputError, match=problem):
+            run_experiments(arguments)
 
 
 def test_a_row_with_teachers_is_run_with_those_that_are_named_or_left_out(workplace, calls, capsys):
@@ -209,10 +199,7 @@ def test_an_interrupted_run_is_continued(workplace, calls, monkeypatch):
 
 @pytest.mark.parametrize(
     ("module", "name", "message"),
-    [
-        (train, "main", "train.py failed with 2: tiny, seed 42: depth/1 block"),
-        (run, "keep", "failed: no: tiny"),
-    ],
+    [(train, "main", "train.py failed with 2: tiny, seed 42: depth/1 block"), (run, "keep", "failed: no: tiny")],
 )
 def test_a_failed_run_is_named_and_the_others_go_on(workplace, calls, monkeypatch, capsys, module, name, message):
     true = getattr(module, name)
@@ -454,28 +441,23 @@ def test_tune_searches_by_validation_and_continues(workplace, capsys):
     values = [max(line["val"]["8"]["NDCG@10"] for line in read_log(path)) for path in runs]
     settings = json.loads((runs[values.index(max(values))] / "config.json").read_text())["settings"]
     assert settings["lr"] == pytest.approx(float(best["lr"])) and settings["lru_dropout"] == float(best["lru_dropout"])
-    printed = capsys.readouterr().out
-    assert f"best: val NDCG@10 {max(values):.4f}" in printed
-    command = printed.splitlines()[-1]
-    assert command.startswith("python train.py --dataset_code=tiny") and f"--lr={best['lr']}" in command
+    assert f"--lr={best['lr']}" in capsys.readouterr().out.splitlines()[-1]  # the command of the best run
     for wrong in ("--range lr=1..1e-4", "--range colour=1..2", "--choice lr=", "--range lr=1e-4..1e-2:ln"):
         with pytest.raises(InputError, match="must be a setting with"):
             tune.main(["table3", *TINY.split(), *wrong.split()])
 
 
-META = "data/tiny/meta.json.gz"
-# Benchmark -> flags that shorten it, a pattern of the line of a case, and the number of cases.
-BENCHMARKS = {
-    speed: ("--users 300 --items 50 --features 8 --sizes 2,4 --blocks 1 --batch 8 --runs 1", r"^  .* +[\d.]+x", 8),
-    scaling: ("--items 30,60 --lengths 3,5 --batches 1,2 --features 4 --negatives 7 --runs 1", r"^\| \d+ \| \w", 14),
-    pictures: ("--pictures 14 --side 32 --latency 0 --failures 0.5 --read 0.3 --tries 2 --runs 1", r"\| yes \|$", 2),
-    prepare: ("--reviews 3000 --products 100 --folder made --formats=json,parquet", r"\| yes \|$", 2),
-    features: (f"--texts {META} --language_encoder bert --img_model none --runs 1", r"whole path +[\d.]+/s", 2),
+BENCHMARKS = {  # benchmark -> flags that shorten it
+    speed: "--users 300 --items 50 --features 8 --sizes 2,4 --blocks 1 --batch 8 --runs 1",
+    scaling: "--items 30,60 --lengths 3,5 --batches 1,2 --features 4 --negatives 7 --runs 1",
+    pictures: "--pictures 14 --side 32 --latency 0 --failures 0.5 --read 0.3 --tries 2 --runs 1",
+    prepare: "--reviews 3000 --products 100 --folder made --formats=json,parquet",
+    features: "--texts data/tiny/meta.json.gz --language_encoder bert --img_model none --runs 1",
 }
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_a_benchmark_prints_a_line_for_every_case(workplace, monkeypatch, capsys, benchmark):
+def test_a_benchmark_runs_and_its_ways_make_the_same(workplace, monkeypatch, capsys, benchmark):
     def run(command, capture_output=False, **_):  # in this process, which has imported torch
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             benchmark.main(command[3:])
@@ -489,12 +471,11 @@ def test_a_benchmark_prints_a_line_for_every_case(workplace, monkeypatch, capsys
     monkeypatch.setattr(scaling, "SIZES", (4, 8))
     if benchmark is features:
         write_tiny_bert(Path("bert"), positions=64)
-    flags, line, count = BENCHMARKS[benchmark]
-    benchmark.main(flags.split())
-    assert len(re.findall(line, capsys.readouterr().out, re.MULTILINE)) == count
+    benchmark.main(BENCHMARKS[benchmark].split())
+    assert "| no |" not in capsys.readouterr().out
     if benchmark is scaling:
-        scaling.main([*flags.split(), "--tables", "epoch"])
-        assert re.search("process 0 of 1, 60 items, peak training .* GB, validating", capsys.readouterr().out)
+        scaling.main([*BENCHMARKS[scaling].split(), "--tables", "epoch"])
+        assert "process 0 of 1, 60 items, peak training " in capsys.readouterr().out
 
 
 def test_a_dry_run_names_the_encoders_that_are_not_on_this_disk(workplace, monkeypatch, capsys):

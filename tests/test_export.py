@@ -111,31 +111,22 @@ def test_config_describes_the_export_and_the_folder_is_the_same_each_time(run, t
     }
 
 
-def test_the_model_card_gives_encoders_storage_metrics_commands_and_the_widths_that_were_measured(copy, tmp_path):
+def test_the_model_card_gives_metrics_commands_and_the_widths_that_were_measured(copy, tmp_path):
+    def exported(flags):
+        (folder,) = run_export(copy, flags)
+        return config_of(folder), (folder / "README.md").read_text(encoding="utf-8")
+
     flags = f"--size 8 --table_width 4 --format onnx --data_root data --overwrite --out {tmp_path / 'shop'}"
-    (folder,) = run_export(copy, flags)
-    text, metrics = (folder / "README.md").read_text(encoding="utf-8"), config_of(folder)["metrics"]
-    for part in (
-        *("\n# tiny, size 8\n", "with 8 dimensions", "the last 6 items", "ranks 90 items", copy.name),
-        "features: lexical and pixel. Stored with the item table in float16. Ranks vectors of 4 numbers, cut from ",
-        f"NDCG@10 {metrics['NDCG@10']:.4f}, Recall@10 {metrics['Recall@10']:.4f}",
-        f"(commit `{commit()}`)",
-        "\nfmrlrec-recommend THIS_FOLDER --history ID,ID",
-        "`rank.onnx`, B users, N items, m = 4:",
-    ):
-        assert part in text
-    assert "plane" not in config_of(folder) and "table (columns" not in text
+    config, card = exported(flags)
+    assert (config["size"], config["table_width"]) == (8, 4) and "table (columns" not in card
+    ndcg = f"NDCG@10 {config['metrics']['NDCG@10']:.4f}, "
+    assert all(part in card for part in ("\n# tiny, size 8\n", ndcg, "\nfmrlrec-recommend THIS_FOLDER "))
     write_plane(copy, SIZES, ITEMS)
-    run_export(copy, flags)
-    assert (config_of(folder)["size"], config_of(folder)["table_width"]) == (8, 4)
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "| encoder | ms | 4 (0.00146 MB) | 8 (0.00291 MB) | 16 (0.00582 MB) |\n" in text
-    assert "| 8 | 0.08 | **0.0032** | 0.0064 |  |\n| 16 | 0.16 | 0.0064 | 0.0128 | 0.0256 |\n" in text
+    assert "| 8 | 0.08 | **0.0032** | 0.0064 |  |\n" in exported(flags)[1]
     (copy / "test_mrl_metrics.json").unlink()
-    (folder,) = run_export(copy, f"--out {tmp_path / 'out'}")
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    assert config_of(folder)["metrics"] is None and "not tested" in text
-    assert "python -m serving.recommend" in text and "fmrlrec-recommend" not in text  # without graphs in a clone only
+    config, card = exported(f"--out {tmp_path / 'out'}")
+    assert config["metrics"] is None and "not tested" in card
+    assert "python -m serving.recommend" in card and "fmrlrec-recommend" not in card  # without graphs in a clone only
 
 
 def test_recommend_prints_ids_and_titles_best_first(run, tmp_path, capsys):
@@ -150,9 +141,8 @@ def test_recommend_prints_ids_and_titles_best_first(run, tmp_path, capsys):
     answer = json.loads(printed(*asked, "--json"))
     assert answer["titles"] == [TITLES[number - 1] for number in answer["numbers"]]
     assert answer["scores"] == sorted(answer["scores"], reverse=True)
-    rows = zip(map("{:.4f}".format, answer["scores"]), answer["ids"], answer["titles"], strict=True)
-    lines = [line.split(maxsplit=3) for line in printed(*asked).splitlines()]
-    assert lines == [[str(rank), *row] for rank, row in enumerate(rows, 1)]
+    shown = [tuple(line.split(maxsplit=3)[2:]) for line in printed(*asked).splitlines()]
+    assert shown == list(zip(answer["ids"], answer["titles"], strict=True))
     by_number = printed("--history", "1, 2", "--top_k", "3", "--candidates", "4,3", "--json")
     assert by_number == printed(*asked, "--candidates", "B000000003,B000000004", "--json")
     with pytest.raises(InputError, match=r"--history 'A B': unknown: 'A B' \(of 90 items\); give ids of this cat"):
@@ -276,9 +266,6 @@ def test_the_card_has_the_costs_metrics_and_bytes_of_every_export(copy, tmp_path
     card, tested = (json.loads((copy / name).read_text()) for name in ("deploy.json", "test_mrl_metrics.json"))
     variants = [(row["size"], row["engine"], row["quantize"]) for row in card["rows"]]
     assert variants == [(size, *variant) for size in (4, 16) for variant in deploy.VARIANTS]
-    names = "load_s resident_mb peak_mb p50_ms p95_ms step_p50_ms add_10000_s batch256_p50_ms candidates100_p50_ms"
-    for row in [*card["rows"], card["large_catalogue"]]:
-        assert all(0 < row[name] < 1e9 for name in names.split()) and row["p50_ms"] <= row["p95_ms"]
     for row in card["rows"]:
         exact = (row["engine"], row["quantize"]) == ("torch", "none")
         assert row["NDCG@10"] == pytest.approx(tested[str(row["size"])]["NDCG@10"], abs=1e-6 if exact else 0.2)
@@ -287,13 +274,6 @@ def test_the_card_has_the_costs_metrics_and_bytes_of_every_export(copy, tmp_path
     limit = next(row["bytes"] for row in card["rows"] if row["quantize"] == "int8")
     flags = f"--max_bytes {limit} --format onnx --quantize int8 --data_root data --out {tmp_path / 'out'}"
     assert sum(map(len, contents(*run_export(copy, flags)).values())) == limit
-
-
-def test_the_indices_of_synthetic_items_are_measured_and_int8_differs_nowhere():
-    found = deploy.main(["--synthetic", "5000", "--size", "16", "--requests", "20"])
-    assert found["int8_different"] == 0 and found["faiss_recall"] > 0.9 and found["faiss_p50_ms"] > 0
-    with pytest.raises(InputError, match=r"--requests 1 must be at least 2"):
-        deploy.main(["--synthetic", "5000", "--size", "16", "--requests", "1"])
 
 
 SERVE = """
@@ -564,19 +544,16 @@ def test_a_release_has_the_same_bytes_each_time_and_its_archives_hold_the_export
     assert f"| 8 | `fmrlrec-tiny-8.tar.gz` | {len(files['fmrlrec-tiny-8.tar.gz']) / 1e6:.2f} | " in card
 
 
-@pytest.mark.parametrize(
-    ("flags", "problem"),
-    [
+def test_a_release_goes_into_a_new_folder_as_archives_of_trained_sizes(run, tmp_path):
+    for flags, problem in (
         ("", "exists; choose another folder for --release"),
         ("--out here", "--out does not go with --release"),
         ("--format onnx-file", "--format onnx-file does not go with --release"),
         ("--size 5", "--size 5 was not trained"),
-    ],
-)
-def test_a_release_goes_into_a_new_folder_as_archives_of_trained_sizes(run, tmp_path, flags, problem):
-    with pytest.raises(InputError, match=problem):
-        run_export(run, f"--release {tmp_path / 'new' if flags else tmp_path} {flags}")
-    assert list(tmp_path.iterdir()) == []
+    ):
+        with pytest.raises(InputError, match=problem):
+            run_export(run, f"--release {tmp_path / 'new' if flags else tmp_path} {flags}")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_no_part_of_a_release(run, tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ import weakref
 import numpy as np
 import pytest
 
-from benchmarks import server
 from common.errors import InputError
 from serving import Recommender, http, ranking, recommender, torch_engine
 from serving.batching import Batcher
@@ -327,12 +326,6 @@ def test_a_replaced_export_is_served_after_reload(client, export):
     answer = client.post("/reload").json()
     assert answer["reloaded"] and answer["model"] != before
     assert "encode the history again" in client.post("/recommend", json={"state": state}).json()["detail"]
-
-
-def test_the_benchmark_compares_the_server_with_the_bare_recommender(export):
-    rows = server.main([str(export), "--requests", "20", "--clients", "1,3"])
-    assert [row["what"] for row in rows] == ["Recommender, 1 thread", "HTTP, 1 clients", "HTTP, 3 clients"]
-    assert all(0 < row["p50_ms"] <= row["p95_ms"] and row["per_second"] > 0 for row in rows)
 
 
 def test_waiting_requests_are_answered_together_and_a_bad_one_fails_alone(export, monkeypatch):

@@ -242,9 +242,6 @@ def test_the_same_seed_makes_the_same_bytes_in_every_process_once(shop, tmp_path
     code += "demo.prepare_demo(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, check=True, timeout=60)
     assert contents(tmp_path) == contents(here) and len(contents(here)) == 60 + 6
-    maps = json.loads((here / "demo/datamaps.json").read_text())
-    for name, inverse in (("item2id", "id2item"), ("user2id", "id2user")):
-        assert {number: key for key, number in maps[name].items()} == maps[inverse]
 
 
 @pytest.mark.parametrize("change", ["VERSION", "SEED", "NUM_ITEMS", "NUM_USERS"])

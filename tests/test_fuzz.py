@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
+from benchmarks.measure import memory_mb, reset_peak_memory
 from common.errors import InputError
 from config import Config
 from datasets.catalog import describe, load_catalog
@@ -59,14 +60,12 @@ def fuzzed(count):
 
 def memory(name):
     """Return VmRSS or VmHWM in MB; 0 where /proc does not exist."""
-    status = Path("/proc/self/status")
-    return int(status.read_text().partition(f"{name}:")[2].split()[0]) / 1024 if status.exists() else 0
+    return memory_mb(name) if Path("/proc/self/status").exists() else 0
 
 
 def bounded(function, *arguments, again=False, **options):
     """Return the result, or the message of an InputError; any other exception, long time or much memory fails."""
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    reset_peak_memory()
     before, started = memory("VmRSS"), time.process_time()
     try:
         result = function(*arguments, **options)

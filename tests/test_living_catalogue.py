@@ -87,14 +87,6 @@ def test_a_change_that_is_refused_changes_nothing(shop, r):
     assert everything(r, ["NEW"], candidates=["NEW"]).ids == ["NEW"]
 
 
-def test_a_model_without_features_refuses_new_items(tmp_path):
-    r = Recommender.from_pretrained(write_export(tmp_path / "learned", random_model((4,), num_items=N)))
-    with pytest.raises(InputError, match="learned without features, so no items can be added"):
-        r.add_items(["NEW"], np.ones((1, 4)))
-    with pytest.raises(InputError, match="this model read no features, so there is nothing to embed"):
-        r.embed_items([{"title": "a"}])
-
-
 @pytest.mark.parametrize("kind", ["none", "int8"])
 def test_while_threads_change_the_catalogue_every_answer_is_that_of_one_catalogue(shop, kind, monkeypatch):
     r = shop.first("onnx", kind, 16)
@@ -426,7 +418,7 @@ def test_products_that_are_not_described_and_a_missing_package_are_refused(r, mo
         r.embed_items([{"picture": __file__}])
 
 
-def test_a_model_of_one_modality_reads_only_it(shop, tmp_path):
+def test_a_model_of_one_modality_reads_only_it_and_one_of_none_nothing(shop, tmp_path):
     def opened(features, **options):
         model = random_model((4,), num_items=N, features=features)
         return Recommender.from_pretrained(write_export(tmp_path / str(len(options)), model, shop.catalog, **options))
@@ -441,6 +433,8 @@ def test_a_model_of_one_modality_reads_only_it(shop, tmp_path):
     for product in ({"price": 1}, {"picture": shop.records[0]["picture"]}):
         with pytest.raises(InputError, match="record 1 has no text; give it one of brand, title"):
             texts.embed_items([product])
+    with pytest.raises(InputError, match="this model read no features, so there is nothing to embed"):
+        opened(None).embed_items([{"title": "a"}])
 
 
 def test_an_encoder_that_moved_is_read_where_it_is_now_and_another_is_refused(shop, tmp_path):

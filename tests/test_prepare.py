@@ -56,28 +56,17 @@ def make(rows: str | list[tuple], lines: list[int] | None = None, **options):
     return make_sequences(events, **{"min_uc": 1, "min_sc": 1, **options})
 
 
-@pytest.mark.parametrize(
-    ("events", "options", "expected"),
-    [
-        ("V b 9, U c 1, V a 1, U b 2, V d 10", {}, "V a b d, U c b"),
-        ("U late 9, U tie1 5, U early 1, V x 5, U tie2 5", {}, "U early tie1 tie2 late, V x"),
-        ("A a 0, A b 1, B b 2, B c 3, C c 4, C c 5, C c 6", {"min_uc": 2, "min_sc": 2}, "C c c c"),
+def test_events_become_histories():
+    for events, options, expected in (
+        ("V b 9, U c 1, V a 1, U b 2, V d 10", {}, "V a b d, U c b"),  # users by their first line
+        ("U late 9, U tie1 5, U early 1, V x 5, U tie2 5", {}, "U early tie1 tie2 late, V x"),  # by time, then line
+        ("A a 0, A b 1, B b 2, B c 3, C c 4, C c 5, C c 6", {"min_uc": 2, "min_sc": 2}, "C c c c"),  # k-core again
         ("U a 1 2, U b 2 4, U c 3 nan, U d 4, U e 5 4.5", {"min_rating": 4}, "U b d e"),
         ("U a 9, U b 5, U a 1, V a 2, U c 4, V d 1, U d 6", {"repeats": "drop"}, "U a c b d, V d a"),
         ("U a 1, U b 2, U c 2, V a 1, V b 2, V d 3", {"ties": "drop_user"}, "V a b d"),
-    ],
-    ids=[
-        "users by their first line",
-        "order of time, then of the file",
-        "k-core again and again",
-        "ratings",
-        "repeats",
-        "ties",
-    ],
-)
-def test_events_become_histories(events, options, expected):
-    made = histories(make(events, **options))
-    assert [" ".join([user, *items]) for user, items in made.items()] == expected.split(", ")
+    ):
+        made = histories(make(events, **options))
+        assert [" ".join([user, *items]) for user, items in made.items()] == expected.split(", ")
 
 
 def test_copies_of_a_line_are_one_event_and_counted():
@@ -90,12 +79,10 @@ def test_copies_of_a_line_are_one_event_and_counted():
 
 
 def test_the_notes_tell_repeats_and_ties():
-    assert make("U a 1, U b 2, U b 3, V a 1, V b 2, V c 2").notes == [
-        "1 interactions repeat an item of the same user; --repeats drop keeps the first, as the benchmark splits of "
-        "Amazon 2023 do",
-        "1 of 2 users (50.0%) have the item before their target as the target again",
-        "1 of 2 users (50.0%) have their last two events at the same time: --ties file decides which is the target",
-    ]
+    repeats, again, ties = make("U a 1, U b 2, U b 3, V a 1, V b 2, V c 2").notes
+    assert repeats.startswith("1 interactions repeat an item of the same user; --repeats drop keeps the first")
+    assert again == "1 of 2 users (50.0%) have the item before their target as the target again"
+    assert ties.startswith("1 of 2 users (50.0%) have their last two events at the same time")
     assert make("V a 1, V b 2, V c 3, W a 1").notes == []
     for one, events in (("user", "V a 1, V b 1, V c 1"), ("item", "V a 1, V a 2, V a 3")):
         assert any(note.startswith(f"there is only one {one}: ranks say") for note in make(events).notes)
@@ -127,9 +114,8 @@ def test_a_split_by_time_trains_on_nothing_after_validation_begins():
         assert (rows.targets.tolist(), read) == (targets, histories)
 
 
-@pytest.mark.parametrize(
-    ("rows", "options", "words"),
-    [
+def test_when_nothing_is_left_the_flag_that_would_leave_something_is_named():
+    for rows, options, words in (
         (NINE, {"min_uc": 10**9, "min_sc": 5}, "leaves none of 9 events; --min_uc 3 --min_sc 3 would leave 9 of them"),
         (NINE, {"min_uc": 4, "min_sc": 2}, "--min_uc 3 --min_sc 2 would leave 9 of them"),
         (NINE, {"min_uc": 1, "min_sc": 9}, "--min_uc 1 --min_sc 3 would leave 9 of them"),
@@ -139,11 +125,9 @@ def test_a_split_by_time_trains_on_nothing_after_validation_begins():
         (BY_TIME, {"split": ("40", "20")}, "--val_from 40 is not before --test_from 20; .* from 1 .1970-01-01. to 46"),
         (BY_TIME, {"split": ("20", "99")}, "no user has an event in the test period .* from 1 .* to 46"),
         (BY_TIME, {"split": ("1970-01-01", "2020-01-01")}, "no user has an event in the validation period"),
-    ],
-)
-def test_when_nothing_is_left_the_flag_that_would_leave_something_is_named(rows, options, words):
-    with pytest.raises(InputError, match=words):
-        make(rows, **options)
+    ):
+        with pytest.raises(InputError, match=words):
+            make(rows, **options)
 
 
 def test_a_user_of_two_events_is_evaluated_under_a_split_by_time_alone(tmp_path):
@@ -228,19 +212,15 @@ def test_a_shop_needs_its_events_and_for_texts_and_pictures_its_items(tmp_path, 
     assert [catalog.asins[i - 1] for i in catalog.sequences.items] == [item for _, items in HISTORIES for item in items]
     assert catalog.metadata[0] == {"asin": "ITEM0", "colour": "red", "title": "Tent", "price": "9.5"}
     assert catalog.metadata[1] == {"asin": "ITEM1"}
-    assert (catalog.pictures[0].read_bytes(), catalog.pictures[1]) == (picture((1, 2, 3)), None)
+    assert contents(Path("data/photos/shop")) == {catalog.pictures[0].name: picture((1, 2, 3))}  # not /etc/passwd
     summary = read_json(folder / "prepare_report.json", "")["summary"]
     assert (summary["items_with"]["colour"], summary["picture_sides"]["median"]) == (0.2, 30)
-    printed = capsys.readouterr().out
-    assert "1 of 2 paths copied to data/photos/shop; the others, such as '/etc/passwd', are no pictures" in printed
-    assert "note: title: 1 of 2 items have only markup, code or words for nothing: missing" in printed
-    assert "pictures' shorter side: smallest 30" in printed and "100.0% are smaller than 64 pixels" in printed
     main(["--events=shop.parquet", "--dataset_code=ids", "--no-use_img_encoder"])
     assert load_catalog("data", "ids").notes == ["no meta.json.gz: items have no text"]
     assert "ids has no metadata, so there is no text to encode; give --items" in capsys.readouterr().out
 
 
-def test_the_report_says_what_every_filter_left_and_where_the_paper_differs(raw, capsys):
+def test_the_report_says_what_every_filter_left_and_where_the_paper_differs(raw):
     report = read_json(prepare(raw, "--min_rating=2", "--repeats=drop") / "prepare_report.json", "")
     assert [tuple(step.values()) for step in report["prepared"]["filters"]] == [
         ("reading", 30, 6, 134),
@@ -250,8 +230,6 @@ def test_the_report_says_what_every_filter_left_and_where_the_paper_differs(raw,
     ]
     assert (report["summary"]["history_lengths"]["median"], report["summary"]["items_with"]["title"]) == (5, 0.8)
     assert "10 users, but the paper's Table 1 has 22,363" in report["summary"]["warnings"]
-    printed = capsys.readouterr().out
-    assert "warning: 50 interactions, but the paper's" in printed and "items with title 80.0%, price 80.0%" in printed
 
 
 def test_a_user_id_or_item_id_with_odd_characters_comes_through(tmp_path):
@@ -280,15 +258,13 @@ def shop(raw):
         yield server
 
 
-def test_one_command_fetches_and_prepares_all_that_training_needs(shop, tmp_path, monkeypatch, capsys):
+def test_one_command_fetches_and_prepares_all_that_training_needs(shop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--dataset_code=beauty", f"--base_url={shop.url}/files/", "--allow_private_addresses", *BUILT_IN]
     folder = main(flags)
     manifest = read_json(folder / "pictures.json", "")
     assert [next(iter(manifest[f"ITEM{i}"])) for i in range(5)] == ["file", "file", "missing", "missing", "missing"]
     assert "404" in manifest["ITEM2"]["missing"]
-    printed = capsys.readouterr().out
-    assert "picture 40.0%" in printed and "features of 5 items, 1024 wide" in printed
     shop.requests.clear()
     main(flags)
     assert shop.requests == ["/2.png"]  # what was not there is asked for again, and nothing else
@@ -303,8 +279,7 @@ def test_pictures_are_fetched_only_when_asked_for_and_outlive_a_k_core(shop, raw
     folder = main(["--dataset_code=beauty", f"--raw_root={raw}", *BUILT_IN])
     assert (read_json(folder / "item2img.json", ""), shop.requests) == ({"ITEM4": "ITEM4.png"}, [])
     command = "--dataset_code beauty --only pictures"
-    printed = capsys.readouterr().out
-    assert "3 pictures have an address and were not fetched; to fetch them: python -m" in printed and command in printed
+    assert command in capsys.readouterr().out  # what to give to fetch them
     main([*command.split(), "--allow_private_addresses"])
     main(["--dataset_code=beauty", f"--raw_root={raw}", "--only=data", "--min_uc=4", "--overwrite"])
     assert load_catalog("data", "beauty").pictures is None
@@ -427,9 +402,9 @@ def test_the_second_of_two_at_once_says_who_holds_the_lock(raw):
     prepare(raw)
 
 
-@pytest.mark.parametrize(
-    ("flags", "problem"),
-    [
+def test_flags_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for flags, problem in (
         (["--dataset_code=demo"], "demo is built in"),
         (["--only=features", "--min_uc=2"], "--min_uc is for the data, which --only features leaves out"),
         (["--only=pictures", "--overwrite"], "--overwrite is for the data"),
@@ -442,16 +417,12 @@ def test_the_second_of_two_at_once_says_who_holds_the_lock(raw):
         (["--split=time", "--val_from=2024-01-01"], "needs --split time --val_from DATE --test_from DATE"),
         (["--val_from=soon"], "--val_from: 'soon' is no date such as"),
         (["--min_uc=0"], "--min_uc: '0' is not a whole number"),
-        (["--min_rating=-1"], "--min_rating: '-1' is not a number"),
         (["--pictures_per_second=0"], "--pictures_per_second: 0 would fetch nothing"),
-    ],
-)
-def test_flags_that_make_no_sense_are_refused_and_leave_nothing(flags, problem, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((InputError, SystemExit)) as raised:
-        main(["--dataset_code=beauty", *flags])
-    assert re.search(problem, f"{raised.value} {capsys.readouterr().err}")
-    assert not list(Path().glob("data/b*"))
+    ):
+        with pytest.raises((InputError, SystemExit)) as raised:
+            main(["--dataset_code=beauty", *flags])
+        assert re.search(problem, f"{raised.value} {capsys.readouterr().err}")
+        assert not list(Path().glob("data/b*"))
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,14 @@ from common.devices import cpu_name, resolve_device
 from common.errors import InputError
 from config import ModelSettings, TrainingSettings
 from dataloader import eval_rows
+from datasets.catalog import load_catalog
+from datasets.features import cache
 from model import FMRLRec
 from model.extensions.objective import Objective
 from model.extensions.sampled_loss import NegativeSampler, Sample, sampled_matryoshka_cross_entropy
 from model.loss import Factors, matryoshka_cross_entropy
 from tests.made_up import as_sequences
-from tests.prepared import contents, cut_off_after, write_prepared
+from tests.prepared import contents, cut_off_after, feature_parts, write_prepared
 from trainer.checkpoint import load_state
 from trainer.evaluation import evaluate, set_new_item_scale
 from trainer.runs import read_log
@@ -48,6 +50,7 @@ CASES = {
     "sasrec": f"{TINY} --model_code sasrec --mrl_hidden_sizes 8".replace("--language_encoder lexical", ""),
     "itemknn": "--model_code itemknn --dataset_code tiny --device cpu",
 }
+BATCHES, BEGUN = 12, 4  # batches of texts and pictures, and those that one process made before two went on
 # Run every case in the same two processes, and write the outcome of each to rank0.json and rank1.json.
 TWO = """
 import contextlib, hashlib, io, json, shlex, sys
@@ -57,8 +60,9 @@ import eval as eval_script
 import train
 from common import processes
 from common.errors import InputError
+from datasets.features import cache
 from model.loss import LOSSES
-from tests.test_devices import validate_spread_embedding
+from tests.test_devices import make_features, validate_spread_embedding
 from trainer import evaluation, testing, trainer as trainer_module
 from trainer.step import GraphedStep
 from trainer.runs import run_lock
@@ -98,6 +102,11 @@ def run(name, arguments, main=train.main):
 results, calls, recorded = {}, [], []
 trainer_module.CHECK_EVERY = 1
 evaluation.GROUP = 4
+written, write = [], cache.Writer.write
+cache.Writer.write = lambda *given: written.append(1) or write(*given)
+make_features("begun")
+results["written"] = len(written)
+run("no file", f"{tiny} --features absent=absent.npy")
 Trainer.fit = watched
 for name, flags in cases.items():
     run(f"{name} two", f"{flags} --run_name {name}-two")
@@ -125,11 +134,17 @@ Path(f"rank{processes.rank()}.json").write_text(json.dumps(results))
 """
 
 
+def make_features(root):
+    """Make the features of data/tiny below a folder, two items a batch."""
+    feature_parts(load_catalog("data", "tiny"), language="lexical", image="pixel", batch_size=2, cache_root=Path(root))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Return a folder in which one process and two trained the same cases, and either resumed a run of the other."""
     folder = tmp_path_factory.mktemp("processes")
-    write_prepared(folder / "data", "tiny", users=20, items=12)
+    write_prepared(folder / "data", "tiny", users=20, items=12, pictures=True)
+    write, left = cache.Writer.write, iter(range(BEGUN))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("trainer.evaluation.GROUP", 4)  # several groups of users for each process
@@ -137,6 +152,10 @@ def folder(tmp_path_factory):
             train.main(shlex.split(f"{flags} --run_name {name}-one"))
         with cut_off_after(1):
             train.main(shlex.split(f"{CASES['sampled']} --run_name cut-by-one"))
+        make_features("whole")
+        with pytest.MonkeyPatch.context() as cut, pytest.raises(StopIteration):
+            cut.setattr(cache.Writer, "write", lambda *given: (next(left), write(*given)))
+            make_features("begun")
         assert not torch.distributed.is_initialized()
         Path("two.py").write_text(TWO)
         command = [sys.executable, *TORCHRUN.split(), "two.py", json.dumps(CASES)]
@@ -237,6 +256,15 @@ def test_a_run_that_another_process_trains_is_refused_on_both_and_no_thread_outl
         assert re.match(r"InputError another process is training \S+-faithful-two; wait for it", rank["said"])
     for threads in outcome(folder, "threads"):
         assert threads and not [name for name in threads if "gloo" in name]
+
+
+def test_two_processes_make_the_features_that_one_has_not_finished_to_the_same_bytes(folder):
+    begun, whole = (contents(folder / root / "tiny") for root in ("begun", "whole"))
+    arrays = {name: content for name, content in whole.items() if name.endswith(".npy")}
+    assert len(arrays) == 2 and begun.keys() == whole.keys() and begun.items() >= arrays.items()
+    written = outcome(folder, "written")
+    assert sum(written) == BATCHES - BEGUN and min(written) > 0
+    assert all("absent.npy does not exist" in rank["said"] for rank in outcome(folder, "no file"))
 
 
 def test_every_process_of_a_machine_has_its_own_gpu(monkeypatch):

@@ -211,7 +211,7 @@ def test_settings_come_back_from_json_and_missing_ones_have_the_value_of_their_t
 def test_a_bad_saved_setting_is_refused_by_name():
     for saved, problem in (
         ({"momentum": 0.9}, r"momentum.*another version"),
-        ({"lru_dropout": 2.0}, "--lru_dropout 2"),
+        ({"distill": 10**400}, "--distill 1000.* must be at least 0 and at most 1"),  # beyond any float
         *[({name: "many"}, name) for name in ("lr", "mrl_hidden_sizes", "use_img_encoder")],
     ):
         with pytest.raises(InputError, match=problem):

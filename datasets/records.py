@@ -43,13 +43,16 @@ WRONG_FILES = {
 SHORT = 20_000  # characters; a shorter line is parsed without counting
 MAX_MARKS = 1_000_000  # commas and opening brackets of a line
 MAX_TOKENS = 100_000  # of a Python literal, whose syntax tree takes about a kilobyte for each
-END = r"\\?\Z"  # of the text, in a string that is not closed
-STRING = "|".join(
-    [rf"{q * 3}(?:[^{q}\\]+|\\.|{q}(?!{q * 2}))*+(?:{q * 3}|{END})" for q in "'\""]
-    + [rf"{q}(?:[^{q}\\]+|\\.)*+(?:{q}|{END})" for q in "'\""]
-)
 HUGE = re.compile(r"\b0[box]\w{2000}", re.IGNORECASE)  # a number with more digits than str() writes
-TOKEN = re.compile(rf"(\w*+)(?:{STRING})|\w+|\S", re.DOTALL)
+TOKEN = re.compile(r"(\w*)(\'\'\'|\"\"\"|\'|\")|\w+|\S")  # group 2: a string begins
+# What follows in a string, up to its end or 10,000 escapes, so that a match keeps few places to come back to.
+# Possessive repeats would keep none, but match wrongly before Python 3.11.5.
+IN_STRING = {
+    q: re.compile(
+        rf"[^{q[0]}\\]*(?:(?:\\.{rf'|{q[0]}(?!{q[0]}{q[0]})' * (len(q) == 3)})[^{q[0]}\\]*){{0,10000}}", re.DOTALL
+    )
+    for q in ("'", '"', "'''", '"""')
+}
 
 
 @contextmanager
@@ -180,12 +183,25 @@ def parse_record(line: str) -> dict[str, Any] | None:
     return None
 
 
+def tokens(text: str) -> Iterator[tuple[str, str]]:
+    """Yield each token of a Python literal, and its prefix if it is a string, of which it yields the beginning."""
+    at = 0
+    while token := TOKEN.search(text, at):
+        yield token[0], token[1] or ""
+        at, quote = token.end(), token[2]
+        while quote:
+            before, at = at, IN_STRING[quote].match(text, at).end()  # type: ignore[union-attr]  # it matches anything
+            if text.startswith(quote, at):
+                at, quote = at + len(quote), None
+            elif at == before:  # the text ends in the string
+                at, quote = len(text), None
+
+
 def parse_literal(text: str) -> Any:
     """Return the value of a Python literal. Raises ValueError if it is none or has more than MAX_TOKENS tokens."""
     if len(text) > SHORT:
-        for count, token in enumerate(TOKEN.finditer(text)):
-            prefix = token[1] or ""
-            if count >= MAX_TOKENS or "f" in prefix.lower() or "t" in prefix.lower() or token[0] == "#":
+        for count, (token, prefix) in enumerate(tokens(text)):
+            if count >= MAX_TOKENS or "f" in prefix.lower() or "t" in prefix.lower() or token == "#":
                 raise ValueError(f"more than {MAX_TOKENS:,} tokens, a comment or a formatted string")
     if len(text) > 2000 and HUGE.search(text):
         raise ValueError("a number of thousands of digits")

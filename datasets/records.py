@@ -184,7 +184,7 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 
 def tokens(text: str) -> Iterator[tuple[str, str]]:
-    """Yield each token of a Python literal, and its prefix if it is a string, of which it yields the beginning."""
+    """Yield each token of a Python literal with its prefix, "" if it has none; of a string the prefix and the quote."""
     at = 0
     while token := TOKEN.search(text, at):
         yield token[0], token[1] or ""

@@ -21,8 +21,9 @@ class Teachers:
     def __init__(self, models: Sequence[SequenceModel]) -> None:
         """models: of the same items; their sizes may differ."""
         self.models = [model.eval().requires_grad_(False) for model in models]
+        device = next(self.models[0].parameters()).device  # a table kept without its features is not moved with a model
         with torch.no_grad():
-            self.table = torch.cat([model.item_table() for model in self.models], dim=1)  # [N+1, D]
+            self.table = torch.cat([model.item_table().to(device) for model in self.models], dim=1)  # [N+1, D]
 
     @torch.no_grad()
     def encode(self, tokens: Tensor, position: Tensor, longest: int) -> Tensor:

@@ -58,7 +58,8 @@ class FeatureSettings(Settings):
     )
     features: tuple[str, ...] = setting(
         (),
-        "NAME=FILE,...: a vector per product id (.npy, .safetensors, .csv, .parquet, Amazon's .b), scaled to norm 1",
+        "a vector per product id, from a file (.npy, .safetensors, .csv, .parquet, Amazon's .b), scaled to norm 1",
+        metavar="NAME=FILE,...",
         taken_names=("language", "image", "both", "id", "picture"),
     )
     features_root: str = setting("data/features", "folder of the cached features", runtime=True)
@@ -90,7 +91,7 @@ def size_within(sizes: tuple[int, ...], width: int) -> int:
 _IDS_ONLY = {"use_language_encoder": False, "use_img_encoder": False}
 _SEQUENTIAL = {**_IDS_ONLY, "mrl_hidden_sizes": (64,), "train_batch_size": 128, "num_epochs": 30, "lr": 1e-3}
 
-# Baselines (model/registry.py) and their settings on every dataset. Learning rate and dropout are not tuned.
+# Baselines (model/__init__.py) and their settings on every dataset. Learning rate and dropout are not tuned.
 MODEL_PRESETS: dict[str, dict[str, Any]] = {
     "sasrec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5},
     "lrurec": {**_SEQUENTIAL, "lru_dropout": 0.5, "lru_attn_dropout": 0.5, "lru_r_min": 0.8, "lru_r_max": 0.99},
@@ -187,7 +188,7 @@ class TrainingSettings(Settings):
     distill: float = setting(
         0.0, "share of the teachers' or the largest size's softmax in targets", at_least=0, at_most=1, extension=True
     )
-    teachers: tuple[str, ...] = setting((), "RUN,...: trained runs that all sizes learn from", extension=True)
+    teachers: tuple[str, ...] = setting((), "trained runs that all sizes learn from", metavar="RUN,...", extension=True)
     ema_decay: float = setting(0.0, "EMA decay of the evaluated weights; 0: none", at_least=0, below=1, extension=True)
 
 
@@ -269,10 +270,9 @@ NAMED_PRESETS: dict[str, dict[str, Any]] = {
     },
     "plus": {
         "whiten_features": True, "item_embedding": 256, "post_norm": True, "dropout_from": 64, "logit_scale": True,
-        "distill": 0.9, "ema_decay": 0.998, "num_negatives": 4096, "lru_r_min": 0.8, "lru_r_max": 0.99,
-        "lru_dropout": 0.5, "lru_attn_dropout": 0.5, "val_mask_history": True, "train_batch_size": 128,
-        "num_epochs": 7, "lr": 1e-3, "mrl_loss": "mean", "warmup_from_zero": False,
-        "history_bias": True, "item_embedding_gate": True,
+        "distill": 0.9, "ema_decay": 0.998, "num_negatives": 4096, "lru_r_min": 0.8, "lru_r_max": 0.99, "num_epochs": 7,
+        "lru_dropout": 0.5, "lru_attn_dropout": 0.5, "val_mask_history": True, "train_batch_size": 128, "lr": 1e-3,
+        "mrl_loss": "mean", "warmup_from_zero": False, "history_bias": True, "item_embedding_gate": True,
     },
 }  # fmt: skip
 

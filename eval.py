@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
     flags, arguments = parse_args(argv, DESCRIPTION, SECTIONS, add_arguments, settings)
 
     # Heavy imports wait until the flags are known to be good, so that --help and errors come at once.
-    from trainer.find_run import find_trained
-    from trainer.runs import describe_run, newer_data_folder, read_config
+    from trainer.runs import describe_run, find_trained, newer_data_folder, read_config
 
     runs_root = Path(flags.get("runs_root", Config.runs_root))
     run = processes.on_main_process(lambda: find_trained(arguments.run, runs_root, flags))

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]],
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], SECTIONS, add_arguments, presets=ALL_PRESETS)
     settings = None if arguments.resume or flags.get("init_from") else resolve(flags)
     if settings:
-        from datasets.load import check_dataset
+        from datasets.catalog import check_dataset
 
         check_dataset(settings[0])
 
@@ -40,11 +40,10 @@ def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]],
     import torch
 
     from common.devices import resolve_device
+    from datasets.catalog import load_dataset
     from datasets.features.load import load_features
-    from datasets.load import load_dataset
-    from model import count_parameters
+    from model import build_model, count_parameters
     from model.base import CountingModel
-    from model.registry import build_model
     from trainer.load_run import find_resumed, load_initial, load_teachers, warm_settings
     from trainer.testing import test_every_size
     from trainer.trainer import CountingTrainer, Trainer

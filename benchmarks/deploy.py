@@ -2,25 +2,32 @@
 
 python -m benchmarks.deploy                                          # of the newest run
 python -m benchmarks.deploy --run experiments/runs/beauty/...        # writes deploy.json and deploy.png into the run
+python -m benchmarks.deploy --one_file --browser     # one-file exports; needs chromium, playwright and npm ci
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import http.server
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import memory_mb
+import numpy as np
+
+from benchmarks import memory_mb
 from common.cli import Parser, run_cli
 from common.errors import InputError
 from common.files import sha256, write_json
@@ -37,7 +44,7 @@ ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_TH
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Export, measure, print and write the results; return them."""
+    """Export, measure and print the results; write those of a run into its folder. Return them."""
     parser = Parser(description=__doc__.splitlines()[0])
     add_run_arguments(parser)
     parser.add_argument("--size", default="all", metavar="N,N|all", help="sizes to measure (default: all)")
@@ -51,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--synthetic", type=int, metavar="N", help="measure only the int8 scan and faiss beside the float32 scan, on N "
         "synthetic items of --size (default 256) for --requests users",
     )  # fmt: skip
+    parser.add_argument("--one_file", action="store_true", help="measure only one-file exports, beside the Recommender")
+    parser.add_argument("--browser", action="store_true", help="with --one_file: float16 in headless Chromium too")
     parser.add_argument("--measure", nargs=2, metavar=("EXPORT", "ENGINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.measure:
@@ -65,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             found = measure_scan(size, arguments.synthetic, arguments.requests, Path(folder))
         print("  ".join(f"{name} {value:.4g}" for name, value in found.items()))
         return found
+    if arguments.one_file:
+        return {"one_file": measure_one_file(arguments)}
     from experiments.figures import card_table, plot_card
     from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE, describe_run
 
@@ -155,8 +166,6 @@ def measure(export: Path, engine: str, histories: list[list[str]]) -> dict[str, 
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     started = time.perf_counter()
-    import numpy as np
-
     from serving import Recommender
 
     recommender = Recommender.from_pretrained(export, engine, threads=1)
@@ -242,10 +251,7 @@ def largest_difference(answers: list, others: list) -> float:
 
 def measure_large_catalogue(export: Path, num_items: int, folder: Path, histories: list[list[str]]) -> dict[str, Any]:
     """Measure the same model with a catalogue of `num_items`: the real items, then made-up ones."""
-    import numpy as np
-
-    from serving.folder import ITEMS, pack_items, read_folder, write_folder
-    from serving.items import make_items
+    from serving.folder import ITEMS, make_items, pack_items, read_folder, write_folder
 
     real = read_folder(export)
     more = max(0, num_items - len(real.items))
@@ -271,8 +277,6 @@ def measure_scan(size: int, num_items: int, users: int, folder: Path) -> dict[st
     The table is a memory-mapped file in `folder`, so that only the indices must fit into memory. The float32 scan is
     fair if the file fits into the page cache.
     """
-    import numpy as np
-
     from serving.engines import Table, best_columns
     from serving.folder import FAISS, INDEX, SCAN
     from serving.graphs import build_scan
@@ -331,6 +335,109 @@ def line(row: dict[str, Any]) -> str:
         f"load {row['load_s']:.2f} s  p50 {row['p50_ms']:.2f} ms  NDCG@10 {row['NDCG@10']:.4f}  "
         f"same top 10 {row['same_top10']:.2%}"
     )
+
+
+# ----------------------------------------------------------------------------------------------------- one-file exports
+# Bytes, milliseconds in Python and in a browser, and whether the answers are those of the Recommender, from an export
+# stored in the same way.
+
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+BROWSER_REQUESTS = 200
+ASK = """async ([size, histories]) => {
+  const { recommend } = await import("./page.js");
+  const times = [];
+  for (const items of histories) {
+    const start = performance.now();
+    await recommend(size, items);
+    times.push(performance.now() - start);
+  }
+  return times;
+}"""
+
+
+def measure_one_file(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure, print a table and return its rows."""
+    from datasets.catalog import load_catalog
+    from serving.export import main as export_sizes
+    from serving.hub import MODEL
+    from serving.weights import TABLES
+    from trainer.runs import read_config
+
+    run = asked_run(arguments)
+    config, _ = read_config(run)
+    sizes = named_sizes(arguments.size, config.mrl_hidden_sizes)
+    where = ["--run", str(run), *(["--data_root", arguments.data_root] if arguments.data_root else [])]
+    sequences = load_catalog(arguments.data_root or config.data_root, config.dataset_code).sequences
+    users = range(len(sequences))[: arguments.users]
+    histories = [sequences.of(user)[:-1].tolist() for user in users]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        browser = browser_ms(Path(temporary), where, sizes, histories) if arguments.browser else {}
+        for quantize in TABLES:
+            flags = [*where, "--quantize", quantize, "--size", arguments.size]
+            files = export_sizes([*flags, "--format", "onnx-file", "--out", f"{temporary}/{quantize}-file/size"])
+            folders = export_sizes([*flags, "--out", f"{temporary}/{quantize}/size"])
+            for size, file, folder in zip(sizes, files, folders, strict=True):
+                row = {"size": size, "stored": quantize, **measured(file / MODEL, folder, histories)}
+                rows.append(row | {"browser_ms": browser.get(size) if quantize == "float16" else None})
+    print(f"{run}: {len(histories)} test users; medians of one answer, 1 thread")
+    print("  size  stored       MB  Python ms  browser ms  same ten items")
+    for row in rows:
+        there = f"{row['browser_ms']:10.2f}" if row["browser_ms"] is not None else f"{'':10}"
+        print(
+            f"{row['size']:6}  {row['stored']:8}  {row['bytes'] / 1e6:5.2f}  {row['python_ms']:9.2f}  {there}  "
+            f"{row['same']} of {len(histories)}"
+        )
+    return rows
+
+
+def measured(file: Path, folder: Path, histories: list[list[int]]) -> dict[str, Any]:
+    """Return bytes, milliseconds of an answer, and how many answers have the ten items of the torch engine."""
+    import onnxruntime
+
+    from serving import Recommender
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    expected = Recommender.from_pretrained(folder).recommend(histories)
+    exclude, times, same = np.array([True]), [], 0
+    for history, answer in zip(histories, expected, strict=True):
+        start = time.perf_counter()
+        items = session.run(["items"], {"history": np.array([history]), "exclude_history": exclude})[0]
+        times.append((time.perf_counter() - start) * 1e3)
+        same += set(items[0].tolist()) == set(answer.numbers)
+    return {"bytes": file.stat().st_size, "python_ms": statistics.median(times), "same": same}
+
+
+def browser_ms(temporary: Path, where: list[str], sizes: list[int], histories: list[list[int]]) -> dict[int, float]:
+    """Return size -> median milliseconds of an answer in headless Chromium, by serving.page's models."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise InputError(f"--browser needs playwright ({error}): pip install -r requirements-dev.txt") from error
+    from serving.page.__main__ import main as write_page
+
+    if (chromium := shutil.which("chromium")) is None:
+        raise InputError("--browser needs chromium: apt-get install chromium")
+    page = write_page([*where[1:], "--out", str(temporary / "page")])
+    handler = functools.partial(_Quiet, directory=page)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS.split())
+        tab = browser.new_page()
+        tab.goto(f"http://127.0.0.1:{server.server_port}/")
+        tab.wait_for_selector("#best > li")
+        times = {size: tab.evaluate(ASK, [size, histories[:BROWSER_REQUESTS]]) for size in sizes}
+        browser.close()
+    server.shutdown()
+    return {size: statistics.median(of_size) for size, of_size in times.items()}
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
 if __name__ == "__main__":

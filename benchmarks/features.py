@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from benchmarks.measure import describe_environment, time_paired
+from benchmarks import describe_environment, time_paired
 from common.cli import Parser, run_cli
 from common.errors import InputError
 
@@ -79,9 +79,8 @@ def compare(kind: str, catalog: Catalog, arguments: argparse.Namespace, folder: 
     from config import FeatureSettings
     from datasets.features import image, text
     from datasets.features.encode import normalised
-    from datasets.features.load import load_features
+    from datasets.features.load import load_features, modalities
     from datasets.features.modality import EncodedModality
-    from datasets.features.registry import modalities
 
     is_text = kind == "texts"
     name = arguments.language_encoder if is_text else random_weights(arguments.img_model, folder)
@@ -144,8 +143,8 @@ def text_catalog(path: Path, count: int) -> Catalog:
     """Return a catalogue of `count` evenly spaced items' texts in a metadata file."""
     from common.files import read_text
     from config import Config
+    from datasets.items import item_text
     from datasets.records import parse_record
-    from datasets.text import item_text
 
     lines = [line for line in read_text(path, "give a meta.json.gz").split("\n") if line.strip()]
     records = [parse_record(line) for line in lines[:: max(1, len(lines) // count)][:count]]
@@ -196,7 +195,7 @@ def peak_memory(count: int, workers: int) -> float:
     """Encode `count` pictures; return the peak MB of this process and its workers."""
     import resource
 
-    from benchmarks.measure import memory_mb
+    from benchmarks import memory_mb
     from config import FeatureSettings
     from datasets.features.load import load_features
 

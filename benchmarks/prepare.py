@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.measure import memory_mb
+from benchmarks import memory_mb
 from common.cli import Parser, add_switch, run_cli
 from common.errors import InputError
 from common.files import sha256

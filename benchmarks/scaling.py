@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.measure import describe_environment, memory_mb, reset_peak_memory, time_paired
+from benchmarks import describe_environment, memory_mb, reset_peak_memory, time_paired
 from common.cli import Parser, run_cli
 
 if TYPE_CHECKING:

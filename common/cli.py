@@ -119,10 +119,10 @@ def _add_flag(group: Any, f: Field) -> None:
         _add_boolean(group, f.name, help, argparse.SUPPRESS)
     elif isinstance(default, tuple):
         element_type = type(default[0]) if default else str
-        metavar = "N,N,..." if element_type is int else "NAME,NAME,..."
+        metavar = f.metadata["metavar"] or ("N,N,..." if element_type is int else "NAME,NAME,...")
         group.add_argument(flag, type=_tuple_parser(element_type), metavar=metavar, help=help, **common)
     else:
-        metavar = {int: "N", float: "X", str: "NAME"}[type(default)]
+        metavar = f.metadata["metavar"] or {int: "N", float: "X", str: "NAME"}[type(default)]
         options = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"metavar": metavar}
         several = f.metadata["for_several"]
         parse = type(default) if isinstance(default, str) else _number_parser(type(default), several)

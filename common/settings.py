@@ -31,6 +31,7 @@ def setting(
     extension: bool = False,
     used_if: Callable[[Any], bool] | None = None,
     for_several: str = "",
+    metavar: str = "",
 ) -> Any:
     """Return a dataclass field for one setting.
 
@@ -41,6 +42,7 @@ def setting(
     runtime: the setting affects how a run executes, not its result; --resume may change it.
     extension: the setting goes beyond the paper.
     for_several: the command that runs several values of the setting, named where a user gives a list of numbers.
+    metavar: what the help shows as the value; empty: by its type.
     used_if: returns whether the setting has an effect, given all settings; None: it always has one.
     """
     limits = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
@@ -58,6 +60,7 @@ def setting(
         "extension": extension,
         "used_if": used_if,
         "for_several": for_several,
+        "metavar": metavar,
     }
     return field(default=default, metadata=metadata)
 

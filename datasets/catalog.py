@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,12 +23,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta, Struct
 
+from common import processes
 from common.errors import InputError
 from common.files import MAX_ID, Count, check_schema, read_json, read_text
 from config import Config, DataSettings
-from datasets.item2img import read_item2img
+from datasets.items import attribute_text, read_item2img
 from datasets.records import RecordFile, parse_record
-from datasets.text import attribute_text
 
 MIN_ITEMS = 3  # leave-one-out: one to train on, one to validate on, one to test on
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
@@ -325,3 +326,43 @@ def raw_names(category: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return tuple(f"{name}.json{gz}" for name in names for gz in (".gz", ""))
 
     return files(f"reviews_{category}_5", f"reviews_{category}"), files(f"meta_{category}")
+
+
+# ------------------------------------------------------------------------------------------ load what the settings name
+# Load the dataset that the settings name: a prepared one or the demo.
+
+
+def check_dataset(settings: DataSettings) -> None:
+    """Raise InputError if the dataset is not there. In one process this takes no heavy imports; loading comes later."""
+    if not _is_demo(settings):
+        processes.together(lambda: require_dataset(Path(settings.data_root), settings.dataset_code))
+
+
+def load_dataset(settings: DataSettings) -> Catalog:
+    """Load a dataset and print a summary; generate the demo if it does not exist.
+
+    Every machine reads its own files. Raises InputError that names the file, the line and the fix, or a machine whose
+    dataset is another one.
+    """
+    from datasets.demo import load_demo  # which imports this module
+
+    root, code = settings.data_root, settings.dataset_code
+    catalog = load_alike(load_demo if _is_demo(settings) else lambda: load_catalog(root, code))
+    for line in (describe(catalog), *catalog.notes):
+        processes.print_main(line)
+    return catalog
+
+
+def load_alike(load: Callable[[], Catalog]) -> Catalog:
+    """Call `load` on every rank. Raises InputError that names a machine whose dataset is another one."""
+    catalog = processes.together(load)
+    processes.check_same(
+        f"the dataset {catalog.name}", catalog.digest(), "copy the dataset of one machine to the other"
+    )
+    return catalog
+
+
+def _is_demo(settings: DataSettings) -> bool:
+    """Return whether the settings name the demo that is generated on first use."""
+    default_root = Path(settings.data_root).resolve() == Path(Config.data_root).resolve()
+    return settings.dataset_code == "demo" and default_root

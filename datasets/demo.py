@@ -18,7 +18,7 @@ from common import processes
 from common.errors import InputError
 from common.files import replacing, write_json, write_text
 from datasets.catalog import Catalog, load_catalog
-from datasets.item2img import ITEM2IMG
+from datasets.items import ITEM2IMG
 
 if TYPE_CHECKING:
     from PIL import Image

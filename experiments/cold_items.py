@@ -25,7 +25,7 @@ from common.errors import InputError
 from common.files import MAX_ID, check_schema, read_json, replacing, write_json, write_text
 from config import Config
 from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
-from datasets.text import as_json
+from datasets.items import as_json
 
 if TYPE_CHECKING:
     from experiments.store import KeptRun

@@ -2,7 +2,7 @@
 
 python -m experiments.cut experiments/runs/beauty/...      # the run's cut.json; experiments.report --keep adds it
 
-A PCA weighted by the users' vectors (serving/widths.py), fitted on validation users, cuts the item table to 8,
+A PCA weighted by the users' vectors (serving/weights.py), fitted on validation users, cuts the item table to 8,
 16, ... dimensions. The largest encoder with a narrow table is compared with the size that was trained nested, whose
 encoder is smaller too. Runs of fmrlrec also get the plane of both choices: metrics, bytes of the table and time of the
 encoder.
@@ -110,7 +110,7 @@ def cut_model(model: SequenceModel, validation: Any, widths: tuple[int, ...]) ->
 
     from dataloader import eval_batches
     from model.base import SequenceModel
-    from serving.widths import user_weighted_pca
+    from serving.weights import user_weighted_pca
     from trainer.evaluation import GROUP, encode_last
 
     weight = next(model.parameters())

@@ -287,8 +287,8 @@ def set_data(jobs: list[Job]) -> list[str]:
 
 def missing_encoders(jobs: list[Job]) -> list[str]:
     """Return a line for each encoder that runs to start read by and that is not on this disk."""
+    from datasets.features.load import modalities
     from datasets.features.modality import EncodedModality
-    from datasets.features.registry import modalities
 
     configs = [job.config for job in jobs if job.state == "to start" and job.config.model_code == "fmrlrec"]
     found = (modality for config in configs for modality in modalities(config))

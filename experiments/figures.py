@@ -1,19 +1,28 @@
-"""Figures of the report, media/*.png, drawn from kept runs."""
+"""Draw the figures of the report from kept runs, and that of the method, into media/.
+
+python -m experiments.figures                                  # that of the method: architecture.png
+python -m experiments.figures --demo_run experiments/runs/...  # also demo.png, the curve of a run of the demo
+"""
 
 from __future__ import annotations
 
+import itertools
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
+from common.cli import Parser, run_cli
 from experiments.definition import definitions
 from experiments.paper import BEST, BY_SIZE, MASKED, PUBLISHED
-from experiments.reproduction import figure4
 from experiments.store import KeptRun
-from experiments.tables import ResultRow, comparable, markdown, result_rows
-from trainer.plots import COLOURS, INK, draw_level, figure, label_lines, shades, size_axes
+from trainer.plots import COLOURS, INK, SMALL, draw_level, figure, label_lines, shades, size_axes
+from trainer.runs import EVERY_SIZE
+
+if TYPE_CHECKING:
+    from experiments.tables import ResultRow
 
 PROTOCOLS = {"Recall@10": "history kept", "NDCG@10" + MASKED: "history masked"}  # metrics of the figure of plus
 LINES = {"-": "", "--": " (dashed)", ":": " (dotted)"}  # of several curves of one model -> what the label says
@@ -21,8 +30,7 @@ LINES = {"-": "", "--": " (dashed)", ":": " (dotted)"}  # of several curves of o
 
 def draw_figures(runs: list[KeptRun], media: Path) -> list[Path]:
     """Draw every figure that has runs, and return the files."""
-    paths = [media / "parameters_saved.png"]
-    draw_parameters(paths[0])
+    paths = []
     datasets = sorted({run.config.dataset_code for run in runs})
     for dataset in datasets:
         if curves := rows_of(runs, dataset, "sizes"):
@@ -43,12 +51,16 @@ def draw_figures(runs: list[KeptRun], media: Path) -> list[Path]:
 
 def rows_of(runs: list[KeptRun], dataset: str, name: str) -> list[ResultRow]:
     """Return the rows that the report shows of an experiment."""
+    from experiments.tables import comparable, result_rows
+
     definition = definitions()[name]
     return [row for group in comparable(definition, result_rows(definition, dataset, runs)) for row in group]
 
 
 def rows_of_plus(runs: list[KeptRun], dataset: str) -> list[ResultRow]:
     """Return the rows of the figure of plus: those that the report shows, or all of plus if it has no partner."""
+    from experiments.tables import result_rows
+
     found = rows_of(runs, dataset, "plus") or [
         row for row in result_rows(definitions()["plus"], dataset, runs) if row.row.name.startswith("plus")
     ]
@@ -156,20 +168,6 @@ def draw_encoder_width(dataset: str, points: list[ResultRow], path: Path) -> Non
         panel.set_xlabel("width of the encoder")
 
 
-def draw_parameters(path: Path) -> None:
-    """Draw Figure 4: the share of parameters that one training for all sizes saves."""
-    with figure(path, 1, "Extra parameters of separate models against one nested model, %") as [panel]:
-        rows = figure4()
-        names = ("the paper's formula", "numbers in files here", "without masked zeros")
-        for i, (name, colour) in enumerate(zip(names, (COLOURS["paper"], COLOURS["fmrlrec"], INK), strict=True)):
-            places = [x + 0.27 * (i - 1) for x in range(len(rows))]
-            bars = panel.bar(places, [100 * row[1 + i] for row in rows], width=0.25, color=colour, label=name)
-            panel.bar_label(bars, fmt="%.0f", fontsize=8)
-        panel.set_xticks(range(len(rows)), [f"128..{row[0]}" if row[0] > 128 else "128" for row in rows])
-        panel.set_xlabel("sizes")
-        panel.legend(frameon=False, fontsize=8)
-
-
 # ----------------------------------------------------------------------------------------------------------- deployment
 # The deployment card of a run, as benchmarks/deploy.py measures it: its table and its figure.
 
@@ -180,6 +178,10 @@ DIGITS = {"resident_mb": "MB in memory 0", "load_s": "load s 2", "p50_ms": "p50 
 
 def card_table(card: dict[str, Any]) -> list[str]:
     """Return the card as Markdown lines: a table, and sentences on large catalogues."""
+    import pandas as pd
+
+    from experiments.tables import markdown
+
     rows = pd.DataFrame(card["rows"])
     full = rows.groupby("size")["NDCG@10"].transform("first")
     table = pd.DataFrame(
@@ -270,3 +272,114 @@ def plot_card(card: dict[str, Any], path: Path) -> None:
             panel.set_xlabel(unit)
         panels[0].set_title("NDCG@10 of every size, history kept (numbers: dimensions)", loc="left")
         panels[1].legend(frameon=False, fontsize=8, loc="lower right")
+
+
+# ------------------------------------------------------------------------------------------------ figures of the method
+# They need no saved results.
+
+MEDIA = Path(__file__).parent.parent / "media"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the figures into media/."""
+    parser = Parser(description="Draw the figures of the method.")
+    parser.add_argument("--demo_run", type=Path, metavar="FOLDER", help="also copy the curve of this run to demo.png")
+    parser.add_argument("--out", type=Path, default=MEDIA, metavar="FOLDER", help="output folder (default: media)")
+    arguments = parser.parse_args(argv)
+
+    draw_architecture(arguments.out / "architecture.png")
+    if arguments.demo_run:
+        shutil.copyfile(arguments.demo_run / Path(EVERY_SIZE).with_suffix(".png"), arguments.out / "demo.png")
+
+
+FROZEN, LEARNED, NESTED = "#e3e6ea", "#fbe3c0", "#cfe6e0"
+SIZES = (8, 16, 32, 64)  # of the drawn weights
+
+
+def draw_architecture(path: Path) -> None:
+    """Draw the model, a nested weight, and the loss over the sizes."""
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+    with figure(path, 2, height=5.4) as [axes, unused]:
+        unused.remove()
+        axes.set_position([0, 0, 1, 1])
+        axes.set_in_layout(False)
+        axes.set(xlim=(-1, 101), ylim=(-2, 68))
+        axes.axis("off")
+
+        def text(x: float, y: float, words: str, **options: Any) -> None:
+            axes.text(x, y, words, fontsize=SMALL, color=INK, va="center", linespacing=1.4, **options)
+
+        def box(x: float, y: float, w: float, h: float, words: str, colour: str) -> None:
+            axes.add_patch(FancyBboxPatch((x, y), w, h, "round,pad=0,rounding_size=1", fc=colour, ec=INK, lw=1))
+            text(x + w / 2, y + h / 2, words, ha="center")
+
+        def arrow(*points: tuple[float, float]) -> None:
+            for start, end in itertools.pairwise(points[:-1]):
+                axes.plot(*zip(start, end, strict=True), color=INK, lw=1.1, solid_capstyle="round")
+            options: dict[str, Any] = {
+                "arrowstyle": "-|>",
+                "mutation_scale": 11,
+                "lw": 1.1,
+                "color": INK,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            }
+            axes.add_patch(FancyArrowPatch(points[-2], points[-1], **options))
+
+        box(0, 57, 15, 8, "item text", "white")
+        box(0, 46, 15, 8, "item picture", "white")
+        box(20, 57, 18, 8, "text encoder", FROZEN)
+        box(20, 46, 18, 8, "image encoder", FROZEN)
+        box(46, 51.5, 16, 8, "projection\nF → D", LEARNED)
+        box(70, 51.5, 17, 8, "item table E\n[N+1, D]", LEARNED)
+        for y, bend in ((61, 57.5), (50, 53.5)):
+            arrow((15, y), (20, y))
+            arrow((38, y), (42, y), (42, bend), (46, bend))
+        arrow((62, 55.5), (70, 55.5))
+        arrow((78.5, 51.5), (78.5, 42.5), (29, 42.5), (29, 36.5))
+
+        box(0, 27.5, 15, 9, "user history\ni₁ i₂ … iₖ", "white")
+        box(20, 27.5, 18, 9, "rows of E", LEARNED)
+        box(46, 24, 31, 16, "", "#f6faf9")
+        box(47.5, 32.5, 28, 6, "x + Dropout(LRU(LN(x)))", NESTED)
+        box(47.5, 25.5, 28, 6, "x + FFN(LN(x))", NESTED)
+        text(77.5, 38.5, "× blocks")
+        box(86, 27.5, 14, 9, "user state z\n[D]", LEARNED)
+        for start, end in ((15, 20), (38, 46), (77, 86)):
+            arrow((start, 32), (end, 32))
+
+        draw_mask(axes, SIZES, 1, 0, 16)
+        words = "Each weight of a block is nested:\nits corner W[:m, :m] is the\nweight of the model of size m.\n"
+        text(19, 6, words + "White is always zero.")
+        arrow((52, 24), (52, 20.5), (9, 20.5), (9, 16.5))
+        text(62, 17.2, "One training minimises the sum of these:")
+        for j, (m, colour) in enumerate(zip(("8", "16", "…", "D"), shades(4), strict=True)):
+            axes.add_patch(Rectangle((62, 11.6 - 4.1 * j), 1.5 * 2**j, 2.6, fc=colour))
+            text(76, 12.9 - 4.1 * j, "…" if m == "…" else f"loss of z[:{m}] · E[:, :{m}]ᵀ")
+        arrow((93, 27.5), (93, 19.5))
+
+        legend = ((66, FROZEN, "frozen"), (63.5, LEARNED, "sliced to m columns"), (61, NESTED, "nested"))
+        for middle, colour, words in legend:
+            axes.add_patch(Rectangle((79, middle - 0.9), 1.8, 1.8, fc=colour, ec=INK, lw=0.8))
+            text(82, middle, words)
+
+
+def draw_mask(axes: Any, sizes: tuple[int, ...], x: float, y: float, side: float) -> None:
+    """Draw a nested weight in a square: a colour for what each size adds, and a frame around each size."""
+    from matplotlib.patches import Rectangle
+
+    from model.base import increments, nested_mask
+
+    unit, mask = side / sizes[-1], nested_mask(sizes)
+    for (low, high), colour in zip(increments(sizes), shades(len(sizes)), strict=True):
+        for first, end in increments(sizes):
+            if mask[low, first]:
+                corner = x + unit * first, y + side - unit * high
+                axes.add_patch(Rectangle(corner, unit * (end - first), unit * (high - low), fc=colour))
+    for m in sizes:
+        axes.add_patch(Rectangle((x, y + side - unit * m), unit * m, unit * m, fill=False, ec=INK, lw=1.2))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -15,7 +15,7 @@ import numpy as np
 
 from common.cli import Parser, run_cli
 from common.errors import InputError
-from datasets.text import flat_text
+from datasets.items import flat_text
 
 PICTURE = "embeddings.png"
 CATEGORIES = 6  # that have a colour; the others are grey

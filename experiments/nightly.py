@@ -28,7 +28,7 @@ from common.files import write_json, write_text
 from config import Config
 from dataloader import eval_rows
 from datasets.catalog import MIN_ITEMS, Catalog, load_catalog
-from datasets.text import as_json
+from datasets.items import as_json
 from trainer.evaluation import evaluate
 from trainer.load_run import load_run
 from trainer.runs import read_best_epoch

@@ -33,16 +33,16 @@ of every size, settings, command lines and versions, are in [metrics.csv](result
 
 def report(runs: list[KeptRun]) -> str:
     """Return the text of RESULTS.md."""
-    from experiments import cold_items, figures, reproduction, tables
+    from experiments import cold_items, figures, tables
     from experiments.definition import definitions
 
     experiments = [line for definition in definitions().values() for line in tables.section(definition, runs)]
     return "\n".join(
         [
             INTRODUCTION,
-            *reproduction.best_section(runs),
+            *tables.best_section(runs),
             *experiments,
-            *reproduction.parameters_section(),
+            *tables.parameters_section(),
             *figures.deployment_section(runs),
             *cold_items.section(runs),
         ]
@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.results != RESULTS and (arguments.out == OUT or arguments.media == MEDIA):
         raise InputError(f"--results {arguments.results} would replace the report of {RESULTS}; give --out and --media")
     from experiments.figures import draw_figures
-    from experiments.reproduction import write_reproduction
     from experiments.store import keep, kept_runs
+    from experiments.tables import write_reproduction
 
     if arguments.keep:
         keep(arguments.keep, arguments.results)

@@ -4,7 +4,7 @@ metrics.csv           a line per run, split, protocol and size, a column per met
                       test. protocol: kept or masked (the user's history is excluded from the candidates)
 runs.jsonl            a line per run: settings and their sources, environment, epochs and times; deployment,
                       cold_items and cut if they were measured
-ranks/<dataset>.npz   the rank of every user's target, for runs that an experiment compares user by user
+ranks.npz             the rank of every user's target, for runs that an experiment compares user by user
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from trainer.runs import (
 if TYPE_CHECKING:
     import pandas as pd
 
-METRICS, RUNS, RANKS = "metrics.csv", "runs.jsonl", "ranks"
+METRICS, RUNS, RANKS = "metrics.csv", "runs.jsonl", "ranks.npz"
 KEYS = ["run", "dataset", "split", "protocol", "size"]  # columns of metrics.csv; the others are metrics
 SPLITS, PROTOCOLS = ("val", "test"), ("kept", "masked")
 DIGITS = "%.8f"  # of a metric
@@ -176,13 +176,13 @@ class KeptRun:
     def ranks(self, masked: bool = False) -> dict[int, np.ndarray] | None:
         """Return size -> the rank of every user [U], infinite beyond the last cut-off; None if not kept."""
         prefix = f"{self.name}/{PROTOCOLS[masked]}/"
-        arrays = _arrays(_ranks_path(self.results, self.config))
+        arrays = _arrays(self.results / RANKS)
         found = {name: saved for name, saved in arrays.items() if name.startswith(prefix)}
         return {int(name.removeprefix(prefix)): decoded(saved) for name, saved in found.items()} or None
 
     def times_trained(self) -> np.ndarray:
         """Return how often every user's target occurs in training [U]."""
-        return _arrays(_ranks_path(self.results, self.config))[f"{TRAINED}/{self.data}"].astype(np.int64)
+        return _arrays(self.results / RANKS)[f"{TRAINED}/{self.data}"].astype(np.int64)
 
 
 def kept_runs(results: Path) -> list[KeptRun]:
@@ -296,7 +296,7 @@ def _keep_ranks(name: str, run: Path, config: Config, data: str | None, results:
     """Add the ranks of a run's users if an experiment compares them; return whether anything changed."""
     if not compares_users(config) or data is None:
         return False
-    path = _ranks_path(results, config)
+    path = results / RANKS
     before = _arrays(path)
     found: dict[str, np.ndarray] = {}
     for masked, protocol in enumerate(PROTOCOLS):
@@ -309,10 +309,6 @@ def _keep_ranks(name: str, run: Path, config: Config, data: str | None, results:
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **before | found)  # type: ignore[arg-type]  # none of the names is allow_pickle
     return True
-
-
-def _ranks_path(results: Path, config: Config) -> Path:
-    return results / RANKS / f"{config.dataset_code}.npz"
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

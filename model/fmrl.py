@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.fast.layers import nested_linear
-from model.sizes import increments, nested_mask
+from model.base import increments, nested_mask
+from model.fast import nested_linear
 
 
 def nested_linear_plain(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> Tensor:

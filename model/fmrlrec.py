@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelSettings
-from model.base import CountingModel, Dropout, SequenceModel
-from model.extensions.history import ranking_bias
-from model.extensions.whitening import Whitening
+from model.base import CountingModel, Dropout, SequenceModel, nested_mask
+from model.extensions.item_table import Whitening
+from model.extensions.objective import ranking_bias
 from model.fmrl import FMRLLayerNorm, FMRLLinear
 from model.items import ItemEncoder
 from model.lru import LRU
-from model.sizes import nested_mask
 
 
 class FeedForward(nn.Module):
@@ -97,7 +96,7 @@ class FMRLRec(SequenceModel):
         self.blocks = nn.ModuleList(Block(sizes, settings) for _ in range(settings.lru_num_blocks))
         # log s of model/extensions/objective.py
         self.log_scale = nn.Parameter(torch.zeros(len(sizes))) if settings.logit_scale else None
-        # b / TIMES of model/extensions/history.py
+        # b / TIMES of model/extensions/objective.py
         self.history_bias = nn.Parameter(torch.zeros(len(sizes))) if settings.history_bias else None
 
     def ranking_bias(self) -> list[float] | None:

@@ -2,7 +2,7 @@
 
     E_i = W f_i + b                   f_i: the features of item i, concatenated, [F]; token 0: f_0 = 0, so E_0 = b
     E_i = W f_i + b + V_i             beyond the paper, in the first K dimensions
-    E_i = W f_i + b + g_i V_i         and with a gate (model/extensions/embedding_gate.py)
+    E_i = W f_i + b + g_i V_i         and with a gate (model/extensions/item_table.py)
 
 N items, F feature width, D largest size.
 """
@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.extensions.embedding_gate import EmbeddingGate
-from model.extensions.whitening import ROWS, Whitening
-from model.mapped import unmap_pages
+from model.extensions.item_table import ROWS, EmbeddingGate, Whitening, unmap_pages
 
 MAPPED = 2**12  # rows read of large features until their pages are unmapped; each maps up to 64 KB around it on Linux
 Lookup = Callable[[Tensor, Tensor], Tensor]  # items [n] and a weight [N+1, K] -> rows [n, K], as F.embedding

@@ -22,9 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model.extensions.history import contains
-from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
-from model.fast.losses import cross_entropy_sum
+from model.extensions.objective import CROSS_ENTROPY, Objective, contains, losses_plain
+from model.fast import cross_entropy_sum
 from model.items import Factors
 
 

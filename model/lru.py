@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from model.fast.layers import linear_recurrence, nested_linear
+from model.fast import linear_recurrence, nested_linear
 from model.fmrl import nested_uniform_, nested_weight
 
 

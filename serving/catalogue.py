@@ -21,11 +21,9 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError, shown
-from serving.engines import Engine, Table
-from serving.folder import WEIGHTS, Export
+from serving.engines import Engine, State, Table, decays_of, state_shape
+from serving.folder import WEIGHTS, Export, ItemId, Items, make_items
 from serving.index import Index
-from serving.items import ItemId, Items, make_items
-from serving.states import State, decays_of, state_shape
 from serving.weights import rounded, whitened
 
 

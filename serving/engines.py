@@ -1,4 +1,4 @@
-"""Engines run an export's model on NumPy arrays; they know neither users nor item ids.
+"""Engines run an export's model on NumPy arrays; they know neither users nor item ids. States of users.
 
     recommend(history [B, L], table, bias, k)      -> scores [B, k], items [B, k]
     step(item [B], hidden [B, blocks, 2, m], table) -> z [B, m], hidden
@@ -15,14 +15,18 @@ The engines agree up to rounding. With int8, onnxruntime multiplies integers and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from common.errors import InputError, shown
 from serving.folder import GRAPHS, HINT, Export, spare_rows
-from serving.weights import MATRICES, STEPS, dequantize, quantize, rounded
+from serving.weights import COUNTING, MATRICES, STEPS, Weights, dequantize, quantize, rounded
 
 ENGINES = ("torch", "onnx")
 ONNX_ROWS = 2  # the fewest rows of a product: one alone takes other routines, which round differently
@@ -283,8 +287,6 @@ def open_engine(export: Export, name: str | None, threads: int) -> Engine:
     if baseline := export.config.get("model"):
         if name is not None:
             raise InputError(f"{export.folder} is a {baseline}, which NumPy serves; leave out engine {shown(name)}")
-        from serving.baselines import BaselineEngine
-
         return BaselineEngine(export)
     name = name or ("onnx" if export.has_graphs else "torch")
     if name not in ENGINES:
@@ -410,3 +412,239 @@ def best_columns(scores: np.ndarray, k: int) -> np.ndarray:
         at = np.flatnonzero(row >= low)
         rows.append(at[np.argsort(-row[at], kind="stable")[:k]])
     return np.stack(rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- states
+# A user's state: all that a recommender keeps of a user. B users, L steps, m the size.
+
+STEP_ROWS = 2048  # steps that an engine computes at once
+HEADER = struct.Struct("<4sBBHHI")  # magic, version, blocks, size, bytes of the model's name, items
+MAGIC, VERSION = b"fMRL", 1
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The recurrence's state after a user's whole history. Immutable: `Recommender.step` returns a new one.
+
+    Keep it in a key-value store as `to_bytes()`; about 1.5 kB at size 64 with two blocks and 40 items.
+    """
+
+    hidden: np.ndarray  # [blocks, 2, m]: real and imaginary part of each block's state
+    z: np.ndarray  # [m]: the sequence representation
+    items: tuple[int, ...]  # item numbers so far
+    model: str  # the model that made it, as Recommender.model
+
+    def to_bytes(self) -> bytes:
+        """Return the state as bytes: little-endian numbers and a checksum, nothing pickled."""
+        blocks, _, size = self.hidden.shape
+        name = self.model.encode()
+        body = [
+            HEADER.pack(MAGIC, VERSION, blocks, size, len(name), len(self.items)),
+            name,
+            self.hidden.astype("<f4").tobytes(),
+            self.z.astype("<f4").tobytes(),
+            np.array(self.items, dtype="<u4").tobytes(),
+        ]
+        content = b"".join(body)
+        return content + struct.pack("<I", zlib.crc32(content))
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> State:
+        """Return the state that `to_bytes` wrote. Raises InputError if the bytes are damaged or no state."""
+        try:
+            magic, version, blocks, size, name, items = HEADER.unpack_from(content)
+        except (struct.error, TypeError):
+            magic = version = None
+        if magic != MAGIC or version != VERSION:
+            raise InputError(f"these bytes are not a state of version {VERSION}; encode the history again: start()")
+        ends = np.cumsum([HEADER.size, name, blocks * 2 * size * 4, size * 4, items * 4]).tolist()
+        if len(content) != ends[-1] + 4 or content[ends[-1] :] != struct.pack("<I", zlib.crc32(content[: ends[-1]])):
+            raise InputError("the bytes of the state are damaged; encode the history again: start()")
+        model, *arrays, numbers = (content[start:end] for start, end in pairwise(ends))
+        hidden, z = (np.frombuffer(part, dtype="<f4").astype(np.float32) for part in arrays)
+        return cls(
+            hidden.reshape(blocks, 2, size),
+            z,
+            tuple(np.frombuffer(numbers, dtype="<u4").tolist()),
+            model.decode("utf-8", "replace"),
+        )
+
+
+def encode(engine: Engine, table: Table, eigenvalues: np.ndarray, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (z [B, m], hidden [B, blocks, 2, m]) after histories [B, L], left-padded with 0.
+
+    eigenvalues: λ [blocks, m]. Each block's recurrence h_t = u_t + λ h_{t-1} runs here. The engine computes the inputs
+    u_t of all steps at once: it steps from states whose earlier blocks are known and whose block i is zero. So it takes
+    blocks + 1 calls for up to 2048 steps.
+    """
+    users, blocks = len(history), len(eigenvalues)
+    hidden = np.zeros((users, blocks, 2, eigenvalues.shape[1]), dtype=np.float32)
+    z = np.zeros((users, eigenvalues.shape[1]), dtype=np.float32)
+    at_once = max(1, STEP_ROWS // max(1, users))
+    for start in range(0, history.shape[1], at_once):
+        items = history[:, start : start + at_once]
+        before = np.zeros((*items.shape, *hidden.shape[1:]), dtype=np.float32)
+        before[:, 0] = hidden
+        for i, decay in enumerate(eigenvalues):
+            _, after = engine.step(items.ravel(), before.reshape(-1, *hidden.shape[1:]), table)
+            u = after[:, i].reshape(*items.shape, *hidden.shape[2:])
+            h = u[:, :, 0] + 1j * u[:, :, 1]
+            h[items == 0] = 0  # padding, or the empty history's token
+            for t in range(1, items.shape[1]):
+                h[:, t] += decay * h[:, t - 1] * (items[:, t] > 0)[:, None]
+            before[:, 1:, i, 0], before[:, 1:, i, 1] = h.real[:, :-1], h.imag[:, :-1]
+        z, hidden = engine.step(items[:, -1], before[:, -1], table)
+        hidden = hidden * (items[:, -1] > 0)[:, None, None, None]
+    return z, hidden
+
+
+def state_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the shape of State.hidden. The 2m states of lrurec's blocks take two rows each."""
+    return config["num_blocks"] * (2 if config.get("model") == "lrurec" else 1), 2, config["size"]
+
+
+def decays_of(weights: Weights, config: Mapping[str, Any]) -> np.ndarray:
+    """Return λ = exp(-exp(ν) + i exp(θ)) of each row of a state [rows, m], complex64; 0 for models without an LRU."""
+    shape = state_shape(config)[::2]
+    if config.get("model", "lrurec") != "lrurec":
+        return np.zeros(shape, dtype=np.complex64)
+    nu, theta = (
+        np.exp(np.stack([weights[f"blocks.{i}.lru.{part}"] for i in range(config["num_blocks"])]).astype(np.float64))
+        for part in ("nu_log", "theta_log")
+    )
+    return np.exp(-nu + 1j * theta).astype(np.complex64).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ baselines
+# The baselines of an export, in NumPy: a shop can compare them with fMRLRec in the same Recommender.
+#
+# lrurec and sasrec compute what model/baselines/ says. sasrec needs the whole history, so it has no states.
+# popularity and itemknn have the item table [N+1, 2]: an item's number, and its score by popularity. So the rows of
+# some items alone still say which items they are. z is the row of the history's last item.
+#
+# B users, L steps, N items, m the size, S = 2m states of the LRU.
+
+PRODUCT_ROWS = 4  # the fewest rows of a product: fewer take other routines, which round differently
+
+
+class BaselineEngine:
+    """An Engine for one of BASELINES."""
+
+    def __init__(self, export: Export) -> None:
+        self._weights: Weights = export.weights
+        self._config = export.config
+        self._name: str = export.config["model"]
+        self._decays = decays_of(export.weights, export.config).reshape(export.config["num_blocks"], -1)
+
+    def table(self, export: Export) -> Table:
+        return Table(export.table, None, export.buffer)
+
+    def recommend(self, history: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rank(self.encode(history, table), table, bias, k)
+
+    def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = (self._counted(z, table) if self._name in COUNTING else self._products(z, table)) + bias
+        best = best_columns(scores, k)
+        return np.take_along_axis(scores, best, axis=1), best
+
+    def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]:
+        if self._name in COUNTING:
+            return table.values[item], hidden
+        x, after = self._norm(table.values[filled_up(item, PRODUCT_ROWS)], "norm"), []
+        before = filled_up(hidden, PRODUCT_ROWS).reshape(
+            len(x), self._config["num_blocks"], 2, 2, -1
+        )  # halves, re and im
+        for i, decay in enumerate(self._decays):
+            h = (before[:, i, :, 0] + 1j * before[:, i, :, 1]).reshape(len(x), -1)
+            h = self._inputs(x, f"blocks.{i}") + decay * h
+            after.append(h.reshape(len(x), 2, -1))
+            x = self._lru_block(x, h, f"blocks.{i}")
+        stacked = np.stack(after, axis=1).reshape(len(x), -1, self._config["size"])
+        new = np.stack([stacked.real, stacked.imag], axis=2).astype(np.float32)
+        return x[: len(item)], new[: len(item)]
+
+    def encode(self, history: np.ndarray, table: Table) -> np.ndarray:
+        """Return z [B, m] of histories [B, L], left-padded with 0."""
+        if self._name in COUNTING:
+            return table.values[history[:, -1]]
+        if self._name == "sasrec":
+            return np.stack([self._attended(row[row > 0] if row.any() else row[-1:], table) for row in history])
+        users, steps = len(history), history.shape[1]
+        history = filled_up(history, PRODUCT_ROWS)
+        x = self._norm(table.values[history], "norm")
+        for i, decay in enumerate(self._decays):
+            h = self._inputs(x, f"blocks.{i}")
+            for t in range(1, steps):
+                h[:, t] += decay * h[:, t - 1] * (history[:, t - 1] > 0)[:, None]
+            x = self._lru_block(x, h, f"blocks.{i}")
+        return x[:users, -1]
+
+    # ------------------------------------------------------------------------------------------------ lrurec and sasrec
+
+    def _inputs(self, x: np.ndarray, block: str) -> np.ndarray:
+        """Return γ (B x + b): [..., m] -> [..., S], complex64."""
+        w = {part: self._weights[f"{block}.lru.{part}"] for part in ("B_re", "B_im", "B_bias_re", "B_bias_im")}
+        u = x @ w["B_re"].T + w["B_bias_re"] + 1j * (x @ w["B_im"].T + w["B_bias_im"])
+        return (u * np.exp(self._weights[f"{block}.lru.gamma_log"])).astype(np.complex64)
+
+    def _lru_block(self, x: np.ndarray, h: np.ndarray, block: str) -> np.ndarray:
+        """Return the block's output of its inputs x [..., m] and states h [..., S]."""
+        w = self._weights
+        y = h.real @ w[f"{block}.lru.C_re"].T - h.imag @ w[f"{block}.lru.C_im"].T + w[f"{block}.lru.C_bias"]
+        x = self._norm(x + y, f"{block}.norm1")
+        return self._norm(x + self._feed_forward(x, block, gelu), f"{block}.norm2")
+
+    def _attended(self, items: np.ndarray, table: Table) -> np.ndarray:
+        """Return z [m] of one history of SASRec."""
+        w, n, heads = self._weights, len(items), self._config["num_heads"]
+        x = table.values[items] * np.float32(np.sqrt(self._config["size"])) + w["positions"][n - 1 :: -1][:n]
+        later = np.triu(np.full((n, n), -np.inf, dtype=np.float32), 1)
+        for i in range(self._config["num_blocks"]):
+            block = f"blocks.{i}"
+            query = self._norm(x, f"{block}.norm1", 1e-8)
+            q, k, v = (
+                (of @ w[f"{block}.attention.W_{part}.weight"].T).reshape(n, heads, -1).swapaxes(0, 1)
+                for part, of in (("Q", query), ("K", x), ("V", x))
+            )
+            logits = q @ k.swapaxes(1, 2) / np.float32(np.sqrt(q.shape[-1])) + later
+            weight = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            attended = (weight / weight.sum(axis=-1, keepdims=True)) @ v
+            f = self._norm(query + attended.swapaxes(0, 1).reshape(n, -1), f"{block}.norm2", 1e-8)
+            x = f + self._feed_forward(f, block, lambda y: np.maximum(y, 0))
+        return self._norm(x[-1], "norm", 1e-8)
+
+    def _norm(self, x: np.ndarray, name: str, epsilon: float = 1e-5) -> np.ndarray:
+        scaled = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + np.float32(epsilon))
+        return scaled * self._weights[f"{name}.weight"] + self._weights[f"{name}.bias"]
+
+    def _feed_forward(self, x: np.ndarray, block: str, activation: Any) -> np.ndarray:
+        w = self._weights
+        hidden = activation(x @ w[f"{block}.W1.weight"].T + w[f"{block}.W1.bias"])
+        return hidden @ w[f"{block}.W2.weight"].T + w[f"{block}.W2.bias"]
+
+    @staticmethod
+    def _products(z: np.ndarray, table: Table) -> np.ndarray:
+        return (filled_up(z, PRODUCT_ROWS) @ table.values.T)[: len(z)]
+
+    # --------------------------------------------------------------------------------------------------------- counting
+
+    def _counted(self, z: np.ndarray, table: Table) -> np.ndarray:
+        """Return scores [B, rows of the table] for last items z [B, 2]."""
+        w, numbers = self._weights, table.values[:, 0].astype(np.int64)
+        scores = np.tile(table.values[:, 1], (len(z), 1))
+        dense = np.empty(len(w["begins"]) - 1, dtype=np.float32)
+        for row, last in enumerate(z[:, 0].astype(np.int64)):
+            dense.fill(np.nan)
+            part = slice(w["begins"][last], w["begins"][last + 1])
+            dense[w["neighbours"][part]] = w["alike"][part]
+            alike = dense[numbers]
+            scores[row] = np.where(np.isnan(alike), scores[row], alike)
+        return scores
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """Return x Φ(x), with erf by formula 7.1.26 of Abramowitz and Stegun, whose error is at most 1.5e-7."""
+    y = np.abs(x.astype(np.float64)) / np.sqrt(2)
+    t = 1 / (1 + 0.3275911 * y)
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    return (x * (1 + np.sign(x) * (1 - series * np.exp(-y * y))) / 2).astype(np.float32)

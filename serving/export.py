@@ -1,4 +1,4 @@
-"""Export sizes of a trained run, each as a folder that serves recommendations.
+"""Export sizes of a trained run, each as a folder that serves recommendations, or as the archives of a release.
 
 python -m serving.export --dataset_code demo --size 64 --out exports/demo-64     # the newest run on demo
 python -m serving.export --run experiments/runs/beauty/... --size all --format onnx --quantize int8
@@ -10,9 +10,13 @@ python -m serving.export --dataset_code demo --format onnx --release releases/de
 from __future__ import annotations
 
 import argparse
+import gzip
+import os
 import re
 import shlex
-from collections.abc import Sequence
+import shutil
+import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +24,11 @@ import numpy as np
 
 from common.cli import Parser, add_switch, run_cli
 from common.errors import InputError
-from common.files import read_json, sha256
+from common.files import cannot_write, read_json, remove_leftovers, sha256, temporary_folder
 from common.settings import format_value
 from config import Config
 from serving.folder import STORED
+from serving.hub import CARD, front_matter
 from serving.weights import BASELINES, COUNTING, TABLES
 
 if TYPE_CHECKING:
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from datasets.catalog import Catalog
     from model import FMRLRec
     from trainer.checkpoint import RunItems
+
 
 FORMATS = ("torch", "onnx", "onnx-file")
 
@@ -108,8 +114,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, positional: bool = False)
 
 def asked_run(arguments: argparse.Namespace, models: Sequence[str] = ("fmrlrec",)) -> Path:
     """Return the run that the flags choose. Raises InputError if there is none or it is of another model."""
-    from trainer.find_run import find_trained, with_runtime_flags
-    from trainer.runs import read_config
+    from trainer.runs import find_trained, read_config, with_runtime_flags
 
     flags = {"dataset_code": arguments.dataset_code} if arguments.dataset_code else {}
     run = find_trained(arguments.run, Path(arguments.runs_root), flags | {"model_code": "fmrlrec"})
@@ -146,7 +151,6 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
     # Heavy imports wait until the flags are known to be good, so that errors come at once.
     from model import FMRLRec
-    from serving.release import write_release
     from trainer.load_run import load_for_export
 
     flags = {"device": "cpu"} | ({"data_root": arguments.data_root} if arguments.data_root else {})
@@ -185,7 +189,6 @@ def folder_bytes(folder: Path) -> int:
 
 def check_release_flags(arguments: argparse.Namespace) -> None:
     """Raise InputError for a flag that --release does not go with, and if the release exists."""
-    from serving.release import refuse_existing
 
     for flag, given in (
         ("--out", arguments.out is not None),
@@ -230,7 +233,7 @@ def check_table_width(width: int | None, sizes: Sequence[int], format: str, quan
 def validation_users(config: Config, items: RunItems) -> EvalRows:
     """Return the histories of the validation users. Raises InputError unless the run's dataset is at hand."""
     from dataloader import eval_rows
-    from datasets.load import load_dataset
+    from datasets.catalog import load_dataset
 
     try:
         catalog = load_dataset(config)
@@ -348,12 +351,12 @@ def export_size(
         ROWS,
         SCAN,
         WEIGHTS,
+        make_items,
         pack_items,
         pack_rows,
         pack_weights,
         write_folder,
     )
-    from serving.items import make_items
     from serving.torch_engine import serving_weights
     from serving.weights import quantize as to_int8
     from trainer.checkpoint import RunItems
@@ -419,7 +422,7 @@ def cut_of(model: FMRLRec, table: np.ndarray, users: EvalRows, width: int) -> tu
     import torch
 
     from dataloader import eval_batches
-    from serving.widths import user_weighted_pca
+    from serving.weights import user_weighted_pca
     from trainer.evaluation import GROUP, encode_last
 
     with torch.inference_mode():
@@ -440,8 +443,7 @@ def export_baseline(
     overwrite: bool = False,
 ) -> None:
     """Write a run of one of BASELINES as an export. Raises InputError if weights are not finite."""
-    from serving.folder import ITEMS, WEIGHTS, pack_items, pack_weights, write_folder
-    from serving.items import make_items
+    from serving.folder import ITEMS, WEIGHTS, make_items, pack_items, pack_weights, write_folder
     from serving.torch_engine import baseline_weights
 
     table, weights = baseline_weights(model)
@@ -467,7 +469,7 @@ def export_baseline(
 def description(model: FMRLRec, config: Config, items: RunItems, run: Path) -> dict[str, Any]:
     """Return the content of config.json for a sliced model, except its files."""
     from datasets.features.registry import describe_features
-    from serving.widths import read_plane
+    from trainer.runs import read_plane
 
     size, whitening = model.sizes[-1], model.items.whitening
     widths = {"whitened": [len(mean) for mean, _ in whitening.transforms()]} if whitening else {}
@@ -501,6 +503,116 @@ def common_description(config: Config, items: RunItems, run: Path, size: int) ->
         "commit": commit(),
         "metrics": read_metrics(metrics, "eval.py --run ... writes it").get(str(size)) if metrics.exists() else None,
     }
+
+
+# -------------------------------------------------------------------------------------------------------------- release
+# Write a release: the exports of a run as archives, with their checksums and one card.
+#
+# fmrlrec-<dataset>-<size>.tar.gz     an export in a folder of the archive's name, the same bytes each time
+# SHA256SUMS                          checksums of the archives, for sha256sum -c
+# README.md                           the card of all sizes
+
+SUMS = "SHA256SUMS"
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise InputError if `folder` exists: a release that people may have fetched is never replaced."""
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder} exists; choose another folder for --release, or remove it first")
+
+
+def write_release(folder: Path, dataset: str, sizes: Sequence[int], export: Callable[[int, Path], None]) -> None:
+    """Write the release of a run as a new folder.
+
+    export: writes a size as an export into a new folder. Raises InputError, and leaves nothing, if `folder` exists or
+    cannot be written, or if a size cannot be exported.
+    """
+    refuse_existing(folder)
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder.parent, folder.name)
+        temporary = temporary_folder(folder)
+        configs, archives = [], []
+        for size in sizes:
+            unpacked = temporary / f"fmrlrec-{dataset}-{size}"
+            export(size, unpacked)
+            configs.append(read_json(unpacked / "config.json", "export it again"))
+            archives.append(pack(unpacked, temporary / f"{unpacked.name}.tar.gz"))
+            shutil.rmtree(unpacked)
+        sums = "".join(f"{sha256(archive)}  {archive.name}\n" for archive in archives)
+        (temporary / SUMS).write_text(sums, encoding="utf-8")
+        (temporary / CARD).write_text(release_card(configs, archives), encoding="utf-8")
+        for path in temporary.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    """Pack the files of a folder, without times and owners, so that the same files give the same bytes."""
+    with (
+        archive.open("xb") as file,
+        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for path in sorted(folder.iterdir()):
+            member = tarfile.TarInfo(f"{folder.name}/{path.name}")  # mode 0644, time 0, owner 0
+            member.size = path.stat().st_size
+            with path.open("rb") as content:
+                tar.addfile(member, content)
+    return archive
+
+
+def release_card(configs: Sequence[dict[str, Any]], archives: Sequence[Path]) -> str:
+    """Return the README.md of a release. configs: the config.json of each archive."""
+    first, name = configs[0], archives[0].name.removesuffix(".tar.gz")
+    code = first["dataset"]["code"]
+    columns = ("NDCG@10", "Recall@10")
+    rows = ""
+    for config, archive in zip(configs, archives, strict=True):
+        metrics = config["metrics"] or {}
+        cells = (f"{metrics[column]:.4f}" if column in metrics else "" for column in columns)
+        unpacked = sum(stored["bytes"] for stored in config["files"].values())
+        rows += f"| {config['size']} | `{archive.name}` | {archive.stat().st_size / 1e6:.2f} | {unpacked / 1e6:.2f} | "
+        rows += " | ".join(cells) + " |\n"
+    return f"""{front_matter(first)}
+# {code}, {len(configs)} sizes
+
+Sequential recommenders (fMRLRec, Findings of EMNLP 2024), sliced from the run `{first["run"]}`.
+Each reads the last {first["max_len"]} items of a history and ranks {first["num_items"]:,} items.
+Test metrics in float32, full ranking, history kept:
+
+| size | archive | MB | MB unpacked | {" | ".join(columns)} |
+| ---: | --- | ---: | ---: | ---: | ---: |
+{rows}
+License: unknown, until the publisher names one above and here. Data and encoders have their own.
+
+Download an archive and `{SUMS}` into one folder, then check and unpack it:
+
+```sh
+sha256sum -c --ignore-missing {SUMS}
+tar xf {name}.tar.gz
+```
+
+In a clone of the repository, or with `from fmrlrec import Recommender` where the package is installed and the archive
+has ONNX graphs:
+
+```python
+from serving import Recommender
+
+recommender = Recommender.from_pretrained("{name}")
+print(recommender.recommend([[1, 2]], top_k=10)[0].ids)  # ids as strings, or item numbers
+```
+
+The card of each size is the README.md in its archive.
+"""
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load
 
-from model.sizes import increments
-from serving.folder import GRAPHS, INDEX, WEIGHTS, tensor_offsets
+from model.base import increments
+from serving.folder import GRAPHS, INDEX, WEIGHTS, Items, tensor_offsets
 from serving.hub import GRAPH_OF_FILE, IDS, MODEL, Tensors
-from serving.items import Items
 from serving.weights import STEPS
 
 OPSET, IR_VERSION = 17, 8  # from 2022, so that old onnxruntimes can read them

@@ -8,7 +8,7 @@ POST /events     {"state": "...", "item": "ID"} -> {"state": "..."}, the state a
 POST /reload     opens the folder again if its export changed
 GET  /health, /version, /metrics (Prometheus' text format)
 
-A state is base64 of State.to_bytes; the client keeps it. Waiting requests are answered together (serving/batching.py).
+A state is base64 of State.to_bytes; the client keeps it. Waiting requests are answered together (serving/requests.py).
 The server knows no accounts: put it behind a proxy that does, and let nobody else reach /reload.
 """
 
@@ -23,10 +23,9 @@ from typing import Any
 from common.cli import Parser, run_cli
 from common.errors import InputError
 from serving import __version__
-from serving.batching import Batcher
-from serving.metrics import Limited, Metrics
+from serving.engines import State
 from serving.recommender import Recommender
-from serving.states import State
+from serving.requests import Batcher, Limited, Metrics
 
 MAX_ITEMS, MAX_SIMILAR, MAX_TOP_K = 10_000, 64, 1_000  # of one request
 

@@ -11,9 +11,8 @@ import numpy as np
 
 from common.errors import InputError, shown
 from serving.catalogue import Catalogue, Snapshot, check_state
-from serving.engines import Encoder, VectorEngine, bias_before_scaling
-from serving.items import ItemId
-from serving.states import State, encode
+from serving.engines import Encoder, State, VectorEngine, bias_before_scaling, encode
+from serving.folder import ItemId
 
 SCORES = 1 << 21  # user-item scores held at once
 TOGETHER = 64  # histories encoded at once; larger batches add padding and are no faster

@@ -29,7 +29,7 @@ from common.errors import InputError, shown
 from common.files import open_regular, read_json
 from serving import hub
 from serving.catalogue import Catalogue, Snapshot, check_state, project
-from serving.engines import Engine, WideRows, open_engine
+from serving.engines import Engine, State, WideRows, encode, open_engine
 from serving.folder import (
     CONFIG,
     FAISS,
@@ -41,13 +41,14 @@ from serving.folder import (
     SCAN,
     WEIGHTS,
     Export,
+    ItemId,
+    make_items,
     pack_items,
     pack_rows,
     read_folder,
     write_folder,
 )
 from serving.index import Index, build_faiss, build_index, open_index
-from serving.items import ItemId, make_items
 from serving.ranking import (
     Filter,
     Recommendation,
@@ -61,7 +62,6 @@ from serving.ranking import (
     read_request,
     vectors_of,
 )
-from serving.states import State, encode
 from serving.weights import COUNTING
 
 CHUNK = 1 << 16  # items compared at once
@@ -335,7 +335,7 @@ class Recommender:
         records = list(listed(products, "products", "[{'title': 'Rose soap'}]"))
         now, key = self._now, (language_encoder, img_encoder)
         try:
-            from datasets.features import registry  # the only place where serving uses encoders
+            from datasets.features import registry
 
             if key not in now.encoders:
                 encoders = {"language_encoder": language_encoder, "img_encoder": img_encoder}

@@ -7,10 +7,10 @@ import torch
 
 from config import ModelSettings
 from model import FMRLRec
+from model.base import nested_mask
 from model.baselines.counting import Popularity
 from model.baselines.lrurec import LRURec
 from model.baselines.sasrec import SASRec
-from model.sizes import nested_mask
 from serving.engines import Table, filled_up
 from serving.folder import Export
 from serving.weights import MATRICES, VECTORS, dequantize, float_weight, quantize
@@ -121,7 +121,7 @@ def serving_weights(model: FMRLRec, quantized: bool) -> dict[str, np.ndarray]:
 
 
 def baseline_weights(model: LRURec | SASRec | Popularity) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return (item table, weights) of a baseline, as serving/baselines.py reads them."""
+    """Return (item table, weights) of a baseline, as serving/engines.py reads them."""
     with torch.no_grad():
         if isinstance(model, Popularity):
             numbers = np.arange(model.num_items + 1, dtype=np.float32)

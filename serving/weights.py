@@ -13,7 +13,7 @@ from a model.
     blocks.i.ffn.reduce, .reduce_bias   [m, m]    W2
     projection.weight, .bias            [F, m]    features -> new item; absent if the model has no features
     cut.users, .items                   [m, w]    z and item -> vectors of width w; with --table_width w only
-    whitening.i.mean, .matrix           [F_i], [F_i, F_i]   encoder i's whitening (model/extensions/whitening.py),
+    whitening.i.mean, .matrix           [F_i], [F_i, F_i]   encoder i's whitening (model/extensions/item_table.py),
                                                   applied before the projection; absent without whitening
 
 With int8, each matrix of a block is int8 and `<name>.scale` holds one scale per output.
@@ -88,7 +88,7 @@ def baseline_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int | None, ..
 
 
 def whitened(features: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
-    """Return features [n, F] as the projection reads them; NumPy twin of model/extensions/whitening.py."""
+    """Return features [n, F] as the projection reads them; NumPy twin of model/extensions/item_table.py."""
     parts: list[np.ndarray] = []
     start = 0
     while f"whitening.{len(parts)}.mean" in weights:
@@ -136,3 +136,28 @@ def rounded(rows: np.ndarray, stored_as: str) -> np.ndarray:
     if stored_as == "float16":
         return rows.astype(np.float16).astype(np.float32)
     return dequantize(*quantize(rows, axis=1), axis=1) if stored_as == "int8" else rows
+
+
+# ----------------------------------------------------------------------------------------------------------- two widths
+# An export of two widths: a size of the encoder, and a width to which the item table is cut without training.
+#
+# The cut is a PCA weighted by the users' vectors. The scores Z T^T of users Z [U, D] and items T [N, D] are
+# Z C^(-1/2) · C^(1/2) T^T with C = Z^T Z. By the SVD C^(1/2) T^T = Q S V^T, the rank-w matrix nearest to all scores of
+# these users is Z C^(-1/2) Q[:, :w] · (T C^(1/2) Q[:, :w])^T (Eckart and Young). The encoder stays whole; w numbers per
+# user and item are left.
+
+RIDGE = 1e-9  # added to C, relative to its mean eigenvalue, so that it can be inverted
+
+
+def user_weighted_pca(users: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (A, B), float64 [D, D]: users @ A[:, :w] and items @ B[:, :w] give the best scores of width w.
+
+    users: z of some users [U, D]; items: the item table without token 0 [N, D]. With w = D the scores are the same.
+    """
+    z, table = users.astype(np.float64), items.astype(np.float64)
+    covariance = z.T @ z / len(z)
+    values, vectors = np.linalg.eigh(covariance + RIDGE * np.trace(covariance) / len(covariance) * np.eye(z.shape[1]))
+    root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+    _, basis = np.linalg.eigh(root @ (table.T @ table) @ root)  # Q of the SVD, ascending
+    basis = basis[:, ::-1]
+    return inverse @ basis, root @ basis

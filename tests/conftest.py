@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.pictures import Server, serving
-from tests.prepared import write_prepared, write_tiny_clip
+from tests.made_up import write_prepared, write_tiny_clip
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which tests do
 

@@ -18,14 +18,12 @@ import torch
 from PIL import Image
 
 from common.errors import InputError
-from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
-from dataloader.batches import bucket, share_rows
+from dataloader import TrainLoader, bucket, eval_batches, eval_rows, share_rows, train_rows
 from datasets import demo
 from datasets.catalog import FILES, Catalog, describe, load_catalog
+from datasets.items import item_text
 from datasets.records import parse_record
-from datasets.text import item_text
-from tests.made_up import as_sequences
-from tests.prepared import contents, write_item2img, write_maps, write_metadata, write_prepared
+from tests.made_up import as_sequences, contents, write_item2img, write_maps, write_metadata, write_prepared
 
 REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")

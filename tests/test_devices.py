@@ -26,8 +26,7 @@ from model import FMRLRec
 from model.extensions.objective import Objective
 from model.extensions.sampled_loss import NegativeSampler, Sample, sampled_matryoshka_cross_entropy
 from model.loss import Factors, matryoshka_cross_entropy
-from tests.made_up import as_sequences
-from tests.prepared import contents, cut_off_after, feature_parts, write_prepared
+from tests.made_up import as_sequences, contents, cut_off_after, feature_parts, write_prepared
 from trainer.checkpoint import load_state
 from trainer.evaluation import evaluate, set_new_item_scale
 from trainer.runs import read_log
@@ -301,7 +300,7 @@ from common.cli import run_cli
 from common.errors import InputError
 from common.files import sha256
 from datasets.prepare.__main__ import main as prepare
-from tests.prepared import cut_off_after, write_prepared
+from tests.made_up import cut_off_after, write_prepared
 
 second, outcomes = processes.machine() == 1, {{}}
 

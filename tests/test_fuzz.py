@@ -21,23 +21,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from benchmarks.measure import memory_mb, reset_peak_memory
+from benchmarks import memory_mb, reset_peak_memory
 from common.errors import InputError
 from config import Config
 from datasets.catalog import describe, load_catalog
 from datasets.features.arrays import open_array_file
+from datasets.items import item_text
 from datasets.prepare.raw import FILTERS
 from datasets.prepare.read import read_events, read_items
 from datasets.prepare.sequences import make_sequences
-from datasets.text import item_text
 from experiments.store import kept_runs
 from serving import Recommender
+from serving.engines import State
 from serving.export import arguments_parser, best_size
 from serving.folder import CONFIG, ITEMS, WEIGHTS
-from serving.states import State
-from serving.widths import read_plane
 from tests.made_up import random_model, write_export
-from trainer.runs import check_data, describe_run, features_of, read_config, read_log, read_metrics
+from trainer.runs import check_data, describe_run, features_of, read_config, read_log, read_metrics, read_plane
 
 MANY = int(os.environ.get("FUZZ_EXAMPLES", 0))
 SECONDS, MEGABYTES = 2, 500  # the most that an input may take

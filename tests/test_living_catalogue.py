@@ -14,14 +14,24 @@ import pytest
 from common.errors import InputError
 from dataloader import eval_rows
 from datasets.features.text import LexicalEncoder
-from datasets.text import NO_TEXT
-from serving import Recommender, recommender, states
+from datasets.items import NO_TEXT
+from serving import Recommender, engines, recommender
+from serving.engines import State
 from serving.folder import FAISS
 from serving.index import FaissIndex, build_faiss
-from serving.states import State
-from serving.widths import user_weighted_pca
-from tests.made_up import IDS, SAME, N, as_sequences, assert_same_answer, everything, random_model, write_export
-from tests.prepared import item_features, write_tiny_bert
+from serving.weights import user_weighted_pca
+from tests.made_up import (
+    IDS,
+    SAME,
+    N,
+    as_sequences,
+    assert_same_answer,
+    everything,
+    item_features,
+    random_model,
+    write_export,
+    write_tiny_bert,
+)
 
 CLOSE = {"rtol": 2**-10, "atol": 1e-6}  # to features or rows that are stored as float16
 
@@ -322,7 +332,7 @@ def test_a_narrow_table_scores_as_the_cut_of_users_and_items(engine, kind, index
 @pytest.mark.parametrize("length", [0, 1, 5, 30])
 def test_a_state_is_the_same_from_its_history_and_from_steps(shop, engine, kind, length, monkeypatch):
     r, history = shop.open(engine, kind), (np.arange(length) * 7 % N + 1).tolist()
-    monkeypatch.setattr(states, "ROWS", 8)  # several pieces
+    monkeypatch.setattr(engines, "STEP_ROWS", 8)  # several pieces
     started, stepped = r.start(history), r.start()
     for item in history:
         stepped = r.step(stepped, item)

@@ -16,29 +16,23 @@ import torch
 import torch.nn.functional as F
 
 import train
-from benchmarks.measure import memory_mb
+from benchmarks import memory_mb
 from config import ModelSettings, TrainingSettings
 from dataloader import TrainLoader, eval_batches, eval_rows, train_rows
-from model import FMRLRec, count_parameters, slice_model
+from model import FMRLRec, count_parameters, fast, slice_model
 from model import items as items_module
-from model import mapped as mapped_module
-from model.base import Dropout
-from model.extensions import whitening as whitening_module
-from model.extensions.history import history_items, learned_bias
-from model.extensions.objective import CROSS_ENTROPY, Objective
+from model.base import Dropout, nested_mask
+from model.extensions import item_table as item_table_module
+from model.extensions.item_table import Whitening, fit_whitening, whiten
+from model.extensions.objective import CROSS_ENTROPY, Objective, Teachers, history_items, learned_bias
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
-from model.extensions.teachers import Teachers
-from model.extensions.whitening import Whitening, fit_whitening, whiten
-from model.fast import layers
-from model.fast.layers import linear_recurrence, nested_linear
+from model.fast import linear_recurrence, nested_linear
 from model.fmrl import FMRLLinear, nested_linear_plain
 from model.items import ItemEncoder
 from model.loss import LOSSES
 from model.lru import LRU, linear_recurrence_plain, ring_init
-from model.sizes import nested_mask
 from serving import Recommender, export
-from tests.made_up import NoUpdate, as_sequences, random_model
-from tests.prepared import write_prepared
+from tests.made_up import NoUpdate, as_sequences, random_model, write_prepared
 from trainer import sparse_rows as sparse_rows_module
 from trainer.evaluation import evaluate
 from trainer.load_run import load_run
@@ -109,7 +103,7 @@ def test_bands_have_the_values_and_gradients_of_the_masked_weight(sizes, dtype, 
     assert torch.equal(weight.detach(), before)
 
 
-scans = pytest.mark.parametrize("scan", [layers._scan_by_steps, layers._scan_by_doubling])  # CPU, GPU
+scans = pytest.mark.parametrize("scan", [fast._scan_by_steps, fast._scan_by_doubling])  # CPU, GPU
 
 
 def positions_of(lengths):
@@ -134,13 +128,13 @@ def recurrence_and_gradients(recurrence, inputs, *arguments):
 @pytest.mark.parametrize(("dtype", "radius", "tolerance"), [(torch.float64, 0.999, 1e-11), (torch.float32, 0.9, 1e-5)])
 @pytest.mark.parametrize("lengths", [[1], [65, 1, 63], [300, 3, 1, 129]], ids=str)
 def test_either_scan_has_the_values_and_gradients_of_the_loop(monkeypatch, lengths, dtype, radius, tolerance, scan):
-    monkeypatch.setattr(layers, "_scan", scan)
+    monkeypatch.setattr(fast, "_scan", scan)
     # The second time after a begin token, whose state is not carried on, and with a larger `longest`.
     for position, longest in [(positions_of(lengths), max(lengths)), (positions_of([1, *lengths]), 2 * max(lengths))]:
         inputs = recurrence_inputs(len(position), dtype, radius=radius)
-        fast = recurrence_and_gradients(linear_recurrence, inputs, position, longest)
+        quick = recurrence_and_gradients(linear_recurrence, inputs, position, longest)
         plain = recurrence_and_gradients(linear_recurrence_plain, inputs, position)
-        assert_relatively_close(fast, plain, tolerance)
+        assert_relatively_close(quick, plain, tolerance)
 
 
 @pytest.mark.parametrize(("r_min", "r_max"), [(0.0, 1.0), (0.2, 0.8), (0.9, 0.999)])
@@ -207,7 +201,7 @@ def batch_of(users=20, seed=0):
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are unmapped on Linux alone")
 @pytest.mark.parametrize(("mapped", "megabytes"), [(1, 0), (2**30, 16)])
 def test_pages_of_large_mapped_features_leave_memory_after_they_are_read(monkeypatch, tmp_path, mapped, megabytes):
-    monkeypatch.setattr(mapped_module, "LARGE", 0)
+    monkeypatch.setattr(item_table_module, "LARGE", 0)
     monkeypatch.setattr(items_module, "MAPPED", mapped)
     np.save(tmp_path / "features.npy", np.ones((4096, 2048), np.float16))
     encoder = ItemEncoder(4096, 4, torch.from_numpy(np.load(tmp_path / "features.npy", mmap_mode="c")))
@@ -379,7 +373,7 @@ def whitened(features):
 def test_features_of_any_rank_are_whitened_as_defined_and_an_item_without_features_stays_zero(
     monkeypatch, items, rank, rows
 ):
-    monkeypatch.setattr(whitening_module, "ROWS", rows)
+    monkeypatch.setattr(item_table_module, "ROWS", rows)
     features = features_of(items, rank=rank)
     found = whitened(torch.cat([features[:5], torch.zeros(3, 12), features[5:]]))
     assert not found[5:8].any()
@@ -390,7 +384,7 @@ def test_features_of_any_rank_are_whitened_as_defined_and_an_item_without_featur
 
 @pytest.mark.parametrize(("fit", "large"), [(True, 0), (False, 2**28)])
 def test_every_encoder_is_whitened_alone_and_its_transform_is_saved_with_the_weights(monkeypatch, tmp_path, fit, large):
-    monkeypatch.setattr(whitening_module, "LARGE", large)
+    monkeypatch.setattr(item_table_module, "LARGE", large)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     raw = [features_of(60).half(), features_of(60, 6, rank=6, seed=1).float()]
     settings = ModelSettings(mrl_hidden_sizes=SIZES, lru_num_blocks=1)

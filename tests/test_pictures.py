@@ -30,7 +30,7 @@ from datasets.catalog import Catalog, load_catalog
 from datasets.prepare import pictures
 from datasets.prepare.http import Client, FetchError, Policy, check_file, fetch_file, is_public, parse_url, retry_after
 from datasets.prepare.pictures import NO_URL, FetchOptions, fetch_pictures, find_pictures, prepare_pictures
-from tests.prepared import contents, in_child, write_item2img, write_prepared
+from tests.made_up import contents, in_child, write_item2img, write_prepared
 
 REPOSITORY = Path(__file__).parent.parent
 PATIENT = Policy(connect=1, read=0.3, total=0.6, tries=3, backoff=0.01, max_retry_after=0.3)

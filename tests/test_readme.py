@@ -23,7 +23,7 @@ from datasets.features.encode import Encoder, normalised
 from experiments import report, tables
 from experiments.paper import PUBLISHED
 from experiments.tables import paired_bootstrap
-from tests.prepared import draw_picture, reviews_of, write_prepared, write_raw
+from tests.made_up import draw_picture, reviews_of, write_prepared, write_raw
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = {
@@ -45,7 +45,7 @@ RUN_BY = {
     "fmrlrec-serve ": ("benchmarks/server.py", '"serving.http"'),
     "python -m datasets.prepare --events": ("tests/test_prepare.py", "--events=shop.parquet"),
     "npm ci --prefix serving/page && python -m serving.page": ("tests/test_export.py", "page.main("),
-    "python -m serving.hub": ("tests/test_export_folder.py", "hub.main("),
+    "python -m serving.hub": ("tests/test_export.py", "hub.main("),
     "python -m experiments.cold_items": ("tests/test_experiments.py", "cold_items.main("),
     "python train.py --dataset_code demo-cold": ("tests/test_experiments.py", "train.main("),
     "python -m serving.export --dataset_code demo-cold": ("tests/test_experiments.py", "export.main("),
@@ -69,7 +69,7 @@ SHORTER = {  # start of a command that trains anew or measures long -> what shor
     "torchrun": f"{LEXICAL} --encoder_batch_size 2",
     "python -m experiments.run": " --dry_run",
     "python -m experiments.run table3": " --dry_run --data_root elsewhere",
-    "python -m benchmarks.onnx_file": " --size 8 --users 50",
+    "python -m benchmarks.deploy --dataset_code demo --one_file": " --size 8 --users 50",
     "python -m benchmarks.server": " --requests 50",
     "python -m benchmarks.deploy --synthetic": " --synthetic 20000 --size 32 --requests 5",
     "python -m benchmarks.deploy": " --size 32 --users 50 --requests 5 --catalogue 2000",

@@ -17,7 +17,7 @@ from common import processes
 from common.errors import InputError
 from common.files import read_json, replacing, sha256
 from datasets.catalog import Catalog
-from datasets.text import flat_text
+from datasets.items import flat_text
 from model import FMRLRec
 from model.base import CountingModel, SequenceModel
 from trainer.runs import ITEMS, TABLE, WEIGHTS, no_weights, read_environment

@@ -8,8 +8,8 @@ Under torchrun each rank takes a share of the users. If the rows of the item emb
 (trainer/sparse_rows.py), each rank takes a share of the chunks for all users instead: it projects and counts only
 those, and the counts are summed. Only z, target scores and the rows of a chunk travel, so no rank holds them all.
 
-A learned history bias (model/extensions/history.py) is added to the exact scores of history items, which are therefore
-counted apart. With masked histories it is left out: no candidate is in the history but the target.
+A learned history bias (model/extensions/objective.py) is added to the exact scores of history items, which are
+therefore counted apart. With masked histories it is left out: no candidate is in the history but the target.
 """
 
 import itertools
@@ -23,10 +23,8 @@ from tqdm import tqdm
 
 from common import processes
 from dataloader import EvalBatch, EvalRows, eval_batches
-from model import FMRLRec, slice_model
-from model.base import CountingModel, SequenceModel
-from model.registry import Model
-from model.sizes import increments
+from model import FMRLRec, Model, slice_model
+from model.base import CountingModel, SequenceModel, increments
 
 T = TypeVar("T")
 GROUP = 2**8  # users encoded together
@@ -143,7 +141,7 @@ def _project(model: SequenceModel, tokens: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def set_new_item_scale(model: SequenceModel) -> None:
-    """Set the scale of items without a training event (model/extensions/embedding_gate.py), if there is a gate."""
+    """Set the scale of items without a training event (model/extensions/item_table.py), if there is a gate."""
     if gate := model.items.gate:
         rank, ranks, total = _spread_over(model)
         gate.scale.fill_(model.items.new_item_scale(_chunks(model, rank, ranks), total))

@@ -12,24 +12,23 @@ from common.devices import resolve_device
 from common.errors import InputError
 from common.settings import format_value, is_runtime
 from config import COUNTING, Config, FeatureSettings, ModelSettings
-from datasets.catalog import Catalog
+from datasets.catalog import Catalog, load_dataset
 from datasets.features.load import load_features
-from datasets.load import load_dataset
-from model import FMRLRec
+from model import FMRLRec, build_model
 from model.base import CountingModel, SequenceModel
-from model.extensions.teachers import Teachers
-from model.extensions.whitening import Whitening
-from model.registry import build_model
+from model.extensions.item_table import Whitening
+from model.extensions.objective import Teachers
 from trainer.checkpoint import RunItems, known_ids, load_weights, move_rows, read_items, read_table
 from trainer.evaluation import Model
-from trainer.find_run import expand_preset, find_run, with_runtime_flags
 from trainer.runs import (
     ITEMS,
     STATE,
     WEIGHTS,
     check_data,
     describe_run,
+    expand_preset,
     features_of,
+    find_run,
     identity,
     ineffective_settings,
     no_weights,
@@ -37,6 +36,7 @@ from trainer.runs import (
     read_environment,
     read_log,
     unfinished,
+    with_runtime_flags,
 )
 from trainer.training_run import TrainingRun
 

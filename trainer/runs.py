@@ -1,4 +1,4 @@
-"""Run folders: <runs_root>/<dataset_code>/<time>-<run_name>/ with these files.
+"""Run folders: <runs_root>/<dataset_code>/<time>-<run_name>/ with these files; and how to find one.
 
 config.json              settings and the source of each
 env.json                 versions, device, commit, command line, data and features; also of every --resume
@@ -21,10 +21,12 @@ cut.json, cut.png        metrics of item tables that were cut afterwards: experi
 """
 
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib import metadata
@@ -49,8 +51,8 @@ from common.files import (
     sha256,
     write_json,
 )
-from common.settings import check_types
-from config import COUNTING, Config
+from common.settings import check_types, format_value, is_runtime
+from config import COUNTING, EXTENSIONS, Config, named_preset
 from datasets.catalog import LEAVE_ONE_OUT
 
 REPOSITORY = Path(__file__).parent.parent
@@ -434,3 +436,104 @@ def read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
 def decoded(saved: np.ndarray) -> np.ndarray:
     """Return ranks as `save_ranks` got them [U]; those beyond the cutoff are infinite."""
     return np.where(saved > 0, saved / 2, np.inf)
+
+
+# ----------------------------------------------------------------------------------------------------------- find a run
+# Find the run that a command line means: a folder, or the newest match. Needs no torch, so errors come at once.
+
+
+def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:
+    """Return `run`, or else the newest run with weights that matches the flags.
+
+    Raises InputError if no run matches, or if `run` is not a run or has no weights.
+    """
+
+    def problem(run: Path) -> str:
+        return "" if (run / WEIGHTS).exists() else f"has no {WEIGHTS} yet"
+
+    if not run:
+        return find_run(runs_root, flags, problem)
+    read_config(Path(run))  # raises if it is not a run
+    if not (Path(run) / WEIGHTS).exists():
+        raise no_weights(Path(run) / WEIGHTS)
+    return Path(run)
+
+
+def find_run(runs_root: Path, flags: dict[str, Any], problem: Callable[[Path], str]) -> Path:
+    """Return the newest run without a `problem` that matches the flags.
+
+    problem: returns why a run cannot be used, or "". Raises InputError that lists the newest runs and why none matches.
+    """
+    rejected = []
+    paths = list(runs_root.glob(f"*/*/{CONFIG}"))
+    for path in sorted(paths, key=_started, reverse=True):
+        run = path.parent
+        try:
+            config, _ = read_config(run)
+        except InputError as error:
+            rejected.append(f"  {run}: {error}")
+            continue
+        required = {k: v for k, v in expand_preset(flags, config.dataset_code).items() if not is_runtime(Config, k)}
+        differs = [f"{k} {format_value(getattr(config, k))}" for k, v in required.items() if getattr(config, k) != v]
+        reason = ", ".join(differs) or problem(run)
+        if not reason:
+            return run
+        rejected.append(f"  {run}: {reason}")
+    given = " ".join(f"--{k} {format_value(v)}" for k, v in flags.items() if not is_runtime(Config, k))
+    if not rejected:
+        raise InputError(f"there is no run below {runs_root.resolve()}; train one: python train.py")
+    listed = "\n".join(rejected[:5])
+    raise InputError(
+        f"no run below {runs_root} {f'matches {given}' if given else 'can be used'}. The newest runs and the reasons:\n"
+        f"{listed}"
+    )
+
+
+def _started(path: Path) -> tuple[str, int]:
+    """Return the start time of a config.json's run as a sort key.
+
+    The time in the folder's name comes first, or the file's time if the folder was renamed; the file's time orders runs
+    of the same second.
+    """
+    stat, name = path.stat(), path.parent.name
+    in_name = re.match(r"\d{8}-\d{6}", name)
+    return in_name[0] if in_name else time.strftime(TIME, time.localtime(stat.st_mtime)), stat.st_mtime_ns
+
+
+def with_runtime_flags(config: Config, flags: dict[str, Any], run: Path) -> Config:
+    """Return a run's settings with the given runtime flags.
+
+    Raises InputError if another flag differs from the run.
+    """
+    for name, value in expand_preset(flags, config.dataset_code).items():
+        if not is_runtime(Config, name) and getattr(config, name) != value:
+            given = name if name in flags else "preset"
+            raise InputError(
+                f"--{given} {format_value(flags[given])} differs from {run}, which has {name} "
+                f"{format_value(getattr(config, name))}; "
+                f"leave the flag out to use the run as it is"
+            )
+    return read_settings(vars(config) | {k: v for k, v in flags.items() if is_runtime(Config, k)})
+
+
+def expand_preset(flags: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """Replace --preset in flags by its settings on a dataset.
+
+    "paper" stands for all extensions at their defaults.
+    """
+    if "preset" not in flags:
+        return flags
+    named = named_preset(flags["preset"], dataset) or {name: getattr(Config, name) for name in EXTENSIONS}
+    return named | {name: value for name, value in flags.items() if name != "preset"}
+
+
+def read_plane(run: Path) -> list[dict[str, Any]]:
+    """Return the cells (encoder size, table width) that experiments.cut measured of a run's weights.
+
+    Empty if the run was not cut, or before its weights changed. Raises InputError for a damaged cut.json.
+    """
+    path, hint = run / CUT, f"measure it again: python -m experiments.cut {shlex.quote(str(run))}"
+    if not path.exists():
+        return []
+    cut = check_schema(read_json(path, hint), Cut, path, hint)
+    return cut.get("plane", []) if cut.get("weights") == sha256(run / WEIGHTS) else []

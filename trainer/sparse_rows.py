@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from common import processes
 from config import TrainingSettings
 from model.base import SequenceModel
+from model.extensions.item_table import new_tensor
 from model.items import ItemEncoder
-from model.mapped import new_tensor
 
 BETA1, BETA2 = 0.9, 0.999  # the defaults of torch.optim.AdamW
 WINDOW = 4096  # steps after which all rows catch up, which bounds the table of coefficients

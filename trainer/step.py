@@ -14,13 +14,20 @@ from common.errors import InputError
 from config import TrainingSettings
 from dataloader import Batch
 from model.base import SequenceModel, set_share
-from model.extensions.history import history_items, learned_bias
-from model.extensions.objective import Objective
+from model.extensions.objective import Objective, Teachers, history_items, learned_bias
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
-from model.extensions.teachers import Teachers
 from model.items import Factors
 from model.loss import LOSSES
 from trainer.sparse_rows import SparseRows
+
+
+def find_loss(settings: TrainingSettings, sampled: bool) -> Callable[..., Tensor]:
+    """Return the loss that `--loss` names, sampled or exact. Raises InputError if there is none."""
+    losses = SAMPLED_LOSSES if sampled else LOSSES
+    if settings.loss not in losses:
+        condition = "with --num_negatives" if sampled else "without --num_negatives"
+        raise InputError(f"--loss {settings.loss!r}: {condition} it must be one of {', '.join(losses)}")
+    return losses[settings.loss]
 
 
 class Step:
@@ -44,11 +51,7 @@ class Step:
         self.teachers = teachers
         self.rows, self.lookup = rows, rows.read if rows else F.embedding
         self.clipped = torch.zeros((), device=next(model.parameters()).device)  # steps whose gradient was clipped
-        losses = SAMPLED_LOSSES if sampler else LOSSES
-        if settings.loss not in losses:
-            condition = "with --num_negatives" if sampler else "without --num_negatives"
-            raise InputError(f"--loss {settings.loss!r}: {condition} it must be one of {', '.join(losses)}")
-        self.loss = losses[settings.loss]
+        self.loss = find_loss(settings, sampled=sampler is not None)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Update the weights with one batch, and return its loss, a scalar.

@@ -18,9 +18,8 @@ from config import METRICS, Config
 from dataloader import EvalBatch, EvalRows, eval_batches, eval_rows, times_trained
 from datasets.catalog import Sequences
 from model import FMRLRec, slice_model
-from model.base import CountingModel
+from model.base import CountingModel, increments
 from model.baselines.counting import Popularity
-from model.sizes import increments
 from trainer.evaluation import (
     ITEMS,
     Model,

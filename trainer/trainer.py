@@ -24,8 +24,8 @@ from config import Config
 from dataloader import Batch, TrainLoader, eval_rows, train_items, train_rows
 from datasets.catalog import Sequences
 from model.base import CountingModel, SequenceModel
+from model.extensions.objective import Teachers
 from model.extensions.sampled_loss import NegativeSampler
-from model.extensions.teachers import Teachers
 from trainer.checkpoint import save_state, save_tensors, save_weights
 from trainer.evaluation import criterion, cut_offs, evaluate, set_new_item_scale
 from trainer.runs import STATE, WEIGHTS, is_finished

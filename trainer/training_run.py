@@ -43,6 +43,7 @@ from trainer.runs import (
     read_log,
     run_lock,
 )
+from trainer.step import find_loss
 
 
 class TrainingRun:
@@ -59,7 +60,8 @@ class TrainingRun:
         self.state: dict[str, Any] | None = None  # of the finished epochs
 
     def check_data(self, catalog: Catalog) -> None:
-        """Raise InputError if the resumed run was trained on another dataset."""
+        """Raise InputError if the resumed run was trained on another dataset, or if there is no such loss."""
+        find_loss(self.config, sampled=0 < self.config.num_negatives < catalog.num_items)
         if resumed := self.resumed:
             processes.on_main_process(lambda: check_data(resumed, catalog.digest()))
 

@@ -21,7 +21,7 @@ from datasets.features import cache, encode
 from datasets.features.encode import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import CHUNK, EncodedModality, Job, Record
 from datasets.features.modality import digest as digest_of_texts
-from datasets.item2img import ITEM2IMG
+from datasets.items import ITEM2IMG
 
 if TYPE_CHECKING:
     from config import FeatureSettings

@@ -24,7 +24,7 @@ from datasets.features import encode
 from datasets.features.encode import DTYPES, Encoder, digest, normalised, offline_without_network
 from datasets.features.modality import EncodedModality, Job, Record
 from datasets.features.modality import digest as digest_of_texts
-from datasets.text import NO_TEXT, item_text
+from datasets.items import NO_TEXT, item_text
 
 if TYPE_CHECKING:
     from config import FeatureSettings

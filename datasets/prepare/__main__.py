@@ -30,9 +30,18 @@ from common.cli import add_switch, parse_args, run_cli
 from common.errors import InputError
 from common.files import cannot_write, remove_leftovers, write_json, write_text
 from config import SECTIONS, Config, resolve
-from datasets.catalog import BASE_URL, FILES, PAPER_SETS, REPORT, SPLIT, load_catalog, prepare_command, read_report
-from datasets.item2img import ITEM2IMG, MANIFEST
-from datasets.load import load_alike
+from datasets.catalog import (
+    BASE_URL,
+    FILES,
+    PAPER_SETS,
+    REPORT,
+    SPLIT,
+    load_alike,
+    load_catalog,
+    prepare_command,
+    read_report,
+)
+from datasets.items import ITEM2IMG, MANIFEST
 from datasets.prepare.raw import FILTERS, in_words, not_known, prepare_data, summarise
 
 STEPS = ("data", "pictures", "features")

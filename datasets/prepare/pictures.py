@@ -3,7 +3,7 @@
     photos/<dataset_code>/                   the pictures; a fetched one is named <ASIN>.<jpg|png|...>
     <dataset_code>/item2img_dict.pkl         optional: ASIN -> path of a picture on any machine (VIP5 ships it)
     <dataset_code>/pictures.json             the manifest
-    <dataset_code>/item2img.json             the pictures (datasets/item2img.py)
+    <dataset_code>/item2img.json             the pictures (datasets/catalog.py)
 
 The manifest has one entry an item, by ASIN: {"file": name}, {"missing": reason} (the item has no picture) or
 {"broken": reason} (it should have one).
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common.errors import InputError
 from common.files import cannot_write, read_json, replacing, write_json
 from datasets.features.image import MAX_PIXELS
-from datasets.item2img import ITEM2IMG, MANIFEST, read_item2img
+from datasets.items import ITEM2IMG, MANIFEST, read_item2img
 from datasets.prepare.http import POLICY, Client, FetchError, Policy, printable
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tiff"}

@@ -18,8 +18,7 @@ from common.errors import InputError
 from common.files import cannot_write, read_json, replacing, sha256, write_json, write_text
 from config import Config
 from datasets.catalog import FILES, PAPER_SETS, REPORT, SPLIT, Catalog, raw_names, read_report
-from datasets.item2img import ITEM2IMG, MANIFEST
-from datasets.text import attribute_text, is_junk
+from datasets.items import ITEM2IMG, MANIFEST, attribute_text, is_junk
 
 FILTERS = {"min_uc": 5, "min_sc": 5, "min_rating": 0.0, "repeats": "keep", "ties": "file"}
 VERSION = 2  # of what is made from raw files: another one is made anew

@@ -1,6 +1,17 @@
-"""Read events and items from files of any known format: datasets/prepare/readers describes them.
+"""Read events and items from files of any known format, recognised by a file's content, not by its name.
 
-n events, U users, N items.
+    format                          events                                    items
+    JSON lines or Python literals   Amazon 2014, 2018, 2023, or usual names   an object a line
+    JSON array, or object around    the same                                  the same
+    LETTER *.inter.json, .item.json {"0": [3, 7, ...], ...}                   {"0": {"title": ...}, ...}
+    parquet, or a folder of parts   columns by name (Hugging Face's too)      columns by name
+    CSV, TSV, RecBole atomic files  columns by name                           columns by name
+    Amazon ratings without header   2014 user,item,... or 2018 item,user,...
+    MovieLens                       u.data, ratings.dat, ratings.csv          u.item, movies.dat, movies.csv
+    S3Rec and P5 text               a line per user: user item item ...
+
+gzip and zstd are unpacked. A format is one object of READERS; a new one is a class in datasets/prepare/readers/ and a
+line there. Names of columns: datasets/prepare/readers/base.py. n events, U users, N items.
 """
 
 import json
@@ -16,13 +27,50 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from datasets.prepare.readers import JsonLines, find_reader
-from datasets.prepare.readers.base import HINT, PICTURE, Columns, find_id, plain
+from common.errors import InputError
+from datasets.items import attribute_text, is_junk
+from datasets.prepare.readers.base import HINT, PICTURE, Columns, Head, Reader, find_id, plain
+from datasets.prepare.readers.lines import JsonArray, JsonLines, KeyedJson, SequenceText
+from datasets.prepare.readers.tables import HEADERLESS, AmazonRatings, Parquet, Table
 from datasets.records import RecordFile, parse_record
-from datasets.text import attribute_text, is_junk
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+READERS: tuple[Reader, ...] = (
+    Parquet(),  # the only one that reads folders
+    KeyedJson(),
+    JsonArray(),
+    JsonLines(),
+    *HEADERLESS,
+    AmazonRatings(),
+    SequenceText(),
+    Table(),
+)
+
+
+def find_reader(path: Path) -> Reader:
+    """Return the reader of a file's format. Raises InputError if there is none."""
+    head = Head.of(path)
+    if path.is_dir():
+        if not READERS[0].recognises(head):
+            raise InputError(f"{path} is a folder without parquet files; give one of its files")
+        return READERS[0]
+    if not head.lines or head.text.strip() in ("[]", "{}"):
+        raise InputError(f"{path} is empty; {HINT}")
+    for reader in READERS:
+        if reader.recognises(head):
+            return reader
+    rest = Head(path, "\n".join(head.lines[1:]).encode())
+    for reader in HEADERLESS:
+        if rest.lines and reader.recognises(rest):
+            raise InputError(
+                f"{path}:1: {head.lines[0][:60]!r} is not {reader.separator.join(reader.fields)}, as the lines below "
+                f"it are; correct or remove it"
+            )
+    names = ", ".join(reader.name for reader in READERS)
+    raise InputError(f"{path} is of no known format (it begins with {head.lines[0][:60]!r}); accepted are {names}")
 
 
 @dataclass(frozen=True)
@@ -81,8 +129,6 @@ class Chunk(NamedTuple):
 
 
 def event_file(path: Path) -> RecordFile:
-    from datasets.prepare.readers.base import HINT
-
     return RecordFile(
         path,
         f"{HINT}, with ids as text or whole numbers, and times as numbers or ISO 8601 text such as 2024-05-31T10:00:00",
@@ -91,8 +137,6 @@ def event_file(path: Path) -> RecordFile:
 
 def event_chunks(file: RecordFile, columns: "Columns | None" = None) -> Iterator[Chunk]:
     """Yield the events with a user, an item and a time, and count the others in `file`."""
-    from datasets.prepare.readers import find_reader
-
     times = Times()
     with tqdm(desc=f"reading {file.path.name}", unit="event", unit_scale=True, disable=None) as bar:
         for chunk in find_reader(file.path).events(file, columns or {}):
@@ -221,7 +265,7 @@ def _is_huge(value: Any) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------- items
-# Items' attributes, from a file of any known format: datasets/prepare/readers describes them.
+# Items' attributes, from a file of any known format.
 #
 # Names become those of Amazon's 2014 release: title, price, brand, categories, description, and images for addresses of
 # pictures. Every other attribute keeps its name, so that --item_attributes can name it.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from config import ModelSettings
 from model.base import Dropout, SequenceModel
-from model.fast.layers import linear_recurrence
+from model.fast import linear_recurrence
 from model.items import ItemEncoder
 from model.lru import on_ring, ring_init
 

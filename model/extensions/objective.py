@@ -1,21 +1,24 @@
-"""The cross-entropy of every size, and options beyond the paper: learned scale, history bias, distillation.
+"""The cross-entropy of every size, and options beyond the paper: learned scale, history bias, teachers.
 
     loss = 1/|M| Σ_m CE(target_m, p_m),    p_m = softmax(s_m logits_m)
     target_m = (1 - x) one-hot + x p_D;    the largest size's target is one-hot              (no gradient through p_D)
 
-With teachers (model/extensions/teachers.py) their p replaces p_D, for the largest size too.
+With teachers their p replaces p_D, for the largest size too.
 
 With s_m = 1 and x = 0 this is the paper's loss. The history bias b_m is trained by CE(one-hot, softmax(s_m logits_m +
 b_m [item in history])) with the logits held fixed. That adds a gradient by b alone: it changes neither the loss's value
 nor any other weight. T positions, K logits of each.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.base import SequenceModel, increments
 
 
 class Objective(NamedTuple):
@@ -24,7 +27,7 @@ class Objective(NamedTuple):
     log_scale: Tensor | None = None  # [M] log s, learned; None: s = 1
     distill: float = 0.0  # x
     history_bias: Tensor | None = None  # [M] b, learned; None: b = 0
-    history: Tensor | None = None  # [T, L] the items read at each position (model/extensions/history.py), with a bias
+    history: Tensor | None = None  # [T, L] the items read at each position , with a bias
     teacher: Tensor | None = None  # [T, K] the teachers' logits, scaled; None: the largest size is the teacher
 
     def scale(self, like: Tensor) -> Tensor | None:
@@ -61,3 +64,131 @@ def losses_plain(
             by_bias = F.cross_entropy(of_size.detach() + b * seen[valid], label[valid], reduction="sum")
             losses[j] = losses[j] + by_bias - by_bias.detach()
     return torch.stack(losses)
+
+
+# --------------------------------------------------------------------------------------------------------- history bias
+# A learned bias for the items of a user's own history, beyond the paper: do people buy again?
+#
+#     score of item i at size m:  s_m (z[:m] · E[i, :m]) + b_m [i in history]
+#
+# s_m is the learned scale. b_m is trained by the same cross-entropy with the logits held
+# fixed, so it falls far below 0 if nobody buys an item twice, and no other weight depends on it. A ranking leaves s_m
+# out, so it adds b_m / s_m. In training a position's history is all items of its row up to its own token; in evaluation
+# it is the complete history, also beyond lru_max_len.
+#
+# T positions, L the longest history of a batch, M sizes, D the largest.
+
+TIMES = 100  # b = TIMES p: AdamW moves a parameter p by about the learning rate per step, and b must reach -10
+BLOCK = 64  # positions whose histories are scored in one product
+
+
+def learned_bias(parameter: Tensor) -> Tensor:
+    """Return b = TIMES p [M], with the gradient by b as the gradient by p.
+
+    AdamW does not depend on the gradient's scale, but clipping does: TIMES the gradient would dominate the norm.
+    """
+    return parameter + ((TIMES - 1) * parameter).detach()
+
+
+def ranking_bias(parameter: Tensor, log_scale: Tensor | None) -> list[float]:
+    """Return b_m / s_m of every size, computed one by one so that a slice has the same numbers."""
+    scales = torch.zeros_like(parameter) if log_scale is None else log_scale
+    return [TIMES * p / math.exp(s) for p, s in zip(parameter.tolist(), scales.tolist(), strict=True)]
+
+
+def history_items(tokens: Tensor, position: Tensor, longest: int) -> Tensor:
+    """Return the distinct items that each position has read, [T, L]; 0 where there is none.
+
+    Column L - 1 is the position's own token, L - 2 the token before, and so on. An item that occurs twice is at its
+    first place. tokens, position: [T], as of `SequenceModel.encode`; longest: L or more.
+    """
+    steps_back = torch.arange(longest - 1, -1, -1, device=tokens.device)
+    items = _windows(tokens, longest) * (steps_back <= position[:, None])
+    first = (items[:, :-1] != tokens[:, None]).all(dim=1)
+    return items * _windows(first, longest)
+
+
+def _windows(x: Tensor, length: int) -> Tensor:
+    """Return row t's own and the length - 1 values before it: [T] -> [T, length]."""
+    return F.pad(x, (length - 1, 0)).unfold(0, length, 1)
+
+
+def contains(history: Tensor, num_tokens: int) -> Tensor:
+    """Return [T, num_tokens]: whether each token is in the history [T, L]."""
+    seen = torch.zeros(len(history), num_tokens, dtype=torch.bool, device=history.device)
+    seen.scatter_(1, history, True)
+    seen[:, 0] = False
+    return seen
+
+
+def history_logits_plain(z: Tensor, x: Tensor, longest: int, sizes: tuple[int, ...]) -> Tensor:
+    """Return z_t · x_s of the tokens s in the columns of `history_items`, for each increment of the sizes: [M, T, L].
+
+    z, x: [T, D], what the positions predict with and the embeddings of their tokens.
+    """
+    windows = F.pad(x, (0, 0, longest - 1, 0)).unfold(0, longest, 1)  # [T, D, L]
+    return torch.stack([(z[:, low:high, None] * windows[:, low:high]).sum(dim=1) for low, high in increments(sizes)])
+
+
+def history_logits(z: Tensor, x: Tensor, longest: int, sizes: tuple[int, ...]) -> Tensor:
+    """Compute `history_logits_plain` by one product per BLOCK positions and the tokens that they may have read."""
+    blocks = -(-len(z) // BLOCK)
+    rest, reach = blocks * BLOCK - len(z), BLOCK + longest - 1
+    z = F.pad(z, (0, 0, 0, rest)).unflatten(0, (blocks, BLOCK))  # [blocks, BLOCK, D]
+    x = F.pad(x, (0, 0, longest - 1, rest)).unfold(0, reach, BLOCK)  # [blocks, D, reach]
+    column = torch.arange(longest, device=z.device) + torch.arange(BLOCK, device=z.device)[:, None]
+    widths = [high - low for low, high in increments(sizes)]
+    products = torch.stack([a @ b for a, b in zip(z.split(widths, dim=2), x.split(widths, dim=1), strict=True)])
+    column = column.expand(*products.shape[:-1], longest)
+    return products.gather(-1, column).flatten(1, 2)[:, : blocks * BLOCK - rest]
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+# Learn from trained models, beyond the paper (knowledge distillation from an ensemble: Hinton et al., 2015).
+#
+#     target = (1 - x) one-hot + x p,    p = softmax( 1/n Σ_j s_j z_j · E )        of n teachers at their largest sizes
+#
+# It is the target of every size, with x of `--distill`. T positions, K candidates, N items, D the teachers' widths
+# together.
+
+
+class Teachers:
+    """Trained models whose average scores are the target. Their item tables are computed once."""
+
+    def __init__(self, models: Sequence[SequenceModel]) -> None:
+        """models: of the same items; their sizes may differ."""
+        self.models = [model.eval().requires_grad_(False) for model in models]
+        device = next(self.models[0].parameters()).device  # a table kept without its features is not moved with a model
+        with torch.no_grad():
+            self.table = torch.cat([model.item_table().to(device) for model in self.models], dim=1)  # [N+1, D]
+
+    @torch.no_grad()
+    def encode(self, tokens: Tensor, position: Tensor, longest: int) -> Tensor:
+        """Return the scaled z of all teachers side by side, [T, D]: its product with a row of the table is a logit."""
+        parts, start = [], 0
+        for model in self.models:
+            x = self.table[tokens, start : start + model.sizes[-1]]
+            log_scale = getattr(model, "log_scale", None)
+            scale = 1.0 if log_scale is None else log_scale[-1].exp()
+            parts.append(model.encode(x, position, longest) * scale / len(self.models))
+            start += model.sizes[-1]
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def logits(self, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the logits of all items, [T, N+1]. dtype: of the product."""
+        return (z.to(dtype) @ self.table.to(dtype).T).to(z.dtype)
+
+    @torch.no_grad()
+    def sampled_logits(
+        self, z: Tensor, labels: Tensor, items: Tensor, tokens: Tensor, longest: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the logits of each position's label, the drawn items and the history items: [T, 1 + K + longest].
+
+        labels, tokens: [T]; items: [K]; longest: the columns of history items, 0 for none.
+        """
+        of_label = (z * self.table[labels]).sum(dim=1, keepdim=True)
+        parts = [of_label, (z.to(dtype) @ self.table[items].to(dtype).T).to(z.dtype)]
+        if longest:
+            parts.append(history_logits(z, self.table[tokens], longest, (z.shape[1],))[0])
+        return torch.cat(parts, dim=1)

@@ -21,9 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.extensions.history import contains, history_logits, history_logits_plain
-from model.extensions.objective import CROSS_ENTROPY, Objective, losses_plain
-from model.fast.losses import ABSENT, sampled_cross_entropy_sum
+from model.extensions.objective import (
+    CROSS_ENTROPY,
+    Objective,
+    contains,
+    history_logits,
+    history_logits_plain,
+    losses_plain,
+)
+from model.fast import ABSENT, sampled_cross_entropy_sum
 from model.loss import average, check
 
 

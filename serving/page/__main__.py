@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from datasets.catalog import Catalog
 
 HERE = Path(__file__).parent
-ASSETS = ("index.html", "page.css", "page.js")
+ASSETS = ("index.html", "page.js")
 RUNTIME = HERE / "node_modules/onnxruntime-web/dist"
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 CATALOGUE = "catalogue.json"
@@ -93,8 +93,8 @@ def write_page(page: Path, run: Path, data_root: str | None, quantize: str) -> N
     import torch
 
     from model import FMRLRec
-    from serving.widths import read_plane
     from trainer.load_run import load_run
+    from trainer.runs import read_plane
 
     config, catalog, model = load_run(run, {"device": "cpu"} | ({"data_root": data_root} if data_root else {}))
     assert isinstance(model, FMRLRec)  # asked_run refused others

@@ -1,16 +1,25 @@
-"""An item's text, from its metadata: "Title: ... Price: ... Brand: ... Categories: ...".
+"""What an item has: its text, from its metadata, and its picture. Serving uses this without a dataset.
 
-Every text of an item is cleaned here, whether datasets.prepare wrote the metadata or a person did: entities are
-decoded, tags, scripts and styles removed, and blanks collapsed. Page code and words for nothing ("None", "nan") are
-missing attributes.
+A text reads "Title: ... Price: ... Brand: ... Categories: ...". Files that say which picture an item has:
+
+    <dataset_code>/item2img.json       item id or ASIN -> path below photos/<dataset_code>/
+    <dataset_code>/pictures.json       manifest of datasets/prepare/pictures.py: the status of every item's picture
+    <dataset_code>/item2img_dict.pkl   ASIN -> path on any machine, as VIP5 ships it; read if there is no item2img.json
+
+datasets/prepare/pictures.py writes item2img.json from the manifest; users with pictures of their own write it by hand.
 """
 
 import html
 import json
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from common.errors import InputError
+from common.files import read_json
 
 NO_TEXT = "unknown item"  # the text of an item without any known attribute
 NOTHING = {"none", "nan", "null", "undefined", "n/a", "inf", "-inf", "infinity", "-infinity"}
@@ -102,3 +111,61 @@ def clean_text(text: str) -> str:
     text = " ".join(BY_LINE.sub("", text).split())
     text = text.encode("utf-8", "replace").decode()  # half an emoji is no text
     return "" if text.lower() in NOTHING else text
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+ITEM2IMG = "item2img.json"
+PICKLED = "item2img_dict.pkl"
+MANIFEST = "pictures.json"
+MAX_PATH = 3000  # characters of a path below the folder of pictures
+
+
+def read_item2img(
+    folder: Path,
+    photos: Path,
+    asins: list[str],
+    manifest: Mapping[str, Mapping[str, str]] | None = None,
+    notes: list[str] | None = None,
+) -> dict[str, str] | None:
+    """Return ASIN -> path below `photos`; None if the dataset's folder lists no pictures.
+
+    asins: of items 1..N. manifest: its entries, and the pickled list, are left out. notes: gets a count of links that
+    lead out of `photos`, which are left out. Raises InputError for an unknown item and for any other path out of it.
+    """
+    path, pickled = folder / ITEM2IMG, folder / PICKLED
+    if not path.exists():
+        if manifest is not None or not pickled.exists():
+            return None
+        from datasets.prepare.pictures import find_pictures
+
+        found = find_pictures(asins, photos, pickled)
+        return {asin: entry["file"] for asin, entry in found.items() if "file" in entry}
+    hint = f"it maps an item id or ASIN to a path below {photos}"
+    item2img = read_json(path, hint)
+    if not all(isinstance(name, str) for name in item2img.values()):
+        raise InputError(f"{path} must map strings to strings; {hint}")
+    asin_of = {str(i): asin for i, asin in enumerate(asins, start=1)} | {asin: asin for asin in asins}
+    inside, listed, links = photos.resolve(), {}, []
+    for item, name in item2img.items():
+        if manifest and manifest.get(item) == {"file": name}:
+            continue
+        if item not in asin_of:
+            raise InputError(f"{path}: item {item!r} is not in datamaps.json; {hint}")
+        parts = name.encode("utf-8", "surrogatepass").split(b"/")
+        if len(name) > MAX_PATH or max(map(len, parts)) > 255:
+            raise InputError(f"{path}: picture {name[:80]!r} of item {item!r} is too long for a file name; {hint}")
+        place = Path(os.path.normpath(inside / name))
+        try:
+            target = (inside / name).resolve()
+        except (OSError, ValueError, RuntimeError):  # a zero byte, or links in a circle
+            target = Path()
+        if not target.is_relative_to(inside):
+            if "\0" in name or not place.is_relative_to(inside):
+                raise InputError(f"{path}: picture {name!r} of item {item!r} lies outside {photos}; {hint}")
+            links.append(name)
+        else:
+            listed[asin_of[item]] = str(target.relative_to(inside)) if Path(name).is_absolute() else name
+    if links and notes is not None:
+        notes.append(f"{len(links)} pictures are links to files outside {photos}: left out (the first: {links[0]!r})")
+    return listed

@@ -1,4 +1,6 @@
-"""Whitened features, beyond the paper (WhitenRec: Zhang et al., Are ID Embeddings Necessary?, ICDE 2024).
+"""Options of the item table beyond the paper: whitened features, and no learned embedding for untrained items.
+
+Whitening (WhitenRec: Zhang et al., Are ID Embeddings Necessary?, ICDE 2024):
 
     x -> Σ^(-1/2) (x - μ), scaled to length 1        μ, Σ: mean and covariance of the catalogue's features
 
@@ -7,12 +9,16 @@ the same variance. Each encoder's features are whitened separately. A row of zer
 zero and does not count in μ and Σ. N items, F feature width.
 """
 
+import ctypes
+import math
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-from model.mapped import LARGE, new_tensor, unmap_pages
 
 ROWS = 2**14  # items converted to a wider dtype at once
 LEAST_VARIANCE = 1e-6  # of the largest: directions below it are dropped; rounding to float16 makes some of 1e-7
@@ -80,3 +86,68 @@ def _whitened(part: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
         unmap_pages(part)
         unmap_pages(whole)
     return whole
+
+
+# ----------------------------------------------------------------------------------------------------------------- gate
+# No learned embedding for items without a training event, beyond the paper: E_i = W f_i + b + g_i V_i.
+#
+# g_i is 1 for an item that occurs in the training sequences, and 0 for the others. An item that never occurs is only
+# ever a negative, which pushes its V away from every history, whatever its content.
+#
+# Without V a row is shorter, so all its scores are smaller. Evaluation therefore multiplies the rows of g_i = 0 by a
+# scale that gives them the length of others, as exports do with new products. N items, K width of V.
+
+
+class EmbeddingGate(nn.Module):
+    """Multiplies rows of V by g. Set `trained` before training; both buffers are saved with the weights."""
+
+    trained: Tensor  # [N+1] bool, whether g_i = 1; of token 0, whether a sequence begins with it
+    scale: Tensor  # [] of the rows of g_i = 0 in evaluation
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.register_buffer("trained", torch.zeros(num_items + 1, dtype=torch.bool))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, V: Tensor, items: Tensor | None = None) -> Tensor:
+        """Return g V of rows [n, K] of `items` [n], or of all rows [N+1, K]."""
+        trained = self.trained if items is None else self.trained[items]
+        return V * trained[:, None]
+
+    def rescaled(self, E: Tensor, items: Tensor) -> Tensor:
+        """Return the rows [n, D] of `items` [n] for evaluation."""
+        return torch.where(self.trained[items][:, None], E, self.scale.to(E.dtype) * E)
+
+
+# -------------------------------------------------------------------------------------------------------- large tensors
+# In mapped files: the system can write their pages out, and they need not stay resident.
+
+LARGE = 2**28  # bytes from which on a tensor is worth a file, or unmapping its pages
+MADV_DONTNEED = 4  # of Linux
+
+
+def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor, mapped from an unnamed file in the temporary folder.
+
+    Its disk space is reserved first. Without enough of it the tensor is in memory.
+    """
+    size = math.prod(shape)
+    with suppress(OSError, AttributeError), tempfile.NamedTemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)
+    return torch.empty(*shape, dtype=dtype)
+
+
+def unmap_pages(tensor: Tensor) -> None:
+    """Take the pages of a large tensor that is mapped from a file out of resident memory; a read maps them again.
+
+    A tensor in memory is left alone. Values written to a copy-on-write map would be lost.
+    """
+    if tensor.nbytes < LARGE or tensor.device.type != "cpu":
+        return
+    with suppress(OSError), Path("/proc/self/maps").open(encoding="utf-8") as lines:
+        for line in lines:
+            span, _, _, _, inode = line.split(maxsplit=5)[:5]
+            low, high = (int(end, 16) for end in span.split("-"))
+            if low <= tensor.data_ptr() < high and inode != "0":
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), MADV_DONTNEED)

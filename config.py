@@ -121,10 +121,7 @@ class ModelSettings(Settings):
     lru_r_max: float = setting(0.1, "largest initial |λ| of the LRU", used_if=_only("fmrlrec", "lrurec"))
     whiten_features: bool = setting(False, "whiten each encoder's features", extension=True)
     item_embedding: int = setting(
-        0,
-        "leading dimensions with a learned item embedding, rounded down to a size; 0: none",
-        at_least=0,
-        extension=True,
+        0, "leading dimensions with a learned item embedding, down to a size; 0: none", at_least=0, extension=True
     )
     item_embedding_gate: bool = setting(False, "no embedding for items without a training event", extension=True)
     post_norm: bool = setting(False, "LayerNorm after each LRU and FFN, and on the input", extension=True)
@@ -201,6 +198,7 @@ class EvaluationSettings(Settings):
     metric_ks: tuple[int, ...] = setting((5, 10, 20, 50), "cut-offs K for Recall@K, NDCG@K and MRR@K", runtime=True)
     val_mask_history: bool = setting(False, "exclude history items from the candidates in validation")
     best_metric: str = setting("NDCG@10", "validation metric of the largest size that selects the best epoch")
+    print_val_metrics: bool = setting(False, "print all validation metrics of the largest size", runtime=True)
     validate_untrained: bool = setting(False, "validate the untrained model too; it may be the best epoch")
     test: bool = setting(True, "test every size after training; --no-test never reads the test set", runtime=True)
 

@@ -259,7 +259,8 @@ ELSEWHERE = {
     "item_embedding_gate", "teachers",
 }  # fmt: skip
 RUNTIME = {
-    "data_root", "features_root", "runs_root", "device", "use_wandb", "use_tensorboard", "encoder_batch_size",
+    "data_root", "features_root", "runs_root", "device", "use_wandb", "use_tensorboard", "print_val_metrics",
+    "encoder_batch_size",
     "encoder_workers", "val_batch_size", "test_batch_size", "metric_ks", "test", "save_every_minutes",
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import signal
 from fractions import Fraction
@@ -236,7 +237,8 @@ def test_a_state_of_another_device_keeps_this_devices_learning_rate_and_way_of_s
 
 
 def test_the_best_epoch_has_the_best_metric_asked_for_with_the_history_masked_on_demand(tmp_path, capsys):
-    trainer = make_trainer(tmp_path, metric_ks=(5,), best_metric="MRR@3", num_epochs=6, val_mask_history=True)
+    settings = {"metric_ks": (5,), "best_metric": "MRR@3", "val_mask_history": True, "print_val_metrics": True}
+    trainer = make_trainer(tmp_path, num_epochs=6, **settings)
     trainer.fit()
     how = {"sizes": SIZES, "batch_size": 8, "ks": (3, 5)}
     masked, kept = (evaluate(trainer.model, trainer.val_rows, mask_history=on, **how) for on in (True, False))
@@ -244,7 +246,9 @@ def test_the_best_epoch_has_the_best_metric_asked_for_with_the_history_masked_on
     values = [record["val"]["8"]["MRR@3"] for record in read_log(trainer.run.folder)]
     assert values[-1] == masked[8]["MRR@3"]
     assert (trainer.progress.best, trainer.progress.best_epoch) == (max(values), 1 + values.index(max(values)))
-    assert "val MRR@3 (history masked)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"val MRR@3 \(history masked\) .* train \d+\.\d s  val \d+\.\d s", printed)
+    assert "  size 8: Recall@3 " in printed
 
 
 def test_the_average_of_the_weights_is_validated_and_kept_and_does_not_change_the_training(tmp_path):

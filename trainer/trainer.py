@@ -110,7 +110,7 @@ class Trainer:
         """Train to the end. Raises InputError if loss or weights are not finite; the last good checkpoint stays."""
         if self.config.validate_untrained and self.progress.step == 0:
             self.run.log.records.clear()  # of a run that was cut off in its first epoch
-            self._keep(None, self.validate(), 0.0)
+            self._keep(None, self.validate(), 0.0, 0.0)
         while not self.finished():
             self._started = time.perf_counter() - self.progress.train_seconds
             self.model.train()
@@ -125,12 +125,13 @@ class Trainer:
             if self.step.rows:
                 self.step.rows.catch_up()
             self._check_weights()
-            loss, seconds = self.progress.loss / self.epoch_steps, time.perf_counter() - self._started
+            loss, trained = self.progress.loss / self.epoch_steps, time.perf_counter() - self._started
             metrics = self.validate()
+            both = time.perf_counter() - self._started
             self.progress.epoch += 1
-            self.progress.seconds += time.perf_counter() - self._started
+            self.progress.seconds += both
             self.progress.start_epoch()
-            self._keep(loss, metrics, seconds)
+            self._keep(loss, metrics, trained, both - trained)
             self._saved = f"epoch {self.progress.epoch}"
         if self.step.rows:
             self.step.rows.end()
@@ -243,14 +244,16 @@ class Trainer:
             f"--warmup_steps"
         )
 
-    def _keep(self, loss: float | None, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
+    def _keep(
+        self, loss: float | None, metrics: dict[int, dict[str, float]], train_seconds: float, val_seconds: float
+    ) -> None:
         """Note whether the epoch is the best one, and write its checkpoints and log."""
         progress, value = self.progress, metrics[self.model.sizes[-1]][self.config.best_metric]
         if value > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
         if progress.best_epoch == progress.epoch:
             self._save_weights()
-        processes.on_main_process(lambda: self._write(loss, metrics, train_seconds))
+        processes.on_main_process(lambda: self._write(loss, metrics, train_seconds, val_seconds))
         if progress.epoch:
             self._save_state()
 
@@ -258,7 +261,9 @@ class Trainer:
         weights, path = self._weights(self.eval_model), self.run.folder / WEIGHTS
         processes.on_main_process(lambda: save_tensors(weights, path, {"epoch": str(self.progress.epoch)}))
 
-    def _write(self, loss: float | None, metrics: dict[int, dict[str, float]], train_seconds: float) -> None:
+    def _write(
+        self, loss: float | None, metrics: dict[int, dict[str, float]], train_seconds: float, val_seconds: float
+    ) -> None:
         progress = self.progress
         record = {
             "epoch": progress.epoch,
@@ -267,11 +272,12 @@ class Trainer:
             "lr": self.lr_at(max(0, progress.step - 1)),
             "clipped": round(float(self.step.clipped) / self.epoch_steps, 4),  # share of the steps
             "train_seconds": round(train_seconds, 3),
+            "val_seconds": round(val_seconds, 3),
             "seconds": round(progress.seconds, 3),
             "best_epoch": progress.best_epoch,
             "val": {str(m): metrics[m] for m in metrics},
         }
-        self.run.log.epoch(record, self._line(record))
+        self.run.log.epoch(record, self._line(record) + metrics_line(record, self.config))
 
     def _line(self, record: dict[str, Any]) -> str:
         progress, value = self.progress, record["val"][str(self.model.sizes[-1])][self.config.best_metric]
@@ -283,7 +289,8 @@ class Trainer:
         eta = per_epoch * (self.config.num_epochs - progress.epoch)
         return (
             f"epoch {progress.epoch:3d}/{self.config.num_epochs}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"val {self.criterion} {value:.4f}{best}  {rate:.1f} steps/s  {per_epoch:.1f} s/epoch  "
+            f"val {self.criterion} {value:.4f}{best}  {rate:.1f} steps/s  "
+            f"train {record['train_seconds']:.1f} s  val {record['val_seconds']:.1f} s  "
             f"at most {eta / 60:.1f} min left"
         )
 
@@ -354,6 +361,13 @@ def build_step(
     return GraphedStep(step) if graphed else step
 
 
+def metrics_line(record: dict[str, Any], config: Config) -> str:
+    """Return a further line with all validation metrics of the largest size; "" unless --print_val_metrics."""
+    size = str(config.mrl_hidden_sizes[-1])
+    values = "  ".join(f"{name} {value:.4f}" for name, value in record["val"][size].items())
+    return f"\n  size {size}: {values}" if config.print_val_metrics else ""
+
+
 def _progress_bar(title: str, done: int, count: int) -> tqdm:
     hidden = True if processes.rank() else None  # None: tqdm is silent if stderr is no terminal
     return tqdm(total=count, initial=done, desc=title, leave=False, unit="step", disable=hidden)
@@ -388,6 +402,7 @@ class CountingTrainer:
             "epoch": 1,
             "step": 0,
             "train_seconds": round(counted - started, 3),
+            "val_seconds": round(time.perf_counter() - counted, 3),
             "seconds": round(time.perf_counter() - started, 3),
             "best_epoch": 1,
             "val": {str(m): metrics[m] for m in metrics},
@@ -397,6 +412,6 @@ class CountingTrainer:
         def write() -> None:
             save_weights(model, self.run.folder / WEIGHTS, {"epoch": "1"})
             line = f"counted in {record['train_seconds']:.1f} s: val {name} {value[config.best_metric]:.4f}"
-            self.run.log.epoch(record, line)
+            self.run.log.epoch(record, line + metrics_line(record, config))
 
         processes.on_main_process(write)

@@ -12,7 +12,7 @@ of a position, M sizes, F feature width, D the largest size.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -220,19 +220,29 @@ def _scan_by_steps(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int
 #
 # T positions (C in a chunk), N items, K logits of a position, M sizes, F feature width, D largest size.
 
-CHUNK_BYTES = 2**26  # of the logits in memory at once, for all sizes: 128 positions of 12,101 items and 8 sizes
-GPU_SHARE = 32  # on a GPU the logits may take this part of its memory: fewer chunks, larger products
+CHUNK_BYTES = 2**26  # of the products in memory at once, for all sizes: 256 positions of 12,101 items and 8 sizes
+BLOCK_BYTES = 2**24  # of the logits and probabilities in the processor's cache at once, for all sizes
+GPU_SHARE = 32  # on a GPU the products may take this part of its memory: fewer chunks, larger products
 ABSENT = -1e30  # the logit of an excluded candidate: its probability is 0, and 0 times this is still 0
 LEAST = 16  # fewest positions in memory at once, whatever they take: every chunk reads the whole item table
 
 
 def row_chunks(num_positions: int, bytes_a_position: int, device: torch.device) -> list[slice]:
-    """Return the positions of each chunk: a power of two of them, so that chunks have few shapes."""
+    """Return the positions whose products are in memory at once: a power of two of them, so few shapes."""
     limit = CHUNK_BYTES
     if device.type == "cuda":
         limit = max(limit, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
-    size = min(num_positions, 2 ** (max(LEAST, limit // bytes_a_position).bit_length() - 1))
-    return [slice(start, start + size) for start in range(0, num_positions, size)]
+    return _pieces(num_positions, max(LEAST, limit // bytes_a_position))
+
+
+def row_blocks(chunk: slice, bytes_a_position: int, device: torch.device) -> list[slice]:
+    """Return the positions of each block of a chunk, whose logits are in the cache at once; on a GPU all of them."""
+    return _pieces(chunk.stop - chunk.start, chunk.stop if device.type == "cuda" else BLOCK_BYTES // bytes_a_position)
+
+
+def _pieces(length: int, most: int) -> list[slice]:
+    size = min(length, 2 ** (max(1, most).bit_length() - 1))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def bias_gradient(of_seen: Tensor, label_seen: Tensor, bias: Tensor) -> Tensor:
@@ -244,73 +254,105 @@ def bias_gradient(of_seen: Tensor, label_seen: Tensor, bias: Tensor) -> Tensor:
     return (torch.sigmoid(torch.logit(of_seen.clamp(0, 1)) + bias) - label_seen).sum()
 
 
-_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+_buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
 
-def reused_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return uninitialised memory, the same in every call on a CPU.
+def reused_buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return uninitialised memory, the same in every call of that name on a CPU.
 
     A new allocation on a CPU is mapped page by page each time. On a GPU torch caches memory itself, and a CUDA graph
     must own what it writes to, which a larger call would free.
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    size, buffer = math.prod(shape), _buffers.get((device, dtype))
+    size, buffer = math.prod(shape), _buffers.get((name, device, dtype))
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):  # training cannot write to a tensor made in inference mode
-            buffer = _buffers[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+            buffer = _buffers[name, device, dtype] = torch.empty(size, dtype=dtype, device=device)
     return buffer[:size].view(shape)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Compute total += a b, in place; total may have a wider dtype than a and b."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """Compute total += a b, in place, or total = a b if it is the first; total may have a wider dtype than a and b."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
     else:
         total += a @ b
 
 
+class Learned(NamedTuple):
+    """The loss and the gradients of the objective's own parameters, summed over sizes and positions as they come."""
+
+    loss: Tensor
+    grad_log_scale: Tensor  # [M]
+    grad_bias: Tensor  # [M]
+
+
+class Seen(NamedTuple):
+    """The history items among the candidates of C positions, for a history bias."""
+
+    bias: Tensor  # b [M]
+    column: Tensor  # [C, L]
+    counts: Tensor  # [C, L], 1 where the column is a history item, else 0
+    label: Tensor  # [C], 1 where the label is one of them
+
+    def of(self, positions: slice) -> "Seen":
+        return Seen(self.bias, *(part[positions] for part in self[1:]))
+
+
 def residuals_(
-    log_ps: Sequence[Tensor],
+    logits: Sequence[Tensor],
     label: Tensor,
     valid: Tensor,
-    distill: float,
+    objective: Objective,
     scale: Tensor | None,
-    spare: tuple[Tensor, Tensor],
-    loss: Tensor,
-    grad_log_scale: Tensor,
+    learned: Learned,
+    spare: Tensor,
     offset: Tensor | None = None,
     teacher: Tensor | None = None,
+    seen: Seen | None = None,
 ) -> None:
-    """Turn log p_m [C, K] of every size, in place, into the gradient s_m (p_m - target_m) by its unscaled logits.
+    """Turn the unscaled logits [C, K] of every size, in place, into the gradients by its increment's logits.
 
-    The loss, summed over sizes and positions, is added to `loss`, and its gradient by log s to `grad_log_scale` [M].
-    Symbols and plain twin (`losses_plain`): model/extensions/objective.py.
+    An increment's logits are part of its own and every larger size's logits: its gradient is Σ s_m (p_m - target_m)
+    over them. Symbols and plain twin (`losses_plain`): model/extensions/objective.py.
 
-    label: [C, 1], a column; valid: [C, 1], false at a position without a label, whose logits must be 0. distill: x;
-    scale: s [M], None for 1. spare: two [C, K] of any content. offset: [C, K], was added to the scaled logits, or None.
-    teacher: [C, K], the teachers' logits without the offset, or None.
+    label: [C, 1], a column; valid: [C, 1], false at a position without a label, whose logits must be 0. scale: s [M],
+    None for 1. spare: [3, C, K], of any content. offset: [C, K], is added to the scaled logits. teacher: [C, K], the
+    teachers' logits without the offset.
     """
-    target, residual = spare
+    p, scaled, target = spare
     if teacher is not None:
         torch.softmax(teacher if offset is None else teacher + offset, dim=1, out=target).mul_(valid)
-    elif distill:
-        torch.exp(log_ps[-1], out=target).mul_(valid)
-    for j, log_p in enumerate(log_ps):
-        x = distill if j < len(log_ps) - 1 or teacher is not None else 0.0
-        loss -= (1 - x) * (log_p.gather(1, label) * valid).sum()
+    above = None
+    for j, of_size in reversed(list(enumerate(logits))):
+        x = objective.distill if above is not None or teacher is not None else 0.0
+        if scale is None and offset is None:
+            scaled = of_size
+        else:
+            torch.mul(of_size, 1 if scale is None else scale[j], out=scaled)
+            scaled = scaled if offset is None else scaled.add_(offset)
+        torch.softmax(scaled, dim=1, out=p)
+        # log p = scaled - log_sum. The largest p is at least 1 / K, while the label's may underflow.
+        log_sum = scaled.amax(dim=1, keepdim=True) - p.amax(dim=1, keepdim=True).log()
+        learned.loss.sub_((1 - x) * ((scaled.gather(1, label) - log_sum) * valid).sum())
         if x:
-            loss -= x * target.flatten().dot(log_p.flatten())
-        # A position's residuals sum to 0, so below log p may replace the scaled logits, which differ by a constant.
-        of_size = torch.exp(log_p, out=log_p if scale is None else residual)
-        of_size.scatter_add_(1, label, x * valid.to(log_p.dtype) - 1)
+            of_target = target.flatten().dot(scaled.flatten()) - target.sum(dim=1).dot(log_sum[:, 0])
+            learned.loss.sub_(x * of_target)
+        elif objective.distill:  # the largest size teaches
+            torch.mul(p, valid, out=target)
+        if seen is not None:
+            of_seen = (p.gather(1, seen.column) * seen.counts).sum(dim=1)
+            learned.grad_bias[j] += bias_gradient(of_seen, seen.label, seen.bias[j])
+        residual = p.scatter_add_(1, label, x * valid.to(p.dtype) - 1)
         if x:
-            of_size.sub_(target, alpha=x)
+            residual.sub_(target, alpha=x)
         if scale is not None:
-            grad_log_scale[j] += of_size.flatten().dot(log_p.flatten())
-            if offset is not None:
-                grad_log_scale[j] -= of_size.flatten().dot(offset.flatten())
-            torch.mul(of_size, scale[j], out=log_p)
+            residual.mul_(scale[j])
+            learned.grad_log_scale[j] += residual.flatten().dot(of_size.flatten())
+        above = of_size.copy_(residual) if above is None else torch.add(residual, above, out=of_size)
 
 
 # ------------------------------------------------------------------------------------------------------------ all items
@@ -365,61 +407,64 @@ class _CrossEntropySum(torch.autograd.Function):
         valid = (labels != 0)[:, None]  # [T, 1]
         z_narrow = (z * valid).to(narrow)  # a position without a label has logits of 0, and no gradient
 
-        loss = torch.zeros((), dtype=wide, device=z.device)
         grad_z = torch.empty_like(z, dtype=wide)
         # Transposed, as the products come: transposing a residual costs as much as multiplying it.
-        grad_table = torch.zeros(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
-        grad_rest = torch.zeros_like(rest, dtype=wide)
+        grad_table = torch.empty(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
+        grad_rest = torch.empty_like(rest, dtype=wide)
         grad_V = None if V is None else torch.empty_like(V, dtype=wide)
-        scale, grad_log_scale, grad_bias = objective.scale(loss), *loss.new_zeros(2, len(sizes))
-        bias = None
+        loss = torch.zeros((), dtype=wide, device=z.device)
+        scale, learned = objective.scale(loss), Learned(loss, *loss.new_zeros(2, len(sizes)))
+        history_seen = None
         if history_bias is not None and objective.history is not None:
             history = objective.history * valid  # [T, L]
-            bias, seen = history_bias.detach().to(wide), (history > 0).to(wide)
-            label_seen = ((history == labels[:, None]) & valid).any(dim=1).to(wide)  # [T]
+            label_seen = ((history == labels[:, None]) & valid).any(dim=1)  # [T]
+            history_seen = Seen(history_bias.detach().to(wide), history, (history > 0).to(wide), label_seen.to(wide))
 
-        chunks = row_chunks(len(z), len(sizes) * len(table) * wide.itemsize, z.device)
-        buffer = reused_buffer((len(sizes) + 2, chunks[0].stop, len(table)), wide, z.device)
+        chunks = row_chunks(len(z), len(sizes) * len(table) * narrow.itemsize, z.device)
+        slots = len(sizes) * (1 if V is None else 2)
+        buffer = reused_buffer("products", (slots, chunks[0].stop, len(table)), narrow, z.device)
         for rows in chunks:
-            z_chunk, label = z_narrow[rows], labels[rows][:, None]  # [C, D], [C, 1]
-            logits, *residuals, spare = buffer[:, : len(label)]  # each [C, N+1]; a size's residual: softmax - target
-            logits.zero_()
-            for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
+            first, z_chunk = rows.start == 0, z_narrow[rows]  # [C, D]
+            # Each [C, N+1]: an increment's logits, later their gradient; where it is not multiplied out, also by its V.
+            products, by_V = buffer[: len(sizes), : len(z_chunk)], buffer[len(sizes) :, : len(z_chunk)]
+            for j, (low, high) in enumerate(increments(sizes)):
+                z_part = z_chunk[:, low:high]
                 if features is None or high <= out:
-                    add_product(logits, z_chunk[:, low:high], table[:, low:high].T)
+                    torch.mm(z_part, table[:, low:high].T, out=products[j])
                 else:
-                    add_product(logits, z_chunk[:, low:high] @ rest[low - out : high - out], features.T)
+                    torch.mm(z_part @ rest[low - out : high - out], features.T, out=products[j])
                     if high <= embedded:
-                        add_product(logits, z_chunk[:, low:high], narrow_V[:, low:high].T)
-                scaled = logits if scale is None else torch.mul(logits, scale[j], out=spare)
-                torch.log_softmax(scaled, dim=1, out=residual)
-                if bias is not None:
-                    of_seen = (residual.gather(1, history[rows]).exp() * seen[rows]).sum(dim=1)
-                    grad_bias[j] += bias_gradient(of_seen, label_seen[rows], bias[j])
-            spares = logits, spare
-            taught = None if objective.teacher is None else objective.teacher[rows].to(wide)
-            residuals_(
-                residuals, label, valid[rows], objective.distill, scale, spares, loss, grad_log_scale, teacher=taught
-            )
-            # An increment's logits are part of its own and every larger size's logits: its gradient sums theirs.
-            above = None
-            for low, high in reversed(increments(sizes)):
-                residual = residuals.pop()
-                above = residual if above is None else residual.add_(above)
-                residual, z_part = residual.to(narrow), z_chunk[:, low:high]
+                        torch.mm(z_part, narrow_V[:, low:high].T, out=by_V[j])
+            for block in row_blocks(rows, (len(sizes) + 3) * len(table) * wide.itemsize, z.device):
+                at = slice(rows.start + block.start, rows.start + block.stop)
+                scratch = reused_buffer(
+                    "logits", (len(sizes) + 3, block.stop - block.start, len(table)), wide, z.device
+                )
+                logits, spare = scratch[: len(sizes)], scratch[len(sizes) :]
+                for j, (_, high) in enumerate(increments(sizes)):
+                    logits[j].copy_(products[j, block])
+                    if features is not None and out < high <= embedded:
+                        logits[j] += by_V[j, block]
+                    if j:
+                        logits[j] += logits[j - 1]
+                taught = None if objective.teacher is None else objective.teacher[at].to(wide)
+                seen = None if history_seen is None else history_seen.of(at)
+                residuals_(
+                    logits, labels[at, None], valid[at], objective, scale, learned, spare, teacher=taught, seen=seen
+                )
+                products[:, block] = logits
+            for j, (low, high) in enumerate(increments(sizes)):
+                residual, z_part = products[j], z_chunk[:, low:high]
                 if features is None or high <= out:
                     grad_z[rows, low:high] = residual @ table[:, low:high]
-                    add_product(grad_table[low:high], z_part.T, residual)
+                    add_product(grad_table[low:high], z_part.T, residual, first)
                 else:
                     grad_left = residual @ features  # [C, F]
                     grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
-                    add_product(grad_rest[low - out : high - out], z_part.T, grad_left)
+                    add_product(grad_rest[low - out : high - out], z_part.T, grad_left, first)
                     if grad_V is not None and high <= embedded:
                         grad_z[rows, low:high] += residual @ narrow_V[:, low:high]
-                        if rows.start:
-                            add_product(grad_V[:, low:high], residual.T, z_part)
-                        else:  # the first chunk writes: filling so large a tensor with zeros first would cost time
-                            grad_V[:, low:high] = residual.T @ z_part
+                        add_product(grad_V[:, low:high], residual.T, z_part, first)
 
         if features is None:
             grad_weight = grad_table.T.contiguous()  # [N+1, D]
@@ -429,7 +474,7 @@ class _CrossEntropySum(torch.autograd.Function):
             grad_V[:, :out] = grad_table[:embedded].T
             grad_V = grad_V.to(V.dtype)
         grad_z, grad_weight = grad_z.mul_(valid).to(z.dtype), grad_weight.to(weight.dtype)
-        ctx.save_for_backward(grad_z, grad_weight, grad_V, grad_log_scale, grad_bias)
+        ctx.save_for_backward(grad_z, grad_weight, grad_V, learned.grad_log_scale, learned.grad_bias)
         return loss
 
     @staticmethod
@@ -518,59 +563,61 @@ class _SampledCrossEntropySum(torch.autograd.Function):
         z_wide, own_wide, z_narrow = z.to(wide), own.to(wide), z.to(narrow)
         loss = torch.zeros((), dtype=wide, device=z.device)
         grad_z, grad_own = torch.empty_like(z, dtype=wide), torch.empty_like(own, dtype=wide)
-        grad_drawn = torch.zeros_like(drawn, dtype=wide)
+        grad_drawn = torch.empty_like(drawn, dtype=wide)
 
-        scale, grad_log_scale, grad_bias = objective.scale(loss), *loss.new_zeros(2, len(sizes))
-        columns, bias, grad_of_history = draws, None, None
+        scale, learned = objective.scale(loss), Learned(loss, *loss.new_zeros(2, len(sizes)))
+        columns, history_seen, grad_of_history = draws, None, None
         if of_history is not None and history_bias is not None and objective.history is not None:
-            columns, bias = draws + of_history.shape[2], history_bias.detach().to(wide)
+            columns = draws + of_history.shape[2]
             grad_of_history = torch.empty_like(of_history)
             history, own_history = objective.history * valid, objective.history == labels[:, None]  # [T, L]
-            label_seen = (own_history & valid).any(dim=1).to(wide)  # [T]
-        chunks = row_chunks(len(z), len(sizes) * columns * wide.itemsize, z.device)
-        buffer = reused_buffer((len(sizes) + 3, chunks[0].stop, columns), wide, z.device)
+            label_seen = (own_history & valid).any(dim=1, keepdim=True).to(wide)  # [T, 1]
+            # The label's column takes the place of its history column, which is excluded.
+            column = torch.tensor([0, *range(draws, columns)], device=z.device).expand(len(z), -1)
+            counts = torch.cat([label_seen, torch.ones_like(history, dtype=wide)], dim=1)
+            history_seen = Seen(history_bias.detach().to(wide), column, counts, label_seen[:, 0])
+        chunks = row_chunks(len(z), len(sizes) * columns * narrow.itemsize, z.device)
+        buffer = reused_buffer("products", (len(sizes), chunks[0].stop, len(drawn)), narrow, z.device)
         for rows in chunks:
-            # Each [C, 1+K+L]; a size's residual: softmax - target; the offset is added to the scaled logits.
-            logits, *residuals, offset, spare = buffer[:, : len(z[rows])]
-            logits.zero_()
-            offset[:, 0] = 0
-            if bias is None:
-                offset[:, 1:] = torch.where(labels[rows, None] == items, ABSENT, -log_kq)
-            else:
-                candidates = torch.cat([labels[rows, None], history[rows]], dim=1)
-                torch.mul(_excluded(items, candidates), ABSENT, out=offset[:, 1:draws]).sub_(log_kq)
-                offset[:, draws:] = ABSENT * ((history[rows] == 0) | own_history[rows])
-            for j, ((low, high), residual) in enumerate(zip(increments(sizes), residuals, strict=True)):
-                logits[:, 0] += (z_wide[rows, low:high] * own_wide[rows, low:high]).sum(dim=1)
-                add_product(logits[:, 1:draws], z_narrow[rows, low:high], drawn[:, low:high].T)
-                if of_history is not None:
-                    logits[:, draws:] += of_history[j, rows]
-                torch.mul(logits, 1 if scale is None else scale[j], out=spare).add_(offset)
-                torch.log_softmax(spare, dim=1, out=residual)
-                if bias is not None and grad_bias is not None:
-                    of_seen = residual[:, draws:].exp().sum(dim=1) + residual[:, 0].exp() * label_seen[rows]
-                    grad_bias[j] += bias_gradient(of_seen, label_seen[rows], bias[j])
-            column, spares = torch.zeros_like(labels[rows, None]), (logits, spare)
-            taught = None if objective.teacher is None else objective.teacher[rows].to(wide)
-            residuals_(
-                residuals, column, valid[rows], objective.distill, scale, spares, loss, grad_log_scale, offset, taught
-            )
-            # An increment's logits are part of its own and every larger size's logits: its gradient sums theirs.
-            above = None
-            for low, high in reversed(increments(sizes)):
-                residual = residuals.pop()
-                above = residual if above is None else residual.add_(above)
-                of_label, of_drawn = above[:, :1], above[:, 1:draws].to(narrow)
-                grad_z[rows, low:high] = of_drawn @ drawn[:, low:high]
-                grad_z[rows, low:high] += of_label * own_wide[rows, low:high]
-                grad_own[rows, low:high] = of_label * z_wide[rows, low:high]
-                add_product(grad_drawn[:, low:high], of_drawn.T, z_narrow[rows, low:high])
+            products = buffer[:, : len(z_narrow[rows])]  # each [C, K]: an increment's logits, later their gradient
+            for (low, high), product in zip(increments(sizes), products, strict=True):
+                torch.mm(z_narrow[rows, low:high], drawn[:, low:high].T, out=product)
+            for block in row_blocks(rows, (len(sizes) + 4) * columns * wide.itemsize, z.device):
+                at = slice(rows.start + block.start, rows.start + block.stop)
+                shape = len(sizes) + 4, block.stop - block.start, columns
+                scratch = reused_buffer("logits", shape, wide, z.device)
+                logits, offset, spare = scratch[: len(sizes)], scratch[-4], scratch[-3:]  # [C, 1+K+L]
+                offset[:, 0] = 0
+                if grad_of_history is None:
+                    offset[:, 1:] = torch.where(labels[at, None] == items, ABSENT, -log_kq)
+                else:
+                    candidates = torch.cat([labels[at, None], history[at]], dim=1)
+                    torch.mul(_excluded(items, candidates), ABSENT, out=offset[:, 1:draws]).sub_(log_kq)
+                    offset[:, draws:] = ABSENT * ((history[at] == 0) | own_history[at])
+                for j, (low, high) in enumerate(increments(sizes)):
+                    logits[j, :, 0] = (z_wide[at, low:high] * own_wide[at, low:high]).sum(dim=1)
+                    logits[j, :, 1:draws] = products[j, block]
+                    if of_history is not None:
+                        logits[j, :, draws:] = of_history[j, at]
+                    if j:
+                        logits[j] += logits[j - 1]
+                column = torch.zeros_like(labels[at, None])
+                taught = None if objective.teacher is None else objective.teacher[at].to(wide)
+                seen = None if history_seen is None else history_seen.of(at)
+                residuals_(logits, column, valid[at], objective, scale, learned, spare, offset, taught, seen)
+                products[:, block] = logits[:, :, 1:draws]
+                for j, (low, high) in enumerate(increments(sizes)):
+                    grad_z[at, low:high] = logits[j, :, :1] * own_wide[at, low:high]
+                    grad_own[at, low:high] = logits[j, :, :1] * z_wide[at, low:high]
                 if grad_of_history is not None:
-                    grad_of_history[len(residuals), rows] = above[:, draws:]
+                    grad_of_history[:, at] = logits[:, :, draws:]
+            for (low, high), residual in zip(increments(sizes), products, strict=True):
+                grad_z[rows, low:high] += residual @ drawn[:, low:high]
+                add_product(grad_drawn[:, low:high], residual.T, z_narrow[rows, low:high], first=rows.start == 0)
 
         gradients = (grad_z.mul_(valid), z), (grad_own.mul_(valid), own), (grad_drawn, drawn)
-        learned = grad_of_history, grad_log_scale, grad_bias
-        ctx.save_for_backward(*(gradient.to(of.dtype) for gradient, of in gradients), *learned)
+        of_learned = grad_of_history, learned.grad_log_scale, learned.grad_bias
+        ctx.save_for_backward(*(gradient.to(of.dtype) for gradient, of in gradients), *of_learned)
         return loss
 
     @staticmethod

@@ -262,6 +262,7 @@ def hold(monkeypatch, case, positions):
     columns = len(table.items) + 1 if isinstance(table, Sample) else len(getattr(table, "features", table))
     monkeypatch.setattr(fast, "LEAST", 1)
     monkeypatch.setattr(fast, "CHUNK_BYTES", positions * columns * len(sizes) * z.itemsize)
+    monkeypatch.setattr(fast, "BLOCK_BYTES", positions * columns * (len(sizes) + 4) * z.itemsize // 2)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +330,7 @@ def test_wrong_sizes_and_an_unknown_reduction_are_refused(kind):
             loss(z, table, labels, sizes, reduction="max")
 
 
-@pytest.mark.parametrize(("name", "positions"), [("fast", 4 * (2 + 2)), ("plain", 40)])  # of 2 sizes, and two buffers
+@pytest.mark.parametrize(("name", "positions"), [("fast", 2 * (2 + 3)), ("plain", 40)])  # of 2 sizes, and three buffers
 def test_memory_holds_the_logits_of_one_chunk_of_positions(monkeypatch, name, positions):
     numbers = []
 

@@ -121,7 +121,7 @@ class Dropout(nn.Module):
         else:
             kept = kept[first : first + len(x)]
             kept = F.pad(kept, (0,) * (2 * x.ndim - 1) + (len(x) - len(kept),))
-        return x * kept / (1 - self.p)
+        return x * kept.to(x.dtype) / (1 - self.p)  # of one dtype: a product with booleans takes several times as long
 
     def extra_repr(self) -> str:
         return f"p={self.p}, start={self.start}"

@@ -221,7 +221,7 @@ def _scan_by_steps(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int
 # T positions (C in a chunk), N items, K logits of a position, M sizes, F feature width, D largest size.
 
 CHUNK_BYTES = 2**26  # of the products in memory at once, for all sizes: 256 positions of 12,101 items and 8 sizes
-BLOCK_BYTES = 2**24  # of the logits and probabilities in the processor's cache at once, for all sizes
+BLOCK_BYTES = 2**25  # of the logits and probabilities in the processor's cache at once, for all sizes
 GPU_SHARE = 32  # on a GPU the products may take this part of its memory: fewer chunks, larger products
 ABSENT = -1e30  # the logit of an excluded candidate: its probability is 0, and 0 times this is still 0
 LEAST = 16  # fewest positions in memory at once, whatever they take: every chunk reads the whole item table
@@ -303,7 +303,7 @@ class Seen(NamedTuple):
 
 
 def residuals_(
-    logits: Sequence[Tensor],
+    logits: Tensor,
     label: Tensor,
     valid: Tensor,
     objective: Objective,
@@ -314,7 +314,7 @@ def residuals_(
     teacher: Tensor | None = None,
     seen: Seen | None = None,
 ) -> None:
-    """Turn the unscaled logits [C, K] of every size, in place, into the gradients by its increment's logits.
+    """Turn the unscaled logits [M, C, K] of all sizes, in place, into the gradients by their increments' logits.
 
     An increment's logits are part of its own and every larger size's logits: its gradient is Σ s_m (p_m - target_m)
     over them. Symbols and plain twin (`losses_plain`): model/extensions/objective.py.
@@ -410,7 +410,7 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_z = torch.empty_like(z, dtype=wide)
         # Transposed, as the products come: transposing a residual costs as much as multiplying it.
         grad_table = torch.empty(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
-        grad_rest = torch.empty_like(rest, dtype=wide)
+        grad_weight = torch.empty_like(weight, dtype=wide)  # of Factors; its rows [out:] come chunk by chunk
         grad_V = None if V is None else torch.empty_like(V, dtype=wide)
         loss = torch.zeros((), dtype=wide, device=z.device)
         scale, learned = objective.scale(loss), Learned(loss, *loss.new_zeros(2, len(sizes)))
@@ -461,7 +461,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 else:
                     grad_left = residual @ features  # [C, F]
                     grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
-                    add_product(grad_rest[low - out : high - out], z_part.T, grad_left, first)
+                    add_product(grad_weight[low:high], z_part.T, grad_left, first)
                     if grad_V is not None and high <= embedded:
                         grad_z[rows, low:high] += residual @ narrow_V[:, low:high]
                         add_product(grad_V[:, low:high], residual.T, z_part, first)
@@ -469,7 +469,7 @@ class _CrossEntropySum(torch.autograd.Function):
         if features is None:
             grad_weight = grad_table.T.contiguous()  # [N+1, D]
         else:
-            grad_weight = torch.cat([(grad_table.to(narrow) @ features).to(wide), grad_rest])  # [D, F]
+            grad_weight[:out] = grad_table.to(narrow) @ features
         if V is not None and grad_V is not None:
             grad_V[:, :out] = grad_table[:embedded].T
             grad_V = grad_V.to(V.dtype)
@@ -482,9 +482,10 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_V: Tensor | None
         grad_z, grad_weight, grad_V, *learned = ctx.saved_tensors
-        by_V = None if grad_V is None else grad_V.mul_(grad)  # in place: it is large; torch refuses a second backward
+        # In place, because these are large. torch refuses a second backward.
+        by_weight, by_V = grad_weight.mul_(grad), None if grad_V is None else grad_V.mul_(grad)
         by_learned = (g * grad if n else None for g, n in zip(learned, ctx.needs_input_grad[3:5], strict=True))
-        return grad_z * grad, grad_weight * grad, by_V, *by_learned, None, None, None, None
+        return grad_z * grad, by_weight, by_V, *by_learned, None, None, None, None
 
 
 def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[int, ...], embedded: int = 0) -> int:

@@ -11,7 +11,6 @@ of a position, M sizes, F feature width, D the largest size.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -73,36 +72,37 @@ class _NestedLinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, D]
+        parts = _band_weights(weight, sizes, dtype)
         y = [
             F.linear(rows[:, :high], part, None if bias is None else bias[low:high].to(dtype))
-            for low, high, part in _band_weights(weight, sizes, dtype)
+            for (low, high), part in zip(bands(sizes), parts, strict=True)
         ]
-        ctx.save_for_backward(rows, weight)
+        ctx.save_for_backward(rows, *parts)
         ctx.sizes, ctx.wide, ctx.biased = sizes, weight.dtype, bias is not None
         return torch.cat(y, dim=1).reshape(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: _NestedContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
+        rows, *parts = ctx.saved_tensors
         wide, dim = ctx.wide, rows.shape[1]
         grad_rows = grad.reshape(-1, dim)
         grad_bias = grad_rows.sum(dim=0, dtype=wide) if ctx.biased else None
         grad_rows = grad_rows.to(rows.dtype)
-        grad_x = torch.zeros(len(rows), dim, dtype=wide, device=rows.device)
+        grad_x = torch.empty(len(rows), dim, dtype=wide, device=rows.device)
         grad_weight = torch.empty(dim, dim, dtype=wide, device=rows.device)
-        for low, high, part in _band_weights(weight, ctx.sizes, rows.dtype):
-            grad_x[:, :high] += grad_rows[:, low:high] @ part
+        for (low, high), part in reversed(list(zip(bands(ctx.sizes), parts, strict=True))):
+            add_product(grad_x[:, :high], grad_rows[:, low:high], part, first=high == dim)
             grad_weight[low:high, :high] = grad_rows[:, low:high].T @ rows[:, :high]
         return grad_x.reshape(grad.shape), _mask_(grad_weight, ctx.sizes), grad_bias, None, None
 
 
-def _band_weights(weight: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (low, high, (W ⊙ P)[low:high, :high]) of every band, in `dtype`."""
-    for low, high in bands(sizes):
-        part = weight[low:high, :high].to(dtype)
-        if low == 0:  # the only band that may hold several increments
-            part = _mask_(part.clone(), tuple(m for m in sizes if m <= high))
-        yield low, high, part
+def _band_weights(weight: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Return (W ⊙ P)[low:high, :high] of every band, in `dtype`."""
+    first, *others = [weight[low:high, :high] for low, high in bands(sizes)]
+    # The first is the only band that may hold several increments.
+    first = _mask_(first.to(dtype, copy=True), tuple(m for m in sizes if m <= len(first)))
+    return [first, *(part.to(dtype) for part in others)]
 
 
 def _mask_(weight: Tensor, sizes: tuple[int, ...]) -> Tensor:

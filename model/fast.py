@@ -237,7 +237,8 @@ def row_chunks(num_positions: int, bytes_a_position: int, device: torch.device) 
 
 def row_blocks(chunk: slice, bytes_a_position: int, device: torch.device) -> list[slice]:
     """Return the positions of each block of a chunk, whose logits are in the cache at once; on a GPU all of them."""
-    return _pieces(chunk.stop - chunk.start, chunk.stop if device.type == "cuda" else BLOCK_BYTES // bytes_a_position)
+    most = max(LEAST // 4, BLOCK_BYTES // bytes_a_position)  # several, for threads to share
+    return _pieces(chunk.stop - chunk.start, chunk.stop if device.type == "cuda" else most)
 
 
 def _pieces(length: int, most: int) -> list[slice]:
@@ -408,8 +409,10 @@ class _CrossEntropySum(torch.autograd.Function):
         z_narrow = (z * valid).to(narrow)  # a position without a label has logits of 0, and no gradient
 
         grad_z = torch.empty_like(z, dtype=wide)
+        chunks = row_chunks(len(z), len(sizes) * len(table) * narrow.itemsize, z.device)
+        of_sum = wide if len(chunks) > 1 else narrow
         # Transposed, as the products come: transposing a residual costs as much as multiplying it.
-        grad_table = torch.empty(table.shape[::-1], dtype=wide, device=z.device)  # [out, N+1]
+        grad_table = torch.empty(table.shape[::-1], dtype=of_sum, device=z.device)  # [out, N+1]
         grad_weight = torch.empty_like(weight, dtype=wide)  # of Factors; its rows [out:] come chunk by chunk
         grad_V = None if V is None else torch.empty_like(V, dtype=wide)
         loss = torch.zeros((), dtype=wide, device=z.device)
@@ -420,7 +423,6 @@ class _CrossEntropySum(torch.autograd.Function):
             label_seen = ((history == labels[:, None]) & valid).any(dim=1)  # [T]
             history_seen = Seen(history_bias.detach().to(wide), history, (history > 0).to(wide), label_seen.to(wide))
 
-        chunks = row_chunks(len(z), len(sizes) * len(table) * narrow.itemsize, z.device)
         slots = len(sizes) * (1 if V is None else 2)
         buffer = reused_buffer("products", (slots, chunks[0].stop, len(table)), narrow, z.device)
         for rows in chunks:

@@ -1,6 +1,6 @@
 """What the models share: nested sizes, the interfaces that the trainer sees, dropout over packed tokens.
 
-Sequence models are trained; counting models only count.
+T tokens, D dimensions, B histories, N items.
 """
 
 import itertools
@@ -36,6 +36,7 @@ def nested_mask(sizes: tuple[int, ...]) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------- interfaces
+# Sequence models are trained; counting models only count.
 
 
 class SequenceModel(nn.Module):
@@ -82,9 +83,7 @@ class CountingModel(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------------------- dropout
-# Dropout over packed tokens, of which several processes may each hold a share. T tokens, D dimensions.
-#
-# Beyond the paper, the first dimensions, which the small sizes use, may be left without dropout.
+# Dropout over packed tokens. Beyond the paper, the first dimensions, which the small sizes use, may be left without it.
 
 Share = tuple[int | Tensor, int]  # first token, which a recorded step reads from a tensor; tokens of the whole batch
 

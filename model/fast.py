@@ -5,8 +5,8 @@
     cross_entropy_sum             model.loss.matryoshka_cross_entropy_plain
     sampled_cross_entropy_sum     model.extensions.sampled_loss.sampled_matryoshka_cross_entropy_plain
 
-The losses compute logits in chunks that the sizes share. T tokens, rows or positions (C in a chunk), N items, K logits
-of a position, M sizes, F feature width, D the largest size.
+The losses compute logits in chunks that the sizes share. T tokens, rows or positions (C in a chunk), L history items of
+a position, N items, K logits of a position or draws, M sizes, F feature width, D the largest size.
 """
 
 import itertools
@@ -34,9 +34,7 @@ class Context(Protocol):
 
 
 # -------------------------------------------------------------------------------------------------- nested linear layer
-# The fast twin of `model.fmrl.nested_linear_plain`: (W ⊙ P) x + b without multiplying most of the zeros.
-#
-# W is multiplied band by band: rows low:high with the inputs 0:high. T rows of x, D the largest size.
+# W is multiplied band by band, rows low:high with the inputs 0:high: most of the zeros are not multiplied.
 
 
 def nested_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> Tensor:
@@ -113,9 +111,7 @@ def _mask_(weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------- recurrence
-# The fast twin of `model.lru.linear_recurrence_plain`: h_t = u_t + λ ⊙ h_{t-1} over packed histories.
-#
-# T tokens, D dimensions; `position` as in model/lru.py.
+# Histories are packed, and `position` is as in model/lru.py. A CPU scans them step by step, a GPU by doubling.
 
 
 def linear_recurrence(
@@ -213,12 +209,7 @@ def _scan_by_steps(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
-# The fast twins of the losses: logits in chunks that the sizes share, with hand-written gradients.
-#
-#     cross_entropy_sum             model.loss.matryoshka_cross_entropy_plain
-#     sampled_cross_entropy_sum     model.extensions.sampled_loss.sampled_matryoshka_cross_entropy_plain
-#
-# T positions (C in a chunk), N items, K logits of a position, M sizes, F feature width, D largest size.
+# What both losses use.
 
 CHUNK_BYTES = 2**26  # of the products in memory at once, for all sizes: 256 positions of 12,101 items and 8 sizes
 BLOCK_BYTES = 2**25  # of the logits and probabilities in the processor's cache at once, for all sizes
@@ -357,13 +348,11 @@ def residuals_(
 
 
 # ------------------------------------------------------------------------------------------------------------ all items
-# The fast twin of `model.loss.matryoshka_cross_entropy_plain`: shared logits, in chunks, with their gradients.
-#
 # Sizes share their logits: logits(M[j]) = logits(M[j-1]) + z[:, M[j-1]:M[j]] E[:, M[j-1]:M[j]]ᵀ, so all sizes together
 # cost one multiplication of width D.
 #
 # An item table that is a product E = F Wᵀ need not be multiplied out: for a wide increment and few positions, (z W) Fᵀ
-# costs less than z (F Wᵀ)ᵀ. T positions (C in a chunk), N items, F feature width, D largest size.
+# costs less than z (F Wᵀ)ᵀ.
 
 
 def cross_entropy_sum(
@@ -507,9 +496,6 @@ def columns_multiplied_out(num_positions: int, num_features: int, sizes: tuple[i
 
 
 # ------------------------------------------------------------------------------------------------ a sample of the items
-# The fast twin of `model.extensions.sampled_loss.sampled_matryoshka_cross_entropy_plain`: shared logits, in chunks.
-#
-# T positions (C in a chunk), K draws, L history items of each, M sizes, D largest size.
 
 
 def sampled_cross_entropy_sum(

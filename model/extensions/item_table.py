@@ -1,4 +1,4 @@
-"""Options of the item table beyond the paper: whitened features, and no learned embedding for untrained items.
+"""Options of the item table beyond the paper: whitened features, the gate of item embeddings. Large tensors in files.
 
 Whitening (WhitenRec: Zhang et al., Are ID Embeddings Necessary?, ICDE 2024):
 
@@ -6,7 +6,9 @@ Whitening (WhitenRec: Zhang et al., Are ID Embeddings Necessary?, ICDE 2024):
 
 An encoder's features share a few strong directions, in which all items are alike. After whitening every direction has
 the same variance. Each encoder's features are whitened separately. A row of zeros (an item without a picture) stays
-zero and does not count in μ and Σ. N items, F feature width.
+zero and does not count in μ and Σ.
+
+N items, F feature width, K width of the learned item embeddings V.
 """
 
 import ctypes
@@ -95,7 +97,7 @@ def _whitened(part: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
 # ever a negative, which pushes its V away from every history, whatever its content.
 #
 # Without V a row is shorter, so all its scores are smaller. Evaluation therefore multiplies the rows of g_i = 0 by a
-# scale that gives them the length of others, as exports do with new products. N items, K width of V.
+# scale that gives them the length of others, as exports do with new products.
 
 
 class EmbeddingGate(nn.Module):
@@ -120,7 +122,8 @@ class EmbeddingGate(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------------- large tensors
-# In mapped files: the system can write their pages out, and they need not stay resident.
+# Tensors mapped from files: the system can write their pages out, and they need not stay resident. Features, whitened
+# features and the V that trainer/sparse_rows.py collects may be that large.
 
 LARGE = 2**28  # bytes from which on a tensor is worth a file, or unmapping its pages
 MADV_DONTNEED = 4  # of Linux

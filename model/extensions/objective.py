@@ -7,7 +7,10 @@ With teachers their p replaces p_D, for the largest size too.
 
 With s_m = 1 and x = 0 this is the paper's loss. The history bias b_m is trained by CE(one-hot, softmax(s_m logits_m +
 b_m [item in history])) with the logits held fixed. That adds a gradient by b alone: it changes neither the loss's value
-nor any other weight. T positions, K logits of each.
+nor any other weight.
+
+T positions, K logits of each, L the longest history of a batch, N items, M sizes, D the largest, W the largest sizes of
+all teachers together.
 """
 
 import math
@@ -27,7 +30,7 @@ class Objective(NamedTuple):
     log_scale: Tensor | None = None  # [M] log s, learned; None: s = 1
     distill: float = 0.0  # x
     history_bias: Tensor | None = None  # [M] b, learned; None: b = 0
-    history: Tensor | None = None  # [T, L] the items read at each position , with a bias
+    history: Tensor | None = None  # [T, L] the items read at each position, with a bias
     teacher: Tensor | None = None  # [T, K] the teachers' logits, scaled; None: the largest size is the teacher
 
     def scale(self, like: Tensor) -> Tensor | None:
@@ -71,12 +74,9 @@ def losses_plain(
 #
 #     score of item i at size m:  s_m (z[:m] · E[i, :m]) + b_m [i in history]
 #
-# s_m is the learned scale. b_m is trained by the same cross-entropy with the logits held
-# fixed, so it falls far below 0 if nobody buys an item twice, and no other weight depends on it. A ranking leaves s_m
-# out, so it adds b_m / s_m. In training a position's history is all items of its row up to its own token; in evaluation
-# it is the complete history, also beyond lru_max_len.
-#
-# T positions, L the longest history of a batch, M sizes, D the largest.
+# b_m falls far below 0 if nobody buys an item twice. A ranking leaves the scale s_m out, so it adds b_m / s_m. In
+# training a position's history is all items of its row up to its own token; in evaluation it is the complete history,
+# also beyond lru_max_len.
 
 TIMES = 100  # b = TIMES p: AdamW moves a parameter p by about the learning rate per step, and b must reach -10
 BLOCK = 64  # positions whose histories are scored in one product
@@ -146,10 +146,9 @@ def history_logits(z: Tensor, x: Tensor, longest: int, sizes: tuple[int, ...]) -
 # ------------------------------------------------------------------------------------------------------------- teachers
 # Learn from trained models, beyond the paper (knowledge distillation from an ensemble: Hinton et al., 2015).
 #
-#     target = (1 - x) one-hot + x p,    p = softmax( 1/n Σ_j s_j z_j · E )        of n teachers at their largest sizes
+#     target = (1 - x) one-hot + x p,    p = softmax( 1/n Σ_j s_j z_j · E_j )      of n teachers at their largest sizes
 #
-# It is the target of every size, with x of `--distill`. T positions, K candidates, N items, D the teachers' widths
-# together.
+# It is the target of every size, with x of `--distill`.
 
 
 class Teachers:
@@ -160,11 +159,11 @@ class Teachers:
         self.models = [model.eval().requires_grad_(False) for model in models]
         device = next(self.models[0].parameters()).device  # a table kept without its features is not moved with a model
         with torch.no_grad():
-            self.table = torch.cat([model.item_table().to(device) for model in self.models], dim=1)  # [N+1, D]
+            self.table = torch.cat([model.item_table().to(device) for model in self.models], dim=1)  # [N+1, W]
 
     @torch.no_grad()
     def encode(self, tokens: Tensor, position: Tensor, longest: int) -> Tensor:
-        """Return the scaled z of all teachers side by side, [T, D]: its product with a row of the table is a logit."""
+        """Return the scaled z of all teachers side by side, [T, W]: its product with a row of the table is a logit."""
         parts, start = [], 0
         for model in self.models:
             x = self.table[tokens, start : start + model.sizes[-1]]
@@ -176,16 +175,16 @@ class Teachers:
 
     @torch.no_grad()
     def logits(self, z: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the logits of all items, [T, N+1]. dtype: of the product."""
+        """Return the logits of all items, [T, N+1], for z [T, W]. dtype: of the product."""
         return (z.to(dtype) @ self.table.to(dtype).T).to(z.dtype)
 
     @torch.no_grad()
     def sampled_logits(
         self, z: Tensor, labels: Tensor, items: Tensor, tokens: Tensor, longest: int, dtype: torch.dtype
     ) -> Tensor:
-        """Return the logits of each position's label, the drawn items and the history items: [T, 1 + K + longest].
+        """Return the logits of each position's label, the drawn items and the history items: [T, 1 + n + longest].
 
-        labels, tokens: [T]; items: [K]; longest: the columns of history items, 0 for none.
+        z: [T, W]; labels, tokens: [T]; items: [n]; longest: the columns of history items, 0 for none.
         """
         of_label = (z * self.table[labels]).sum(dim=1, keepdim=True)
         parts = [of_label, (z.to(dtype) @ self.table[items].to(dtype).T).to(z.dtype)]

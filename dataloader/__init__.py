@@ -5,7 +5,9 @@ By time: train on what comes before validation begins. Validate and test on the 
 items before it, for users who have both.
 
 The model reads the last L items of a history (L: lru_max_len). Rows are ragged and stored flat. `position` counts the
-steps since the LRU's initial state, so rows can be concatenated (model/lru.py). U users.
+steps since the LRU's initial state, so rows can be concatenated (model/lru.py).
+
+In distributed training each rank holds a contiguous share of a batch's rows. U users, B rows of a batch, T tokens.
 """
 
 from collections.abc import Iterator
@@ -125,9 +127,6 @@ def ranges(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
-# Packed batches: rows are concatenated without padding. B rows, T tokens.
-#
-# In distributed training each rank holds a contiguous share of a batch's rows.
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,8 @@ class Batch:
     labels: Tensor  # [T] int64; 0: no label
     position: Tensor  # [T] int64, steps since the LRU's initial state
     longest: int  # tokens of the longest row
-    share: tuple[
-        int | Tensor, int
-    ]  # offset of the first token in the batch of all ranks, and that batch's padded length
+    # The first token's offset in the batch of all ranks, and that batch's padded length.
+    share: tuple[int | Tensor, int]
     num_labels: Tensor  # scalar int64, in the batch of all ranks
 
 

@@ -1,4 +1,4 @@
-"""Load and check a prepared dataset.
+"""Load and check a prepared dataset, the one that the settings name or the demo. The paper's four datasets.
 
     <data_root>/<dataset_code>/sequential_data.txt   one line per user: user item item ..., ids from 1, oldest first
     <data_root>/<dataset_code>/datamaps.json         item2id (and user2id): Amazon id -> id, 1..N without gaps
@@ -294,8 +294,8 @@ def describe(catalog: Catalog) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- amazon
-# The paper's four datasets: where Amazon's raw files of 2014 are, and what the paper counts in them.
+# ------------------------------------------------------------------------------------------------- the paper's datasets
+# Where Amazon's raw files of 2014 are, and what the paper counts in them.
 
 BASE_URL = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 
@@ -328,12 +328,11 @@ def raw_names(category: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return files(f"reviews_{category}_5", f"reviews_{category}"), files(f"meta_{category}")
 
 
-# ------------------------------------------------------------------------------------------ load what the settings name
-# Load the dataset that the settings name: a prepared one or the demo.
+# ------------------------------------------------------------------------------------------ the dataset of the settings
 
 
 def check_dataset(settings: DataSettings) -> None:
-    """Raise InputError if the dataset is not there. In one process this takes no heavy imports; loading comes later."""
+    """Raise InputError if the dataset does not exist. One process needs no torch for it, so the error comes at once."""
     if not _is_demo(settings):
         processes.together(lambda: require_dataset(Path(settings.data_root), settings.dataset_code))
 

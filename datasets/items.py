@@ -28,13 +28,13 @@ _TAGS = (
     "a|b|i|u|p|s|br|hr|em|h[1-6]|li|ol|ul|dl|dt|dd|td|th|tr|div|img|sub|sup|pre|span|font|form|html|head|body|meta|link|"
     "table|tbody|thead|center|strong|small|big|script|style|input|button|iframe|noscript|label|section|object|embed|param"
 )
-# A "<" within a tag ends the attempt that began at an earlier one, so long texts take linear time.
+# A "<" within a tag, or a dot within a selector of STYLE, ends the attempt that began at an earlier one, so long texts
+# take linear time.
 BLOCK = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)", re.IGNORECASE | re.DOTALL)
 TAG = re.compile(  # the last may be cut off
     rf"</?(?:{_TAGS})\b(?:\s[^<>]*|\s*/)?>|<(?:{_TAGS})\s[^<>=]*=[^<>]*$|</(?:{_TAGS})$", re.IGNORECASE
 )
 SCRIPT = re.compile(r"getTime\(|\bfunction\s*\w*\(|\bvar \w+ ?=|\bdocument\.\w+\(")
-# So does a dot within a selector here.
 STYLE = re.compile(r"[.#][\w-](?:[\w\s:>,-]|[.#](?![\w-]))*\{\s*[a-z-]+\s*:[^{}]*(?:\}|$)")
 BY_LINE = re.compile(r"^\s*by\s*\n\s*", re.IGNORECASE)  # "by\n    Microsoft", a brand on a page of 2018
 MAX_ESCAPED = 8  # how often entities may be escaped; twice is common

@@ -10,8 +10,8 @@
     MovieLens                       u.data, ratings.dat, ratings.csv          u.item, movies.dat, movies.csv
     S3Rec and P5 text               a line per user: user item item ...
 
-gzip and zstd are unpacked. A format is one object of READERS; a new one is a class in datasets/prepare/readers/ and a
-line there. Names of columns: datasets/prepare/readers/base.py. n events, U users, N items.
+gzip and zstd are unpacked. A format is one object of READERS; to add one, write a class in datasets/prepare/readers/
+and list it in READERS. Names of columns: datasets/prepare/readers/base.py. n events, U users, N items.
 """
 
 import json
@@ -73,6 +73,9 @@ def find_reader(path: Path) -> Reader:
     raise InputError(f"{path} is of no known format (it begins with {head.lines[0][:60]!r}); accepted are {names}")
 
 
+# --------------------------------------------------------------------------------------------------------------- events
+
+
 @dataclass(frozen=True)
 class Events:
     """Events in the order of their file. Event r: user users[user[r]] had item items[item[r]]."""
@@ -88,7 +91,7 @@ class Events:
     filters: tuple[dict[str, Any], ...] = ()  # that were applied already: users, items and interactions after each
 
 
-def read_events(path: Path, columns: "Columns | None" = None) -> Events:
+def read_events(path: Path, columns: Columns | None = None) -> Events:
     """Read all events with a user, an item and a time of 0 (1970) or later.
 
     columns: names of the file's columns, from --columns. Raises InputError if the file is damaged or holds something
@@ -129,13 +132,14 @@ class Chunk(NamedTuple):
 
 
 def event_file(path: Path) -> RecordFile:
+    """Open a file of events."""
     return RecordFile(
         path,
         f"{HINT}, with ids as text or whole numbers, and times as numbers or ISO 8601 text such as 2024-05-31T10:00:00",
     )
 
 
-def event_chunks(file: RecordFile, columns: "Columns | None" = None) -> Iterator[Chunk]:
+def event_chunks(file: RecordFile, columns: Columns | None = None) -> Iterator[Chunk]:
     """Yield the events with a user, an item and a time, and count the others in `file`."""
     times = Times()
     with tqdm(desc=f"reading {file.path.name}", unit="event", unit_scale=True, disable=None) as bar:
@@ -265,13 +269,8 @@ def _is_huge(value: Any) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------- items
-# Items' attributes, from a file of any known format.
-#
-# Names become those of Amazon's 2014 release: title, price, brand, categories, description, and images for addresses of
-# pictures. Every other attribute keeps its name, so that --item_attributes can name it.
-
-MAX_PICTURES = 4  # addresses kept per item
-MIN_SIDE = 256  # pixels; a smaller picture is a thumbnail
+# Attributes get the names of Amazon's 2014 release: title, price, brand, categories, description, and images for
+# addresses of pictures. Every other attribute keeps its name, so that --item_attributes can name it.
 
 # Our name of an attribute -> the usual names, best first, without case and signs.
 NAMES = {
@@ -388,8 +387,10 @@ def _unpack(value: Any) -> Any:
     return (parse_record(value) or value) if isinstance(value, str) and value.startswith("{") else value
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------- pictures
 
+MAX_PICTURES = 4  # addresses kept per item
+MIN_SIDE = 256  # pixels; a smaller picture is a thumbnail
 SIZE = re.compile(r"\._(?=[A-Z])([^/]*?)_(?=\.\w+$)")  # "._SX38_SY50_CR,0,0,38,50_.jpg", as Amazon's servers scale
 SIDE = re.compile(r"[SU][A-Z](\d+)")
 

@@ -1,4 +1,4 @@
-"""Engines run an export's model on NumPy arrays; they know neither users nor item ids. States of users.
+"""Engines run an export's model on NumPy arrays. The item table, onnxruntime, users' states, baselines in NumPy.
 
     recommend(history [B, L], table, bias, k)      -> scores [B, k], items [B, k]
     step(item [B], hidden [B, blocks, 2, m], table) -> z [B, m], hidden
@@ -10,7 +10,8 @@ onnxruntime with int8 (bias_before_scaling). B users, L steps, N items, m the si
 
 An export of two widths has a table [N+1, w]. `rank` then takes z [B, w], and the encoder reads `table.wide` [N+1, m].
 
-The engines agree up to rounding. With int8, onnxruntime multiplies integers and torch multiplies dequantized float32.
+Engines know neither users nor item ids. They agree up to rounding. With int8, onnxruntime multiplies integers and torch
+multiplies dequantized float32.
 """
 
 from __future__ import annotations
@@ -29,7 +30,61 @@ from serving.folder import GRAPHS, HINT, Export, spare_rows
 from serving.weights import COUNTING, MATRICES, STEPS, Weights, dequantize, quantize, rounded
 
 ENGINES = ("torch", "onnx")
-ONNX_ROWS = 2  # the fewest rows of a product: one alone takes other routines, which round differently
+
+
+class Engine(Protocol):
+    """What the Recommender calls; see the top of this file for the shapes."""
+
+    def table(self, export: Export) -> Table: ...
+    def recommend(
+        self, history: np.ndarray, table: Table, bias: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+    def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]: ...
+    def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """An engine that encodes histories without states."""
+
+    def encode(self, history: np.ndarray, table: Table) -> np.ndarray: ...
+
+
+@runtime_checkable
+class VectorEngine(Protocol):
+    """An engine that returns z [B, m] of histories [B, L], as needed for an index and for two widths."""
+
+    def vectors(self, history: np.ndarray, table: Table) -> np.ndarray: ...
+
+
+def open_engine(export: Export, name: str | None, threads: int) -> Engine:
+    """Return the engine of this name; None: onnx if the export has graphs, else torch; a baseline has its own.
+
+    threads: of onnxruntime, 0: one per core. torch uses the process's threads.
+    Raises InputError if the engine is unknown, lacks a package, or the export has no valid graphs.
+    """
+    if baseline := export.config.get("model"):
+        if name is not None:
+            raise InputError(f"{export.folder} is a {baseline}, which NumPy serves; leave out engine {shown(name)}")
+        return BaselineEngine(export)
+    name = name or ("onnx" if export.has_graphs else "torch")
+    if name not in ENGINES:
+        raise InputError(f"engine {shown(name)} is unknown; use one of {', '.join(ENGINES)}")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+        raise InputError(f"threads {shown(threads)} must be a whole number, 0 for one per core")
+    if name == "onnx":
+        return OnnxEngine(export, threads)
+    try:
+        from serving.torch_engine import TorchEngine
+    except ImportError as error:
+        raise InputError(
+            f"the torch engine needs torch and a clone of the repository ({error}); the onnx engine needs neither: "
+            f"export with --format onnx"
+        ) from error
+    return TorchEngine(export)
+
+
+# ----------------------------------------------------------------------------------------------------------- item table
 
 
 class Growing:
@@ -243,6 +298,9 @@ class Table:
         return table
 
 
+# --------------------------------------------------------------------------------------------------- what engines share
+
+
 def bias_before_scaling(z: np.ndarray, table: Table, bias: np.ndarray) -> np.ndarray:
     """Return the bias [B, width] for `rank` that adds `bias` to the scores; of an int8 table, ranked by onnxruntime.
 
@@ -253,56 +311,26 @@ def bias_before_scaling(z: np.ndarray, table: Table, bias: np.ndarray) -> np.nda
     return bias / np.maximum(np.abs(z).max(axis=1, keepdims=True) / np.float32(STEPS), np.float32(1e-30))
 
 
-class Engine(Protocol):
-    """What the Recommender calls; see the top of this file for the shapes."""
-
-    def table(self, export: Export) -> Table: ...
-    def recommend(
-        self, history: np.ndarray, table: Table, bias: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]: ...
-    def step(self, item: np.ndarray, hidden: np.ndarray, table: Table) -> tuple[np.ndarray, np.ndarray]: ...
-    def rank(self, z: np.ndarray, table: Table, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
+def filled_up(rows: np.ndarray, fewest: int) -> np.ndarray:
+    """Add rows of zeros until there are `fewest`."""
+    missing = fewest - len(rows)
+    return rows if missing <= 0 else np.concatenate([rows, np.zeros_like(rows, shape=(missing, *rows.shape[1:]))])
 
 
-@runtime_checkable
-class Encoder(Protocol):
-    """An engine that encodes histories without states."""
-
-    def encode(self, history: np.ndarray, table: Table) -> np.ndarray: ...
-
-
-@runtime_checkable
-class VectorEngine(Protocol):
-    """An engine that returns z [B, m] of histories [B, L], as needed for an index and for two widths."""
-
-    def vectors(self, history: np.ndarray, table: Table) -> np.ndarray: ...
+def best_columns(scores: np.ndarray, k: int) -> np.ndarray:
+    """Return the columns of each row's k largest scores [B, min(k, columns)]; of equal scores the first comes first."""
+    k = min(k, scores.shape[1])
+    least = np.partition(scores, -k, axis=1)[:, -k]
+    rows = []
+    for row, low in zip(scores, least, strict=True):
+        at = np.flatnonzero(row >= low)
+        rows.append(at[np.argsort(-row[at], kind="stable")[:k]])
+    return np.stack(rows)
 
 
-def open_engine(export: Export, name: str | None, threads: int) -> Engine:
-    """Return the engine of this name; None: onnx if the export has graphs, else torch; a baseline has its own.
+# ---------------------------------------------------------------------------------------------------------- onnxruntime
 
-    threads: of onnxruntime, 0: one per core. torch uses the process's threads.
-    Raises InputError if the engine is unknown, lacks a package, or the export has no valid graphs.
-    """
-    if baseline := export.config.get("model"):
-        if name is not None:
-            raise InputError(f"{export.folder} is a {baseline}, which NumPy serves; leave out engine {shown(name)}")
-        return BaselineEngine(export)
-    name = name or ("onnx" if export.has_graphs else "torch")
-    if name not in ENGINES:
-        raise InputError(f"engine {shown(name)} is unknown; use one of {', '.join(ENGINES)}")
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
-        raise InputError(f"threads {shown(threads)} must be a whole number, 0 for one per core")
-    if name == "onnx":
-        return OnnxEngine(export, threads)
-    try:
-        from serving.torch_engine import TorchEngine
-    except ImportError as error:
-        raise InputError(
-            f"the torch engine needs torch and a clone of the repository ({error}); the onnx engine needs neither: "
-            f"export with --format onnx"
-        ) from error
-    return TorchEngine(export)
+ONNX_ROWS = 2  # the fewest rows of a product: one alone takes other routines, which round differently
 
 
 class OnnxEngine:
@@ -397,25 +425,8 @@ def _run(session: Any, inputs: dict[str, np.ndarray], outputs: list[str] | None 
         raise InputError(f"an ONNX graph of the export failed ({str(error).splitlines()[0]:.300}); {HINT}") from error
 
 
-def filled_up(rows: np.ndarray, fewest: int) -> np.ndarray:
-    """Add rows of zeros until there are `fewest`."""
-    missing = fewest - len(rows)
-    return rows if missing <= 0 else np.concatenate([rows, np.zeros_like(rows, shape=(missing, *rows.shape[1:]))])
-
-
-def best_columns(scores: np.ndarray, k: int) -> np.ndarray:
-    """Return the columns of each row's k largest scores [B, min(k, columns)]; of equal scores the first comes first."""
-    k = min(k, scores.shape[1])
-    least = np.partition(scores, -k, axis=1)[:, -k]
-    rows = []
-    for row, low in zip(scores, least, strict=True):
-        at = np.flatnonzero(row >= low)
-        rows.append(at[np.argsort(-row[at], kind="stable")[:k]])
-    return np.stack(rows)
-
-
 # --------------------------------------------------------------------------------------------------------------- states
-# A user's state: all that a recommender keeps of a user. B users, L steps, m the size.
+# All that a recommender keeps of a user, and how the steps of an engine make it from a history.
 
 STEP_ROWS = 2048  # steps that an engine computes at once
 HEADER = struct.Struct("<4sBBHHI")  # magic, version, blocks, size, bytes of the model's name, items
@@ -516,13 +527,12 @@ def decays_of(weights: Weights, config: Mapping[str, Any]) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------------ baselines
-# The baselines of an export, in NumPy: a shop can compare them with fMRLRec in the same Recommender.
+# In NumPy: a shop can compare them with fMRLRec in the same Recommender.
 #
 # lrurec and sasrec compute what model/baselines/ says. sasrec needs the whole history, so it has no states.
 # popularity and itemknn have the item table [N+1, 2]: an item's number, and its score by popularity. So the rows of
 # some items alone still say which items they are. z is the row of the history's last item.
-#
-# B users, L steps, N items, m the size, S = 2m states of the LRU.
+# S = 2m states of the LRU.
 
 PRODUCT_ROWS = 4  # the fewest rows of a product: fewer take other routines, which round differently
 
@@ -551,9 +561,8 @@ class BaselineEngine:
         if self._name in COUNTING:
             return table.values[item], hidden
         x, after = self._norm(table.values[filled_up(item, PRODUCT_ROWS)], "norm"), []
-        before = filled_up(hidden, PRODUCT_ROWS).reshape(
-            len(x), self._config["num_blocks"], 2, 2, -1
-        )  # halves, re and im
+        halves = len(x), self._config["num_blocks"], 2, 2, -1  # of the states, each re and im
+        before = filled_up(hidden, PRODUCT_ROWS).reshape(halves)
         for i, decay in enumerate(self._decays):
             h = (before[:, i, :, 0] + 1j * before[:, i, :, 1]).reshape(len(x), -1)
             h = self._inputs(x, f"blocks.{i}") + decay * h

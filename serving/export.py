@@ -24,12 +24,28 @@ import numpy as np
 
 from common.cli import Parser, add_switch, run_cli
 from common.errors import InputError
-from common.files import cannot_write, read_json, remove_leftovers, sha256, temporary_folder
+from common.files import cannot_write, check_schema, read_json, remove_leftovers, sha256, temporary_folder
 from common.settings import format_value
 from config import Config
-from serving.folder import STORED
+from serving.folder import (
+    CONFIG,
+    FAISS,
+    INDEX,
+    ITEMS,
+    ROWS,
+    SCAN,
+    STORED,
+    WEIGHTS,
+    make_items,
+    pack_items,
+    pack_rows,
+    pack_weights,
+    refuse_existing,
+    write_folder,
+)
 from serving.hub import CARD, front_matter
-from serving.weights import BASELINES, COUNTING, TABLES
+from serving.weights import BASELINES, COUNTING, TABLES, user_weighted_pca
+from serving.weights import quantize as to_int8
 
 if TYPE_CHECKING:
     from dataloader import EvalRows
@@ -144,8 +160,6 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         sizes = chosen_sizes(arguments, saved.mrl_hidden_sizes)
         folders = [target(arguments, saved.dataset_code, size, len(sizes)) for size in sizes]
     check_table_width(arguments.table_width, sizes, arguments.format, arguments.quantize)
-    from serving.folder import refuse_existing
-
     for folder in folders if not arguments.release else ():
         refuse_existing(folder, arguments.overwrite)
 
@@ -189,7 +203,6 @@ def folder_bytes(folder: Path) -> int:
 
 def check_release_flags(arguments: argparse.Namespace) -> None:
     """Raise InputError for a flag that --release does not go with, and if the release exists."""
-
     for flag, given in (
         ("--out", arguments.out is not None),
         ("--overwrite", arguments.overwrite),
@@ -200,7 +213,7 @@ def check_release_flags(arguments: argparse.Namespace) -> None:
                 f"{flag} does not go with --release, which writes archives of --format torch or onnx into a new "
                 f"folder; leave {flag} out"
             )
-    refuse_existing(arguments.release)
+    refuse_release(arguments.release)
 
 
 def check_baseline_flags(arguments: argparse.Namespace, model: str) -> None:
@@ -278,7 +291,6 @@ def named_sizes(text: str, trained: tuple[int, ...]) -> list[int]:
 
 def best_size(arguments: argparse.Namespace) -> int:
     """Return the size with the best NDCG@10 within the limits, as benchmarks/deploy.py measured."""
-    from common.files import check_schema
     from trainer.runs import DEPLOYMENT, Deployment
     from trainer.runs import WEIGHTS as RUN_WEIGHTS
 
@@ -344,21 +356,7 @@ def export_size(
     import torch
 
     from model import slice_model
-    from serving.folder import (
-        FAISS,
-        INDEX,
-        ITEMS,
-        ROWS,
-        SCAN,
-        WEIGHTS,
-        make_items,
-        pack_items,
-        pack_rows,
-        pack_weights,
-        write_folder,
-    )
     from serving.torch_engine import serving_weights
-    from serving.weights import quantize as to_int8
     from trainer.checkpoint import RunItems
 
     if index and (format != "onnx" or quantize == "int8"):
@@ -422,7 +420,6 @@ def cut_of(model: FMRLRec, table: np.ndarray, users: EvalRows, width: int) -> tu
     import torch
 
     from dataloader import eval_batches
-    from serving.weights import user_weighted_pca
     from trainer.evaluation import GROUP, encode_last
 
     with torch.inference_mode():
@@ -443,7 +440,6 @@ def export_baseline(
     overwrite: bool = False,
 ) -> None:
     """Write a run of one of BASELINES as an export. Raises InputError if weights are not finite."""
-    from serving.folder import ITEMS, WEIGHTS, make_items, pack_items, pack_weights, write_folder
     from serving.torch_engine import baseline_weights
 
     table, weights = baseline_weights(model)
@@ -506,7 +502,7 @@ def common_description(config: Config, items: RunItems, run: Path, size: int) ->
 
 
 # -------------------------------------------------------------------------------------------------------------- release
-# Write a release: the exports of a run as archives, with their checksums and one card.
+# The exports of a run as archives, with their checksums and one card:
 #
 # fmrlrec-<dataset>-<size>.tar.gz     an export in a folder of the archive's name, the same bytes each time
 # SHA256SUMS                          checksums of the archives, for sha256sum -c
@@ -515,7 +511,7 @@ def common_description(config: Config, items: RunItems, run: Path, size: int) ->
 SUMS = "SHA256SUMS"
 
 
-def refuse_existing(folder: Path) -> None:
+def refuse_release(folder: Path) -> None:
     """Raise InputError if `folder` exists: a release that people may have fetched is never replaced."""
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} exists; choose another folder for --release, or remove it first")
@@ -527,7 +523,7 @@ def write_release(folder: Path, dataset: str, sizes: Sequence[int], export: Call
     export: writes a size as an export into a new folder. Raises InputError, and leaves nothing, if `folder` exists or
     cannot be written, or if a size cannot be exported.
     """
-    refuse_existing(folder)
+    refuse_release(folder)
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -537,7 +533,7 @@ def write_release(folder: Path, dataset: str, sizes: Sequence[int], export: Call
         for size in sizes:
             unpacked = temporary / f"fmrlrec-{dataset}-{size}"
             export(size, unpacked)
-            configs.append(read_json(unpacked / "config.json", "export it again"))
+            configs.append(read_json(unpacked / CONFIG, "export it again"))
             archives.append(pack(unpacked, temporary / f"{unpacked.name}.tar.gz"))
             shutil.rmtree(unpacked)
         sums = "".join(f"{sha256(archive)}  {archive.name}\n" for archive in archives)

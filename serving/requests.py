@@ -14,7 +14,7 @@ from serving.engines import State
 from serving.recommender import Recommendation, Recommender
 
 # -------------------------------------------------------------------------------------------------- counters and limits
-# Counters of the server in Prometheus' text format, and the layer that counts and limits its requests.
+# Counters in Prometheus' text format, and the layer that counts and limits the requests.
 
 MAX_BYTES = 1 << 20  # of one request
 JSON = (b"content-type", b"application/json")

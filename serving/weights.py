@@ -1,7 +1,7 @@
-"""The weights of an export: real arithmetic, masks applied, ready to multiply. NumPy only.
+"""The weights of an export: names and shapes, quantization, the cut to a narrower item table. NumPy only.
 
-m: the size, F: feature width. Matrices are [inputs, outputs], so a layer is x W + b. serving/torch_engine.py makes them
-from a model.
+Weights are real, masked and ready to multiply. Matrices are [inputs, outputs], so a layer is x W + b.
+serving/torch_engine.py makes them from a model. m: the size, F: feature width.
 
     norm.weight, .bias                  [m]       input norm; with post-norm only
     blocks.i.norm1.weight, .bias        [m]       as in model/fmrl.py
@@ -107,7 +107,7 @@ def float_weight(weights: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------------- quantize
-# Quantization: float16, or int8 with one float32 scale per output or item (w ≈ q · scale).
+# float16, or int8 with one float32 scale per output or item (w ≈ q · scale).
 
 TABLES = ("none", "float16", "int8")  # storage of the item table; int8 also quantizes the blocks' matrices
 
@@ -139,7 +139,7 @@ def rounded(rows: np.ndarray, stored_as: str) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------- two widths
-# An export of two widths: a size of the encoder, and a width to which the item table is cut without training.
+# The encoder has one size; the item table is cut to a smaller width, without training.
 #
 # The cut is a PCA weighted by the users' vectors. The scores Z T^T of users Z [U, D] and items T [N, D] are
 # Z C^(-1/2) · C^(1/2) T^T with C = Z^T Z. By the SVD C^(1/2) T^T = Q S V^T, the rank-w matrix nearest to all scores of

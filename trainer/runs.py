@@ -1,4 +1,4 @@
-"""Run folders: <runs_root>/<dataset_code>/<time>-<run_name>/ with these files; and how to find one.
+"""Run folders: make, read and find them, and the schemas of their files, <runs_root>/<dataset_code>/<time>-<run_name>/:
 
 config.json              settings and the source of each
 env.json                 versions, device, commit, command line, data and features; also of every --resume
@@ -304,6 +304,18 @@ def read_best_epoch(run: Path) -> dict[str, Any]:
     raise InputError(f"{run / LOG} has no line of the run's best epoch; restore it, or train another run")
 
 
+def read_plane(run: Path) -> list[dict[str, Any]]:
+    """Return the cells (encoder size, table width) that experiments.cut measured of a run's weights.
+
+    Empty if the run was not cut, or before its weights changed. Raises InputError for a damaged cut.json.
+    """
+    path, hint = run / CUT, f"measure it again: python -m experiments.cut {shlex.quote(str(run))}"
+    if not path.exists():
+        return []
+    cut = check_schema(read_json(path, hint), Cut, path, hint)
+    return cut.get("plane", []) if cut.get("weights") == sha256(run / WEIGHTS) else []
+
+
 def no_weights(path: Path) -> InputError:
     """Return the InputError for missing weights."""
     return InputError(
@@ -400,10 +412,8 @@ class Cut(Struct):
 
 
 # ----------------------------------------------------------------------------------------------------------- user ranks
-# Save and load test_ranks.npz: every user's test rank at every size. U users.
-#
-# Ranks per user allow paired comparisons of runs. The file also has the number of
-# training interactions of each user's target, to group users by it.
+# test_ranks.npz: every user's test rank at every size, for paired comparisons of runs, and the number of training
+# interactions of each user's target, to group users by it. U users.
 
 TRAINED = "times_trained"  # name of the array of training counts
 BINS = {"never": 0, "1-5 times": 1, "6-20 times": 6, "21 times and more": 21}  # of training counts; their first ones
@@ -439,7 +449,7 @@ def decoded(saved: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------- find a run
-# Find the run that a command line means: a folder, or the newest match. Needs no torch, so errors come at once.
+# The run that a command line means: a folder, or the newest match. This needs no torch, so errors come at once.
 
 
 def find_trained(run: str | Path | None, runs_root: Path, flags: dict[str, Any]) -> Path:
@@ -525,15 +535,3 @@ def expand_preset(flags: dict[str, Any], dataset: str) -> dict[str, Any]:
         return flags
     named = named_preset(flags["preset"], dataset) or {name: getattr(Config, name) for name in EXTENSIONS}
     return named | {name: value for name, value in flags.items() if name != "preset"}
-
-
-def read_plane(run: Path) -> list[dict[str, Any]]:
-    """Return the cells (encoder size, table width) that experiments.cut measured of a run's weights.
-
-    Empty if the run was not cut, or before its weights changed. Raises InputError for a damaged cut.json.
-    """
-    path, hint = run / CUT, f"measure it again: python -m experiments.cut {shlex.quote(str(run))}"
-    if not path.exists():
-        return []
-    cut = check_schema(read_json(path, hint), Cut, path, hint)
-    return cut.get("plane", []) if cut.get("weights") == sha256(run / WEIGHTS) else []

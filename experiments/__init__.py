@@ -3,3 +3,4 @@
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+MEDIA = Path(__file__).parent.parent / "media"  # figures

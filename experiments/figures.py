@@ -1,6 +1,6 @@
-"""Draw the figures of the report from kept runs, and that of the method, into media/.
+"""Draw figures into media/: those of the report from kept runs, the deployment card, and the method's architecture.
 
-python -m experiments.figures                                  # that of the method: architecture.png
+python -m experiments.figures                                  # the architecture: architecture.png
 python -m experiments.figures --demo_run experiments/runs/...  # also demo.png, the curve of a run of the demo
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.cli import Parser, run_cli
+from experiments import MEDIA
 from experiments.definition import definitions
 from experiments.paper import BEST, BY_SIZE, MASKED, PUBLISHED
 from experiments.store import KeptRun
@@ -169,7 +170,7 @@ def draw_encoder_width(dataset: str, points: list[ResultRow], path: Path) -> Non
 
 
 # ----------------------------------------------------------------------------------------------------------- deployment
-# The deployment card of a run, as benchmarks/deploy.py measures it: its table and its figure.
+# A run's deployment card, as benchmarks/deploy.py measures it: its table and its figure.
 
 DIGITS = {"resident_mb": "MB in memory 0", "load_s": "load s 2", "p50_ms": "p50 ms 2", "p95_ms": "p95 ms 2",
           "step_p50_ms": "event p50 ms 2", "batch256_p50_ms": "256 users p50 ms 0",
@@ -274,15 +275,16 @@ def plot_card(card: dict[str, Any], path: Path) -> None:
         panels[1].legend(frameon=False, fontsize=8, loc="lower right")
 
 
-# ------------------------------------------------------------------------------------------------ figures of the method
-# They need no saved results.
+# --------------------------------------------------------------------------------------------------------- architecture
+# The command draws this figure; experiments.report draws the others. It needs no kept results.
 
-MEDIA = Path(__file__).parent.parent / "media"
+FROZEN, LEARNED, NESTED = "#e3e6ea", "#fbe3c0", "#cfe6e0"
+SIZES = (8, 16, 32, 64)  # of the drawn weights
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the figures into media/."""
-    parser = Parser(description="Draw the figures of the method.")
+    """Draw the architecture, and copy a run's curve if asked to."""
+    parser = Parser(description="Draw the figure of the architecture.")
     parser.add_argument("--demo_run", type=Path, metavar="FOLDER", help="also copy the curve of this run to demo.png")
     parser.add_argument("--out", type=Path, default=MEDIA, metavar="FOLDER", help="output folder (default: media)")
     arguments = parser.parse_args(argv)
@@ -290,10 +292,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw_architecture(arguments.out / "architecture.png")
     if arguments.demo_run:
         shutil.copyfile(arguments.demo_run / Path(EVERY_SIZE).with_suffix(".png"), arguments.out / "demo.png")
-
-
-FROZEN, LEARNED, NESTED = "#e3e6ea", "#fbe3c0", "#cfe6e0"
-SIZES = (8, 16, 32, 64)  # of the drawn weights
 
 
 def draw_architecture(path: Path) -> None:
@@ -317,15 +315,8 @@ def draw_architecture(path: Path) -> None:
         def arrow(*points: tuple[float, float]) -> None:
             for start, end in itertools.pairwise(points[:-1]):
                 axes.plot(*zip(start, end, strict=True), color=INK, lw=1.1, solid_capstyle="round")
-            options: dict[str, Any] = {
-                "arrowstyle": "-|>",
-                "mutation_scale": 11,
-                "lw": 1.1,
-                "color": INK,
-                "shrinkA": 0,
-                "shrinkB": 0,
-            }
-            axes.add_patch(FancyArrowPatch(points[-2], points[-1], **options))
+            tip: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 0, "shrinkB": 0}
+            axes.add_patch(FancyArrowPatch(points[-2], points[-1], lw=1.1, color=INK, **tip))
 
         box(0, 57, 15, 8, "item text", "white")
         box(0, 46, 15, 8, "item picture", "white")

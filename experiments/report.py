@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 from common.cli import Parser, run_cli
 from common.errors import InputError
 from common.files import write_text
-from experiments import RESULTS
+from experiments import MEDIA, RESULTS
 
 if TYPE_CHECKING:
     from experiments.store import KeptRun
 
 OUT = Path(__file__).parent / "RESULTS.md"
-MEDIA = Path(__file__).parent.parent / "media"
 
 INTRODUCTION = """# Results
 

@@ -1,4 +1,4 @@
-"""The text of the report: a section of tables for each experiment in RESULTS.md, and REPORT.md."""
+"""The text of RESULTS.md (tables of each experiment, the best published results, Figure 4) and of REPORT.md."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def unlike_paper(config: Config, published: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
-# Rows of an experiment's tables: which kept runs belong to which row, and which rows are comparable.
+# Which kept runs belong to which row of an experiment, and which rows are comparable.
 
 
 @dataclass(frozen=True)
@@ -343,8 +343,6 @@ class ResultRow:
 
 def frame(group: list[ResultRow], split: str = "test") -> pd.DataFrame:
     """Return the metrics of a group, indexed by row name, seed and size."""
-    import pandas as pd
-
     runs = {(row.name, run.config.seed): run for row in group for run in row.runs}
     of_runs = {key: run.test if split == "test" else run.validation for key, run in runs.items()}
     return pd.concat(of_runs, names=["row", "seed", "size"])
@@ -409,7 +407,7 @@ def numbered(group: list[ResultRow]) -> list[ResultRow]:
 
 
 # --------------------------------------------------------------------------------------------------------- significance
-# Tell whether one model is better than another: a paired bootstrap over users, and Welch's t test over seeds.
+# Whether one model is better than another: a paired bootstrap over users, and Welch's t test over seeds.
 #
 # The bootstrap (Efron and Tibshirani 1993; in information retrieval Sakai 2006) asks whether the difference of these
 # trained models would hold for other users; Welch's test (1947), whether it would hold for other seeds. U users.
@@ -485,14 +483,13 @@ def student_p(t: float, freedom: float) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------ REPORT.md
-# REPORT.md: the reproduction in the form of a report, written from report_template.md and kept results.
+# The reproduction in the form of a report, written from report_template.md and kept results. The template has fields in
+# double braces:
 #
-# A template has fields in double braces:
-#
-# {{dataset; experiment; row; size; metric}}             the test metric of the kept row, mean ± sd over seeds
-# {{dataset; experiment; row; size; metric; against KEY}}    its difference from paper.PUBLISHED[KEY]
-# {{dataset; experiment; row; setting NAME}}             a setting of the row
-# {{dataset; experiment; row - row; metric}}             the difference of two rows at their sizes, with p values
+#     {{dataset; experiment; row; size; metric}}                 the test metric of the kept row, mean ± sd over seeds
+#     {{dataset; experiment; row; size; metric; against KEY}}    its difference from paper.PUBLISHED[KEY]
+#     {{dataset; experiment; row; setting NAME}}                 a setting of the row
+#     {{dataset; experiment; row - row; metric}}                 the difference of two rows at their sizes, with p
 #
 # Rows that were not run read "not run".
 
@@ -552,7 +549,7 @@ def _difference(runs: list[KeptRun], dataset: str, experiment: str, pair: list[s
 
 
 # ----------------------------------------------------------------------------------------------------------------- best
-# The report's comparison with the best published results, per dataset and protocol.
+# Comparison with the best published results, per dataset and protocol.
 
 DATASETS = ("beauty", "clothing", "sports", "toys")
 METRICS = ("Recall@10", "NDCG@10")
@@ -576,7 +573,7 @@ def ours(runs: list[KeptRun], dataset: str, experiment: str, name: str) -> Resul
 
 
 def best_section(runs: list[KeptRun]) -> list[str]:
-    """Return the report's comparison with the best as Markdown lines."""
+    """Return the comparison with the best published results as Markdown lines."""
     lines = [
         "## Compared with the best published results",
         "",
@@ -617,11 +614,11 @@ def _best_table(runs: list[KeptRun], dataset: str, protocol: str, published: tup
 # ----------------------------------------------------------------------------------------------------------- parameters
 # How many parameters one nested training saves: the paper's Figure 4, and the same for the models here.
 
-FIRST = 128  # the smallest size that the figure counts
-FEATURES = 2048  # bge-large's and SigLIP's, side by side
+SMALLEST = 128  # the smallest size that the figure counts
+PAPER_FEATURES = 2048  # bge-large's and SigLIP's, side by side
 
 
-def by_the_paper(dim: int) -> int:
+def paper_parameters(dim: int) -> int:
     """Return the parameters of a 2-block model as the figure counts them, which reproduces it to the digit.
 
     A block has 5 square weights, 5 biases and 3 vectors of the LRU; a complex number counts once. LayerNorms, the
@@ -630,23 +627,23 @@ def by_the_paper(dim: int) -> int:
     return 2 * (5 * dim**2 + 5 * dim + 3 * dim)
 
 
-def stored(dim: int, projection: bool = True) -> int:
+def stored_parameters(dim: int, projection: bool = True) -> int:
     """Return the numbers in the file of a 2-block model here.
 
     A complex number counts twice, and masked zeros count. projection: include the projection of the paper's encoders.
     """
     square, vector = 3 + 4, 3 + 3 + 3 + 4  # feed-forward, B and C; their biases, ν θ γ, LayerNorms
-    return 2 * (square * dim**2 + vector * dim) + projection * (FEATURES + 1) * dim
+    return 2 * (square * dim**2 + vector * dim) + projection * (PAPER_FEATURES + 1) * dim
 
 
-def unmasked(sizes: tuple[int, ...], projection: bool = True) -> int:
+def unmasked_parameters(sizes: tuple[int, ...], projection: bool = True) -> int:
     """Return the parameters of a model here as model.count_parameters does: complex ones once, masked ones not."""
     dim, below = sizes[-1], (0, *sizes)
     square = sum((high - low) * high for low, high in zip(below, sizes, strict=False))
-    return 2 * (5 * square + 5 * dim + 3 * dim + 4 * dim) + projection * (FEATURES + 1) * dim
+    return 2 * (5 * square + 5 * dim + 3 * dim + 4 * dim) + projection * (PAPER_FEATURES + 1) * dim
 
 
-def saved(of_separate: list[int], of_one: int) -> float:
+def share_saved(of_separate: list[int], of_one: int) -> float:
     """Return the figure's R_s: the extra parameters of separate models, relative to the one nested model."""
     return sum(of_separate) / of_one - 1
 
@@ -655,24 +652,24 @@ def figure4() -> list[tuple[int, float, float, float]]:
     """Return (largest size, R_s by the paper's formula, R_s of the files here, R_s of the unmasked parameters)."""
     rows = []
     for largest in SAVED:
-        sizes = tuple(FIRST * 2**i for i in range((largest // FIRST).bit_length()))
+        sizes = tuple(SMALLEST * 2**i for i in range((largest // SMALLEST).bit_length()))
         rows.append(
             (
                 largest,
-                saved([by_the_paper(m) for m in sizes], by_the_paper(largest)),
-                saved([stored(m) for m in sizes], stored(largest)),
-                saved([unmasked((m,)) for m in sizes], unmasked(sizes)),
+                share_saved([paper_parameters(m) for m in sizes], paper_parameters(largest)),
+                share_saved([stored_parameters(m) for m in sizes], stored_parameters(largest)),
+                share_saved([unmasked_parameters((m,)) for m in sizes], unmasked_parameters(sizes)),
             )
         )
     return rows
 
 
 def parameters_section() -> list[str]:
-    """Return the figure's part of the report as Markdown lines."""
+    """Return the report's part on Figure 4 as Markdown lines."""
     columns = ["sizes", "its formula", "files here", "without masked zeros"]
     table = pd.DataFrame(figure4(), columns=columns)
     table.insert(1, "paper", SAVED.values())
-    sizes = [f"{FIRST}..{largest}" if largest > FIRST else f"{FIRST}" for largest in table.pop("sizes")]
+    sizes = [f"{SMALLEST}..{largest}" if largest > SMALLEST else f"{SMALLEST}" for largest in table.pop("sizes")]
     table = table.map("{:.2%}".format)
     table.insert(0, "sizes", sizes)
     return [
@@ -680,7 +677,7 @@ def parameters_section() -> list[str]:
         "",
         "Separate models of every size hold this many more parameters than the one nested model. The paper's formula "
         "counts five square weights a block. A file here holds B and C twice (real and imaginary parts), LayerNorms, "
-        f"and the projection of {FEATURES} features, which grows with the size and not with its square. The last "
+        f"and the projection of {PAPER_FEATURES} features, which grows with the size and not with its square. The last "
         "column counts complex numbers once and leaves out the zeros that the mask makes in the nested model.",
         "",
         *markdown(table),

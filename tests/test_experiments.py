@@ -651,11 +651,11 @@ def test_the_bootstrap_resamples_users(monkeypatch):
 def test_figure_4_comes_out_to_the_digit_and_counts_parameters_as_the_models_hold_them():
     found = {largest: f"{100 * saved:.2f}" for largest, saved, *_ in tables.figure4()}
     assert found == {128: "0.00", 256: "25.16", 512: "31.39", 1024: "32.90", 2048: "33.25"}
-    model = FMRLRec(3, torch.zeros(3, tables.FEATURES), ModelSettings(mrl_hidden_sizes=(4, 12, 20)))
+    model = FMRLRec(3, torch.zeros(3, tables.PAPER_FEATURES), ModelSettings(mrl_hidden_sizes=(4, 12, 20)))
     numbers, projection = (sum(p.numel() for p in of.parameters()) for of in (model, model.items))
     for with_projection, left_out in ((True, 0), (False, projection)):
-        assert tables.stored(20, projection=with_projection) == numbers - left_out
-        assert tables.unmasked(model.sizes, projection=with_projection) == count_parameters(model) - left_out
+        assert tables.stored_parameters(20, projection=with_projection) == numbers - left_out
+        assert tables.unmasked_parameters(model.sizes, projection=with_projection) == count_parameters(model) - left_out
 
 
 def test_a_table_compares_runs_that_differ_only_in_the_varied_settings(results):

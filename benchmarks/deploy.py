@@ -1,4 +1,4 @@
-"""Measure what each size of a run costs to serve on one core, and how well it recommends.
+"""Measure what each size of a run costs to serve on one core, and how well it recommends; also one-file exports.
 
 python -m benchmarks.deploy                                          # of the newest run
 python -m benchmarks.deploy --run experiments/runs/beauty/...        # writes deploy.json and deploy.png into the run
@@ -8,7 +8,6 @@ python -m benchmarks.deploy --one_file --browser     # one-file exports; needs c
 from __future__ import annotations
 
 import argparse
-import functools
 import http.server
 import itertools
 import json
@@ -32,7 +31,8 @@ from common.cli import Parser, run_cli
 from common.errors import InputError
 from common.files import sha256, write_json
 from common.settings import format_value
-from serving.export import add_run_arguments, asked_run, export_size, named_sizes
+from serving.export import add_run_arguments, asked_run, export_size, folder_bytes, named_sizes
+from serving.export import main as export_sizes
 
 # (engine, how numbers are stored); the first is what the others are compared with
 VARIANTS = (("torch", "none"), ("torch", "float16"), ("onnx", "float16"), ("onnx", "int8"))
@@ -116,7 +116,7 @@ def measure_card(arguments: argparse.Namespace) -> dict[str, Any]:
                     format="onnx" if engine == "onnx" else "torch", quantize=quantize,
                 )  # fmt: skip
                 row = {"size": size, "engine": engine, "quantize": quantize}
-                row["bytes"] = sum(path.stat().st_size for path in export.iterdir())
+                row["bytes"] = folder_bytes(export)
                 row |= measure_in_subprocess(export, engine, some)
                 answers = answer(export, engine, histories)
                 plain = plain or answers
@@ -338,10 +338,10 @@ def line(row: dict[str, Any]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- one-file exports
-# Bytes, milliseconds in Python and in a browser, and whether the answers are those of the Recommender, from an export
-# stored in the same way.
+# Their bytes, their milliseconds in Python and in a browser, and whether they answer as the Recommender does from an
+# export that is stored in the same way.
 
-FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+CHROMIUM_FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
 BROWSER_REQUESTS = 200
 ASK = """async ([size, histories]) => {
   const { recommend } = await import("./page.js");
@@ -358,7 +358,6 @@ ASK = """async ([size, histories]) => {
 def measure_one_file(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure, print a table and return its rows."""
     from datasets.catalog import load_catalog
-    from serving.export import main as export_sizes
     from serving.hub import MODEL
     from serving.weights import TABLES
     from trainer.runs import read_config
@@ -378,7 +377,7 @@ def measure_one_file(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             files = export_sizes([*flags, "--format", "onnx-file", "--out", f"{temporary}/{quantize}-file/size"])
             folders = export_sizes([*flags, "--out", f"{temporary}/{quantize}/size"])
             for size, file, folder in zip(sizes, files, folders, strict=True):
-                row = {"size": size, "stored": quantize, **measured(file / MODEL, folder, histories)}
+                row = {"size": size, "stored": quantize, **measure_file(file / MODEL, folder, histories)}
                 rows.append(row | {"browser_ms": browser.get(size) if quantize == "float16" else None})
     print(f"{run}: {len(histories)} test users; medians of one answer, 1 thread")
     print("  size  stored       MB  Python ms  browser ms  same ten items")
@@ -391,7 +390,7 @@ def measure_one_file(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(file: Path, folder: Path, histories: list[list[int]]) -> dict[str, Any]:
+def measure_file(file: Path, folder: Path, histories: list[list[int]]) -> dict[str, Any]:
     """Return bytes, milliseconds of an answer, and how many answers have the ten items of the torch engine."""
     import onnxruntime
 
@@ -421,11 +420,11 @@ def browser_ms(temporary: Path, where: list[str], sizes: list[int], histories: l
     if (chromium := shutil.which("chromium")) is None:
         raise InputError("--browser needs chromium: apt-get install chromium")
     page = write_page([*where[1:], "--out", str(temporary / "page")])
-    handler = functools.partial(_Quiet, directory=page)
+    handler = partial(_Quiet, directory=page)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS.split())
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS.split())
         tab = browser.new_page()
         tab.goto(f"http://127.0.0.1:{server.server_port}/")
         tab.wait_for_selector("#best > li")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from benchmarks import describe_environment, time_paired
+from benchmarks import describe_environment, memory_mb, time_paired
 from common.cli import Parser, run_cli
 from common.errors import InputError
 
@@ -195,7 +195,6 @@ def peak_memory(count: int, workers: int) -> float:
     """Encode `count` pictures; return the peak MB of this process and its workers."""
     import resource
 
-    from benchmarks import memory_mb
     from config import FeatureSettings
     from datasets.features.load import load_features
 

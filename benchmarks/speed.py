@@ -1,4 +1,4 @@
-"""Time training steps and the evaluation of all sizes against the plain baseline.
+"""Time training steps and the evaluation of all sizes against the plain baseline, which is at the end of this file.
 
 python -m benchmarks.speed            # the paper's model on made-up data of Beauty's size
 python -m benchmarks.speed --help
@@ -15,18 +15,26 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import describe_environment, memory_mb, time_paired
 from common.cli import Parser, run_cli
-from config import resolve
-from model import FMRLRec
+from common.devices import resolve_device
+from config import ModelSettings, TrainingSettings, resolve
+from dataloader import TrainLoader, eval_rows, train_rows
+from datasets.catalog import Sequences
+from model import FMRLRec, build_model
 from model.base import nested_mask
 from model.fmrl import nested_linear_plain
 from model.fmrlrec import FeedForward
 from model.lru import LRU
+from trainer.evaluation import rank_targets, rank_targets_alone
+from trainer.step import Step, WeightAverage, build_optimizer
+from trainer.trainer import build_step
 
 BASELINE_USERS = 64  # users that the baseline evaluates, in one batch
 STEPS = 5  # consecutive steps of one case; its first step must allocate memory again
@@ -83,18 +91,6 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
 
     Made-up users have Beauty's history lengths. The baseline evaluates BASELINE_USERS of them.
     """
-    import numpy as np
-    import torch
-
-    from common.devices import resolve_device
-    from config import ModelSettings, TrainingSettings
-    from dataloader import TrainLoader, eval_rows, train_rows
-    from datasets.catalog import Sequences
-    from model import FMRLRec, build_model
-    from trainer.evaluation import rank_targets, rank_targets_alone
-    from trainer.step import Step, WeightAverage, build_optimizer
-    from trainer.trainer import build_step
-
     rng, device = np.random.default_rng(0), resolve_device(arguments.device)
     torch.manual_seed(0)
     lengths = (4 + rng.geometric(0.2, size=arguments.users)).clip(max=200)  # mean 8.9, as in Beauty
@@ -102,7 +98,7 @@ def build(arguments: argparse.Namespace) -> tuple[dict[str, Callable], dict[str,
     sequences = Sequences(rng.integers(1, arguments.items + 1, size=offsets[-1]), offsets)
     sizes = tuple(map(int, arguments.sizes.split(",")))
     # Unit norm and half precision, like cached features.
-    features = torch.nn.functional.normalize(torch.randn(arguments.items, arguments.features)).half()
+    features = F.normalize(torch.randn(arguments.items, arguments.features)).half()
     model = FMRLRec(
         arguments.items, features, ModelSettings(mrl_hidden_sizes=sizes, lru_num_blocks=arguments.blocks)
     ).to(device)
@@ -166,17 +162,14 @@ def bare_products(case: Callable, calls: int = 1) -> Callable[[], None]:
 
     The products have the shapes, strides and types of the case's, but random operands, and nothing between them.
     """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     aten = torch.ops.aten
     first_operand = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1, aten.baddbmm_: 1}
-    operands: dict[Any, torch.Tensor] = {}
+    operands: dict[Any, Tensor] = {}
 
     class Record(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
-            self.products: list[tuple[torch.Tensor, torch.Tensor]] = []
+            self.products: list[tuple[Tensor, Tensor]] = []
 
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             with self:  # in inference mode, nn.Linear and @ come whole
@@ -189,7 +182,7 @@ def bare_products(case: Callable, calls: int = 1) -> Callable[[], None]:
                 self.products.append((a, b))
             return function(*args, **(kwargs or {}))
 
-    def stand_in(operand: torch.Tensor) -> torch.Tensor:
+    def stand_in(operand: Tensor) -> Tensor:
         key = operand.shape, operand.stride(), operand.dtype
         if key not in operands:
             like = torch.empty_strided(*key[:2], dtype=operand.dtype, device=operand.device)
@@ -230,11 +223,10 @@ def print_cases(title: str, seconds: dict[str, list[float]]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the plain baseline
-# A straightforward implementation of the method, the baseline of the benchmarks.
-#
-# It pads sequences to 50, computes the logits of each size separately at all positions and keeps them all in memory,
-# and runs the recurrence with complex B and C over the padding. Evaluation projects the item table for every batch,
-# scores all positions and sorts the scores. It shares the weights of an FMRLRec and is used only by benchmarks.
+# A straightforward implementation of the method, which shares the weights of an FMRLRec. It pads sequences to 50,
+# computes the logits of each size separately at all positions and keeps them all in memory, and runs the recurrence
+# with complex B and C over the padding. Evaluation projects the item table for every batch, scores all positions and
+# sorts the scores.
 
 
 class Baseline(torch.nn.Module):

@@ -48,7 +48,7 @@ from trainer.load_run import load_run
 from trainer.runs import commit
 
 # --------------------------------------------------------------------------------------------------------------- folder
-# An export's folder: never half written, checked when read, exact about ids and titles, published on the Hub.
+# An export's folder: never half written, checked when read, exact about ids and titles.
 
 TWO_SIZES, FEATURES, IDS = (2, 5), 3, ["A1", "B2", "C3"]
 FILES = ("model.safetensors", "items.safetensors", "recommend.onnx")
@@ -657,7 +657,6 @@ def test_the_package_holds_serving_alone_and_answers_without_torch_as_in_the_clo
 
 # ----------------------------------------------------------------------------------------------------------------- page
 
-FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
 DONE = "#best > li, #message:not([hidden]):not(:has(code))"  # an answer, or a message other than the first
 
 
@@ -696,7 +695,8 @@ def browser():
     if not shutil.which("chromium"):
         missing("the browser chromium")
     with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
+        flags = deploy.CHROMIUM_FLAGS.split()
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
         yield browser.new_context()
         browser.close()
 

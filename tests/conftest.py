@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.pictures import Server, serving
-from tests.made_up import write_prepared, write_tiny_clip
+from tests.made_up import ENGINES, KINDS, Shop, write_prepared, write_tiny_clip
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported, which tests do
 
@@ -74,17 +74,15 @@ def hub(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory):
     """Return the shop of the tests of serving."""
-    from tests.made_up import Shop
-
     return Shop(tmp_path_factory.mktemp("shop"))
 
 
-@pytest.fixture(params=["torch", "onnx"])
+@pytest.fixture(params=ENGINES)
 def engine(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["none", "float16", "int8"])
+@pytest.fixture(params=KINDS)
 def kind(request) -> str:
     """Return a storage of the item table."""
     return request.param

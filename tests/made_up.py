@@ -1,4 +1,4 @@
-"""Make models of random weights and catalogues without files for tests."""
+"""Small inputs of tests: models and catalogues, exports, prepared datasets and encoders, raw files."""
 
 import dataclasses
 import gzip
@@ -109,12 +109,11 @@ class NoUpdate:
 
 
 # ------------------------------------------------------------------------------------------------------------- exported
-# Small exports for tests, a shop that is exported, and comparisons of answers.
+# Small exports, a shop that is exported, and comparisons of answers.
 
 ENGINES, KINDS = ("torch", "onnx"), ("none", "float16", "int8")
 ATTRIBUTES = ("title", "price", "brand", "categories")
 N, MAX_LEN = 20, 5
-HALF = np.finfo(np.float16).eps  # features of the training are rounded to float16, those of new products are not
 # Ids neither in order nor of one length.
 IDS = [f"{'QBXA'[i % 4]}{(i * 7) % N}{'-long' * (i % 3)}" for i in range(N)]
 
@@ -235,7 +234,7 @@ def everything(r: Recommender, history, **options):
 
 
 # ------------------------------------------------------------------------------------------------------ prepared inputs
-# Small inputs of tests: a prepared dataset, a text encoder, a CLIP of a few hundred weights; cut a training off.
+# A prepared dataset, a text encoder, a CLIP of a few hundred weights; a training that is cut off, a forked process.
 
 WORDS = ("red", "warm", "light", "tent", "lamp", "stove", "knife", "kettle", "gloves", "bottle")
 BRANDS = ("Alder", "Birch &amp; Co.", "Corvid")
@@ -345,7 +344,6 @@ def write_tiny_bert(folder: Path, pooling: dict | None = None, seed: int = 0, po
 
     pooling: content of its 1_Pooling/config.json; None writes no such file.
     """
-    import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder.mkdir(parents=True)
@@ -376,7 +374,6 @@ TINY_CLIP = {
 def write_tiny_clip(folder: Path) -> str:
     """Write a small random CLIP and return its name for open_clip, tiny-clip/<weights>."""
     import open_clip
-    import torch
 
     (folder / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
     open_clip.add_model_config(folder / "tiny-clip.json")
@@ -430,12 +427,14 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------------ raw
-# Raw files as Amazon publishes them, made for tests.
+# Raw files as Amazon publishes them.
 
 
 def write_raw(path: Path, records: Iterable[dict[str, Any] | str], literals: bool = False) -> Path:
-    """A line per record, as JSON or (2014's metadata) Python literals, gzipped where the name says so; texts as they
-    are."""
+    """Write a line per record, as JSON or Python literals (2014's metadata), gzipped if the name ends in .gz.
+
+    A text is written as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     write = repr if literals else json.dumps
     data = "".join((r if isinstance(r, str) else write(r)) + "\n" for r in records).encode("utf-8", "surrogatepass")
@@ -444,13 +443,14 @@ def write_raw(path: Path, records: Iterable[dict[str, Any] | str], literals: boo
 
 
 def review(user: str, item: str, time: int, rating: float = 5.0) -> dict[str, Any]:
-    """A review of 2014 or 2018."""
+    """Return a review of 2014 or 2018."""
     return {"reviewerID": user, "asin": item, "overall": rating, "reviewText": "fine", "unixReviewTime": time}
 
 
 def reviews_of(sequences: list[tuple[str, list[str]]], seed: int = 0) -> list[dict[str, Any]]:
-    """Reviews in a file's order from which these histories (user, items) come out, and among them noise that the 5-core
-    removes: users with 4 reviews of known items, and an item with 4 reviews by known users.
+    """Return reviews in a file's order that give these histories (user, items), with noise that the 5-core removes.
+
+    The noise: users with 4 reviews of known items, and an item with 4 reviews by known users.
 
     The users' first lines are in the order given. A user's reviews are not in the order of time, but those of the same
     time are in the order of the history.

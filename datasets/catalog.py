@@ -295,9 +295,7 @@ def describe(catalog: Catalog) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- the paper's datasets
-# Where Amazon's raw files of 2014 are, and what the paper counts in them.
-
-BASE_URL = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+# Their names in Amazon's release of 2014, and what the paper counts in them.
 
 
 @dataclass(frozen=True)
@@ -317,15 +315,6 @@ PAPER_SETS = {
     "sports": PaperSet("Sports_and_Outdoors", 35_598, 18_357, 17_943, 296_337),
     "toys": PaperSet("Toys_and_Games", 19_412, 11_924, 11_895, 167_597),
 }
-
-
-def raw_names(category: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the published names of a category's reviews and metadata; the first is the one to fetch."""
-
-    def files(*names: str) -> tuple[str, ...]:
-        return tuple(f"{name}.json{gz}" for name in names for gz in (".gz", ""))
-
-    return files(f"reviews_{category}_5", f"reviews_{category}"), files(f"meta_{category}")
 
 
 # ------------------------------------------------------------------------------------------ the dataset of the settings

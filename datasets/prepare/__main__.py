@@ -31,7 +31,6 @@ from common.errors import InputError
 from common.files import cannot_write, remove_leftovers, write_json, write_text
 from config import SECTIONS, Config, resolve
 from datasets.catalog import (
-    BASE_URL,
     FILES,
     PAPER_SETS,
     REPORT,
@@ -44,6 +43,7 @@ from datasets.catalog import (
 from datasets.items import ITEM2IMG, MANIFEST
 from datasets.prepare.raw import FILTERS, in_words, not_known, prepare_data, summarise
 
+BASE_URL = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"  # Amazon's raw files of 2014
 STEPS = ("data", "pictures", "features")
 SETTINGS = (
     *("data_root", "use_language_encoder", "language_encoder", "item_attributes", "use_img_encoder", "features"),

@@ -17,7 +17,7 @@ import numpy as np
 from common.errors import InputError
 from common.files import cannot_write, read_json, replacing, sha256, write_json, write_text
 from config import Config
-from datasets.catalog import FILES, PAPER_SETS, REPORT, SPLIT, Catalog, raw_names, read_report
+from datasets.catalog import FILES, PAPER_SETS, REPORT, SPLIT, Catalog, read_report
 from datasets.items import ITEM2IMG, MANIFEST, attribute_text, is_junk
 
 FILTERS = {"min_uc": 5, "min_sc": 5, "min_rating": 0.0, "repeats": "keep", "ties": "file"}
@@ -210,6 +210,15 @@ def raw_files(config: Config, arguments: argparse.Namespace) -> tuple[Path, Path
     events, items = found
     assert events is not None
     return events, items
+
+
+def raw_names(category: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the published names of a category's reviews and metadata; the first is the one to fetch."""
+
+    def files(*names: str) -> tuple[str, ...]:
+        return tuple(f"{name}.json{gz}" for name in names for gz in (".gz", ""))
+
+    return files(f"reviews_{category}_5", f"reviews_{category}"), files(f"meta_{category}")
 
 
 def not_known(dataset_code: str) -> str:

@@ -1,4 +1,4 @@
-"""What a reader of one format is, the beginning of a file that it recognises, and the columns that it needs."""
+"""The columns of events and items by their usual names, the beginning of a file, and the interface of a reader."""
 
 from __future__ import annotations
 
@@ -111,8 +111,7 @@ def parse_columns(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-# ----------------------------------------------------------------------------------------------------------------- base
-# What a reader of one format is, and the beginning of a file by which it is recognised.
+# --------------------------------------------------------------------------------------------------------------- reader
 
 CHUNK = 250_000  # events read at a time
 HEAD = 1 << 16  # bytes by which a format is recognised

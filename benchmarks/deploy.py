@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return found
     if arguments.one_file:
         return {"one_file": measure_one_file(arguments)}
-    from experiments.figures import card_table, plot_card
+    from experiments.figures import plot_card
+    from experiments.tables import card_table
     from trainer.runs import DEPLOYMENT, DEPLOYMENT_PICTURE, describe_run
 
     arguments.run = asked_run(arguments)

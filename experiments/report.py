@@ -32,7 +32,7 @@ of every size, settings, command lines and versions, are in [metrics.csv](result
 
 def report(runs: list[KeptRun]) -> str:
     """Return the text of RESULTS.md."""
-    from experiments import cold_items, figures, tables
+    from experiments import cold_items, tables
     from experiments.definition import definitions
 
     experiments = [line for definition in definitions().values() for line in tables.section(definition, runs)]
@@ -42,7 +42,7 @@ def report(runs: list[KeptRun]) -> str:
             *tables.best_section(runs),
             *experiments,
             *tables.parameters_section(),
-            *figures.deployment_section(runs),
+            *tables.deployment_section(runs),
             *cold_items.section(runs),
         ]
     )

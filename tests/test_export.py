@@ -27,7 +27,7 @@ import train
 from benchmarks import deploy
 from common.errors import InputError
 from datasets.catalog import load_catalog
-from experiments.figures import card_table
+from experiments.tables import card_table
 from serving import Recommender, export, recommend
 from serving import folder as export_folder
 from serving.folder import GRAPHS, WEIGHTS, Items, make_items, pack_items, pack_weights, read_folder, write_folder

@@ -481,7 +481,9 @@ class State:
         )
 
 
-def encode(engine: Engine, table: Table, eigenvalues: np.ndarray, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def encode_by_steps(
+    engine: Engine, table: Table, eigenvalues: np.ndarray, history: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (z [B, m], hidden [B, blocks, 2, m]) after histories [B, L], left-padded with 0.
 
     eigenvalues: λ [blocks, m]. Each block's recurrence h_t = u_t + λ h_{t-1} runs here. The engine computes the inputs

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.errors import InputError, shown
 from serving.catalogue import Catalogue, Snapshot, check_state
-from serving.engines import Encoder, State, VectorEngine, bias_before_scaling, encode
+from serving.engines import Encoder, State, VectorEngine, bias_before_scaling, encode_by_steps
 from serving.folder import ItemId
 
 SCORES = 1 << 21  # user-item scores held at once
@@ -94,7 +94,7 @@ def vectors_of(now: Snapshot, batch: list[Request]) -> np.ndarray:
         assert isinstance(now.engine, VectorEngine)  # baselines have one width
         z = now.engine.vectors(filled(now, batch), table)
     else:
-        z = encode(now.engine, table, now.eigenvalues, filled(now, batch))[0]
+        z = encode_by_steps(now.engine, table, now.eigenvalues, filled(now, batch))[0]
     return table.vectors_to_rank(z)
 
 

@@ -29,7 +29,7 @@ from common.errors import InputError, shown
 from common.files import open_regular, read_json
 from serving import hub
 from serving.catalogue import Catalogue, Snapshot, check_state, project
-from serving.engines import Engine, State, WideRows, encode, open_engine
+from serving.engines import Engine, State, WideRows, encode_by_steps, open_engine
 from serving.folder import (
     CONFIG,
     FAISS,
@@ -258,7 +258,7 @@ class Recommender:
             raise InputError("sasrec reads the whole history each time and has no states; give recommend the history")
         numbers = _known(now.catalogue, history, "a history")
         items = np.array([numbers or [0]], dtype=np.int64)
-        z, hidden = encode(now.engine, now.catalogue.table, now.eigenvalues, items)
+        z, hidden = encode_by_steps(now.engine, now.catalogue.table, now.eigenvalues, items)
         return State(hidden[0], z[0], tuple(numbers), now.model)
 
     def step(self, state: State, item: ItemId) -> State:

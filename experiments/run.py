@@ -40,8 +40,8 @@ from experiments.definition import (
     summary,
 )
 from experiments.store import keep, kept_runs
+from trainer.runs import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 DONE = ("finished", "kept in part")  # states with nothing to do
 CHILDREN: list[subprocess.Popen] = []  # the running scripts
 

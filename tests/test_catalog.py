@@ -1,4 +1,4 @@
-"""A prepared dataset and the demo: what is read, what is left out with a note, and what is refused by file and line."""
+"""A prepared dataset and the demo: what is read, left out with a note or refused by file and line. Rows and batches."""
 
 import gzip
 import json
@@ -204,6 +204,9 @@ def test_photos_may_be_a_link_and_links_out_of_them_are_left_out_with_a_note(fol
     assert note == f"2 pictures are links to files outside {disk}: left out (the first: 'out.png')"
 
 
+# ----------------------------------------------------------------------------------------------------------------- demo
+
+
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> Iterator[Catalog]:
     """Return the demo, which is smaller while a test of this file uses it."""
@@ -264,6 +267,8 @@ def test_the_demo_neither_replaces_a_users_dataset_nor_a_file_in_its_place(tmp_p
     with pytest.raises(InputError, match=f"cannot write .*{tmp_path / 'file'}"):
         demo.prepare_demo(tmp_path / "file")
 
+
+# -------------------------------------------------------------------------------------------------------------- batches
 
 NUM_USERS = 23
 

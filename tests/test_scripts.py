@@ -1,4 +1,4 @@
-"""Settings (which value wins, what is refused and saved), and runs of train.py and eval.py on a tiny dataset."""
+"""Settings (which value wins, what is refused and saved), files, and train.py and eval.py on a tiny dataset."""
 
 import copy
 import dataclasses
@@ -300,6 +300,7 @@ def test_a_setting_changes_what_is_trained(base_weights, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
+# Files that are written whole or not at all, and errors of reading.
 
 HINT = "make it again with the press"
 

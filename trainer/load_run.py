@@ -1,4 +1,4 @@
-"""Load a run, continue it, or start a training from its weights."""
+"""Load a run, continue it, start a training from its weights, or learn from it as a teacher."""
 
 from collections.abc import Sequence
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""The test: every size of a trained model on every user's last item, and that each slice equals the model's prefix."""
+"""The test of every size on every user's last item; slices against the model's prefix; metrics of recommended lists."""
 
 import itertools
 from collections.abc import Callable

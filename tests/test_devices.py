@@ -266,6 +266,17 @@ def test_two_processes_make_the_features_that_one_has_not_finished_to_the_same_b
     assert all("absent.npy does not exist" in rank["said"] for rank in outcome(folder, "no file"))
 
 
+@pytest.mark.parametrize(("count", "ranks"), [(7, 3), (2, 4), (8, 4), (0, 2)])
+def test_shares_of_all_ranks_are_everything_once_and_about_equal(monkeypatch, count, ranks):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(range(*processes.share(count)))
+    assert [thing for share in shares for thing in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 def test_every_process_of_a_machine_has_its_own_gpu(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)

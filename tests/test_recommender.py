@@ -437,12 +437,14 @@ def test_the_answer_is_the_models_own_ranking_with_ids_and_titles(shop, r, histo
 def test_answers_come_in_the_order_of_the_histories_also_from_several_batches(r, monkeypatch, scores_at_once):
     histories = [[5, 2, 9], [], r.start([8]), [1], [7, 7, 7, 7, 7], r.start([3, 1]), LONG, [9]]
     expected, asked, true = [r.recommend([history], top_k=8)[0] for history in histories], [], recommender.ranked
-    monkeypatch.setattr(recommender, "ranked", lambda *given: asked.append(len(given[1])) or true(*given))
+    monkeypatch.setattr(recommender, "ranked", lambda *given: asked.append(given[1]) or true(*given))
     monkeypatch.setattr(ranking, "SCORES", scores_at_once)
     monkeypatch.setattr(torch_engine, "CHUNK", 3)
     for actual, answer in zip(r.recommend(histories, top_k=8), expected, strict=True):
         assert_same_answer(actual, answer)
-    assert max(asked) == max(scores_at_once // (N + 1), 1)
+    assert max(map(len, asked)) == max(scores_at_once // (N + 1), 1)
+    lengths = [len(request.items) for batch in asked for request in batch if request.state is None]
+    assert lengths == [0, 1, 1, 3, 5, 8]  # so that histories of a batch need little padding
 
 
 def test_the_last_items_of_a_long_history_are_read_and_all_are_excluded(r):

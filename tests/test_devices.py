@@ -85,6 +85,9 @@ def interrupted(self, *arguments):
     keep(self, *arguments)
     raise KeyboardInterrupt
 
+def full(path, state):
+    raise InputError(f"rank {processes.rank()}: no space")
+
 def broken(*arguments, **how):
     calls.append(1)
     return true_loss(*arguments, **how) * (float("nan") if len(calls) == 3 and processes.rank() == 1 else 1)
@@ -123,6 +126,9 @@ trainer_module.build_step = plain
 LOSSES["fast"] = broken
 run("not finite", f"{tiny} --run_name not-finite")
 LOSSES["fast"] = true_loss
+save, trainer_module.save_state = trainer_module.save_state, full
+run("full", f"{tiny} --run_name full")
+trainer_module.save_state = save
 (two,) = Path().glob("experiments/runs/tiny/*-faithful-two")
 with run_lock(two) if processes.rank() == 0 else contextlib.nullcontext():
     run("held", f"--resume {two}")
@@ -239,6 +245,7 @@ def test_two_processes_count_and_test_a_run_as_one_does(folder, monkeypatch):
         ("resumed by two", "continuing after epoch 1", "experiments/runs/tiny/"),
         ("cut by two", "mrl_hidden_sizes         4,12   (flag)", "KeyboardInterrupt"),
         ("not finite", "", "InputError the loss is nan at step 3 (epoch 1); no epoch was finished"),
+        ("full", "", "InputError rank 0: no space"),
     ],
 )
 def test_both_ranks_end_alike_and_the_first_alone_prints(folder, case, printed, said):

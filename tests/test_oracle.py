@@ -23,6 +23,7 @@ from datasets.catalog import load_catalog
 from datasets.features import registry
 from experiments import cold_items
 from model import MODELS, CountingModel, FMRLRec, build_model, fast
+from model.base import set_share
 from model.baselines import sasrec
 from model.baselines.counting import SHRINKAGE, ItemKNN
 from model.extensions.objective import (
@@ -286,11 +287,15 @@ def test_the_fast_loss_has_the_value_and_gradients_of_the_plain_one(
     if objective == "teachers":
         candidates = 1 + 17 + HISTORY.shape[1] if kind == "sample" else 1 + shape[1]
         given = given._replace(teacher=torch.randn(shape[0], candidates, dtype=dtype))
-    fast, plain = (value_and_gradients(losses[name], case, leaves, given) for name in ("fast", "plain"))
-    for f, p in zip(fast, plain, strict=True):
+    monkeypatch.setattr(fast, "_buffers", {})
+    with torch.inference_mode():  # its memory is reused in training
+        value = losses["fast"](*case, objective=given)
+    found, plain = (value_and_gradients(losses[name], case, leaves, given) for name in ("fast", "plain"))
+    assert value == found[0]
+    for f, p in zip(found, plain, strict=True):
         assert (f.dtype, f.shape) == (p.dtype, p.shape)
         assert (f - p).abs().max() <= tolerance * p.abs().max()
-    assert not fast[1][case[2] == 0].any()  # of z, at positions without a label
+    assert not found[1][case[2] == 0].any()  # of z, at positions without a label
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -494,6 +499,19 @@ def test_a_packed_history_is_encoded_as_alone_and_at_some_tokens_as_at_all(name,
     torch.testing.assert_close(found, alone[at])
     gradients = [torch.autograd.grad((z**3).sum(), x)[0] for z in (found, model.encode(x, position, longest)[at])]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_shares_of_a_batch_have_the_dropout_of_the_batch(name):
+    model, (x, position, longest) = a_model(name, lru_dropout=0.4, lru_attn_dropout=0.3).train(), packed()
+    torch.manual_seed(0)
+    whole = model.encode(x, position, longest)
+    for rows in (slice(0, 14), slice(14, None)):  # a share begins with a history
+        set_share(model, (rows.start, len(x)))
+        torch.manual_seed(0)
+        torch.testing.assert_close(model.encode(x[rows], position[rows], longest), whole[rows])
+    set_share(model, None)
+    assert (model.eval().encode(x, position, longest) - whole).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", TRAINED)

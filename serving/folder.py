@@ -27,7 +27,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,7 +168,8 @@ def write_folder(
         if former.exists():  # one step, so _restore never finds half of it
             former.rename(temporary)
     except OSError as error:
-        _restore(folder)
+        with suppress(OSError):  # another writer may restore it, or replace it
+            _restore(folder)
         raise cannot_write(folder, error) from error
     finally:
         if temporary is not None:

@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -246,6 +248,19 @@ def test_a_full_disk_leaves_the_old_export(tmp_path, monkeypatch, call, at):
         write(folder, ids=["new"], overwrite=True)
     assert str(raised.value) == f"cannot write {folder}: No space left on device; free space or choose another folder"
     assert contents(folder) == before and names(tmp_path) == ["out"]
+
+
+def test_two_writers_at_once_leave_the_whole_export_of_one(tmp_path):
+    write(tmp_path / "out", ids=["old"])
+
+    def replace(number):
+        with suppress(InputError):  # the other one was first
+            write(tmp_path / "out", ids=[f"new{number}"], overwrite=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(replace, range(8)))
+    assert read_folder(tmp_path / "out").items.id(1) in ["old", *(f"new{number}" for number in range(8))]
+    assert names(tmp_path) == ["out"]
 
 
 CHANGES = ("os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir")

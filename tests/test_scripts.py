@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import MagicMock, call
 
@@ -331,6 +332,20 @@ def test_a_writer_that_fails_leaves_the_old_file_alone_and_its_error_unchanged(o
         temporary.write_text("half")
         raise error
     assert raised.value is error and contents(old.parent) == {old.name: b"old"}
+
+
+def test_concurrent_writers_leave_the_whole_file_of_one_and_each_run_has_a_folder_of_its_own(old, monkeypatch):
+    texts = [letter * 200_000 for letter in "abcdef"]
+    monkeypatch.setattr(runs.time, "strftime", lambda _: "20260101-000000")  # all runs begin in the same second
+
+    def write(text):
+        write_text(old, text)
+        return runs.create_run(Config(runs_root=str(old.parent), run_name="one"), {}, "cpu", text[0], "by time", [])
+
+    with ThreadPoolExecutor(6) as pool:
+        folders = list(pool.map(write, texts))
+    assert old.read_text() in texts and not list(old.parent.glob(".*"))
+    assert [runs.read_environment(folder)["data"] for folder in folders] == list("abcdef")
 
 
 @pytest.mark.parametrize("step", [(Path, "write_text"), (os, "fsync"), (Path, "replace")], ids=lambda step: step[1])

@@ -72,6 +72,12 @@ def test_a_removed_item_comes_back_under_its_old_number(shop, engine, kind):
     assert 5 in everything(r, []).numbers
 
 
+def test_rows_that_are_extended_twice_stay_apart():
+    rows = engines.Growing(np.zeros((8, 2)), 3)
+    first, second = (rows.extended(np.full((1, 2), number)) for number in (1, 2))
+    assert (first.values[3:].tolist(), second.values[3:].tolist()) == ([[1, 1]], [[2, 2]])
+
+
 NEW, MATRIX = ["NEW-1", "NEW-2"], np.ones((2, 1264), dtype=np.float32)
 
 
@@ -311,17 +317,17 @@ def test_a_narrow_table_scores_as_the_cut_of_users_and_items(engine, kind, index
             for each in (plain, r):
                 each.remove_items(gone)
                 each.update_items([2, 300], np.linspace(-2, 2, 32).reshape(2, 16))
-                each.add_items(["NEW"], np.full((1, 16), -2.0))
+                each.add_items(["NEW-1", "NEW-2"], np.outer([-2.0, 1.5], np.ones(16)))
             r.save_pretrained(tmp_path / "saved")
             r = Recommender.from_pretrained(tmp_path / "saved", engine)
-        history, vectors = [3, 300, 2, len(r.items)], plain.item_vectors() @ items[:, :5]
+        history, vectors = [3, 300, 2, len(r.items) - 1, len(r.items)], plain.item_vectors() @ items[:, :5]
         scores = plain.user_vectors([history])[0] @ users[:, :5] @ vectors.T
         lengths, boost, few = np.linalg.norm(vectors, axis=1), np.linspace(0, 1, 300), [7, 8, 2, 10]
         for answer, expected, without in (
             (everything(r, history), scores, gone),
             (everything(r, r.step(r.start(history[:-1]), history[-1])), scores, gone),
             (everything(r, history, boost=boost, candidates=range(1, 290)), scores[:289] + boost[:289], gone),
-            (everything(r, history, candidates=few), scores, set(range(1, 302)) - set(few)),
+            (everything(r, history, candidates=few), scores, set(range(1, 303)) - set(few)),
             (r.similar_items([1], top_k=300)[0], vectors @ vectors[0] / lengths / lengths[0], [1, *gone]),
         ):
             ranked = [i for i in (np.argsort(-expected) + 1).tolist() if i not in without]

@@ -257,7 +257,8 @@ def test_the_default_engine_is_onnx_if_there_are_graphs_else_torch_and_others_ar
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baselines_export_answers_as_its_model(tmp_path, name):
     model, r = exported_baseline(tmp_path / "export", name)
-    for history in ([], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]):
+    histories = [[], [3], [9, 3, 9, 30, 1], [4, 2, 30, 7, 7, 1, 29]]
+    for history, in_batch in zip(histories, r.recommend(histories, top_k=30, exclude_history=False), strict=True):
         tokens = torch.tensor(history or [0])
         with torch.no_grad():
             if name in COUNTING:
@@ -268,6 +269,9 @@ def test_a_baselines_export_answers_as_its_model(tmp_path, name):
         answer, expected = everything(r, history), scores[1:].numpy()
         np.testing.assert_allclose(answer.scores, -np.sort(-expected), atol=1e-5 * np.abs(expected).max())
         np.testing.assert_allclose(expected[np.array(answer.numbers) - 1], answer.scores, atol=1e-5, rtol=1e-4)
+        assert_same_answer(in_batch, answer)
+        if name in COUNTING:  # many scores are equal
+            assert answer.numbers == (np.argsort(-expected, kind="stable") + 1).tolist()
         few = everything(r, history, candidates=[5, 29])
         assert few.numbers == [i for i in answer.numbers if i in (5, 29)]
         if name == "sasrec":

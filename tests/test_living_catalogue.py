@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,6 +179,22 @@ def test_a_folder_is_opened_again_only_if_it_changed(replaced, engine):
         r.step(state, 1)
     with pytest.raises(InputError, match="the filter was made before the export was reloaded; make it again"):
         r.recommend([[3]], candidates=rule)
+
+
+def test_a_reload_waits_for_a_change_that_has_begun(replaced, shop, monkeypatch):
+    r, _, replace = replaced
+    replace()
+    with ThreadPoolExecutor(1) as pool:
+
+        def project(*given, true=recommender.project):
+            reloads.append(pool.submit(r.reload))
+            wait(reloads, timeout=0.3)
+            return true(*given)
+
+        reloads: list = []
+        monkeypatch.setattr(recommender, "project", project)
+        r.add_items(["NEW"], shop.features[:1])
+        assert reloads[0].result() and "NEW" not in r
 
 
 def test_reload_follows_a_link_and_keeps_the_open_model_if_the_folder_is_broken(replaced, tmp_path):

@@ -176,6 +176,8 @@ def test_an_item_is_its_widened_features_projected_plus_its_embedding(monkeypatc
     torch.testing.assert_close(encoder.everything(), expected)
     torch.testing.assert_close(encoder(items), expected[items])
     assert torch.equal(encoder.rows(items, torch.float64), whole[items].double())
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(encoder.factors(dtype).features, whole.to(dtype))
     assert [part.data_ptr() for part in encoder.features] == [part.data_ptr() for part in features]
     assert set(encoder.state_dict()) - {"V"} == {"projection.weight", "projection.bias"}  # not the frozen features
     with pytest.raises(ValueError, match=r"features of shape \[22, 3\] do not describe 23 items"):
@@ -227,8 +229,13 @@ def test_a_gate_leaves_the_embedding_of_untrained_items_out_and_rescales_their_r
     torch.testing.assert_close(items.everything()[:12], expected)
     items.eval()
     torch.testing.assert_close(items.everything()[[1, 6, 11]], torch.cat([expected[[1, 6]], 3 * content[[11]]]))
-    norms = [table[items.gate.trained].norm(dim=1).mean() for table in (items.everything(), content)]
-    assert items.new_item_scale() == pytest.approx((norms[0] / norms[1]).item())
+    items.gate.trained[0] = True  # sequences begin with token 0, which is no item
+    ungated = embedding_model().items
+    torch.nn.init.uniform_(ungated.V, -1, 1)
+    for each, trained in ((items, items.gate.trained[1:]), (ungated, slice(None))):
+        tables = each.everything(), each.everything() - each.V
+        norms = [table[1:][trained].norm(dim=1).mean() for table in tables]
+        assert each.new_item_scale() == pytest.approx((norms[0] / norms[1]).item())
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -28,11 +28,13 @@ from model.baselines import sasrec
 from model.baselines.counting import SHRINKAGE, ItemKNN
 from model.extensions.objective import (
     CROSS_ENTROPY,
+    TIMES,
     Objective,
     contains,
     history_items,
     history_logits,
     history_logits_plain,
+    learned_bias,
     losses_plain,
 )
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample, sampled_matryoshka_cross_entropy
@@ -407,6 +409,11 @@ def test_a_positions_history_is_the_distinct_items_of_its_row_up_to_its_token_an
     read = [[item for item in row.tolist() if item] for row in history_items(tokens, position, 3)]
     assert [sorted(row) for row in read] == [[], [4], [4], [3, 4], [9], [9], []]
     z, x = (torch.randn(130, 5, dtype=torch.float64) for _ in range(2))
+    parameter = torch.tensor([0.3, -0.1], requires_grad=True)
+    bias = learned_bias(parameter)
+    bias.sum().backward()
+    torch.testing.assert_close(bias, TIMES * parameter)
+    assert parameter.grad.tolist() == [1, 1]  # not TIMES, which would dominate the norm that is clipped
     for longest in (1, 70):
         found, plain = (logits(z, x, longest, (2, 5)) for logits in (history_logits, history_logits_plain))
         torch.testing.assert_close(found, plain)
@@ -506,8 +513,8 @@ def test_shares_of_a_batch_have_the_dropout_of_the_batch(name):
     model, (x, position, longest) = a_model(name, lru_dropout=0.4, lru_attn_dropout=0.3).train(), packed()
     torch.manual_seed(0)
     whole = model.encode(x, position, longest)
-    for rows in (slice(0, 14), slice(14, None)):  # a share begins with a history
-        set_share(model, (rows.start, len(x)))
+    for rows, first in ((slice(0, 14), 0), (slice(14, None), 14), (slice(14, None), torch.tensor(14))):
+        set_share(model, (first, len(x)))
         torch.manual_seed(0)
         torch.testing.assert_close(model.encode(x[rows], position[rows], longest), whole[rows])
     set_share(model, None)

@@ -743,15 +743,17 @@ def test_waiting_requests_are_answered_together_and_a_bad_one_fails_alone(served
 
     async def ask():
         batcher = Batcher(served, Metrics())
+        gone = asyncio.create_task(batcher.ask([4], options))
         asked = asyncio.gather(*(batcher.ask(*request) for request in requests), return_exceptions=True)
         await asyncio.sleep(0)
+        gone.cancel()  # its client does not wait
         task = asyncio.create_task(batcher.run())
-        answers = await asked
+        answers = await asyncio.wait_for(asked, timeout=30)
         task.cancel()
         return answers
 
     *answers, refused = asyncio.run(ask())
-    assert sizes == [4, 1, 1, 1, 1, 2]  # together, then each alone as one was refused, then those with candidates
+    assert sizes == [5, 1, 1, 1, 1, 1, 2]  # together, then each alone as one was refused, then those with candidates
     assert [answer.ids for answer in answers[:3]] == [recommend([[i]], 3)[0].ids for i in (1, 2, 3)]
     assert [answer.ids for answer in answers[3:]] == [["A2"], ["A1"]]
     assert isinstance(refused, InputError)

@@ -360,22 +360,25 @@ def test_a_recording_played_back_trains_as_the_step_does(monkeypatch, scan, plus
     assert 1 < len(recorded) <= len(shapes) < len(batches) / 2
 
 
-def batch_of(lengths, seed):
+def batch_of(lengths, seed, of_all_ranks=32):
     random, total = torch.Generator().manual_seed(seed), sum(lengths)
     tokens, labels = torch.randint(1, NUM_ITEMS + 1, (2, total), generator=random)
     position = torch.cat([torch.arange(n) for n in lengths])
-    return Batch(tokens, labels, position, max(lengths), (0, total), torch.tensor(total))
+    return Batch(tokens, labels, position, max(lengths), (0, of_all_ranks), torch.tensor(total))
 
 
 @pytest.mark.parametrize(("longest", "later"), [(17, 32), (9, 16)])
-def test_batches_of_one_size_but_longer_histories_are_recorded_anew_and_none_is_written_to(monkeypatch, longest, later):
+def test_batches_of_other_histories_or_a_larger_batch_of_all_ranks_are_recorded_anew_and_none_is_written_to(
+    monkeypatch, longest, later
+):
     monkeypatch.setattr(fast, "_scan", fast._scan_by_doubling)  # the one that asks for the longest history
     short, long, other = [4] * 8, [longest, *[1] * (32 - longest)], [later, *[1] * (32 - later)]
     rows = [short, short, long, short, long, other, short]
     batches = [batch_of(lengths, seed) for seed, lengths in enumerate(rows)]
+    batches += [batch_of(short, seed, of_all_ranks=64) for seed in range(2)]
     before, (record, recorded) = copy.deepcopy(batches), recorder()
     plain, graphed = run(make_step(), batches), run(GraphedStep(make_step(), record), batches)
-    assert graphed[0] == plain[0] and len(recorded) == 2
+    assert graphed[0] == plain[0] and len(recorded) == 3
     torch.testing.assert_close(*([vars(batch) for batch in each] for each in (batches, before)))
 
 

@@ -368,7 +368,7 @@ def batch_of(lengths, seed, of_all_ranks=32):
 
 
 @pytest.mark.parametrize(("longest", "later"), [(17, 32), (9, 16)])
-def test_batches_of_other_histories_or_a_larger_batch_of_all_ranks_are_recorded_anew_and_none_is_written_to(
+def test_longer_histories_or_larger_batches_of_all_ranks_are_recorded_anew_and_not_written_to(
     monkeypatch, longest, later
 ):
     monkeypatch.setattr(fast, "_scan", fast._scan_by_doubling)  # the one that asks for the longest history
@@ -515,6 +515,9 @@ def test_a_user_whose_scores_are_no_numbers_ranks_last_and_no_other_user_notices
     assert found[1:, 2].tolist() == [RANKED_ITEMS + 2] * 2
     found[1:, 2] = before[1:, 2]
     assert torch.equal(found, before)
+    pairs, of_target = torch.tensor([[0, 0], [0, 1]]), torch.tensor([[2.0]], dtype=torch.float64)
+    rows = torch.tensor([[NAN, 0], [1, 1]])  # not a number is ahead, an equal score ties
+    assert evaluation.count_pairs_ahead(torch.ones(1, 2), rows, *pairs, of_target, (2,), [0.0]).tolist() == [[[1], [1]]]
 
 
 def test_ranks_are_kept_to_any_cut_off_and_named_if_they_cannot_be_read(tmp_path):
@@ -632,7 +635,12 @@ def ranks_by_counting(z, rows, targets, rounding=0.0, chunk=5):
 @pytest.mark.parametrize("alike", [False, True], ids=["of all sizes", "with the largest sums"])
 def test_vectors_are_rounded_to_their_bits_and_scores_are_exact_in_any_order(dim, bits, alike):
     torch.manual_seed(0)
-    x = 1 - torch.rand(6, dim) / 100 if alike else torch.randn(6, dim) * 10 ** (torch.randn(6, dim) + torch.randn(6, 1))
+    signs = torch.tensor([[1], [1], [-1], [1], [-1], [-1]])
+    x = (
+        signs * (1 - torch.rand(6, dim) / 100)
+        if alike
+        else torch.randn(6, dim) * 10 ** (torch.randn(6, dim) + torch.randn(6, 1))
+    )
     z, rows = on_grid(x[:3]), on_grid(x[3:])
     assert ((z - x[:3]).abs() <= z.abs().amax(dim=1, keepdim=True) * 2**-bits).all()
     pairs = zip(z.tolist(), rows.tolist(), strict=True)

@@ -31,7 +31,7 @@ from serving.folder import GRAPHS, read_folder, write_folder
 from serving.hub import graphs_of_folder
 from serving.requests import Batcher, Metrics
 from serving.torch_engine import TorchEngine
-from serving.weights import BASELINES, dequantize
+from serving.weights import BASELINES, dequantize, quantize
 from tests.made_up import (
     IDS,
     KINDS,
@@ -203,6 +203,8 @@ def test_int8_scores_are_close_to_float32_scores(tmp_path, engine):
     error = (scores[1] - scores[0]) / np.abs(scores[0]).max()
     rms, largest = BOUNDS[engine]
     assert 0 < np.sqrt((error**2).mean()) <= rms and np.abs(error).max() <= largest
+    q, scale = quantize(np.array([[0, 0], [1e-44, 0], [4, -4]], np.float32), axis=1)
+    assert (q.tolist(), scale[:2].tolist()) == ([[0, 0], [0, 0], [127, -127]], [1, 1])
 
 
 @pytest.mark.parametrize(("chunk", "k"), [(1, 10), (10, 1), (10, 10), (10, 63), (64, 10)])

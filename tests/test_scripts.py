@@ -582,6 +582,7 @@ def test_a_warm_start_on_newer_data_keeps_what_was_learned_of_items(workplace, m
 
     before = load_file(origin / "best.safetensors")
     assert all(torch.equal(before[key], started[key]) for key in before if key not in (name, "items.gate.trained"))
+    assert torch.equal(started[name][0], before[name][0])  # of token 0
     for number, item in enumerate(ids, start=1):
         if item in known:
             assert torch.equal(started[name][number], before[name][known.index(item) + 1])

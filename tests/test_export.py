@@ -418,6 +418,9 @@ def test_a_run_is_exported_without_its_dataset_as_with_it(run, copy, monkeypatch
             run_export(copy, "--out again")
     run_export(copy, f"--data_root {home}/data --out again")
     assert contents(Path("again")) == contents(Path("exports/tiny-16"))
+    write_prepared(tmp_path / "other", "tiny", seed=9)
+    with pytest.raises(InputError, match=r"validation users of the run's dataset, but tiny in .*other has changed"):
+        run_export(run, f"--table_width 2 --data_root {tmp_path}/other --out cut")
 
 
 @pytest.mark.parametrize(("flag", "folders"), [("4", ["."]), ("all", SIZES), ("' 8, 4,8'", (8, 4))])

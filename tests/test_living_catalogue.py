@@ -17,9 +17,10 @@ from datasets.features.text import LexicalEncoder
 from datasets.items import NO_TEXT
 from serving import Recommender, engines, recommender
 from serving.engines import State
-from serving.folder import FAISS
-from serving.index import FaissIndex, build_faiss
-from serving.weights import user_weighted_pca
+from serving.folder import FAISS, INDEX, SCAN
+from serving.graphs import build_scan
+from serving.index import FaissIndex, Int8Index, build_faiss, build_index
+from serving.weights import STEPS, user_weighted_pca
 from tests.made_up import (
     IDS,
     SAME,
@@ -101,6 +102,7 @@ def test_a_change_that_is_refused_changes_nothing(shop, r):
     r.add_items(["NEW"], shop.features[:1])
     assert r.step(state, "NEW").items == (3, N + 1) and r.items.title(N + 1) == ""
     assert everything(r, ["NEW"], candidates=["NEW"]).ids == ["NEW"]
+    assert (len(catalogue), catalogue.number("NEW")) == (N, 0)
 
 
 @pytest.mark.parametrize("kind", ["none", "int8"])
@@ -307,6 +309,17 @@ def test_an_index_finds_the_items_of_the_table_while_the_catalogue_changes(tmp_p
     found.save_pretrained(tmp_path / "saved")
     found = Recommender.from_pretrained(tmp_path / "saved")
     same()
+
+
+def test_the_int8_scan_allows_for_the_rounding_of_a_users_vector(tmp_path):
+    table = np.array([[0, 0, 0, 0], [0, 127, 127, 0], [127, 0, 0, 127]], np.float32)  # exact in int8
+    packed = build_index(table)
+    (tmp_path / INDEX).write_bytes(packed)
+    (tmp_path / SCAN).write_bytes(build_scan(packed))
+    below = np.array([0, 0.45, 0.45, 0.55])  # 1, in units of the rounded vector: rounded to 0, 0, 0 and 1
+    z = (1 - below / (2 * STEPS**2)).astype(np.float32)[None]
+    bias = np.array([[-np.inf, 0, 0]], np.float32)
+    assert Int8Index(tmp_path, table.shape, 1).rank(z, engines.Table(table, None), bias, 1)[1].tolist() == [[2]]
 
 
 def test_a_damaged_faiss_index_and_a_missing_package_are_named(tmp_path, monkeypatch):

@@ -529,6 +529,7 @@ def test_an_export_ranks_as_the_slice_and_new_products_are_whitened_projected_an
     rows = train_rows(catalog.sequences, 6)
     read = np.concatenate([rows.labels, rows.tokens[rows.offsets[:-1]]])
     assert gate.trained.tolist() == (np.bincount(read, minlength=ITEMS + 1) > 0).tolist()
+    assert gate.scale.item() == pytest.approx(model.items.new_item_scale()) != 1
     norms = [part[1:][gate.trained[1:]].norm(dim=1).mean() for part in (table, table - V)]
     product = {"title": "Warm Red Lamp", "brand": "Alder", "picture": "data/photos/tiny/B000000001.png"}
     features = recommender.embed_items([product, catalog.metadata[2] | {"picture": None}])

@@ -117,6 +117,7 @@ def item_ids(**more: object) -> bytes:
         *((name, os.mkfifo, " cannot be read (not a regular file); ") for name in (*FILES, "item2img.json")),
         ("split.json", b'{"name": "time", "cuts": [[0.5, 2]]}', " has cuts[0][0] 0.5: Expected int"),
         ("split.json", b'{"name": "\\ud800", "cuts": []}', " has name"),
+        ("split.json", b'{"name": "time", "cuts": [[2, 1]]}', " does not fit line 1 of sequential_data.txt"),
         ("prepare_report.json", b"{}", " is not a report of datasets.prepare; remove it"),
         ("item2img.json", b'{"6": "a.png"}', ": item '6' is not in datamaps.json"),
         ("item2img.json", b'{"1": "../../x.png"}', ": picture '../../x.png' of item '1' lies outside"),

@@ -739,7 +739,7 @@ def test_after_a_kill_only_missing_batches_are_encoded_to_the_same_bytes(product
     assert list(json.loads(sidecar.read_text())["broken"]) == ["B000000001", "B000000020"]
 
 
-@pytest.mark.parametrize("change", ["batch size", "rows", "mark", "plan", "cut"])
+@pytest.mark.parametrize("change", ["batch size", "rows", "mark", "plan", "cut", "type"])
 def test_a_partial_file_is_used_only_for_the_same_batches_and_if_intact(products, begun, encoded, tmp_path, change):
     [partial], [done] = begun.glob("tiny/*.partial.npy"), begun.glob("tiny/*.done.npy")
     if change == "rows":  # of an unfinished batch, and as a power loss may leave them of a finished one
@@ -750,6 +750,8 @@ def test_a_partial_file_is_used_only_for_the_same_batches_and_if_intact(products
         partial.with_suffix(".json").unlink()
     elif change == "cut":
         partial.write_bytes(partial.read_bytes()[:-1])
+    elif change == "type":  # of an earlier version
+        np.save(partial, np.load(partial).astype(np.float32))
     rows = item_features(products, **LEXICAL, batch_size=3 if change == "batch size" else 2, cache_root=begun)
     assert len(encoded) == {"batch size": 7, "mark": 5}.get(change, 10)
     np.testing.assert_array_equal(rows, item_features(products, **LEXICAL, cache_root=tmp_path / "new"))

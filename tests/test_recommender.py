@@ -740,8 +740,9 @@ def test_waiting_requests_are_answered_together_and_a_bad_one_fails_alone(served
     recommend = served.recommend
     monkeypatch.setattr(served, "recommend", lambda asked, *rest: sizes.append(len(asked)) or recommend(asked, *rest))
     options = {"top_k": 3, "exclude_history": True, "candidates": None}
-    some = options | {"candidates": ["A1", "A2"]}
-    requests = [([1], options), ([2], options), ([3], options), ([1], some), ([2], some), ([None], options)]
+    some, kept = options | {"candidates": ["A1", "A2"]}, options | {"exclude_history": False}
+    requests = [([1], options), ([2], options), ([3], options), ([1], some), ([2], some), ([1], kept)]
+    requests.append(([None], options))
 
     async def ask():
         batcher = Batcher(served, Metrics())
@@ -755,9 +756,9 @@ def test_waiting_requests_are_answered_together_and_a_bad_one_fails_alone(served
         return answers
 
     *answers, refused = asyncio.run(ask())
-    assert sizes == [5, 1, 1, 1, 1, 1, 2]  # together, then each alone as one was refused, then those with candidates
+    assert sizes == [5, 1, 1, 1, 1, 1, 2, 1]  # together, then each alone as one was refused, then others by options
     assert [answer.ids for answer in answers[:3]] == [recommend([[i]], 3)[0].ids for i in (1, 2, 3)]
-    assert [answer.ids for answer in answers[3:]] == [["A2"], ["A1"]]
+    assert [answer.ids for answer in answers[3:]] == [["A2"], ["A1"], recommend([[1]], 3, False)[0].ids]
     assert isinstance(refused, InputError)
 
 

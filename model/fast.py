@@ -312,8 +312,8 @@ def residuals_(
     over them. Symbols and plain twin (`losses_plain`): model/extensions/objective.py.
 
     label: [C, 1], a column; valid: [C, 1], false at a position without a label, whose logits must be 0. scale: s [M],
-    None for 1. spare: [3, C, K], of any content. offset: [C, K], is added to the scaled logits. teacher: [C, K], the
-    teachers' logits without the offset.
+    None for 1. spare: [3, C, K], of any content. offset: [C, K] or [K], is added to the scaled logits. teacher: [C, K],
+    the teachers' logits without the offset.
     """
     p, scaled, target = spare
     if teacher is not None:
@@ -441,7 +441,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 taught = None if objective.teacher is None else objective.teacher[at].to(wide)
                 seen = None if history_seen is None else history_seen.of(at)
                 residuals_(
-                    logits, labels[at, None], valid[at], objective, scale, learned, spare, teacher=taught, seen=seen
+                    logits, labels[at, None], valid[at], objective, scale, learned, spare, objective.prior, taught, seen
                 )
                 products[:, block] = logits
             for j, (low, high) in enumerate(increments(sizes)):
@@ -555,6 +555,8 @@ class _SampledCrossEntropySum(torch.autograd.Function):
         grad_drawn = torch.empty_like(drawn, dtype=wide)
 
         scale, learned = objective.scale(loss), Learned(loss, *loss.new_zeros(2, len(sizes)))
+        prior = objective.prior
+        of_drawn = -log_kq if prior is None else prior[items] - log_kq  # [K], added to the scaled logits
         columns, history_seen, grad_of_history = draws, None, None
         if of_history is not None and history_bias is not None and objective.history is not None:
             columns = draws + of_history.shape[2]
@@ -576,13 +578,15 @@ class _SampledCrossEntropySum(torch.autograd.Function):
                 shape = len(sizes) + 4, block.stop - block.start, columns
                 scratch = reused_buffer("logits", shape, wide, z.device)
                 logits, offset, spare = scratch[: len(sizes)], scratch[-4], scratch[-3:]  # [C, 1+K+L]
-                offset[:, 0] = 0
+                offset[:, 0] = 0 if prior is None else prior[labels[at]]
                 if grad_of_history is None:
-                    offset[:, 1:] = torch.where(labels[at, None] == items, ABSENT, -log_kq)
+                    offset[:, 1:] = torch.where(labels[at, None] == items, ABSENT, of_drawn)
                 else:
                     candidates = torch.cat([labels[at, None], history[at]], dim=1)
-                    torch.mul(_excluded(items, candidates), ABSENT, out=offset[:, 1:draws]).sub_(log_kq)
+                    torch.mul(_excluded(items, candidates), ABSENT, out=offset[:, 1:draws]).add_(of_drawn)
                     offset[:, draws:] = ABSENT * ((history[at] == 0) | own_history[at])
+                    if prior is not None:
+                        offset[:, draws:] += prior[history[at]]
                 for j, (low, high) in enumerate(increments(sizes)):
                     logits[j, :, 0] = (z_wide[at, low:high] * own_wide[at, low:high]).sum(dim=1)
                     logits[j, :, 1:draws] = products[j, block]

@@ -43,7 +43,9 @@ def matryoshka_cross_entropy_plain(
     z, wide = z.to(E.dtype), torch.promote_types(E.dtype, torch.float32)
     logits = [(z[:, :m] @ E[:, :m].T).to(wide) for m in sizes]
     seen = None if objective.history is None else contains(objective.history, len(E))  # [T, N+1]
-    losses = losses_plain(logits, labels, labels > 0, objective, seen=seen)
+    losses = losses_plain(
+        logits, labels, labels > 0, objective, 0.0 if objective.prior is None else objective.prior, seen
+    )
     return average(losses.sum(), labels, sizes, reduction, count)
 
 

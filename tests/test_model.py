@@ -24,7 +24,14 @@ from model import items as items_module
 from model.base import Dropout, nested_mask
 from model.extensions import item_table as item_table_module
 from model.extensions.item_table import Whitening, fit_whitening, whiten
-from model.extensions.objective import CROSS_ENTROPY, Objective, Teachers, history_items, learned_bias
+from model.extensions.objective import (
+    CROSS_ENTROPY,
+    Objective,
+    Teachers,
+    adjusted_prior,
+    history_items,
+    learned_bias,
+)
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
 from model.fast import linear_recurrence, nested_linear
 from model.fmrl import FMRLLinear, nested_linear_plain
@@ -269,7 +276,7 @@ def test_a_step_has_the_loss_and_the_gradients_of_the_plain_loss(negatives, embe
 
 
 def test_teachers_average_the_scaled_scores_of_their_models():
-    (batch, _), scaled, plain = batch_of(), embedding_model(4, False), embedding_model(8, False)
+    (batch, counts), scaled, plain = batch_of(), embedding_model(4, False), embedding_model(8, False)
     scaled.log_scale = torch.nn.Parameter(torch.tensor([0.0] * (len(SIZES) - 1) + [0.7]))
     teachers, expected = Teachers([scaled, plain]), 0
     z = teachers.encode(batch.tokens, batch.position, batch.longest)
@@ -284,6 +291,17 @@ def test_teachers_average_the_scaled_scores_of_their_models():
     of_history = torch.cat([torch.ones(len(z), 4, dtype=torch.bool), history > 0], dim=1)
     torch.testing.assert_close(of_sample[of_history], expected.gather(1, columns).detach()[of_history])
 
+    teachers.adjustments, prior = [3.0, 0.0], adjusted_prior(counts, 2.0)
+    teachers.explain(counts, prior)
+    z = teachers.encode(batch.tokens, batch.position, batch.longest)
+    trained_on = expected.detach() + adjusted_prior(counts, 3.0) / 2
+    torch.testing.assert_close(teachers.logits(z, torch.float32) + prior, trained_on)
+
+
+def test_the_prior_of_an_item_is_its_share_of_a_smoothed_count():
+    prior = adjusted_prior(torch.tensor([0, 1, 3, 60]), 2.0)
+    torch.testing.assert_close(prior, torch.tensor([1 / 3, 1 / 3, 3 / 5, 60 / 62]).log())
+
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("negatives", [0, 9])
@@ -293,7 +311,9 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(negatives, loss):
     model, (batch, counts) = FMRLRec(NUM_ITEMS, torch.randn(NUM_ITEMS, 5), settings).double(), batch_of()
     sampler = NegativeSampler(counts, negatives) if negatives else None
     taught = TrainingSettings(distill=1.0, loss=loss, max_grad_norm=0)
-    Step(model.train(), NoUpdate(), taught, sampler, teachers=Teachers([copy.deepcopy(model)]))(batch)
+    teachers, prior = Teachers([copy.deepcopy(model)], [3.0]), adjusted_prior(counts, 3.0).double()
+    teachers.explain(counts, prior)
+    Step(model.train(), NoUpdate(), taught, sampler, None, teachers, prior)(batch)
     model.history_bias.grad = None
     assert max(p.grad.abs().max() for p in model.parameters() if p.grad is not None) < 1e-12
 

@@ -30,6 +30,7 @@ from model.extensions.objective import (
     CROSS_ENTROPY,
     TIMES,
     Objective,
+    adjusted_prior,
     contains,
     history_items,
     history_logits,
@@ -217,13 +218,15 @@ HISTORY_BIAS = torch.tensor([0.8, -3.0, -1.2], dtype=torch.float64, requires_gra
 TOKENS = torch.tensor([0, 5, 9, 5, 5, 2, 14, 2, 0, 7, 7, 8, *range(1, 15), 3, 1, 0, 0])
 POSITION = torch.tensor([0, *range(7), 0, *range(3), *range(16), 0, 0])
 HISTORY = history_items(TOKENS, POSITION, 16)
+PRIOR = adjusted_prior(torch.arange(41), 3.0).double()
 OBJECTIVES = {
     "the paper's": CROSS_ENTROPY,
     "scale": Objective(LOG_SCALE),
     "distillation alone": Objective(distill=1.0),
     "both": Objective(LOG_SCALE, 0.3),
     "history": Objective(history_bias=HISTORY_BIAS, history=HISTORY),
-    "all": Objective(LOG_SCALE, 0.3, HISTORY_BIAS, HISTORY),
+    "prior": Objective(prior=PRIOR),
+    "all": Objective(LOG_SCALE, 0.3, HISTORY_BIAS, HISTORY, prior=PRIOR),
 }
 
 
@@ -388,8 +391,9 @@ def test_draws_follow_the_distribution_and_never_include_token_0(monkeypatch):
     assert sampler.draw()[0].tolist() == [1, 4]  # rounding may turn a number just below 1 into 1
 
 
-@pytest.mark.parametrize("objective", [CROSS_ENTROPY, OBJECTIVES["history"]], ids=["the paper's", "history"])
+@pytest.mark.parametrize("objective", ["the paper's", "history", "prior"])
 def test_many_draws_give_the_loss_and_gradients_of_the_whole_catalogue(objective):
+    objective = OBJECTIVES[objective]
     (z, table, labels, sizes), _ = random_case("table")
     z, table, labels = 0.3 * z, 0.3 * table, labels.clamp_min(1)
     torch.manual_seed(0)
@@ -398,7 +402,8 @@ def test_many_draws_give_the_loss_and_gradients_of_the_whole_catalogue(objective
     sampled = sampled_matryoshka_cross_entropy(z, sample, labels, sizes, objective=objective)
     # Without token 0, which takes part in the exact loss but is never drawn.
     logits, seen = [z[:, :m] @ table[1:, :m].T for m in sizes], contains(HISTORY, 41)[:, 1:]
-    exact = losses_plain(logits, labels - 1, labels > 0, objective, seen=seen).sum() / len(labels)
+    prior = 0.0 if objective.prior is None else PRIOR[1:]
+    exact = losses_plain(logits, labels - 1, labels > 0, objective, prior, seen).sum() / len(labels)
     leaves = [z, table, *([] if objective.history is None else [HISTORY_BIAS])]
     for s, e in zip(*([loss, *torch.autograd.grad(loss, leaves)] for loss in (sampled, exact)), strict=True):
         assert (s - e).abs().max() <= 0.04 * e.abs().max()

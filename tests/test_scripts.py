@@ -252,6 +252,7 @@ CHANGED = {
     "warmup_from_zero": False, "history_bias": True,
     "loss": "plain", "first_item_label": False, "num_negatives": 7, "whiten_features": True, "item_embedding": 2,
     "post_norm": True, "dropout_from": 2, "logit_scale": True, "distill": 0.5, "ema_decay": 0.5, "preset": "plus",
+    "logit_adjustment": 2.0,
 }  # fmt: skip
 # Do not change the weights of a short run: chosen, named, or tested elsewhere.
 ELSEWHERE = {

@@ -207,9 +207,9 @@ def load_teachers(config: Config, catalog: Catalog, device: torch.device, resume
             check_origin(resumed or run, known, run, "--teachers")
 
     processes.on_main_process(check)
-    models = []
+    models, adjustments = [], []
     for run in runs:
-        _, items, model = load_for_export(run, {"data_root": config.data_root, "device": config.device})
+        trained, items, model = load_for_export(run, {"data_root": config.data_root, "device": config.device})
         if isinstance(model, CountingModel):
             raise InputError(f"--teachers {run} is a run of {type(model).__name__}, which only counts; leave it out")
         if items.data != catalog.digest():
@@ -218,4 +218,5 @@ def load_teachers(config: Config, catalog: Catalog, device: torch.device, resume
                 f"{config.data_root} ({catalog.digest()}); give runs of this one"
             )
         models.append(model.to(device))
-    return Teachers(models) if models else None
+        adjustments.append(trained.logit_adjustment)
+    return Teachers(models, adjustments) if models else None

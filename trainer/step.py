@@ -41,14 +41,16 @@ class Step:
         sampler: NegativeSampler | None = None,
         rows: SparseRows | None = None,
         teachers: Teachers | None = None,
+        prior: Tensor | None = None,
     ) -> None:
         """sampler: draws the items of a sampled softmax; None: the exact one. rows: updates the learned item embedding
         by rows; None: the optimizer does. teachers: trained models to learn from; None: the largest size teaches.
+        prior: [N+1], added to the scaled logits of each token; None: 0.
 
         Raises InputError for an unknown loss.
         """
         self.model, self.optimizer, self.settings, self.sampler = model, optimizer, settings, sampler
-        self.teachers = teachers
+        self.teachers, self.prior = teachers, prior
         self.rows, self.lookup = rows, rows.read if rows else F.embedding
         self.clipped = torch.zeros((), device=next(model.parameters()).device)  # steps whose gradient was clipped
         self.loss = find_loss(settings, sampled=sampler is not None)
@@ -78,7 +80,9 @@ class Step:
 
             bias, history = _history(model, batch)
             teacher = self._teach(batch, negatives, history, dtype) if self.teachers else None  # [T, K]
-            objective = Objective(getattr(model, "log_scale", None), settings.distill, bias, history, teacher)
+            objective = Objective(
+                getattr(model, "log_scale", None), settings.distill, bias, history, teacher, self.prior
+            )
             how = {"reduction": settings.mrl_loss, "count": batch.num_labels, "objective": objective}
             loss = self.loss(z, table, batch.labels, model.sizes, **how)
             loss.backward()

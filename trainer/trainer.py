@@ -24,7 +24,7 @@ from config import Config
 from dataloader import Batch, TrainLoader, eval_rows, train_items, train_rows
 from datasets.catalog import Sequences
 from model.base import CountingModel, SequenceModel
-from model.extensions.objective import Teachers
+from model.extensions.objective import Teachers, adjusted_prior
 from model.extensions.sampled_loss import NegativeSampler
 from trainer.checkpoint import save_state, save_tensors, save_weights
 from trainer.evaluation import criterion, cut_offs, evaluate, set_new_item_scale
@@ -354,9 +354,13 @@ def build_step(
         processes.print_main(
             f"--num_negatives {config.num_negatives}: there are only {model.num_items} items, so all are scored"
         )
-    sampler = NegativeSampler(loader.label_counts(model.num_items), config.num_negatives) if sampled else None
+    counts = loader.label_counts(model.num_items)
+    sampler = NegativeSampler(counts, config.num_negatives) if sampled else None
+    prior = adjusted_prior(counts, config.logit_adjustment) if config.logit_adjustment else None
+    if teachers:
+        teachers.explain(counts, prior)
     rows = sparse_rows(model, config, sampled)
-    step = Step(model, build_optimizer(model, config, rows), config, sampler, rows, teachers)
+    step = Step(model, build_optimizer(model, config, rows), config, sampler, rows, teachers, prior)
     graphed = loader.device.type == "cuda" and model.static_shapes and not rows
     return GraphedStep(step) if graphed else step
 

@@ -1,13 +1,13 @@
-"""The cross-entropy of every size, and options beyond the paper: learned scale, history bias, teachers.
+"""The cross-entropy of every size, and options beyond the paper: scale, history bias, teachers, logit adjustment.
 
-    loss = 1/|M| Σ_m CE(target_m, p_m),    p_m = softmax(s_m logits_m)
+    loss = 1/|M| Σ_m CE(target_m, p_m),    p_m = softmax(s_m logits_m + prior)
     target_m = (1 - x) one-hot + x p_D;    the largest size's target is one-hot              (no gradient through p_D)
 
 With teachers their p replaces p_D, for the largest size too.
 
-With s_m = 1 and x = 0 this is the paper's loss. The history bias b_m is trained by CE(one-hot, softmax(s_m logits_m +
-b_m [item in history])) with the logits held fixed. That adds a gradient by b alone: it changes neither the loss's value
-nor any other weight.
+With s_m = 1, x = 0 and a prior of 0 this is the paper's loss. The history bias b_m is trained by CE(one-hot,
+softmax(s_m logits_m + prior + b_m [item in history])) with the logits held fixed. That adds a gradient by b alone: it
+changes neither the loss's value nor any other weight.
 
 T positions, K logits of each, L the longest history of a batch, N items, M sizes, D the largest, W the largest sizes of
 all teachers together.
@@ -32,6 +32,7 @@ class Objective(NamedTuple):
     history_bias: Tensor | None = None  # [M] b, learned; None: b = 0
     history: Tensor | None = None  # [T, L] the items read at each position, with a bias
     teacher: Tensor | None = None  # [T, K] the teachers' logits, scaled; None: the largest size is the teacher
+    prior: Tensor | None = None  # [N+1] of each token, added to scaled logits in training alone; None: 0
 
     def scale(self, like: Tensor) -> Tensor | None:
         """Return s [M] in the dtype of `like`, detached; None if s = 1."""
@@ -39,6 +40,17 @@ class Objective(NamedTuple):
 
 
 CROSS_ENTROPY = Objective()
+
+
+def adjusted_prior(counts: Tensor, adjustment: float) -> Tensor:
+    """Return log(n / (n + A)) of each token, [N+1] float32, from counts [N+1]: how often it is a label. A: adjustment.
+
+    Logit adjustment (Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021) for a smoothed prior: an item
+    that is a label n times is expected n + A times among new events. Training explains n, and a ranking leaves the
+    prior out, so rare items rise. An item without a label counts as one with one.
+    """
+    n = counts.clamp_min(1).float()
+    return torch.log(n / (n + adjustment))
 
 
 def losses_plain(
@@ -154,12 +166,24 @@ def history_logits(z: Tensor, x: Tensor, longest: int, sizes: tuple[int, ...]) -
 class Teachers:
     """Trained models whose average scores are the target. Their item tables are computed once."""
 
-    def __init__(self, models: Sequence[SequenceModel]) -> None:
-        """models: of the same items; their sizes may differ."""
+    def __init__(self, models: Sequence[SequenceModel], adjustments: Sequence[float] = ()) -> None:
+        """models: of the same items; their sizes may differ. adjustments: A of each one's training; empty: 0."""
         self.models = [model.eval().requires_grad_(False) for model in models]
+        self.adjustments = list(adjustments) or [0.0] * len(models)
         device = next(self.models[0].parameters()).device  # a table kept without its features is not moved with a model
         with torch.no_grad():
             self.table = torch.cat([model.item_table().to(device) for model in self.models], dim=1)  # [N+1, W]
+
+    @torch.no_grad()
+    def explain(self, counts: Tensor, prior: Tensor | None) -> None:
+        """Add to each item's logit what makes the target the teachers' own training distribution.
+
+        counts: [N+1], how often each token is a label; prior: [N+1], the student's, which the loss adds to all logits.
+        """
+        own = torch.stack([adjusted_prior(counts, adjustment) for adjustment in self.adjustments]).mean(dim=0)
+        bias = own if prior is None else own - prior
+        if bias.any():
+            self.table = torch.cat([self.table, bias.to(self.table)[:, None]], dim=1)
 
     @torch.no_grad()
     def encode(self, tokens: Tensor, position: Tensor, longest: int) -> Tensor:
@@ -171,6 +195,7 @@ class Teachers:
             scale = 1.0 if log_scale is None else log_scale[-1].exp()
             parts.append(model.encode(x, position, longest) * scale / len(self.models))
             start += model.sizes[-1]
+        parts += [torch.ones_like(parts[0][:, :1])] * (self.table.shape[1] - start)  # times the bias
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()

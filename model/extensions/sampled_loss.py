@@ -92,6 +92,10 @@ def sampled_matryoshka_cross_entropy_plain(
         of_drawn = offset[:, 1:].masked_fill(read_before[:, items], ABSENT)
         offset = torch.cat([offset[:, :1], of_drawn, ABSENT * no_candidate], dim=1)
         seen = torch.cat([label_seen, torch.zeros_like(of_drawn, dtype=torch.bool), ~no_candidate], dim=1)
+    if (prior := objective.prior) is not None:
+        candidates = [labels[:, None], items.expand(len(labels), -1)]
+        candidates += [] if seen is None or objective.history is None else [objective.history]
+        offset = offset + prior[torch.cat(candidates, dim=1)]
     losses = losses_plain(logits, torch.zeros_like(labels), labels > 0, objective, offset, seen)
     return average(losses.sum(), labels, sizes, reduction, count)
 

@@ -21,6 +21,7 @@ from config import COUNTING, MODEL_PRESETS, FeatureSettings, ModelSettings, Trai
 from dataloader import Batch, TrainLoader, train_rows
 from datasets.catalog import load_catalog
 from datasets.features import registry
+from datasets.features.text import LexicalEncoder
 from experiments import cold_items
 from model import MODELS, CountingModel, FMRLRec, build_model, fast
 from model.base import set_share
@@ -668,6 +669,8 @@ def test_the_modality_is_cached_and_made_alike_for_new_products(tmp_path, monkey
     catalog, definitions = load_catalog(tmp_path, "tiny"), {}
     exec(BLOCKS["A modality"], definitions)
     monkeypatch.setattr(registry, "REGISTRY", (*registry.REGISTRY, definitions["Brand"]))
+    short = type("Short", (LexicalEncoder,), {"dim": 64})  # an encoder of one's own
+    monkeypatch.setattr(definitions["Brand"], "load_encoder", lambda *_: short())
     text, brands = feature_parts(catalog, language="lexical", cache_root=tmp_path / "features")
     assert len(list(tmp_path.glob("features/tiny/brand-lexical-*.npy"))) == 1
     assert len(np.unique(brands, axis=0)) == len({record.get("brand") for record in catalog.metadata})

@@ -144,7 +144,7 @@ class ImageModality(EncodedModality):
         """The encoder of the training, loaded once. Raises InputError if it is another one."""
         assert self.trained is not None  # made by from_description
         self.check_encoder(self.trained)
-        return load_encoder(self.encoder, "cpu")
+        return self.load_encoder("cpu", "fp32")
 
     def embed(self, records: Sequence[Record]) -> np.ndarray:
         encoder = self.trained_encoder

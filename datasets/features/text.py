@@ -10,7 +10,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -76,7 +76,11 @@ class TextModality(EncodedModality):
             )
         absent = [a for a in self.attributes if all(item_text(record, (a,)) == NO_TEXT for record in catalog.metadata)]
         if absent:
-            processes.print_main(f"no item has {' or '.join(absent)}: left out of the texts")
+            other = sorted(
+                {key for record in catalog.metadata for key in record} - {*self.attributes, "asin", "parent_asin"}
+            )
+            hint = f"; --item_attributes can also name {', '.join(other)}" if other else ""
+            processes.print_main(f"no item has {' or '.join(absent)}: left out of the texts{hint}")
         without = sum(text == NO_TEXT for text in texts)
         if without:
             processes.print_main(f"{without} of {len(texts)} items have no text: encoded as {NO_TEXT!r}")
@@ -142,7 +146,7 @@ class TextModality(EncodedModality):
         name = self.encoder
         if name == self.trained["encoder"] and self.trained["commit"] and "@" not in name:
             name = f"{name}@{self.trained['commit']}"  # the hub's model may have changed since
-        return load_encoder(name, "cpu")
+        return replace(self, encoder=name).load_encoder("cpu", "fp32")
 
     def embed(self, records: Sequence[Record]) -> np.ndarray:
         encoder = self.trained_encoder

@@ -3,16 +3,25 @@
 `pip install .` installs the runtime of this folder as the package fmrlrec (serving/packaging.py).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError
-from serving.recommender import Recommender
+
+if TYPE_CHECKING:
+    from serving.recommender import Recommender
 
 __all__ = ["InputError", "Recommender", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Look up __version__: the installed package's, or in a clone the one in pyproject.toml."""
+    """Import Recommender when it is used, so that `python -m serving.hub` does not import serving.hub twice.
+
+    Looks up __version__ too: the installed package's, or in a clone the one in pyproject.toml.
+    """
+    if name == "Recommender":
+        from serving.recommender import Recommender
+
+        return Recommender
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if __name__ == "fmrlrec":

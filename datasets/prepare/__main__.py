@@ -47,7 +47,7 @@ BASE_URL = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"  #
 STEPS = ("data", "pictures", "features")
 SETTINGS = (
     *("data_root", "use_language_encoder", "language_encoder", "item_attributes", "use_img_encoder", "features"),
-    *("img_encoder", "encoder_precision", "encoder_batch_size", "encoder_workers", "device"),
+    *("img_encoder", "features_root", "encoder_precision", "encoder_batch_size", "encoder_workers", "device"),
 )
 NO_ITEMS = "give --items, or train a model that knows items by their ids: --model_code lrurec"
 BESIDE = ("raw", "photos", "features")  # what else lies in a data_root
@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset_code", required=True, metavar="NAME", help=f"{', '.join(PAPER_SETS)}, or a name of your own"
     )
     group = parser.add_argument_group("steps")
-    group.add_argument("--only", metavar="STEP,...", help="of data, pictures, features (default: all three)")
+    group.add_argument("--only", metavar="STEP,...", help="steps to do: data, pictures, features (default: all three)")
     add_switch(
-        group, "overwrite", "replace data that were prepared of other files or with other flags (default: refuse)"
+        group, "overwrite", "replace data that were prepared from other files or with other flags (default: refuse)"
     )
     group = parser.add_argument_group("raw files")
     group.add_argument(
@@ -93,8 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--base_url", default=BASE_URL, metavar="URL", help=f"where to fetch them (default: {BASE_URL})")
     group = parser.add_argument_group("which events count")
     default = "(default: %(default)s)"
-    group.add_argument("--min_uc", type=_count, metavar="N", help=f"events of a user at least {default}")
-    group.add_argument("--min_sc", type=_count, metavar="N", help=f"events of an item at least {default}")
+    group.add_argument("--min_uc", type=_count, metavar="N", help=f"minimum number of events of a user {default}")
+    group.add_argument("--min_sc", type=_count, metavar="N", help=f"minimum number of events of an item {default}")
     group.add_argument("--min_rating", type=_rating, metavar="X", help=f"leave out ratings below this {default}")
     group.add_argument(
         "--repeats", choices=("keep", "drop"), help=f"keep or drop a user's later events with the same item {default}"
@@ -124,10 +124,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--val_from", type=_moment, metavar="DATE", help="validation begins: ISO 8601 text, or a number as in the file"
     )
-    group.add_argument("--test_from", type=_moment, metavar="DATE", help="the test begins, likewise")
+    group.add_argument("--test_from", type=_moment, metavar="DATE", help="the test begins, as --val_from")
     group = parser.add_argument_group("pictures")
-    group.add_argument("--picture_workers", type=_count, metavar="N", help=f"fetched at a time {default}")
-    group.add_argument("--pictures_per_second", type=_rate, metavar="X", help=f"fetched at most {default}")
+    group.add_argument("--picture_workers", type=_count, metavar="N", help=f"pictures fetched at a time {default}")
+    group.add_argument(
+        "--pictures_per_second", type=_rate, metavar="X", help=f"maximum number of pictures fetched a second {default}"
+    )
     add_switch(
         group,
         "allow_private_addresses",

@@ -205,7 +205,8 @@ def raw_files(config: Config, arguments: argparse.Namespace) -> tuple[Path, Path
                 raise InputError(f"--{flag} {given} does not exist; give the path of a file or of a folder of parts")
             here = ", ".join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else ""
             wanted = given or " or ".join(usual)
-            raise InputError(f"{wanted} is not in {root} ({here or 'which is empty'}); name it: --{flag} FILE")
+            where = f"{'in this folder or ' if given else ''}in {root} ({here or 'which is empty'})"
+            raise InputError(f"{wanted} is not {where}; give its path: --{flag} FILE")
         found.append(path)
     events, items = found
     assert events is not None

@@ -26,7 +26,9 @@ class DataSettings(Settings):
     dataset_code: str = setting(
         "demo", "demo, beauty, clothing, sports, toys, or a folder of data_root", folder_name=True
     )
-    data_root: str = setting("data", "folder of <dataset_code>/ and photos/<dataset_code>/", runtime=True)
+    data_root: str = setting(
+        "data", "folder of <dataset_code>/ and photos/<dataset_code>/", metavar="FOLDER", runtime=True
+    )
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class FeatureSettings(Settings):
         metavar="NAME=FILE,...",
         taken_names=("language", "image", "both", "id", "picture"),
     )
-    features_root: str = setting("data/features", "folder of the cached features", runtime=True)
+    features_root: str = setting("data/features", "folder of the cached features", metavar="FOLDER", runtime=True)
     encoder_batch_size: int = setting(32, "texts or pictures per encoder batch", at_least=1, runtime=True)
     encoder_workers: int = setting(4, "maximum number of prefetching processes; 0: none", at_least=0, runtime=True)
 
@@ -200,7 +202,9 @@ class EvaluationSettings(Settings):
     test_batch_size: int = setting(256, "users per test batch", at_least=1, runtime=True)
     metric_ks: tuple[int, ...] = setting((5, 10, 20, 50), "cut-offs K for Recall@K, NDCG@K and MRR@K", runtime=True)
     val_mask_history: bool = setting(False, "exclude history items from the candidates in validation")
-    best_metric: str = setting("NDCG@10", "validation metric of the largest size that selects the best epoch")
+    best_metric: str = setting(
+        "NDCG@10", "validation metric of the largest size that selects the best epoch", metavar="METRIC@K"
+    )
     print_val_metrics: bool = setting(False, "print all validation metrics of the largest size", runtime=True)
     validate_untrained: bool = setting(False, "validate the untrained model too; it may be the best epoch")
     test: bool = setting(True, "test every size after training; --no-test never reads the test set", runtime=True)
@@ -216,10 +220,14 @@ class EvaluationSettings(Settings):
 class RunSettings(Settings):
     """Preset, device, output and logging."""
 
-    preset: str = setting("paper", "settings that are listed below", choices=("paper", "released", "plus"))
+    preset: str = setting("paper", "named settings, which train.py --help lists", choices=("paper", "released", "plus"))
     device: str = setting("auto", "auto: a GPU per process, if any", choices=("auto", "cpu", "cuda"), runtime=True)
-    runs_root: str = setting("experiments/runs", "root of run folders <dataset_code>/<time>-<run_name>", runtime=True)
-    init_from: str = setting("", "start from this run's best weights, with its settings unless given", extension=True)
+    runs_root: str = setting(
+        "experiments/runs", "root of run folders <dataset_code>/<time>-<run_name>", metavar="FOLDER", runtime=True
+    )
+    init_from: str = setting(
+        "", "start from this run's best weights, with its settings unless given", metavar="RUN", extension=True
+    )
     save_every_minutes: float = setting(10.0, "minutes between saves in an epoch; 0: none", at_least=0, runtime=True)
     run_name: str = setting("", "run name; empty: modalities and size, such as both-1024", folder_name=True)
     use_wandb: bool = setting(False, "log to Weights & Biases too; offline without a key or WANDB_MODE", runtime=True)

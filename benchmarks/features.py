@@ -32,15 +32,21 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", help="a meta.json.gz with the texts (default: no texts)")
-    parser.add_argument("--language_encoder", help="text encoder, as for train.py")
+    parser.add_argument("--texts", metavar="FILE", help="a meta.json.gz with the texts (default: no texts)")
+    parser.add_argument("--language_encoder", metavar="NAME", help="text encoder, as for train.py")
     parser.add_argument("--num_texts", type=int, default=2000, help="number of texts (default: 2000)")
-    parser.add_argument("--img_model", default="ViT-B-16-SigLIP", help="open_clip model, with random weights "
-                        "(default: ViT-B-16-SigLIP; none: no pictures)")  # fmt: skip
+    parser.add_argument(
+        "--img_model",
+        default="ViT-B-16-SigLIP",
+        metavar="NAME",
+        help="open_clip model, with random weights; none: no pictures (default: ViT-B-16-SigLIP)",
+    )
     parser.add_argument("--num_pictures", type=int, default=96, help="number of 500 x 500 JPEGs (default: 96)")
     parser.add_argument("--batch", type=int, default=32, help="texts or pictures per batch (default: 32)")
     parser.add_argument("--workers", type=int, default=4, help="maximum number of prefetching processes (default: 4)")
-    parser.add_argument("--precisions", default="fp32,bf16", help="encoder precisions (default: fp32,bf16)")
+    parser.add_argument(
+        "--precisions", default="fp32,bf16", metavar="NAME,NAME", help="encoder precisions (default: fp32,bf16)"
+    )
     parser.add_argument("--runs", type=int, default=3, help="paired runs of each case (default: 3)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device (default: cpu)")
     parser.add_argument("--memory_of", type=int, help=argparse.SUPPRESS)

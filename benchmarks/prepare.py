@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="WHERE,...",
         help="values of --counts to time: memory, duckdb (default: %(default)s)",
     )
-    add_switch(parser, "events_only", "prepare without the items, whose metadata take memory too")
+    add_switch(parser, "events_only", "prepare without the items, whose metadata take memory too (default: with them)")
     parser.add_argument(
         "--folder", type=Path, default=Path("data/benchmark"), help="folder of the raw files (default: %(default)s)"
     )

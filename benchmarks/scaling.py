@@ -40,19 +40,40 @@ ALL_TABLES = (*TABLES, "epoch")
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, each measured in a separate process."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", type=tables, default=",".join(TABLES), help="also epoch (default: %(default)s)")
-    parser.add_argument("--items", type=numbers, default="10000,100000,1000000", help="items (default: %(default)s)")
-    parser.add_argument("--lengths", type=numbers, default="50,200,1000", help="history lengths (default: %(default)s)")
-    parser.add_argument("--batches", type=numbers, default="8,32,128,512", help="users per step (default: %(default)s)")
+    parser.add_argument(
+        "--tables",
+        type=tables,
+        default=",".join(TABLES),
+        metavar="NAME,NAME",
+        help="tables to print; also epoch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--items", type=numbers, default="10000,100000,1000000", metavar="N,N", help="items (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--lengths", type=numbers, default="50,200,1000", metavar="N,N", help="history lengths (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batches", type=numbers, default="8,32,128,512", metavar="N,N", help="users per step (default: %(default)s)"
+    )
     parser.add_argument("--features", type=int, default=2048, help="width of the features (default: 2048)")
     parser.add_argument("--negatives", type=int, default=4096, help="items of the sampled softmax (default: 4096)")
     parser.add_argument("--runs", type=int, default=5, help="paired runs of each case (default: 5)")
-    parser.add_argument("--precision", default="bf16", choices=("fp32", "tf32", "bf16"), help="(default: bf16)")
+    parser.add_argument(
+        "--precision",
+        default="bf16",
+        choices=("fp32", "tf32", "bf16"),
+        help="precision of matrix products (default: bf16)",
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device (default: cpu)")
     parser.add_argument("--plan", type=int, metavar="N", help="print what N items would take on 1, 8 and 64 machines")
-    parser.add_argument("--network", type=float, default=1.25, help="GB/s of a machine's network, for --plan (1.25)")
+    parser.add_argument(
+        "--network", type=float, default=1.25, help="GB/s of a machine's network, for --plan (default: 1.25)"
+    )
     parser.add_argument("--table", choices=ALL_TABLES, help=argparse.SUPPRESS)  # measure this table only
-    parser.add_argument("--folder", type=Path, help="folder for the features (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, metavar="FOLDER", help="folder for the features (default: a temporary folder)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.plan:
         print_plan(arguments)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float | str]]:
     """Measure, print a table and return its rows."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the export")
-    parser.add_argument("--requests", type=int, default=2000, metavar="N", help="of each row (default: 2000)")
+    parser.add_argument("--requests", type=int, default=2000, metavar="N", help="requests of each row (default: 2000)")
     parser.add_argument("--clients", default="1,16", metavar="N,N", help="clients at once (default: 1,16)")
     arguments = parser.parse_args(argv)
     recommender = Recommender.from_pretrained(arguments.folder)

@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--users", type=int, default=22363, help="number of users (default: 22363, as in Beauty)")
     parser.add_argument("--items", type=int, default=12101, help="number of items (default: 12101, as in Beauty)")
     parser.add_argument("--features", type=int, default=2048, help="width of the features (default: 2048)")
-    parser.add_argument("--sizes", default="8,16,32,64,128,256,512,1024", help="nested sizes (default: the paper's)")
+    parser.add_argument(
+        "--sizes", default="8,16,32,64,128,256,512,1024", metavar="N,N", help="nested sizes (default: the paper's)"
+    )
     parser.add_argument("--blocks", type=int, default=2, help="number of blocks (default: 2)")
     parser.add_argument("--batch", type=int, default=32, help="users per step (default: 32)")
     parser.add_argument("--runs", type=int, default=5, help="paired runs of each case (default: 5)")

@@ -170,12 +170,16 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
 
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        numbers: dict[Any, str] = {int: "N", float: "X"}
+        return numbers.get(action.type) or super()._get_default_metavar_for_optional(action)
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations that suggests the nearest flag and expands ~ in every path."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False} | options)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _HelpFormatter} | options)
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         words = sys.argv[1:] if argv is None else argv  # the shell leaves --flag=~/folder and NAME=~/file as they are

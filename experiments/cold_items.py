@@ -10,7 +10,6 @@ beauty-cold has texts but no pictures, and no presets: give beauty's as flags.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 from collections.abc import Sequence
@@ -57,18 +56,22 @@ class HeldOut(Struct):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Make the dataset, or test an export of a run on it; return what was written."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="write <data_root>/<dataset_code>-cold")
-    make.add_argument("--dataset_code", default="beauty", metavar="NAME", help="(default: beauty)")
+    make.add_argument("--dataset_code", default="beauty", metavar="NAME", help="prepared dataset (default: beauty)")
     make.add_argument("--from_root", metavar="FOLDER", help="data root of the whole dataset (default: %(default)s)")
     make.add_argument("--data_root", metavar="FOLDER", help="data root to write to (default: %(default)s)")
     make.set_defaults(from_root=Config.data_root, data_root=Config.data_root)
-    make.add_argument("--share", type=float, default=0.05, metavar="X", help="share to hold out (default: 0.05)")
+    make.add_argument(
+        "--share", type=float, default=0.05, metavar="X", help="share of the items to hold out (default: 0.05)"
+    )
     make.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice (default: 0)")
     test = commands.add_parser("test", help="add the held-out items to an export and rank them")
     test.add_argument("export", metavar="EXPORT", help="export of a run on the dataset that make wrote")
-    test.add_argument("--data_root", default=Config.data_root, metavar="FOLDER", help="(default: %(default)s)")
+    test.add_argument(
+        "--data_root", default=Config.data_root, metavar="FOLDER", help="location of the data (default: data)"
+    )
     test.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     arguments = parser.parse_args(argv)
     if arguments.command == "make":

@@ -11,7 +11,6 @@ validated on that data. The test set is never read.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import itertools
 import json
@@ -40,14 +39,31 @@ UPDATE = "--num_epochs 1 --epoch_steps 80 --lr 3e-4 --warmup_steps 10 --validate
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     """Train, update every night, train anew on some, and return a row for each night."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_code", default="beauty", metavar="NAME", help="(default: %(default)s)")
-    parser.add_argument("--data_root", default=Config.data_root, metavar="FOLDER", help="(default: %(default)s)")
-    parser.add_argument("--held_back", type=float, default=0.1, metavar="SHARE", help="of the events (default: 0.1)")
-    parser.add_argument("--out", type=Path, default=Path("experiments/runs/nightly"), metavar="FOLDER")
-    parser.add_argument("--full", default="--preset plus", metavar="FLAGS", help="of a training (default: %(default)s)")
-    parser.add_argument("--update", default=UPDATE, metavar="FLAGS", help="of an update (default: %(default)s)")
-    parser.add_argument("--anew", default="10", metavar="N,N", help="nights to train anew too (default: 10)")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--dataset_code", default="beauty", metavar="NAME", help="prepared dataset (default: beauty)")
+    parser.add_argument(
+        "--data_root", default=Config.data_root, metavar="FOLDER", help="location of the data (default: data)"
+    )
+    parser.add_argument(
+        "--held_back", type=float, default=0.1, metavar="X", help="share of the events to add (default: 0.1)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("experiments/runs/nightly"),
+        metavar="FOLDER",
+        help="output folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--full",
+        default="--preset plus",
+        metavar="FLAGS",
+        help="flags of the first training and of those anew (default: %(default)s)",
+    )
+    parser.add_argument("--update", default=UPDATE, metavar="FLAGS", help="flags of an update (default: %(default)s)")
+    parser.add_argument(
+        "--anew", default="10", metavar="N,N", help="nights that also train anew, from 1 to 10 (default: 10)"
+    )
     arguments = parser.parse_args(argv)
     anew = {int(night) for night in arguments.anew.split(",")}
 

@@ -47,7 +47,9 @@ CHILDREN: list[subprocess.Popen] = []  # the running scripts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiments", metavar="NAME", help=f"all, or one or more of {', '.join(definitions())}")
+    parser.add_argument(
+        "experiments", metavar="NAME,NAME", help=f"all, or names joined by commas: {', '.join(definitions())}"
+    )
     parser.add_argument("--rows", metavar="ROW;ROW", help="only these rows of the experiment (default: all)")
     parser.add_argument("--seeds", default="42", metavar="N,N", help="train each of these seeds (default: 42)")
     parser.add_argument(

@@ -29,11 +29,21 @@ Space = dict[str, tuple]  # setting -> ("range", low, high, logarithmic) or ("ch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiments", metavar="DEFINITION", help="an experiment of experiments/definitions.toml")
-    parser.add_argument("--row", dest="rows", help="the row to start from (default: the experiment's first)")
+    parser.add_argument("experiments", metavar="NAME", help="an experiment of experiments/definitions.toml")
+    parser.add_argument(
+        "--row", dest="rows", metavar="ROW", help="the row to start from (default: the experiment's first)"
+    )
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all (default: 20)")
-    parser.add_argument("--range", action="append", default=[], metavar="NAME=LOW..HIGH[:log]", help="search a number")
-    parser.add_argument("--choice", action="append", default=[], metavar="NAME=A,B", help="search values; lists: A;B")
+    parser.add_argument(
+        "--range",
+        action="append",
+        default=[],
+        metavar="NAME=LOW..HIGH[:log]",
+        help="search a number; repeat the flag for more settings",
+    )
+    parser.add_argument(
+        "--choice", action="append", default=[], metavar="NAME=A,B", help="search values; A;B if a value has commas"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, str]:
@@ -55,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, str]:
     name = re.sub("[^A-Za-z0-9.-]", "_", f"tune-{definition.name}-{row.name}-{config.dataset_code}")
     path = Path(config.runs_root) / f"{name}.sqlite3"
     path.parent.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
         storage=f"sqlite:///{path}", study_name=name, direction="maximize", load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(),

@@ -2,7 +2,7 @@
 
 python -m serving.export --dataset_code demo --size 64 --out exports/demo-64     # the newest run on demo
 python -m serving.export --run experiments/runs/beauty/... --size all --format onnx --quantize int8
-python -m serving.export --run experiments/runs/beauty/...-lrurec      # a baseline, to compare: lrurec, sasrec, itemknn
+python -m serving.export --run experiments/runs/beauty/...-lrurec      # a baseline: lrurec, sasrec, itemknn, popularity
 python -m serving.export --max_bytes 4MB --max_latency_ms 1      # the best size that fits, from the run's deploy.json
 python -m serving.export --dataset_code demo --format onnx --release releases/demo      # archives of all sizes
 """
@@ -59,7 +59,7 @@ FORMATS = ("torch", "onnx", "onnx-file")
 
 def arguments_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_run_arguments(parser)
     parser.add_argument("--size", metavar="N,N|all", help="trained sizes to export (default: the largest)")
     parser.add_argument(

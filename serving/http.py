@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="the export")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    for name, default, help in (("--port", 8000, "to listen on"), ("--threads", 1, "of onnxruntime")):
+    for name, default, help in (("--port", 8000, "port to listen on"), ("--threads", 1, "threads of onnxruntime")):
         parser.add_argument(name, type=int, default=default, metavar="N", help=f"{help} (default: {default})")
     arguments = parser.parse_args(argv)
     app = create_app(Recommender.from_pretrained(arguments.folder, threads=arguments.threads))

@@ -28,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--top_k", type=int, default=10, metavar="N", help="how many items to recommend (default: 10)")
     parser.add_argument("--candidates", metavar="ID,ID", help="rank only these items (default: all)")
     parser.add_argument("--keep_history", action="store_true", help="also recommend items of the history")
-    parser.add_argument("--engine", choices=ENGINES, help="(default: onnx if the export has graphs, else torch)")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="what computes the answers (default: onnx if the export has graphs, else torch)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     recommender = Recommender.from_pretrained(arguments.folder, arguments.engine)

@@ -45,9 +45,11 @@ CHUNK = 1 << 10  # items compared at once
 
 def arguments_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_run_arguments(parser, positional=True)
-    parser.add_argument("--out", type=Path, default=Path("page"), metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("page"), metavar="FOLDER", help="output folder (default: page)"
+    )
     parser.add_argument(
         "--quantize", choices=TABLES, default="float16", help="how the models are stored (default: float16)"
     )

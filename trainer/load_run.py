@@ -214,8 +214,8 @@ def load_teachers(config: Config, catalog: Catalog, device: torch.device, resume
             raise InputError(f"--teachers {run} is a run of {type(model).__name__}, which only counts; leave it out")
         if items.data != catalog.digest():
             raise InputError(
-                f"--teachers {run} was trained on another dataset (digest {items.data}) than {config.dataset_code} in "
-                f"{config.data_root} ({catalog.digest()}); give runs of this one"
+                f"--teachers {run} was trained on another dataset (digest {items.data[:12]}) than "
+                f"{config.dataset_code} in {config.data_root} ({catalog.digest()[:12]}); give runs of this one"
             )
         models.append(model.to(device))
         adjustments.append(trained.logit_adjustment)

@@ -15,6 +15,7 @@ The server knows no accounts: put it behind a proxy that does, and let nobody el
 import asyncio
 import base64
 import binascii
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -122,6 +123,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(name, type=int, default=default, metavar="N", help=f"{help} (default: {default})")
     arguments = parser.parse_args(argv)
     app = create_app(Recommender.from_pretrained(arguments.folder, threads=arguments.threads))
+    try:
+        family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
+        socket.create_server((arguments.host, arguments.port), family=family).close()
+    except (OSError, OverflowError):
+        raise InputError(
+            f"--host {arguments.host} --port {arguments.port}: cannot listen there; the port is taken or reserved, or "
+            f"the address is not this machine's; give a free --port, such as {8000 if arguments.port != 8000 else 8001}"
+        ) from None
     from uvicorn import run  # create_app said what to install
 
     run(app, host=arguments.host, port=arguments.port, log_level="warning", access_log=False)

@@ -179,7 +179,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations that suggests the nearest flag and expands ~ in every path."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": _HelpFormatter} | options)
+        defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": _HelpFormatter}
+        super().__init__(**defaults | options)
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         words = sys.argv[1:] if argv is None else argv  # the shell leaves --flag=~/folder and NAME=~/file as they are

@@ -196,8 +196,8 @@ def test_help_lists_every_flag_once_with_its_default_and_choices_and_every_prese
 
 
 SCRIPTS = ("serving.hub", "train.py", "eval.py", "datasets.prepare", "experiments.run", "experiments.report",
-           "experiments.cold_items", "experiments.cut", "experiments.look", "experiments.tune", "serving.export", "serving.recommend",
-           "experiments.figures", "benchmarks.deploy", "benchmarks.pictures")  # fmt: skip
+           "experiments.cold_items", "experiments.cut", "experiments.look", "experiments.tune", "serving.export",
+           "serving.recommend", "experiments.figures", "benchmarks.deploy", "benchmarks.pictures")  # fmt: skip
 
 
 def test_help_does_not_wait_for_heavy_libraries():

@@ -23,12 +23,8 @@ def _only(*models: str) -> Callable[[Any], bool]:
 class DataSettings(Settings):
     """The dataset and its location."""
 
-    dataset_code: str = setting(
-        "demo", "demo, beauty, clothing, sports, toys, or a folder of data_root", folder_name=True
-    )
-    data_root: str = setting(
-        "data", "folder of <dataset_code>/ and photos/<dataset_code>/", metavar="FOLDER", runtime=True
-    )
+    dataset_code: str = setting("demo", "demo, beauty, clothing, sports, toys, or your own", folder_name=True)
+    data_root: str = setting("data", "holds <dataset_code>/ and photos/<dataset_code>/", metavar="FOLDER", runtime=True)
 
 
 @dataclass(frozen=True)
@@ -202,9 +198,7 @@ class EvaluationSettings(Settings):
     test_batch_size: int = setting(256, "users per test batch", at_least=1, runtime=True)
     metric_ks: tuple[int, ...] = setting((5, 10, 20, 50), "cut-offs K for Recall@K, NDCG@K and MRR@K", runtime=True)
     val_mask_history: bool = setting(False, "exclude history items from the candidates in validation")
-    best_metric: str = setting(
-        "NDCG@10", "validation metric of the largest size that selects the best epoch", metavar="METRIC@K"
-    )
+    best_metric: str = setting("NDCG@10", "validation metric that selects the best epoch", metavar="METRIC@K")
     print_val_metrics: bool = setting(False, "print all validation metrics of the largest size", runtime=True)
     validate_untrained: bool = setting(False, "validate the untrained model too; it may be the best epoch")
     test: bool = setting(True, "test every size after training; --no-test never reads the test set", runtime=True)
@@ -222,12 +216,8 @@ class RunSettings(Settings):
 
     preset: str = setting("paper", "named settings, which train.py --help lists", choices=("paper", "released", "plus"))
     device: str = setting("auto", "auto: a GPU per process, if any", choices=("auto", "cpu", "cuda"), runtime=True)
-    runs_root: str = setting(
-        "experiments/runs", "root of run folders <dataset_code>/<time>-<run_name>", metavar="FOLDER", runtime=True
-    )
-    init_from: str = setting(
-        "", "start from this run's best weights, with its settings unless given", metavar="RUN", extension=True
-    )
+    runs_root: str = setting("experiments/runs", "holds <dataset_code>/<run>/", metavar="FOLDER", runtime=True)
+    init_from: str = setting("", "start from this run's weights and settings", metavar="RUN", extension=True)
     save_every_minutes: float = setting(10.0, "minutes between saves in an epoch; 0: none", at_least=0, runtime=True)
     run_name: str = setting("", "run name; empty: modalities and size, such as both-1024", folder_name=True)
     use_wandb: bool = setting(False, "log to Weights & Biases too; offline without a key or WANDB_MODE", runtime=True)

@@ -210,6 +210,9 @@ def _scan_by_steps(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int
 
 # --------------------------------------------------------------------------------------------------------------- losses
 # What both losses use.
+#
+# The matrix products of a chunk of positions are in memory at once. What lies between the products, the softmax of
+# every size, goes block by block within a chunk, so that it stays in the processor's cache.
 
 CHUNK_BYTES = 2**26  # of the products in memory at once, for all sizes: 256 positions of 12,101 items and 8 sizes
 BLOCK_BYTES = 2**25  # of the logits and probabilities in the processor's cache at once, for all sizes

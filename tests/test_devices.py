@@ -114,6 +114,7 @@ for name, flags in cases.items():
     run(f"{name} two", f"{flags} --run_name {name}-two")
 run("tested", "--run_name faithful-two", eval_script.main)
 run("tested alone", "--run_name faithful-two --alone", eval_script.main)
+run("counts tested", "--run_name itemknn-two", eval_script.main)
 run("resumed by two", "--resume latest --run_name cut-by-one")
 Trainer._keep = interrupted
 run("cut by two", f"{cases['sampled']} --run_name cut-by-two")

@@ -24,8 +24,8 @@ from datasets.catalog import FILES, Catalog, describe, load_catalog
 from datasets.items import item_text
 from datasets.records import parse_record
 from tests.made_up import as_sequences, contents, write_item2img, write_maps, write_metadata, write_prepared
+from trainer.runs import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 

@@ -29,10 +29,9 @@ from model.loss import Factors, matryoshka_cross_entropy
 from tests.made_up import as_sequences, contents, cut_off_after, feature_parts, write_prepared
 from trainer.checkpoint import load_state
 from trainer.evaluation import evaluate, set_new_item_scale
-from trainer.runs import read_log
+from trainer.runs import REPOSITORY, read_log
 from trainer.sparse_rows import sparse_rows
 
-REPOSITORY = Path(__file__).parent.parent
 TINY = (
     "--dataset_code tiny --language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 2,4,8 --num_epochs 2 "
     "--lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu --train_batch_size 6"
@@ -141,7 +140,6 @@ Path(f"rank{processes.rank()}.json").write_text(json.dumps(results))
 
 
 def make_features(root):
-    """Make the features of data/tiny below a folder, two items a batch."""
     feature_parts(load_catalog("data", "tiny"), language="lexical", image="pixel", batch_size=2, cache_root=Path(root))
 
 

@@ -494,7 +494,6 @@ def test_a_dry_run_names_the_encoders_that_are_not_on_this_disk(workplace, monke
 
 
 # ------------------------------------------------------------------------------------------ kept results and the report
-# Keep results of runs, and make the report's tables and figures from them.
 
 USERS = 400
 

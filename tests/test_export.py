@@ -48,10 +48,9 @@ from tests.made_up import (
     write_prepared,
 )
 from trainer.load_run import load_run
-from trainer.runs import commit
+from trainer.runs import REPOSITORY, commit
 
 # --------------------------------------------------------------------------------------------------------------- folder
-# An export's folder: never half written, checked when read, exact about ids and titles.
 
 TWO_SIZES, FEATURES, IDS = (2, 5), 3, ["A1", "B2", "C3"]
 FILES = ("model.safetensors", "items.safetensors", "recommend.onnx")
@@ -366,7 +365,6 @@ def test_an_export_on_the_hub_is_opened_by_its_name_but_a_folder_goes_first(hub,
 
 # -------------------------------------------------------------------------------------------------------------- exports
 
-REPOSITORY = Path(__file__).parent.parent
 SIZES, ITEMS, MAX_LEN = (4, 8, 16), 90, 6
 TITLES = [f"Thé & Lamp {i} word{i * 7 % 40} word{i * 11 % 37}" for i in range(1, ITEMS + 1)]
 TRAIN = "--dataset_code tiny --num_epochs 1 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu"
@@ -388,13 +386,11 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(home):
-    """The absolute path of a trained run."""
     return home / train.main(shlex.split(TRAIN))
 
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """A run that a test may change."""
     return Path(shutil.copytree(run, tmp_path / "runs" / run.name))
 
 
@@ -688,7 +684,6 @@ def missing(what):
 
 @pytest.fixture(scope="module")
 def built(home, run):
-    """The page of the run, with table widths measured."""
     if not (page.RUNTIME / page.RUNTIME_FILES[0]).is_file():
         missing("npm ci --prefix serving/page")
     measured = shutil.copytree(run, home / "measured" / run.name)

@@ -290,7 +290,6 @@ EXPECTED = (ROWS[:N] / np.linalg.norm(ROWS[:N], axis=1, keepdims=True))[::-1]  #
 
 
 def write(name: str, folder: Path, rows=ROWS, ids=IDS) -> Path:
-    """Write vectors in the format of a file's name."""
     path, rows = folder / name, np.asarray(rows)
     if path.suffix == ".npy":
         np.save(path, rows)

@@ -124,7 +124,6 @@ def damaged(draw, original):
 
 
 def to_json(value):
-    """Return JSON of any value, lone surrogates included."""
     return json.dumps(value).encode().replace(b'"DEEP"', DEEP)
 
 
@@ -142,7 +141,6 @@ def folder(tmp_path_factory):
 
 
 def fill(folder, files):
-    """Write files into a folder and remove all others."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in files.items():

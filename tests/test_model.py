@@ -24,14 +24,7 @@ from model import items as items_module
 from model.base import Dropout, nested_mask
 from model.extensions import item_table as item_table_module
 from model.extensions.item_table import Whitening, fit_whitening, whiten
-from model.extensions.objective import (
-    CROSS_ENTROPY,
-    Objective,
-    Teachers,
-    adjusted_prior,
-    history_items,
-    learned_bias,
-)
+from model.extensions.objective import CROSS_ENTROPY, Objective, Teachers, adjusted_prior, history_items, learned_bias
 from model.extensions.sampled_loss import SAMPLED_LOSSES, NegativeSampler, Sample
 from model.fast import linear_recurrence, nested_linear
 from model.fmrl import FMRLLinear, nested_linear_plain
@@ -51,7 +44,6 @@ NUM_ITEMS, WIDTHS, SIZES, DIM = 23, (5, 3), (2, 4, 8), 8
 
 
 def drawn(*shape, dtype=torch.float64, seed=0):
-    """Return normal numbers that require a gradient, the same in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
@@ -291,16 +283,13 @@ def test_teachers_average_the_scaled_scores_of_their_models():
     of_history = torch.cat([torch.ones(len(z), 4, dtype=torch.bool), history > 0], dim=1)
     torch.testing.assert_close(of_sample[of_history], expected.gather(1, columns).detach()[of_history])
 
+    expected_prior = torch.tensor([1 / 3, 1 / 3, 3 / 5, 60 / 62]).log()
+    torch.testing.assert_close(adjusted_prior(torch.tensor([0, 1, 3, 60]), 2.0), expected_prior)
     teachers.adjustments, prior = [3.0, 0.0], adjusted_prior(counts, 2.0)
     teachers.explain(counts, prior)
     z = teachers.encode(batch.tokens, batch.position, batch.longest)
     trained_on = expected.detach() + adjusted_prior(counts, 3.0) / 2
     torch.testing.assert_close(teachers.logits(z, torch.float32) + prior, trained_on)
-
-
-def test_the_prior_of_an_item_is_its_share_of_a_smoothed_count():
-    prior = adjusted_prior(torch.tensor([0, 1, 3, 60]), 2.0)
-    torch.testing.assert_close(prior, torch.tensor([1 / 3, 1 / 3, 3 / 5, 60 / 62]).log())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -446,7 +435,6 @@ def test_dropout_may_spare_the_first_dimensions_or_all():
 # -------------------------------------------------------------------------------------------------------------- slicing
 
 SLICED_ITEMS, MAX_LEN, KS = 40, 10, (1, 5, 10)
-SIZE_LISTS = [(25, 27), (3, 9, 20, 21, 47)]
 
 
 def model_of(sizes, branch="both", **options):
@@ -471,7 +459,7 @@ def scores_of(model, rows, size=None):
         ("both", (0.9, -0.4, 0.2, 1.0, -0.7), {"post_norm": True, "logit_scale": True, "lru_use_bias": False}),
     ],
 )
-@pytest.mark.parametrize("sizes", SIZE_LISTS, ids=str)
+@pytest.mark.parametrize("sizes", [(25, 27), (3, 9, 20, 21, 47)], ids=str)
 def test_a_slice_has_the_scores_and_metrics_of_the_full_models_prefix(sizes, branch, bias, options):
     model, random = model_of(sizes, branch, history_bias=bias[: len(sizes)], **options), np.random.default_rng(0)
     histories = [random.integers(1, SLICED_ITEMS + 1, size=length) for length in random.integers(3, 25, size=15)]

@@ -426,7 +426,6 @@ def test_a_positions_history_is_the_distinct_items_of_its_row_up_to_its_token_an
 
 
 # ------------------------------------------------------------------------------------------------------------ baselines
-# The baselines against their equations and by the scripts, and the examples of model/README.md.
 
 FEW_ITEMS, DIM, LONGEST = 20, 8, 9
 LENGTHS = (3, 1, 1, 9, 2, 5)

@@ -31,8 +31,8 @@ from datasets.prepare import pictures
 from datasets.prepare.http import Client, FetchError, Policy, check_file, fetch_file, is_public, parse_url, retry_after
 from datasets.prepare.pictures import NO_URL, FetchOptions, fetch_pictures, find_pictures, prepare_pictures
 from tests.made_up import contents, in_child, write_item2img, write_prepared
+from trainer.runs import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 PATIENT = Policy(connect=1, read=0.3, total=0.6, tries=3, backoff=0.01, max_retry_after=0.3)
 QUICK = FetchOptions(4, 1000, allow_private=True, policy=dataclasses.replace(PATIENT, tries=2, max_retry_after=0.1))
 JPEG, PNG = picture("JPEG"), picture("PNG")

@@ -38,9 +38,9 @@ from datasets.prepare.sequences import make_sequences
 from experiments.store import keep
 from tests.made_up import contents, in_child, item_features, review, reviews_of, write_raw
 from train import main as train
+from trainer.runs import REPOSITORY
 
 # -------------------------------------------------------------------------------------------------------------- readers
-# Readers: files of every format give the same events and items, and a damaged one is named with its mend.
 
 START = 1_400_000_000
 PAIRS = [(u, i) for u in range(4) for i in range(3)]
@@ -445,8 +445,7 @@ def test_markup_code_and_words_for_nothing_are_missing(junk):
 
 # -------------------------------------------------------------------------------------------------------------- prepare
 
-REPO = Path(__file__).parent.parent
-AMAZON = REPO.parent / "shared" / "amazon"
+AMAZON = REPOSITORY.parent / "shared" / "amazon"
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
 BUILT_IN = ("--language_encoder=lexical", "--img_encoder=pixel")
 
@@ -460,7 +459,6 @@ def histories(made) -> dict[str, list[str]]:
 
 
 def events_of(text: str) -> list[tuple]:
-    """Return the events of "user item time[ rating], ..."."""
     return [(user, item, *map(float, rest)) for user, item, *rest in map(str.split, text.split(", "))]
 
 

@@ -24,8 +24,8 @@ from experiments import report, tables
 from experiments.paper import PUBLISHED
 from experiments.tables import paired_bootstrap
 from tests.made_up import draw_picture, reviews_of, write_prepared, write_raw
+from trainer.runs import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 PAGES = {
     str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
     for path in (REPOSITORY / "README.md", *sorted(REPOSITORY.glob("[!.]*/README.md")))

@@ -48,7 +48,6 @@ from tests.made_up import (
 from trainer.checkpoint import RunItems
 
 # -------------------------------------------------------------------------------------------------------------- engines
-# The torch and onnx engines of an export, against the model that it was sliced from.
 
 NUM_ITEMS = 30
 
@@ -79,7 +78,6 @@ def one(tmp_path_factory):
 
 
 def exported_baseline(folder, name):
-    """Return (a baseline of random weights, its Recommender)."""
     options = {} if name in COUNTING else {"mrl_hidden_sizes": (8,), "num_heads": 2 if name == "sasrec" else 1}
     run = {"model_code": name, "dataset_code": "made-up", "lru_max_len": 7}
     settings = Config(**{**MODEL_PRESETS[name], **options, **run})
@@ -318,7 +316,6 @@ ITEMS, MAX_LEN = 60, 7
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """(storage, format) -> an export of one model."""
     root = tmp_path_factory.mktemp("exports")
     options = {"ring": NEAR_1, "post_norm": True, "history_bias": (0.0, 0.0, 0.4)}
     model = random_model((8, 16, 32), num_blocks=2, num_items=ITEMS, **options)
@@ -658,7 +655,6 @@ def served_export(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(served_export):
-    """A client of the application on the export."""
     testclient = pytest.importorskip("fastapi.testclient", reason="the server needs the extra http")
     with testclient.TestClient(http.create_app(Recommender.from_pretrained(served_export))) as client:
         yield client

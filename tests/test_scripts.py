@@ -36,13 +36,11 @@ from tests.made_up import contents, cut_off_after, write_maps, write_prepared, w
 from trainer import evaluation, runs, testing
 from trainer import trainer as trainer_module
 from trainer.checkpoint import load_state
-from trainer.runs import read_settings
+from trainer.runs import REPOSITORY, read_settings
 from trainer.trainer import Trainer
 
 # ------------------------------------------------------------------------------------------------------------- settings
-# Settings: which value wins, what is refused and how, what is saved, and that each has an effect.
 
-REPOSITORY = Path(__file__).parent.parent
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 
@@ -302,14 +300,12 @@ def test_a_setting_changes_what_is_trained(base_weights, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-# Files that are written whole or not at all, and errors of reading.
 
 HINT = "make it again with the press"
 
 
 @pytest.fixture
 def old(tmp_path) -> Path:
-    """Return an existing file."""
     path = tmp_path / "folder" / "[numbers].txt"
     write_text(path, "old")
     return path
@@ -428,7 +424,6 @@ def run_eval(flags=""):
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    """Return a folder with data/tiny and one finished run."""
     folder = tmp_path_factory.mktemp("template")
     write_prepared(folder / "data", "tiny", users=20, items=12, pictures=True)
     with pytest.MonkeyPatch.context() as patch:

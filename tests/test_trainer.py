@@ -123,10 +123,7 @@ def test_training_keeps_the_first_best_epoch_and_stops_in_time(tmp_path, monkeyp
 
 def test_a_loss_or_weight_that_is_not_finite_stops_training_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     breaks = {"lr": 1e38, "warmup_steps": 0, "max_grad_norm": 0.0, "enable_lr_schedule": False}
-    for batch_size in (
-        100,
-        10,
-    ):  # its only or first loss is finite, its update is not
+    for batch_size in (100, 10):  # its only or first loss is finite, its update is not
         trainer = make_trainer(tmp_path, **breaks, save_every_minutes=1e-9)
         trainer.loader.batch_size = batch_size
         with pytest.raises(InputError, match=r"weights are not finite at step 1 \(epoch 1\); no epoch was finished"):
@@ -412,7 +409,6 @@ def test_nothing_in_a_step_asks_for_a_number_that_a_gpu_would_have_to_finish(mon
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
-# Full ranking, exact scores, metrics, and the test of a run with its files.
 
 RANKED_ITEMS, MAX_LEN, RANKED_SIZES, KS = 40, 6, (4, 8, 16), (1, 5, 10, 20)
 INF, NAN = math.inf, math.nan

@@ -184,7 +184,7 @@ class TrainingSettings(Settings):
         0.0, "share of the teachers' or the largest size's softmax in targets", at_least=0, at_most=1, extension=True
     )
     logit_adjustment: float = setting(
-        0.0, "A: train with log n/(n + A), n: an item's labels", at_least=0, extension=True
+        0.0, "further events to expect of every item, which raises rare items; 0: none", at_least=0, extension=True
     )
     teachers: tuple[str, ...] = setting((), "trained runs that all sizes learn from", metavar="RUN,...", extension=True)
     ema_decay: float = setting(0.0, "EMA decay of the evaluated weights; 0: none", at_least=0, below=1, extension=True)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, on_epoch: Callable[[dict[str, Any]],
     device = resolve_device(config.device)
 
     catalog = load_dataset(config)
-    run.check_data(catalog)
+    run.check(catalog)
     features = load_features(config, catalog, device, run.features)  # each [N, F], from the cache
     teachers = load_teachers(config, catalog, device, run.resumed)
 

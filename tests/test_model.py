@@ -152,7 +152,6 @@ def test_eigenvalues_start_spread_evenly_over_the_area_of_the_ring(monkeypatch, 
 
 
 def parts(*dtypes):
-    """Return features of every item, one part per dtype, all exact in half precision."""
     return [drawn(NUM_ITEMS, w, seed=w).detach().half().to(dtype) for w, dtype in zip(WIDTHS, dtypes, strict=True)]
 
 
@@ -286,7 +285,7 @@ def test_teachers_average_the_scaled_scores_of_their_models():
     expected_prior = torch.tensor([1 / 3, 1 / 3, 3 / 5, 60 / 62]).log()
     torch.testing.assert_close(adjusted_prior(torch.tensor([0, 1, 3, 60]), 2.0), expected_prior)
     teachers.adjustments, prior = [3.0, 0.0], adjusted_prior(counts, 2.0)
-    teachers.explain(counts, prior)
+    teachers.add_priors(counts, prior)
     z = teachers.encode(batch.tokens, batch.position, batch.longest)
     trained_on = expected.detach() + adjusted_prior(counts, 3.0) / 2
     torch.testing.assert_close(teachers.logits(z, torch.float32) + prior, trained_on)
@@ -301,7 +300,7 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(negatives, loss):
     sampler = NegativeSampler(counts, negatives) if negatives else None
     taught = TrainingSettings(distill=1.0, loss=loss, max_grad_norm=0)
     teachers, prior = Teachers([copy.deepcopy(model)], [3.0]), adjusted_prior(counts, 3.0).double()
-    teachers.explain(counts, prior)
+    teachers.add_priors(counts, prior)
     Step(model.train(), NoUpdate(), taught, sampler, None, teachers, prior)(batch)
     model.history_bias.grad = None
     assert max(p.grad.abs().max() for p in model.parameters() if p.grad is not None) < 1e-12

@@ -358,7 +358,7 @@ def build_step(
     sampler = NegativeSampler(counts, config.num_negatives) if sampled else None
     prior = adjusted_prior(counts, config.logit_adjustment) if config.logit_adjustment else None
     if teachers:
-        teachers.explain(counts, prior)
+        teachers.add_priors(counts, prior)
     rows = sparse_rows(model, config, sampled)
     step = Step(model, build_optimizer(model, config, rows), config, sampler, rows, teachers, prior)
     graphed = loader.device.type == "cuda" and model.static_shapes and not rows

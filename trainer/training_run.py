@@ -59,7 +59,7 @@ class TrainingRun:
         check_loggers(config)
         self.state: dict[str, Any] | None = None  # of the finished epochs
 
-    def check_data(self, catalog: Catalog) -> None:
+    def check(self, catalog: Catalog) -> None:
         """Raise InputError if the resumed run was trained on another dataset, or if there is no such loss."""
         find_loss(self.config, sampled=0 < self.config.num_negatives < catalog.num_items)
         if resumed := self.resumed:

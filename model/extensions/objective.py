@@ -46,8 +46,8 @@ def adjusted_prior(counts: Tensor, adjustment: float) -> Tensor:
     """Return log(n / (n + A)) of each token, [N+1] float32, from counts [N+1]: how often it is a label. A: adjustment.
 
     Logit adjustment (Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021) for a smoothed prior: an item
-    that is a label n times is expected n + A times among new events. Training explains n, and a ranking leaves the
-    prior out, so rare items rise. An item without a label counts as one with one.
+    that is a label n times, at least 1, is expected n + A times among new events. A ranking leaves the prior out, so
+    rare items rise.
     """
     n = counts.clamp_min(1).float()
     return torch.log(n / (n + adjustment))
@@ -175,10 +175,11 @@ class Teachers:
             self.table = torch.cat([model.item_table().to(device) for model in self.models], dim=1)  # [N+1, W]
 
     @torch.no_grad()
-    def explain(self, counts: Tensor, prior: Tensor | None) -> None:
-        """Add to each item's logit what makes the target the teachers' own training distribution.
+    def add_priors(self, counts: Tensor, prior: Tensor | None) -> None:
+        """Add the mean of the teachers' priors to their logits, less the student's prior, which the loss adds later.
 
-        counts: [N+1], how often each token is a label; prior: [N+1], the student's, which the loss adds to all logits.
+        The target is then what the teachers were trained to predict. counts: [N+1], how often each token is a label;
+        prior: [N+1] of the student, None: 0.
         """
         own = torch.stack([adjusted_prior(counts, adjustment) for adjustment in self.adjustments]).mean(dim=0)
         bias = own if prior is None else own - prior

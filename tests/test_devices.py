@@ -179,7 +179,6 @@ def outcome(folder: Path, case: str) -> list[dict]:
 
 
 def assert_same_training(run: Path, other: Path) -> None:
-    """Compare weights, optimizer, random state, log and test metrics, to rounding."""
     found = []
     for path in (run, other):
         state = load_state(path / "last.pt")

@@ -553,7 +553,6 @@ CARD = [  # the largest size is not the best
 
 @pytest.fixture
 def best_size(tmp_path):
-    """A function that chooses a size by flags, from a card with these changes; None: without a card."""
 
     def choose(flags, changes=()):
         (tmp_path / "best.safetensors").write_bytes(b"weights")
@@ -693,7 +692,6 @@ def built(home, run):
 
 @pytest.fixture(scope="module")
 def recommenders(run):
-    """Size -> the Recommender of that size, stored as in the page."""
     folders = run_export(run, "--size all --out exports")
     return {size: Recommender.from_pretrained(folder) for size, folder in zip(SIZES, folders, strict=True)}
 

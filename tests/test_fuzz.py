@@ -58,7 +58,6 @@ def fuzzed(count):
 
 
 def memory(name):
-    """Return VmRSS or VmHWM in MB; 0 where /proc does not exist."""
     return memory_mb(name) if Path("/proc/self/status").exists() else 0
 
 
@@ -87,7 +86,6 @@ VALUES = st.sampled_from(NASTY) | st.recursive(
 
 
 def places(value):
-    """Yield (container, key) of everything in a JSON value."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in list(entries):
         yield value, key
@@ -96,7 +94,6 @@ def places(value):
 
 @st.composite
 def altered(draw, original):
-    """Draw a JSON value with some entries replaced, removed or added."""
     value = [copy.deepcopy(original)]
     for _ in range(draw(st.integers(1, 2))):
         found = list(places(value))
@@ -113,7 +110,6 @@ def altered(draw, original):
 
 @st.composite
 def damaged(draw, original):
-    """Draw bytes with some parts replaced, repeated or cut off."""
     data = original
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(data)))
@@ -280,14 +276,12 @@ FEATURES = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def exported(folder):
-    """The files of an export with graphs, in int8."""
     model = random_model((4, 8), num_blocks=1, num_items=12, features=FEATURES)
     made = write_export(folder / "export", model, quantize="int8")
     return {path.name: path.read_bytes() for path in made.iterdir()}
 
 
 def checked(files):
-    """Return the files of an export with right checksums in its config.json."""
     try:
         config = json.loads(files[CONFIG])
         for name, entry in config["files"].items():
@@ -309,7 +303,6 @@ ARRAY = st.sampled_from([*EMPTY, *NUMBERED, *TABLES, *OTHER, np.zeros((1, 10**5)
 
 @st.composite
 def broken_export(draw, files):
-    """Draw an export's files with one changed and all checksums right."""
     name = draw(st.sampled_from([CONFIG, CONFIG, ITEMS, WEIGHTS, "recommend.onnx", "step.onnx", "rank.onnx"]))
     if name == CONFIG:
         return checked(files | {name: draw(json_file(json.loads(files[name])))})

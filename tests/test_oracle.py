@@ -631,7 +631,6 @@ TWO_ROWS = torch.tensor([0, 1, 2, 0, 1])
 
 
 def run_example(heading, registry, name, monkeypatch):
-    """Run an example; return what it adds to the registry, which is restored afterwards."""
     monkeypatch.setitem(registry, name, None)
     exec(BLOCKS[heading], {})
     return registry[name]
@@ -675,6 +674,9 @@ def test_the_modality_is_cached_and_made_alike_for_new_products(tmp_path, monkey
     assert len(np.unique(brands, axis=0)) == len({record.get("brand") for record in catalog.metadata})
 
     settings = FeatureSettings(language_encoder="lexical", use_img_encoder=False)
+    used, load = [], definitions["Brand"].load_encoder
+    monkeypatch.setattr(definitions["Brand"], "load_encoder", lambda *given: used.append(1) or load(*given))
     described = registry.describe_features(settings, [text.shape[1], brands.shape[1]])
     made = registry.embed_records(catalog.metadata, described, registry.described_modalities(described, {}))
     np.testing.assert_allclose(made, np.concatenate([text, brands], axis=1), atol=1e-3)
+    assert used, "new products are read by the modality's own encoder"

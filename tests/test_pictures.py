@@ -44,7 +44,6 @@ def photos(tmp_path) -> Path:
 
 
 def fetch(web, photos, pages: dict) -> dict:
-    """Return the manifest of items whose only URL serves these pages."""
     web.pages |= {f"/{number}": page for number, page in enumerate(pages.values())}
     return fetch_pictures({asin: [f"{web.url}/{n}"] for n, asin in enumerate(pages)}, photos, QUICK)
 

@@ -89,7 +89,6 @@ for line in sys.stdin.read().splitlines():
 
 
 def commands():
-    """Return the lines of all pages' shell blocks, each once, without comments."""
     lines = [line for page in PAGES.values() for block in blocks(page, "sh") for line in block.splitlines()]
     return list(dict.fromkeys(line.partition("  #")[0].strip() for line in lines))
 

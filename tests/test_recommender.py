@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import weakref
@@ -62,7 +63,6 @@ SHAPES = [
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def exported(request, tmp_path_factory):
-    """(model, max_len, export in float32)."""
     folder = tmp_path_factory.mktemp("exported") / "export"
     sizes, num_blocks, max_len, options = request.param
     model = random_model(sizes, num_blocks, ring=NEAR_1, **options)
@@ -71,7 +71,6 @@ def exported(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """Exports of one model in two storages: {"none": ..., "int8": ...}."""
     folder, model = tmp_path_factory.mktemp("one"), random_model((8, 16, 32), num_items=NUM_ITEMS, ring=NEAR_1)
     kinds = ("none", "int8")
     return {kind: read_folder(write_export(folder / kind, model, max_len=20, quantize=kind)) for kind in kinds}
@@ -99,7 +98,6 @@ def histories_of(lengths, longest, num_items=NUM_ITEMS) -> np.ndarray:
 
 
 def all_items(table: Table) -> tuple[np.ndarray, int]:
-    """Return (bias, k) that rank every item."""
     bias = np.full((1, table.width), -np.inf, dtype=np.float32)
     bias[0, 1 : len(table)] = 0
     return bias, len(table) - 1
@@ -119,7 +117,6 @@ def by_item(ranked) -> np.ndarray:
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Equal up to `tolerance` times the largest expected value."""
     actual, expected = map(np.asarray, (actual, expected))
     assert actual.shape == expected.shape
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
@@ -756,6 +753,12 @@ def test_waiting_requests_are_answered_together_and_a_bad_one_fails_alone(served
     assert [answer.ids for answer in answers[:3]] == [recommend([[i]], 3)[0].ids for i in (1, 2, 3)]
     assert [answer.ids for answer in answers[3:]] == [["A2"], ["A1"], recommend([[1]], 3, False)[0].ids]
     assert isinstance(refused, InputError)
+
+
+def test_a_port_that_is_taken_is_refused_with_another(client, served_export):
+    refused = pytest.raises(InputError, match=r"--port \d+: cannot listen there.* give a free --port, such as 8000")
+    with socket.create_server(("127.0.0.1", 0)) as taken, refused:
+        http.main([str(served_export), "--port", str(taken.getsockname()[1])])
 
 
 def test_without_fastapi_the_command_says_what_to_install(served_export, monkeypatch):

@@ -32,6 +32,7 @@ from config import ALL_PRESETS, EXTENSIONS, METRICS, MODEL_PRESETS, PRESETS, SEC
 from dataloader import eval_rows
 from datasets.catalog import load_catalog
 from experiments import nightly, report, tables
+from model.extensions.objective import Teachers
 from tests.made_up import contents, cut_off_after, write_maps, write_prepared, write_tiny_bert
 from trainer import evaluation, runs, testing
 from trainer import trainer as trainer_module
@@ -520,6 +521,7 @@ def test_bad_input_is_refused_before_a_run_is_made(workplace, monkeypatch):
     for flags, message in (
         ("--device cuda", "--device cuda: torch finds no GPU here; give --device cpu"),
         ("--dataset_code tny", r"dataset 'tny' is not at data/tny \(prepared there: tiny\); did you mean tiny\?"),
+        ("--loss nonsense", r"--loss 'nonsense': without --num_negatives it must be one of fast, plain"),
         ("--language_encoder lexcal", "'lexcal' is neither a folder nor of the form ORGANISATION/MODEL; 'lexical'"),
     ):
         with pytest.raises(InputError, match=message):
@@ -590,11 +592,16 @@ def test_a_warm_start_on_newer_data_keeps_what_was_learned_of_items(workplace, m
     assert json_of(run / "env.json")["init_from"] == recorded
 
 
-def test_a_run_learns_from_teachers_and_refuses_those_that_changed_or_know_other_items(workplace):
-    teacher = train.main(shlex.split(f"{TINY} --num_epochs 1"))
+def test_a_run_learns_from_teachers_and_refuses_those_that_changed_or_know_other_items(workplace, monkeypatch):
+    teacher = train.main(shlex.split(f"{TINY} --num_epochs 1 --logit_adjustment 2"))
+    add, added = Teachers.add_priors, []
+    monkeypatch.setattr(
+        Teachers, "add_priors", lambda self, *given: (added.append(self.adjustments), add(self, *given))
+    )
     taught = f"{TINY} --preset plus --teachers {teacher},{teacher} --num_epochs 1"
     run, alone = train.main(shlex.split(taught)), train.main(shlex.split(f"{TINY} --preset plus --num_epochs 1"))
     assert [entry["run"] for entry in json_of(run / "env.json")["teachers"]] == 2 * [teacher.name]
+    assert added == [[2.0, 2.0]]
     weights, without = (load_file(folder / "best.safetensors") for folder in (run, alone))
     assert not torch.equal(weights["items.V"], without["items.V"])
     train.main(["--resume", str(run)])

@@ -112,15 +112,18 @@ class Dropout(nn.Module):
     def drop(self, x: Tensor) -> Tensor:
         """Apply dropout to every dimension."""
         first, total = self.share or (0, len(x))
-        # Not F.dropout: drawing its masks takes three times as long on a CPU.
-        kept = torch.rand(total, *x.shape[1:], device=x.device) >= self.p
+        # Not F.dropout or torch.rand: on a CPU they take 17 and 4 times as long as 16 random bits for each number.
+        drawn = torch.empty(total, *x.shape[1:-1], -(-x.shape[-1] // 4), dtype=torch.int64, device=x.device)
+        bits = drawn.random_(-(2**63), None).view(torch.int16)[..., : x.shape[-1]]
+        kept = bits >= round(self.p * 2**16) - 2**15
         # The padding of a share may reach beyond the end of the batch.
         if isinstance(first, Tensor):
             kept = kept[(first + torch.arange(len(x), device=x.device)).clamp(max=total - 1)]
-        else:
+        elif self.share is not None:
             kept = kept[first : first + len(x)]
             kept = F.pad(kept, (0,) * (2 * x.ndim - 1) + (len(x) - len(kept),))
-        return x * kept.to(x.dtype) / (1 - self.p)  # of one dtype: a product with booleans takes several times as long
+        # As numbers of x's dtype: a product with booleans takes several times as long.
+        return x * kept.to(x.dtype).div_(1 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, start={self.start}"

@@ -209,12 +209,12 @@ def _scan_by_steps(h: Tensor, eigenvalue: Tensor, position: Tensor, longest: int
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
-# What both losses use.
+# What both losses use. `a[i].add_(b)` and not `a[i] += b`, which also copies a[i] onto itself.
 #
 # The matrix products of a chunk of positions are in memory at once. What lies between the products, the softmax of
 # every size, goes block by block within a chunk, so that it stays in the processor's cache.
 
-CHUNK_BYTES = 2**26  # of the products in memory at once, for all sizes: 256 positions of 12,101 items and 8 sizes
+CHUNK_BYTES = 2**28  # of the products in memory at once, for all sizes: 1,024 positions of 12,101 items and 8 sizes
 BLOCK_BYTES = 2**25  # of the logits and probabilities in the processor's cache at once, for all sizes
 GPU_SHARE = 32  # on a GPU the products may take this part of its memory: fewer chunks, larger products
 ABSENT = -1e30  # the logit of an excluded candidate: its probability is 0, and 0 times this is still 0
@@ -321,6 +321,8 @@ def residuals_(
     p, scaled, target = spare
     if teacher is not None:
         torch.softmax(teacher if offset is None else teacher + offset, dim=1, out=target).mul_(valid)
+    one_hot = valid.to(p.dtype)  # [C, 1], at the label's column
+    of_label, log_sum = p.new_empty(2, *logits.shape[:2], 1)  # each [M, C, 1]
     above = None
     for j, of_size in reversed(list(enumerate(logits))):
         x = objective.distill if above is not None or teacher is not None else 0.0
@@ -331,23 +333,26 @@ def residuals_(
             scaled = scaled if offset is None else scaled.add_(offset)
         torch.softmax(scaled, dim=1, out=p)
         # log p = scaled - log_sum. The largest p is at least 1 / K, while the label's may underflow.
-        log_sum = scaled.amax(dim=1, keepdim=True) - p.amax(dim=1, keepdim=True).log()
-        learned.loss.sub_((1 - x) * ((scaled.gather(1, label) - log_sum) * valid).sum())
+        torch.sub(scaled.amax(dim=1, keepdim=True), p.amax(dim=1, keepdim=True).log_(), out=log_sum[j])
+        torch.gather(scaled, 1, label, out=of_label[j])
         if x:
-            of_target = target.flatten().dot(scaled.flatten()) - target.sum(dim=1).dot(log_sum[:, 0])
+            of_target = target.flatten().dot(scaled.flatten()) - target.sum(dim=1).dot(log_sum[j, :, 0])
             learned.loss.sub_(x * of_target)
         elif objective.distill:  # the largest size teaches
             torch.mul(p, valid, out=target)
         if seen is not None:
             of_seen = (p.gather(1, seen.column) * seen.counts).sum(dim=1)
             learned.grad_bias[j] += bias_gradient(of_seen, seen.label, seen.bias[j])
-        residual = p.scatter_add_(1, label, x * valid.to(p.dtype) - 1)
+        residual = p.scatter_add_(1, label, x * one_hot - 1)
         if x:
             residual.sub_(target, alpha=x)
         if scale is not None:
             residual.mul_(scale[j])
             learned.grad_log_scale[j] += residual.flatten().dot(of_size.flatten())
         above = of_size.copy_(residual) if above is None else torch.add(residual, above, out=of_size)
+    log_p = (of_label - log_sum).mul_(one_hot)
+    log_p[: len(logits) if teacher is not None else -1] *= 1 - objective.distill
+    learned.loss.sub_(log_p.sum())
 
 
 # ------------------------------------------------------------------------------------------------------------ all items
@@ -392,11 +397,14 @@ class _CrossEntropySum(torch.autograd.Function):
         out, embedded = sizes[-1], 0 if V is None else V.shape[1]
         if features is not None:
             out = columns_multiplied_out(len(z), features.shape[1], sizes, embedded)
-        table = weight if features is None else features @ weight[:out].to(narrow).T  # [N+1, out]
+        table = weight  # [N+1, out]
+        if features is not None:
+            table = reused_buffer("table", (len(features), out), narrow, z.device)
+            torch.mm(features, weight[:out].to(narrow).T, out=table)
         rest = weight[:0] if features is None else weight[out:].to(narrow)  # [D - out, F]
         if V is not None:
             narrow_V = V.to(narrow)
-            table[:, :embedded] += narrow_V[:, :out]
+            table[:, :embedded].add_(narrow_V[:, :out])
         valid = (labels != 0)[:, None]  # [T, 1]
         z_narrow = (z * valid).to(narrow)  # a position without a label has logits of 0, and no gradient
 
@@ -404,7 +412,7 @@ class _CrossEntropySum(torch.autograd.Function):
         chunks = row_chunks(len(z), len(sizes) * len(table) * narrow.itemsize, z.device)
         of_sum = wide if len(chunks) > 1 else narrow
         # Transposed, as the products come: transposing a residual costs as much as multiplying it.
-        grad_table = torch.empty(table.shape[::-1], dtype=of_sum, device=z.device)  # [out, N+1]
+        grad_table = reused_buffer("grad_table", (out, len(table)), of_sum, z.device)
         grad_weight = torch.empty_like(weight, dtype=wide)  # of Factors; its rows [out:] come chunk by chunk
         grad_V = None if V is None else torch.empty_like(V, dtype=wide)
         loss = torch.zeros((), dtype=wide, device=z.device)
@@ -438,9 +446,9 @@ class _CrossEntropySum(torch.autograd.Function):
                 for j, (_, high) in enumerate(increments(sizes)):
                     logits[j].copy_(products[j, block])
                     if features is not None and out < high <= embedded:
-                        logits[j] += by_V[j, block]
+                        logits[j].add_(by_V[j, block])
                     if j:
-                        logits[j] += logits[j - 1]
+                        logits[j].add_(logits[j - 1])
                 taught = None if objective.teacher is None else objective.teacher[at].to(wide)
                 seen = None if history_seen is None else history_seen.of(at)
                 residuals_(
@@ -457,7 +465,7 @@ class _CrossEntropySum(torch.autograd.Function):
                     grad_z[rows, low:high] = grad_left @ rest[low - out : high - out].T
                     add_product(grad_weight[low:high], z_part.T, grad_left, first)
                     if grad_V is not None and high <= embedded:
-                        grad_z[rows, low:high] += residual @ narrow_V[:, low:high]
+                        grad_z[rows, low:high].add_(residual @ narrow_V[:, low:high])
                         add_product(grad_V[:, low:high], residual.T, z_part, first)
 
         if features is None:
@@ -589,14 +597,14 @@ class _SampledCrossEntropySum(torch.autograd.Function):
                     torch.mul(_excluded(items, candidates), ABSENT, out=offset[:, 1:draws]).add_(of_drawn)
                     offset[:, draws:] = ABSENT * ((history[at] == 0) | own_history[at])
                     if prior is not None:
-                        offset[:, draws:] += prior[history[at]]
+                        offset[:, draws:].add_(prior[history[at]])
                 for j, (low, high) in enumerate(increments(sizes)):
                     logits[j, :, 0] = (z_wide[at, low:high] * own_wide[at, low:high]).sum(dim=1)
                     logits[j, :, 1:draws] = products[j, block]
                     if of_history is not None:
                         logits[j, :, draws:] = of_history[j, at]
                     if j:
-                        logits[j] += logits[j - 1]
+                        logits[j].add_(logits[j - 1])
                 column = torch.zeros_like(labels[at, None])
                 taught = None if objective.teacher is None else objective.teacher[at].to(wide)
                 seen = None if history_seen is None else history_seen.of(at)
@@ -608,7 +616,7 @@ class _SampledCrossEntropySum(torch.autograd.Function):
                 if grad_of_history is not None:
                     grad_of_history[:, at] = logits[:, :, draws:]
             for (low, high), residual in zip(increments(sizes), products, strict=True):
-                grad_z[rows, low:high] += residual @ drawn[:, low:high]
+                grad_z[rows, low:high].add_(residual @ drawn[:, low:high])
                 add_product(grad_drawn[:, low:high], residual.T, z_narrow[rows, low:high], first=rows.start == 0)
 
         gradients = (grad_z.mul_(valid), z), (grad_own.mul_(valid), own), (grad_drawn, drawn)

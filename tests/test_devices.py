@@ -34,7 +34,7 @@ from trainer.sparse_rows import sparse_rows
 
 TINY = (
     "--dataset_code tiny --language_encoder lexical --no-use_img_encoder --mrl_hidden_sizes 2,4,8 --num_epochs 2 "
-    "--lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu --train_batch_size 6"
+    "--seed 1 --lr 0.01 --warmup_steps 1 --lru_num_blocks 1 --device cpu --train_batch_size 6"
 )
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}

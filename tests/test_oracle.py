@@ -94,7 +94,8 @@ def oracle_lru(x, valid, w, sizes):
 
 def oracle_dropout(x, p):
     """x [1, L, D], each number kept with probability 1 - p."""
-    return x * (torch.rand(x.shape[1:]) >= p) / (1 - p)
+    bits = torch.empty(x.shape[1], -(-x.shape[2] // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return x * (bits[:, : x.shape[2]] / 2**16 + 0.5 >= round(p * 2**16) / 2**16) / (1 - p)
 
 
 def oracle_encode(w, features, tokens, sizes, num_blocks, p=(0.0, 0.0), post_norm=False):

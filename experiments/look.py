@@ -1,7 +1,8 @@
-"""Look at a run's item embeddings: a map coloured by category, and the nearest neighbours of an item.
+"""Look at a run: a map of its items by category, an item's neighbours, and what the order of the item ids gives away.
 
 python -m experiments.look experiments/runs/demo/...                     # writes embeddings.png into the run's folder
 python -m experiments.look experiments/runs/demo/... --item "Warm Lamp"  # also lists the items most like this one
+python -m experiments.look experiments/runs/demo/... --id_order          # also ranks later ids higher, on validation
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,17 +18,27 @@ from common.cli import Parser, run_cli
 from common.errors import InputError
 from datasets.items import flat_text
 
+if TYPE_CHECKING:
+    from datasets.catalog import Catalog
+    from model.base import SequenceModel
+
 PICTURE = "embeddings.png"
 CATEGORIES = 6  # that have a colour; the others are grey
+HEAD_STARTS = (0.0, 0.5, 1.0, 2.0, 3.0)  # of --id_order
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the map, and print the neighbours of --item."""
+    """Draw the map, and print the neighbours of --item and the table of --id_order."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained run")
     parser.add_argument("--item", metavar="ID_OR_TITLE", help="list the nearest neighbours of this item")
     parser.add_argument("--neighbours", type=int, default=10, metavar="N", help="length of the list (default: 10)")
     parser.add_argument("--size", type=int, metavar="M", help="model size (default: the largest)")
+    parser.add_argument(
+        "--id_order",
+        action="store_true",
+        help="print what validation gains if items whose id sorts after that of the last item get a head start",
+    )
     arguments = parser.parse_args(argv)
     import torch
 
@@ -50,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"most like {catalog.asins[chosen]}  {titles[chosen]}, size {size}")
         for i, cosine in neighbours(table, chosen, arguments.neighbours):
             print(f"  {cosine:.3f}  {catalog.asins[i]}  {titles[i]}")
+    if arguments.id_order:
+        print_id_order(catalog, model, size, config.lru_max_len)
     path = arguments.run / PICTURE
     draw_map(table, categories(catalog.metadata), f"{config.dataset_code}: item embeddings of size {size}", path)
     print(f"written: {path}")
@@ -74,6 +87,39 @@ def neighbours(table: np.ndarray, item: int, count: int) -> list[tuple[int, floa
     cosines[item] = -np.inf
     nearest = np.argsort(-cosines, kind="stable")[: min(count, len(table) - 1)]
     return [(int(i), float(cosines[i])) for i in nearest]
+
+
+def print_id_order(catalog: Catalog, model: SequenceModel, size: int, max_len: int) -> None:
+    """Print how often the next item's id sorts after the last one's, and the metrics if the ranking knows.
+
+    A ranking that knows adds a head start to the scaled score of every such item. Events of one moment in the order of
+    their ids, as in an export sorted by both, make the head start pay; it says nothing of what users want.
+    """
+    import torch
+
+    from dataloader import eval_batches, eval_rows, train_items
+    from trainer.evaluation import candidates, encode_last, ranking_metrics, target_ranks
+
+    place = np.zeros(catalog.num_items + 1, dtype=np.int64)  # of each token among the sorted ids
+    place[1 + np.argsort(np.array(catalog.asins), kind="stable")] = np.arange(1, catalog.num_items + 1)
+    users, items = train_items(catalog.sequences)
+    later = (np.diff(place[items]) > 0)[users[1:] == users[:-1]]
+    print(f"{later.mean():.1%} of the next items in training have an id that sorts after the last item's")
+    places, log_scale = torch.from_numpy(place), getattr(model, "log_scale", None)
+    ranks: dict[float, list[torch.Tensor]] = {start: [] for start in HEAD_STARTS}
+    with torch.inference_mode():
+        scale = 1.0 if log_scale is None else float(log_scale[model.sizes.index(size)].exp())
+        table = model.eval().item_table()
+        for batch in eval_batches(eval_rows(catalog.sequences, max_len, "val"), 256, torch.device("cpu")):
+            z = encode_last(model, batch, table)[:, :size]
+            scores = scale * (z @ table[:, :size].T) + candidates(batch, 0, len(table), mask_history=True)
+            after = places > places[batch.tokens[batch.last], None]  # [B, N+1]
+            for start in HEAD_STARTS:
+                ranks[start].append(target_ranks(scores + start * after, batch.targets))
+    print("head start  NDCG@10  Recall@10  (validation, history masked)")
+    for start, parts in ranks.items():
+        found = ranking_metrics(torch.cat(parts), (10,))
+        print(f"{start:10.1f} {found['NDCG@10']:8.4f} {found['Recall@10']:10.4f}")
 
 
 def categories(metadata: list[dict[str, Any]]) -> list[str]:

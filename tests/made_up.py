@@ -183,16 +183,8 @@ class Shop:
     def export(self, kind: str = "none", format: str = "onnx") -> Path:
         folder = self.root / f"{kind}-{format}"
         if not folder.exists():
-            write_export(
-                folder,
-                self.model,
-                self.catalog,
-                max_len=MAX_LEN,
-                quantize=kind,
-                format=format,
-                use_img_encoder=True,
-                item_attributes=ATTRIBUTES,
-            )
+            run = {"use_img_encoder": True, "item_attributes": ATTRIBUTES}
+            write_export(folder, self.model, self.catalog, max_len=MAX_LEN, quantize=kind, format=format, **run)
         return folder
 
     def open(self, engine: str, kind: str = "none") -> Recommender:

@@ -35,6 +35,7 @@ from serving import export
 from serving.weights import user_weighted_pca
 from tests.made_up import write_prepared, write_tiny_bert
 from trainer.evaluation import ranking_metrics
+from trainer.load_run import load_run
 from trainer.runs import read_log, read_plane, save_ranks
 
 
@@ -423,10 +424,9 @@ def test_recall_counts_a_target_by_its_place_in_the_answer():
 TINY = "--dataset_code tiny --language_encoder lexical --img_encoder pixel --device cpu --lru_num_blocks 1"
 
 
-def test_look_lists_neighbours_by_title_and_draws_a_map(workplace, capsys):
+def test_look_lists_neighbours_draws_a_map_and_ranks_by_id_order(workplace, capsys):
     trained = str(train.main([*TINY.split(), "--mrl_hidden_sizes", "4,8", "--num_epochs", "1", "--no-test"]))
-    catalog = load_catalog("data", "tiny")
-    capsys.readouterr()
+    _, catalog, model = load_run(trained)
     look.main([trained, "--item", catalog.metadata[2]["title"].lower(), "--neighbours", "3", "--size", "4"])
     listed = capsys.readouterr().out.partition(f"most like {catalog.asins[2]}")[2].splitlines()[1:]
     cosines = [float(line.split()[0]) for line in listed[:3]]
@@ -435,6 +435,21 @@ def test_look_lists_neighbours_by_title_and_draws_a_map(workplace, capsys):
     for flags, problem in (("--item e", r"fits \d+ titles; give an id"), ("--size 5", r"its sizes are \(4, 8\)")):
         with pytest.raises(InputError, match=problem):
             look.main([trained, *flags.split()])
+    look.main([trained, "--id_order", "--size", "4"])
+    ids, rows = ["", *catalog.asins], [catalog.sequences.of(u).tolist() for u in range(len(catalog.sequences))]
+    pairs = [ids[row[k]] < ids[row[k + 1]] for row in rows for k in range(len(row) - 3)]
+    table, expected = model.item_table().detach(), [f"{np.mean(pairs):.1%} of the next items in training"]
+    for start in look.HEAD_STARTS:
+        ranks = []
+        for *history, target, _ in rows:
+            z = model.encode(table[history], torch.arange(len(history)), len(history))[-1, :4].detach()
+            score = table[:, :4] @ z + start * torch.tensor([i > ids[history[-1]] for i in ids])
+            score[[0, *{*history} - {target}]] = -torch.inf
+            ranks.append(1 + (score > score[target]).sum() + ((score == score[target]).sum() - 1) / 2)
+        found = ranking_metrics(torch.tensor(ranks), (10,))
+        expected.append(f"{start:10.1f} {found['NDCG@10']:8.4f} {found['Recall@10']:10.4f}\n")
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in expected) and expected[1][10:] != expected[-1][10:]
 
 
 def test_tune_searches_by_validation_and_continues(workplace, capsys):

@@ -55,14 +55,7 @@ from trainer.runs import REPOSITORY, commit
 TWO_SIZES, FEATURES, IDS = (2, 5), 3, ["A1", "B2", "C3"]
 FILES = ("model.safetensors", "items.safetensors", "recommend.onnx")
 DESCRIBED = {
-    **{
-        "size": TWO_SIZES[-1],
-        "sizes": TWO_SIZES,
-        "num_blocks": 1,
-        "max_len": 9,
-        "num_items": len(IDS),
-        "quantize": "none",
-    },
+    **{"size": TWO_SIZES[-1], "sizes": TWO_SIZES, "num_blocks": 1, "max_len": 9, "num_items": 3, "quantize": "none"},
     "dataset": {"code": "shop", "digest": "0"},
     "features": {"dim": FEATURES, "language": None, "image": None},
     **{"run": "a-run", "metrics": None},

@@ -469,7 +469,7 @@ class _CrossEntropySum(torch.autograd.Function):
                         add_product(grad_V[:, low:high], residual.T, z_part, first)
 
         if features is None:
-            grad_weight = grad_table.T.contiguous()  # [N+1, D]
+            grad_weight = grad_table.T.clone(memory_format=torch.contiguous_format)  # [N+1, D]
         else:
             grad_weight[:out] = grad_table.to(narrow) @ features
         if V is not None and grad_V is not None:

@@ -351,7 +351,7 @@ def residuals_(
             learned.grad_log_scale[j] += residual.flatten().dot(of_size.flatten())
         above = of_size.copy_(residual) if above is None else torch.add(residual, above, out=of_size)
     log_p = (of_label - log_sum).mul_(one_hot)
-    log_p[: len(logits) if teacher is not None else -1] *= 1 - objective.distill
+    log_p[: len(logits) if teacher is not None else -1].mul_(1 - objective.distill)
     learned.loss.sub_(log_p.sum())
 
 

@@ -62,9 +62,53 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def temporary_folder(path: Path) -> Path:
-    """Create a temporary folder beside `path`, named as `remove_leftovers` expects."""
-    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{_owner()}.", suffix=".tmp"))
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `folder` on success; a link's target, not the link.
+
+    Any error removes the temporary folder and leaves `folder` unchanged. A process killed between the two renames
+    leaves the former folder as `former_folder(folder)`, from where `restore_folder` brings it back. Raises InputError
+    if the parent folder is not writable or the disk is full.
+    """
+    folder = folder.resolve()
+    temporary, former = None, former_folder(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder.parent, folder.name)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.{_owner()}.", suffix=".tmp"))
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            folder.rename(former)
+        temporary.rename(folder)
+        if former.exists():  # one step, so restore_folder never finds half of it
+            former.rename(temporary)
+    except OSError as error:
+        with suppress(InputError):  # another writer may restore it, or replace it
+            restore_folder(folder)
+        raise cannot_write(folder, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def former_folder(folder: Path) -> Path:
+    """Return what a folder is called while `replacing_folder` replaces it."""
+    return folder.parent / f".{folder.name}.former"
+
+
+def restore_folder(folder: Path) -> None:
+    """Bring a folder back if a process was killed while it replaced it. Raises InputError if that fails."""
+    try:
+        if not folder.exists() and former_folder(folder).exists():
+            former_folder(folder).rename(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def _owner() -> str:

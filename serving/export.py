@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import re
 import shlex
 import shutil
@@ -24,7 +23,7 @@ import numpy as np
 
 from common.cli import Parser, add_switch, run_cli
 from common.errors import InputError
-from common.files import cannot_write, check_schema, read_json, remove_leftovers, sha256, temporary_folder
+from common.files import check_schema, read_json, replacing_folder, sha256
 from common.settings import format_value
 from config import Config
 from serving.folder import (
@@ -524,11 +523,7 @@ def write_release(folder: Path, dataset: str, sizes: Sequence[int], export: Call
     cannot be written, or if a size cannot be exported.
     """
     refuse_release(folder)
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder.parent, folder.name)
-        temporary = temporary_folder(folder)
+    with replacing_folder(folder) as temporary:
         configs, archives = [], []
         for size in sizes:
             unpacked = temporary / f"fmrlrec-{dataset}-{size}"
@@ -539,16 +534,7 @@ def write_release(folder: Path, dataset: str, sizes: Sequence[int], export: Call
         sums = "".join(f"{sha256(archive)}  {archive.name}\n" for archive in archives)
         (temporary / SUMS).write_text(sums, encoding="utf-8")
         (temporary / CARD).write_text(release_card(configs, archives), encoding="utf-8")
-        for path in temporary.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        refuse_release(folder)  # another process may have written it meanwhile
 
 
 def pack(folder: Path, archive: Path) -> Path:

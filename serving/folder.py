@@ -15,7 +15,7 @@ index.safetensors, scan.onnx     optional: the int8 scan (serving/index.py)
 index.faiss           optional: the approximate index
 
 N items, m the size, w the table's width, W bytes of the longest id. A folder is written under a temporary name and
-renamed, so it is never half written. While an export is replaced, the old one is briefly called `_former(folder)`.
+renamed, so it is never half written (common/files.py).
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,12 +43,12 @@ from common.files import (
     Count,
     Number,
     Positive,
-    cannot_write,
     check_schema,
+    former_folder,
     read_json,
-    remove_leftovers,
+    replacing_folder,
+    restore_folder,
     sha256,
-    temporary_folder,
 )
 from serving.hub import CARD, IDS, model_card
 from serving.weights import baseline_shapes, expected_shapes
@@ -136,13 +135,8 @@ def write_folder(
     Raises InputError, and changes nothing, if `folder` exists without `overwrite`, is not an export or cannot be
     written, or if a copied file differs from its checksum in `config`.
     """
-    folder = folder.resolve()  # replace a link's target, not the link
     refuse_existing(folder, overwrite)
-    temporary, former = None, _former(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder.parent, folder.name)
-        temporary = temporary_folder(folder)
+    with replacing_folder(folder) as temporary:
         version = WITH_REMOVED if config.get("num_removed") else VERSION
         written = {**config, "format": FORMAT, "version": version, "files": {}}
         for name, content in files.items():
@@ -157,34 +151,14 @@ def write_folder(
         written["sha256"] = _config_sha256(written)
         (temporary / CARD).write_text(model_card(written), encoding="utf-8")
         (temporary / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for path in temporary.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(former, ignore_errors=True)
-            folder.rename(former)
-        temporary.rename(folder)
-        if former.exists():  # one step, so _restore never finds half of it
-            former.rename(temporary)
-    except OSError as error:
-        with suppress(OSError):  # another writer may restore it, or replace it
-            _restore(folder)
-        raise cannot_write(folder, error) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Raise InputError if `folder` exists and may not be replaced."""
     folder = folder.resolve()
-    try:
-        _restore(folder)
-        if not folder.exists():
-            return
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    restore_folder(folder)
+    if not folder.exists():
+        return
     if not overwrite:
         raise InputError(f"{folder} exists; pass --overwrite (overwrite=True) to replace it, or choose another folder")
     try:
@@ -193,16 +167,6 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         is_export = False
     if not is_export:
         raise InputError(f"{folder} is not an export, so it is not overwritten; choose another folder")
-
-
-def _former(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.former"
-
-
-def _restore(folder: Path) -> None:
-    """Bring back the former export if a process was killed between the two renames."""
-    if not folder.exists() and _former(folder).exists():
-        _former(folder).rename(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------- read
@@ -215,8 +179,8 @@ def read_folder(folder: str | Path) -> Export:
         (folder / CONFIG).is_file()
     except (OSError, ValueError) as error:  # a name that is too long or cannot be encoded
         raise InputError(f"{str(folder)!r:.80} is not a folder's name ({error!s:.80}); give an export's") from None
-    if not folder.exists() and _former(folder).exists():  # killed between the two renames
-        folder = _former(folder)
+    if not folder.exists() and former_folder(folder).exists():  # killed between the two renames
+        folder = former_folder(folder)
     if folder.is_file() and folder.name.endswith(".tar.gz"):
         unpacked = folder.name.removesuffix(".tar.gz")
         raise InputError(f"{folder} is an archive; unpack it by `tar xf` and give the folder {unpacked}")

@@ -843,10 +843,13 @@ def test_without_webassembly_the_page_says_so(tab, address):
     assert "no WebAssembly" in message(tab) and tab.is_hidden("#app")
 
 
-def test_other_folders_are_not_replaced_and_a_missing_npm_package_is_named(monkeypatch, tmp_path):
+def test_other_folders_are_not_replaced_a_former_one_is_restored_and_a_missing_npm_package_is_named(
+    monkeypatch, tmp_path
+):
     monkeypatch.setattr(page, "RUNTIME", tmp_path)
+    (tmp_path / ".old.former").mkdir()  # left by a process that was killed while it replaced the page
     for flags, problem in (
-        (["--out", str(tmp_path)], "pass --overwrite to replace it"),
+        (["--out", str(tmp_path / "old")], "pass --overwrite to replace it"),
         (["--out", str(tmp_path), "--overwrite"], r"is not a page of serving\.page"),
         (["--out", str(tmp_path / "page")], r"install onnxruntime-web: npm ci --prefix .*serving/page"),
     ):
@@ -883,10 +886,7 @@ def test_a_release_goes_into_a_new_folder_as_archives_of_trained_sizes(run, tmp_
 
 
 def test_a_full_disk_leaves_no_part_of_a_release(run, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("serving.export.pack", full)
-    with pytest.raises(InputError, match=r"cannot write .*new: No space left on device; free space"):
+    monkeypatch.setattr(export, "pack", create_autospec(export.pack, side_effect=OSError(errno.ENOSPC, "full")))
+    with pytest.raises(InputError, match=r"cannot write .*new: full; free space"):
         run_export(run, f"--release {tmp_path / 'new'}")
     assert list(tmp_path.iterdir()) == []

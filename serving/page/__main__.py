@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from common.cli import Parser, add_switch, run_cli
 from common.errors import InputError
-from common.files import cannot_write, read_json
+from common.files import read_json, replacing_folder, restore_folder
 from serving.export import add_run_arguments, asked_run, export_size
 from serving.folder import CONFIG
 from serving.hub import IDS, MODEL
@@ -64,18 +64,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if missing := [name for name in RUNTIME_FILES if not (RUNTIME / name).is_file()]:
         raise InputError(f"{RUNTIME / missing[0]} is missing; install onnxruntime-web: npm ci --prefix {HERE}")
     run = asked_run(arguments)
-    out: Path = arguments.out.resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-            page = Path(temporary, "page")
-            write_page(page, run, arguments.data_root, arguments.quantize)
-            if out.exists():
-                out.rename(Path(temporary, "former"))
-            page.rename(out)
-    except OSError as error:
-        raise cannot_write(out, error) from error
-    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    with replacing_folder(arguments.out) as temporary:
+        write_page(temporary, run, arguments.data_root, arguments.quantize)
+    total = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
     print(
         f"{arguments.out}: {total / 1e6:.1f} MB. To see it: python -m http.server -d {shlex.quote(str(arguments.out))}"
     )
@@ -84,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
     """Raise InputError if `out` exists and may not be replaced."""
+    restore_folder(out.resolve())
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; pass --overwrite to replace it, or choose another folder with --out")
     if out.exists() and not (out / CATALOGUE).is_file():
@@ -110,7 +102,7 @@ def write_page(page: Path, run: Path, data_root: str | None, quantize: str) -> N
     with torch.inference_mode():
         table = model.item_table()[1:].float().cpu().numpy()
     for size in tqdm(model.sizes, desc="models", unit="size", disable=None):
-        with tempfile.TemporaryDirectory(dir=page.parent) as temporary:
+        with tempfile.TemporaryDirectory(dir=page) as temporary:
             export = Path(temporary, "export")
             export_size(
                 model, size, export, config=config, catalog=catalog, run=run, format="onnx-file", quantize=quantize

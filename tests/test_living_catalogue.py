@@ -500,5 +500,7 @@ def test_an_encoder_that_moved_is_read_where_it_is_now_and_another_is_refused(sh
     moved = bert.rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="bert' is not there any more; give the folder it is in now as lang"):
         again.embed_items(records)
+    with pytest.raises(InputError, match=r"trained on \(there is no encoder '.*bert' here\); .* run where it is"):
+        item_features(shop.catalog, language=str(bert), cache_root=tmp_path, trained_on=("its features",))
     for embedded in (r.embed_items(records), again.embed_items(records, language_encoder=str(moved))):
         np.testing.assert_allclose(embedded, features, **CLOSE)

@@ -94,9 +94,10 @@ class TextModality(EncodedModality):
         return hub_commit(self.encoder)
 
     def refuse_change(self, job: Job) -> None:
+        gone = "" if self.on_disk() else f" (there is no encoder {self.encoder!r} here)"
         raise InputError(
-            "the items' texts, or their encoder's weights, are not those that the run was trained on; give its "
-            "--data_root, or train anew"
+            f"the items' texts, or their encoder's weights, are not those that the run was trained on{gone}; give its "
+            f"--data_root, or {'run where it is, or ' * bool(gone)}train anew"
         )
 
     def load_encoder(self, device: Any, precision: str) -> Encoder:

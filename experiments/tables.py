@@ -553,17 +553,17 @@ def _difference(runs: list[KeptRun], dataset: str, experiment: str, pair: list[s
 
 DATASETS = ("beauty", "clothing", "sports", "toys")
 METRICS = ("Recall@10", "NDCG@10")
-# Our rows: experiment, row, what the model reads besides ids.
+# Our rows: experiment, row, what the model reads.
 OURS = (
-    ("plus", "taught and adjusted"),
-    ("plus", "plus, taught by three"),
-    ("plus", "plus"),
-    ("plus", "plus without bias"),
-    ("plus", "plus to 1024, exact softmax"),
-    ("plus", "faithful to 1024"),
-    ("id_baselines", "plus without text, 256"),
-    ("id_baselines", "SASRec, 256"),
-    ("id_baselines", "LRURec, 256"),
+    ("plus", "taught and adjusted", "text, ids"),
+    ("plus", "plus, taught by three", "text, ids"),
+    ("plus", "plus", "text, ids"),
+    ("plus", "plus without bias", "text, ids"),
+    ("plus", "plus to 1024, exact softmax", "text, ids"),
+    ("plus", "faithful to 1024", "text"),
+    ("id_baselines", "plus without text, 256", "ids"),
+    ("id_baselines", "SASRec, 256", "ids"),
+    ("id_baselines", "LRURec, 256", "ids"),
 )
 
 
@@ -597,9 +597,8 @@ def _best_table(runs: list[KeptRun], dataset: str, protocol: str, published: tup
     best = [max((value for *_, found in known if (value := found[i]) is not None), default=np.nan) for i in (0, 1)]
     rows = [[name, inputs, "", *("-" if value is None else f"{value:.4f}" for value in found), "", ""]
             for name, inputs, found in known]  # fmt: skip
-    for experiment, name in OURS:
+    for experiment, name, inputs in OURS:
         found = ours(runs, dataset, experiment, name)
-        inputs = "ids" if experiment == "id_baselines" else "text, ids" if name.startswith("plus") else "text"
         values = [found.values(metric + MASKED * (protocol == "masked")) if found else [] for metric in METRICS]
         means = [np.mean(of) if of else np.nan for of in values]
         cells = [mean_sd(pd.Series(of)) if of else "not run" for of in values]

@@ -91,7 +91,8 @@ def refusal(path, **columns) -> str:
 
 
 RATINGS = lines(",", NUMBERS, "userId,movieId,rating,timestamp\n")
-MOVIELENS = (lines("\t", NUMBERS), lines("::", NUMBERS), RATINGS, parquet(pd.DataFrame(NUMBERS, columns=NAMES)))
+DECIMALS = [(Decimal(user), item, rating, time) for user, item, rating, time in NUMBERS]
+MOVIELENS = (lines("\t", NUMBERS), lines("::", NUMBERS), RATINGS, parquet(pd.DataFrame(DECIMALS, columns=NAMES)))
 TWICE = io.BytesIO()
 pq.write_table(pa.Table.from_pandas(TABLE).append_column("rating", pa.array(range(12))), TWICE)
 FORMATS = {
@@ -103,6 +104,7 @@ FORMATS = {
     "object around an array, indented": json.dumps({"reviews": AS_JSON}, indent=1).encode(),
     "CSV": csv(),
     "TSV with other names": lines("\t", header="visitorid\tproduct id\tStars\tevent_time\n"),
+    "TSV with an index": TABLE.to_csv(sep="\t").encode(),
     "semicolons and quotes": TABLE.to_csv(index=False, sep=";", quoting=1).encode(),
     "RecBole": lines("\t", header="user_id:token\titem_id:token\trating:float\ttimestamp:float\n"),
     "parquet": parquet(TABLE),
@@ -129,11 +131,11 @@ def test_sequences_without_times_keep_their_order(tmp_path, content):
 
 
 def test_odd_events_are_read_as_far_as_they_can_be(tmp_path):
-    whole, unrated = GOOD[0], {k: v for k, v in GOOD[0].items() if k != "overall"}
-    raw = ["\ufeff" + json.dumps(whole | {"unixReviewTime": 0}), "", whole | {"overall": "five"}, f"{whole}\r", unrated]
+    whole, bare = GOOD[0], {k: v for k, v in GOOD[0].items() if k != "overall"}
+    raw = ["\ufeff" + json.dumps(bare | {"unixReviewTime": 0}), "", whole | {"overall": "five"}, f"{whole}\r", bare]
     events = read_events(write_raw(tmp_path / "r", [*raw, json.dumps(whole | {"overall": math.nan})]))
     assert events.time.tolist() == [0, 1000, 1000, 1000, 1000]
-    assert [math.isnan(rating) for rating in events.rating.tolist()] == [False, True, False, True, True]
+    assert [math.isnan(rating) for rating in events.rating.tolist()] == [True, True, False, True, True]
     of_2023 = {"user_id": "U", "parent_asin": "A", "asin": "A-RED", "rating": 5.0, "timestamp": 10_000}
     assert rows_of(read_events(write_raw(tmp_path / "r", [of_2023]))) == [("U", "A", 5, 10_000)]
 
@@ -141,7 +143,7 @@ def test_odd_events_are_read_as_far_as_they_can_be(tmp_path):
 def test_a_folder_of_parquet_parts_is_read_part_by_part(tmp_path):
     assert "is a folder without parquet files" in refusal(tmp_path)
     for start in (0, 4, 8):
-        folder = tmp_path / f"day={start}"
+        folder = tmp_path / f"day={start + 4}"
         folder.mkdir()
         TABLE[start : start + 4].to_parquet(folder / "part-0.parquet", index=False)
     (tmp_path / "_SUCCESS").touch()
@@ -161,7 +163,7 @@ def iso(time: int) -> str:
     return pd.Timestamp(time, unit="s").isoformat() + "Z"
 
 
-@pytest.mark.parametrize("written", [str, float, lambda time: time * 1000, iso])
+@pytest.mark.parametrize("written", [str, float, lambda t: t * 1000, iso, lambda t: iso(t).replace("Z", " UTC")])
 def test_times_may_be_text_floats_milliseconds_or_dates(tmp_path, written):
     frame, unit = TABLE.assign(timestamp=TABLE["timestamp"].map(written)), 1 if written in (str, float) else 1000
     contents = [frame.to_json(orient="records").encode(), frame.to_csv(index=False).encode(), parquet(frame)]
@@ -216,8 +218,7 @@ def test_bytes_that_are_not_utf8_are_read_as_windows_1252(tmp_path):
     raw = [f'{{"reviewerID": "U{n}", "asin": "A", "unixReviewTime": 1}}' for n in range(200)]
     raw.append('{"reviewerID": "Zoë", "asin": "A", "unixReviewTime": 2}')
     events = read_events(file_of(tmp_path, "\n".join(raw).encode("cp1252"), "reviews.json"))
-    assert events.users[-1] == "Zoë"
-    assert events.notes == ["reviews.json: 1 lines are not UTF-8: read as Windows-1252"]
+    assert events.users[-1] == "Zoë" and events.notes == ["reviews.json: 1 lines are not UTF-8: read as Windows-1252"]
     assert read_events(file_of(tmp_path, "user,item,time\nZoë,A,1\n".encode("cp1252"))).users == ["Zoë"]
 
 
@@ -239,6 +240,8 @@ def test_bad_events_are_refused_in_one_sentence(tmp_path):
         (TWICE.getvalue(), ("has two columns 'rating'; rename one",)),
         (b"1:7::5::3\n" + lines("::", NUMBERS), (":1: '1:7::5::3' is not user::item::rating::time, as the lines",)),
         (b"user,item,time\nU,A,1,2\n", ("has more cells in its rows than in its header",)),
+        (b"id,user,item,time\n1,U,A,7,2\n2,V,B,8,2\n", ("has more cells in its rows than in its header",)),
+        (FORMATS["JSON array"] * 2, ("goes on after its first JSON array or object, with '[",)),
         (b"user,item,time\nU,A,\nV,B,\n", ("2 of 2 lines are not events", "lines 2, 3; the first: no time")),
         (FORMATS["JSON array"][:-40], ("is cut short or not JSON: value 12 cannot be read",)),
         (FORMATS["parquet"][:-9], ("cannot be read as parquet",)),
@@ -345,8 +348,7 @@ def test_the_names_of_2018_and_2023_become_those_of_2014_and_the_others_stay():
 
 def test_an_item_is_the_last_record_of_its_parent_id_or_of_a_column_that_a_flag_names(tmp_path):
     path = write_raw(tmp_path / "meta.jsonl", [{"parent_asin": "A", "title": "Tent", "details": {"asin": "Z"}}])
-    assert found_in(path, {"A"})[0]["A"]["title"] == "Tent"
-    assert found_in(path, {"Z"})[0] == {}
+    assert found_in(path, {"A"})[0]["A"]["title"] == "Tent" and found_in(path, {"Z"})[0] == {}
     shop = [{"item_id": item, "title": "Tent", "details": {"asin": "Z"}} for item in ("A", "B")]
     assert set(found_in(write_raw(tmp_path / "shop.jsonl", shop), {"B"})[0]) == {"B"}
     path = file_of(tmp_path, b"code,id,name\nA,1,Tent\n")
@@ -507,8 +509,7 @@ def test_the_notes_tell_repeats_and_ties():
 def test_ties_are_shuffled_alike_each_time():
     rows = [("U", f"i{n:02}", n // 10) for n in range(40)]
     (first,) = histories(make(rows, ties="shuffle")).values()
-    assert [int(item[1:]) // 10 for item in first] == [n // 10 for n in range(40)]
-    assert first != [row[1] for row in rows]
+    assert [int(item[1:]) // 10 for item in first] == [n // 10 for n in range(40)] and first != [row[1] for row in rows]
     assert histories(make(rows, ties="shuffle")) == {"U": first}
 
 
@@ -536,6 +537,7 @@ def test_when_nothing_is_left_the_flag_that_would_leave_something_is_named():
         (NINE, {"min_uc": 4, "min_sc": 2}, "--min_uc 3 --min_sc 2 would leave 9 of them"),
         (NINE, {"min_uc": 1, "min_sc": 9}, "--min_uc 1 --min_sc 3 would leave 9 of them"),
         (NINE, {"min_rating": 6}, "lower --min_rating"),
+        ("U a 1 nan, U b 2 nan, U c 3 nan", {"min_rating": 1}, "no event has a rating; leave --min_rating out"),
         (NINE, {"ties": "drop_user"}, "--ties file or shuffle"),
         ("U a 1, U b 2, V a 3", {}, "no user has 3 events or more"),
         (BY_TIME, {"split": ("40", "20")}, "--val_from 40 is not before --test_from 20; .* from 1 .1970-01-01. to 46"),
@@ -629,6 +631,11 @@ def test_a_shop_needs_its_events_and_for_texts_and_pictures_its_items(tmp_path, 
     assert catalog.metadata[0] == {"asin": "ITEM0", "colour": "red", "title": "Tent", "price": "9.5"}
     assert catalog.metadata[1] == {"asin": "ITEM1"}
     assert contents(Path("data/photos/shop")) == {catalog.pictures[0].name: picture((1, 2, 3))}  # not /etc/passwd
+    for name in ("a.png", "b.bmp"):  # another picture of the same size, then one under another name
+        Path("img", name).write_bytes(picture((9, 2, len(name))))
+        Path("products.csv").write_text("\n".join(rows).replace("a.png", name))
+        main(["--events=shop.parquet", "--items=products.csv", "--dataset_code=shop", *BUILT_IN, "--overwrite"])
+        assert load_catalog("data", "shop").pictures[0].read_bytes() == Path("img", name).read_bytes()
     summary = read_json(folder / "prepare_report.json", "")["summary"]
     assert (summary["items_with"]["colour"], summary["picture_sides"]["median"]) == (0.2, 30)
     main(["--events=shop.parquet", "--dataset_code=ids", "--no-use_img_encoder"])

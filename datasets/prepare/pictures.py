@@ -75,8 +75,8 @@ def prepare_pictures(
         old = before.get(asin, {})
         if asin in by_user:
             missing = {"broken": f"{ITEM2IMG} lists {printable(by_user[asin])}, which does not exist"}
-            manifest[asin] = {"file": by_user[asin]} if _is_picture(photos, by_user[asin]) else missing
-        elif _is_picture(photos, old.get("file", "")):
+            manifest[asin] = {"file": by_user[asin]} if is_picture(photos, by_user[asin]) else missing
+        elif is_picture(photos, old.get("file", "")):
             manifest[asin] = old
     kept = sum("file" in entry for entry in manifest.values())
     rest = [asin for asin in asins if "file" not in manifest[asin] and asin not in by_user]
@@ -206,7 +206,7 @@ def find_pictures(asins: list[str], photos: Path, pickled: Path | None = None) -
         parts = PurePosixPath(paths.get(asin, "").replace("\\", "/")[-4096:].lstrip("/")).parts[-8:]
         ends = ["/".join(parts[start:]) for start in range(len(parts))]
         names = [*ends, files.get(asin, ""), files.get(file_stem(asin), "")]
-        if file := next((name for name in names if _is_picture(photos, name)), None):
+        if file := next((name for name in names if is_picture(photos, name)), None):
             manifest[asin] = {"file": file}
         elif pickled and asin in paths:
             reason = f"{pickled.name} names {printable(paths[asin])}, which is not in {photos.name}/"
@@ -216,8 +216,8 @@ def find_pictures(asins: list[str], photos: Path, pickled: Path | None = None) -
     return manifest
 
 
-def _is_picture(photos: Path, name: str) -> bool:
-    """Whether `name` is a file below `photos`. Links out of it do not count."""
+def is_picture(photos: Path, name: str) -> bool:
+    """Return whether `name` is a file below `photos`. Links out of it do not count."""
     try:
         path = photos / name
         return bool(name) and path.is_file() and path.resolve().is_relative_to(photos.resolve())

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import filecmp
 import gzip
 import hashlib
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import cannot_write, read_json, replacing, sha256, write_json, write_text
 from config import Config
 from datasets.catalog import FILES, PAPER_SETS, REPORT, SPLIT, Catalog, read_report
@@ -91,7 +92,12 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, co
             for item in made.items:
                 if item in items.records:
                     file.write(items.records[item].encode() + b"\n")
-        notes += copy_pictures(items.pictures, items_file.parent, Path(config.data_root) / "photos" / folder.name)
+        copied, found = copy_pictures(
+            items.pictures, items_file.parent, Path(config.data_root) / "photos" / folder.name
+        )
+        notes += found
+        if copied:
+            write_json(folder / MANIFEST, {item: {"file": name} for item, name in copied.items()})
     else:
         (folder / FILES[2]).unlink(missing_ok=True)
     files = {name: sha256(folder / name) for name in (*FILES, SPLIT) if (folder / name).exists()}
@@ -101,27 +107,29 @@ def prepare_data(config: Config, arguments: argparse.Namespace, folder: Path, co
     write_json(folder / REPORT, {"prepared": prepared})
 
 
-def copy_pictures(pictures: Mapping[str, str], source: Path, photos: Path) -> list[str]:
-    """Copy pictures that the table of items names by paths, and return notes.
+def copy_pictures(pictures: Mapping[str, str], source: Path, photos: Path) -> tuple[dict[str, str], list[str]]:
+    """Copy pictures that the table of items names by paths; return the copies' names by item, and notes.
 
     A path counts if it stays below `source`, the table's folder, and ends as a picture does.
     """
     if not pictures:
-        return []
-    from datasets.prepare.pictures import READ, file_stem
+        return {}, []
+    from datasets.prepare.pictures import READ, file_stem, is_picture
 
-    inside, missing = source.resolve(), []
+    copied, missing = {}, []
     for item, name in pictures.items():
-        path = (source / name).resolve() if "\0" not in name else source
-        if not (path.is_relative_to(inside) and path.suffix.lower() in READ and path.is_file()):
+        path = source / name
+        if not is_picture(source, name) or path.suffix.lower() not in READ:
             missing.append(name)
             continue
         copy = photos / f"{file_stem(item)}{path.suffix.lower()}"
-        if not copy.exists() or copy.stat().st_size != path.stat().st_size:
+        if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
             with replacing(copy) as temporary:
                 shutil.copyfile(path, temporary)
-    found = f"pictures: {len(pictures) - len(missing):,} of {len(pictures):,} paths copied to {photos}"
-    return [f"{found}; the others, such as {missing[0]!r}, are no pictures below {source}" if missing else found]
+        copied[item] = copy.name
+    found = f"pictures: {len(copied):,} of {len(pictures):,} paths copied to {photos}"
+    others = f"; the others, such as {shown(missing[0])}, are no pictures below {source}" if missing else ""
+    return copied, [found + others]
 
 
 def checksum(path: Path) -> str:

@@ -21,6 +21,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -211,6 +212,8 @@ def _id(value: Any) -> str | None:
         return value or None
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
+    if isinstance(value, Decimal):  # of parquet
+        return str(int(value)) if value == value.to_integral_value() else None
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
@@ -234,6 +237,7 @@ class Times:
         if self.are_numbers is None and column.notna().any():
             self.are_numbers = bool(numbers.notna().sum() * 2 >= column.notna().sum())
         if self.are_numbers is False:
+            column = column.map(lambda value: value.removesuffix(" UTC") if isinstance(value, str) else value)
             return _milliseconds(pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce"))
         return numbers.where((numbers >= 0) & (numbers < 2.0**63))
 

@@ -18,6 +18,8 @@ from datasets.catalog import MIN_ITEMS, Sequences
 from datasets.prepare.read import Chunk, Events, check_events, event_chunks, event_file
 from datasets.prepare.readers.base import Columns
 
+NO_RATINGS = "no event has a rating; leave --min_rating out, or name the column of ratings: --columns rating=..."
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -71,6 +73,8 @@ def make_sequences(
     if notes:
         count("copies of a line left out", rows)
     if min_rating > 0:
+        if np.isnan(events.rating).all():
+            raise InputError(NO_RATINGS)
         rows = rows[events.rating[rows] >= min_rating]  # an event without rating fails too
         count(f"ratings below {min_rating:g} left out", rows)
     if ties == "shuffle":
@@ -294,6 +298,8 @@ def _core(
         notes.append(f"{copies:,} events are copies of another: counted once")
         count("copies of a line left out")
     if min_rating > 0:
+        if not database.execute("SELECT count(*) FROM events WHERE NOT isnan(rating)").fetchone()[0]:
+            raise InputError(NO_RATINGS)
         remove(f"isnan(rating) OR rating < {min_rating}::FLOAT")
         count(f"ratings below {min_rating:g} left out")
     if repeats == "drop":

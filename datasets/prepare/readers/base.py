@@ -127,12 +127,16 @@ class Head:
 
     @property
     def text(self) -> str:
-        return self.data.decode("utf-8", errors="replace").removeprefix("\ufeff").lstrip()
+        return self._decoded.lstrip()
+
+    @property
+    def _decoded(self) -> str:
+        return self.data.decode("utf-8", errors="replace").removeprefix("\ufeff")
 
     @property
     def lines(self) -> list[str]:
         """The first lines that are complete and not blank."""
-        lines = self.text.split("\n")
+        lines = self._decoded.lstrip(" \r\n").split("\n")  # a tab may follow the empty name of an index
         whole = lines[:-1] if len(self.data) >= HEAD and len(lines) > 1 else lines
         return [line.rstrip("\r") for line in whole if line.strip()][:100]
 

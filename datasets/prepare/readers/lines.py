@@ -4,7 +4,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import orjson
 
 from common.errors import InputError
 from common.files import MAX_DEPTH, is_deep
-from datasets.prepare.readers.base import CHUNK, HINT, Columns, Head, find_columns, find_id, no_events, plain
+from datasets.prepare.readers.base import CHUNK, HINT, USUAL, Columns, Head, find_columns, find_id, no_events, plain
 from datasets.records import MAX_LINE, MAX_MARKS, RecordFile, open_data, parse_record
 
 if TYPE_CHECKING:
@@ -102,6 +102,10 @@ def chunks(file: RecordFile, batches: Iterable[Batch], columns: Columns) -> Iter
                 seen = seen or record
                 if keys := find_columns(file.path, record, columns):
                     break
+        if keys is not None and "rating" not in keys:  # a record without a rating may come first
+            names = dict.fromkeys(chain.from_iterable(records))
+            named = [name for name in names if plain(name) in USUAL["rating"] and name not in keys.values()]
+            keys |= {"rating": named[0]} if named else {}
         for name in FIELDS:
             key = keys.get(name, "") if keys else ""
             cells[name] += [record.get(key) for record in records]
@@ -152,7 +156,8 @@ class JsonLines:
 def values(file: RecordFile, start: re.Pattern[str]) -> Iterator[tuple[str, Any]]:
     """Yield the values of the array or object that begins where `start` matches, each with its key ("" in an array).
 
-    They are read in pieces. Raises InputError if the file was cut short, or a value is as large as no line may be.
+    They are read in pieces. Raises InputError if the file was cut short or goes on behind the array or object, or a
+    value is as large as no line may be.
     """
     decoder, closing = json.JSONDecoder(), "}" if start is KEYED else "]"
     with open_data(file.path, HINT, file) as raw:
@@ -160,11 +165,19 @@ def values(file: RecordFile, start: re.Pattern[str]) -> Iterator[tuple[str, Any]
         text = source.read(PIECE)
         begin = start.search(text)
         assert begin is not None  # it was recognised by this
-        place = begin.start() + 1
+        place, is_whole = begin.start() + 1, not text[: begin.start()].strip("\ufeff \t\r\n")
         while True:
             key = BEFORE.match(text, place)
             assert key is not None  # matches anything
             if text.startswith(closing, key.end()):
+                rest = text[key.end() + 1 :].strip()
+                while is_whole and not rest and (more := source.read(PIECE)):
+                    rest = more.strip()
+                if is_whole and rest:
+                    raise InputError(
+                        f"{file.path} goes on after its first JSON array or object, with {rest[:40]!r}; write a single "
+                        f"one, or an object a line"
+                    )
                 return
             try:
                 name = json.loads(f'"{key[1] or ""}"')

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,19 +42,30 @@ def read_csv(file: RecordFile, chunk: int, **how: Any) -> Iterator["pd.DataFrame
     with open_data(file.path, HINT) as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="cp1252", newline="")
         try:
-            for frame in pd.read_csv(text, chunksize=chunk, keep_default_na=False, na_values=[""], **how):
-                if not isinstance(frame.index, pd.RangeIndex):
-                    raise InputError(f"{file.path} has more cells in its rows than in its header; name every column")
+            how |= {"keep_default_na": False, "na_values": [""], "index_col": False}
+            frames = iter(pd.read_csv(text, chunksize=chunk, **how))
+            while (frame := _next_without_loss(frames)) is not None:
                 frame.index += first
                 file.lines += len(frame)
                 yield frame
         except pd.errors.EmptyDataError:
             return
+        except pd.errors.ParserWarning:
+            raise InputError(f"{file.path} has more cells in its rows than in its header; name every column") from None
         except (ValueError, OverflowError, csv.Error) as error:  # pandas' own errors are ValueErrors
             reason = str(error).removeprefix("Error tokenizing data. C error: ").strip()
             raise InputError(
                 f"{file.path} is no whole table ({reason}); every row needs as many cells as the first"
             ) from None
+
+
+def _next_without_loss(frames: Iterator["pd.DataFrame"]) -> "pd.DataFrame | None":
+    """Return the next chunk, or None at the end. Raises ParserWarning if pandas would drop cells."""
+    import pandas as pd
+
+    with warnings.catch_warnings():  # not around a yield: other code would run in it
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        return next(frames, None)
 
 
 def records(file: RecordFile, frames: Iterator["pd.DataFrame"]) -> Iterator[dict[str, Any]]:
@@ -191,7 +203,9 @@ class Parquet:
 
     @staticmethod
     def parts(path: Path) -> list[Path]:
-        return sorted(p for p in path.rglob("*.parquet") if p.is_file()) if path.is_dir() else [path]
+        if not path.is_dir():
+            return [path]
+        return sorted((p for p in path.rglob("*.parquet") if p.is_file()), key=_by_number)
 
     @contextmanager
     def open(self, part: Path) -> Iterator[Any]:
@@ -230,6 +244,11 @@ class Parquet:
                         file.lines += 1
                         file.number = file.lines
                         yield record
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """Return a key that sorts part.10 after part.2."""
+    return [(int(digits or -1), text) for text, digits in re.findall(r"(\D+)|(\d+)", str(path))]
 
 
 def _as_text(field: Any) -> Any:

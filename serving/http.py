@@ -14,7 +14,7 @@ The server knows no accounts: put it behind a proxy that does, and let nobody el
 
 import asyncio
 import base64
-import binascii
+import json
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -35,7 +35,8 @@ def create_app(recommender: Recommender) -> Any:
     """Return the FastAPI application. Raises InputError if FastAPI is not installed."""
     try:
         from fastapi import FastAPI, Request
-        from fastapi.responses import JSONResponse, PlainTextResponse
+        from fastapi.exceptions import RequestValidationError
+        from fastapi.responses import JSONResponse, PlainTextResponse, Response
         from pydantic import BaseModel, Field, StrictInt, StrictStr
     except ImportError as error:
         raise InputError(f"the server needs FastAPI and uvicorn ({error}): pip install '.[http]'") from error
@@ -45,13 +46,13 @@ def create_app(recommender: Recommender) -> Any:
     class Recommend(BaseModel, extra="forbid"):
         history: list[StrictStr | StrictInt] = Field([], max_length=MAX_ITEMS)
         state: str | None = None
-        top_k: int = Field(10, ge=1, le=MAX_TOP_K)
+        top_k: StrictInt = Field(10, ge=1, le=MAX_TOP_K)
         exclude_history: bool = True
         candidates: list[StrictStr | StrictInt] | None = Field(None, max_length=MAX_ITEMS)
 
     class Similar(BaseModel, extra="forbid"):
         items: list[StrictStr | StrictInt] = Field(max_length=MAX_SIMILAR)
-        top_k: int = Field(10, ge=1, le=MAX_TOP_K)
+        top_k: StrictInt = Field(10, ge=1, le=MAX_TOP_K)
 
     class Event(BaseModel, extra="forbid"):
         state: str | None = None
@@ -70,6 +71,12 @@ def create_app(recommender: Recommender) -> Any:
     async def refused(_: Request, error: Exception) -> JSONResponse:
         status = 400 if isinstance(error, InputError) else 503
         return JSONResponse({"detail": str(error) or "too many requests wait; try again"}, status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # In ASCII and without the input, which may hold NaN and lone surrogates.
+        problems = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
+        return Response(json.dumps({"detail": problems}), 422, media_type="application/json")
 
     @app.post("/recommend")
     async def recommend(body: Recommend) -> JSONResponse:
@@ -110,7 +117,7 @@ def create_app(recommender: Recommender) -> Any:
 def _state(text: str) -> State:
     try:
         return State.from_bytes(base64.b64decode(text, validate=True))
-    except binascii.Error:
+    except ValueError:  # also of text that is not ASCII
         raise InputError("the state is not base64; send it as /events returned it") from None
 
 

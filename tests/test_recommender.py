@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import re
 import shutil
 import socket
@@ -685,6 +686,10 @@ def test_a_bad_request_is_refused_with_the_reason(client):
         ("/recommend", {"top_k": 1001}, 422, "less than or equal to 1000"),
         ("/recommend", {"history": ["A"] * 10_001}, 422, "at most 10000 items"),
         ("/recommend", {"topk": 3}, 422, "Extra inputs"),
+        ("/recommend", {"top_k": True}, 422, "valid integer"),
+        ("/recommend", {"top_k": math.nan, "history": [math.inf]}, 422, "valid integer"),
+        ("/recommend", {"\ud800": 1}, 422, "unicode string"),
+        ("/recommend", {"state": "é"}, 400, "not base64"),
         ("/recommend", {"state": "no base64"}, 400, "not base64"),
         ("/recommend", {"state": "AAAA"}, 400, "not a state of version 1"),
         ("/recommend", {"state": "AAAA", "history": ["A3"]}, 400, "a history or a state, not both"),
@@ -693,7 +698,7 @@ def test_a_bad_request_is_refused_with_the_reason(client):
         ("/recommend", {"history": ["A" * (1 << 20)]}, 413, "at most 1048576 bytes"),
         ("/nothing", {}, 404, "Not Found"),
     ):
-        answer = client.post(path, json=body)
+        answer = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
         assert answer.status_code == status and problem in answer.text
     for body, headers in ((iter([b"{}"]), {}), (b"{}", {"Transfer-Encoding": "chunked", "Content-Length": "2"})):
         assert client.post("/recommend", content=body, headers=headers).status_code == 413  # without its length

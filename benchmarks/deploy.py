@@ -31,6 +31,7 @@ from common.cli import Parser, run_cli
 from common.errors import InputError
 from common.files import sha256, write_json
 from common.settings import format_value
+from dataloader import eval_rows
 from serving.export import add_run_arguments, asked_run, export_size, folder_bytes, named_sizes
 from serving.export import main as export_sizes
 
@@ -102,9 +103,13 @@ def measure_card(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = named_sizes(arguments.size, config.mrl_hidden_sizes)
     if catalog.num_items < TOP_K:
         raise InputError(f"{config.dataset_code} has {catalog.num_items} items, fewer than the {TOP_K} to recommend")
-    users = range(min(arguments.users or len(catalog.sequences), len(catalog.sequences)))
-    histories = [[catalog.asins[item - 1] for item in catalog.sequences.of(user)[:-1]] for user in users]
-    targets = [int(catalog.sequences.of(user)[-1]) for user in users]
+    asked = eval_rows(catalog.sequences, config.lru_max_len, "test")
+    asked = asked.part(0, arguments.users or len(asked))
+    histories = [
+        [catalog.asins[item - 1] for item in asked.items[begin:end]]
+        for begin, end in zip(asked.begins, asked.ends, strict=True)
+    ]
+    targets = asked.targets.tolist()
     # Of at least two: a percentile needs them.
     some, rows, large = (histories * 2)[: max(2, min(arguments.requests, len(histories)))], [], None
     for size in sizes:
@@ -139,7 +144,7 @@ def measure_card(arguments: argparse.Namespace) -> dict[str, Any]:
         "dataset": config.dataset_code,
         "run": arguments.run.resolve().name,
         "weights": sha256(arguments.run / WEIGHTS),
-        "users": len(users),
+        "users": len(targets),
         "items": catalog.num_items,
         "sizes": format_value(tuple(sizes)),
         "rows": rows,

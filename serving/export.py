@@ -272,6 +272,8 @@ def chosen_sizes(arguments: argparse.Namespace, trained: tuple[int, ...]) -> lis
         return named_sizes(str(trained[-1]) if arguments.size is None else arguments.size, trained)
     if arguments.size is not None:
         raise InputError("give --size, or --max_bytes and --max_latency_ms, not both")
+    if arguments.index or arguments.table_width:
+        raise InputError("deploy.json has no figures with --index or --table_width; give --size with them, not a limit")
     return [best_size(arguments)]
 
 

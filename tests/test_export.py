@@ -397,8 +397,7 @@ def config_of(folder):
 
 def test_a_run_is_exported_without_its_dataset_as_with_it(run, copy, monkeypatch, tmp_path, home):
     monkeypatch.chdir(tmp_path)  # there are no data here
-    assert run_export(run) == [Path("exports/tiny-16")]
-    assert config_of(Path("exports/tiny-16"))["size"] == 16
+    assert run_export(run) == [Path("exports/tiny-16")] and config_of(Path("exports/tiny-16"))["size"] == 16
     table = copy / "table.safetensors"
     save_file(load_file(table), table, {"weights": "of another epoch", "widths": "1024,240"})
     for use in (Path.exists, Path.unlink):  # then as of a run of an earlier version
@@ -483,6 +482,7 @@ def test_impossible_sizes_and_another_dataset_are_refused(run, tmp_path):
         ("--dataset_code beauty", "beauty differs from"),
         ("--size 4,5", "--size 5 was not trained; use sizes of 4,8,16, or all"),
         ("--size 4 --max_bytes 2MB", "give --size, or --max_bytes and --max_latency_ms, not both"),
+        ("--max_bytes 2MB --index int8", "no figures with --index or --table_width; give --size with them"),
         ("--size 4,8 --table_width 5", "--table_width 5 must be from 1 to the size, 4"),
         ("--table_width 5 --quantize int8", "not for --quantize int8; use --format onnx or torch, --quantize float16"),
         ("--table_width 5 --data_root gone", "needs the validation users .* dataset: dataset 'tiny' is not at gone"),
@@ -768,6 +768,9 @@ def test_a_history_and_a_size_are_chosen_by_keyboard_at_any_width(tab, address, 
     tab.focus("#best > li:first-child .item")
     tab.keyboard.press("Enter")
     tab.wait_for_selector(".similar .item")
+    tab.eval_on_selector("#best > li:first-child .item", "item => [1, 2, 3, 4].forEach(() => item.click())")
+    tab.wait_for_selector(".similar .item")
+    assert tab.locator(".similar").count() == 1
     tab.fill("#search", "b000000011")
     tab.focus("#catalogue .item")
     tab.keyboard.press("Enter")

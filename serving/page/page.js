@@ -197,11 +197,13 @@ function showBest(best, full) {
 }
 
 async function toggleSimilar(row, item, button) {
-  const open = row.querySelector(".similar");
-  button.setAttribute("aria-expanded", String(!open));
-  if (open) return open.remove();
+  const isOpen = () => button.getAttribute("aria-expanded") === "true";
+  button.setAttribute("aria-expanded", String(!isOpen()));
+  row.querySelector(".similar")?.remove();
+  if (!isOpen()) return;
   try {
     const others = await similar(chosen().size, item);
+    if (!isOpen() || row.querySelector(".similar")) return; // clicked again meanwhile
     const list = element("ul", {}, ...others.map((other) => listed(itemButton(other, "Add to history", () => add(other)))));
     row.append(element("div", { className: "similar" }, element("p", { className: "hint" }, "Similar items"), list));
   } catch (error) {

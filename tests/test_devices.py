@@ -218,8 +218,7 @@ def validate_spread_embedding():
 
 def test_two_processes_that_hold_half_of_the_embedding_each_validate_bit_for_bit_as_one_does(folder):
     one, two = validate_spread_embedding(), outcome(folder, "spread")
-    assert one.pop("held") == [9001, 4 * 9001 * 8]
-    assert [rank.pop("held") for rank in two] == [[4501, 4], [4501, 4]]
+    assert one.pop("held") == [9001, 4 * 9001 * 8] and [rank.pop("held") for rank in two] == [[4501, 4], [4501, 4]]
     assert two == [one, one]
 
 
@@ -249,8 +248,7 @@ def test_two_processes_count_and_test_a_run_as_one_does(folder, monkeypatch):
 def test_both_ranks_end_alike_and_the_first_alone_prints(folder, case, printed, said):
     first, second = outcome(folder, case)
     assert printed in first["printed"] and first["said"].startswith(said)
-    assert first.pop("printed").count("trainable parameters") == 1
-    assert second.pop("printed") == "" and first == second
+    assert first.pop("printed").count("trainable parameters") == 1 and second.pop("printed") == "" and first == second
 
 
 def test_a_run_that_another_process_trains_is_refused_on_both_and_no_thread_outlives_the_process_group(folder):

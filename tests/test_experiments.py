@@ -183,8 +183,7 @@ def test_missing_runs_are_trained_tested_twice_and_kept(workplace, calls):
     again = run_experiments("depth,loss --rows '1 block; sum'")
     run.work(planned_before, Path("kept"))  # as a second runner that planned before the first was done
     (workplace / "experiments").rename(workplace / "elsewhere")
-    assert {job.state for job in [*again, *planned_before, *run_experiments("depth")]} == {"finished"}
-    assert not calls
+    assert {job.state for job in [*again, *planned_before, *run_experiments("depth")]} == {"finished"} and not calls
 
 
 def test_an_interrupted_run_is_continued(workplace, calls, monkeypatch):
@@ -226,8 +225,7 @@ def test_runs_on_other_data_or_of_another_version_do_not_count(workplace, calls,
     (job,) = run_experiments(ONE)
     write_prepared(workplace / "data", "tiny", users=20, items=12, pictures=True, seed=1)
     (again,) = run_experiments(ONE)
-    assert again.state == "finished" and again.run != job.run
-    assert len(kept_runs(Path("kept"))) == 2
+    assert again.state == "finished" and again.run != job.run and len(kept_runs(Path("kept"))) == 2
     shutil.rmtree("kept")
     for path in Path("experiments/runs").glob("*/*/config.json"):
         path.write_text(path.read_text().replace('"lr"', '"learning_rate"'))
@@ -303,8 +301,7 @@ def test_an_experiment_on_validation_never_tests_until_another_asks_for_it(workp
     names_and_tests = [(["screening/off", "depth/2 blocks"], True), (["screening/on"], False)]
     assert [(job.names, job.tests) for job in jobs] == names_and_tests
     assert [job.state for job in run_experiments("screening")] == ["finished"] * 2
-    assert [call[0] for call in calls] == ["train.py"] * 2
-    assert not list(workplace.glob("**/test_*"))
+    assert [call[0] for call in calls] == ["train.py"] * 2 and not list(workplace.glob("**/test_*"))
     for run_ in kept_runs(Path("kept")):
         assert not run_.tested and (run_.validation["NDCG@10"] >= 0).all()
     calls.clear()
@@ -639,8 +636,7 @@ def test_the_metrics_of_users_average_to_those_of_the_test():
 
 def test_welchs_test_compares_seeds():
     assert student_p(2.776445, 4) == pytest.approx(0.05, abs=1e-6)  # tabulated
-    assert student_p(-12.7062, 1) == pytest.approx(0.05, abs=1e-6)
-    assert student_p(0, 2.5) == pytest.approx(1)
+    assert student_p(-12.7062, 1) == pytest.approx(0.05, abs=1e-6) and student_p(0, 2.5) == pytest.approx(1)
     found = welch_test([1.0, 2.0, 3.0], [2.0, 4.0])
     assert (found.t, found.freedom) == pytest.approx((-0.866025, 1.684211), rel=1e-5)
     assert welch_test([1.0], [2.0, 4.0]) is welch_test([1.0, 1.0], [2.0, 2.0]) is None
@@ -655,8 +651,7 @@ def test_the_bootstrap_resamples_users(monkeypatch):
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.01)
     assert found.p == pytest.approx(2 * min(np.mean(drawn <= 0), np.mean(drawn >= 0)), abs=0.03)
     certain = paired_bootstrap(a + 0.1, a)
-    assert certain.p < 0.001 and certain.low > 0.09
-    assert paired_bootstrap(a, a) == (0, 0, 0, 1)
+    assert certain.p < 0.001 and certain.low > 0.09 and paired_bootstrap(a, a) == (0, 0, 0, 1)
     monkeypatch.setattr("experiments.tables.AT_ONCE", 777)
     assert paired_bootstrap(a, b) == found
 

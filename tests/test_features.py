@@ -96,8 +96,7 @@ def test_rows_hold_the_texts_then_the_pictures_of_the_items_in_order(catalog, sh
     encoded.clear()
     unread = dataclasses.replace(catalog, metadata=[record | {"price": 5} for record in catalog.metadata])
     np.testing.assert_array_equal(shop.features(unread, image="pixel"), rows)
-    assert (encoded, shop.said) == ([], [])
-    assert shop.features(catalog, language=None) is None
+    assert (encoded, shop.said) == ([], []) and shop.features(catalog, language=None) is None
 
 
 @pytest.mark.parametrize("change", ["text", "order", "picture's time", "picture's folder"])
@@ -238,8 +237,7 @@ def test_a_picture_is_opened_upright_on_white_and_in_8_bits(tmp_path):
     Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16)).save(tmp_path / "c", "PNG")
     opened, a, b, c = (np.asarray(image.open_picture(tmp_path / name)[0]) for name in ("noise", "a", "b", "c"))
     np.testing.assert_array_equal(opened, noise)
-    assert (a == 255).all() and (b == 255).all()
-    assert c[0, :, 0].tolist() == [0, 128, 255]
+    assert (a == 255).all() and (b == 255).all() and c[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_an_attribute_that_no_item_has_is_left_out_and_items_without_text_share_one(catalog, shop):
@@ -731,8 +729,7 @@ def test_after_a_kill_only_missing_batches_are_encoded_to_the_same_bytes(product
     assert in_child(lambda: (setattr(PixelEncoder, "forward", killed), work())) == -signal.SIGKILL
     encoded.clear()
     work()
-    assert len(encoded) == 1
-    assert "9 of 10 batches were encoded before: going on" in capsys.readouterr().out
+    assert len(encoded) == 1 and "9 of 10 batches were encoded before: going on" in capsys.readouterr().out
     assert cached_arrays(tmp_path / "killed") == cached_arrays(tmp_path / "whole")
     [sidecar] = tmp_path.glob("killed/tiny/*.json")
     assert list(json.loads(sidecar.read_text())["broken"]) == ["B000000001", "B000000020"]

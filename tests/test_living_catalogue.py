@@ -174,8 +174,7 @@ def test_a_folder_is_opened_again_only_if_it_changed(replaced, engine):
     before, state, model, rule = everything(r, [3]), r.start([3]), r.model, r.filter([1, 2])
     assert not r.reload() and everything(r, [3]) == before
     replace()
-    assert everything(r, [3]) == before
-    assert r.reload() and not r.reload()
+    assert everything(r, [3]) == before and r.reload() and not r.reload()
     assert everything(r, [3]) == everything(Recommender.from_pretrained(folder, engine), [3]) != before
     with pytest.raises(InputError, match=f"made by the model '{model}', this is '{r.model}'"):
         r.step(state, 1)
@@ -387,8 +386,7 @@ def test_a_state_is_the_same_after_its_bytes_and_damaged_ones_are_refused(r):
         assert (found.items, found.model) == (state.items, r.model)
         np.testing.assert_array_equal(found.hidden, state.hidden)
         np.testing.assert_array_equal(found.z, state.z)
-        assert r.recommend([found]) == r.recommend([state])
-        assert r.step(found, 5).items == (*state.items, 5)
+        assert r.recommend([found]) == r.recommend([state]) and r.step(found, 5).items == (*state.items, 5)
     assert len(content) == state.hidden.nbytes + state.z.nbytes + 4 * 40 + len(r.model) + 18
     flipped = content[:60] + bytes([content[60] ^ 1]) + content[61:]
     for damaged in (b"", b"\x80\x04K\x01.", content[:-1], content + b"0", flipped, "fMRL" * 20, None):

@@ -117,8 +117,7 @@ def test_a_failure_is_named_and_only_a_temporary_one_is_tried_again(web, page, r
 def test_retry_after_is_seconds_or_a_date_and_respected_up_to_a_limit(web):
     started = time.monotonic()
     assert page_of(web, in_turn(status(503, Retry_After="3600"), good(b"whole"))) == b"whole"
-    assert time.monotonic() - started >= PATIENT.max_retry_after
-    assert retry_after("7") == 7
+    assert time.monotonic() - started >= PATIENT.max_retry_after and retry_after("7") == 7
     assert 35 < retry_after(email.utils.formatdate(time.time() + 40, usegmt=True)) <= 40
     assert retry_after(email.utils.formatdate(time.time() - 40)) == 0
     assert [retry_after(nonsense) for nonsense in ("", "soon", "-5", "9" * 30)] == [0, 0, 0, 0]
@@ -148,8 +147,7 @@ def test_the_rate_limit_holds_for_all_tasks_together(web):
 
     started = time.monotonic()
     asyncio.run(run())
-    assert len(web.requests) == 10
-    assert time.monotonic() - started >= 9 / 50
+    assert len(web.requests) == 10 and time.monotonic() - started >= 9 / 50
 
 
 def test_a_redirect_is_followed_but_not_to_another_scheme_from_https_to_http_or_without_end(web):
@@ -173,8 +171,7 @@ def test_only_valid_http_and_https_urls_are_fetched(url):
 def test_the_proxy_of_the_environment_is_used_except_for_hosts_in_no_proxy(web, monkeypatch):
     monkeypatch.setenv("http_proxy", web.url)
     web.pages |= {"http://shop.example/a": good(b"by proxy"), "/a": good(b"directly")}
-    assert get("http://shop.example/a", allow_private=False) == b"by proxy"
-    assert get(f"{web.url}/a") == b"directly"
+    assert get("http://shop.example/a", allow_private=False) == b"by proxy" and get(f"{web.url}/a") == b"directly"
     with pytest.raises(FetchError, match=r"private or reserved address 127\.0\.0\.9"):
         get("http://0x7f.9/a", allow_private=False)
     monkeypatch.setenv("http_proxy", "ldap://proxy")
@@ -346,8 +343,7 @@ def test_the_first_url_that_serves_a_picture_is_used_and_an_item_without_one_has
     urls = {"B1": [f"{web.url}/{page}" for page in ("gone", "html", "moved", "png")], "B2": [f"{web.url}/gone"] * 2}
     urls |= {"B3": [], "B4": ["ftp://host/a.jpg"], "B5": ["\ud800\n", "http://a..b/c"]}
     manifest = fetch_pictures(urls, photos, QUICK)
-    assert manifest["B1"] == {"file": "B1.jpg"}
-    assert manifest["B2"]["missing"].count("404 Not Found") == 2
+    assert manifest["B1"] == {"file": "B1.jpg"} and manifest["B2"]["missing"].count("404 Not Found") == 2
     assert (manifest["B3"], list(manifest["B5"])) == ({"missing": NO_URL}, ["broken"])
     assert manifest["B4"] == {"broken": "ftp://host/a.jpg: ftp: is not fetched, only http and https are"}
     assert "/png" not in web.requests
@@ -500,8 +496,7 @@ def test_a_second_run_needs_a_whole_manifest_and_requests_failures_and_deleted_p
     assert (prepare(dataset, urls, None)[a], web.requests) == ({"missing": "not fetched"}, [])
     prepare(dataset, urls)
     before = contents(root)
-    assert "404" in prepare(dataset, urls, None)[b]["missing"]
-    assert contents(root) == before
+    assert "404" in prepare(dataset, urls, None)[b]["missing"] and contents(root) == before
     (dataset.photos / f"{c}.png").unlink()
     web.requests.clear()
     prepare(dataset, urls)

@@ -196,8 +196,8 @@ def section(runs: list[KeptRun]) -> list[str]:
         "## Items that no training saw",
         "",
         "`python -m experiments.cold_items` holds items out of training and adds them to an export by their features "
-        "alone. The target is ranked among all items: the last item of a user if it was held out (*never trained*), and "
-        f"the last of the other items, of users with at least {MIN_ITEMS} of them (*trained*).",
+        "alone. The target is ranked among all items: the last item of a user if it was held out (*never trained*), "
+        f"and the last of the other items, of users with at least {MIN_ITEMS} of them (*trained*).",
         "",
     ]
     return [*heading, *lines] if lines else []

@@ -22,10 +22,10 @@ OUT = Path(__file__).parent / "RESULTS.md"
 
 INTRODUCTION = """# Results
 
-Made by `python -m experiments.report` from `experiments/results/`; no metric of ours is typed by hand. Test metrics of the
-best epoch by validation, full ranking over all items, means over users; with several seeds, mean ± standard deviation.
-History items stay candidates, as in the paper, unless a column says that they are masked. All kept runs, with metrics
-of every size, settings, command lines and versions, are in [metrics.csv](results/metrics.csv) and
+Made by `python -m experiments.report` from `experiments/results/`; no metric of ours is typed by hand. Test metrics of
+the best epoch by validation, full ranking over all items, means over users; with several seeds, mean ± standard
+deviation. History items stay candidates, as in the paper, unless a column says that they are masked. All kept runs,
+with metrics of every size, settings, command lines and versions, are in [metrics.csv](results/metrics.csv) and
 [runs.jsonl](results/runs.jsonl).
 """
 

@@ -21,10 +21,13 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError, shown
+from common.files import MAX_ID
 from serving.engines import Engine, State, Table, decays_of, state_shape
 from serving.folder import WEIGHTS, Export, ItemId, Items, make_items
 from serving.index import Index
 from serving.weights import rounded, whitened
+
+HUGE = 10**MAX_ID  # no id is as long, and Python writes no number of 5,000 digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,9 @@ class Catalogue:
                 raise InputError(f"item {shown(item)} must be an id (a string) or a number from 1 to {len(self)}")
             if not isinstance(item, str) and not self.exported.numeric:
                 found.append(int(item) if 1 <= item <= len(self) else 0)
+                continue
+            if not isinstance(item, str) and abs(item) >= HUGE:
+                found.append(0)
                 continue
             number = self._numbers.get(str(item), 0)
             found.append(number if number <= len(self) else 0)

@@ -286,6 +286,7 @@ def _read_items(path: Path, config: dict[str, Any]) -> tuple[Items, np.ndarray, 
             np.ascontiguousarray(ids).view(f"S{ids.shape[1]}")[:, 0],
             _tensor(file, "titles", np.uint8, 1),
             _tensor(file, "title_ends", np.int64, 1),
+            config.get("whole_number_ids", False),
         )
         rows, found = len(items) + 1, file.get_slice("table")
         size = config.get("table_width") or config["size"]
@@ -359,6 +360,7 @@ class Items:
     ids: np.ndarray  # [N] bytes, UTF-8
     titles: np.ndarray  # [bytes] uint8, UTF-8, concatenated
     title_ends: np.ndarray  # [N] int64
+    were_numeric: bool = False  # before products with other ids were added
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -388,15 +390,18 @@ class Items:
 
     @cached_property
     def numeric(self) -> bool:
-        """Whether every id is a whole number, such as "4711"."""
+        """Whether every id of the first export is a whole number, such as "4711"."""
+        if self.were_numeric:
+            return True
         characters = self.ids.view(np.uint8)
         digits = ((characters >= ord("0")) & (characters <= ord("9"))) | (characters == 0)
         return len(self) > 0 and bool(digits.all())
 
     def extended(self, more: Items) -> Items:
         """Return these items with `more` appended."""
+        ids, titles = np.concatenate([self.ids, more.ids]), np.concatenate([self.titles, more.titles])
         ends = np.concatenate([self.title_ends, more.title_ends + len(self.titles)])
-        return Items(np.concatenate([self.ids, more.ids]), np.concatenate([self.titles, more.titles]), ends)
+        return Items(ids, titles, ends, self.numeric)
 
 
 def make_items(ids: Iterable[str], titles: Iterable[str]) -> Items:
@@ -508,6 +513,7 @@ class ExportConfig(Struct):
     history_bias: Number = 0.0  # added to the scores of history items; 0: none
     table_width: Annotated[int, Meta(ge=1, le=MAX_SIZE)] | None = None  # of the table that is ranked; None: size
     num_removed: Count = 0
+    whole_number_ids: bool = False  # were before products with other ids were added
     run: str = ""
     commit: str | None = None
     metrics: dict[str, Number] | None = None

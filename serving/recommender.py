@@ -376,7 +376,7 @@ class Recommender:
         if isinstance(wide := catalogue.table.wide, WideRows):
             files[ROWS] = pack_rows(wide.all())
         files[ITEMS] = pack_items(catalogue.all_items(), table, scale, catalogue.removed)
-        changed = {"num_items": len(catalogue)}
+        changed = {"num_items": len(catalogue)} | ({"whole_number_ids": True} if catalogue.exported.numeric else {})
         if len(catalogue.removed) or "num_removed" in config:
             changed["num_removed"] = len(catalogue.removed)
         write_folder(Path(folder), config | changed, files, overwrite)

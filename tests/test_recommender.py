@@ -112,15 +112,13 @@ def full_ranking(engine, export, history) -> np.ndarray:
 
 def by_item(ranked) -> np.ndarray:
     scores, items = map(np.asarray, ranked)
-    assert (np.sort(items, axis=1) == np.arange(1, items.shape[1] + 1)).all()
-    assert (np.diff(scores, axis=1) <= 0).all()
+    assert (np.sort(items, axis=1) == np.arange(1, items.shape[1] + 1)).all() and (np.diff(scores, axis=1) <= 0).all()
     return np.take_along_axis(scores, np.argsort(items, axis=1), axis=1)
 
 
 def assert_close(actual, expected, tolerance=1e-5):
     actual, expected = map(np.asarray, (actual, expected))
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+    assert actual.shape == expected.shape and np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def test_an_export_scores_histories_of_every_length_and_steps_as_the_model_does(exported, engine):
@@ -429,8 +427,7 @@ def test_the_answer_is_the_models_own_ranking_with_ids_and_titles(shop, r, histo
     assert answer.numbers == best.tolist()
     np.testing.assert_allclose(answer.scores, expected[best], atol=1e-5 * np.abs(expected).max())
     assert answer.ids == [IDS[i - 1] for i in best]
-    assert answer.titles == [shop.catalog.metadata[i - 1]["title"] for i in best]
-    assert answer.notes == []
+    assert answer.titles == [shop.catalog.metadata[i - 1]["title"] for i in best] and answer.notes == []
     assert {type(value) for value in [*answer.numbers, *answer.scores]} == {int, float}
 
 
@@ -512,8 +509,7 @@ def test_each_history_may_have_candidates_of_its_own(r):
     for history, candidates, answer in list(zip(histories, own, answers, strict=True))[:2]:
         assert_same_answer(answer, r.recommend([history], top_k=2, candidates=candidates)[0])
     assert (answers[2].numbers, answers[2].notes) == ([], ["only 0 items are left to rank, fewer than top_k 2"])
-    assert set(answers[3].numbers) == {6}
-    assert answers[3].notes[0] == "candidates unknown: 'no' (of 20 items); skipped"
+    assert set(answers[3].numbers) == {6} and answers[3].notes[0] == "candidates unknown: 'no' (of 20 items); skipped"
     with pytest.raises(InputError, match="2 lists of candidates for 4 histories; give one for each"):
         r.recommend(histories, candidates=own[:2])
 
@@ -611,14 +607,18 @@ def test_similar_items_have_the_largest_cosine(shop, engine, kind, monkeypatch):
 )
 def test_a_string_is_an_id_and_so_is_a_number_if_all_ids_are_whole_numbers(engine, tmp_path, ids):
     catalog = dataclasses.replace(made_up_catalog(len(ids)), asins=ids)
-    folder = write_export(tmp_path / "export", random_model((4,), num_items=len(ids)), catalog)
+    model = random_model((4,), num_items=len(ids), features=np.eye(len(ids), dtype=np.float32))
+    folder = write_export(tmp_path / "export", model, catalog)
     r = Recommender.from_pretrained(folder, engine)
-    assert r.start(ids).items == tuple(range(1, len(ids) + 1))
-    assert sorted(everything(r, []).ids) == sorted(ids)
+    assert r.start(ids).items == tuple(range(1, len(ids) + 1)) and sorted(everything(r, []).ids) == sorted(ids)
     assert ids[0] in r and 1 in r and "3" not in r and 5 not in r and r.recommend([]) == []
     if ids[0] == "42":
         assert r.start([7, "7", np.int32(1), "007"]).items == (2, 2, 3, 4)
         assert r.recommend([[4, 42]])[0].notes[0] == "unknown: 4 (of 4 items); skipped"
+        assert r.recommend([[10**5000]])[0].unknown == 1
+        r.add_items(["new"], np.zeros((1, r.config["features"]["dim"])))
+        r.save_pretrained(tmp_path / "later")  # a number still is an id
+        assert Recommender.from_pretrained(tmp_path / "later", engine).start([7, "new"]).items == (2, 5)
     elif "2" in ids:
         assert r.start(np.array([2, 4])).items == (2, 4) == r.start(iter(["2", np.uint8(4)])).items
 

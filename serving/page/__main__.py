@@ -40,7 +40,7 @@ RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-sim
 CATALOGUE = "catalogue.json"
 SIMILAR = 6  # similar items shown
 PICTURE = 160  # pixels, the longest side of a picture
-CHUNK = 1 << 10  # items compared at once
+COSINES = 1 << 24  # computed at once
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -144,13 +144,14 @@ def similar_items(table: np.ndarray, top_k: int) -> np.ndarray:
     found = np.empty((len(unit), top_k), dtype=np.int64)
     if not top_k:
         return found
-    for start in range(0, len(unit), CHUNK):
-        cosines = unit[start : start + CHUNK] @ unit.T
+    chunk = max(1, COSINES // len(unit))
+    for start in range(0, len(unit), chunk):
+        cosines = unit[start : start + chunk] @ unit.T
         own = np.arange(len(cosines))
         cosines[own, start + own] = -np.inf
         best = np.argpartition(-cosines, top_k - 1, axis=1)[:, :top_k]
         order = np.argsort(-np.take_along_axis(cosines, best, axis=1), axis=1, kind="stable")
-        found[start : start + CHUNK] = np.take_along_axis(best, order, axis=1) + 1
+        found[start : start + chunk] = np.take_along_axis(best, order, axis=1) + 1
     return found
 
 

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     for night in range(1, NIGHTS + 1):
         write_night(catalog, when, 1 - held_back + held_back * night / NIGHTS, night, out)
         # Another seed draws other users.
-        flags = f"--init_from {run} {arguments.update} --seed {42 + night} --run_name update-{night}"
+        flags = f"--init_from {shlex.quote(str(run))} {arguments.update} --seed {42 + night} --run_name update-{night}"
         run, seconds = trained(flags, night, out)
         row = {"night": night, "updated": best(run), "seconds": seconds}
         if night in anew:

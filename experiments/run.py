@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> list[Job]:
     flags, arguments = parse_args(argv, __doc__.splitlines()[0], SECTIONS, add_arguments, settings)
     datasets = list(dict.fromkeys(arguments.dataset_code.split(","))) if arguments.dataset_code else None
     jobs = planned(chosen(arguments), flags, parse_seeds(arguments.seeds), datasets)
+    if not jobs:
+        raise InputError("nothing to run: all these rows are taught; give their teachers by --teachers RUN,RUN,RUN")
     for problem in run_folders(Path(jobs[0].config.runs_root))[1]:
         print(f"ignored: {problem}", file=sys.stderr)
     problems = set_data(jobs)

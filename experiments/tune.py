@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import parse_args, run_cli
 from common.errors import InputError
-from common.settings import format_value
+from common.settings import format_value, is_runtime
 from config import SECTIONS, Config, resolve
 from experiments.definition import chosen
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, str]:
         import optuna
     except ImportError:
         raise InputError('experiments.tune needs the package optuna: pip install "optuna>=4.2,<5"') from None
-    (definition, (row, *_)), *_ = chosen(arguments)
+    definition, row = next((definition, rows[0]) for definition, rows in chosen(arguments) if rows)
     space = parse_space(arguments.range, arguments.choice)
     settings = {"dataset_code": definition.datasets[0]} | row.settings | flags
     settings = {name: value for name, value in settings.items() if name not in space}
@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, str]:
             resolve(settings | parse_args([f"--{name}={value}"], "", SECTIONS)[0])
     fixed = {name: format_value(value) for name, value in settings.items()}
     config, _ = resolve(settings)
+    if len(config.teachers) != row.taught_by:
+        raise InputError(f"row {row.name!r} has {row.taught_by} teachers; give as many runs by --teachers RUN,RUN")
     name = re.sub("[^A-Za-z0-9.-]", "_", f"tune-{definition.name}-{row.name}-{config.dataset_code}")
     path = Path(config.runs_root) / f"{name}.sqlite3"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, str]:
         storage=f"sqlite:///{path}", study_name=name, direction="maximize", load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(),
     )  # fmt: skip
+    asked = {name: value for name, value in fixed.items() if not is_runtime(Config, name)}
+    if study.user_attrs.get("settings", asked) != asked:
+        raise InputError(f"{path} holds a search with other settings, {study.user_attrs['settings']}; move it away")
+    study.set_user_attr("settings", asked)
     study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials))
     missing = max(0, arguments.trials - len(done(study)))
     try:

@@ -152,8 +152,9 @@ def test_a_row_with_teachers_is_run_with_those_that_are_named_or_left_out(workpl
     assert f"left out: plus/{taught} learns from 3 trained runs; name them by --teachers" in capsys.readouterr().err
     [job] = run.main(shlex.split(f'plus --rows "{taught}" --teachers a,b,c --dry_run --dataset_code tiny'))
     assert job.names == [f"plus/{taught}"] and job.config.teachers == ("a", "b", "c")
-    with pytest.raises(InputError, match=r"--teachers a,b contradicts plus, whose row 'plus, taught by three'"):
-        run.main(shlex.split(f'plus --rows "{taught}" --teachers a,b --dry_run --dataset_code tiny'))
+    for teachers, problem in (("--teachers a,b", "a,b contradicts plus, whose row"), ("", "nothing to run: all")):
+        with pytest.raises(InputError, match=problem):
+            run.main(shlex.split(f'plus --rows "{taught}" {teachers} --dry_run --dataset_code tiny'))
 
 
 def test_a_dry_run_lists_the_runs_and_what_is_wrong_with_their_data(workplace, calls, capsys):
@@ -268,8 +269,7 @@ def test_every_visible_device_has_one_run_at_a_time(workplace, monkeypatch):
     monkeypatch.setattr(run, "call_script", call)
     with pytest.raises(SystemExit):
         run.main(f"depth --seeds 1,2,3 {FLAGS}".replace("--device cpu", "").split())
-    assert len(most) == 6 and max(most, key=len) == ["2", "5"]
-    assert all(len(set(some)) == len(some) for some in most)
+    assert len(most) == 6 and max(most, key=len) == ["2", "5"] and all(len(set(some)) == len(some) for some in most)
 
 
 def test_a_missing_test_is_made_while_the_run_folder_exists(workplace, calls):
@@ -463,6 +463,12 @@ def test_tune_searches_by_validation_and_continues(workplace, capsys):
     for wrong in ("--range lr=1..1e-4", "--range colour=1..2", "--choice lr=", "--range lr=1e-4..1e-2:ln"):
         with pytest.raises(InputError, match="must be a setting with"):
             tune.main(["table3", *TINY.split(), *wrong.split()])
+    for asked, problem in (
+        (f"{flags} --seed 7", "holds a search with other settings"),
+        (f"plus,table3 --row 'plus, taught by three' {TINY} --range lr=1e-4..1", "has 3 teachers; give as many runs"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            tune.main(shlex.split(asked))
 
 
 BENCHMARKS = {  # benchmark -> flags that shorten it

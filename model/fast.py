@@ -575,7 +575,7 @@ class _SampledCrossEntropySum(torch.autograd.Function):
             history, own_history = objective.history * valid, objective.history == labels[:, None]  # [T, L]
             label_seen = (own_history & valid).any(dim=1, keepdim=True).to(wide)  # [T, 1]
             # The label's column takes the place of its history column, which is excluded.
-            column = torch.tensor([0, *range(draws, columns)], device=z.device).expand(len(z), -1)
+            column = F.pad(torch.arange(draws, columns, device=z.device), (1, 0)).expand(len(z), -1)
             counts = torch.cat([label_seen, torch.ones_like(history, dtype=wide)], dim=1)
             history_seen = Seen(history_bias.detach().to(wide), column, counts, label_seen[:, 0])
         chunks = row_chunks(len(z), len(sizes) * columns * narrow.itemsize, z.device)

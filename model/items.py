@@ -93,6 +93,7 @@ class ItemEncoder(nn.Module):
 
     def rows(self, items: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the features [n, F] of items [n]; zeros for token 0."""
+        items = items.to(self.features[0].device)
         row = (items - 1).clamp_min(0)
         rows = torch.cat([part[row].to(dtype) for part in self.features], dim=1)
         self._mapped += len(items)

@@ -44,6 +44,7 @@ CASES = {
     "faithful": TINY,
     "plus": f"{PLUS} --num_negatives 0",
     "sampled": f"{PLUS} --num_negatives 5 --item_embedding_updates rows --save_every_minutes 1e-9",
+    "graphed": f"{PLUS} --num_negatives 5 --item_embedding_updates all",  # on a GPU
     "lonely": f"{TINY} --train_batch_size 1 --num_epochs 1",  # a batch is one user, so one of two processes has none
     "sasrec": f"{TINY} --model_code sasrec --mrl_hidden_sizes 8".replace("--language_encoder lexical", ""),
     "itemknn": "--model_code itemknn --dataset_code tiny --device cpu",
@@ -463,7 +464,7 @@ def test_a_gpu_computes_the_losses_and_gradients_of_the_cpu():
 
 
 @on_gpu
-@pytest.mark.parametrize("case", ["faithful", "plus", "sasrec", "itemknn"])
+@pytest.mark.parametrize("case", ["faithful", "plus", "graphed", "sasrec", "itemknn"])
 def test_a_gpu_trains_as_the_cpu_which_evaluates_its_run_alike(workplace, case):
     """Batches of a repeated shape are replayed from a CUDA graph."""
     dropout = "" if case == "itemknn" else "--lru_dropout 0 --lru_attn_dropout 0"  # which every device draws otherwise

@@ -361,7 +361,9 @@ def build_step(
         teachers.add_priors(counts, prior)
     rows = sparse_rows(model, config, sampled)
     step = Step(model, build_optimizer(model, config, rows), config, sampler, rows, teachers, prior)
-    graphed = loader.device.type == "cuda" and model.static_shapes and not rows
+    static = all(each.static_shapes for each in (model, *(teachers.models if teachers else ())))
+    # Other losses, such as the plain one, may read numbers from the GPU, which a graph cannot.
+    graphed = loader.device.type == "cuda" and static and config.loss == "fast" and not rows
     return GraphedStep(step) if graphed else step
 
 

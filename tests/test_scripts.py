@@ -611,10 +611,14 @@ def test_a_run_learns_from_teachers_and_refuses_those_that_changed_or_know_other
     with pytest.raises(InputError, match=r"changed since .* start another run with --teachers"):
         train.main(["--resume", str(run)])
     (teacher / "best.safetensors").write_bytes(best)
-    counting = train.main(shlex.split("--dataset_code tiny --model_code popularity"))
-    with pytest.raises(InputError, match="which only counts; leave it out"):
-        train.main(shlex.split(f"{TINY} --distill 0.5 --teachers {counting}"))
+    short = "sasrec --lru_max_len 2 --num_epochs 1 --mrl_hidden_sizes 8"
+    for model, problem in ((short, "at most 2 items; give --lru_max_len 2"), ("popularity", "counts; leave it out")):
+        other = train.main(shlex.split(f"--dataset_code tiny --model_code {model}"))
+        with pytest.raises(InputError, match=problem):
+            train.main(shlex.split(f"{TINY} --distill 0.5 --teachers {other}"))
     write_newer_data()
+    with pytest.raises(InputError, match="a run of popularity, which only counts; train it anew"):
+        run_eval(f"--run {other} --on_newer_data")
     with pytest.raises(InputError, match=r"was trained on another dataset .* give runs of this one"):
         train.main(shlex.split(taught))
 
@@ -644,9 +648,9 @@ def test_eval_tests_a_run_on_newer_data_when_asked_to_and_apart_from_its_results
 def test_nightly_updates_are_compared_with_no_update_and_with_training_anew(workplace, monkeypatch):
     monkeypatch.setattr(nightly, "NIGHTS", 1)
     flags = TINY.replace("--dataset_code tiny", "")
-    first, last = nightly.main(["--dataset_code", "tiny", "--out", "out", "--full", flags, "--anew", "1"])
+    first, last = nightly.main(["--dataset_code", "tiny", "--out", "my out", "--full", flags, "--anew", "1"])
     assert first["no_update"] == first["updated"] and {"updated", "seconds", "anew", "anew_seconds"} <= last.keys()
-    [update] = Path("out/tiny").glob("*-update-1")
+    [update] = Path("my out/tiny").glob("*-update-1")
     assert last["no_update"] == runs.read_log(update)[0]["val"]["8"]["NDCG@10"]
     catalog = load_catalog("data", "tiny")
     for share in (0.5, 1.0):

@@ -48,11 +48,14 @@ def load_run(
 
     flags: runtime settings (device, batch sizes, data_root, ...) to use instead of the run's. newer_data: accept
     another dataset than the one of the training; unknown items begin from their content. Raises InputError if the
-    folder is no run, if a flag contradicts it, and if the dataset is another one without `newer_data`.
+    folder is no run, if a flag contradicts it, if the dataset is another one without `newer_data`, and with it for a
+    model that only counts.
     """
     run = Path(run)
     saved, _ = processes.on_main_process(lambda: read_config(run))
     config = with_runtime_flags(saved, flags or {}, run)
+    if newer_data and config.model_code in COUNTING:
+        raise InputError(f"{run} is a run of {config.model_code}, which only counts; train it anew on the changed data")
     device = resolve_device(config.device)
     catalog = load_dataset(config)
     if not newer_data:
@@ -212,6 +215,10 @@ def load_teachers(config: Config, catalog: Catalog, device: torch.device, resume
         trained, items, model = load_for_export(run, {"data_root": config.data_root, "device": config.device})
         if isinstance(model, CountingModel):
             raise InputError(f"--teachers {run} is a run of {type(model).__name__}, which only counts; leave it out")
+        if trained.model_code == "sasrec" and trained.lru_max_len < config.lru_max_len:
+            raise InputError(
+                f"--teachers {run} reads at most {trained.lru_max_len} items; give --lru_max_len {trained.lru_max_len}"
+            )
         if items.data != catalog.digest():
             raise InputError(
                 f"--teachers {run} was trained on another dataset (digest {items.data[:12]}) than "

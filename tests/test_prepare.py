@@ -523,8 +523,7 @@ def test_a_split_by_time_trains_on_nothing_after_validation_begins():
     users, items = train_items(sequences)
     assert (users.tolist(), items.tolist()) == ([0, 1, 1, 3, 3, 3], [1, 1, 3, 1, 2, 3])
     assert train_rows(sequences, 9).labels.tolist() == items.tolist()
-    assert len(train_rows(sequences, 9, first_item=False)) == 2
-    assert times_trained(sequences, 3).tolist() == [0, 3, 1, 2]
+    assert len(train_rows(sequences, 9, first_item=False)) == 2 and times_trained(sequences, 3).tolist() == [0, 3, 1, 2]
     for part, targets, histories in (("val", [2], [[1]]), ("test", [2, 3], [[1, 3], [2]])):
         rows = eval_rows(sequences, 9, part)
         read = [sequences.items[a:b].tolist() for a, b in zip(rows.starts, rows.ends, strict=True)]
@@ -746,8 +745,7 @@ def test_a_split_by_time_is_trained_tested_and_named_in_the_run_and_its_kept_row
     assert catalog.digest() != default.digest() and np.array_equal(catalog.sequences.items, default.sequences.items)
     roots, name = [f"--data_root={folder.parent}", f"--runs_root={tmp_path / 'runs'}"], f"time {days[0]} {days[1]}"
     run = train(["--dataset_code=beauty", "--model_code=popularity", *roots])
-    assert read_json(run / "env.json", "")["split"] == name
-    assert f"split by {name}" in capsys.readouterr().out
+    assert read_json(run / "env.json", "")["split"] == name and f"split by {name}" in capsys.readouterr().out
     keep(run, tmp_path / "results")
     assert set(pd.read_csv(tmp_path / "results" / "metrics.csv")["dataset"]) == {f"beauty, {name}"}
     (folder / "split.json").write_text('{"name": "time", "cuts": [[1, 2]]}')
@@ -813,8 +811,7 @@ def test_a_full_disk_is_named_and_the_next_run_goes_on(raw, tmp_path, capfd):
         resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))  # a file may have no more bytes
         run_cli(lambda: main(flags))
 
-    assert in_child(fill) == 2
-    assert f"cannot write {tmp_path}/full/beauty/datamaps.json" in capfd.readouterr().err
+    assert in_child(fill) == 2 and f"cannot write {tmp_path}/full/beauty/datamaps.json" in capfd.readouterr().err
     main(flags)
     assert contents(tmp_path / "full" / "beauty") == undisturbed
 
@@ -844,8 +841,7 @@ def test_flags_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, monkey
     ):
         with pytest.raises((InputError, SystemExit)) as raised:
             main(["--dataset_code=beauty", *flags])
-        assert re.search(problem, f"{raised.value} {capsys.readouterr().err}")
-        assert not list(Path().glob("data/b*"))
+        assert re.search(problem, f"{raised.value} {capsys.readouterr().err}") and not list(Path().glob("data/b*"))
 
 
 @pytest.mark.parametrize(

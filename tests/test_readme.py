@@ -278,8 +278,7 @@ def test_the_readmes_results_are_those_of_the_report_or_published():
 
 
 def test_the_readme_is_short_and_links_every_page_and_every_link_leads_somewhere():
-    assert len(README.splitlines()) <= 160
-    assert all(f"({page}" in README for page in PAGES if page != "README.md")
+    assert len(README.splitlines()) <= 160 and all(f"({page}" in README for page in PAGES if page != "README.md")
     links = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)]+)\)", text)]
     for page, link in links:
         name, _, anchor = link.partition("#")

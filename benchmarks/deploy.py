@@ -31,7 +31,6 @@ from common.cli import Parser, run_cli
 from common.errors import InputError
 from common.files import sha256, write_json
 from common.settings import format_value
-from dataloader import eval_rows
 from serving.export import add_run_arguments, asked_run, export_size, folder_bytes, named_sizes
 from serving.export import main as export_sizes
 
@@ -93,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def measure_card(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the content of deploy.json."""
     from common.devices import cpu_name
+    from dataloader import eval_rows
     from model import FMRLRec
     from trainer.load_run import load_run
     from trainer.runs import WEIGHTS, environment

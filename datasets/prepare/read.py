@@ -237,7 +237,8 @@ class Times:
         if self.are_numbers is None and column.notna().any():
             self.are_numbers = bool(numbers.notna().sum() * 2 >= column.notna().sum())
         if self.are_numbers is False:
-            column = column.map(lambda value: value.removesuffix(" UTC") if isinstance(value, str) else value)
+            if pd.api.types.infer_dtype(column, skipna=True) == "string":
+                column = column.str.removesuffix(" UTC")
             return _milliseconds(pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce"))
         return numbers.where((numbers >= 0) & (numbers < 2.0**63))
 

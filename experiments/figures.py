@@ -95,7 +95,7 @@ def draw_sizes(dataset: str, curves: list[ResultRow], separate: list[ResultRow],
     labels = [", ".join(part[i] for i in range(3) if i not in common) or part[0] for part in parts]
     title = ", ".join([dataset, *(parts[0][i] for i in common)])
     title += f": one training, every size{' (crosses: trained alone)' if separate else ''}"
-    with figure(path, 2, title) as panels:
+    with figure(path, 1, title, rows=2, height=3) as panels:
         for panel, name in zip(panels, ("Recall@10", "NDCG@10"), strict=True):
             draw_curves(panel, dataset, name, list(zip(curves, labels, strict=True)), separate)
             panel.set_title(f"{name}, history kept", loc="left")

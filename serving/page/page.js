@@ -207,6 +207,7 @@ async function toggleSimilar(row, item, button) {
     const list = element("ul", {}, ...others.map((other) => listed(itemButton(other, "Add to history", () => add(other)))));
     row.append(element("div", { className: "similar" }, element("p", { className: "hint" }, "Similar items"), list));
   } catch (error) {
+    button.setAttribute("aria-expanded", "false"); // so that the next click tries again
     fail(error);
   }
 }

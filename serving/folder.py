@@ -360,7 +360,7 @@ class Items:
     ids: np.ndarray  # [N] bytes, UTF-8
     titles: np.ndarray  # [bytes] uint8, UTF-8, concatenated
     title_ends: np.ndarray  # [N] int64
-    were_numeric: bool = False  # before products with other ids were added
+    were_numeric: bool = False  # all ids were whole numbers until products with other ids were added
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -513,7 +513,7 @@ class ExportConfig(Struct):
     history_bias: Number = 0.0  # added to the scores of history items; 0: none
     table_width: Annotated[int, Meta(ge=1, le=MAX_SIZE)] | None = None  # of the table that is ranked; None: size
     num_removed: Count = 0
-    whole_number_ids: bool = False  # were before products with other ids were added
+    whole_number_ids: bool = False  # Items.were_numeric
     run: str = ""
     commit: str | None = None
     metrics: dict[str, Number] | None = None
